@@ -1,0 +1,43 @@
+# make train   install into .venv and train (no GPU, no network data needed)
+# make test    install what the tests need and run them
+# make lint    ruff and mypy
+#
+# A machine that already has a torch in range can use it:
+#   make VENV_ARGS=--system-site-packages train
+
+PYTHON ?= python3
+VENV   ?= .venv
+VENV_ARGS ?=
+ARGS   ?=
+PYTEST_ARGS ?=
+BIN    := $(VENV)/bin
+
+.PHONY: train test lint install clean
+
+train: $(VENV)/.installed
+	$(BIN)/fastgpt train $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(VENV)/.installed
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"fastgpt needs Python >= 3.11, this is {sys.version.split()[0]}: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""From text to the batch of step s: corpora, tokenizers, token files, batches."""

@@ -1,0 +1,86 @@
+"""Writing files so that a reader sees the old content or the new one, never a mixture."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from fastgpt.errors import UserError
+
+_CHUNK = 1 << 20
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes, read in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fsync_dir(path: Path) -> None:
+    """Make renames and new entries inside the folder survive a power cut."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
+    """Open a temporary file beside `path`; on success fsync it and rename it onto `path`.
+
+    On any exception the temporary file is removed and `path` stays as it was.
+    Raises UserError where the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    tmp = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, tmp = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.fchmod(fd, 0o644)
+        with os.fdopen(fd, mode) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+        tmp = None
+        fsync_dir(path.parent)
+    except OSError as e:
+        raise explain_os_error(e, path) from e
+    finally:
+        if tmp is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(tmp)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomically replace `path` by `text` (UTF-8)."""
+    with atomic_file(path) as f:
+        f.write(text.encode())
+
+
+def explain_os_error(e: OSError, path: Path) -> Exception:
+    """The UserError that says what an OSError on `path` means for the user, or the error itself."""
+    where = Path(path).parent if not Path(path).is_dir() else Path(path)
+    if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return UserError(
+            f"cannot write {path}: no space left; free some disk or name another folder "
+            "(--out_dir for runs, --data_dir for data)"
+        )
+    if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UserError(
+            f"cannot write {path}: {os.strerror(e.errno)}; make {where} writable or name another "
+            "folder (--out_dir for runs, --data_dir for data)"
+        )
+    if e.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        return UserError(f"cannot write {path}: {os.strerror(e.errno)}; name another folder")
+    return e

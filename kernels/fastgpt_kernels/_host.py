@@ -1,0 +1,66 @@
+"""What every launcher needs on the host: who runs the op, argument errors, the architecture's name.
+
+Argument errors read `attention: n_head must divide C=770, got 12`: op, argument, wanted, got.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def use_kernel(x: torch.Tensor) -> bool:
+    """True where the Triton kernel runs: on CUDA/ROCm tensors, or on CPU under TRITON_INTERPRET=1."""
+    return x.is_cuda or bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def arch(device_index: int) -> str:
+    """Architecture key of a GPU, as in `configs`: "sm_90", "gfx942"."""
+    props = torch.cuda.get_device_properties(device_index)
+    if torch.version.hip:
+        return props.gcnArchName.split(":")[0]
+    return f"sm_{props.major}{props.minor}"
+
+
+def arch_of(x: torch.Tensor) -> str:
+    """Architecture key for the device of `x`; the interpreter counts as "cpu"."""
+    return arch(x.device.index) if x.is_cuda else "cpu"
+
+
+def check_tensor(
+    op: str,
+    name: str,
+    x: object,
+    *,
+    ndim: int | None = None,
+    shape: Sequence[int | None] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Raise TypeError/ValueError naming op, argument, what it got and what it wants.
+
+    `shape` entries of None match any size. Nothing is checked where the argument is None here.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if ndim is not None and x.ndim != ndim:
+        raise ValueError(f"{op}: {name} must have {ndim} dimensions, got shape {tuple(x.shape)}")
+    if shape is not None and (
+        x.ndim != len(shape)
+        or any(s is not None and s != g for s, g in zip(shape, x.shape, strict=True))
+    ):
+        wanted = "(" + ", ".join("*" if s is None else str(s) for s in shape) + ")"
+        raise ValueError(f"{op}: {name} must have shape {wanted}, got {tuple(x.shape)}")
+    if dtypes is not None and x.dtype not in dtypes:
+        wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(
+            f"{op}: {name} must be of dtype {wanted}, got {str(x.dtype).removeprefix('torch.')}"
+        )
+    if device is not None and x.device != device:
+        raise ValueError(f"{op}: {name} must be on {device}, got {x.device}")
