@@ -15,7 +15,7 @@ FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def use_kernel(x: torch.Tensor) -> bool:
-    """True where the Triton kernel runs: on CUDA/ROCm tensors, or on CPU under TRITON_INTERPRET=1."""
+    """True where the kernel itself runs: on a GPU tensor, or anywhere under TRITON_INTERPRET=1."""
     return x.is_cuda or bool(triton.knobs.runtime.interpret)
 
 
