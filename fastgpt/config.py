@@ -1,0 +1,216 @@
+"""What a run is: one tree of dataclasses, filled from a preset or a TOML file, then from flags.
+
+Flags are flat (`--n_layer=4`) and have nanoGPT's names and meanings; the tree only groups them.
+`settings.py` reads them from flags and files and checks every value once, against its type and its
+`Range` here, so that the rest of the code trusts it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number: greater or equal, greater than, less or equal, less than."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+    def check(self, value: float) -> bool:
+        return (
+            (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+            and (self.lt is None or value < self.lt)
+        )
+
+    def __str__(self) -> str:
+        signs = ((">=", self.ge), (">", self.gt), ("<=", self.le), ("<", self.lt))
+        return " and ".join(f"{sign} {bound:g}" for sign, bound in signs if bound is not None)
+
+
+Count = Annotated[int, Range(ge=1)]
+CountOrZero = Annotated[int, Range(ge=0)]
+Fraction = Annotated[float, Range(ge=0, lt=1)]
+NonNegative = Annotated[float, Range(ge=0)]
+Positive = Annotated[float, Range(gt=0)]
+Seed = Annotated[int, Range(ge=0, lt=2**63)]
+
+
+@dataclass
+class RunConfig:
+    out_dir: str = ""
+    """Folder of the run; empty: a new one under runs/."""
+    init_from: Literal["scratch", "resume"] = "scratch"
+    """scratch: new weights; resume: go on from the newest checkpoint of --out_dir or newest run."""
+    overwrite: bool = False
+    """Replace the run that already stands in --out_dir."""
+    max_iters: Count = 600_000
+    """Optimizer steps in all."""
+    seed: Seed = 1337
+    """Initial weights, batches and dropout all follow from it."""
+
+
+@dataclass
+class DataConfig:
+    dataset: str = "openwebtext"
+    """python_stdlib, shakespeare_char, shakespeare, openwebtext, fineweb10B, or a token folder."""
+    input: str = ""
+    """Train on this text file or folder instead of a named corpus."""
+    tokenizer: str = ""
+    """byte, char, gpt2 or bpe:N; empty: the corpus's own."""
+    vocab_file: str = ""
+    """Local rank file for the gpt2 tokenizer, where it cannot be downloaded."""
+    data_dir: str = "data"
+    """Where prepared token files live."""
+    val_fraction: Fraction = 0.0
+    """Share of the text held out for validation; 0: the corpus's own."""
+    shards: Annotated[int, Range(ge=1, le=103)] = 10
+    """fineweb10B: how many shards of 100M tokens to fetch."""
+    workers: CountOrZero = 0
+    """Processes that tokenize; 0: one a core."""
+    sampling: Literal["random", "epochs"] = "random"
+    """random: windows with replacement, as nanoGPT; epochs: each window once an epoch, shuffled."""
+
+
+@dataclass
+class ModelConfig:
+    n_layer: Count = 12
+    """Transformer blocks."""
+    n_head: Count = 12
+    """Attention heads; divides n_embd."""
+    n_embd: Count = 768
+    """Width of the residual stream."""
+    block_size: Count = 1024
+    """Context length in tokens."""
+    dropout: Fraction = 0.0
+    """Rate after the embedding, on attention weights and on both residual branches."""
+    bias: bool = False
+    """Biases in linear layers and layer norms, as GPT-2 has them."""
+    gelu: Literal["tanh", "erf"] = "tanh"
+    """tanh: GPT-2's approximation; erf: the exact function, as nanoGPT."""
+
+
+@dataclass
+class OptimConfig:
+    batch_size: Count = 12
+    """Sequences in one micro-batch."""
+    gradient_accumulation_steps: Count = 40
+    """Micro-batches in an optimizer step; times batch_size: the global batch, whatever the GPUs."""
+    learning_rate: Positive = 6e-4
+    """Highest learning rate, reached after the warm-up."""
+    min_lr: NonNegative = 6e-5
+    """Learning rate at the end of the decay."""
+    warmup_iters: CountOrZero = 2000
+    """Steps of linear warm-up."""
+    lr_decay_iters: Count = 600_000
+    """Step at which the cosine reaches min_lr."""
+    decay_lr: bool = True
+    """False: the learning rate stays at learning_rate."""
+    weight_decay: NonNegative = 0.1
+    """Decoupled decay of matrices and embeddings; biases and norms have none."""
+    beta1: Fraction = 0.9
+    """AdamW: decay of the first moment."""
+    beta2: Fraction = 0.95
+    """AdamW: decay of the second moment."""
+    grad_clip: NonNegative = 1.0
+    """Clip the global gradient norm to this; 0: off."""
+
+
+@dataclass
+class LogConfig:
+    eval_interval: Count = 2000
+    """Steps between evaluations (and checkpoints)."""
+    eval_iters: Count = 200
+    """Batches in one evaluation of one split."""
+    eval_only: bool = False
+    """Evaluate once and stop."""
+    log_interval: Count = 1
+    """Steps between log lines."""
+    always_save_checkpoint: bool = True
+    """True: a checkpoint after every evaluation; False: only where the validation loss improved."""
+    keep_checkpoints: Count = 3
+    """How many of the newest checkpoints stay; the best one stays besides."""
+    sample_tokens: CountOrZero = 300
+    """Tokens of sample text at the end of the run."""
+    wandb_log: bool = False
+    """Log to Weights & Biases (extra [log])."""
+    wandb_project: str = "fastgpt"
+    """Its project."""
+    wandb_run_name: str = ""
+    """Its run name; empty: the run folder's name."""
+    tensorboard: bool = False
+    """Write TensorBoard events into the run folder (extra [log])."""
+
+
+@dataclass
+class SystemConfig:
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 where the GPU has it, float16 on older ones, float32 on a CPU."""
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile; auto: on a GPU."""
+    peak_tflops: NonNegative = 0.0
+    """Peak that MFU is taken against, TFLOP/s; 0: from the table, or measured."""
+    backend: str = "nccl"
+    """torch.distributed backend under torchrun."""
+
+
+@dataclass
+class Config:
+    """A training run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    system: SystemConfig = field(default_factory=SystemConfig)
+
+
+@dataclass
+class PrepareConfig:
+    """Turn a corpus into token files."""
+
+    data: DataConfig = field(default_factory=lambda: DataConfig(dataset=""))
+    overwrite: bool = False
+    """Make the token files anew where they exist."""
+
+
+@dataclass
+class SampleConfig:
+    """Generate text from a trained model."""
+
+    out_dir: str = ""
+    """Folder of the run; empty: the newest under runs/."""
+    init_from: Literal["resume"] = "resume"
+    """As nanoGPT's sample.py; the weights are the run's."""
+    checkpoint: str = "best"
+    """best, latest, or a folder's name under checkpoints/."""
+    start: str = "\n"
+    """Prompt, or FILE:path to read it from a file."""
+    num_samples: Count = 10
+    """How many texts."""
+    max_new_tokens: Count = 500
+    """Tokens in each."""
+    temperature: NonNegative = 0.8
+    """Below 1: likelier tokens; 0: always the likeliest."""
+    top_k: CountOrZero = 200
+    """Draw from the k likeliest tokens only; 0: all."""
+    top_p: Annotated[float, Range(gt=0, le=1)] = 1.0
+    """Draw from the smallest set of tokens that holds this probability."""
+    stop: bool = False
+    """End a sample at the end-of-text token."""
+    seed: Seed = 1337
+    """The same seed gives the same samples."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """As in training."""
+    compile: Literal["auto"] | bool = False
+    """torch.compile the forward pass."""
