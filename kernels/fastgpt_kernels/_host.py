@@ -64,3 +64,19 @@ def check_tensor(
         )
     if device is not None and x.device != device:
         raise ValueError(f"{op}: {name} must be on {device}, got {x.device}")
+
+
+def call_directly(*tensors: torch.Tensor | None) -> bool:
+    """True in plain eager mode, where an autograd.Function that calls the launchers is enough.
+
+    The registered op costs about 60 us more a call. It is needed wherever something looks at ops
+    rather than running them: torch.compile, fake tensors, dispatch modes such as the FLOP counter,
+    functorch transforms and tensor subclasses.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(t is None or type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+    )

@@ -1,0 +1,327 @@
+"""Compile every kernel with every config for GPUs that are not here, and count what they use.
+
+    python -m fastgpt_kernels.aot [--arch sm_90 ...] [--op layer_norm ...] [--json FILE]
+
+prints registers a thread, shared memory, spilled bytes and the widest global access by kernel, and
+exits with 1 where a kernel spills, needs more shared memory than the device has, lacks the wgmma
+it should have, or does not compile in time. No GPU is needed: ptxas and cuobjdump come with Triton.
+
+An op's file takes part by defining `aot_specs(arch) -> Iterator[AotSpec]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastgpt_kernels.configs import ARCHITECTURES
+
+# Shared memory one block may have, in bytes: CUDA C++ Programming Guide, "Technical Specifications
+# per Compute Capability" (the opt-in maximum); CDNA3 ISA for gfx942.
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "gfx942": 64 * 1024,
+}
+
+
+@dataclass(frozen=True)
+class AotSpec:
+    """One kernel as a launcher would specialise it.
+
+    name             for the table and the baseline, e.g. "layer_norm_forward C=1024 bias"
+    kernel           the @triton.jit function
+    signature        type by argument name, for those that are not constexpr: "*bf16", "i32", "fp32"
+    constexprs       value by argument name; a pointer passed as None belongs here too
+    divisible_by_16  arguments the launcher guarantees: aligned pointers, strides and sizes
+    expect_wgmma     fail where the sm_90 PTX has no wgmma
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, object]
+    num_warps: int
+    num_stages: int
+    divisible_by_16: tuple[str, ...] = ()
+    expect_wgmma: bool = False
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one compiled kernel uses; `problem` is empty where all is well."""
+
+    name: str
+    arch: str
+    registers: int = 0
+    shared: int = 0  # bytes a block
+    spills: int = 0  # bytes a thread of local memory
+    widest: int = 0  # bits of the widest global load or store
+    seconds: float = 0.0
+    problem: str = ""
+
+
+def target(arch: str) -> GPUTarget:
+    """Triton's target for "sm_90" or "gfx942"."""
+    if arch.startswith("sm_"):
+        return GPUTarget("cuda", int(arch[3:]), 32)
+    return GPUTarget("hip", arch, 64)
+
+
+def compile_spec(spec: AotSpec, arch: str) -> Any:
+    """Triton's compiled kernel for `spec`; `.asm` holds ttgir, ptx and cubin, or amdgcn."""
+    names = spec.kernel.arg_names
+    unknown = (set(spec.signature) | set(spec.constexprs) | set(spec.divisible_by_16)) - set(names)
+    missing = set(names) - set(spec.signature) - set(spec.constexprs)
+    if unknown or missing:
+        raise ValueError(
+            f"{spec.name}: arguments of {spec.kernel.__name__} without a type: {sorted(missing)}; "
+            f"named in the spec but not arguments: {sorted(unknown)}"
+        )
+    source = ASTSource(
+        spec.kernel,
+        {n: "constexpr" if n in spec.constexprs else spec.signature[n] for n in names},
+        constexprs={(names.index(n),): value for n, value in spec.constexprs.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in spec.divisible_by_16},
+    )
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    return triton.compile(source, target=target(arch), options=options)
+
+
+def _cuda_usage(compiled: Any) -> tuple[int, int, int, int]:
+    """(registers, static shared bytes, local bytes, widest access) of a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    line = next(line for line in text.splitlines() if "REG:" in line)
+    used = {key: int(n) for key, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
+    accesses = re.findall(
+        r"\b(?:ld|st)\.global\S*?(?:\.v(\d))?\.[bsuf](\d+)\b", compiled.asm["ptx"]
+    )
+    widest = max((int(n or 1) * int(bits) for n, bits in accesses), default=0)
+    # ptxas keeps spilled registers in the stack frame or in .nv.local, by version.
+    return used["REG"], used["SHARED"], max(used["LOCAL"], used["STACK"]), widest
+
+
+def _amd_usage(compiled: Any) -> tuple[int, int, int, int]:
+    """The same for AMD, from the kernel metadata at the end of the assembly."""
+    text = compiled.asm["amdgcn"]
+
+    def field(key: str) -> int:
+        found = re.search(rf"\.{key}:\s*(\d+)", text)
+        if found is None:
+            raise ValueError(f"no .{key} in the amdgcn metadata")
+        return int(found[1])
+
+    words = [
+        {"": 1, "x2": 2, "x3": 3, "x4": 4}[suffix]
+        for suffix in re.findall(r"\b(?:global|buffer)_(?:load|store)_dword(x\d)?\b", text)
+    ]
+    spills = 4 * field("vgpr_spill_count") + field("private_segment_fixed_size")
+    registers = field("vgpr_count")  # counts the accumulation registers too on gfx942
+    return registers, field("group_segment_fixed_size"), spills, 32 * max(words, default=0)
+
+
+def inspect(spec: AotSpec, arch: str) -> Usage:
+    """Compile `spec` for `arch` and judge what it uses."""
+    start = time.perf_counter()
+    compiled = compile_spec(spec, arch)
+    is_cuda = arch.startswith("sm_")
+    registers, shared, spills, widest = (_cuda_usage if is_cuda else _amd_usage)(compiled)
+    shared = max(shared, compiled.metadata.shared)  # dynamic shared memory is not in the binary
+    problems = []
+    if spills:
+        problems.append(f"spills {spills} bytes a thread")
+    if shared > SHARED_LIMIT[arch]:
+        problems.append(f"shared memory {shared} > {SHARED_LIMIT[arch]}")
+    if spec.expect_wgmma and arch == "sm_90" and "wgmma.mma_async" not in compiled.asm["ptx"]:
+        problems.append("no wgmma in the PTX")
+    seconds = time.perf_counter() - start
+    return Usage(
+        spec.name, arch, registers, shared, spills, widest, seconds, problem="; ".join(problems)
+    )
+
+
+def op_modules(only: Iterable[str] = ()) -> list[str]:
+    """Names of this package's modules that define `aot_specs`."""
+    package = importlib.import_module("fastgpt_kernels")
+    names = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")]
+    wanted = set(only)
+    if wanted - set(names):
+        raise ValueError(f"no such op: {', '.join(sorted(wanted - set(names)))}")
+    modules = [f"fastgpt_kernels.{n}" for n in names if n not in ("aot", "tune")]
+    return [
+        m
+        for m in modules
+        if hasattr(importlib.import_module(m), "aot_specs")
+        and (not wanted or m.split(".")[1] in wanted)
+    ]
+
+
+def _specs(module: str, arch: str) -> list[AotSpec]:
+    return list(importlib.import_module(module).aot_specs(arch))
+
+
+def _worker(connection: multiprocessing.connection.Connection, cache: str) -> None:
+    """Compile the (module, arch, index) tasks that come in; a fresh cache, so nothing is stale."""
+    triton.knobs.cache.dir = cache
+    triton.knobs.compilation.always_compile = True
+    specs: dict[tuple[str, str], list[AotSpec]] = {}
+    while (task := connection.recv()) is not None:
+        module, arch, index = task
+        if (module, arch) not in specs:
+            specs[module, arch] = _specs(module, arch)
+        spec = specs[module, arch][index]
+        try:
+            usage = inspect(spec, arch)
+        except Exception as error:  # whatever the compiler raises is this kernel's row in the table
+            last = (str(error).strip().splitlines() or [""])[-1]
+            problem = f"does not compile: {type(error).__name__}: {last}"
+            usage = Usage(spec.name, arch, problem=problem)
+        connection.send(usage)
+
+
+@dataclass
+class _Job:
+    process: Any
+    connection: Any
+    task: tuple[str, str, int, str] | None = None  # module, arch, index, the spec's name
+    deadline: float = 0.0
+
+
+def inspect_all(
+    modules: Sequence[str], archs: Sequence[str], *, jobs: int = 2, timeout: float = 60.0
+) -> list[Usage]:
+    """Usage of every spec of `modules` on `archs`, in `jobs` processes.
+
+    A kernel whose compilation takes over `timeout` seconds, or kills its process, is reported so.
+    """
+    tasks = [
+        (module, arch, index, spec.name)
+        for arch in archs
+        for module in modules
+        for index, spec in enumerate(_specs(module, arch))
+    ]
+    names = [(arch, name) for _, arch, _, name in tasks]
+    if len(set(names)) != len(names):
+        twice = sorted({n for n in names if names.count(n) > 1})
+        raise ValueError(f"specs with the same name: {twice}")
+    context = multiprocessing.get_context("spawn")
+    results: list[Usage] = []
+    with tempfile.TemporaryDirectory() as cache:
+
+        def start() -> _Job:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_worker, args=(theirs, cache), daemon=True)
+            process.start()
+            theirs.close()
+            return _Job(process, ours)
+
+        def give(job: _Job) -> None:
+            job.task = pending.pop(0) if pending else None
+            job.deadline = time.monotonic() + timeout
+            if job.task:
+                job.connection.send(job.task[:3])
+
+        pending = list(tasks)
+        workers = [start() for _ in range(min(jobs, len(tasks)))]
+        for job in workers:
+            give(job)
+            job.deadline += 60  # the first task also waits for the imports
+        while busy := [job for job in workers if job.task is not None]:
+            patience = max(0.0, min(job.deadline for job in busy) - time.monotonic())
+            multiprocessing.connection.wait([job.connection for job in busy], patience)
+            for job in busy:
+                problem = ""
+                if job.connection.poll():
+                    try:
+                        results.append(job.connection.recv())
+                    except EOFError:
+                        job.process.join()
+                        problem = f"the compiler died with exit code {job.process.exitcode}"
+                elif time.monotonic() > job.deadline:
+                    problem = f"did not compile within {timeout:.0f} s"
+                else:
+                    continue
+                if problem and job.task:
+                    results.append(Usage(job.task[3], job.task[1], problem=problem))
+                    job.process.kill()
+                    fresh = start()
+                    job.process, job.connection = fresh.process, fresh.connection
+                    give(job)
+                    job.deadline += 60
+                else:
+                    give(job)
+        for job in workers:
+            job.connection.send(None)
+            job.process.join()
+    order = {key: i for i, key in enumerate(names)}
+    return sorted(results, key=lambda usage: order[usage.arch, usage.name])
+
+
+def table(usages: Sequence[Usage]) -> str:
+    """The usages as text, one row a kernel."""
+    width = max([len(usage.name) for usage in usages] + [len("kernel")])
+    lines = [
+        f"{'kernel':{width}}  {'arch':7} {'regs':>4} {'shared':>7} {'spills':>6} {'ld/st':>5} {'s':>5}"
+    ]
+    for u in usages:
+        lines.append(
+            f"{u.name:{width}}  {u.arch:7} {u.registers:4} {u.shared:7} {u.spills:6} {u.widest:5}"
+            f" {u.seconds:5.1f}  {u.problem}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastgpt_kernels.aot", description=__doc__)
+    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=sorted(SHARED_LIMIT))
+    parser.add_argument("--op", nargs="+", default=(), help="only these ops' files")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one kernel")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    args = parser.parse_args(arguments)
+    if triton.knobs.runtime.interpret:
+        print("unset TRITON_INTERPRET: interpreted kernels cannot be compiled", file=sys.stderr)
+        return 2
+    start = time.monotonic()
+    usages = inspect_all(op_modules(args.op), args.arch, jobs=args.jobs, timeout=args.timeout)
+    bad = [usage for usage in usages if usage.problem]
+    print(table(usages))
+    print(
+        f"{len(usages)} kernels in {time.monotonic() - start:.0f} s with Triton "
+        f"{triton.__version__}: {len(bad)} with problems"
+    )
+    if args.json:
+        rows = {"triton": triton.__version__, "kernels": [asdict(u) for u in usages]}
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

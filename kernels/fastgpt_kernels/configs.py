@@ -1,0 +1,49 @@
+"""Launch configs: static tables by (architecture, size), tuned offline, nothing searched at run time.
+
+A table maps an architecture ("sm_90", "gfx942", or "default") to entries keyed by a size bound (a
+head dim, a row width): the entry with the smallest key at or above the size is used.
+`python -m fastgpt_kernels.tune` searches on the GPU at hand and prints tables to paste here. An
+entry that nobody has timed says so: it was then chosen by register and shared-memory counts from
+`python -m fastgpt_kernels.aot`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+# Architectures for which every kernel is compiled and inspected in CI.
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One launch: the kernel's tile sizes by parameter name, warps a program, pipeline stages."""
+
+    blocks: Mapping[str, int]
+    num_warps: int
+    num_stages: int = 1
+
+    def kwargs(self) -> dict[str, int]:
+        """Keyword arguments for `kernel[grid](...)`: the tiles, num_warps and num_stages."""
+        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+Table = Mapping[str, Mapping[int, Config]]
+
+
+def lookup(table: Table, arch: str, key: int) -> Config:
+    """The entry for `key` on `arch`: the smallest key at or above it, else the largest one.
+
+    An architecture without entries of its own uses "default". Keys must be in rising order.
+    """
+    entries = table.get(arch) or table["default"]
+    for bound, config in entries.items():
+        if key <= bound:
+            return config
+    return config
+
+
+def entries(table: Table, arch: str) -> Mapping[int, Config]:
+    """All entries that `lookup` can return on `arch`; what `aot_specs` enumerates."""
+    return table.get(arch) or table["default"]

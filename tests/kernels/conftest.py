@@ -1,0 +1,46 @@
+"""Fixtures of the kernel tests: the device at hand, its dtypes, and poisoned outputs.
+
+With a GPU the kernels run on it, in bf16 too. Without one they run in Triton's interpreter on CPU
+tensors, in fp32 and fp16 (bf16 is silently wrong there): keep those shapes small.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.kernels import helpers
+
+HAS_CUDA = torch.cuda.is_available()
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * HAS_CUDA
+
+
+@pytest.fixture(autouse=True)
+def run_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors go to the interpreted kernel here, not to the reference."""
+    if not HAS_CUDA:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What launchers allocate is full of NaN, so that an output left unwritten fails the test."""
+    helpers.poison_empty(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """The same random inputs in every run, whatever the order of the tests."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1234)
+        yield
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda", 0) if HAS_CUDA else torch.device("cpu")
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param

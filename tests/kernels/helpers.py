@@ -1,0 +1,109 @@
+"""The accuracy rule of the kernel tests and the small tools that all of them share.
+
+The rule: against the float64 oracle, our error is at most twice that of PyTorch at the same dtype
+on the same input, by largest absolute error and by relative Frobenius norm.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+
+def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `torch.empty` and `torch.empty_like` return NaN (integers: the lowest value)."""
+
+    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wrapper(*args: Any, **kwargs: Any) -> Tensor:
+            out = allocate(*args, **kwargs)
+            if torch.compiler.is_compiling() or out.is_meta:
+                return out
+            if out.is_floating_point():
+                return out.fill_(float("nan"))
+            return out if out.dtype is torch.bool else out.fill_(torch.iinfo(out.dtype).min)
+
+        return wrapper
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+
+
+def errors(x: Tensor, oracle: Tensor) -> tuple[float, float]:
+    """(largest absolute error, relative Frobenius error) of `x`, both 0 for an empty tensor."""
+    if oracle.numel() == 0:
+        return 0.0, 0.0
+    difference = x.double() - oracle
+    norm = oracle.norm().item()
+    return difference.abs().max().item(), difference.norm().item() / (norm or 1.0)
+
+
+def assert_accurate(
+    ours: Tensor, torch_same_dtype: Tensor, oracle: Tensor, factor: float = 2.0, name: str = ""
+) -> None:
+    """`ours` errs at most `factor` times as much as PyTorch does, or within an ulp or so.
+
+    The floor is for when PyTorch's own error is 0 or lucky: eps of the dtype times the largest
+    value, which is two roundings of that value.
+    """
+    assert ours.shape == oracle.shape, f"{name}: shape {ours.shape}, wanted {oracle.shape}"
+    assert ours.dtype == torch_same_dtype.dtype, f"{name}: {ours.dtype}, {torch_same_dtype.dtype}"
+    oracle = oracle.double()
+    ours, torch_same_dtype = ours.to(oracle.device), torch_same_dtype.to(oracle.device)
+    finite = oracle.isfinite() & torch_same_dtype.isfinite()  # fp16 may overflow where fp64 cannot
+    strange = ~finite & (ours != torch_same_dtype) & ~(ours.isnan() & torch_same_dtype.isnan())
+    assert not strange.any(), (
+        f"{name}: {strange.sum().item()} values differ where PyTorch's are infinite or NaN"
+    )
+    bad = ~ours.isfinite() & finite
+    assert not bad.any(), f"{name}: {bad.sum().item()} of {ours.numel()} values are not finite"
+    ours, torch_same_dtype, oracle = ours[finite], torch_same_dtype[finite], oracle[finite]
+    our_max, our_norm = errors(ours, oracle)
+    torch_max, torch_norm = errors(torch_same_dtype, oracle)
+    eps = torch.finfo(torch_same_dtype.dtype).eps
+    scale = oracle.abs().max().item() if oracle.numel() else 0.0
+    assert our_max <= factor * torch_max + eps * scale, (
+        f"{name}: largest error {our_max:.3e}, PyTorch's {torch_max:.3e}, largest value {scale:.3e}"
+    )
+    assert our_norm <= factor * torch_norm + eps, (
+        f"{name}: relative error {our_norm:.3e}, PyTorch's {torch_norm:.3e}"
+    )
+
+
+def forward_backward(
+    fn: Callable[..., Any], inputs: Sequence[Any], dys: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(outputs, gradients of the floating-point inputs) of `fn(*inputs)`; strides are kept."""
+    leaves = [
+        x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for x in inputs
+    ]
+    y = fn(*leaves)
+    outputs = list(y) if isinstance(y, tuple) else [y]
+    wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+    gradients = torch.autograd.grad(outputs, wanted, list(dys))
+    return [y.detach() for y in outputs], list(gradients)
+
+
+def check_op(
+    op: Callable[..., Any],
+    reference: Callable[..., Any],
+    inputs: Sequence[Any],
+    dys: Sequence[Tensor],
+    factor: float = 2.0,
+) -> None:
+    """Outputs and gradients of `op` obey the accuracy rule; `reference` is run in fp64 and as is.
+
+    `inputs` are positional arguments, `dys` one gradient an output.
+    """
+
+    def double(x: Any) -> Any:
+        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    ours = forward_backward(op, inputs, dys)
+    same = forward_backward(reference, inputs, dys)
+    oracle = forward_backward(reference, [double(x) for x in inputs], [double(dy) for dy in dys])
+    for kind, a, b, c in zip(("output", "gradient"), ours, same, oracle, strict=True):
+        for i, (x, y, z) in enumerate(zip(a, b, c, strict=True)):
+            assert_accurate(x, y, z, factor, f"{kind} {i} {tuple(z.shape)}")
