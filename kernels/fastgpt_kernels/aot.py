@@ -6,7 +6,7 @@ prints registers a thread, shared memory, spilled bytes and the widest global ac
 exits with 1 where a kernel spills, needs more shared memory than the device has, lacks the wgmma
 it should have, or does not compile in time. No GPU is needed: ptxas and cuobjdump come with Triton.
 
-An op's file takes part by defining `aot_specs(arch) -> Iterator[AotSpec]`.
+An op's file takes part by defining `aot_specs(arch) -> Iterator[AotSpec]`, see `specs`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
-import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastgpt_kernels.configs import ARCHITECTURES
+from fastgpt_kernels.specs import AotSpec, op_modules
 
 # Shared memory one block may have, in bytes: CUDA C++ Programming Guide, "Technical Specifications
 # per Compute Capability" (the opt-in maximum); CDNA3 ISA for gfx942.
@@ -44,28 +44,6 @@ SHARED_LIMIT = {
     "sm_100": 227 * 1024,
     "gfx942": 64 * 1024,
 }
-
-
-@dataclass(frozen=True)
-class AotSpec:
-    """One kernel as a launcher would specialise it.
-
-    name             for the table and the baseline, e.g. "layer_norm_forward C=1024 bias"
-    kernel           the @triton.jit function
-    signature        type by argument name, for those that are not constexpr: "*bf16", "i32", "fp32"
-    constexprs       value by argument name; a pointer passed as None belongs here too
-    divisible_by_16  arguments the launcher guarantees: aligned pointers, strides and sizes
-    expect_wgmma     fail where the sm_90 PTX has no wgmma
-    """
-
-    name: str
-    kernel: Any
-    signature: Mapping[str, str]
-    constexprs: Mapping[str, object]
-    num_warps: int
-    num_stages: int
-    divisible_by_16: tuple[str, ...] = ()
-    expect_wgmma: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,22 +143,6 @@ def inspect(spec: AotSpec, arch: str) -> Usage:
     return Usage(
         spec.name, arch, registers, shared, spills, widest, seconds, problem="; ".join(problems)
     )
-
-
-def op_modules(only: Iterable[str] = ()) -> list[str]:
-    """Names of this package's modules that define `aot_specs`."""
-    package = importlib.import_module("fastgpt_kernels")
-    names = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")]
-    wanted = set(only)
-    if wanted - set(names):
-        raise ValueError(f"no such op: {', '.join(sorted(wanted - set(names)))}")
-    modules = [f"fastgpt_kernels.{n}" for n in names if n not in ("aot", "tune")]
-    return [
-        m
-        for m in modules
-        if hasattr(importlib.import_module(m), "aot_specs")
-        and (not wanted or m.split(".")[1] in wanted)
-    ]
 
 
 def _specs(module: str, arch: str) -> list[AotSpec]:
@@ -287,9 +249,7 @@ def inspect_all(
 def table(usages: Sequence[Usage]) -> str:
     """The usages as text, one row a kernel."""
     width = max([len(usage.name) for usage in usages] + [len("kernel")])
-    lines = [
-        f"{'kernel':{width}}  {'arch':7} {'regs':>4} {'shared':>7} {'spills':>6} {'ld/st':>5} {'s':>5}"
-    ]
+    lines = [f"{'kernel':{width}}  arch    regs  shared spills ld/st     s"]
     for u in usages:
         lines.append(
             f"{u.name:{width}}  {u.arch:7} {u.registers:4} {u.shared:7} {u.spills:6} {u.widest:5}"
@@ -310,7 +270,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("unset TRITON_INTERPRET: interpreted kernels cannot be compiled", file=sys.stderr)
         return 2
     start = time.monotonic()
-    usages = inspect_all(op_modules(args.op), args.arch, jobs=args.jobs, timeout=args.timeout)
+    usages = inspect_all(
+        op_modules("aot_specs", args.op), args.arch, jobs=args.jobs, timeout=args.timeout
+    )
     bad = [usage for usage in usages if usage.problem]
     print(table(usages))
     print(

@@ -1,4 +1,4 @@
-"""Launch configs: static tables by (architecture, size), tuned offline, nothing searched at run time.
+"""Launch configs: static tables by (architecture, size), nothing searched at run time.
 
 A table maps an architecture ("sm_90", "gfx942", or "default") to entries keyed by a size bound (a
 head dim, a row width): the entry with the smallest key at or above the size is used.
