@@ -1,7 +1,7 @@
 """GPT-2, and nothing but GPT-2.
 
 Parameters are named as nanoGPT names them. The residual stream is carried in the form that the
-fused ops want: every block ends by adding its branch to the stream and normalising for the next one,
+fused ops want: every block ends by adding its branch to the stream and normalising for the next,
 so one op reads the stream once.
 """
 

@@ -113,10 +113,13 @@ def check_value(leaf: Leaf, value: Any, where: str) -> Any:
     return value
 
 
-def unknown_key(key: str, names: Sequence[str], where: str) -> UserError:
+def unknown_key(key: str, names: Sequence[str], where: str, what: str = "setting") -> UserError:
+    """The error for a name that does not exist, with the nearest one that does."""
     close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}?" if close else "--help lists them all"
-    return UserError(f"{where}{key}: no such setting; {hint}")
+    flag = "--" if where == "--" else ""
+    listed = f"there are {', '.join(names)}" if len(names) < 12 else "--help lists them all"
+    hint = f"did you mean {flag}{close[0]}?" if close else listed
+    return UserError(f"{where}{key}: no such {what}; {hint}")
 
 
 def check(config: Config) -> None:

@@ -1,0 +1,171 @@
+"""The command line: fastgpt prepare | train | sample | doctor.
+
+Everything heavy is imported inside the command that needs it, so that `--help` and mistakes answer
+at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastgpt import __version__, run, settings
+from fastgpt.config import Config, PrepareConfig, SampleConfig
+from fastgpt.errors import UserError
+from fastgpt.presets import PRESETS, default_name
+
+OVERVIEW = """\
+fastgpt {version}: train GPT-2-class models as fast as one CUDA GPU allows
+
+  fastgpt train [PRESET | FILE.toml] [--key=value ...]   train; no preset: what fits this machine
+  fastgpt sample [--out_dir=RUN] [--start=TEXT] ...      generate text from a trained model
+  fastgpt prepare CORPUS [--key=value ...]               turn a corpus into token files
+  fastgpt doctor                                         what this machine has and what will run
+
+presets   {presets}
+corpora   python_stdlib  shakespeare_char  shakespeare  openwebtext  fineweb10B
+          or any text file or folder: --input=PATH
+
+`fastgpt COMMAND --help` lists all settings of a command.
+"""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 2 a mistake of the user's, 128 + N a signal, 1 our fault."""
+    args = list(sys.argv[1:] if args is None else args)
+    try:
+        code = _command(args)
+        sys.stdout.flush()
+    except UserError as e:
+        sys.stdout.flush()
+        print(f"fastgpt: {e}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("fastgpt: interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        # The reader of our output is gone (`| head`): nothing more to say, and nothing went wrong.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code)
+
+
+def _command(args: list[str]) -> int:
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "sample": _sample,
+        "prepare": _prepare,
+        "doctor": _doctor,
+    }
+    if not args or args[0] in ("-h", "--help", "help"):
+        presets = "  ".join(PRESETS)
+        print(OVERVIEW.format(version=__version__, presets=presets), end="")
+        return 0
+    if args[0] == "--version":
+        print(f"fastgpt {__version__}")
+        return 0
+    if args[0] not in commands:
+        raise settings.unknown_key(args[0], list(commands), "fastgpt ", what="command")
+    return commands[args[0]](args[1:])
+
+
+def _help(config: Any, command: str, positional: str) -> int:
+    import tyro
+
+    tyro.cli(
+        type(config),
+        prog=f"fastgpt {command} {positional}".strip(),
+        args=["--help"],
+        default=config,
+        use_underscores=True,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+    )
+    return 0
+
+
+def _wants_help(args: list[str]) -> bool:
+    return "--help" in args or "-h" in args
+
+
+def _train(args: list[str]) -> int:
+    if _wants_help(args):
+        base = PRESETS[args[0]]() if args[0] in PRESETS else PRESETS["laptop"]()
+        return _help(base, "train", "[PRESET | FILE.toml]")
+    positional, flags = settings.split_flags(args)
+    if len(positional) > 1:
+        raise UserError(f"{' '.join(positional)}: one preset or TOML file is wanted")
+    config, name = _base(positional[0] if positional else None, flags)
+    config = settings.apply_flags(config, flags)
+    settings.check(config)
+    from fastgpt.train import train
+
+    return train(config, name)
+
+
+def _base(source: str | None, flags: dict[str, str]) -> tuple[Config, str]:
+    """What the flags apply to: the run to resume, a TOML file, a preset, this machine's preset."""
+    if flags.get("init_from") == "resume":
+        run_dir = run.find(flags.get("out_dir", ""))
+        if source is not None:
+            print(f"resume: settings come from {run_dir / 'config.toml'}, not from {source}")
+        return run.load_config(run_dir), run_dir.name
+    if source is None:
+        name = default_name()
+        print(f"preset {name}: {PRESETS[name].__doc__}")
+        return PRESETS[name](), name
+    if source in PRESETS:
+        return PRESETS[source](), source
+    if source.endswith(".toml"):
+        path = Path(source)
+        return settings.load_toml(path), path.parent.name if path.stem == "config" else path.stem
+    stem = Path(source).stem.removeprefix("train_")
+    if source.endswith(".py"):
+        known = f"; the preset {stem} is built in" if stem in PRESETS else ""
+        raise UserError(f"{source}: Python is not run as configuration; write TOML{known}")
+    raise settings.unknown_key(source, list(PRESETS), "", what="preset")
+
+
+def _sample(args: list[str]) -> int:
+    if _wants_help(args):
+        return _help(SampleConfig(), "sample", "")
+    positional, flags = settings.split_flags(args)
+    if positional:
+        raise UserError(f"{positional[0]}: not a flag; the prompt is given as --start=TEXT")
+    config = settings.apply_flags(SampleConfig(), flags)
+    from fastgpt.sample import sample
+
+    return sample(config)
+
+
+def _prepare(args: list[str]) -> int:
+    if _wants_help(args):
+        return _help(PrepareConfig(), "prepare", "CORPUS")
+    positional, flags = settings.split_flags(args)
+    if len(positional) > 1:
+        raise UserError(f"{' '.join(positional)}: one corpus is wanted")
+    if positional:
+        flags.setdefault("dataset", positional[0])
+    config = settings.apply_flags(PrepareConfig(), flags)
+    if not (config.data.dataset or config.data.input):
+        raise UserError("prepare: which corpus? name one, or a text with --input=PATH")
+    from fastgpt.data.prepare import prepare
+    from fastgpt.data.tokens import open_dataset
+
+    folder = prepare(config.data, overwrite=config.overwrite)
+    print(f"data {open_dataset(folder).describe()}")
+    return 0
+
+
+def _doctor(args: list[str]) -> int:
+    if _wants_help(args):
+        print("fastgpt doctor: Python, torch, triton, GPU and peak, disk, data, ops; no settings")
+        return 0
+    if args:
+        raise UserError(f"{args[0]}: doctor takes no settings")
+    from fastgpt.doctor import doctor
+
+    doctor()
+    return 0

@@ -1,0 +1,70 @@
+"""AdamW with decay on matrices only, the learning-rate schedule, and clipping."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastgpt.config import OptimConfig
+
+
+def learning_rate(step: int, c: OptimConfig) -> float:
+    """Linear warm-up, then a cosine down to min_lr at lr_decay_iters, then min_lr (nanoGPT's)."""
+    if not c.decay_lr:
+        return c.learning_rate
+    if step < c.warmup_iters:
+        return c.learning_rate * (step + 1) / (c.warmup_iters + 1)
+    if step >= c.lr_decay_iters:
+        return c.min_lr
+    progress = (step - c.warmup_iters) / (c.lr_decay_iters - c.warmup_iters)
+    return c.min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (c.learning_rate - c.min_lr)
+
+
+def make_optimizer(model: nn.Module, c: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the model's parameters; matrices and embeddings decay, vectors do not."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": c.weight_decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    # Fused: one pass over all tensors, and `found_inf` can call off an update on the device itself.
+    fused = params[0].device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=fused)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients to a global norm of at most max_norm (0: as they are); the norm."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(list(model.parameters()), max_norm, norm)
+    return norm
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state as flat named tensors: {"exp_avg.transformer.wte.weight": ...}."""
+    out: dict[str, Tensor] = {}
+    for name, p in model.named_parameters():
+        for key, value in optimizer.state.get(p, {}).items():
+            out[f"{key}.{name}"] = value
+    return out
+
+
+def load_state_tensors(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]
+) -> None:
+    """The inverse of `state_tensors`; every parameter's state comes from `tensors`."""
+    params = dict(model.named_parameters())
+    for full_name, value in tensors.items():
+        key, _, name = full_name.partition(".")
+        p = params[name]
+        # `step` is a scalar that fused AdamW keeps on the parameter's device.
+        optimizer.state[p][key] = value.to(p.device)

@@ -1,0 +1,79 @@
+"""What a run says before its first step and after its last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastgpt import plot, settings
+from fastgpt.config import Config
+from fastgpt.data.tokenizers import decode_stream
+from fastgpt.data.tokens import Dataset
+from fastgpt.generate import generate
+from fastgpt.step import Trainer
+
+if TYPE_CHECKING:
+    from fastgpt.train import Loop
+
+
+def introduce(config: Config, trainer: Trainer, dataset: Dataset, run_dir: Path) -> None:
+    """Say once what runs, on what, and why."""
+    section = ""
+    for leaf in settings.leaves(Config).values():
+        if leaf.section != section:
+            section = leaf.section
+            print(f"\n{section + ':':8}" if section != "run" else f"{section + ':':8}", end="")
+        print(f"{leaf.name}={settings.get(config, leaf)}", end=" ")
+    o, m = config.optim, config.model
+    per_step = o.batch_size * o.gradient_accumulation_steps * m.block_size
+    device = trainer.device
+    gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    print(f"\n\ndata {dataset.describe()}")
+    print(f"tokens per iteration will be: {per_step:,}")
+    print(f"number of parameters: {trainer.model.n_params() / 1e6:.2f}M")
+    print(f"device {device}{gpu}, {config.system.dtype}, compile {config.system.compile}")
+    print(f"ops {trainer.model.ops.describe()}")
+    print(f"run {run_dir}", flush=True)
+
+
+def farewell(loop: Loop, dataset: Dataset, run_dir: Path) -> None:
+    """What came of it: losses, the picture, a sample, and the commands to go on."""
+    at, c = loop.progress, loop.config
+    picture = plot.loss_curve(run_dir)
+    if at.last_eval >= 0:
+        print(f"\nval loss {at.val_loss:.4f} at step {at.last_eval}, best {at.best_val_loss:.4f}")
+    if picture:
+        print(f"loss curve {picture}")
+    if c.log.sample_tokens and dataset.tokenizer is not None and not loop.stop:
+        tokenizer = dataset.tokenizer
+        prompt = tokenizer.encode("\n") if tokenizer.eot is None else [tokenizer.eot]
+        ids = generate(
+            loop.trainer.model,
+            [int(i) for i in prompt],
+            c.log.sample_tokens,
+            temperature=0.8,
+            top_k=200,
+            seed=c.run.seed,
+            stop_token=None,
+        )
+        print(f"\n--- sample {'-' * 61}")
+        print("".join(decode_stream(tokenizer, ids)).strip())
+        print("-" * 72)
+    if loop.saved:
+        more = "" if at.step < c.run.max_iters else f" --max_iters={2 * c.run.max_iters}"
+        print(f"\nsample:   fastgpt sample --out_dir={run_dir}")
+        print(f"continue: fastgpt train --init_from=resume --out_dir={run_dir}{more}")
+
+
+def out_of_memory(config: Config, device: torch.device) -> str:
+    o, m = config.optim, config.model
+    free = ""
+    if device.type == "cuda":
+        free = f" of {torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB"
+    return (
+        f"out of memory{free} at --batch_size={o.batch_size} x --block_size={m.block_size}; halve "
+        f"--batch_size and double --gradient_accumulation_steps ({o.gradient_accumulation_steps}): "
+        "the training stays the same"
+    )

@@ -1,0 +1,143 @@
+"""One optimizer step: micro-batches forward and backward, clipping, AdamW.
+
+A step is a pure function of the weights, the optimizer's state, the batch and (seed, step):
+dropout's generator is seeded anew for every step, so resuming needs no generator state.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt import optim
+from fastgpt.config import Config
+from fastgpt.device import autocast
+from fastgpt.errors import UserError
+from fastgpt.model import GPT
+
+
+class NonFinite(Exception):
+    """The loss or the gradient norm of `step` was not finite; its update did not happen."""
+
+    def __init__(self, step: int):
+        super().__init__(f"step {step}")
+        self.step = step
+
+
+def dropout_seed(seed: int, step: int) -> int:
+    """A generator seed for a step, far from its neighbours' (SplitMix64's finaliser)."""
+    z = (seed + (step + 1) * 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return (z ^ (z >> 31)) % 2**63
+
+
+class Trainer:
+    """The model, its optimizer and all that a step changes.
+
+    `step` runs one; `losses` evaluates; `check` raises NonFinite where a step since the last call
+    went wrong. On a GPU nothing here waits for the device but `check`.
+    """
+
+    def __init__(self, model: GPT, config: Config, device: torch.device):
+        system = config.system
+        self.model, self.config, self.device, self.dtype = model, config, device, system.dtype
+        self.optimizer = optim.make_optimizer(model, config.optim)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=system.dtype == "float16")
+        self.forward = torch.compile(model) if system.compile else model
+        # The first step whose loss or gradient norm was not finite; -1: none. From then on every
+        # update is called off on the device, until `check` looks.
+        self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self._guard_on_device = device.type == "cuda"
+
+    def _loss(self, tokens: Tensor) -> Tensor:
+        """Mean loss of windows (B, T + 1): inputs and targets one token apart."""
+        with autocast(self.device, self.dtype):
+            return self.forward(tokens[:, :-1], tokens[:, 1:])
+
+    def _backward(self, step: int, tokens: Tensor) -> Tensor:
+        """Gradients of the mean loss over all micro-batches. Returns that loss."""
+        if self.config.model.dropout:
+            torch.manual_seed(dropout_seed(self.config.run.seed, step))
+        micro_batches = tokens.split(self.config.optim.batch_size)
+        total = torch.zeros((), device=self.device)
+        for micro_batch in micro_batches:
+            loss = self._loss(micro_batch) / len(micro_batches)
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def step(self, step: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """One update from a batch (rows, T + 1). Returns loss and gradient norm, on the device."""
+        optim.set_learning_rate(self.optimizer, optim.learning_rate(step, self.config.optim))
+        loss = self._backward(step, tokens)
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = optim.clip_gradients(self.model, self.config.optim.grad_clip)
+        # With loss scaling an infinite gradient is how the scaler finds its scale, and no fault.
+        finite = loss if self.scaler.is_enabled() else loss + grad_norm
+        bad = ~torch.isfinite(finite) & (self._bad_step < 0)
+        self._bad_step = torch.where(bad, step, self._bad_step)
+        if self._guard_on_device:
+            if not self.scaler.is_enabled():
+                self.optimizer.found_inf = (self._bad_step >= 0).float()  # type: ignore[attr-defined]
+        else:
+            self.check()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, grad_norm
+
+    def check(self) -> None:
+        """Raise NonFinite if a step was not finite. Waits for the device."""
+        bad_step = int(self._bad_step)
+        if bad_step >= 0:
+            raise NonFinite(bad_step)
+
+    @torch.no_grad()
+    def losses(self, tokens: Tensor) -> Tensor:
+        """Loss of an evaluation batch (B, T + 1), on the device, without dropout."""
+        self.model.eval()
+        loss = self._loss(tokens).detach()
+        self.model.train()
+        return loss
+
+    def diagnose(self, step: int, tokens: Tensor) -> dict[str, Any]:
+        """Run a step's forward and backward again, without the update, and look at each part."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
+        loss = self._backward(step, tokens)
+        norms = {
+            n: p.grad.norm().item() for n, p in self.model.named_parameters() if p.grad is not None
+        }
+        weights = {n: p.detach().norm().item() for n, p in self.model.named_parameters()}
+        self.optimizer.zero_grad(set_to_none=True)
+        return {
+            "step": step,
+            "loss": repr(loss.item()),
+            "learning_rate": optim.learning_rate(step, self.config.optim),
+            "gradient_norms": {n: repr(v) for n, v in norms.items()},
+            "weight_norms": {n: repr(v) for n, v in weights.items()},
+            "not_finite": sorted(
+                n
+                for n in weights
+                if not (math.isfinite(norms.get(n, 0.0)) and math.isfinite(weights[n]))
+            ),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint's state.json needs besides the tensors."""
+        return {"scaler": self.scaler.state_dict()}
+
+    def load(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict) -> None:
+        """Continue from a checkpoint's tensors. Raises UserError where they are another model's."""
+        try:
+            self.model.load_state_dict(model)
+        except RuntimeError as e:
+            raise UserError(
+                f"checkpoint does not fit the model: {str(e).splitlines()[1].strip()}"
+            ) from e
+        optim.load_state_tensors(self.optimizer, self.model, optimizer)
+        self.scaler.load_state_dict(state["scaler"])
