@@ -1,8 +1,8 @@
 """Where there is no GPU the kernels are loaded for Triton's interpreter, once for all tests.
 
 `triton.jit` decides when a kernel is defined, so the variable must be set before the first import
-of triton by any test. It is taken away again at once: only tests/kernels sets it (see there), and
-everything else, subprocesses included, sees a machine without a GPU as a user would.
+of triton by any test. It is taken away again at once: only tests/kernels turns the interpreter on
+(see there), and everything else, subprocesses included, sees what a user without a GPU sees.
 """
 
 import os
@@ -12,9 +12,20 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    import fastgpt_kernels  # noqa: F401
+    from fastgpt_kernels import _host
+    from triton.runtime import interpreter
 
+    _host.INTERPRETED = False
     del os.environ["TRITON_INTERPRET"]
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor, scope):
+        """Triton 3.6 turns a loop bound into an int in a way that NumPy 2.4 refuses; 3.7 does not."""
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+# Whether the kernels were defined for Triton's interpreter: `triton.jit` looks at the variable when
+# it decorates. A plain bool, which torch.compile can read where it cannot trace Triton's settings.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
 
 def use_kernel(x: torch.Tensor) -> bool:
     """True where the kernel itself runs: on a GPU tensor, or anywhere under TRITON_INTERPRET=1."""
-    return x.is_cuda or bool(triton.knobs.runtime.interpret)
+    return x.is_cuda or INTERPRETED
 
 
 @functools.cache
@@ -31,6 +36,29 @@ def arch(device_index: int) -> str:
 def arch_of(x: torch.Tensor) -> str:
     """Architecture key for the device of `x`; the interpreter counts as "cpu"."""
     return arch(x.device.index) if x.is_cuda else "cpu"
+
+
+def on_device(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it the one `x` is on."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return nullcontext()
+
+
+@functools.cache
+def _multiprocessors(device_index: int) -> int:
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+def multiprocessors(x: torch.Tensor) -> int:
+    """SMs (CUs) of the device of `x`; the interpreter counts as 2, so that programs do loop."""
+    return _multiprocessors(x.device.index) if x.is_cuda else 2
+
+
+def row_view(x: torch.Tensor) -> torch.Tensor:
+    """`x` (..., C) as (M, C) with contiguous rows; copied only where strides leave no other way."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def check_tensor(
@@ -64,6 +92,19 @@ def check_tensor(
         )
     if device is not None and x.device != device:
         raise ValueError(f"{op}: {name} must be on {device}, got {x.device}")
+
+
+def refuse_interpreted_bf16(op: str, *tensors: torch.Tensor | None) -> None:
+    """Raise TypeError for bfloat16 on the CPU: Triton's interpreter gets its bits wrong, silently.
+
+    Call it where the interpreter is about to run the kernel.
+    """
+    for t in tensors:
+        if t is not None and t.dtype is torch.bfloat16 and not t.is_cuda:
+            raise TypeError(
+                f"{op}: Triton's interpreter (TRITON_INTERPRET=1) cannot do bfloat16: "
+                "use float32 or float16, or unset TRITON_INTERPRET"
+            )
 
 
 def call_directly(*tensors: torch.Tensor | None) -> bool:

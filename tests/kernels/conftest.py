@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from fastgpt_kernels import _host
 
 from tests.kernels import helpers
 
@@ -20,6 +21,7 @@ def run_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors go to the interpreted kernel here, not to the reference."""
     if not HAS_CUDA:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setattr(_host, "INTERPRETED", True)
 
 
 @pytest.fixture(autouse=True)
