@@ -1,0 +1,107 @@
+"""Which tokens are step s: a pure function of (seed, s) and of nothing else.
+
+Neither earlier steps, nor restarts, nor the number of GPUs, nor NumPy's version change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+
+from fastgpt.data.permutation import Permutation, below, random_words
+from fastgpt.data.prefetch import Prefetcher
+from fastgpt.data.tokens import TokenSplit
+
+__all__ = ["Batches", "Prefetcher", "Sampling", "eval_batches"]
+
+Sampling = Literal["random", "epochs"]
+
+# What random words are drawn for: the second half of Philox's key, so that no two uses meet.
+_STARTS, _OFFSETS, _ORDER, _EVAL = 1, 2, 3, 4
+
+
+class Batches:
+    """The training batches of a split: `rows_per_step` windows of `block_size` + 1 tokens a step.
+
+    "random" draws windows with replacement from all positions, as nanoGPT does. "epochs" cuts the
+    shards into windows that lie end to end (a window's last target is the next one's first input)
+    and takes each once per epoch, in a fresh order; a fresh offset of the grid in each epoch lets
+    the cuts fall elsewhere. Up to two windows a shard are left out of an epoch.
+    """
+
+    def __init__(
+        self,
+        split: TokenSplit,
+        *,
+        rows_per_step: int,
+        block_size: int,
+        seed: int,
+        sampling: Sampling = "random",
+    ):
+        if sampling not in ("random", "epochs"):
+            raise ValueError(f"sampling is 'random' or 'epochs', not {sampling!r}")
+        if rows_per_step < 1 or block_size < 1:
+            raise ValueError(
+                f"rows_per_step {rows_per_step} and block_size {block_size} must be >= 1"
+            )
+        split.require(block_size)
+        self.split, self.rows_per_step, self.block_size = split, rows_per_step, block_size
+        self.seed, self.sampling = seed, sampling
+        counts = np.array([file.count for file in split.shards], np.int64)
+        # Whole windows per shard for any offset in 0 .. room - 1; they need one token more.
+        windows = np.maximum(counts // block_size - 1, counts > block_size)
+        self._room = np.minimum(block_size, counts - windows * block_size)
+        self._first = np.cumsum(counts) - counts
+        self._ends = np.cumsum(windows)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Windows in an epoch of "epochs"."""
+        return int(self._ends[-1])
+
+    def starts(self, step: int) -> np.ndarray:
+        """(rows_per_step,) int64 positions of the windows of `step` (>= 0)."""
+        if step < 0:
+            raise ValueError(f"step {step} is negative")
+        rows = self.rows_per_step
+        if self.sampling == "random":
+            words = random_words(rows, self.seed, _STARTS, step)
+            index = below(words, self.split.n_starts(self.block_size))
+            return self.split.positions(index, self.block_size)
+        row = step * rows + np.arange(rows, dtype=np.int64)
+        epoch, place = np.divmod(row, self.rows_per_epoch)
+        out = np.empty(rows, np.int64)
+        for e in range(int(epoch[0]), int(epoch[-1]) + 1):
+            mine = epoch == e
+            out[mine] = self._epoch_starts(e, place[mine])
+        return out
+
+    def _epoch_starts(self, epoch: int, place: np.ndarray) -> np.ndarray:
+        window = Permutation(self.rows_per_epoch, self.seed, _ORDER, epoch)(place)
+        offset = below(random_words(len(self._room), self.seed, _OFFSETS, epoch), self._room)
+        shard = np.searchsorted(self._ends, window, side="right")
+        before = np.concatenate([[0], self._ends[:-1]])
+        in_shard = (window - before[shard]) * self.block_size
+        return self._first[shard] + offset[shard] + in_shard
+
+    def tokens(self, step: int, row_slice: slice = slice(None)) -> np.ndarray:
+        """(rows, block_size + 1) int64 tokens of `step`; `row_slice` picks this rank's rows."""
+        starts = self.starts(step)[row_slice]
+        return self.split.gather(starts, self.block_size + 1).astype(np.int64)
+
+
+def eval_batches(
+    split: TokenSplit, *, n_batches: int, batch_size: int, block_size: int, seed: int
+) -> Iterator[np.ndarray]:
+    """Yield `n_batches` fixed (batch_size, block_size + 1) int64 arrays of tokens to evaluate on.
+
+    Drawn from all positions like "random" training batches, but the same at every evaluation.
+    """
+    split.require(block_size)
+    n = split.n_starts(block_size)
+    for i in range(n_batches):
+        index = below(random_words(batch_size, seed, _EVAL, i), n)
+        starts = split.positions(index, block_size)
+        yield split.gather(starts, block_size + 1).astype(np.int64)

@@ -1,0 +1,301 @@
+"""Making the files of a dataset: text through the tokenizer, or ready-made shards downloaded.
+
+Tokenizing runs in threads: tiktoken lets go of Python's lock while it encodes to a buffer, so
+threads scale like processes, without copies or start-up, and a kill leaves nothing behind.
+Jobs of about 1 MiB are numbered in reading order and written in that order, so the files do not
+depend on the number of threads, and "job 12, token 345" is a place at which to go on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from fastgpt.data import pieces, token_files
+from fastgpt.data.corpora import Shard
+from fastgpt.data.download import fetch
+from fastgpt.data.progress import progress
+from fastgpt.data.sources import Source
+from fastgpt.data.token_files import Scan, TokenWriter
+from fastgpt.data.tokenizers import BPETokenizer, Tokenizer, make_tokenizer
+from fastgpt.data.tokens import DATASET_JSON, FORMAT, VERSION
+from fastgpt.errors import UserError
+from fastgpt.files import write_text
+
+if TYPE_CHECKING:
+    from fastgpt.data.prepare import DataSettings, Plan
+
+STATE = "state.json"
+JOB_BYTES = 1 << 20
+BPE_TRAIN_BYTES = 256 << 20  # text that a `bpe:N` vocabulary is trained on at most, evenly spread
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+def build(partial: Path, plan: Plan, cfg: DataSettings, *, cache: Path, network: bool) -> None:
+    """Fill the folder `partial` with a whole dataset, going on from what a killed run left."""
+    if plan.corpus.shards:
+        _download(partial, plan, cfg, plan.corpus.shards(cfg.shards), cache)
+        return
+    source = plan.source
+    if source is None:
+        assert plan.corpus.text is not None
+        source = plan.corpus.text(cache, plan.val_fraction)
+    state = _State.resume(partial, {"recipe": plan.recipe, "source": source.identity})
+    try:
+        tokenizer = make_tokenizer(
+            plan.tokenizer,
+            vocab_file=cfg.vocab_file,
+            texts=_training_texts(source, plan.tokenizer),
+            cache=cache,
+            download=network,
+        )
+        tokenizer.save(partial)
+        _tokenize(state, source, tokenizer, cfg.workers or _cores())
+    except BaseException:
+        if not any(state.shards.values()):
+            shutil.rmtree(partial, ignore_errors=True)  # nothing worth going on from
+        raise
+    for split, shards in state.shards.items():
+        if not shards:
+            raise UserError(
+                f"too little text for a {split} split with --val_fraction={plan.val_fraction}: "
+                "give more text or another fraction"
+            )
+    _finish(partial, plan, tokenizer, source.identity, state.shards)
+    (partial / STATE).unlink(missing_ok=True)
+
+
+class _State:
+    """Where the finished shards of each split end: after `token` tokens of job `job`."""
+
+    def __init__(self, folder: Path, purpose: dict[str, Any]):
+        self.folder, self.purpose = folder, purpose
+        self.shards: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
+        self.job = {"train": 0, "val": 0}
+        self.token = {"train": 0, "val": 0}
+
+    @classmethod
+    def resume(cls, folder: Path, purpose: dict[str, Any]) -> _State:
+        """The state saved in `folder` if it is of the same purpose, with all else there removed."""
+        state = cls(folder, purpose)
+        try:
+            saved = json.loads((folder / STATE).read_text())
+            if saved["purpose"] == purpose and cls._intact(folder, saved["shards"]):
+                state.shards, state.job, state.token = saved["shards"], saved["job"], saved["token"]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # none, or from before a change: from the start
+        keep = {shard["file"] for part in state.shards.values() for shard in part}
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            if path.name not in keep:
+                path.unlink()
+        if keep:
+            print(f"going on after {len(keep)} finished files of an interrupted run", flush=True)
+            state.save()
+        return state
+
+    @staticmethod
+    def _intact(folder: Path, shards: dict[str, list[dict[str, Any]]]) -> bool:
+        return all(
+            (folder / shard["file"]).stat().st_size == shard["bytes"]
+            for part in shards.values()
+            for shard in part
+        )
+
+    def save(self) -> None:
+        text = json.dumps(
+            {"purpose": self.purpose, "shards": self.shards, "job": self.job, "token": self.token}
+        )
+        write_text(self.folder / STATE, text + "\n")
+
+
+class _Item(NamedTuple):
+    split: str
+    text: bytes
+    ends: bool  # the end-of-text token follows
+
+
+def _tokenize(state: _State, source: Source, tokenizer: Tokenizer, workers: int) -> None:
+    writers = {
+        split: TokenWriter(state.folder, f"tokens_{split}", tokenizer.dtype, finished=shards)
+        for split, shards in state.shards.items()
+    }
+
+    def encode(numbered: tuple[int, list[_Item]]) -> tuple[dict[str, np.ndarray], int]:
+        number, job = numbered
+        parts: dict[str, list[np.ndarray]] = {}
+        for item in job:
+            if number < state.job[item.split]:
+                continue  # in a finished shard
+            part = parts.setdefault(item.split, [])
+            part.append(tokenizer.encode_bytes(item.text))
+            if item.ends and tokenizer.eot is not None:
+                part.append(np.array([tokenizer.eot], tokenizer.dtype))
+        n_bytes = sum(len(item.text) for item in job)
+        return {split: np.concatenate(part) for split, part in parts.items()}, n_bytes
+
+    # Byte and character ids are faster made than handed to a thread.
+    threads = workers if isinstance(tokenizer, BPETokenizer) else 1
+    try:
+        with progress("tokenizing", source.n_bytes) as advance:
+            results = ordered_map(encode, enumerate(_jobs(source)), threads)
+            for number, (arrays, n_bytes) in enumerate(results):
+                for split, ids in arrays.items():
+                    skip = state.token[split] if number == state.job[split] else 0
+                    kept = writers[split].write(ids[skip:])
+                    if kept:
+                        state.shards[split] = writers[split].shards
+                        state.job[split], state.token[split] = number, skip + kept
+                        state.save()
+                advance(n_bytes)
+        for split, writer in writers.items():
+            writer.close()
+            state.shards[split] = writer.shards
+    finally:
+        for writer in writers.values():
+            writer.abort()
+
+
+def _jobs(source: Source) -> Iterator[list[_Item]]:
+    """Pieces of all documents, in lists of about JOB_BYTES."""
+    job: list[_Item] = []
+    size = 0
+    for document in source.documents():
+        texts = pieces.cut(document.chunks, JOB_BYTES)
+        text = next(texts, None)
+        while text is not None:
+            following = next(texts, None)
+            job.append(_Item(document.split, text, document.ends and following is None))
+            size += len(text)
+            if size >= JOB_BYTES:
+                yield job
+                job, size = [], 0
+            text = following
+    if job:
+        yield job
+
+
+def ordered_map(function: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
+    """`map`, with at most 2 * threads items in work or waiting; the first error ends it."""
+    if threads <= 1:
+        yield from map(function, items)
+        return
+    pool = ThreadPoolExecutor(threads)
+    waiting: deque[Future[B]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _training_texts(source: Source, spec: str) -> Iterator[str]:
+    """All pieces of the text; for BPE, where there is more than enough, evenly spread ones."""
+    texts = itertools.chain.from_iterable(pieces.cut(d.chunks) for d in source.documents())
+    if not spec.startswith("bpe"):
+        yield from (text.decode() for text in texts)
+        return
+    share = min(1.0, BPE_TRAIN_BYTES / source.n_bytes) if source.n_bytes else 1.0
+    taken = 0
+    for i, text in enumerate(texts):
+        if int((i + 1) * share) > int(i * share):
+            yield text.decode()
+            taken += len(text)
+            if taken >= BPE_TRAIN_BYTES and source.n_bytes is None:
+                return  # of unknown length, in shuffled order
+
+
+def _download(
+    partial: Path, plan: Plan, cfg: DataSettings, shards: list[Shard], cache: Path
+) -> None:
+    """Fetch ready-made shards into `partial`, linking those that a sibling dataset has."""
+    partial.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer(
+        plan.tokenizer, vocab_file=cfg.vocab_file, cache=cache, download=True
+    )
+    missing = [s for s in shards if not _link_from_sibling(partial, plan, s)]
+    total = sum(s.bytes for s in missing if not (partial / s.file).exists())
+    if total > (free := shutil.disk_usage(partial).free):
+        raise UserError(
+            f"{plan.corpus.name} needs {total / 1e9:.1f} GB more in {cfg.data_dir}, "
+            f"{free / 1e9:.1f} GB are free: choose fewer --shards or another --data_dir"
+        )
+    for shard in missing:
+        fetch(shard.url, partial / shard.file, sha256=shard.sha256, size=shard.bytes)
+    wanted = {s.file for s in shards}
+    for path in partial.iterdir():
+        if path.name not in wanted:
+            path.unlink()
+    tokenizer.save(partial)
+    entries: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
+    for s in shards:
+        file = token_files.inspect(partial / s.file)
+        found = token_files.scan(file)
+        entries[s.split].append(
+            {
+                "file": s.file,
+                "tokens": file.count,
+                "bytes": s.bytes,
+                "sha256": s.sha256,
+                "max_id": found.max_id,
+            }
+        )
+    _finish(partial, plan, tokenizer, {"url": shards[0].url.rsplit("/", 1)[0]}, entries)
+
+
+def _link_from_sibling(partial: Path, plan: Plan, shard: Shard) -> bool:
+    for folder in partial.parent.glob(f"{plan.corpus.name}*"):
+        known = token_files.load_scans(folder).get(shard.file)
+        if known and known.sha256 == shard.sha256 and not (partial / shard.file).exists():
+            try:
+                os.link(folder / shard.file, partial / shard.file)
+                return True
+            except OSError:
+                return False  # no such links on this file system: download it
+    return False
+
+
+def _finish(
+    folder: Path,
+    plan: Plan,
+    tokenizer: Tokenizer,
+    source: dict[str, Any],
+    shards: dict[str, list[dict[str, Any]]],
+) -> None:
+    """Write `dataset.json`, and remember the files as checked."""
+    info = {
+        "format": FORMAT,
+        "version": VERSION,
+        "recipe": plan.recipe,
+        "source": source,
+        "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
+        "vocab_size": tokenizer.vocab_size,
+        "splits": shards,
+    }
+    write_text(folder / DATASET_JSON, json.dumps(info, indent=1) + "\n")
+    scans = {}
+    for shard in shards["train"] + shards["val"]:
+        status = (folder / shard["file"]).stat()
+        scans[shard["file"]] = Scan(
+            status.st_size, status.st_mtime_ns, shard["sha256"], shard["max_id"]
+        )
+    token_files.save_scans(folder, scans)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

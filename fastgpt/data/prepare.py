@@ -1,0 +1,257 @@
+"""`fastgpt prepare`: find or make the dataset folder that a configuration asks for.
+
+A dataset is made in a hidden folder beside its place (`.NAME.partial`) and renamed as a whole, so
+a folder under its name is complete. After a kill the next start goes on behind the last finished
+shard. One process at a time makes a dataset; others wait for it and then find it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastgpt.data import build
+from fastgpt.data.corpora import CORPORA, INPUT, Corpus
+from fastgpt.data.sources import Source, TextFiles
+from fastgpt.data.tokenizers import parse_spec
+from fastgpt.data.tokens import DATASET_JSON, has_tokens, open_dataset
+from fastgpt.errors import UserError
+from fastgpt.files import explain_os_error, fsync_dir, sha256_file
+
+DEFAULT_DATASET = "python_stdlib"
+DEFAULT_SHARDS = 10
+
+
+class DataSettings(Protocol):
+    """What `prepare` and `ensure` read of a configuration; empty or 0 means the default."""
+
+    dataset: str
+    input: str
+    tokenizer: str
+    vocab_file: str
+    data_dir: str
+    val_fraction: float
+    shards: int
+    workers: int
+    overwrite: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A dataset to be made or found: equal `recipe` (JSON) means equal data."""
+
+    corpus: Corpus
+    recipe: dict[str, Any]
+    base: str  # the preferred name of its folder
+    tokenizer: str
+    val_fraction: float
+    source: Source | None = None  # where --input was looked through already
+
+
+def prepare(cfg: DataSettings) -> Path:
+    """Make the dataset that `cfg` describes, unless it is there and whole. Returns its folder."""
+    if folder := _ready_made(cfg):
+        print(f"{open_dataset(folder).describe()}: already there", flush=True)
+        return folder
+    return _obtain(cfg, _plan(cfg), network=True)
+
+
+def ensure(cfg: DataSettings) -> Path:
+    """The dataset folder for training with `cfg`, made first if that takes no network.
+
+    UserError with the `fastgpt prepare` command to run if it does.
+    """
+    if folder := _ready_made(cfg):
+        return folder
+    plan = _plan(cfg)
+    folder, there = _locate(Path(cfg.data_dir), plan)
+    if there:
+        return folder
+    if plan.corpus.network and plan.source is None:
+        raise UserError(
+            f"the data of {plan.corpus.name} is not in {cfg.data_dir}: run `{_command(cfg)}` once "
+            "to download it, or train on your own text with --input=FILE"
+        )
+    return _obtain(cfg, plan, network=False)
+
+
+def _ready_made(cfg: DataSettings) -> Path | None:
+    """The folder of token files that --dataset names, if it names one and not a corpus."""
+    if cfg.input:
+        return None
+    name = cfg.dataset
+    under = Path(cfg.data_dir) / name
+    if name not in CORPORA:
+        for folder in (under, Path(name)):
+            if has_tokens(folder):
+                return folder
+        near = difflib.get_close_matches(name, CORPORA, 1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise UserError(
+            f"--dataset={name}: {meant}no corpus of this name and no token files in {under} or "
+            f"{name}; corpora: {', '.join(CORPORA)}; or your own text with --input=FILE"
+        )
+    plain = not (cfg.tokenizer or cfg.vocab_file or cfg.val_fraction or cfg.overwrite)
+    foreign = has_tokens(under) and not (under / DATASET_JSON).exists()
+    return under if plain and foreign else None  # made by nanoGPT's own prepare.py
+
+
+def _plan(cfg: DataSettings) -> Plan:
+    corpus = CORPORA.get(cfg.dataset, INPUT)
+    if cfg.input and (cfg.dataset == DEFAULT_DATASET or not corpus.sha256):
+        corpus = INPUT
+    val_fraction = cfg.val_fraction or corpus.val_fraction
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"--val_fraction={cfg.val_fraction} must be at least 0 and below 1")
+    spec = cfg.tokenizer or corpus.tokenizer
+    parse_spec(spec)
+    slug = re.sub(r"[^\w]", "", spec)
+    recipe: dict[str, Any] = {"corpus": corpus.name, "tokenizer": spec}
+    if cfg.vocab_file:
+        try:
+            recipe["vocab_sha256"] = sha256_file(Path(cfg.vocab_file))
+        except OSError as e:
+            raise UserError(f"--vocab_file={cfg.vocab_file}: {e.strerror}") from None
+        if spec == "gpt2":
+            del recipe["vocab_sha256"]  # only one content is accepted
+    base, source = corpus.name, None
+    if slug != corpus.tokenizer:
+        base += f"-{slug}"
+    if corpus.shards:
+        if spec != corpus.tokenizer:
+            raise UserError(f"{corpus.name} is made of {corpus.tokenizer} tokens, not {spec}")
+        recipe["shards"] = cfg.shards
+        base += f"-{cfg.shards}shards" * (cfg.shards != DEFAULT_SHARDS)
+    else:
+        recipe["val_fraction"] = val_fraction
+    if cfg.input:
+        source = _open_input(cfg.input, val_fraction)
+        sha256 = source.look.sha256
+        if sha256 != corpus.sha256:
+            recipe["input_sha256"] = sha256
+            if corpus is not INPUT:
+                base = f"{base}-{sha256[:8]}"
+            else:
+                base = f"{_folder_name(cfg)}-{slug}-{sha256[:8]}"
+    return Plan(corpus, recipe, base, spec, val_fraction, source)
+
+
+def _open_input(given: str, val_fraction: float) -> TextFiles:
+    path = Path(given).expanduser()
+    if not path.exists():
+        raise UserError(f"--input={given}: there is no such file or folder")
+    if not (path.is_file() or path.is_dir()):
+        raise UserError(f"--input={given} is neither a file nor a folder")
+    return TextFiles(path, val_fraction)
+
+
+def _folder_name(cfg: DataSettings) -> str:
+    named = cfg.dataset not in (DEFAULT_DATASET, *CORPORA)
+    name = cfg.dataset if named else Path(cfg.input).expanduser().resolve().stem
+    return re.sub(r"[^\w.-]+", "_", name).strip("._") or "input"
+
+
+def _command(cfg: DataSettings) -> str:
+    parts = ["fastgpt prepare", cfg.dataset]
+    parts += [f"--tokenizer={cfg.tokenizer}"] * bool(cfg.tokenizer)
+    parts += [f"--vocab_file={cfg.vocab_file}"] * bool(cfg.vocab_file)
+    parts += [f"--val_fraction={cfg.val_fraction}"] * bool(cfg.val_fraction)
+    parts += [f"--shards={cfg.shards}"] * (cfg.shards != DEFAULT_SHARDS)
+    parts += [f"--data_dir={cfg.data_dir}"] * (cfg.data_dir != "data")
+    return " ".join(parts)
+
+
+def _locate(data_dir: Path, plan: Plan) -> tuple[Path, bool]:
+    """(folder of this recipe, whether it is there); a second name where the first is taken."""
+    text = json.dumps(plan.recipe, sort_keys=True)
+    suffix = hashlib.sha256(text.encode()).hexdigest()[:8]
+    for folder in (data_dir / plan.base, data_dir / f"{plan.base}-{suffix}"):
+        if not folder.exists():
+            return folder, False
+        try:
+            info = json.loads((folder / DATASET_JSON).read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(info, dict) and info.get("recipe") == plan.recipe:
+            return folder, True
+    raise UserError(f"{folder} holds other data: move it away or name another --data_dir")
+
+
+def _obtain(cfg: DataSettings, plan: Plan, *, network: bool) -> Path:
+    data_dir = Path(cfg.data_dir)
+    folder, there = _locate(data_dir, plan)
+    if there and not cfg.overwrite and _whole(folder):
+        return folder
+    with _lock(data_dir, folder.name):
+        _recover(folder)
+        folder, there = _locate(data_dir, plan)  # another process may have made it meanwhile
+        if there and not cfg.overwrite and _whole(folder):
+            return folder
+        partial = folder.with_name(f".{folder.name}.partial")
+        try:
+            build.build(partial, plan, cfg, cache=data_dir / ".cache", network=network)
+            _publish(partial, folder)
+        except OSError as e:
+            raise explain_os_error(e, folder) from e
+    print(open_dataset(folder).describe(), flush=True)
+    return folder
+
+
+def _whole(folder: Path) -> bool:
+    """Whether the dataset can be opened; says what it found."""
+    try:
+        print(f"{open_dataset(folder).describe()}: already there", flush=True)
+        return True
+    except UserError as e:
+        print(f"making it anew: {e}", flush=True)
+        return False
+
+
+@contextlib.contextmanager
+def _lock(data_dir: Path, name: str) -> Iterator[None]:
+    """Hold `.cache/NAME.lock`; the system lets go of it when this process ends, however it ends."""
+    path = data_dir / ".cache" / f"{name}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another process that prepares {data_dir / name}", flush=True)
+                fcntl.flock(f, fcntl.LOCK_EX)
+            yield
+    except OSError as e:
+        raise explain_os_error(e, path) from e
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    """Put `partial` under its name; a folder that it replaces goes only once it is there."""
+    fsync_dir(partial)
+    if folder.exists():
+        os.rename(folder, _old(folder))
+    os.rename(partial, folder)
+    fsync_dir(folder.parent)
+    shutil.rmtree(_old(folder), ignore_errors=True)
+
+
+def _recover(folder: Path) -> None:
+    """Finish a `_publish` that a kill interrupted."""
+    old = _old(folder)
+    if old.exists() and not folder.exists():
+        os.rename(old, folder)
+    elif old.exists():
+        shutil.rmtree(old)

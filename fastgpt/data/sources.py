@@ -1,0 +1,287 @@
+"""Text files as documents: looked through once (what is there, is it text), then read in order.
+
+Both passes stream, and the second makes sure that it saw what the first saw. Text is taken byte for
+byte: line ends and blanks stay as they are, so that decoding gives the files back.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import io
+import os
+import stat
+import tokenize
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from fastgpt.errors import UserError
+
+_CHUNK = 1 << 20
+_SMALL = 16 << 20  # files up to this size are read in one go
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, or the part of it that is in one split. `chunks` are its UTF-8 bytes, once."""
+
+    split: str
+    chunks: Iterator[bytes]
+    ends: bool  # whether the end-of-text token follows
+
+
+class Source(Protocol):
+    """Text to tokenize. Equal `identity` (JSON): equal documents. `n_bytes` None: unknown."""
+
+    identity: dict[str, Any]
+    n_bytes: int | None
+
+    def documents(self) -> Iterator[Document]:
+        """Documents in a fixed order; each one's chunks are to be used up before the next."""
+        ...
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the first pass over text files found."""
+
+    sha256: str
+    n_files: int
+    n_bytes: int
+    n_chars: int
+    n_skipped: int
+    val_bytes: int
+
+
+class NotText(Exception):
+    """A file is no UTF-8 text; the message says where."""
+
+
+class TextFiles:
+    """A text file, or the text files in a folder and below, in the order of their names.
+
+    A file named alone must be text; it is one document, whose last `val_fraction` of characters
+    are the val split and which no end-of-text token follows, all as nanoGPT does it. In a folder,
+    links, hidden entries and files that are no UTF-8 text are skipped and counted. There, a hash
+    of its path puts a document as a whole into one split; where that comes out far from
+    `val_fraction` (few or very uneven files), the split is by characters over all documents.
+
+    `sha256` of a file is that of its bytes; of a folder, that of its `sha256  path` lines.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        val_fraction: float,
+        *,
+        suffix: str = "",
+        skip: frozenset[str] = frozenset(),
+        recode: Callable[[bytes], bytes | None] = lambda data: None,
+    ):
+        self.root, self.suffix, self.skip, self.recode = root, suffix, skip, recode
+        self.val_fraction = val_fraction
+        self.single = not root.is_dir()
+        self._skipped = 0
+        self.look = self._look()
+        if self.look.n_bytes == 0:
+            what = "an empty file" if self.single else "a folder without any text file"
+            raise UserError(f"{root} is {what}")
+        share = self.look.val_bytes / self.look.n_bytes
+        even = val_fraction / 2 <= share <= min(2 * val_fraction, 1 - (1 - val_fraction) / 2)
+        self.by_document = not self.single and even
+        self.n_bytes: int | None = self.look.n_bytes
+        self.identity: dict[str, Any] = {
+            "sha256": self.look.sha256,
+            "bytes": self.look.n_bytes,
+            "files": self.look.n_files,
+            "split": "whole files by hash of their path" if self.by_document else "last characters",
+            "val_fraction": val_fraction,
+        }
+
+    def documents(self) -> Iterator[Document]:
+        first_val_char = int(self.look.n_chars * (1 - self.val_fraction))
+        listing, n_chars = hashlib.sha256(), 0
+        for name, chunks in self._texts(listing):
+            if self.by_document:
+                split = "val" if self._in_val(name) else "train"
+                yield Document(split, chunks, ends=True)
+                continue
+            counter = _Cutter(chunks, first_val_char - n_chars)
+            if n_chars < first_val_char:
+                yield Document("train", counter.head(), ends=not (self.single or counter.cut))
+            if n_chars >= first_val_char or counter.cut:
+                yield Document("val", counter.tail(), ends=not self.single)
+            n_chars += counter.n_chars
+        if listing.hexdigest() != self.look.sha256:
+            raise UserError(f"{self.root} changed while it was read: run the command again")
+
+    def _in_val(self, name: str) -> bool:
+        word = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+        return word < self.val_fraction * 2**64
+
+    def _look(self) -> Look:
+        listing = hashlib.sha256()
+        n_files = n_bytes = n_chars = val_bytes = 0
+        for name, chunks in self._texts(listing):
+            size = 0
+            for chunk in chunks:
+                size += len(chunk)
+                n_chars += count_chars(chunk)
+            n_files += 1
+            n_bytes += size
+            val_bytes += size * self._in_val(name)
+        return Look(listing.hexdigest(), n_files, n_bytes, n_chars, self._skipped, val_bytes)
+
+    def _texts(self, listing) -> Iterator[tuple[str, Iterator[bytes]]]:
+        """(name, chunks) of every text; `listing` is fed the content on the way."""
+        self._skipped = 0
+        if self.single:
+            try:
+                check_text(_read(self.root))
+            except NotText as e:
+                raise UserError(
+                    f"{self.root} is no UTF-8 text ({e}): convert it, for instance with "
+                    "iconv -t UTF-8"
+                ) from None
+            yield self.root.name, _hashed(_read(self.root), listing)
+            return
+        for path, name in self._walk(self.root, ""):
+            chunks = self._open(path)
+            if chunks is None:
+                self._skipped += 1
+                continue
+            digest = hashlib.sha256()
+            yield name, _hashed(chunks, digest)
+            listing.update(f"{digest.hexdigest()}  {name}\n".encode())
+
+    def _walk(self, folder: Path, prefix: str) -> Iterator[tuple[Path, str]]:
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as e:
+            raise UserError(f"cannot read {folder}: {e.strerror}") from None
+        for entry in entries:
+            name = prefix + entry.name
+            if entry.name in self.skip or not entry.name.endswith(self.suffix) and entry.is_file():
+                continue
+            mode = entry.stat(follow_symlinks=False).st_mode
+            if entry.name.startswith(".") or not _encodable(name):
+                self._skipped += 1
+            elif stat.S_ISDIR(mode):
+                yield from self._walk(Path(entry.path), name + "/")
+            elif stat.S_ISREG(mode):
+                yield Path(entry.path), name
+            else:
+                self._skipped += 1
+
+    def _open(self, path: Path) -> Iterator[bytes] | None:
+        """The UTF-8 chunks of a file, or None when it is no text (or empty)."""
+        try:
+            if path.stat().st_size > _SMALL:
+                check_text(_read(path))
+                return _read(path)
+            data = b"".join(_read(path))
+            check_text(iter([data]))
+        except NotText:
+            if path.stat().st_size > _SMALL:
+                return None
+            recoded = self.recode(data)
+            return None if recoded is None else iter([recoded])
+        except FileNotFoundError:
+            raise UserError(f"{path} vanished while it was read: run the command again") from None
+        return iter([data]) if data else None
+
+
+class _Cutter:
+    """Splits chunks of UTF-8 after `n` characters: first use up `head`, then `tail`."""
+
+    def __init__(self, chunks: Iterator[bytes], n: int):
+        self._chunks, self._left, self._rest = chunks, n, b""
+        self.n_chars = 0
+        self.cut = False
+
+    def head(self) -> Iterator[bytes]:
+        for chunk in self._chunks:
+            starts = char_starts(chunk)
+            self.n_chars += len(starts)
+            if len(starts) <= self._left:
+                self._left -= len(starts)
+                yield chunk
+                continue
+            at = int(starts[self._left])
+            self._rest, self.cut = chunk[at:], True
+            yield chunk[:at]
+            return
+
+    def tail(self) -> Iterator[bytes]:
+        if self._rest:
+            yield self._rest
+        for chunk in self._chunks:
+            self.n_chars += count_chars(chunk)
+            yield chunk
+
+
+def char_starts(data: bytes) -> np.ndarray:
+    """Offsets of the bytes that begin a character."""
+    return np.flatnonzero((np.frombuffer(data, np.uint8) & 0xC0) != 0x80)
+
+
+def count_chars(data: bytes) -> int:
+    """Number of characters that begin in `data`."""
+    return int(np.count_nonzero((np.frombuffer(data, np.uint8) & 0xC0) != 0x80))
+
+
+def check_text(chunks: Iterator[bytes]) -> None:
+    """NotText unless the chunks are UTF-8 without NUL bytes, which no text holds."""
+    decoder, at = codecs.getincrementaldecoder("utf-8")(), 0
+    for chunk in chunks:
+        if (nul := chunk.find(0)) >= 0:
+            raise NotText(f"a NUL byte at offset {at + nul:,}")
+        try:
+            decoder.decode(chunk)
+        except UnicodeDecodeError as e:
+            held = len(e.object) - len(chunk)  # bytes the decoder kept of the chunk before
+            raise NotText(f"{e.reason} at offset {at - held + e.start:,}") from None
+        at += len(chunk)
+    try:
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        raise NotText("it ends within a character") from None
+
+
+def decode_python(data: bytes) -> bytes | None:
+    """UTF-8 of a Python file that declares another encoding (PEP 263), or None."""
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+        text = data.decode(encoding)
+    except (SyntaxError, UnicodeDecodeError, LookupError):
+        return None
+    return None if "\0" in text else text.encode()
+
+
+def _read(path: Path) -> Iterator[bytes]:
+    try:
+        with open(path, "rb") as f:
+            while chunk := f.read(_CHUNK):
+                yield chunk
+    except FileNotFoundError:
+        raise
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+
+
+def _hashed(chunks: Iterator[bytes], digest) -> Iterator[bytes]:
+    for chunk in chunks:
+        digest.update(chunk)
+        yield chunk
+
+
+def _encodable(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,258 @@
+"""Token files on disk: what is in one, writing them, and reading each byte once to check it.
+
+A headered file (magic 20240520, as llm.c and modded-nanogpt write them): 256 int32, the first three
+magic, version and number of tokens; then the ids. Version 1 has uint16 ids, version 2, which is
+ours, uint32. nanoGPT's files are uint16 ids without a header. They cannot be mixed up: as uint16
+the magic begins with id 55,432, past GPT-2's vocabulary. All numbers are little-endian.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from io import BufferedRandom
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastgpt.data.progress import progress
+from fastgpt.errors import UserError
+from fastgpt.files import explain_os_error, fsync_dir, write_text
+
+MAGIC = 20240520
+HEADER_BYTES = 256 * 4
+DTYPES: dict[int, np.dtype] = {1: np.dtype("<u2"), 2: np.dtype("<u4")}
+SHARD_TOKENS = 100_000_000
+_CHUNK = 8 << 20
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """One file: `count` ids of `dtype` from byte `offset` on."""
+
+    path: Path
+    offset: int
+    count: int
+    dtype: np.dtype
+
+    def open(self) -> np.ndarray:
+        """(count,) ids, mapped read-only: pages come in when touched and can be dropped again."""
+        mapped = np.memmap(self.path, self.dtype, "r", self.offset, (self.count,))
+        return mapped.view(np.ndarray)  # slices of a plain array are several times cheaper
+
+
+def header(count: int, dtype: np.dtype) -> bytes:
+    """The 1,024 bytes before the ids."""
+    version = next(v for v, d in DTYPES.items() if d == dtype)
+    head = np.zeros(256, "<i4")
+    head[:3] = MAGIC, version, count
+    return head.tobytes()
+
+
+def inspect(path: Path) -> TokenFile:
+    """What `path` holds. UserError that names the file when its length is not what it says."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as f:
+            head = (
+                np.frombuffer(f.read(HEADER_BYTES)[: HEADER_BYTES & ~3], "<i4", -1)
+                if size >= 12
+                else None
+            )
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+    if size == 0:
+        raise UserError(f"{path} is empty: prepare or download it again")
+    if head is None or head[0] != MAGIC:
+        if size % 2:
+            raise UserError(
+                f"{path} has an odd number of bytes ({size:,}), no whole number of 2-byte tokens: "
+                "truncated, or no token file; prepare or download it again"
+            )
+        return TokenFile(path, 0, size // 2, DTYPES[1])
+    version, count = int(head[1]), int(head[2])
+    if version not in DTYPES:
+        raise UserError(
+            f"{path} is a token file of version {version}; versions "
+            f"{' and '.join(map(str, DTYPES))} can be read"
+        )
+    dtype = DTYPES[version]
+    want = HEADER_BYTES + count * dtype.itemsize
+    if size != want or count < 0:
+        what = "truncated" if size < want else "damaged"
+        raise UserError(
+            f"{path} is {what}: its header says {count:,} tokens ({want:,} bytes), the file has "
+            f"{size:,} bytes; prepare or download it again"
+        )
+    if count == 0:
+        raise UserError(f"{path} is empty (0 tokens): prepare or download it again")
+    return TokenFile(path, HEADER_BYTES, count, dtype)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What reading every byte of a file told, and the file's state at that time."""
+
+    size: int
+    mtime_ns: int
+    sha256: str
+    max_id: int
+
+
+def scan(file: TokenFile, advance=lambda n: None) -> Scan:
+    """Read the whole file once: sha256 of its bytes, the largest of its ids."""
+    digest, top = hashlib.sha256(), 0
+    with open(file.path, "rb") as f:
+        stat = os.fstat(f.fileno())
+        digest.update(f.read(file.offset))
+        while chunk := f.read(_CHUNK):
+            digest.update(chunk)
+            top = max(top, int(np.frombuffer(chunk, file.dtype).max()))
+            advance(len(chunk))
+    return Scan(stat.st_size, stat.st_mtime_ns, digest.hexdigest(), top)
+
+
+def scan_all(files: list[TokenFile], folder: Path, *, verify: bool = False) -> list[Scan]:
+    """`scan` of each file in `folder`; files whose size and mtime are as remembered are not read.
+
+    Remembered in `.fastgpt_scan.json` there or, where the folder is read-only, in the user's cache.
+    """
+    known = {} if verify else load_scans(folder)
+    result: dict[Path, Scan] = {}
+    for file in files:
+        stat, old = file.path.stat(), known.get(file.path.name)
+        if old and (old.size, old.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+            result[file.path] = old
+    unread = [file for file in files if file.path not in result]
+    if unread:
+        total = sum(file.count * file.dtype.itemsize for file in unread)
+        with progress(f"checking {folder.name}", total) as advance, ThreadPoolExecutor(4) as pool:
+            scans = pool.map(lambda file: scan(file, advance), unread)
+            result.update(zip((file.path for file in unread), scans, strict=True))
+        save_scans(folder, {path.name: found for path, found in result.items()})
+    return [result[file.path] for file in files]
+
+
+def _scan_paths(folder: Path) -> tuple[Path, Path]:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    key = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
+    return folder / ".fastgpt_scan.json", cache / "fastgpt" / "scans" / f"{key}.json"
+
+
+def load_scans(folder: Path) -> dict[str, Scan]:
+    """Remembered scans by file name; none where there are none or they cannot be read."""
+    for path in _scan_paths(folder):
+        try:
+            return {name: Scan(**entry) for name, entry in json.loads(path.read_text()).items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            continue  # only a memory of work that can be done again
+    return {}
+
+
+def save_scans(folder: Path, scans: dict[str, Scan]) -> None:
+    """Remember `scans` for the next start, if there is anywhere to write."""
+    text = json.dumps({name: asdict(found) for name, found in scans.items()}, indent=1)
+    for path in _scan_paths(folder):
+        try:
+            write_text(path, text + "\n")
+            return
+        except (OSError, UserError):
+            continue  # a full or read-only disk: the files will be read again next time
+
+
+class TokenWriter:
+    """Streams ids into `<prefix>_000000.bin`, `<prefix>_000001.bin`, ... of at most `shard_tokens`.
+
+    A shard has its name only once it is complete and on disk: `shards` lists these, in the form of
+    `dataset.json`. `first` and `finished` go on with a folder that holds some already.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        prefix: str,
+        dtype: np.dtype,
+        *,
+        shard_tokens: int = SHARD_TOKENS,
+        finished: Iterable[dict[str, Any]] = (),
+    ):
+        self.folder, self.prefix, self.dtype = folder, prefix, np.dtype(dtype).newbyteorder("<")
+        self.shard_tokens = shard_tokens
+        self.shards = list(finished)
+        self._file: BufferedRandom | None = None
+        self._path = folder
+        self._count = self._max = 0
+
+    def write(self, ids: np.ndarray) -> int:
+        """Append (n,) ids. Returns how many of them are in finished shards now (n: all)."""
+        ids = np.ascontiguousarray(ids, self.dtype)
+        done = kept = 0
+        try:
+            while done < len(ids):
+                if self._file is None:
+                    self._open()
+                assert self._file is not None
+                part = ids[done : done + self.shard_tokens - self._count]
+                self._file.write(part.data)
+                self._max = max(self._max, int(part.max()))
+                self._count += len(part)
+                done += len(part)
+                if self._count == self.shard_tokens:
+                    self._finish()
+                    kept = done
+        except OSError as e:
+            self.abort()
+            raise explain_os_error(e, self._path) from e
+        return kept
+
+    def close(self) -> None:
+        """Finish the last shard."""
+        try:
+            if self._file is not None:
+                self._finish()
+        except OSError as e:
+            self.abort()
+            raise explain_os_error(e, self._path) from e
+
+    def abort(self) -> None:
+        """Drop the unfinished shard."""
+        if self._file is not None:
+            temporary, self._file = self._file, None
+            try:
+                temporary.close()
+            finally:
+                os.unlink(temporary.name)
+
+    def _open(self) -> None:
+        self._path = self.folder / f"{self.prefix}_{len(self.shards):06d}.bin"
+        self._file = open(self._path.with_name(f".{self._path.name}.tmp"), "wb+")  # noqa: SIM115
+        self._file.write(header(0, self.dtype))
+        self._count = self._max = 0
+
+    def _finish(self) -> None:
+        f = self._file
+        assert f is not None
+        f.seek(0)
+        f.write(header(self._count, self.dtype))
+        f.flush()
+        os.fsync(f.fileno())
+        f.seek(0)
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+        f.close()
+        self._file = None
+        os.replace(f.name, self._path)
+        fsync_dir(self.folder)
+        self.shards.append(
+            {
+                "file": self._path.name,
+                "tokens": self._count,
+                "bytes": self._path.stat().st_size,
+                "sha256": digest,
+                "max_id": self._max,
+            }
+        )

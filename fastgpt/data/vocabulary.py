@@ -1,0 +1,125 @@
+"""Where the merges of a BPE vocabulary come from: GPT-2's rank file, or training with rustbpe."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import tiktoken
+
+from fastgpt.data.download import fetch
+from fastgpt.errors import UserError
+
+# GPT-2's pretokenizer. The possessive quantifiers change no match, only save backtracking.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# sha256 of GPT-2's ranks as a rank file: OpenAI's r50k_base.tiktoken.
+GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+GPT2_VOCAB = 50_257
+GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
+GPT2_NAME = "gpt2.tiktoken"
+# What tiktoken.get_encoding("gpt2") keeps: the same vocabulary in GPT-2's first file format.
+_GPT2_FIRST = (
+    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe",
+    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json",
+)
+
+
+def gpt2_ranks(vocab_file: str, cache: Path | None, download: bool) -> dict[bytes, int]:
+    """GPT-2's 50,256 ranks, verified; `make_tokenizer` says where they are looked for."""
+    if vocab_file:
+        path = Path(vocab_file)
+        return _verified(parse_ranks(read_vocab_file(path), path), path)
+    if cache is not None and (path := cache / GPT2_NAME).is_file():
+        return _verified(parse_ranks(path.read_bytes(), path), path)
+    if (path := _tiktoken_cache(GPT2_URL)).is_file():
+        return _verified(parse_ranks(path.read_bytes(), path), path)
+    if all(_tiktoken_cache(url).is_file() for url in _GPT2_FIRST):
+        ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
+        return _verified(ranks, _tiktoken_cache(_GPT2_FIRST[0]))
+    if cache is not None and download:
+        hint = f"download it elsewhere and pass --vocab_file={GPT2_NAME}"
+        path = fetch(GPT2_URL, cache / GPT2_NAME, sha256=GPT2_SHA256, hint=hint)
+        return _verified(parse_ranks(path.read_bytes(), path), path)
+    raise UserError(
+        "GPT-2's vocabulary is not on this machine: run `fastgpt prepare` with the same options "
+        f"where there is network, or pass --vocab_file=FILE with the rank file from {GPT2_URL}"
+    )
+
+
+def _tiktoken_cache(url: str) -> Path:
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
+    if folder is None:
+        folder = os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    return Path(folder) / hashlib.sha1(url.encode()).hexdigest()
+
+
+def _verified(ranks: dict[bytes, int], path: Path) -> dict[bytes, int]:
+    if hashlib.sha256(dump_ranks(ranks)).hexdigest() != GPT2_SHA256:
+        raise UserError(
+            f"{path} is not GPT-2's vocabulary: {len(ranks)} tokens whose sha256 is not "
+            f"{GPT2_SHA256[:16]}...; a vocabulary of your own goes with --tokenizer=bpe"
+        )
+    return ranks
+
+
+def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
+    """Train size - 257 merges on `texts`; the last id is left for end-of-text.
+
+    Ties between equally frequent pairs go to the smaller pair of ids, so the result depends on
+    the texts alone. UserError when rustbpe is not installed or the texts hold too few pairs.
+    """
+    try:
+        import rustbpe
+    except ImportError:
+        raise UserError(
+            f"--tokenizer=bpe:{size} needs rustbpe: pip install 'rustbpe>=0.1' (the extra [bpe])"
+        ) from None
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(iter(texts), size - 1, pattern=GPT2_PATTERN)
+    ranks = {bytes(token): int(rank) for token, rank in trainer.get_mergeable_ranks()}
+    if len(ranks) < size - 1:
+        raise UserError(
+            f"--tokenizer=bpe:{size}: this text has pairs for a vocabulary of {len(ranks) + 1} "
+            f"only; say --tokenizer=bpe:{len(ranks) + 1} or less"
+        )
+    return ranks
+
+
+def dump_ranks(ranks: dict[bytes, int]) -> bytes:
+    """A tiktoken rank file: `base64(token) rank` lines by rank."""
+    by_rank = sorted(ranks.items(), key=lambda item: item[1])
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in by_rank)
+
+
+def parse_ranks(data: bytes, where: Path | str) -> dict[bytes, int]:
+    """Ranks in a rank file's bytes. UserError unless they are 0 .. n-1 and have all 256 bytes."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(data.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise UserError(
+                f"{where}: line {number} is not 'base64 rank': no tiktoken rank file"
+            ) from None
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise UserError(
+            f"{where}: ranks are not 0 .. {len(ranks) - 1} once each: damaged rank file"
+        )
+    if missing := [b for b in range(256) if bytes([b]) not in ranks]:
+        raise UserError(f"{where}: no token for byte {missing[0]}: damaged rank file")
+    return ranks
+
+
+def read_vocab_file(path: Path) -> bytes:
+    """Bytes of a file the user named with --vocab_file."""
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise UserError(f"--vocab_file={path}: {e.strerror}") from None
