@@ -12,8 +12,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    from fastgpt_kernels import _host
     from triton.runtime import interpreter
+
+    from fastgpt_kernels import _host
 
     _host.INTERPRETED = False
     del os.environ["TRITON_INTERPRET"]
@@ -21,7 +22,7 @@ if not torch.cuda.is_available():
     patch_tensor = interpreter._patch_lang_tensor
 
     def patch_tensor_and_index(tensor, scope):
-        """Triton 3.6 turns a loop bound into an int in a way that NumPy 2.4 refuses; 3.7 does not."""
+        """Triton 3.6 makes a loop bound an int in a way that NumPy 2.4 refuses; 3.7 does not."""
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 

@@ -12,4 +12,6 @@ from importlib.util import find_spec
 __all__: list[str] = []
 
 if find_spec("triton"):
-    pass  # each op's file adds its line: from fastgpt_kernels.attention import attention
+    from fastgpt_kernels.layer_norm import add_layer_norm, layer_norm
+
+    __all__ += ["add_layer_norm", "layer_norm"]

@@ -47,3 +47,119 @@ def lookup(table: Table, arch: str, key: int) -> Config:
 def entries(table: Table, arch: str) -> Mapping[int, Config]:
     """All entries that `lookup` can return on `arch`; what `aot_specs` enumerates."""
     return table.get(arch) or table["default"]
+
+
+# Key: the row's width in 2-byte elements (an fp32 row counts double). BLOCK is in the same unit:
+# 8 elements, 128 bits, a thread. A row of up to BLOCK * TILES stays in registers, one of more is
+# walked twice by TILES tiles at a time. Not measured, by register count: 13 tiles are what 16 warps
+# hold without a spill (128 registers a thread, all that an SM has), and one such row an SM keeps
+# enough bytes in flight; sm_100 spills there (Triton unpacks early) and walks twice, its L2 of
+# 126 MB holding every row in flight.
+_CROSS_ENTROPY_NARROW = {
+    256: Config({"BLOCK": 256, "TILES": 1}, num_warps=1),
+    1024: Config({"BLOCK": 1024, "TILES": 1}, num_warps=4),
+    4096: Config({"BLOCK": 1024, "TILES": 4}, num_warps=4),
+    16384: Config({"BLOCK": 2048, "TILES": 8}, num_warps=8),
+}
+_CROSS_ENTROPY_WALK = Config({"BLOCK": 8192, "TILES": 2}, num_warps=32)
+CROSS_ENTROPY: Table = {
+    "default": {
+        **_CROSS_ENTROPY_NARROW,
+        53248: Config({"BLOCK": 4096, "TILES": 13}, num_warps=16),
+        1 << 31: _CROSS_ENTROPY_WALK,
+    },
+    "sm_100": {
+        **_CROSS_ENTROPY_NARROW,
+        53248: _CROSS_ENTROPY_WALK,
+        1 << 31: _CROSS_ENTROPY_WALK,
+    },
+    # 16 warps of 64 lanes are the most a program can have; 13 tiles spill where rows are unaligned.
+    "gfx942": {
+        **_CROSS_ENTROPY_NARROW,
+        53248: Config({"BLOCK": 8192, "TILES": 2}, num_warps=16),
+        1 << 31: Config({"BLOCK": 8192, "TILES": 2}, num_warps=16),
+    },
+}
+
+
+def _attention(m: int, n: int, warps: int, stages: int = 1, tma: int | None = None) -> Config:
+    """BLOCK_M query rows by BLOCK_N keys; `tma`: dq summed by TMA reduction rather than atomics."""
+    blocks = {"BLOCK_M": m, "BLOCK_N": n}
+    return Config(blocks if tma is None else {**blocks, "TMA_REDUCE": tma}, warps, stages)
+
+
+# Attention. Key: the head dim. Not measured: by register count, see the note in each kernel's file.
+ATTENTION_FORWARD: Table = {
+    "default": {
+        32: _attention(128, 64, 8, 3),
+        64: _attention(128, 64, 8, 3),
+        128: _attention(128, 32, 8, 3),
+    },
+    "sm_90": {
+        32: _attention(128, 64, 4, 3),
+        64: _attention(128, 64, 4, 3),
+        128: _attention(128, 64, 8, 3),
+    },
+}
+# The one-pass kernel: dk, dv and dq.
+ATTENTION_BACKWARD: Table = {
+    "default": {
+        32: _attention(64, 64, 8, 2, tma=0),
+        64: _attention(64, 64, 8, 2, tma=0),
+        128: _attention(32, 64, 8, 2, tma=0),
+    },
+    "sm_90": {
+        32: _attention(64, 128, 8, 2, tma=1),
+        64: _attention(64, 128, 8, 2, tma=1),
+        128: _attention(32, 128, 8, 2, tma=1),
+    },
+}
+# The deterministic pair.
+ATTENTION_KEY_VALUE: Table = {
+    "default": {
+        32: _attention(64, 64, 8, 2, tma=0),
+        64: _attention(64, 64, 8, 2, tma=0),
+        128: _attention(32, 64, 8, 2, tma=0),
+    },
+}
+ATTENTION_QUERY: Table = {
+    "default": {
+        32: _attention(128, 64, 8, 2),
+        64: _attention(128, 64, 8, 2),
+        128: _attention(128, 32, 8, 2),
+    },
+}
+# fp32 products are not done by tensor cores: tiles small enough for a loop of multiply-adds.
+ATTENTION_FORWARD_FP32: Table = {"default": {128: _attention(32, 32, 4)}}
+ATTENTION_BACKWARD_FP32: Table = {"default": {128: _attention(32, 32, 4, tma=0)}}
+ATTENTION_KEY_VALUE_FP32: Table = {"default": {128: _attention(32, 32, 4, tma=0)}}
+ATTENTION_QUERY_FP32: Table = {"default": {128: _attention(32, 32, 4)}}
+# delta and dq's zeros before the backward pass, dq's rounding after it: bound by memory.
+ATTENTION_ROWS: Table = {
+    "default": {64: Config({"BLOCK_T": 64}, 4), 128: Config({"BLOCK_T": 32}, 4)},
+}
+
+
+# Key: the width C. ROWS rows a program, or a step of its loop. Not measured, by register count:
+# 16 to 32 elements a thread keep enough loads in flight. The backward's warps span one row, so that
+# its sums over rows stay in a thread, and PROGRAMS_PER_SM of its programs fit an SM together.
+LAYER_NORM_FORWARD: Table = {
+    "default": {
+        256: Config({"ROWS": 16}, num_warps=4),
+        512: Config({"ROWS": 8}, num_warps=4),
+        1024: Config({"ROWS": 4}, num_warps=4),
+        2048: Config({"ROWS": 2}, num_warps=4),
+        4096: Config({"ROWS": 1}, num_warps=8),
+        8192: Config({"ROWS": 1}, num_warps=16),
+    },
+}
+LAYER_NORM_BACKWARD: Table = {
+    "default": {
+        256: Config({"ROWS": 4, "PROGRAMS_PER_SM": 16}, num_warps=1),
+        512: Config({"ROWS": 2, "PROGRAMS_PER_SM": 8}, num_warps=2),
+        1024: Config({"ROWS": 2, "PROGRAMS_PER_SM": 4}, num_warps=4),
+        2048: Config({"ROWS": 1, "PROGRAMS_PER_SM": 4}, num_warps=4),
+        4096: Config({"ROWS": 1, "PROGRAMS_PER_SM": 2}, num_warps=8),
+        8192: Config({"ROWS": 1, "PROGRAMS_PER_SM": 1}, num_warps=16),
+    },
+}

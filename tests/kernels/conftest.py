@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from fastgpt_kernels import _host
 
+from fastgpt_kernels import _host
 from tests.kernels import helpers
 
 HAS_CUDA = torch.cuda.is_available()

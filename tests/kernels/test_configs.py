@@ -29,11 +29,12 @@ def test_config_kwargs() -> None:
 
 
 def test_every_table_is_well_formed() -> None:
-    tables = {name: t for name, t in vars(configs).items() if name.isupper() and type(t) is dict}
-    for name, table in tables.items():
+    tables = [n for n in dir(configs) if n[0].isupper() and type(getattr(configs, n)) is dict]
+    for name in tables:
+        table = getattr(configs, name)
         assert "default" in table, name
         for arch, entries in table.items():
             keys = list(entries)
             assert keys and keys == sorted(keys), f"{name}[{arch}]: keys must rise, got {keys}"
             for config in entries.values():
-                assert config.num_warps in (1, 2, 4, 8, 16), f"{name}[{arch}]: {config}"
+                assert config.num_warps in (1, 2, 4, 8, 16, 32), f"{name}[{arch}]: {config}"

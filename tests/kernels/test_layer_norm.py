@@ -1,0 +1,216 @@
+"""layer_norm and add_layer_norm against the fp64 oracle, in the interpreter or on a GPU."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastgpt_kernels import _host, add_layer_norm, layer_norm, reference
+from fastgpt_kernels.layer_norm import MAX_WIDTH, _backward_op, _op
+from tests.kernels.helpers import check_op, errors, forward_backward
+
+# Sizes one, odd, prime, powers of two and one off; more rows than one step of the backward's loop.
+SHAPES = [(1, 1), (5, 2), (3, 7), (2, 3, 31), (37, 64), (9, 127), (19, 257), (7, 768), (2, 1025)]
+
+
+def tensors(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """x, residual, weight, bias."""
+    C = shape[-1]
+    sizes = (shape, shape, (C,), (C,))
+    x, residual, weight, bias = (torch.randn(s, device=device).to(dtype) for s in sizes)
+    return [x * 2 + 1, residual, weight, bias]
+
+
+def check_both(shape: tuple[int, ...], inputs: list[Any]) -> None:
+    x, residual, weight, bias = inputs
+    dy, d_residual_out = torch.randn_like(x), torch.randn_like(x)
+    check_op(layer_norm, reference.layer_norm, (x, weight, bias), (dy,))
+    check_op(
+        add_layer_norm, reference.add_layer_norm, (x, residual, weight, bias), (dy, d_residual_out)
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_oracle(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    check_both(shape, tensors(shape, dtype, device))
+
+
+@pytest.mark.parametrize("parameters", ["fp32 masters", "half", "no bias"])
+def test_parameters_in_another_dtype(parameters: str, device: torch.device) -> None:
+    x, residual, weight, bias = tensors((11, 96), torch.float16, device)
+    if parameters == "fp32 masters":
+        check_both((11, 96), [x, residual, weight.float(), bias.float()])
+    elif parameters == "half":
+        check_both((11, 96), [x.float(), residual.float(), weight, bias.float()])
+    else:
+        check_both((11, 96), [x, residual, weight, None])
+
+
+@settings(max_examples=12, deadline=None)
+@given(rows=st.integers(1, 40), C=st.integers(1, 300), bias=st.booleans())
+def test_any_shape(rows: int, C: int, bias: bool) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    inputs = tensors((rows, C), torch.float32, device)
+    check_both((rows, C), inputs if bias else [*inputs[:3], None])
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_large_and_small_values(scale: float, dtype: torch.dtype, device: torch.device) -> None:
+    x, residual, weight, bias = tensors((6, 80), dtype, device)
+    check_both((6, 80), [x * scale, residual * scale, weight, bias])
+
+
+def test_statistics_survive_a_large_mean(device: torch.device) -> None:
+    """One-pass variance, E[x^2] - E[x]^2, would lose every digit here."""
+    x = torch.randn(4, 256, device=device) + 3e3
+    y = layer_norm(x, torch.ones(256, device=device))
+    oracle = reference.layer_norm(x.double(), torch.ones(256, device=device).double())
+    assert errors(y, oracle)[0] < 1e-3
+
+
+def test_identical_values_give_the_bias(device: torch.device) -> None:
+    x = torch.full((3, 50), 7.0, device=device)
+    bias = torch.randn(50, device=device)
+    assert torch.equal(layer_norm(x, torch.randn(50, device=device), bias), bias.expand(3, 50))
+
+
+def transposed(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def sliced(x: Tensor) -> Tensor:
+    return torch.cat([x, x], -1)[..., : x.shape[-1]]
+
+
+def strided(x: Tensor) -> Tensor:
+    return torch.stack([x, x], -1)[..., 0]
+
+
+def expanded(x: Tensor) -> Tensor:
+    return x[:1].expand(x.shape)
+
+
+@pytest.mark.parametrize("layout", [transposed, sliced, strided, expanded])
+def test_non_contiguous(layout: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    x, residual, weight, bias = tensors((4, 5, 48), torch.float32, device)
+    x, residual, dy = layout(x), layout(residual), layout(torch.randn_like(x))
+    assert not x.is_contiguous()
+    check_op(layer_norm, reference.layer_norm, (x, strided(weight), bias), (dy,))
+    inputs = (x, residual, weight, strided(bias))
+    check_op(add_layer_norm, reference.add_layer_norm, inputs, (dy, dy))
+
+
+def test_sum_backward(device: torch.device) -> None:
+    """The gradient of a sum has stride zero everywhere."""
+    x, _, weight, bias = tensors((6, 40), torch.float32, device)
+    dy = torch.ones((), device=device).expand(6, 40)
+    check_op(layer_norm, reference.layer_norm, (x, weight, bias), (dy,))
+
+
+@pytest.mark.parametrize("used", ["y", "residual_out"])
+def test_one_output_unused(used: str, device: torch.device) -> None:
+    inputs = tensors((6, 40), torch.float32, device)
+    index = ("y", "residual_out").index(used)
+    leaves = [t.requires_grad_() for t in inputs]
+    wanted = leaves if used == "y" else leaves[:2]
+    ours = torch.autograd.grad(add_layer_norm(*leaves)[index].square().sum(), wanted)
+    want = torch.autograd.grad(reference.add_layer_norm(*leaves)[index].square().sum(), wanted)
+    for a, b in zip(ours, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_no_rows(device: torch.device) -> None:
+    inputs = tensors((0, 3, 16), torch.float32, device)
+    outputs, gradients = forward_backward(add_layer_norm, inputs, [inputs[0], inputs[0]])
+    assert [t.shape for t in outputs] == [(0, 3, 16)] * 2
+    assert torch.equal(gradients[2], torch.zeros_like(gradients[2]))
+    assert torch.equal(gradients[3], torch.zeros_like(gradients[3]))
+
+
+def test_residual_out_is_the_rounded_sum(dtype: torch.dtype, device: torch.device) -> None:
+    x, residual, weight, bias = tensors((5, 33), dtype, device)
+    assert torch.equal(add_layer_norm(x, residual, weight, bias)[1], x + residual)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_opcheck(fused: bool, bias: bool, device: torch.device) -> None:
+    x, residual, weight, b = (
+        t.requires_grad_() for t in tensors((3, 5, 24), torch.float32, device)
+    )
+    args = (x, residual if fused else None, weight, b if bias else None, 1e-5)
+    torch.library.opcheck(_op, args)
+    args = tuple(t.detach() if isinstance(t, Tensor) else t for t in args)
+    y, _, stats = _op(*args)
+    torch.library.opcheck(_backward_op, (y, y if fused else None, y, *args[2:4], stats))
+
+
+def test_compiled_equals_eager(device: torch.device) -> None:
+    """Same kernels either way: equal to the bit, without a graph break, with a dynamic batch."""
+    compiled = torch.compile(add_layer_norm, fullgraph=True, dynamic=True)
+    for rows in (6, 9):
+        inputs = tensors((rows, 3, 40), torch.float32, device)
+        dys = [torch.randn_like(inputs[0]) for _ in range(2)]
+        for a, b in zip(
+            forward_backward(compiled, inputs, dys),
+            forward_backward(add_layer_norm, inputs, dys),
+            strict=True,
+        ):
+            assert all(map(torch.equal, a, b))
+
+
+def test_runs_the_reference_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_host, "INTERPRETED", False)
+    inputs = tensors((4, 3, 20), torch.bfloat16, torch.device("cpu"))
+    dys = [torch.randn_like(inputs[0]) for _ in range(2)]
+    wanted = forward_backward(reference.add_layer_norm, inputs, dys)
+    ours = forward_backward(add_layer_norm, inputs, dys)
+    assert all(map(torch.equal, ours[0] + ours[1], wanted[0] + wanted[1]))
+    torch.compile(add_layer_norm, fullgraph=True, backend="eager")(*inputs)
+
+
+def test_bf16_in_the_interpreter_is_refused(device: torch.device) -> None:
+    x, _, weight, bias = tensors((4, 20), torch.bfloat16, torch.device("cpu"))
+    if device.type == "cpu":
+        with pytest.raises(TypeError, match="interpreter .* cannot do bfloat16"):
+            layer_norm(x, weight, bias)
+
+
+X, W = torch.zeros(2, 8), torch.zeros(8)
+BAD = [
+    ((3, W), TypeError, "x must be a tensor, got int"),
+    ((X.double(), W), TypeError, "x must be of dtype bfloat16, float16, float32, got float64"),
+    ((torch.zeros(()), W), ValueError, r"x must have shape \(\.\.\., C\)"),
+    ((torch.zeros(2, 0), torch.zeros(0)), ValueError, r"x must .* 1 <= C <= 8192, got \(2, 0\)"),
+    ((torch.zeros(1, MAX_WIDTH + 1), W), ValueError, r"x must .* 1 <= C <= 8192, got \(1, 8193\)"),
+    ((X, None), TypeError, "weight must be a tensor, got NoneType"),
+    ((X, W[:7]), ValueError, r"weight must have shape \(8\), got \(7,\)"),
+    ((X, W.double()), TypeError, "weight must be of dtype"),
+    ((X, W.to("meta")), ValueError, "weight must be on cpu, got meta"),
+    ((X, W, X), ValueError, r"bias must have shape \(8\), got \(2, 8\)"),
+    ((X, W, W.int()), TypeError, "bias must be of dtype .*, got int32"),
+]
+
+
+@pytest.mark.parametrize(("args", "error", "message"), BAD, ids=[m for _, _, m in BAD])
+def test_bad_arguments(args: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match="^layer_norm: " + message):
+        layer_norm(*args)
+
+
+@pytest.mark.parametrize(
+    ("residual", "error", "message"),
+    [
+        (None, TypeError, "residual must be a tensor, got NoneType"),
+        (X[:1], ValueError, r"residual must have shape \(2, 8\), got \(1, 8\)"),
+        (X.half(), TypeError, "residual must be of dtype float32, got float16"),
+        (X.to("meta"), ValueError, "residual must be on cpu, got meta"),
+    ],
+)
+def test_bad_residual(residual: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^add_layer_norm: {message}"):
+        add_layer_norm(X, residual, W)
