@@ -163,3 +163,14 @@ LAYER_NORM_BACKWARD: Table = {
         8192: Config({"ROWS": 1, "PROGRAMS_PER_SM": 1}, num_warps=16),
     },
 }
+
+# Key: the width C, though one config does for all. A tile of ROWS x BLOCK_C (rows are traded for
+# columns where C is narrower); a program of the forward does one tile, of the backward a column of
+# them. Not measured: 16 elements a thread, 8 of a row, which is one 128-bit access in 2-byte dtypes;
+# 256 columns divide 4C of every GPT-2.
+BIAS_GELU_FORWARD: Table = {
+    "default": {1 << 31: Config({"ROWS": 8, "BLOCK_C": 256}, num_warps=4)},
+}
+BIAS_GELU_BACKWARD: Table = {
+    "default": {1 << 31: Config({"ROWS": 8, "BLOCK_C": 256, "PROGRAMS_PER_SM": 8}, num_warps=4)},
+}

@@ -50,3 +50,115 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") 
     dtype = _compute_dtype(x, bias)
     z = x.to(dtype) if bias is None else x.to(dtype) + bias.to(dtype)
     return F.gelu(z, approximate=approximate).to(x.dtype)
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    vocab_size: int | None = None,
+) -> Tensor:
+    """loss_i = log(sum_j exp(z_ij)) - z_i,targets[i] over the columns j < vocab_size.
+
+    logits (M, V), targets (M,) int64; float32 or float64, () for reduction "mean" (over the rows
+    whose target is not `ignore_index`) and "sum", (M,) with 0 for ignored rows for "none".
+    """
+    z = logits[:, :vocab_size].to(_compute_dtype(logits))
+    return F.cross_entropy(z, targets, ignore_index=ignore_index, reduction=reduction)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    vocab_size: int | None = None,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """cross_entropy of the logits x @ weight.T, x (M, C), weight (V, C); all M rows at once.
+
+    `chunk_tokens` is there for the signature's sake: the logits are materialised whole.
+    """
+    return cross_entropy(F.linear(x, weight), targets, ignore_index, reduction, vocab_size)
+
+
+def attention(
+    qkv: Tensor,
+    n_head: int,
+    *,
+    causal: bool = True,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    scale: float | None = None,
+    deterministic: bool | None = None,
+) -> Tensor:
+    """y = (Z * softmax(scale * q k^T)) v for every head (Vaswani et al., 2017); any head dim.
+
+    qkv (B, T, 3*C) with q, k, v of head h at columns h*D, C + h*D, 2*C + h*D, D = C / n_head; y
+    (B, T, C). Causal: row i sees columns <= i. Z is `attention_dropout_mask` over its keep rate.
+    `deterministic` is there for the signature's sake: PyTorch's own setting decides here.
+    """
+    batch, T, width = qkv.shape
+    head_dim = width // (3 * n_head)
+    x = qkv.to(_compute_dtype(qkv)).view(batch, T, 3, n_head, head_dim)
+    q, k, v = x.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+    logits = (q @ k.transpose(-2, -1)) * (head_dim**-0.5 if scale is None else scale)
+    if causal:
+        above = torch.ones(T, T, dtype=torch.bool, device=qkv.device).triu(1)
+        logits = logits.masked_fill(above, float("-inf"))
+    p = logits.softmax(-1)
+    threshold, keep_scale = dropout_threshold(dropout_p)
+    if threshold > 0:
+        keep = attention_dropout_mask(seed_tensor(seed, qkv.device), batch * n_head, T, dropout_p)
+        p = p * keep.view(batch, n_head, T, T) * keep_scale
+    return (p @ v).transpose(1, 2).reshape(batch, T, n_head * head_dim).to(qkv.dtype)
+
+
+def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """A dropout seed as one int64 on `device`; None draws it there, without waiting for a GPU."""
+    if isinstance(seed, Tensor):
+        return seed
+    if seed is None:
+        return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
+
+
+def dropout_threshold(dropout_p: float) -> tuple[int, float]:
+    """(t, 1 / (1 - t / 65536)), t = round(p * 65536): an entry is dropped if its 16 bits are < t."""
+    threshold = min(round(dropout_p * 65536), 65535)
+    return threshold, 65536 / (65536 - threshold)
+
+
+def attention_dropout_mask(seed: Tensor, heads: int, T: int, dropout_p: float) -> Tensor:
+    """(heads, T, T) bool, True where `attention` keeps softmax's entry; heads counts b * n_head + h.
+
+    Entry (row, column) of a head takes 16 bits of Philox 4x32 with 7 rounds (Salmon et al., 2011),
+    key `seed`, counter (8 * (column // 32) + column % 8, 8 * (row // 16) + row % 8, head, 0): of
+    its four words number column // 8 % 4, of that the low half if row // 8 % 2 == 0, else the high.
+    """
+    device = seed.device
+    groups_m, groups_n = -(-T // 16), -(-T // 32)
+    # 32-bit arithmetic in int64: products wrap modulo 2**64, which leaves both halves right.
+    low = 0xFFFFFFFF
+    words = [
+        torch.arange(groups_n * 8, device=device).view(1, 1, -1),
+        torch.arange(groups_m * 8, device=device).view(1, -1, 1),
+        torch.arange(heads, device=device).view(-1, 1, 1),
+        torch.zeros(1, 1, 1, dtype=torch.int64, device=device),
+    ]
+    key = seed.view(()) & low, (seed.view(()) >> 32) & low
+    for i in range(7):
+        b, a = 0xCD9E8D57 * words[2], 0xD2511F53 * words[0]
+        words = [
+            ((b >> 32) & low) ^ words[1] ^ ((key[0] + i * 0x9E3779B9) & low),
+            b & low,
+            ((a >> 32) & low) ^ words[3] ^ ((key[1] + i * 0xBB67AE85) & low),
+            a & low,
+        ]
+    bits = torch.stack(torch.broadcast_tensors(*words), -1)
+    bits = torch.stack([bits & 0xFFFF, bits >> 16], -1)  # (heads, rows / 2, columns / 4, word, half)
+    bits = bits.view(heads, groups_m, 8, groups_n, 8, 4, 2).permute(0, 1, 6, 2, 3, 5, 4)
+    bits = bits.reshape(heads, groups_m * 16, groups_n * 32)[:, :T, :T]
+    return bits >= dropout_threshold(dropout_p)[0]
