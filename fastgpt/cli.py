@@ -146,16 +146,14 @@ def _prepare(args: list[str]) -> int:
     positional, flags = settings.split_flags(args)
     if len(positional) > 1:
         raise UserError(f"{' '.join(positional)}: one corpus is wanted")
-    if positional:
-        flags.setdefault("dataset", positional[0])
-    config = settings.apply_flags(PrepareConfig(), flags)
-    if not (config.data.dataset or config.data.input):
+    if positional and flags.setdefault("dataset", positional[0]) != positional[0]:
+        raise UserError(f"{positional[0]} and --dataset={flags['dataset']}: one corpus is wanted")
+    if not ("dataset" in flags or "input" in flags):
         raise UserError("prepare: which corpus? name one, or a text with --input=PATH")
+    config = settings.apply_flags(PrepareConfig(), flags)
     from fastgpt.data.prepare import prepare
-    from fastgpt.data.tokens import open_dataset
 
-    folder = prepare(config.data, overwrite=config.overwrite)
-    print(f"data {open_dataset(folder).describe()}")
+    prepare(config)
     return 0
 
 

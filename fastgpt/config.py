@@ -174,10 +174,11 @@ class Config:
 
 
 @dataclass
-class PrepareConfig:
+class PrepareConfig(DataConfig):
     """Turn a corpus into token files."""
 
-    data: DataConfig = field(default_factory=lambda: DataConfig(dataset=""))
+    dataset: str = "python_stdlib"
+    """python_stdlib, shakespeare_char, shakespeare, openwebtext or fineweb10B."""
     overwrite: bool = False
     """Make the token files anew where they exist."""
 

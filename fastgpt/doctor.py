@@ -40,7 +40,7 @@ def _gpus() -> str:
 
 def _data_folders() -> str:
     lines = []
-    for folder in sorted(Path("data").glob("*/")):
+    for folder in sorted(Path("data").glob("[!.]*/")):
         try:
             lines.append(open_dataset(folder).describe())
         except UserError as e:

@@ -66,5 +66,5 @@ def load_state_tensors(
     for full_name, value in tensors.items():
         key, _, name = full_name.partition(".")
         p = params[name]
-        # `step` is a scalar that fused AdamW keeps on the parameter's device.
-        optimizer.state[p][key] = value.to(p.device)
+        # `step` too lives on the parameter's device: fused AdamW wants it there.
+        optimizer.state[p][key] = value.to(p.device, copy=True)

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 
 from fastgpt import checkpoint, metrics, mfu, ops, optim, report, run, settings
-from fastgpt.config import Config
+from fastgpt.config import Config, PrepareConfig
 from fastgpt.data.batches import Batches, Prefetcher, eval_batches
 from fastgpt.data.prepare import ensure
 from fastgpt.data.tokens import Dataset, TokenSplit, open_dataset
@@ -44,7 +44,7 @@ def train(config: Config, name: str) -> int:
     system.dtype = cast(Any, resolve_dtype(system.dtype, device))
     system.compile = resolve_compile(system.compile, device)
 
-    dataset = open_dataset(ensure(config.data))
+    dataset = open_dataset(ensure(PrepareConfig(**vars(config.data))))
     for split in (dataset.train, dataset.val):
         split.require(config.model.block_size)
     m = config.model

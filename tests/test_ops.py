@@ -1,0 +1,57 @@
+"""The eager row of the op table against formulas in fp64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastgpt import ops
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attention(causal, scale):
+    qkv = torch.randn(2, 5, 3 * 12, dtype=torch.float64)
+    q, k, v = (a.unflatten(-1, (3, 4)).transpose(1, 2) for a in qkv.split(12, dim=-1))
+    scores = q @ k.transpose(-1, -2) * (scale or 1 / math.sqrt(4))
+    if causal:
+        scores = scores.masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), -torch.inf)
+    want = (scores.softmax(-1) @ v).transpose(1, 2).flatten(-2)
+    torch.testing.assert_close(ops.attention(qkv, 3, causal=causal, scale=scale), want)
+
+
+def test_add_layer_norm_is_add_and_layer_norm():
+    x, r, w, b = (torch.randn(*s, dtype=torch.float64) for s in ((2, 8), (2, 8), (8,), (8,)))
+    y, out = ops.add_layer_norm(x, r, w, b)
+    assert torch.equal(out, x + r)
+    assert torch.equal(y, ops.layer_norm(out, w, b))
+    want = (out - out.mean(-1, keepdim=True)) / (
+        out.var(-1, correction=0, keepdim=True) + 1e-5
+    ) ** 0.5
+    torch.testing.assert_close(y, want * w + b)
+
+
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_bias_gelu(approximate):
+    x, b = torch.randn(3, 8), torch.randn(8)
+    assert torch.equal(ops.bias_gelu(x, b, approximate), F.gelu(x + b, approximate=approximate))
+    assert torch.equal(ops.bias_gelu(x, None, approximate), F.gelu(x, approximate=approximate))
+
+
+def test_linear_cross_entropy_leaves_padding_out():
+    x, w = torch.randn(6, 8), torch.randn(10, 8)
+    targets = torch.tensor([0, 3, 6, -1, 2, 5])
+    want = F.cross_entropy(x @ w[:7].T, targets, ignore_index=-1)
+    got = ops.linear_cross_entropy(x, w, targets, vocab_size=7)
+    torch.testing.assert_close(got, want)
+    assert ops.linear_cross_entropy(x.bfloat16(), w.bfloat16(), targets).dtype == torch.float32
+
+
+def test_table_gives_a_reason_for_every_op():
+    table = ops.choose(torch.device("cpu"))
+    assert {c.op for c in table.choices} == set(table.__dict__) - {"choices"}
+    assert all(c.implementation == "eager" and c.reason for c in table.choices)
+    assert table.describe().startswith("eager (no GPU): attention, ")

@@ -1,0 +1,139 @@
+"""One optimizer step: equal to the same batch in one piece, and never from bad numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from fastgpt import optim
+from fastgpt.model import GPT, ModelShape
+from fastgpt.presets import laptop
+from fastgpt.step import NonFinite, Trainer, dropout_seed
+
+CPU = torch.device("cpu")
+
+
+def trainer(accumulation: int = 1, dropout: float = 0.0, **optim_changes) -> Trainer:
+    config = laptop()
+    config.system.dtype, config.system.compile = "float32", False
+    changes = {"batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+    config.optim = dataclasses.replace(config.optim, **changes, **optim_changes)
+    config.model.dropout = dropout
+    model = GPT(ModelShape(2, 2, 32, 16, 50, bias=True), dropout).init_weights(0)
+    return Trainer(model, config, CPU)
+
+
+def tokens(step: int = 0) -> torch.Tensor:
+    return torch.randint(50, (8, 17), generator=torch.Generator().manual_seed(step))
+
+
+def weights(t: Trainer) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in t.model.parameters()]
+
+
+@pytest.mark.parametrize("accumulation", [2, 4, 8])
+def test_accumulation_is_the_batch_in_pieces(accumulation):
+    a, b = trainer(), trainer(accumulation)
+    for step in range(3):
+        (loss_a, norm_a), (loss_b, norm_b) = (t.step(step, tokens(step)) for t in (a, b))
+        torch.testing.assert_close(loss_a, loss_b)
+        torch.testing.assert_close(norm_a, norm_b, rtol=1e-4, atol=1e-6)
+    for p, q in zip(weights(a), weights(b), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=2e-5)
+
+
+def test_is_adamw_with_clipping_and_schedule():
+    """Against the same update written with PyTorch's unfused AdamW."""
+    t, model = trainer(), GPT(ModelShape(2, 2, 32, 16, 50, bias=True)).init_weights(0)
+    c = t.config.optim
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": c.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=0.0, betas=(c.beta1, c.beta2), foreach=False)
+    for step in range(4):
+        t.step(step, tokens(step))
+        for group in adamw.param_groups:
+            group["lr"] = optim.learning_rate(step, c)
+        adamw.zero_grad()
+        batch = tokens(step)
+        model(batch[:, :-1], batch[:, 1:]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
+        adamw.step()
+    for p, q in zip(weights(t), model.parameters(), strict=True):
+        torch.testing.assert_close(p, q.detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_dropout_depends_on_the_step_alone():
+    a, b = trainer(dropout=0.2), trainer(dropout=0.2)
+    torch.rand(7)  # whatever else draws from the generator
+    first = a.step(5, tokens())[0]
+    torch.rand(3)
+    assert torch.equal(first, b.step(5, tokens())[0])
+    c = trainer(dropout=0.2)
+    assert not torch.equal(first, c.step(6, tokens())[0])
+    assert len({dropout_seed(seed, step) for seed in range(40) for step in range(40)}) == 1600
+
+
+def test_evaluation_changes_nothing_and_repeats():
+    t = trainer(dropout=0.2)
+    t.step(0, tokens())
+    before = weights(t)
+    assert torch.equal(t.losses(tokens(1)), t.losses(tokens(1)))
+    assert t.model.training
+    assert all(torch.equal(p, q) for p, q in zip(before, weights(t), strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bad_numbers_never_reach_the_weights(value):
+    t = trainer()
+    t.step(0, tokens())
+    with torch.no_grad():
+        t.model.transformer.h[1].mlp.c_fc.weight[0, 0] = value
+    before = weights(t)
+    state = {k: v.clone() for k, v in optim.state_tensors(t.optimizer, t.model).items()}
+    with pytest.raises(NonFinite) as e:
+        t.step(1, tokens(1))
+    assert e.value.step == 1
+    for p, q in zip(before, weights(t), strict=True):
+        assert torch.equal(p.nan_to_num(), q.nan_to_num())
+    for k, v in optim.state_tensors(t.optimizer, t.model).items():
+        assert torch.equal(v, state[k])
+    report = t.diagnose(1, tokens(1))
+    assert "transformer.h.1.mlp.c_fc.weight" in report["not_finite"]
+
+
+def test_the_guard_on_the_device_holds_until_someone_looks():
+    """As on a GPU, where nothing waits: updates after the bad step are called off as well."""
+    t = trainer()
+    t._guard_on_device = True
+    t.step(0, tokens())
+    good = t.model.transformer.wpe.weight[0, 0].item()
+    with torch.no_grad():
+        t.model.transformer.wpe.weight[0, 0] = float("nan")
+    before = weights(t)
+    t.step(1, tokens(1))
+    with torch.no_grad():
+        t.model.transformer.wpe.weight[0, 0] = good
+        before[1][0, 0] = good
+    t.step(2, tokens(2))
+    names = [n for n, _ in t.model.named_parameters()]
+    assert names[1] == "transformer.wpe.weight"
+    assert all(torch.equal(p, q) for p, q in zip(before, weights(t), strict=True))
+    with pytest.raises(NonFinite) as e:
+        t.check()
+    assert e.value.step == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiled_step_is_the_eager_one(dtype):
+    """aot_eager traces forward and backward as on a GPU, without needing a C++ compiler."""
+    eager, compiled = trainer(), trainer()
+    compiled.forward = torch.compile(compiled.model, backend="aot_eager", fullgraph=True)
+    for t in (eager, compiled):
+        t.dtype = dtype
+    for step in range(2):
+        a, b = (t.step(step, tokens(step))[0] for t in (eager, compiled))
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
