@@ -12,6 +12,7 @@ from importlib.util import find_spec
 __all__: list[str] = []
 
 if find_spec("triton"):
+    from fastgpt_kernels.attention import attention
     from fastgpt_kernels.layer_norm import add_layer_norm, layer_norm
 
-    __all__ += ["add_layer_norm", "layer_norm"]
+    __all__ += ["add_layer_norm", "attention", "layer_norm"]

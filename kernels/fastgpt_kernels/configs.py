@@ -88,48 +88,59 @@ def _attention(m: int, n: int, warps: int, stages: int = 1, tma: int | None = No
     return Config(blocks if tma is None else {**blocks, "TMA_REDUCE": tma}, warps, stages)
 
 
-# Attention. Key: the head dim. Not measured: by register count, see the note in each kernel's file.
+# Attention. Key: the head dim. Nothing here is measured: the largest tiles that do not spill, with
+# the head dims 80 and 96 in mind too. Dropout and fp32 have tables of their own (`pick`).
 ATTENTION_FORWARD: Table = {
-    "default": {
-        32: _attention(128, 64, 8, 3),
-        64: _attention(128, 64, 8, 3),
-        128: _attention(128, 32, 8, 3),
-    },
-    "sm_90": {
-        32: _attention(128, 64, 4, 3),
-        64: _attention(128, 64, 4, 3),
-        128: _attention(128, 64, 8, 3),
-    },
+    "default": {64: _attention(128, 64, 8, 3), 128: _attention(128, 32, 8, 3)},
+    "sm_90": {64: _attention(128, 64, 4, 3), 128: _attention(128, 64, 8, 3)},
+    "sm_100": {64: _attention(128, 64, 4, 3), 128: _attention(128, 64, 8, 2)},
+    "gfx942": {64: _attention(128, 64, 4), 128: _attention(128, 32, 4)},
 }
-# The one-pass kernel: dk, dv and dq.
+ATTENTION_FORWARD_DROPOUT: Table = {
+    "default": {64: _attention(128, 64, 8, 3), 128: _attention(128, 32, 8, 3)},
+    "sm_90": {64: _attention(128, 64, 8, 3), 128: _attention(128, 64, 8, 3)},
+    "sm_100": {64: _attention(128, 64, 8, 3), 128: _attention(128, 64, 8, 2)},
+    "gfx942": {64: _attention(64, 64, 4), 128: _attention(128, 32, 4)},
+}
+# dk, dv and dq in one pass.
 ATTENTION_BACKWARD: Table = {
-    "default": {
-        32: _attention(64, 64, 8, 2, tma=0),
-        64: _attention(64, 64, 8, 2, tma=0),
-        128: _attention(32, 64, 8, 2, tma=0),
-    },
-    "sm_90": {
-        32: _attention(64, 128, 8, 2, tma=1),
-        64: _attention(64, 128, 8, 2, tma=1),
-        128: _attention(32, 128, 8, 2, tma=1),
-    },
+    "default": {64: _attention(64, 128, 8, 2, tma=0), 128: _attention(32, 64, 8, 2, tma=0)},
+    "sm_90": {64: _attention(64, 128, 8, 2, tma=1), 128: _attention(32, 128, 8, 2, tma=1)},
+    "sm_100": {64: _attention(64, 128, 8, 2, tma=1), 128: _attention(32, 128, 8, 2, tma=1)},
+    "gfx942": {64: _attention(64, 64, 4, tma=0), 128: _attention(32, 64, 4, tma=0)},
 }
-# The deterministic pair.
+ATTENTION_BACKWARD_DROPOUT: Table = {
+    "default": {64: _attention(32, 64, 8, 2, tma=0), 128: _attention(32, 64, 8, 2, tma=0)},
+    "sm_90": {64: _attention(32, 128, 8, 2, tma=1), 128: _attention(32, 64, 8, 2, tma=1)},
+    "sm_100": {64: _attention(64, 128, 8, 2, tma=1), 128: _attention(32, 128, 8, 2, tma=1)},
+    "gfx942": {64: _attention(32, 64, 4, tma=0), 128: _attention(32, 32, 4, tma=0)},
+}
+# The deterministic pair: dk and dv, then dq.
 ATTENTION_KEY_VALUE: Table = {
-    "default": {
-        32: _attention(64, 64, 8, 2, tma=0),
-        64: _attention(64, 64, 8, 2, tma=0),
-        128: _attention(32, 64, 8, 2, tma=0),
-    },
+    "default": {64: _attention(64, 128, 8, 2, tma=0), 128: _attention(32, 64, 8, 2, tma=0)},
+    "sm_90": {64: _attention(64, 128, 8, 2, tma=0), 128: _attention(32, 128, 8, 2, tma=0)},
+    "sm_100": {64: _attention(64, 128, 8, 2, tma=0), 128: _attention(32, 128, 8, 2, tma=0)},
+    "gfx942": {64: _attention(64, 64, 4, tma=0), 128: _attention(32, 64, 4, tma=0)},
+}
+ATTENTION_KEY_VALUE_DROPOUT: Table = {
+    "default": {64: _attention(32, 64, 4, 2, tma=0), 128: _attention(32, 64, 8, 2, tma=0)},
+    "sm_90": {64: _attention(32, 128, 8, 2, tma=0), 128: _attention(32, 128, 8, 2, tma=0)},
+    "sm_100": {64: _attention(64, 128, 8, 2, tma=0), 128: _attention(32, 128, 8, 2, tma=0)},
+    "gfx942": {64: _attention(32, 64, 4, tma=0), 128: _attention(32, 32, 4, tma=0)},
 }
 ATTENTION_QUERY: Table = {
-    "default": {
-        32: _attention(128, 64, 8, 2),
-        64: _attention(128, 64, 8, 2),
-        128: _attention(128, 32, 8, 2),
-    },
+    "default": {64: _attention(128, 64, 8, 2), 128: _attention(128, 32, 8, 2)},
+    "sm_90": {64: _attention(128, 64, 8, 2), 128: _attention(128, 64, 8, 2)},
+    "sm_100": {64: _attention(128, 64, 8, 2), 128: _attention(128, 64, 8, 2)},
+    "gfx942": {64: _attention(128, 32, 4), 128: _attention(64, 32, 4)},
 }
-# fp32 products are not done by tensor cores: tiles small enough for a loop of multiply-adds.
+ATTENTION_QUERY_DROPOUT: Table = {
+    "default": {64: _attention(64, 64, 4, 2), 128: _attention(128, 32, 8, 2)},
+    "sm_90": {64: _attention(128, 64, 8, 2), 128: _attention(128, 64, 8, 2)},
+    "sm_100": {64: _attention(128, 64, 8, 2), 128: _attention(128, 64, 8, 2)},
+    "gfx942": {64: _attention(64, 32, 4), 128: _attention(64, 32, 4)},
+}
+# True fp32 products do not run on tensor cores: tiles small enough for loops of multiply-adds.
 ATTENTION_FORWARD_FP32: Table = {"default": {128: _attention(32, 32, 4)}}
 ATTENTION_BACKWARD_FP32: Table = {"default": {128: _attention(32, 32, 4, tma=0)}}
 ATTENTION_KEY_VALUE_FP32: Table = {"default": {128: _attention(32, 32, 4, tma=0)}}
@@ -142,7 +153,8 @@ ATTENTION_ROWS: Table = {
 
 # Key: the width C. ROWS rows a program, or a step of its loop. Not measured, by register count:
 # 16 to 32 elements a thread keep enough loads in flight. The backward's warps span one row, so that
-# its sums over rows stay in a thread, and PROGRAMS_PER_SM of its programs fit an SM together.
+# its sums over rows stay in a thread; PROGRAMS_PER_SM of its programs fit an SM together, no more,
+# since each does the same share of the rows; two stages copy the next step's rows ahead.
 LAYER_NORM_FORWARD: Table = {
     "default": {
         256: Config({"ROWS": 16}, num_warps=4),
@@ -155,12 +167,12 @@ LAYER_NORM_FORWARD: Table = {
 }
 LAYER_NORM_BACKWARD: Table = {
     "default": {
-        256: Config({"ROWS": 4, "PROGRAMS_PER_SM": 16}, num_warps=1),
-        512: Config({"ROWS": 2, "PROGRAMS_PER_SM": 8}, num_warps=2),
-        1024: Config({"ROWS": 2, "PROGRAMS_PER_SM": 4}, num_warps=4),
-        2048: Config({"ROWS": 1, "PROGRAMS_PER_SM": 4}, num_warps=4),
-        4096: Config({"ROWS": 1, "PROGRAMS_PER_SM": 2}, num_warps=8),
-        8192: Config({"ROWS": 1, "PROGRAMS_PER_SM": 1}, num_warps=16),
+        256: Config({"ROWS": 4, "PROGRAMS_PER_SM": 12}, num_warps=1, num_stages=2),
+        512: Config({"ROWS": 2, "PROGRAMS_PER_SM": 8}, num_warps=2, num_stages=2),
+        1024: Config({"ROWS": 2, "PROGRAMS_PER_SM": 4}, num_warps=4, num_stages=2),
+        2048: Config({"ROWS": 1, "PROGRAMS_PER_SM": 4}, num_warps=4, num_stages=2),
+        4096: Config({"ROWS": 1, "PROGRAMS_PER_SM": 2}, num_warps=8, num_stages=2),
+        8192: Config({"ROWS": 1, "PROGRAMS_PER_SM": 1}, num_warps=16, num_stages=2),
     },
 }
 
@@ -172,5 +184,9 @@ BIAS_GELU_FORWARD: Table = {
     "default": {1 << 31: Config({"ROWS": 8, "BLOCK_C": 256}, num_warps=4)},
 }
 BIAS_GELU_BACKWARD: Table = {
-    "default": {1 << 31: Config({"ROWS": 8, "BLOCK_C": 256, "PROGRAMS_PER_SM": 8}, num_warps=4)},
+    "default": {
+        1 << 31: Config(
+            {"ROWS": 8, "BLOCK_C": 256, "PROGRAMS_PER_SM": 6}, num_warps=4, num_stages=2
+        )
+    },
 }

@@ -126,13 +126,13 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
 
 
 def dropout_threshold(dropout_p: float) -> tuple[int, float]:
-    """(t, 1 / (1 - t / 65536)), t = round(p * 65536): an entry is dropped if its 16 bits are < t."""
+    """(t, 1 / (1 - t / 65536)), t = round(p * 65536): an entry whose 16 bits are < t is dropped."""
     threshold = min(round(dropout_p * 65536), 65535)
     return threshold, 65536 / (65536 - threshold)
 
 
 def attention_dropout_mask(seed: Tensor, heads: int, T: int, dropout_p: float) -> Tensor:
-    """(heads, T, T) bool, True where `attention` keeps softmax's entry; heads counts b * n_head + h.
+    """(heads, T, T) bool, True where `attention` keeps softmax's entry; heads: b * n_head + h.
 
     Entry (row, column) of a head takes 16 bits of Philox 4x32 with 7 rounds (Salmon et al., 2011),
     key `seed`, counter (8 * (column // 32) + column % 8, 8 * (row // 16) + row % 8, head, 0): of
@@ -158,7 +158,7 @@ def attention_dropout_mask(seed: Tensor, heads: int, T: int, dropout_p: float) -
             a & low,
         ]
     bits = torch.stack(torch.broadcast_tensors(*words), -1)
-    bits = torch.stack([bits & 0xFFFF, bits >> 16], -1)  # (heads, rows / 2, columns / 4, word, half)
+    bits = torch.stack([bits & 0xFFFF, bits >> 16], -1)  # (heads, T / 2, T / 4, word, half)
     bits = bits.view(heads, groups_m, 8, groups_n, 8, 4, 2).permute(0, 1, 6, 2, 3, 5, 4)
     bits = bits.reshape(heads, groups_m * 16, groups_n * 32)[:, :T, :T]
     return bits >= dropout_threshold(dropout_p)[0]

@@ -1,0 +1,222 @@
+"""Fused multi-head attention on packed projections, forward and backward.
+
+For every batch entry and head, with q, k, v (T, D) its columns of qkv (B, T, 3*C), D = C / H:
+
+    S = scale * q k^T            (causal: S[i, j] = -inf where j > i)
+    y = Z * softmax(S) v         Z: 0 with probability p, else 1 / (1 - p); all ones without dropout
+
+q of head h is at columns h*D, k at C + h*D, v at 2*C + h*D; y (B, T, C) has head h at h*D, and the
+gradient of qkv is one tensor laid out like qkv: nothing is transposed, split or concatenated around
+the op. How it works is told where it happens:
+
+    attention_tiles      program order, tile loads, the dropout mask
+    attention_forward    online softmax, one program a tile of rows
+    attention_backward   dk, dv and dq in one pass, or deterministically in two
+    configs              tile sizes, warps and stages by architecture and head dim
+
+Head dims 32, 64, 80, 96, 128; 80 and 96 are worked on as 128 wide, with zeros that are not loaded.
+The matrix products take the dtype of qkv and sum in fp32 (fp32 inputs: true fp32 products, no
+TF32); softmax, log-sum-exp and the dropout scale are fp32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from fastgpt_kernels import reference
+from fastgpt_kernels._attention_specs import aot_specs, tunables
+from fastgpt_kernels._host import (
+    FLOAT_DTYPES,
+    call_directly,
+    check_tensor,
+    refuse_interpreted_bf16,
+    use_kernel,
+)
+from fastgpt_kernels.attention_backward import launch_backward
+from fastgpt_kernels.attention_forward import launch_forward
+
+__all__ = ["aot_specs", "attention", "tunables"]
+
+HEAD_DIMS = (32, 64, 80, 96, 128)
+
+
+@torch.library.custom_op("fastgpt::attention", mutates_args=())
+def attention_op(
+    qkv: Tensor, n_head: int, causal: bool, dropout_p: float, seed: Tensor | None, scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y, lse); `deterministic` is for the backward pass, the forward one always is."""
+    return launch_forward(qkv, n_head, causal, dropout_p, seed, scale)
+
+
+@attention_op.register_fake
+def _(qkv, n_head, causal, dropout_p, seed, scale, deterministic):
+    batch, T, width = qkv.shape
+    y = qkv.new_empty((batch, T, width // 3))
+    return y, qkv.new_empty((batch * n_head, T), dtype=torch.float32)
+
+
+@torch.library.custom_op("fastgpt::attention_backward", mutates_args=())
+def attention_backward_op(
+    grad_y: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, n_head: int, causal: bool,
+    dropout_p: float, seed: Tensor | None, scale: float, deterministic: bool,
+) -> Tensor:  # fmt: skip
+    return launch_backward(
+        grad_y, qkv, y, lse, n_head, causal, dropout_p, seed, scale, deterministic
+    )
+
+
+@attention_backward_op.register_fake
+def _(grad_y, qkv, y, lse, n_head, causal, dropout_p, seed, scale, deterministic):
+    return qkv.new_empty(qkv.shape)
+
+
+def _save(ctx, inputs, output):
+    qkv, n_head, causal, dropout_p, seed, scale, deterministic = inputs
+    ctx.save_for_backward(qkv, *output, seed)
+    ctx.settings = n_head, causal, dropout_p, scale, deterministic
+
+
+def _differentiate(ctx, grad_y, grad_lse):
+    # lse never leaves this file, so no gradient can come through it.
+    qkv, y, lse, seed = ctx.saved_tensors
+    n_head, causal, dropout_p, scale, deterministic = ctx.settings
+    dqkv = attention_backward_op(
+        grad_y, qkv, y, lse, n_head, causal, dropout_p, seed, scale, deterministic
+    )
+    return dqkv, None, None, None, None, None, None
+
+
+attention_op.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.fastgpt.attention)
+def _flops(qkv_shape, *args, out_shape=None, **kwargs) -> int:
+    """Two T x T x D products a head. Causal counts in full, as torch does for its own attention."""
+    batch, T, width = qkv_shape
+    return 2 * (2 * batch * T * T * (width // 3))
+
+
+@register_flop_formula(torch.ops.fastgpt.attention_backward)
+def _backward_flops(grad_shape, qkv_shape, *args, out_shape=None, **kwargs) -> int:
+    """Five products a head, as torch counts; the deterministic kernels do seven."""
+    batch, T, width = qkv_shape
+    return 5 * (2 * batch * T * T * (width // 3))
+
+
+class _Attention(torch.autograd.Function):
+    """What eager mode runs: the same launchers without the dispatcher around them."""
+
+    @staticmethod
+    def forward(ctx, qkv, n_head, causal, dropout_p, seed, scale, deterministic):
+        y, lse = launch_forward(qkv, n_head, causal, dropout_p, seed, scale)
+        ctx.save_for_backward(qkv, y, lse, seed)
+        ctx.settings = n_head, causal, dropout_p, scale, deterministic
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        qkv, y, lse, seed = ctx.saved_tensors
+        n_head, causal, dropout_p, scale, deterministic = ctx.settings
+        dqkv = launch_backward(
+            grad_y, qkv, y, lse, n_head, causal, dropout_p, seed, scale, deterministic
+        )
+        return dqkv, None, None, None, None, None, None
+
+
+def attention(
+    qkv: Tensor,
+    n_head: int,
+    *,
+    causal: bool = True,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    scale: float | None = None,
+    deterministic: bool | None = None,
+) -> Tensor:
+    """Multi-head self-attention of packed queries, keys and values (Vaswani et al., 2017).
+
+    qkv            (B, T, 3*C), bf16, fp16 or fp32, straight from the projection; read in place when
+                   its last dimension is contiguous, whatever the other strides
+    n_head         H; the head dim C / H is 32, 64, 80, 96 or 128
+    causal         position t sees positions <= t, else all
+    dropout_p      probability in [0, 1) with which softmax's entries are dropped, to 2**-16
+    seed           of the dropout mask: an int, or one int64 on qkv's device that the kernels
+                   read, so that a replayed CUDA graph drops anew when the tensor changes. The mask
+                   depends on seed, b * H + h, row and column only, as specified by
+                   `reference.attention_dropout_mask`. None draws a seed from torch's generator of
+                   the device, without waiting for it
+    scale          of the logits, > 0; default 1 / sqrt(C / H)
+    deterministic  True: gradients are the same to the bit every time, at about 7/5 of the matrix
+                   products; None: torch.are_deterministic_algorithms_enabled(). The forward pass is
+                   always deterministic
+
+    Returns y (B, T, C), contiguous, dtype of qkv. Differentiable once, in qkv. Saves qkv, y and
+    one fp32 per row and head; nothing of size T x T. On a CPU tensor `reference.attention` runs.
+
+    Raises TypeError/ValueError naming the argument, what it got and what it wants.
+    """
+    _check(qkv, n_head, causal, dropout_p, seed, scale, deterministic)
+    if not use_kernel(qkv):
+        return reference.attention(
+            qkv, n_head, causal=causal, dropout_p=dropout_p, seed=seed, scale=scale
+        )
+    refuse_interpreted_bf16("attention", qkv)
+    if scale is None:
+        scale = 1.0 / math.sqrt(qkv.shape[2] // (3 * n_head))
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    seed = reference.seed_tensor(seed, qkv.device) if dropout_p > 0 else None
+    if call_directly(qkv, seed):
+        return _Attention.apply(qkv, n_head, causal, dropout_p, seed, scale, deterministic)
+    return attention_op(qkv, n_head, causal, dropout_p, seed, scale, deterministic)[0]
+
+
+def _check(qkv, n_head, causal, dropout_p, seed, scale, deterministic) -> None:
+    op = "attention"
+    check_tensor(op, "qkv", qkv, ndim=3, dtypes=(*FLOAT_DTYPES, torch.float64))
+    if use_kernel(qkv):
+        check_tensor(op, "qkv", qkv, dtypes=FLOAT_DTYPES)
+    if isinstance(n_head, bool) or not isinstance(n_head, int):
+        raise TypeError(f"{op}: n_head must be an int, got {type(n_head).__name__}")
+    if n_head < 1:
+        raise ValueError(f"{op}: n_head must be at least 1, got {n_head}")
+    T, width = qkv.shape[1:]
+    if T < 1:
+        raise ValueError(f"{op}: qkv must have at least one position, got {tuple(qkv.shape)}")
+    if width % (3 * n_head):
+        raise ValueError(
+            f"{op}: n_head must divide qkv's last dimension into 3 * n_head equal parts, "
+            f"got n_head={n_head} and {width} columns"
+        )
+    if width // (3 * n_head) not in HEAD_DIMS:
+        raise ValueError(
+            f"{op}: head dim must be one of {', '.join(map(str, HEAD_DIMS))}, "
+            f"got {width // (3 * n_head)} ({width} columns of qkv / 3 / n_head={n_head})"
+        )
+    for name, flag in (("causal", causal), ("deterministic", deterministic)):
+        if not isinstance(flag, bool) and (flag is not None or name == "causal"):
+            raise TypeError(f"{op}: {name} must be a bool, got {type(flag).__name__}")
+    for name, number in (("dropout_p", dropout_p), ("scale", scale)):
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            if name == "scale" and number is None:
+                continue
+            raise TypeError(f"{op}: {name} must be a float, got {type(number).__name__}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"{op}: scale must be finite and > 0, got {scale}")
+    if isinstance(seed, Tensor):
+        check_tensor(op, "seed", seed, dtypes=(torch.int64,), device=qkv.device)
+        if seed.numel() != 1:
+            raise ValueError(f"{op}: seed must have one element, got shape {tuple(seed.shape)}")
+    elif isinstance(seed, bool) or not isinstance(seed, int | None):
+        raise TypeError(f"{op}: seed must be an int, a tensor or None, got {type(seed).__name__}")
+    elif seed is not None and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"{op}: seed must fit in 64 bits, got {seed}")
