@@ -29,7 +29,7 @@ from fastgpt.data.token_files import Scan, TokenWriter
 from fastgpt.data.tokenizers import BPETokenizer, Tokenizer, make_tokenizer
 from fastgpt.data.tokens import DATASET_JSON, FORMAT, VERSION
 from fastgpt.errors import UserError
-from fastgpt.files import write_text
+from fastgpt.files import sha256_file, write_text
 
 if TYPE_CHECKING:
     from fastgpt.data.prepare import DataSettings, Plan
@@ -62,18 +62,23 @@ def build(partial: Path, plan: Plan, cfg: DataSettings, *, cache: Path, network:
         )
         tokenizer.save(partial)
         _tokenize(state, source, tokenizer, cfg.workers or _cores())
+        _need_both(state, plan)
     except BaseException:
         if not any(state.shards.values()):
             shutil.rmtree(partial, ignore_errors=True)  # nothing worth going on from
         raise
-    for split, shards in state.shards.items():
+    _finish(partial, plan, tokenizer, source.identity, state.shards)
+    (partial / STATE).unlink(missing_ok=True)
+
+
+def _need_both(state: _State, plan: Plan) -> None:
+    for split, shards in list(state.shards.items()):
         if not shards:
+            state.shards = {}  # nothing worth keeping
             raise UserError(
                 f"too little text for a {split} split with --val_fraction={plan.val_fraction}: "
                 "give more text or another fraction"
             )
-    _finish(partial, plan, tokenizer, source.identity, state.shards)
-    (partial / STATE).unlink(missing_ok=True)
 
 
 class _State:
@@ -108,7 +113,7 @@ class _State:
     @staticmethod
     def _intact(folder: Path, shards: dict[str, list[dict[str, Any]]]) -> bool:
         return all(
-            (folder / shard["file"]).stat().st_size == shard["bytes"]
+            sha256_file(folder / shard["file"]) == shard["sha256"]
             for part in shards.values()
             for shard in part
         )
@@ -128,7 +133,13 @@ class _Item(NamedTuple):
 
 def _tokenize(state: _State, source: Source, tokenizer: Tokenizer, workers: int) -> None:
     writers = {
-        split: TokenWriter(state.folder, f"tokens_{split}", tokenizer.dtype, finished=shards)
+        split: TokenWriter(
+            state.folder,
+            f"tokens_{split}",
+            tokenizer.dtype,
+            shard_tokens=token_files.SHARD_TOKENS,
+            finished=shards,
+        )
         for split, shards in state.shards.items()
     }
 

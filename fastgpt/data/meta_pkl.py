@@ -36,10 +36,14 @@ class _NoGlobals(pickle.Unpickler):
 
 def read_meta(path: Path) -> tuple[int, Tokenizer | None]:
     """(vocab_size, character tokenizer if `itos` is one). UserError unless it is plain."""
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise UserError(f"{path} is refused: {size:,} bytes are no vocabulary; remove the file")
-    meta = _load(path, path.read_bytes())
+    try:
+        with open(path, "rb") as f:
+            data = f.read(MAX_BYTES + 1)
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+    if len(data) > MAX_BYTES:
+        raise UserError(f"{path} is refused: over {MAX_BYTES:,} bytes are no vocabulary; remove it")
+    meta = _load(path, data)
     vocab_size = meta.get("vocab_size") if isinstance(meta, dict) else None
     if type(vocab_size) is not int or not 1 <= vocab_size <= 1 << 16:
         raise UserError(

@@ -9,6 +9,7 @@ On the CPU `get` reads on the spot by default.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from typing import TYPE_CHECKING, Any
@@ -91,12 +92,10 @@ class Prefetcher:
         self.close()
 
     def _take(self) -> Any:
-        while True:
-            try:
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Empty):
                 return self._ready.get(timeout=0.5)
-            except queue.Empty:
-                if self._stop.is_set():
-                    raise RuntimeError("the prefetcher is closed") from None
+        raise RuntimeError("the prefetcher is closed")
 
     def _put(self, item: Any) -> None:
         while not self._stop.is_set():

@@ -8,6 +8,7 @@ shard. One process at a time makes a dataset; others wait for it and then find i
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import fcntl
 import hashlib
@@ -22,13 +23,12 @@ from typing import Any, Protocol
 
 from fastgpt.data import build
 from fastgpt.data.corpora import CORPORA, INPUT, Corpus
-from fastgpt.data.sources import Source, TextFiles
+from fastgpt.data.sources import Source, TextFiles, open_input
 from fastgpt.data.tokenizers import parse_spec
 from fastgpt.data.tokens import DATASET_JSON, has_tokens, open_dataset
 from fastgpt.errors import UserError
 from fastgpt.files import explain_os_error, fsync_dir, sha256_file
 
-DEFAULT_DATASET = "python_stdlib"
 DEFAULT_SHARDS = 10
 
 
@@ -101,15 +101,16 @@ def _ready_made(cfg: DataSettings) -> Path | None:
             f"--dataset={name}: {meant}no corpus of this name and no token files in {under} or "
             f"{name}; corpora: {', '.join(CORPORA)}; or your own text with --input=FILE"
         )
-    plain = not (cfg.tokenizer or cfg.vocab_file or cfg.val_fraction or cfg.overwrite)
+    own = ("", CORPORA[name].tokenizer)
+    plain = cfg.tokenizer in own and not (cfg.vocab_file or cfg.val_fraction or cfg.overwrite)
     foreign = has_tokens(under) and not (under / DATASET_JSON).exists()
     return under if plain and foreign else None  # made by nanoGPT's own prepare.py
 
 
 def _plan(cfg: DataSettings) -> Plan:
     corpus = CORPORA.get(cfg.dataset, INPUT)
-    if cfg.input and (cfg.dataset == DEFAULT_DATASET or not corpus.sha256):
-        corpus = INPUT
+    if cfg.input and not corpus.sha256:  # a corpus that is one file may come from --input itself
+        corpus = dataclasses.replace(INPUT, tokenizer=corpus.tokenizer)
     val_fraction = cfg.val_fraction or corpus.val_fraction
     if not 0 <= val_fraction < 1:
         raise UserError(f"--val_fraction={cfg.val_fraction} must be at least 0 and below 1")
@@ -131,33 +132,34 @@ def _plan(cfg: DataSettings) -> Plan:
         if spec != corpus.tokenizer:
             raise UserError(f"{corpus.name} is made of {corpus.tokenizer} tokens, not {spec}")
         recipe["shards"] = cfg.shards
-        base += f"-{cfg.shards}shards" * (cfg.shards != DEFAULT_SHARDS)
+        if cfg.shards != DEFAULT_SHARDS:
+            base += f"-{cfg.shards}shards"
     else:
         recipe["val_fraction"] = val_fraction
     if cfg.input:
-        source = _open_input(cfg.input, val_fraction)
+        source = _open_input(cfg.input, val_fraction, cfg.data_dir)
         sha256 = source.look.sha256
         if sha256 != corpus.sha256:
             recipe["input_sha256"] = sha256
-            if corpus is not INPUT:
+            if corpus.sha256:
                 base = f"{base}-{sha256[:8]}"
             else:
                 base = f"{_folder_name(cfg)}-{slug}-{sha256[:8]}"
     return Plan(corpus, recipe, base, spec, val_fraction, source)
 
 
-def _open_input(given: str, val_fraction: float) -> TextFiles:
+def _open_input(given: str, val_fraction: float, data_dir: str) -> TextFiles:
     path = Path(given).expanduser()
     if not path.exists():
         raise UserError(f"--input={given}: there is no such file or folder")
     if not (path.is_file() or path.is_dir()):
         raise UserError(f"--input={given} is neither a file nor a folder")
-    return TextFiles(path, val_fraction)
+    return open_input(path, val_fraction, memory=Path(data_dir) / ".cache" / "inputs.json")
 
 
 def _folder_name(cfg: DataSettings) -> str:
-    named = cfg.dataset not in (DEFAULT_DATASET, *CORPORA)
-    name = cfg.dataset if named else Path(cfg.input).expanduser().resolve().stem
+    path = Path(cfg.input).expanduser().resolve()
+    name = cfg.dataset if cfg.dataset not in CORPORA else path.stem
     return re.sub(r"[^\w.-]+", "_", name).strip("._") or "input"
 
 

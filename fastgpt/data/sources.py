@@ -7,10 +7,14 @@ byte: line ends and blanks stay as they are, so that decoding gives the files ba
 from __future__ import annotations
 
 import codecs
+import contextlib
+import dataclasses
 import hashlib
 import io
+import json
 import os
 import stat
+import time
 import tokenize
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fastgpt.errors import UserError
+from fastgpt.files import write_text
 
 _CHUNK = 1 << 20
 _SMALL = 16 << 20  # files up to this size are read in one go
@@ -81,12 +86,13 @@ class TextFiles:
         suffix: str = "",
         skip: frozenset[str] = frozenset(),
         recode: Callable[[bytes], bytes | None] = lambda data: None,
+        look: Look | None = None,
     ):
         self.root, self.suffix, self.skip, self.recode = root, suffix, skip, recode
         self.val_fraction = val_fraction
         self.single = not root.is_dir()
         self._skipped = 0
-        self.look = self._look()
+        self.look = look or self._look()
         if self.look.n_bytes == 0:
             what = "an empty file" if self.single else "a folder without any text file"
             raise UserError(f"{root} is {what}")
@@ -149,33 +155,14 @@ class TextFiles:
                 ) from None
             yield self.root.name, _hashed(_read(self.root), listing)
             return
-        for path, name in self._walk(self.root, ""):
-            chunks = self._open(path)
+        for path, name in walk(self.root, self.suffix, self.skip):
+            chunks = None if path is None else self._open(path)
             if chunks is None:
                 self._skipped += 1
                 continue
             digest = hashlib.sha256()
             yield name, _hashed(chunks, digest)
             listing.update(f"{digest.hexdigest()}  {name}\n".encode())
-
-    def _walk(self, folder: Path, prefix: str) -> Iterator[tuple[Path, str]]:
-        try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError as e:
-            raise UserError(f"cannot read {folder}: {e.strerror}") from None
-        for entry in entries:
-            name = prefix + entry.name
-            if entry.name in self.skip or not entry.name.endswith(self.suffix) and entry.is_file():
-                continue
-            mode = entry.stat(follow_symlinks=False).st_mode
-            if entry.name.startswith(".") or not _encodable(name):
-                self._skipped += 1
-            elif stat.S_ISDIR(mode):
-                yield from self._walk(Path(entry.path), name + "/")
-            elif stat.S_ISREG(mode):
-                yield Path(entry.path), name
-            else:
-                self._skipped += 1
 
     def _open(self, path: Path) -> Iterator[bytes] | None:
         """The UTF-8 chunks of a file, or None when it is no text (or empty)."""
@@ -193,6 +180,67 @@ class TextFiles:
         except FileNotFoundError:
             raise UserError(f"{path} vanished while it was read: run the command again") from None
         return iter([data]) if data else None
+
+
+def walk(
+    folder: Path, suffix: str = "", skip: frozenset[str] = frozenset(), prefix: str = ""
+) -> Iterator[tuple[Path | None, str]]:
+    """(path, name below the first folder) of files ending in `suffix`, by name; `skip` is left out.
+
+    The path is None for what is never read: links, hidden and special files, hidden folders.
+    """
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        modes = [entry.stat(follow_symlinks=False).st_mode for entry in entries]
+    except OSError as e:
+        raise UserError(f"cannot read {e.filename or folder}: {e.strerror}") from None
+    for entry, mode in zip(entries, modes, strict=True):
+        name = prefix + entry.name
+        if entry.name in skip or not (stat.S_ISDIR(mode) or entry.name.endswith(suffix)):
+            continue
+        if entry.name.startswith(".") or not _encodable(name):
+            yield None, name
+        elif stat.S_ISDIR(mode):
+            yield from walk(Path(entry.path), suffix, skip, name + "/")
+        else:
+            yield Path(entry.path) if stat.S_ISREG(mode) else None, name
+
+
+_REMEMBER = 64 << 20
+
+
+def open_input(root: Path, val_fraction: float, memory: Path) -> TextFiles:
+    """`TextFiles` of what --input names; what was found in many bytes is remembered in `memory`.
+
+    So training on 50 GB again does not read them again. Remembered by size and time of change of
+    each file, unless one changed in the last seconds; making a dataset checks the contents anyway.
+    """
+    signature, newest = _signature(root)
+    key = f"{root.resolve()} {val_fraction}"
+    try:
+        known = json.loads(memory.read_text())
+        if known[key]["signature"] == signature:
+            return TextFiles(root, val_fraction, look=Look(**known[key]["look"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        known = {}
+    source = TextFiles(root, val_fraction)
+    if source.look.n_bytes >= _REMEMBER and time.time() - newest > 2:
+        entry = {"signature": signature, "look": dataclasses.asdict(source.look)}
+        with contextlib.suppress(OSError, UserError):  # a read-only folder: look again next time
+            write_text(memory, json.dumps({**known, key: entry}, indent=1) + "\n")
+    return source
+
+
+def _signature(root: Path) -> tuple[str, float]:
+    """(hash of all names, sizes and times of change, the newest time in seconds)."""
+    files = walk(root) if root.is_dir() else iter([(root, root.name)])
+    digest, newest = hashlib.sha256(), 0
+    for path, name in files:
+        if path is not None:
+            status = path.stat()
+            newest = max(newest, status.st_mtime_ns)
+            digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest(), newest / 1e9
 
 
 class _Cutter:

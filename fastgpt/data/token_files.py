@@ -8,6 +8,7 @@ the magic begins with id 55,432, past GPT-2's vocabulary. All numbers are little
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -59,11 +60,7 @@ def inspect(path: Path) -> TokenFile:
     try:
         size = path.stat().st_size
         with open(path, "rb") as f:
-            head = (
-                np.frombuffer(f.read(HEADER_BYTES)[: HEADER_BYTES & ~3], "<i4", -1)
-                if size >= 12
-                else None
-            )
+            head = np.frombuffer(f.read(12), "<i4") if size >= 12 else None
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
     if size == 0:
@@ -107,13 +104,16 @@ class Scan:
 def scan(file: TokenFile, advance=lambda n: None) -> Scan:
     """Read the whole file once: sha256 of its bytes, the largest of its ids."""
     digest, top = hashlib.sha256(), 0
-    with open(file.path, "rb") as f:
-        stat = os.fstat(f.fileno())
-        digest.update(f.read(file.offset))
-        while chunk := f.read(_CHUNK):
-            digest.update(chunk)
-            top = max(top, int(np.frombuffer(chunk, file.dtype).max()))
-            advance(len(chunk))
+    try:
+        with open(file.path, "rb") as f:
+            stat = os.fstat(f.fileno())
+            digest.update(f.read(file.offset))
+            while chunk := f.read(_CHUNK):
+                digest.update(chunk)
+                top = max(top, int(np.frombuffer(chunk, file.dtype).max()))
+                advance(len(chunk))
+    except OSError as e:
+        raise UserError(f"cannot read {file.path}: {e.strerror}") from None
     return Scan(stat.st_size, stat.st_mtime_ns, digest.hexdigest(), top)
 
 
@@ -223,10 +223,11 @@ class TokenWriter:
         """Drop the unfinished shard."""
         if self._file is not None:
             temporary, self._file = self._file, None
-            try:
+            with contextlib.suppress(
+                OSError
+            ):  # a full disk says so again; what is lost is unwanted
                 temporary.close()
-            finally:
-                os.unlink(temporary.name)
+            os.unlink(temporary.name)
 
     def _open(self) -> None:
         self._path = self.folder / f"{self.prefix}_{len(self.shards):06d}.bin"

@@ -306,4 +306,6 @@ def make_tokenizer(
         return BPETokenizer(f"bpe:{len(ranks) + 1}", ranks)
     if not size:
         raise UserError("--tokenizer=bpe needs a size to train (bpe:N) or a --vocab_file")
-    return BPETokenizer(spec, train_ranks(texts, size))
+    return BPETokenizer(
+        spec, train_ranks((part for t in texts for part in _split_long_runs(t)), size)
+    )

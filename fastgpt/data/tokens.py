@@ -148,14 +148,12 @@ def open_dataset(folder: Path, *, verify: bool = False, vocab_size: int | None =
     if len(dtypes) > 1:
         raise UserError(f"{folder} mixes files of 2-byte and 4-byte tokens: prepare it again")
     size, tokenizer = _vocabulary(folder, info, vocab_size)
-    every = files["train"] + files["val"]
-    scans = token_files.scan_all(every, folder, verify=verify)
-    for file, found in zip(every, scans, strict=True):
-        _check(file, found, size, info)
+    every = [(split, file) for split, part in files.items() for file in part]
+    scans = token_files.scan_all([file for _, file in every], folder, verify=verify)
     digest = hashlib.sha256()
-    for split, part in files.items():
-        mine = [s for f, s in zip(every, scans, strict=True) if f in part]
-        digest.update(f"{split} {' '.join(s.sha256 for s in mine)}\n".encode())
+    for (split, file), found in zip(every, scans, strict=True):
+        _check(file, found, size, info)
+        digest.update(f"{split} {found.sha256}\n".encode())
     return Dataset(
         folder,
         TokenSplit("train", files["train"], folder),
@@ -180,7 +178,8 @@ def _read_json(folder: Path) -> dict[str, Any] | None:
             )
         for split in ("train", "val"):
             for entry in info["splits"][split]:
-                entry["file"], entry["tokens"], entry["sha256"]
+                Path(entry["file"]), entry["tokens"], entry["sha256"]
+        int(info["vocab_size"]), info["tokenizer"]["fingerprint"]
         return info
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} is damaged ({e}): prepare the data again") from None
@@ -235,7 +234,7 @@ def _vocabulary(
             tokenizer = load_tokenizer(folder)
             size = tokenizer.vocab_size
         else:
-            size = int((info or {}).get("vocab_size", GPT2_VOCAB))
+            size = int((info or {})["vocab_size"])
     elif meta.exists():
         size, tokenizer = read_meta(meta)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import os
 import tempfile
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 GPT2_VOCAB = 50_257
 GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
+_SPARE = 256
 GPT2_NAME = "gpt2.tiktoken"
 # What tiktoken.get_encoding("gpt2") keeps: the same vocabulary in GPT-2's first file format.
 _GPT2_FIRST = (
@@ -46,7 +48,8 @@ def gpt2_ranks(vocab_file: str, cache: Path | None, download: bool) -> dict[byte
         return _verified(parse_ranks(path.read_bytes(), path), path)
     raise UserError(
         "GPT-2's vocabulary is not on this machine: run `fastgpt prepare` with the same options "
-        f"where there is network, or pass --vocab_file=FILE with the rank file from {GPT2_URL}"
+        f"where there is network, or pass --vocab_file=FILE with the rank file {GPT2_URL}, or take "
+        "--tokenizer=byte"
     )
 
 
@@ -79,14 +82,15 @@ def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
             f"--tokenizer=bpe:{size} needs rustbpe: pip install 'rustbpe>=0.1' (the extra [bpe])"
         ) from None
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(iter(texts), size - 1, pattern=GPT2_PATTERN)
-    ranks = {bytes(token): int(rank) for token, rank in trainer.get_mergeable_ranks()}
-    if len(ranks) < size - 1:
+    # Two merges may spell the same token; tiktoken knows the first only. So train some to spare.
+    trainer.train_from_iterator(iter(texts), size - 1 + _SPARE, pattern=GPT2_PATTERN)
+    tokens = dict.fromkeys(bytes(token) for token, _ in trainer.get_mergeable_ranks())
+    if len(tokens) < size - 1:
         raise UserError(
-            f"--tokenizer=bpe:{size}: this text has pairs for a vocabulary of {len(ranks) + 1} "
-            f"only; say --tokenizer=bpe:{len(ranks) + 1} or less"
+            f"--tokenizer=bpe:{size}: this text has pairs for a vocabulary of {len(tokens) + 1} "
+            f"only; say --tokenizer=bpe:{len(tokens) + 1} or less"
         )
-    return ranks
+    return {token: rank for rank, token in enumerate(itertools.islice(tokens, size - 1))}
 
 
 def dump_ranks(ranks: dict[bytes, int]) -> bytes:
