@@ -157,9 +157,7 @@ def split_flags(args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"--{key}: no value given; write --{key}=VALUE")
             value = rest.pop(0)
-        if key in flags and flags[key] != value:
-            raise UserError(f"--{key}: given twice, as {flags[key]} and {value}; keep one")
-        flags[key] = value
+        flags[key] = value  # the last one counts, as in nanoGPT
     return positional, flags
 
 

@@ -120,9 +120,12 @@ class Loop:
             )
         )
         self.stop = stack.enter_context(StopRequest())
-        # The collector's pauses would land in single steps; it runs at evaluations instead.
+        # The collector's pauses would land in single steps; it runs at evaluations instead, and
+        # leaves alone what is there for good: modules, the model.
+        gc.freeze()
         gc.disable()
         stack.callback(gc.enable)
+        stack.callback(gc.unfreeze)
 
         clock, timed = time.perf_counter(), 0
         first = at.step

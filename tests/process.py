@@ -12,7 +12,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["fastgpt.train", "fastgpt.sample", "matplotlib.figure"])
+_context.set_forkserver_preload(
+    [
+        "fastgpt.train",
+        "fastgpt.sample",
+        "torch._dynamo",  # what making an optimizer imports
+        "matplotlib.figure",
+        "matplotlib.backends.backend_agg",
+    ]
+)
 
 
 def _child(args: list[str], cwd: str, out: str, limits: dict[int, int]) -> None:
