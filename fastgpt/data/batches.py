@@ -50,9 +50,9 @@ class Batches:
         self.split, self.rows_per_step, self.block_size = split, rows_per_step, block_size
         self.seed, self.sampling = seed, sampling
         counts = np.array([file.count for file in split.shards], np.int64)
-        # Whole windows per shard for any offset in 0 .. room - 1; they need one token more.
+        # So many whole windows (and one token more) fit at any offset in 0 .. room - 1.
         windows = np.maximum(counts // block_size - 1, counts > block_size)
-        self._room = np.minimum(block_size, counts - windows * block_size)
+        self._room = counts - windows * block_size
         self._first = np.cumsum(counts) - counts
         self._ends = np.cumsum(windows)
 
