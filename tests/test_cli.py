@@ -1,0 +1,128 @@
+"""The command line: help, mistakes in one line without a traceback, exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastgpt import cli, settings
+from fastgpt.config import Config, PrepareConfig, SampleConfig
+from tests import runs
+from tests.process import fastgpt
+from tests.runs import TINY
+
+
+def run(capsys, *args: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as e:
+        cli.main(args)
+    out, err = capsys.readouterr()
+    return int(e.value.code or 0), out, err
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_overview_and_version(capsys):
+    for args in ([], ["--help"], ["help"]):
+        code, out, _ = run(capsys, *args)
+        assert code == 0 and "fastgpt train" in out and "shakespeare_char" in out
+        assert max(map(len, out.splitlines())) <= 100
+    assert run(capsys, "--version")[1].startswith("fastgpt 0.")
+
+
+@pytest.mark.parametrize(
+    ("command", "config"), [("train", Config), ("sample", SampleConfig), ("prepare", PrepareConfig)]
+)
+def test_help_lists_every_setting(command, config, capsys):
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0
+    for name in settings.leaves(config):
+        assert f"--{name} " in out, name
+
+
+def test_help_shows_a_presets_own_defaults(capsys):
+    out = run(capsys, "train", "gpt2_xl", "--help")[1]
+    assert "(default: 1600)" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["trian"], "trian: no such command; did you mean train?"),
+        (["train", "gpt22"], "gpt22: no such preset; did you mean gpt2?"),
+        (["train", "zzz"], "zzz: no such preset; there are laptop, desktop"),
+        (["train", "laptop", "gpt2"], "laptop gpt2: one preset or TOML file is wanted"),
+        (["train", "no.toml"], "no.toml: cannot be read"),
+        (["train", "config/train_gpt2.py"], "Python is not run as configuration; write TOML; the"),
+        (["train", "--n_layr=3"], "did you mean --n_layer?"),
+        (["train", "laptop", "--n_head=3"], "--n_head=3: must divide n_embd=128; the nearest"),
+        (["train", "laptop", "--device=gpu"], "--device=gpu: wanted auto, cpu, cuda"),
+        (["train", "laptop", "--device=meta"], "--device=meta: wanted auto, cpu, cuda"),
+        (["train", "laptop", "--device=cpu", "--dtype=float16"], "--dtype=float16: needs a GPU"),
+        (["train", "laptop", "--input=none.txt"], "--input=none.txt: there is no such file"),
+        (["train", "laptop", "--dataset=nope"], "--dataset=nope: "),
+        (["train", "shakespeare_char"], "run `fastgpt prepare shakespeare_char` once"),
+        (["train", "--init_from=resume"], "no run under runs/ yet"),
+        (["train", "--init_from=resume", "--out_dir=x"], "--out_dir=x: no run there"),
+        (["sample", "--out_dir=x"], "--out_dir=x: no run there"),
+        (["sample", "hello"], "hello: not a flag; the prompt is given as --start=TEXT"),
+        (["sample", "--top_p=0"], "--top_p=0.0: wanted a number > 0 and <= 1"),
+        (["prepare"], "which corpus?"),
+        (["prepare", "a", "b"], "a b: one corpus is wanted"),
+        (["prepare", "shakespear"], "did you mean shakespeare"),
+        (["doctor", "x"], "doctor takes no settings"),
+    ],
+)
+def test_mistakes(args, message, capsys):
+    code, _, err = run(capsys, *args)
+    assert code == 2
+    assert message in err
+    assert err.startswith("fastgpt: ") and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_mistakes_leave_nothing_behind(capsys, tmp_path: Path):
+    path = runs.write_text(tmp_path, n_lines=3)
+    code, _, err = run(capsys, "train", "laptop", f"--input={path}", "--block_size=1024")
+    assert code == 2 and "block_size" in err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(__import__("torch").cuda.is_available(), reason="there is a GPU here")
+def test_no_gpu(capsys):
+    err = run(capsys, "train", "laptop", "--device=cuda")[2]
+    assert err == "fastgpt: --device=cuda: PyTorch sees no GPU here; pass --device=cpu\n"
+
+
+def test_python_dash_m_and_a_reader_that_leaves(tmp_path: Path):
+    command = f"{sys.executable} -m fastgpt --help | head -1"
+    root = Path(__file__).parents[1]
+    got = subprocess.run(
+        command, shell=True, capture_output=True, text=True, env={"PYTHONPATH": str(root)}
+    )
+    assert got.stdout.startswith("fastgpt ") and not got.stderr
+
+
+def test_prepare_then_train_then_again(tmp_path: Path):
+    path = runs.write_text(tmp_path)
+    said = fastgpt(tmp_path, "prepare", f"--input={path}", "--tokenizer=char")
+    assert "train and" in said and "(char)" in said
+    said = fastgpt(tmp_path, "prepare", f"--input={path}", "--tokenizer=char")
+    assert "already there" in said
+    for _ in range(2):
+        fastgpt(tmp_path, "train", *TINY, f"--input={path}", "--tokenizer=char", "--max_iters=2")
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+    assert len([p for p in (tmp_path / "data").iterdir() if p.name[0] != "."]) == 1
+
+
+def test_doctor_is_one_screen(tmp_path: Path):
+    out = fastgpt(tmp_path, "doctor")
+    lines = out.splitlines()
+    assert len(lines) < 40
+    for row in ("torch", "triton", "GPU", "precision", "peak", "ops", "disk", "data", "runs"):
+        assert any(line.startswith(row) for line in lines), row
+    assert "attention: eager" in out
