@@ -200,14 +200,15 @@ def _check(qkv, n_head, causal, dropout_p, seed, scale, deterministic) -> None:
             f"{op}: head dim must be one of {', '.join(map(str, HEAD_DIMS))}, "
             f"got {width // (3 * n_head)} ({width} columns of qkv / 3 / n_head={n_head})"
         )
-    for name, flag in (("causal", causal), ("deterministic", deterministic)):
-        if not isinstance(flag, bool) and (flag is not None or name == "causal"):
-            raise TypeError(f"{op}: {name} must be a bool, got {type(flag).__name__}")
-    for name, number in (("dropout_p", dropout_p), ("scale", scale)):
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            if name == "scale" and number is None:
-                continue
-            raise TypeError(f"{op}: {name} must be a float, got {type(number).__name__}")
+    if not isinstance(causal, bool):
+        raise TypeError(f"{op}: causal must be a bool, got {type(causal).__name__}")
+    if not isinstance(deterministic, bool | None):
+        kind = type(deterministic).__name__
+        raise TypeError(f"{op}: deterministic must be a bool or None, got {kind}")
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float):
+        raise TypeError(f"{op}: dropout_p must be a float, got {type(dropout_p).__name__}")
+    if isinstance(scale, bool) or not isinstance(scale, int | float | None):
+        raise TypeError(f"{op}: scale must be a float or None, got {type(scale).__name__}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
     if scale is not None and not 0 < scale < math.inf:

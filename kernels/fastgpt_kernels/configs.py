@@ -104,7 +104,7 @@ ATTENTION_FORWARD_DROPOUT: Table = {
 }
 # dk, dv and dq in one pass.
 ATTENTION_BACKWARD: Table = {
-    "default": {64: _attention(64, 128, 8, 2, tma=0), 128: _attention(32, 64, 8, 2, tma=0)},
+    "default": {64: _attention(32, 128, 8, 2, tma=0), 128: _attention(32, 64, 8, 2, tma=0)},
     "sm_90": {64: _attention(64, 128, 8, 2, tma=1), 128: _attention(32, 128, 8, 2, tma=1)},
     "sm_100": {64: _attention(64, 128, 8, 2, tma=1), 128: _attention(32, 128, 8, 2, tma=1)},
     "gfx942": {64: _attention(64, 64, 4, tma=0), 128: _attention(32, 64, 4, tma=0)},
@@ -117,7 +117,7 @@ ATTENTION_BACKWARD_DROPOUT: Table = {
 }
 # The deterministic pair: dk and dv, then dq.
 ATTENTION_KEY_VALUE: Table = {
-    "default": {64: _attention(64, 128, 8, 2, tma=0), 128: _attention(32, 64, 8, 2, tma=0)},
+    "default": {64: _attention(32, 128, 8, 2, tma=0), 128: _attention(32, 64, 8, 2, tma=0)},
     "sm_90": {64: _attention(64, 128, 8, 2, tma=0), 128: _attention(32, 128, 8, 2, tma=0)},
     "sm_100": {64: _attention(64, 128, 8, 2, tma=0), 128: _attention(32, 128, 8, 2, tma=0)},
     "gfx942": {64: _attention(64, 64, 4, tma=0), 128: _attention(32, 64, 4, tma=0)},
@@ -135,7 +135,7 @@ ATTENTION_QUERY: Table = {
     "gfx942": {64: _attention(128, 32, 4), 128: _attention(64, 32, 4)},
 }
 ATTENTION_QUERY_DROPOUT: Table = {
-    "default": {64: _attention(64, 64, 4, 2), 128: _attention(128, 32, 8, 2)},
+    "default": {64: _attention(128, 32, 8, 2), 128: _attention(128, 32, 8, 2)},
     "sm_90": {64: _attention(128, 64, 8, 2), 128: _attention(128, 64, 8, 2)},
     "sm_100": {64: _attention(128, 64, 8, 2), 128: _attention(128, 64, 8, 2)},
     "gfx942": {64: _attention(64, 32, 4), 128: _attention(64, 32, 4)},
@@ -178,15 +178,15 @@ LAYER_NORM_BACKWARD: Table = {
 
 # Key: the width C, though one config does for all. A tile of ROWS x BLOCK_C (rows are traded for
 # columns where C is narrower); a program of the forward does one tile, of the backward a column of
-# them. Not measured: 16 elements a thread, 8 of a row, which is one 128-bit access in 2-byte dtypes;
-# 256 columns divide 4C of every GPT-2.
+# them, and PROGRAMS_PER_SM of these fit an SM together. Not measured: 16 elements a thread, 8 of a
+# row, which is one 128-bit access in 2-byte dtypes; 256 columns divide 4C of every GPT-2.
 BIAS_GELU_FORWARD: Table = {
     "default": {1 << 31: Config({"ROWS": 8, "BLOCK_C": 256}, num_warps=4)},
 }
 BIAS_GELU_BACKWARD: Table = {
     "default": {
         1 << 31: Config(
-            {"ROWS": 8, "BLOCK_C": 256, "PROGRAMS_PER_SM": 6}, num_warps=4, num_stages=2
+            {"ROWS": 8, "BLOCK_C": 256, "PROGRAMS_PER_SM": 5}, num_warps=4, num_stages=2
         )
     },
 }

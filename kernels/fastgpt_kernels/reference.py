@@ -132,7 +132,12 @@ def dropout_threshold(dropout_p: float) -> tuple[int, float]:
 
 
 def attention_dropout_mask(seed: Tensor, heads: int, T: int, dropout_p: float) -> Tensor:
-    """(heads, T, T) bool, True where `attention` keeps softmax's entry; heads: b * n_head + h.
+    """(heads, T, T) bool, True where `attention` keeps softmax's entry; heads: b * n_head + h."""
+    return attention_dropout_bits(seed, heads, T) >= dropout_threshold(dropout_p)[0]
+
+
+def attention_dropout_bits(seed: Tensor, heads: int, T: int) -> Tensor:
+    """(heads, T, T) int64 in [0, 65536): the random bits that decide on dropping an entry.
 
     Entry (row, column) of a head takes 16 bits of Philox 4x32 with 7 rounds (Salmon et al., 2011),
     key `seed`, counter (8 * (column // 32) + column % 8, 8 * (row // 16) + row % 8, head, 0): of
@@ -160,5 +165,4 @@ def attention_dropout_mask(seed: Tensor, heads: int, T: int, dropout_p: float) -
     bits = torch.stack(torch.broadcast_tensors(*words), -1)
     bits = torch.stack([bits & 0xFFFF, bits >> 16], -1)  # (heads, T / 2, T / 4, word, half)
     bits = bits.view(heads, groups_m, 8, groups_n, 8, 4, 2).permute(0, 1, 6, 2, 3, 5, 4)
-    bits = bits.reshape(heads, groups_m * 16, groups_n * 32)[:, :T, :T]
-    return bits >= dropout_threshold(dropout_p)[0]
+    return bits.reshape(heads, groups_m * 16, groups_n * 32)[:, :T, :T]

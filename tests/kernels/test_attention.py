@@ -1,0 +1,285 @@
+"""attention against the fp64 oracle, in the interpreter or on a GPU, and its contract."""
+
+import importlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastgpt_kernels import _host, attention, configs, reference
+from fastgpt_kernels.attention import attention_backward_op, attention_op
+from fastgpt_kernels.configs import Config
+from tests.kernels.attention_cases import check_attention, random_qkv, torch_attention
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FULL, CAUSAL = False, True
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["one_pass", "deterministic"])
+@pytest.mark.parametrize("causal", [CAUSAL, FULL], ids=["causal", "full"])
+@pytest.mark.parametrize("T", [1, 2, 31, 64, 129, 150])
+def test_against_oracle(T: int, causal: bool, deterministic: bool, dtype: torch.dtype) -> None:
+    qkv = random_qkv(1 if T > 64 else 2, T, 1 if T > 64 else 2, 32, dtype, DEVICE)
+    check_attention(qkv, qkv.shape[2] // 96, causal=causal, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["one_pass", "deterministic"])
+@pytest.mark.parametrize("causal", [CAUSAL, FULL], ids=["causal", "full"])
+def test_whole_tiles(causal: bool, deterministic: bool, dtype: torch.dtype) -> None:
+    """T a multiple of 128: no row is masked when tiles are loaded and stored."""
+    qkv = random_qkv(1, 256 if dtype != torch.float32 else 128, 1, 64, dtype, DEVICE)
+    check_attention(qkv, 1, causal=causal, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
+@pytest.mark.parametrize("deterministic", [False, True], ids=["one_pass", "deterministic"])
+def test_head_dims(head_dim: int, deterministic: bool, dtype: torch.dtype) -> None:
+    qkv = random_qkv(1, 37, 3, head_dim, dtype, DEVICE)
+    check_attention(qkv, 3, causal=CAUSAL, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["one_pass", "deterministic"])
+@pytest.mark.parametrize("causal", [CAUSAL, FULL], ids=["causal", "full"])
+@pytest.mark.parametrize("T", [5, 70])
+def test_dropout(T: int, causal: bool, deterministic: bool, dtype: torch.dtype) -> None:
+    qkv = random_qkv(2, T, 2, 32, dtype, DEVICE)
+    check_attention(
+        qkv, 2, causal=causal, dropout_p=0.3, seed=-(2**40) + 12345, deterministic=deterministic
+    )
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    batch=st.integers(1, 2),
+    T=st.integers(1, 100),
+    n_head=st.integers(1, 2),
+    causal=st.booleans(),
+    dropout_p=st.sampled_from([0.0, 0.5]),
+    scale=st.sampled_from([None, 0.01, 1.0]),
+)
+def test_any_shape(batch: int, T: int, n_head: int, causal: bool, dropout_p: float, scale) -> None:
+    qkv = random_qkv(batch, T, n_head, 32, torch.float32, DEVICE)
+    check_attention(qkv, n_head, causal=causal, dropout_p=dropout_p, seed=T, scale=scale)
+
+
+TILES = [(16, 64), (64, 32), (32, 128), (128, 32)]
+
+
+@pytest.mark.parametrize(("m", "n"), TILES, ids=str)
+def test_any_tile_gives_the_same(m: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles wider than high, higher than wide, larger than T: dropout's mask is the same too."""
+    for name in ("FORWARD", "BACKWARD", "KEY_VALUE", "QUERY"):
+        blocks = {"BLOCK_M": m, "BLOCK_N": n}
+        if name in ("BACKWARD", "KEY_VALUE"):
+            blocks["TMA_REDUCE"] = 0
+        table = {"default": {128: Config(blocks, num_warps=4, num_stages=1)}}
+        monkeypatch.setattr(configs, f"ATTENTION_{name}_FP32", table)
+    qkv = random_qkv(1, 75, 1, 32, torch.float32, DEVICE)
+    check_attention(qkv, 1, causal=CAUSAL, dropout_p=0.2, seed=3)
+    check_attention(qkv, 1, causal=CAUSAL, dropout_p=0.2, seed=3, deterministic=True)
+    check_attention(qkv, 1, causal=FULL, dropout_p=0.2, seed=3)
+    check_attention(qkv, 1, causal=FULL, dropout_p=0.2, seed=3, deterministic=True)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # under the mask, then zeroed
+@pytest.mark.parametrize("sign", [1, -1])
+def test_large_logits(sign: int, dtype: torch.dtype) -> None:
+    """Logits of +-1e4 and beyond: softmax is all but one-hot, or all rows far below zero."""
+    qkv = random_qkv(1, 70, 1, 32, torch.float32, DEVICE)
+    qkv[..., :64] = qkv[..., :64].abs() * 20
+    qkv[..., :32] *= sign
+    check_attention(qkv.to(dtype), 1, causal=FULL, scale=1.0)
+    check_attention(qkv.to(dtype), 1, causal=CAUSAL, scale=1.0, deterministic=True)
+
+
+def test_identical_logits_average_the_values(dtype: torch.dtype) -> None:
+    qkv = random_qkv(1, 50, 1, 32, dtype, DEVICE)
+    qkv[..., :32] = 0
+    check_attention(qkv, 1, causal=CAUSAL)
+    y = attention(qkv, 1, causal=FULL)
+    mean = qkv[..., 64:].double().mean(1, keepdim=True).expand(1, 50, 32)
+    torch.testing.assert_close(y.double(), mean, atol=2e-3, rtol=2e-3)
+
+
+def test_the_future_has_no_influence(dtype: torch.dtype) -> None:
+    qkv = random_qkv(1, 60, 2, 32, dtype, DEVICE)
+    changed = qkv.clone()
+    changed[:, 41:] = 1e3
+    before, after = attention(qkv, 2), attention(changed, 2)
+    assert torch.equal(before[:, :41], after[:, :41])
+    assert not torch.equal(before[:, 41:], after[:, 41:])
+
+
+def strided(kind: str, dtype: torch.dtype) -> Tensor:
+    if kind == "sliced":  # columns of a wider tensor, rows further apart
+        return random_qkv(2, 80, 2, 64, dtype, DEVICE)[:, ::2, 96 : 96 + 192]
+    if kind == "odd offset":  # no 16-byte alignment anywhere
+        return random_qkv(2, 40, 1, 128, dtype, DEVICE)[..., 3 : 3 + 192]
+    if kind == "sequence first":
+        return random_qkv(40, 2, 2, 32, dtype, DEVICE).transpose(0, 1)
+    if kind == "expanded":
+        return random_qkv(1, 40, 2, 32, dtype, DEVICE).expand(2, 40, 192)
+    if kind == "expanded positions":
+        return random_qkv(2, 1, 2, 32, dtype, DEVICE).expand(2, 40, 192)
+    return torch.randn(2, 192, 40, device=DEVICE).to(dtype).transpose(1, 2)
+
+
+KINDS = [
+    "sliced",
+    "odd offset",
+    "sequence first",
+    "expanded",
+    "expanded positions",
+    "columns first",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("deterministic", [False, True], ids=["one_pass", "deterministic"])
+def test_strides(kind: str, deterministic: bool) -> None:
+    """Any strides of qkv, and of the gradient, give what contiguous ones give."""
+    qkv = strided(kind, torch.float32)
+    assert qkv.shape == (2, 40, 192)
+    results = []
+    grad_y = strided(kind, torch.float32)[..., 64:128]
+    for x, dy in ((qkv, grad_y), (qkv.contiguous(), grad_y.contiguous())):
+        x = x.detach().requires_grad_()
+        y = attention(x, 2, deterministic=deterministic)
+        results.append((y, *torch.autograd.grad(y, x, dy)))
+    for ours, contiguous in zip(*results, strict=True):
+        torch.testing.assert_close(ours, contiguous, atol=1e-6, rtol=1e-6)
+
+
+def test_zero_stride_gradient(dtype: torch.dtype) -> None:
+    """`.sum().backward()` hands over one number expanded to y's shape."""
+    qkv = random_qkv(1, 40, 2, 32, dtype, DEVICE)
+    check_attention(
+        qkv, 2, torch.ones((), dtype=dtype, device=DEVICE).expand(1, 40, 64), causal=True
+    )
+    leaf = qkv.requires_grad_()
+    attention(leaf, 2).sum().backward()
+    ones = torch.ones(1, 40, 64, dtype=dtype, device=DEVICE)
+    (gradient,) = torch.autograd.grad(attention(leaf, 2), leaf, ones)
+    torch.testing.assert_close(leaf.grad, gradient)
+
+
+def test_no_gradient_wanted() -> None:
+    qkv = random_qkv(1, 20, 1, 32, torch.float32, DEVICE)
+    with torch.no_grad():
+        y = attention(qkv.requires_grad_(), 1)
+    assert not y.requires_grad
+    torch.testing.assert_close(y, torch_attention(qkv, 1, causal=True))
+
+
+def test_empty_batch() -> None:
+    qkv = torch.zeros(0, 7, 192, device=DEVICE, requires_grad=True)
+    y = attention(qkv, 2)
+    assert y.shape == (0, 7, 64)
+    y.sum().backward()
+    assert qkv.grad is not None and qkv.grad.shape == qkv.shape
+
+
+def test_double_backward_is_refused() -> None:
+    qkv = random_qkv(1, 8, 1, 32, torch.float32, DEVICE).requires_grad_()
+    (gradient,) = torch.autograd.grad(attention(qkv, 1).square().sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_deterministic_follows_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+
+    def record(*args):
+        chosen.append(args[-1])
+        return torch.zeros_like(args[1])
+
+    module = importlib.import_module("fastgpt_kernels.attention")
+    monkeypatch.setattr(module, "launch_backward", record)
+    qkv = random_qkv(1, 4, 1, 32, torch.float32, DEVICE).requires_grad_()
+    attention(qkv, 1).sum().backward()
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    attention(qkv, 1).sum().backward()
+    attention(qkv, 1, deterministic=False).sum().backward()
+    assert chosen == [False, True, False]
+
+
+def operands(dropout_p: float) -> tuple[Tensor, int, bool, float, Tensor | None, float, bool]:
+    qkv = random_qkv(1, 20, 2, 32, torch.float32, DEVICE).requires_grad_()
+    seed = torch.tensor([5], device=DEVICE) if dropout_p else None
+    return qkv, 2, True, dropout_p, seed, 0.2, False
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_opcheck(dropout_p: float) -> None:
+    args = operands(dropout_p)
+    torch.library.opcheck(attention_op, args)
+    with torch.no_grad():
+        y, lse = attention_op(*args)
+        torch.library.opcheck(
+            attention_backward_op, (torch.randn_like(y), args[0].detach(), y, lse, *args[1:])
+        )
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_compiled_equals_eager(dropout_p: float) -> None:
+    backend = "inductor" if DEVICE.type == "cuda" else "aot_eager"
+
+    def f(x: Tensor, seed: Tensor) -> Tensor:
+        return attention(x * 2, 2, dropout_p=dropout_p, seed=seed, deterministic=True).sin()
+
+    seed = torch.tensor([11], device=DEVICE)
+    qkv = random_qkv(1, 33, 2, 32, torch.float32, DEVICE).requires_grad_()
+    y = f(qkv, seed)
+    compiled_y = torch.compile(f, fullgraph=True, backend=backend)(qkv, seed)
+    dy = torch.randn_like(y)
+    torch.testing.assert_close(compiled_y, y)
+    (gradient,) = torch.autograd.grad(y, qkv, dy)
+    (compiled_gradient,) = torch.autograd.grad(compiled_y, qkv, dy)
+    torch.testing.assert_close(compiled_gradient, gradient)
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_compiled_with_an_int_seed_or_none(seed: int | None) -> None:
+    """Everything by default, `deterministic` read from torch: still one graph."""
+    backend = "inductor" if DEVICE.type == "cuda" else "aot_eager"
+    qkv = random_qkv(1, 40, 1, 32, torch.float32, DEVICE).requires_grad_()
+    f = torch.compile(
+        lambda x: attention(x, 1, dropout_p=0.5, seed=seed), fullgraph=True, backend=backend
+    )
+    first, second = f(qkv), f(qkv)
+    assert torch.equal(first, second) == (seed is not None)
+    first.sum().backward()
+    assert qkv.grad is not None and qkv.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("causal", [CAUSAL, FULL], ids=["causal", "full"])
+def test_flops_are_counted_as_for_sdpa(causal: bool) -> None:
+    """Causal attention counts in full, as torch counts its own; seen without running anything."""
+    with torch.device("meta"):
+        qkv = torch.randn(2, 48, 3 * 64, requires_grad=True)
+    args = (2, causal, 0.0, None, 1.0, False)
+    with FlopCounterMode(display=False) as counter:
+        y, lse = attention_op(qkv, *args)
+        attention_backward_op(y, qkv, y, lse, *args)
+    product = 2 * (2 * 2) * 48 * 48 * 32  # multiply-adds of one T x T x D product, every head
+    assert counter.get_total_flops() == (2 + 5) * product
+
+
+def test_flop_counter_sees_the_public_function() -> None:
+    qkv = random_qkv(1, 16, 2, 32, torch.float32, DEVICE).requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        attention(qkv, 2).sum().backward()
+    assert counter.get_total_flops() == 7 * 2 * 2 * 16 * 16 * 32
+
+
+def test_cpu_tensors_run_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU and without the interpreter, in bf16 too."""
+    monkeypatch.setattr(_host, "INTERPRETED", False)
+    qkv = random_qkv(1, 12, 2, 32, torch.bfloat16, torch.device("cpu")).requires_grad_()
+    y = attention(qkv, 2, dropout_p=0.5, seed=1)
+    assert torch.equal(y, reference.attention(qkv, 2, dropout_p=0.5, seed=1))
+    y.sum().backward()
+    assert qkv.grad is not None
