@@ -58,12 +58,13 @@ def _char_boundary(text: bytes) -> int:
 def cut(chunks: Iterable[bytes], size: int = PIECE, forced: int = FORCED) -> Iterator[bytes]:
     """Re-cut consecutive chunks of one UTF-8 document into pieces of about `size` bytes.
 
-    Chunks may end anywhere, also inside a character. Holds at most `forced` bytes plus one chunk.
+    Chunks may end anywhere, also inside a character. Holds at most `forced` + `size` bytes.
     """
     buffer = bytearray()
     wanted = size
-    for chunk in chunks:
-        buffer += chunk
+    slices = (chunk[i : i + size] for chunk in chunks for i in range(0, len(chunk), size))
+    for part in slices:
+        buffer += part
         if len(buffer) < wanted:
             continue
         text = bytes(buffer)

@@ -30,13 +30,16 @@ _CHUNK = 1 << 20
 _SMALL = 16 << 20  # files up to this size are read in one go
 
 
-@dataclass(frozen=True)
+@dataclass
 class Document:
-    """One text, or the part of it that is in one split. `chunks` are its UTF-8 bytes, once."""
+    """One text, or the part of it that is in one split. `chunks` are its UTF-8 bytes, once.
+
+    `ends`, settled once the chunks are used up: whether the end-of-text token follows.
+    """
 
     split: str
     chunks: Iterator[bytes]
-    ends: bool  # whether the end-of-text token follows
+    ends: bool
 
 
 class Source(Protocol):
@@ -116,12 +119,14 @@ class TextFiles:
                 split = "val" if self._in_val(name) else "train"
                 yield Document(split, chunks, ends=True)
                 continue
-            counter = _Cutter(chunks, first_val_char - n_chars)
+            cutter = _Cutter(chunks, first_val_char - n_chars)
             if n_chars < first_val_char:
-                yield Document("train", counter.head(), ends=not (self.single or counter.cut))
-            if n_chars >= first_val_char or counter.cut:
-                yield Document("val", counter.tail(), ends=not self.single)
-            n_chars += counter.n_chars
+                head = Document("train", cutter.head(), ends=not self.single)
+                cutter.on_cut = head
+                yield head
+            if n_chars >= first_val_char or cutter.cut:
+                yield Document("val", cutter.tail(), ends=not self.single)
+            n_chars += cutter.n_chars
         if listing.hexdigest() != self.look.sha256:
             raise UserError(f"{self.root} changed while it was read: run the command again")
 
@@ -250,6 +255,7 @@ class _Cutter:
         self._chunks, self._left, self._rest = chunks, n, b""
         self.n_chars = 0
         self.cut = False
+        self.on_cut: Document | None = None  # goes on after a cut: no longer ends
 
     def head(self) -> Iterator[bytes]:
         for chunk in self._chunks:
@@ -261,6 +267,8 @@ class _Cutter:
                 continue
             at = int(starts[self._left])
             self._rest, self.cut = chunk[at:], True
+            if self.on_cut is not None:
+                self.on_cut.ends = False
             yield chunk[:at]
             return
 

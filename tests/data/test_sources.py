@@ -1,0 +1,290 @@
+import hashlib
+import json
+import os
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastgpt.data import sources
+from fastgpt.data.sources import TextFiles, _Cutter, check_text, decode_python, open_input
+from fastgpt.errors import UserError
+
+
+def contents(source):
+    """[(split, text, ends)] of all documents."""
+    return [(d.split, b"".join(d.chunks).decode(), d.ends) for d in source.documents()]
+
+
+def tree(folder, files: dict[str, str | bytes]):
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return folder
+
+
+# --- one file
+
+
+@pytest.mark.parametrize(
+    "text", ["abcdefghij" * 10, "世界🙂é" * 33, "a\r\nb\n" * 21, "\ufeffx" * 9]
+)
+@pytest.mark.parametrize("fraction", [0.1, 0.05, 0.5])
+def test_a_file_is_split_as_nanogpt_splits_it(tmp_path, text, fraction):
+    path = tmp_path / "t.txt"
+    path.write_bytes(text.encode())
+    source = TextFiles(path, fraction)
+    n = int(len(text) * (1 - fraction))
+    assert contents(source) == [("train", text[:n], False), ("val", text[n:], False)]
+    assert source.identity["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+    assert source.look.n_chars == len(text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.integers(0, 20), st.integers(1, 7))
+def test_cutting_at_a_character(text, n, chunk):
+    data = text.encode()
+    cutter = _Cutter((data[i : i + chunk] for i in range(0, len(data), chunk)), n)
+    head, tail = b"".join(cutter.head()), b"".join(cutter.tail())
+    assert (head.decode(), tail.decode()) == (text[:n], text[n:])
+    assert cutter.n_chars == len(text) and cutter.cut == (len(text) > n)
+
+
+NO_TEXT = {
+    b"abc\0def": "NUL byte at offset 3",
+    b"\0": "NUL byte at offset 0",
+    b"abc\xffdef": "invalid start byte at offset 3",
+    b"ab\xe4\xb8": "ends within a character",
+    "für".encode("latin-1"): "invalid .* at offset 1",
+    b"\x89PNG\r\n\x1a\n": "invalid start byte at offset 0",
+}
+
+
+@pytest.mark.parametrize("data", NO_TEXT)
+@pytest.mark.parametrize("before", [0, 3 << 20])
+def test_a_file_that_is_no_text(tmp_path, data, before):
+    path = tmp_path / "t.txt"
+    path.write_bytes(b"x" * before + data)
+    says = NO_TEXT[data]
+    if before and " offset " in says:
+        says = says[:-1] + f"{before + int(says[-1]):,}"
+    with pytest.raises(UserError, match=f"t.txt is no UTF-8 text \\(.*{says}") as e:
+        TextFiles(path, 0.1)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5])
+def test_offsets_count_from_the_start(chunk):
+    data = "é世🙂".encode() + b"\xff"
+    with pytest.raises(sources.NotText, match="offset 9$"):
+        check_text(data[i : i + chunk] for i in range(0, len(data), chunk))
+    check_text(data[:-1][i : i + chunk] for i in range(0, 9, chunk))
+
+
+def test_an_empty_file(tmp_path):
+    (tmp_path / "t.txt").touch()
+    with pytest.raises(UserError, match="t.txt is an empty file"):
+        TextFiles(tmp_path / "t.txt", 0.1)
+
+
+# --- folders
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tree(
+        tmp_path / "root",
+        {f"sub{i % 7}/file{i:03d}.txt": f"text of {i}\n" * (i % 5 + 1) for i in range(200)},
+    )
+    tree(
+        root, {"image.png": b"\x89PNG\0", "latin.txt": b"f\xfcr", ".git/config": "x", ".hide": "x"}
+    )
+    tree(root, {"empty.txt": ""})
+    (root / "link.txt").symlink_to(root / "sub1" / "file001.txt")
+    (root / "outside").symlink_to("/etc")
+    (root / "loop").symlink_to(root)
+    os.mkfifo(root / "pipe")
+    return root
+
+
+def test_a_folder_by_whole_documents(folder):
+    source = TextFiles(folder, 0.1)
+    docs = contents(source)
+    names = sorted(p for p in folder.glob("sub*/*.txt"))
+    assert [text for _, text, _ in docs] == [p.read_text() for p in names]
+    assert all(ends for _, _, ends in docs)
+    share = sum(split == "val" for split, _, _ in docs) / len(docs)
+    assert 0.05 <= share <= 0.2
+    assert source.look.n_files == 200
+    assert source.look.n_skipped == 9  # .git .hide empty image latin link loop outside pipe
+    assert contents(TextFiles(folder, 0.1)) == docs
+
+
+def test_a_files_split_does_not_depend_on_the_others(folder):
+    before = {text: split for split, text, _ in contents(TextFiles(folder, 0.1))}
+    for path in sorted(folder.glob("sub3/*.txt")):
+        path.unlink()
+    tree(folder, {"aaa/new.txt": "new", "zzz/new.txt": "new 2"})
+    after = {text: split for split, text, _ in contents(TextFiles(folder, 0.1))}
+    assert {t: s for t, s in after.items() if t in before} == {
+        t: s for t, s in before.items() if t in after
+    }
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"a": "0123456789" * 10},
+        {"a": "x" * 50, "b": "y" * 50},
+        {"a": "x" * 89, "b": "y" * 1, "c": "z" * 10},
+        {"a": "é" * 99, "b": "y"},
+    ],
+)
+def test_few_files_are_split_by_characters(tmp_path, files):
+    docs = contents(TextFiles(tree(tmp_path / "r", files), 0.1))
+    whole = "".join(files.values())
+    parts = {s: "".join(t for split, t, _ in docs if split == s) for s in ("train", "val")}
+    assert (parts["train"], parts["val"]) == (whole[:90], whole[90:])
+    # every file's end is the end of a document, a file cut in two does not end there
+    assert sum(ends for _, _, ends in docs) == len(files)
+
+
+def test_listing_hash_is_that_of_sha256sum(tmp_path):
+    root = tree(tmp_path / "r", {"b/x.txt": "1", "a.txt": "22"})
+    lines = [
+        f"{hashlib.sha256(t).hexdigest()}  {n}\n" for n, t in (("a.txt", b"22"), ("b/x.txt", b"1"))
+    ]
+    want = hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert TextFiles(root, 0.1).look.sha256 == want
+    os.rename(root / "a.txt", root / "aa.txt")
+    assert TextFiles(root, 0.1).look.sha256 != want
+
+
+@pytest.mark.parametrize("files", [{}, {"x.bin": b"\0"}, {".hidden": "text"}])
+def test_folders_without_text(tmp_path, files):
+    (tmp_path / "r").mkdir()
+    with pytest.raises(UserError, match="r is a folder without any text file"):
+        TextFiles(tree(tmp_path / "r", files), 0.1)
+
+
+def test_what_changes_while_it_is_read_is_noticed(folder):
+    source = TextFiles(folder, 0.1)
+    tree(folder, {"sub1/file001.txt": "changed"})
+    with pytest.raises(UserError, match="changed while it was read"):
+        contents(source)
+
+
+def test_what_vanishes_while_it_is_read_is_noticed(folder):
+    documents = TextFiles(folder, 0.1).documents()
+    for path in folder.glob("sub0/*"):
+        path.unlink()
+    with pytest.raises(UserError, match="vanished|changed"):
+        for document in documents:
+            list(document.chunks)
+
+
+def test_large_files_are_streamed(folder, monkeypatch):
+    want = contents(TextFiles(folder, 0.1))
+    monkeypatch.setattr(sources, "_SMALL", 20)
+    monkeypatch.setattr(sources, "_CHUNK", 7)
+    assert contents(TextFiles(folder, 0.1)) == want
+
+
+# --- Python sources
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (
+            "# -*- coding: latin-1 -*-\ns = 'ü'\n".encode("latin-1"),
+            "# -*- coding: latin-1 -*-\ns = 'ü'\n",
+        ),
+        (
+            "# vim: set fileencoding=koi8-r :\n# я".encode("koi8-r"),
+            "# vim: set fileencoding=koi8-r :\n# я",
+        ),
+        (b"# coding: no-such-codec\n\xff", None),
+        (b"s = '\xff'", None),
+        (b"# coding: latin-1\n\0\xff", None),
+    ],
+)
+def test_python_files_that_declare_an_encoding(data, text):
+    assert decode_python(data) == (None if text is None else text.encode())
+
+
+def test_the_standard_library_is_there(tmp_path):
+    from fastgpt.data.corpora import CORPORA
+
+    source = CORPORA["python_stdlib"].text(tmp_path, 0.05)
+    assert source.by_document and source.look.n_bytes > 3_000_000
+    text = {"train": 0, "val": 0}
+    for document in source.documents():
+        text[document.split] += sum(map(len, document.chunks))
+    assert text["val"] == source.look.val_bytes
+    assert text["train"] + text["val"] == source.look.n_bytes
+
+
+def test_no_standard_library(tmp_path, monkeypatch):
+    from fastgpt.data import corpora
+
+    monkeypatch.setattr(corpora.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(UserError, match="--input=FILE"):
+        corpora.CORPORA["python_stdlib"].text(tmp_path, 0.05)
+
+
+# --- remembering what was looked through
+
+
+@pytest.fixture
+def looked(monkeypatch):
+    monkeypatch.setattr(sources, "_REMEMBER", 0)
+    count = []
+    look = TextFiles._look
+    monkeypatch.setattr(TextFiles, "_look", lambda self: count.append(1) or look(self))
+    return count
+
+
+def age(root):
+    for path in [root, *root.rglob("*")]:
+        os.utime(path, ns=(1, time.time_ns() - 10 * 10**9), follow_symlinks=False)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_unchanged_input_is_looked_through_once(folder, tmp_path, looked, kind):
+    root, memory = folder if kind == "folder" else folder / "sub1" / "file001.txt", tmp_path / "m"
+    age(root)
+    first = open_input(root, 0.1, memory)
+    again = open_input(root, 0.1, memory)
+    assert len(looked) == 1 and again.look == first.look and again.identity == first.identity
+    assert contents(again) == contents(first)
+    open_input(root, 0.2, memory)
+    assert len(looked) == 2
+    changed = root if kind == "file" else folder / "sub1" / "file001.txt"
+    changed.write_text("new text")
+    assert open_input(root, 0.1, memory).look.sha256 != first.look.sha256
+
+
+def test_input_changed_just_now_is_not_remembered(folder, tmp_path, looked):
+    for _ in range(2):
+        open_input(folder, 0.1, tmp_path / "m")
+    assert len(looked) == 2
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "\xff", json.dumps({"x": 1})])
+def test_a_damaged_memory_is_no_trouble(folder, tmp_path, looked, text):
+    age(folder)
+    (tmp_path / "m").write_text(text)
+    for _ in range(2):
+        open_input(folder, 0.1, tmp_path / "m")
+    assert len(looked) == 1
+
+
+def test_memory_that_cannot_be_written(folder, tmp_path, looked, read_only):
+    age(folder)
+    (tmp_path / "ro").mkdir()
+    read_only(tmp_path / "ro")
+    open_input(folder, 0.1, tmp_path / "ro" / "m")
+    assert len(looked) == 1
