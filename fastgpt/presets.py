@@ -31,6 +31,7 @@ def desktop() -> Config:
 def shakespeare_char() -> Config:
     """nanoGPT's character-level Shakespeare: 10.7M parameters, 64 x 256 tokens a step."""
     c = Config()
+    c.model.gelu = "erf"  # as nanoGPT's, for the same curve; the GPT-2 sizes have GPT-2's tanh
     c.data.dataset = "shakespeare_char"
     c.model.n_layer, c.model.n_head, c.model.n_embd = 6, 6, 384
     c.model.block_size, c.model.dropout = 256, 0.2

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from fastgpt import plot, settings
@@ -47,19 +49,18 @@ def farewell(loop: Loop, dataset: Dataset, run_dir: Path) -> None:
     if picture:
         print(f"loss curve {picture}")
     if c.log.sample_tokens and dataset.tokenizer is not None and not loop.stop:
-        tokenizer = dataset.tokenizer
-        prompt = tokenizer.encode("\n") if tokenizer.eot is None else [tokenizer.eot]
+        # The first token of the validation text: one that the model knows in any vocabulary.
+        prompt = dataset.val.gather(np.zeros(1, dtype=np.int64), 1)[0].tolist()
         ids = generate(
             loop.trainer.model,
-            [int(i) for i in prompt],
+            prompt,
             c.log.sample_tokens,
             temperature=0.8,
             top_k=200,
             seed=c.run.seed,
-            stop_token=None,
         )
         print(f"\n--- sample {'-' * 61}")
-        print("".join(decode_stream(tokenizer, ids)).strip())
+        print("".join(decode_stream(dataset.tokenizer, itertools.chain(prompt, ids))).strip())
         print("-" * 72)
     if loop.saved:
         more = "" if at.step < c.run.max_iters else f" --max_iters={2 * c.run.max_iters}"
