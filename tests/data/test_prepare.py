@@ -1,0 +1,422 @@
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastgpt.data import corpora
+from fastgpt.data.prepare import ensure, prepare
+from fastgpt.data.tokens import open_dataset
+from fastgpt.errors import UserError
+
+from .conftest import TEXT, python
+
+WORDS = TEXT * 30
+
+
+def text_of(split, tokenizer):
+    return tokenizer.decode(split.gather(np.array([0]), len(split))[0])
+
+
+def tokens(folder: Path) -> dict[str, bytes]:
+    """All that matters in a folder, byte for byte (the scan holds times of change)."""
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".fastgpt_scan.json"}
+
+
+def visible(data_dir) -> list[str]:
+    folder = Path(data_dir)
+    return sorted(n for n in os.listdir(folder) if not n.startswith(".")) if folder.exists() else []
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "my text.txt"
+    path.write_text(WORDS)
+    return path
+
+
+@pytest.fixture
+def stdlib(tmp_path, monkeypatch):
+    """A small standard library."""
+    root = tmp_path / "lib"
+    for i in range(100):
+        path = root / ("pkg" if i % 3 else "test") / f"m{i}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"# module {i}\n" * 10)
+    (root / "pkg" / "latin.py").write_bytes("# coding: latin-1\n# ü\n".encode("latin-1"))
+    (root / "pkg" / "data.txt").write_text("no python")
+    monkeypatch.setattr(corpora.sysconfig, "get_path", lambda name: str(root))
+    return root
+
+
+# --- what is made
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "char", "gpt2", "bpe:400", "bpe"])
+def test_a_file_is_made_into_a_dataset(settings, text, as_gpt2, tokenizer, capsys):
+    vocab_file = str(as_gpt2) if tokenizer in ("gpt2", "bpe") else ""
+    cfg = settings(input=str(text), tokenizer=tokenizer, vocab_file=vocab_file, workers=2)
+    folder = prepare(cfg)
+    ds = open_dataset(folder)
+    n = int(len(WORDS) * 0.9)
+    # bytes and chars are ids one by one, BPE tokens are those of the two texts as a whole
+    for split, part in ((ds.train, WORDS[:n]), (ds.val, WORDS[n:])):
+        assert (
+            split.gather(np.array([0]), len(split))[0].tolist()
+            == ds.tokenizer.encode(part).tolist()
+        )
+    out = capsys.readouterr()
+    assert out.out.count("\n") == 1 and ds.describe() in out.out and out.err == ""
+    assert folder.name.startswith(f"my_text-{tokenizer.replace(':', '')}-")
+
+
+def test_the_standard_library_needs_no_network(settings, stdlib, tmp_path):
+    folder = ensure(settings())
+    assert folder == tmp_path / "data" / "python_stdlib"
+    ds = open_dataset(folder)
+    both = text_of(ds.train, ds.tokenizer) + text_of(ds.val, ds.tokenizer)
+    assert both.count("\0") == 67 and "# ü" in both and "no python" not in both
+    assert ds.vocab_size == 256
+
+
+def test_a_folder_is_made_into_a_dataset(settings, tmp_path):
+    for i in range(50):
+        (tmp_path / "in" / f"d{i % 5}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / f"d{i % 5}" / f"{i}.md").write_text(f"document {i}")
+    ds = open_dataset(prepare(settings(input=str(tmp_path / "in"))))
+    docs = text_of(ds.train, ds.tokenizer).split("\0") + text_of(ds.val, ds.tokenizer).split("\0")
+    assert sorted(docs) == sorted([f"document {i}" for i in range(50)] + ["", ""])
+
+
+def test_workers_do_not_change_a_byte(settings, text, ranks, monkeypatch):
+    monkeypatch.setattr("fastgpt.data.build.JOB_BYTES", 300)
+    made = []
+    for workers in (1, 2, 4, 0):
+        cfg = settings(input=str(text), tokenizer="bpe:300", workers=workers, overwrite=True)
+        made.append(tokens(prepare(cfg)))
+    assert all(m == made[0] for m in made)
+
+
+# --- names: found again, never confused
+
+
+def test_the_same_is_found_again(settings, text, capsys):
+    cfg = settings(input=str(text))
+    folder = prepare(cfg)
+    before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+    capsys.readouterr()
+    assert prepare(cfg) == folder == ensure(cfg)
+    assert "already there" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before
+
+
+def test_other_content_gets_another_folder(settings, text):
+    folders = [prepare(settings(input=str(text)))]
+    text.write_text(WORDS + "more")
+    folders.append(prepare(settings(input=str(text))))
+    folders.append(prepare(settings(input=str(text), tokenizer="char")))
+    folders.append(prepare(settings(input=str(text), val_fraction=0.2)))
+    folders.append(prepare(settings(input=str(text), dataset="mine")))
+    assert len(set(folders)) == 5 and folders[4].name.startswith("mine-byte-")
+    contents = [tokens(f) for f in folders]
+    text.write_text(WORDS)
+    assert ensure(settings(input=str(text))) == folders[0]
+    assert [tokens(f) for f in folders] == contents
+
+
+def test_a_moved_text_is_the_same(settings, text):
+    folder = prepare(settings(input=str(text)))
+    text.parent.joinpath("elsewhere").mkdir()
+    moved = text.rename(text.parent / "elsewhere" / text.name)
+    assert ensure(settings(input=str(moved))) == folder
+
+
+def test_a_named_corpus_from_a_file(settings, text, monkeypatch, tmp_path):
+    """--dataset=shakespeare_char --input=FILE: its settings, and its name where it is that text."""
+    ours = prepare(settings(dataset="shakespeare_char", input=str(text)))
+    assert ours.name.startswith("shakespeare_char-") and open_dataset(ours).tokenizer.name == "char"
+    import dataclasses
+    import hashlib
+
+    corpus = dataclasses.replace(
+        corpora.CORPORA["shakespeare_char"], sha256=hashlib.sha256(WORDS.encode()).hexdigest()
+    )
+    monkeypatch.setitem(corpora.CORPORA, "shakespeare_char", corpus)
+    real = prepare(settings(dataset="shakespeare_char", input=str(text)))
+    assert real.name == "shakespeare_char" and ensure(settings(dataset="shakespeare_char")) == real
+
+
+@pytest.mark.parametrize(
+    ("dataset", "tokenizer"),
+    [("python_stdlib", "byte"), ("shakespeare_char", "char"), ("openwebtext", "gpt2")],
+)
+def test_input_takes_the_tokenizer_of_the_named_corpus(settings, text, as_gpt2, dataset, tokenizer):
+    vocab_file = str(as_gpt2) if tokenizer == "gpt2" else ""
+    ds = open_dataset(prepare(settings(dataset=dataset, input=str(text), vocab_file=vocab_file)))
+    assert ds.tokenizer.name == tokenizer
+    assert 0.05 < len(ds.val) / (len(ds.train) + len(ds.val)) < 0.2
+
+
+def test_a_foreign_folder_in_the_way_is_left_alone(settings, stdlib, tmp_path):
+    (tmp_path / "data" / "python_stdlib").mkdir(parents=True)
+    (tmp_path / "data" / "python_stdlib" / "notes.txt").write_text("keep")
+    folder = prepare(settings(overwrite=True))
+    assert folder.name.startswith("python_stdlib-") and ensure(settings()) == folder
+    assert os.listdir(tmp_path / "data" / "python_stdlib") == ["notes.txt"]
+
+
+def test_nanogpts_own_files_are_used_as_they_are(settings, tmp_path):
+    folder = tmp_path / "data" / "shakespeare_char"
+    folder.mkdir(parents=True)
+    for name in ("train.bin", "val.bin"):
+        np.arange(100, dtype="<u2").tofile(folder / name)
+    cfg = settings(dataset="shakespeare_char")
+    assert ensure(cfg) == folder == prepare(cfg)
+    assert ensure(settings(dataset="shakespeare_char", tokenizer="char")) == folder
+
+
+def test_a_dataset_may_be_a_folder(settings, tmp_path, monkeypatch):
+    folder = tmp_path / "data" / "custom"
+    folder.mkdir(parents=True)
+    for name in ("train.bin", "val.bin"):
+        np.arange(100, dtype="<u2").tofile(folder / name)
+    assert ensure(settings(dataset="custom")) == folder
+    assert ensure(settings(dataset=str(folder))) == folder
+    monkeypatch.chdir(tmp_path)
+    assert ensure(settings(dataset="data/custom")) == Path("data/custom")
+
+
+def test_overwrite_makes_it_anew(settings, text):
+    cfg = settings(input=str(text))
+    folder = prepare(cfg)
+    want = tokens(folder)
+    (folder / "extra").write_text("x")
+    assert tokens(prepare(settings(input=str(text), overwrite=True))) == want
+
+
+def test_a_damaged_dataset_is_made_anew_by_prepare(settings, text, capsys):
+    cfg = settings(input=str(text))
+    folder = prepare(cfg)
+    want = tokens(folder)
+    os.truncate(folder / "tokens_train_000000.bin", 2000)
+    assert ensure(cfg) == folder  # it is there; opening it says what is wrong
+    with pytest.raises(UserError, match="truncated.*prepare"):
+        open_dataset(folder)
+    assert tokens(prepare(cfg)) == want and "making it anew" in capsys.readouterr().out
+
+
+# --- what is refused
+
+
+BAD = {
+    "no file": ({"input": "/no/such/file"}, "--input=/no/such/file: there is no such file"),
+    "device": ({"input": "/dev/null"}, "neither a file nor a folder"),
+    "typo": ({"dataset": "shakespere_char"}, "did you mean shakespeare_char?"),
+    "unknown": ({"dataset": "zzz"}, "no corpus of this name.*corpora: python_stdlib,"),
+    "tokenizer": ({"tokenizer": "bpe:12"}, "257 .. 1000000"),
+    "fraction": ({"val_fraction": 1.0}, "below 1"),
+    "negative fraction": ({"val_fraction": -0.1}, "at least 0"),
+    "vocab": ({"tokenizer": "gpt2", "vocab_file": "/no/file"}, "--vocab_file=/no/file"),
+    "vocab for bytes": ({"vocab_file": __file__}, "--vocab_file goes with"),
+    "no vocab": ({"tokenizer": "gpt2"}, "vocabulary is not on this machine"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_settings(settings, stdlib, kind):
+    changes, says = BAD[kind]
+    cfg = settings(**changes)
+    with pytest.raises(UserError, match=says) as e:
+        ensure(cfg)
+    assert "\n" not in str(e.value) and visible(cfg.data_dir) == []
+    data = Path(cfg.data_dir)
+    assert not list(data.glob(".*.partial")), "half-written"
+
+
+def test_a_full_disk(settings, text, full_disk):
+    folder = full_disk(32 << 10)
+    with pytest.raises(UserError, match="no space left.*--data_dir") as e:
+        prepare(settings(input=str(text), data_dir=str(folder)))
+    assert "\n" not in str(e.value)
+    assert visible(folder) == [] and not list(folder.glob(".*.partial"))
+
+
+def test_a_file_size_limit(settings, text, tmp_path):
+    """As a full disk, where none can be mounted."""
+    code = """
+import resource, sys
+from types import SimpleNamespace
+from fastgpt.data.prepare import prepare
+from fastgpt.errors import UserError
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+cfg = SimpleNamespace(dataset="x", input=sys.argv[1], tokenizer="byte", vocab_file="", shards=10,
+                      data_dir=sys.argv[2], val_fraction=0, workers=1, overwrite=False)
+try:
+    prepare(cfg)
+except UserError as e:
+    sys.exit(f"UserError: {e}")
+"""
+    process = python(code, str(text), str(tmp_path / "data"))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "UserError: cannot write" in err and "no space left" in err
+    assert visible(tmp_path / "data") == [] and not list((tmp_path / "data").glob(".*.partial"))
+
+
+def test_a_read_only_folder(settings, text, read_only, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    ready = prepare(settings(input=str(text)))
+    read_only(data)
+    assert ensure(settings(input=str(text))) == ready  # what is there can be used
+    assert open_dataset(ready).vocab_size == 256
+    with pytest.raises(UserError, match="cannot write.*--data_dir") as e:
+        ensure(settings(input=str(text), tokenizer="char"))
+    assert "\n" not in str(e.value)
+
+
+def test_a_file_where_the_folder_should_be(settings, text, tmp_path):
+    (tmp_path / "data").write_text("x")
+    with pytest.raises(UserError, match="cannot write.*name another folder"):
+        prepare(settings(input=str(text)))
+
+
+# --- several at once, and kills
+
+
+PREPARE = """
+import sys
+from types import SimpleNamespace
+from fastgpt.data import build, token_files
+from fastgpt.data.prepare import prepare
+build.JOB_BYTES, token_files.SHARD_TOKENS = 4096, 5000
+prepare(SimpleNamespace(dataset="x", input=sys.argv[1], tokenizer="bpe", vocab_file=sys.argv[3],
+                        shards=10, data_dir=sys.argv[2], val_fraction=0, workers=2, overwrite=False))
+"""
+
+
+def test_two_at_once_make_one(settings, tmp_path, text, as_gpt2):
+    args = (str(text), str(tmp_path / "data"), str(as_gpt2))
+    both = [python(PREPARE, *args) for _ in range(2)]
+    results = [(p.communicate(timeout=60), p.returncode) for p in both]
+    assert [code for _, code in results] == [0, 0], results
+    assert len(visible(tmp_path / "data")) == 1
+
+
+def test_waiting_for_another_process(settings, text, capsys, tmp_path):
+    import fcntl
+
+    cfg = settings(input=str(text))
+    folder = prepare(cfg)
+    want = tokens(folder)
+    with open(tmp_path / "data" / ".cache" / f"{folder.name}.lock") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        again = threading.Thread(
+            target=prepare, args=(settings(input=str(text), overwrite=True),), daemon=True
+        )
+        again.start()
+        deadline = time.monotonic() + 20
+        out = ""
+        while "waiting for another process" not in out and time.monotonic() < deadline:
+            time.sleep(0.02)
+            out += capsys.readouterr().out
+        assert "waiting for another process" in out and again.is_alive()
+    again.join(20)
+    assert not again.is_alive() and tokens(folder) == want
+
+
+def test_killed_at_any_moment_then_run_again(settings, tmp_path, ranks, as_gpt2):
+    """SIGKILL, ten times, then once to the end: the files are those of an undisturbed run."""
+    path = tmp_path / "big.txt"
+    path.write_text(TEXT * 1500)
+    start = time.monotonic()
+    process = python(PREPARE, str(path), str(tmp_path / "one"), str(as_gpt2))
+    assert process.wait(60) == 0, process.communicate()
+    took = time.monotonic() - start
+    (name,) = visible(tmp_path / "one")
+    args, kills = (str(path), str(tmp_path / "two"), str(as_gpt2)), 0
+    rng = random.Random(time.time_ns())
+    moments = [round(rng.uniform(0.3, 1.0), 3) for _ in range(10)]
+    for moment in moments:
+        process = python(PREPARE, *args)
+        try:
+            process.wait(took * moment)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.communicate(timeout=60)
+        found = visible(tmp_path / "two")
+        if found:  # whole or not at all
+            assert tokens(tmp_path / "two" / name) == tokens(tmp_path / "one" / name), moments
+            break
+    process = python(PREPARE, *args)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert kills > 0
+    assert tokens(tmp_path / "two" / name) == tokens(tmp_path / "one" / name), moments
+    leftovers = {n for n in os.listdir(tmp_path / "two") if n != ".cache"}
+    assert leftovers == {name}, moments
+
+
+@pytest.mark.parametrize("moment", ["old moved", "new moved"])
+def test_a_kill_while_it_is_replaced(settings, text, monkeypatch, moment):
+    cfg = settings(input=str(text), overwrite=True)
+    folder = prepare(cfg)
+    want = tokens(folder)
+    rename, renames = os.rename, []
+
+    class Killed(BaseException):
+        pass
+
+    def dying(source, target):
+        rename(source, target)
+        renames.append(target)
+        if len(renames) == ["old moved", "new moved"].index(moment) + 1:
+            raise Killed
+
+    monkeypatch.setattr(os, "rename", dying)
+    with pytest.raises(Killed):
+        prepare(cfg)
+    monkeypatch.setattr(os, "rename", rename)
+    assert tokens(prepare(settings(input=str(text)))) == want
+    assert visible(cfg.data_dir) == [folder.name]
+
+
+def test_interrupt_ends_at_once(settings, tmp_path, as_gpt2):
+    path = tmp_path / "big.txt"
+    path.write_text(TEXT * 20_000)
+    process = python(PREPARE, str(path), str(tmp_path / "data"), str(as_gpt2))
+    deadline = time.monotonic() + 30
+    while not list((tmp_path / "data").glob(".*.partial/*.bin")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGINT and "KeyboardInterrupt" in err
+    assert visible(tmp_path / "data") == []
+    assert not list((tmp_path / "data").glob(".*.partial/.*.tmp")), "unfinished shards are removed"
+
+
+def test_memory_is_bounded_in_a_process_of_its_own(settings, tmp_path, text):
+    """Peak resident memory grows by less than the text does."""
+    code = """
+import resource, sys
+from types import SimpleNamespace
+from fastgpt.data.prepare import prepare
+def run(path):
+    prepare(SimpleNamespace(dataset="x", input=path, tokenizer="byte", vocab_file="", shards=10,
+                            data_dir=sys.argv[3], val_fraction=0, workers=1, overwrite=False))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(run(sys.argv[1]), run(sys.argv[2]))
+"""
+    for name, n in (("small", 8), ("large", 72)):
+        with open(tmp_path / name, "w") as f:
+            for _ in range(n):
+                f.write("a line of text, as there are many\n" * 30_000)
+    process = python(code, str(tmp_path / "small"), str(tmp_path / "large"), str(tmp_path / "data"))
+    out, err = process.communicate(timeout=100)
+    small, large = map(float, out.split()[-2:])
+    assert large - small < 40, (small, large, err)  # MiB, for 73 MB of text, 147 MB of tokens
