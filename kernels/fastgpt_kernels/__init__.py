@@ -13,6 +13,16 @@ __all__: list[str] = []
 
 if find_spec("triton"):
     from fastgpt_kernels.attention import attention
+    from fastgpt_kernels.cross_entropy import cross_entropy
+    from fastgpt_kernels.gelu import bias_gelu
     from fastgpt_kernels.layer_norm import add_layer_norm, layer_norm
+    from fastgpt_kernels.linear_cross_entropy import linear_cross_entropy
 
-    __all__ += ["add_layer_norm", "attention", "layer_norm"]
+    __all__ += [
+        "add_layer_norm",
+        "attention",
+        "bias_gelu",
+        "cross_entropy",
+        "layer_norm",
+        "linear_cross_entropy",
+    ]

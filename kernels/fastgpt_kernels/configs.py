@@ -88,8 +88,9 @@ def _attention(m: int, n: int, warps: int, stages: int = 1, tma: int | None = No
     return Config(blocks if tma is None else {**blocks, "TMA_REDUCE": tma}, warps, stages)
 
 
-# Attention. Key: the head dim. Nothing here is measured: the largest tiles that do not spill, with
-# the head dims 80 and 96 in mind too. Dropout and fp32 have tables of their own (`pick`).
+# Attention. Key: the head dim. Not measured: by register count, the largest tiles of which no variant
+# (causal or full, ragged T, padded head dim) spills with Triton 3.6 or 3.7. Dropout and fp32 have
+# tables of their own (`attention_forward.pick`).
 ATTENTION_FORWARD: Table = {
     "default": {64: _attention(128, 64, 8, 3), 128: _attention(128, 32, 8, 3)},
     "sm_90": {64: _attention(128, 64, 4, 3), 128: _attention(128, 64, 8, 3)},
@@ -140,11 +141,20 @@ ATTENTION_QUERY_DROPOUT: Table = {
     "sm_100": {64: _attention(128, 64, 8, 2), 128: _attention(128, 64, 8, 2)},
     "gfx942": {64: _attention(64, 32, 4), 128: _attention(64, 32, 4)},
 }
-# True fp32 products do not run on tensor cores: tiles small enough for loops of multiply-adds.
-ATTENTION_FORWARD_FP32: Table = {"default": {128: _attention(32, 32, 4)}}
-ATTENTION_BACKWARD_FP32: Table = {"default": {128: _attention(32, 32, 4, tma=0)}}
-ATTENTION_KEY_VALUE_FP32: Table = {"default": {128: _attention(32, 32, 4, tma=0)}}
-ATTENTION_QUERY_FP32: Table = {"default": {128: _attention(32, 32, 4)}}
+# True fp32 products do not run on tensor cores: Triton loads whole rows of both operands into
+# registers. At 64 nothing spills; at 128 the backward kernels do, by a few hundred bytes a thread.
+ATTENTION_FORWARD_FP32: Table = {
+    "default": {64: _attention(32, 32, 8), 128: _attention(16, 32, 8)},
+}
+ATTENTION_BACKWARD_FP32: Table = {
+    "default": {64: _attention(32, 32, 8, tma=0), 128: _attention(16, 32, 8, tma=0)},
+}
+ATTENTION_KEY_VALUE_FP32: Table = {
+    "default": {64: _attention(32, 32, 8, tma=0), 128: _attention(16, 32, 8, tma=0)},
+}
+ATTENTION_QUERY_FP32: Table = {
+    "default": {64: _attention(32, 32, 8), 128: _attention(16, 32, 8)},
+}
 # delta and dq's zeros before the backward pass, dq's rounding after it: bound by memory.
 ATTENTION_ROWS: Table = {
     "default": {64: Config({"BLOCK_T": 64}, 4), 128: Config({"BLOCK_T": 32}, 4)},

@@ -121,6 +121,7 @@ def _backward_kernel(
     BLOCK_C: tl.constexpr,  # C rounded up to a power of two
     ROWS: tl.constexpr,  # rows of one step of the loop
     HAS_BIAS: tl.constexpr,
+    STAGES: tl.constexpr,  # above 1: the loop's loads are copied ahead through shared memory
 ):
     program, programs = tl.program_id(0), tl.num_programs(0)
     columns = tl.arange(0, BLOCK_C)
@@ -128,7 +129,7 @@ def _backward_kernel(
     weight = tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK_C,), tl.float32)
     dbias = tl.zeros((BLOCK_C,), tl.float32)
-    for start in range(program * ROWS, M, programs * ROWS):
+    for start in tl.range(program * ROWS, M, programs * ROWS, num_stages=STAGES):
         rows = start + tl.arange(0, ROWS)
         row_mask = rows < M
         mask = row_mask[:, None]
@@ -239,6 +240,7 @@ def _backward(
             triton.next_power_of_2(C),
             config.blocks["ROWS"],
             bias is not None,
+            config.num_stages,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -407,8 +409,8 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
         block = triton.next_power_of_2(C)
         config = lookup(LAYER_NORM_FORWARD, arch, C)
         pointers = ["x_ptr", "y_ptr"] + ["residual_ptr", "sum_ptr"] * fused
-        floats = ("weight_ptr", "bias_ptr", "stats_ptr")
-        strides = ("x_stride", "residual_stride")
+        floats = ["weight_ptr", "bias_ptr", "stats_ptr"]
+        strides = ["x_stride", "residual_stride"]
         yield AotSpec(
             name=name.format("forward"),
             kernel=_forward_kernel,
@@ -424,15 +426,16 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
         )
         config = lookup(LAYER_NORM_BACKWARD, arch, C)
         pointers = ["dy_ptr", "s_ptr", "dx_ptr"] + ["d_sum_ptr"] * fused
-        floats = ("weight_ptr", "stats_ptr", "partials_ptr")
-        strides = ("dy_stride", "d_sum_stride", "s_stride")
+        floats = ["weight_ptr", "stats_ptr", "partials_ptr"]
+        strides = ["dy_stride", "d_sum_stride", "s_stride"]
         yield AotSpec(
             name=name.format("backward"),
             kernel=_backward_kernel,
             signature=dict.fromkeys(pointers, "*bf16")
             | dict.fromkeys(floats, "*fp32")
             | dict.fromkeys((*strides, "M"), "i32"),
-            constexprs={"C": C, "BLOCK_C": block, "ROWS": config.blocks["ROWS"], "HAS_BIAS": True}
+            constexprs={"C": C, "BLOCK_C": block, "ROWS": config.blocks["ROWS"]}
+            | {"HAS_BIAS": True, "STAGES": config.num_stages}
             | ({} if fused else {"d_sum_ptr": None}),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
