@@ -166,9 +166,8 @@ def _split_long_runs(text: str) -> list[str]:
     tiktoken's regular expressions overflow their stack on a run of about a million. A run of n
     before other text always splits into n - 1, which is one match, and the last one.
     """
-    step = _LONG // 2
-    samples = text[::step]
-    if not any(a.isspace() and b.isspace() for a, b in zip(samples, samples[1:], strict=False)):
+    step = _LONG // 2  # a long run holds a whole stretch between two multiples of this
+    if not any(text[i : i + step].isspace() for i in range(0, len(text), step)):
         return [text]
     parts, done = [], 0
     for run in _LONG_RUN.finditer(text):

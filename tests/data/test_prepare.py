@@ -239,7 +239,8 @@ def test_bad_settings(settings, stdlib, kind):
 
 
 def test_a_full_disk(settings, text, full_disk):
-    folder = full_disk(32 << 10)
+    text.write_text(WORDS * 10)
+    folder = full_disk(64 << 10)
     with pytest.raises(UserError, match="no space left.*--data_dir") as e:
         prepare(settings(input=str(text), data_dir=str(folder)))
     assert "\n" not in str(e.value)
@@ -294,8 +295,9 @@ from types import SimpleNamespace
 from fastgpt.data import build, token_files
 from fastgpt.data.prepare import prepare
 build.JOB_BYTES, token_files.SHARD_TOKENS = 4096, 5000
-prepare(SimpleNamespace(dataset="x", input=sys.argv[1], tokenizer="bpe", vocab_file=sys.argv[3],
-                        shards=10, data_dir=sys.argv[2], val_fraction=0, workers=2, overwrite=False))
+_, text, data_dir, vocab_file = sys.argv
+prepare(SimpleNamespace(dataset="x", input=text, tokenizer="bpe", vocab_file=vocab_file, shards=10,
+                        data_dir=data_dir, val_fraction=0, workers=2, overwrite=False))
 """
 
 
