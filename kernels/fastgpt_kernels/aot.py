@@ -1,10 +1,12 @@
 """Compile every kernel with every config for GPUs that are not here, and count what they use.
 
-    python -m fastgpt_kernels.aot [--arch sm_90 ...] [--op layer_norm ...] [--json FILE]
+    python -m fastgpt_kernels.aot [--arch sm_90 ...] [--op layer_norm ...] [--baseline FILE]
 
 prints registers a thread, shared memory, spilled bytes and the widest global access by kernel, and
 exits with 1 where a kernel spills, needs more shared memory than the device has, lacks the wgmma
 it should have, or does not compile in time. No GPU is needed: ptxas and cuobjdump come with Triton.
+With --baseline it also fails where a kernel uses markedly more than FILE says for this version of
+Triton, or is not in FILE; --update then writes what was found to FILE.
 
 An op's file takes part by defining `aot_specs(arch) -> Iterator[AotSpec]`, see `specs`.
 """
@@ -23,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -258,13 +260,37 @@ def table(usages: Sequence[Usage]) -> str:
     return "\n".join(lines)
 
 
+# More than this over the baseline is a regression. Registers come in steps of 8, and one step can
+# be the scheduler's whim.
+REGISTER_TOLERANCE, SHARED_TOLERANCE = 8, 1024
+
+
+def compare(usages: Sequence[Usage], baseline: dict[str, Any] | None) -> list[Usage]:
+    """The usages, with a problem added where one exceeds the baseline's {arch: {name: [r, s]}}."""
+    if baseline is None:
+        return list(usages)
+    judged = []
+    for usage in usages:
+        known = baseline.get(usage.arch, {}).get(usage.name)
+        problem = usage.problem
+        if not problem and known is None:
+            problem = "not in the baseline"
+        elif not problem and usage.registers > known[0] + REGISTER_TOLERANCE:
+            problem = f"{known[0]} registers in the baseline"
+        elif not problem and usage.shared > known[1] + SHARED_TOLERANCE:
+            problem = f"{known[1]} bytes of shared memory in the baseline"
+        judged.append(replace(usage, problem=problem))
+    return judged
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastgpt_kernels.aot", description=__doc__)
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=sorted(SHARED_LIMIT))
     parser.add_argument("--op", nargs="+", default=(), help="only these ops' files")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one kernel")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--baseline", type=Path, help="JSON file of what each kernel used before")
+    parser.add_argument("--update", action="store_true", help="write the baseline, not compare")
     args = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         print("unset TRITON_INTERPRET: interpreted kernels cannot be compiled", file=sys.stderr)
@@ -273,15 +299,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     usages = inspect_all(
         op_modules("aot_specs", args.op), args.arch, jobs=args.jobs, timeout=args.timeout
     )
+    known = (
+        json.loads(args.baseline.read_text()) if args.baseline and args.baseline.exists() else {}
+    )
+    if args.baseline and not args.update:
+        usages = compare(usages, known.get(triton.__version__))
     bad = [usage for usage in usages if usage.problem]
     print(table(usages))
     print(
         f"{len(usages)} kernels in {time.monotonic() - start:.0f} s with Triton "
         f"{triton.__version__}: {len(bad)} with problems"
     )
-    if args.json:
-        rows = {"triton": triton.__version__, "kernels": [asdict(u) for u in usages]}
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if args.baseline and not args.update and triton.__version__ not in known:
+        print(f"{args.baseline} says nothing about Triton {triton.__version__}: not compared")
+    if args.baseline and args.update and not bad:
+        rows = known.setdefault(triton.__version__, {})
+        if not args.op:  # a whole run: kernels that are gone leave the file too
+            rows = {arch: of_arch for arch, of_arch in rows.items() if arch not in args.arch}
+            known[triton.__version__] = rows
+        for usage in usages:
+            rows.setdefault(usage.arch, {})[usage.name] = [usage.registers, usage.shared]
+        text = json.dumps(known, indent=1, sort_keys=True)
+        # One line a kernel: [registers, shared memory].
+        args.baseline.write_text(re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", text) + "\n")
     return 1 if bad else 0
 
 
