@@ -26,13 +26,14 @@ _OWN_FOLDERS = ("checkpoints", "nonfinite", "tensorboard")
 
 
 def newest() -> Path:
-    """The newest run under runs/. Raises UserError where there is none."""
-    found = [p.parent for p in RUNS.glob("*/config.toml")]
+    """The run under runs/ that saved last. Raises UserError where none has."""
+    found = list(RUNS.glob("*/checkpoints/latest"))
     if not found:
         raise UserError(
-            f"no run under {RUNS}/ yet; start one with: fastgpt train, or name --out_dir"
+            f"no run with a checkpoint under {RUNS}/ yet; start one with: fastgpt train, "
+            "or name --out_dir"
         )
-    return max(found, key=lambda p: ((p / "config.toml").stat().st_mtime_ns, p.name))
+    return max(found, key=lambda p: (p.stat().st_mtime_ns, p.parts)).parent.parent
 
 
 def find(out_dir: str) -> Path:

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 from fastgpt import optim
 from fastgpt.config import Config
-from fastgpt.device import autocast
+from fastgpt.device import autocast, synchronize
 from fastgpt.errors import UserError
 from fastgpt.model import GPT
 
@@ -89,6 +90,19 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, grad_norm
+
+    def warm_up(self, step: int, micro_batch: Tensor) -> None:
+        """Compile forward and backward on one micro-batch; changes no weight.
+
+        Raises UserError where torch.compile cannot work here.
+        """
+        try:
+            self._backward(step, micro_batch)
+        except TorchDynamoException as e:
+            why = str(e).strip().splitlines()[0]
+            raise UserError(f"torch.compile failed ({why}); --compile=False goes without") from e
+        self.optimizer.zero_grad(set_to_none=True)
+        synchronize(self.device)
 
     def check(self) -> None:
         """Raise NonFinite if a step was not finite. Waits for the device."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -24,7 +24,6 @@ from fastgpt.device import (
     resolve_compile,
     resolve_device,
     resolve_dtype,
-    synchronize,
 )
 from fastgpt.errors import UserError
 from fastgpt.model import GPT, ModelShape
@@ -87,6 +86,25 @@ class Progress:
     best_val_loss: float = float("inf")
 
 
+class StepClock:
+    """Mean seconds a step since the last lap, without what was paused for."""
+
+    def __init__(self) -> None:
+        self.steps, self._start = 0, time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - began
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        seconds = (now - self._start) / self.steps
+        self.steps, self._start = 0, now
+        return seconds
+
+
 class Loop:
     """Steps, evaluations, log lines and checkpoints in their order."""
 
@@ -107,16 +125,18 @@ class Loop:
 
     def run(self, stack: ExitStack) -> int:
         """From progress.step to max_iters. Returns the exit code."""
-        c, trainer, at = self.config, self.trainer, self.progress
-        device = trainer.device
-        prefetcher = Prefetcher(self.batches, device, start_step=at.step)
-        stack.callback(prefetcher.close)
-        peak = mfu.device_peak(device, DTYPES[c.system.dtype], c.system.peak_tflops)
-        flops = mfu.flops_per_token(trainer.model)
-        print(f"MFU against {peak}", flush=True)
-        self.metrics = log = stack.enter_context(
+        c, device = self.config, self.trainer.device
+        self.peak = mfu.device_peak(device, DTYPES[c.system.dtype], c.system.peak_tflops)
+        self.flops = mfu.flops_per_token(self.trainer.model)
+        print(f"MFU against {self.peak}", flush=True)
+        self.prefetcher = Prefetcher(self.batches, device, start_step=self.progress.step)
+        stack.callback(self.prefetcher.close)
+        self.metrics = stack.enter_context(
             metrics.Metrics(
-                self.run_dir, c, start_step=at.step, tokens_per_step=self.tokens_per_step
+                self.run_dir,
+                c,
+                start_step=self.progress.step,
+                tokens_per_step=self.tokens_per_step,
             )
         )
         self.stop = stack.enter_context(StopRequest())
@@ -126,55 +146,60 @@ class Loop:
         gc.disable()
         stack.callback(gc.enable)
         stack.callback(gc.unfreeze)
-
-        clock, timed = time.perf_counter(), 0
-        first = at.step
         try:
-            for step in itertools.count(at.step):
-                last = step == c.run.max_iters
-                if step != at.last_eval and (
-                    step % c.log.eval_interval == 0 or last or c.log.eval_only
-                ):
-                    paused = time.perf_counter()
-                    trainer.check()
-                    if self.evaluate(step):
-                        self.save_after_evaluation(step)
-                    gc.collect()
-                    clock += time.perf_counter() - paused
-                if last or self.stop or c.log.eval_only:
-                    break
-
-                loss, grad_norm = trainer.step(step, prefetcher.get(step))
-                at.step, timed = step + 1, timed + 1
-
-                if step == first and c.system.compile:
-                    synchronize(device)
-                    log.say(f"compiled in {time.perf_counter() - clock:.1f}s")
-                if step % c.log.log_interval == 0:
-                    record = {
-                        "loss": loss.item(),  # waits for the device
-                        "lr": optim.learning_rate(step, c.optim),
-                        "grad_norm": grad_norm.item(),
-                    }
-                    trainer.check()
-                    seconds = (time.perf_counter() - clock) / timed
-                    rate = self.tokens_per_step / seconds / peak.flops
-                    record |= {k: getattr(flops, k) * rate for k in ("mfu", "mfu_causal", "mfu_6n")}
-                    log.train(step, seconds, record)
-                    clock, timed = time.perf_counter(), 0
-                elif step == first and c.system.compile:
-                    clock, timed = time.perf_counter(), 0
-            trainer.check()
+            if c.system.compile:
+                self._compile()
+            self._steps()
+            self.trainer.check()
         except NonFinite as e:
             raise self.non_finite(e.step) from e
         except torch.OutOfMemoryError as e:
             raise UserError(report.out_of_memory(c, device)) from e
-        if self.stop and not c.log.eval_only:
-            assert self.stop.signal is not None
-            log.say(f"{self.stop.signal.name}: stopping after step {at.step}")
+        if self.stop.signal is not None and not c.log.eval_only:
+            at = self.progress
+            self.metrics.say(f"{self.stop.signal.name}: stopping after step {at.step}")
             if self.saved is None or self.saved.name != checkpoint.name_of(at.step):
                 self.save(best=False)
         return self.stop.exit_code
+
+    def _steps(self) -> None:
+        """The loop itself."""
+        c, trainer, at = self.config, self.trainer, self.progress
+        clock = StepClock()
+        while True:
+            step = at.step
+            last = step == c.run.max_iters
+            due = (step % c.log.eval_interval == 0 or last) and step != at.last_eval
+            if due or c.log.eval_only:
+                trainer.check()  # waits for the device: what it still has to do is the steps' time
+                with clock.paused():
+                    if self.evaluate(step):
+                        self.save_after_evaluation(step)
+                    gc.collect()
+            if last or c.log.eval_only or self.stop:
+                return
+
+            loss, grad_norm = trainer.step(step, self.prefetcher.get(step))
+            at.step, clock.steps = step + 1, clock.steps + 1
+            if step % c.log.log_interval == 0:
+                record = {
+                    "loss": loss.item(),  # waits for the device
+                    "lr": optim.learning_rate(step, c.optim),
+                    "grad_norm": grad_norm.item(),
+                }
+                trainer.check()
+                seconds = clock.lap()
+                rate = self.tokens_per_step / seconds / self.peak.flops
+                record |= {k: v * rate for k, v in vars(self.flops).items()}
+                self.metrics.train(step, seconds, record)
+
+    def _compile(self) -> None:
+        """Trace and compile before the first step, so that no iteration's time has it in it."""
+        started = time.perf_counter()
+        rows = slice(self.config.optim.batch_size)
+        tokens = torch.from_numpy(self.batches.tokens(self.progress.step, rows))
+        self.trainer.warm_up(self.progress.step, tokens.to(self.trainer.device))
+        self.metrics.say(f"compiled in {time.perf_counter() - started:.1f}s")
 
     def evaluate(self, step: int) -> bool:
         """Both mean losses on the fixed batches. False where a signal broke it off."""

@@ -67,7 +67,7 @@ def test_help_shows_a_presets_own_defaults(capsys):
         (["train", "laptop", "--input=none.txt"], "--input=none.txt: there is no such file"),
         (["train", "laptop", "--dataset=nope"], "--dataset=nope: "),
         (["train", "shakespeare_char"], "run `fastgpt prepare shakespeare_char` once"),
-        (["train", "--init_from=resume"], "no run under runs/ yet"),
+        (["train", "--init_from=resume"], "no run with a checkpoint under runs/ yet"),
         (["train", "--init_from=resume", "--out_dir=x"], "--out_dir=x: no run there"),
         (["sample", "--out_dir=x"], "--out_dir=x: no run there"),
         (["sample", "hello"], "hello: not a flag; the prompt is given as --start=TEXT"),

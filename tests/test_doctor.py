@@ -28,4 +28,4 @@ def test_broken_data_is_named_and_does_not_stop_the_doctor(tmp_path: Path, monke
     doctor.doctor()
     out = capsys.readouterr().out
     assert "unusable: " in out and "broken" in out
-    assert "no run under runs/ yet" in out
+    assert "no run with a checkpoint under runs/ yet" in out

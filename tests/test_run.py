@@ -31,12 +31,15 @@ def test_two_runs_in_one_second_get_two_folders(monkeypatch):
     assert (a.name, b.name) == tuple(f"2026-01-01_000000-a-name-with-things{s}" for s in ("", "-2"))
 
 
-def test_newest_is_by_time():
-    with pytest.raises(UserError, match="no run under runs/ yet"):
+def test_newest_is_the_one_that_saved_last():
+    with pytest.raises(UserError, match="no run with a checkpoint under runs/ yet"):
         run.newest()
     for name, when in (("z", 100), ("a", 200)):
-        make(Path("runs") / name)
-        os.utime(Path("runs") / name / "config.toml", (when, when))
+        latest = make(Path("runs") / name) / "checkpoints" / "latest"
+        latest.parent.mkdir()
+        latest.touch()
+        os.utime(latest, (when, when))
+    make(Path("runs") / "failed-at-once")
     assert run.newest() == run.find("") == Path("runs/a")
 
 

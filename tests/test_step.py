@@ -6,8 +6,10 @@ import dataclasses
 
 import pytest
 import torch
+import torch._inductor.config
 
 from fastgpt import optim
+from fastgpt.errors import UserError
 from fastgpt.model import GPT, ModelShape
 from fastgpt.presets import laptop
 from fastgpt.step import NonFinite, Trainer, dropout_seed
@@ -137,3 +139,21 @@ def test_compiled_step_is_the_eager_one(dtype):
     for step in range(2):
         a, b = (t.step(step, tokens(step))[0] for t in (eager, compiled))
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_warm_up_changes_nothing():
+    t = trainer(dropout=0.2)
+    before = weights(t)
+    t.warm_up(0, tokens())
+    assert all(p.grad is None for p in t.model.parameters()) and not t.optimizer.state
+    assert all(torch.equal(p, q) for p, q in zip(before, weights(t), strict=True))
+
+
+def test_a_machine_that_cannot_compile_is_told_so():
+    t = trainer()
+    t.forward = torch.compile(t.model)
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (None, "/nonexistent"), "fx_graph_cache": False}),
+        pytest.raises(UserError, match=r"torch.compile failed \(.*C.. compiler.*--compile=False"),
+    ):
+        t.warm_up(0, tokens())
