@@ -14,17 +14,18 @@ An op's file takes part by defining `aot_specs(arch) -> Iterator[AotSpec]`, see 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastgpt_kernels._workers import TaskFailed, Worker
 from fastgpt_kernels.configs import ARCHITECTURES
 from fastgpt_kernels.specs import AotSpec, op_modules
 
@@ -147,35 +149,16 @@ def inspect(spec: AotSpec, arch: str) -> Usage:
     )
 
 
+@functools.cache
 def _specs(module: str, arch: str) -> list[AotSpec]:
     return list(importlib.import_module(module).aot_specs(arch))
 
 
-def _worker(connection: multiprocessing.connection.Connection, cache: str) -> None:
-    """Compile the (module, arch, index) tasks that come in; a fresh cache, so nothing is stale."""
+def _inspect_task(cache: str, module: str, arch: str, index: int) -> Usage:
+    """One kernel in a worker process; with a fresh cache, so nothing stale is looked at."""
     triton.knobs.cache.dir = cache
     triton.knobs.compilation.always_compile = True
-    specs: dict[tuple[str, str], list[AotSpec]] = {}
-    while (task := connection.recv()) is not None:
-        module, arch, index = task
-        if (module, arch) not in specs:
-            specs[module, arch] = _specs(module, arch)
-        spec = specs[module, arch][index]
-        try:
-            usage = inspect(spec, arch)
-        except Exception as error:  # whatever the compiler raises is this kernel's row in the table
-            last = (str(error).strip().splitlines() or [""])[-1]
-            problem = f"does not compile: {type(error).__name__}: {last}"
-            usage = Usage(spec.name, arch, problem=problem)
-        connection.send(usage)
-
-
-@dataclass
-class _Job:
-    process: Any
-    connection: Any
-    task: tuple[str, str, int, str] | None = None  # module, arch, index, the spec's name
-    deadline: float = 0.0
+    return inspect(_specs(module, arch)[index], arch)
 
 
 def inspect_all(
@@ -195,57 +178,24 @@ def inspect_all(
     if len(set(names)) != len(names):
         twice = sorted({n for n in names if names.count(n) > 1})
         raise ValueError(f"specs with the same name: {twice}")
-    context = multiprocessing.get_context("spawn")
-    results: list[Usage] = []
-    with tempfile.TemporaryDirectory() as cache:
+    here = threading.local()  # a worker process a thread
+    workers: list[Worker] = []
 
-        def start() -> _Job:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_worker, args=(theirs, cache), daemon=True)
-            process.start()
-            theirs.close()
-            return _Job(process, ours)
+    def one(task: tuple[str, str, int, str]) -> Usage:
+        if not hasattr(here, "worker"):
+            here.worker = Worker(_inspect_task, cache)
+            workers.append(here.worker)
+        try:
+            return here.worker.ask(*task[:3], timeout=timeout)
+        except TaskFailed as error:
+            return Usage(task[3], task[1], problem=f"does not compile: {error}")
 
-        def give(job: _Job) -> None:
-            job.task = pending.pop(0) if pending else None
-            job.deadline = time.monotonic() + timeout
-            if job.task:
-                job.connection.send(job.task[:3])
-
-        pending = list(tasks)
-        workers = [start() for _ in range(min(jobs, len(tasks)))]
-        for job in workers:
-            give(job)
-            job.deadline += 60  # the first task also waits for the imports
-        while busy := [job for job in workers if job.task is not None]:
-            patience = max(0.0, min(job.deadline for job in busy) - time.monotonic())
-            multiprocessing.connection.wait([job.connection for job in busy], patience)
-            for job in busy:
-                problem = ""
-                if job.connection.poll():
-                    try:
-                        results.append(job.connection.recv())
-                    except EOFError:
-                        job.process.join()
-                        problem = f"the compiler died with exit code {job.process.exitcode}"
-                elif time.monotonic() > job.deadline:
-                    problem = f"did not compile within {timeout:.0f} s"
-                else:
-                    continue
-                if problem and job.task:
-                    results.append(Usage(job.task[3], job.task[1], problem=problem))
-                    job.process.kill()
-                    fresh = start()
-                    job.process, job.connection = fresh.process, fresh.connection
-                    give(job)
-                    job.deadline += 60
-                else:
-                    give(job)
-        for job in workers:
-            job.connection.send(None)
-            job.process.join()
-    order = {key: i for i, key in enumerate(names)}
-    return sorted(results, key=lambda usage: order[usage.arch, usage.name])
+    with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(jobs) as pool:
+        try:
+            return list(pool.map(one, tasks))
+        finally:
+            for worker in workers:
+                worker.close()
 
 
 def table(usages: Sequence[Usage]) -> str:

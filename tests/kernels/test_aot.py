@@ -65,7 +65,7 @@ def test_harness_names_each_fault(tmp_path: Path) -> None:
         assert problems["not a power of two"].endswith("must be a power of 2")
         assert "arguments of product without a type: ['y_ptr']" in problems["argument forgotten"]
     assert usages["sm_90", "spills"]["problem"].startswith("spills ")
-    assert usages["sm_90", "endless"]["problem"] == "did not compile within 8 s"
+    assert usages["sm_90", "endless"]["problem"] == "does not compile: took over 8 s"
     assert usages["sm_90", "no wgmma"]["problem"] == "no wgmma in the PTX"
     assert usages["gfx942", "no wgmma"]["problem"] == ""
 

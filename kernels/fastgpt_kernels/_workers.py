@@ -1,0 +1,77 @@
+"""A process that answers one task after another and is killed when one takes too long.
+
+Compilers hang and GPUs fault; the tools (aot, tune) must outlive both and name the culprit.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+class TaskFailed(Exception):
+    """The task raised, took too long or killed its process; the message says which."""
+
+
+def _serve(connection: Connection, handle: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """Answer (True, result) or (False, message) to each task until None comes."""
+    connection.send(None)  # the imports are done: from here on the clock is the task's own
+    while (task := connection.recv()) is not None:
+        try:
+            answer = True, handle(*arguments, *task)
+        except Exception as error:  # whatever it is, it is this task's answer
+            last = (str(error).strip().splitlines() or [""])[-1]
+            answer = False, f"{type(error).__name__}: {last}"
+        connection.send(answer)
+
+
+class Worker:
+    """`ask(*task)` returns `handle(*arguments, *task)` from a process of its own."""
+
+    def __init__(self, handle: Callable[..., Any], *arguments: Any) -> None:
+        self._handle, self._arguments = handle, arguments
+        self._context = multiprocessing.get_context("spawn")
+        self._process: Any = None
+
+    def _start(self) -> None:
+        self._connection, theirs = self._context.Pipe()
+        self._process = self._context.Process(
+            target=_serve, args=(theirs, self._handle, self._arguments), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        if not self._connection.poll(120):
+            self.close()
+            raise TaskFailed("the worker process did not start within 120 s")
+        self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            return self._connection.recv()
+        except EOFError:
+            self._process.join()
+            code = self._process.exitcode
+            self._process = None
+            raise TaskFailed(f"killed its process (exit code {code})") from None
+
+    def ask(self, *task: Any, timeout: float) -> Any:
+        """The answer to a task; TaskFailed where it raised, died or took over `timeout` seconds."""
+        if self._process is None:
+            self._start()
+        self._connection.send(task)
+        if not self._connection.poll(timeout):
+            self.close()
+            raise TaskFailed(f"took over {timeout:.0f} s")
+        done, answer = self._receive()
+        if not done:
+            raise TaskFailed(answer)
+        return answer
+
+    def close(self) -> None:
+        """Kill the process, whatever it is doing; the next `ask` starts another."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._process = None
