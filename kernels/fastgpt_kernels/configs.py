@@ -88,9 +88,9 @@ def _attention(m: int, n: int, warps: int, stages: int = 1, tma: int | None = No
     return Config(blocks if tma is None else {**blocks, "TMA_REDUCE": tma}, warps, stages)
 
 
-# Attention. Key: the head dim. Not measured: by register count, the largest tiles of which no variant
-# (causal or full, ragged T, padded head dim) spills with Triton 3.6 or 3.7. Dropout and fp32 have
-# tables of their own (`attention_forward.pick`).
+# Attention. Key: the head dim. Not measured: by register count, the largest tiles with which no
+# variant (causal or full, ragged T, padded head dim) spills with Triton 3.6 or 3.7. Dropout and
+# fp32 have tables of their own (`attention_forward.pick`).
 ATTENTION_FORWARD: Table = {
     "default": {64: _attention(128, 64, 8, 3), 128: _attention(128, 32, 8, 3)},
     "sm_90": {64: _attention(128, 64, 4, 3), 128: _attention(128, 64, 8, 3)},

@@ -20,7 +20,7 @@ FULL, CAUSAL = False, True
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["one_pass", "deterministic"])
 @pytest.mark.parametrize("causal", [CAUSAL, FULL], ids=["causal", "full"])
-@pytest.mark.parametrize("T", [1, 2, 31, 64, 129, 150])
+@pytest.mark.parametrize("T", [1, 31, 64, 131])
 def test_against_oracle(T: int, causal: bool, deterministic: bool, dtype: torch.dtype) -> None:
     qkv = random_qkv(1 if T > 64 else 2, T, 1 if T > 64 else 2, 32, dtype, DEVICE)
     check_attention(qkv, qkv.shape[2] // 96, causal=causal, deterministic=deterministic)
@@ -45,16 +45,16 @@ def test_head_dims(head_dim: int, deterministic: bool, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("causal", [CAUSAL, FULL], ids=["causal", "full"])
 @pytest.mark.parametrize("T", [5, 70])
 def test_dropout(T: int, causal: bool, deterministic: bool, dtype: torch.dtype) -> None:
-    qkv = random_qkv(2, T, 2, 32, dtype, DEVICE)
+    qkv = random_qkv(1, T, 2, 32, dtype, DEVICE)
     check_attention(
         qkv, 2, causal=causal, dropout_p=0.3, seed=-(2**40) + 12345, deterministic=deterministic
     )
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     batch=st.integers(1, 2),
-    T=st.integers(1, 100),
+    T=st.integers(1, 80),
     n_head=st.integers(1, 2),
     causal=st.booleans(),
     dropout_p=st.sampled_from([0.0, 0.5]),
@@ -150,7 +150,23 @@ def test_strides(kind: str, deterministic: bool) -> None:
         y = attention(x, 2, deterministic=deterministic)
         results.append((y, *torch.autograd.grad(y, x, dy)))
     for ours, contiguous in zip(*results, strict=True):
-        torch.testing.assert_close(ours, contiguous, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(ours, contiguous, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80])
+@pytest.mark.parametrize("deterministic", [False, True], ids=["one_pass", "deterministic"])
+def test_what_lies_around_has_no_influence(head_dim: int, deterministic: bool) -> None:
+    """NaN before, between and after the rows of qkv and of the gradient; tiles reach past both."""
+    width, T = 3 * head_dim, 37
+    qkv = torch.full((3, T + 100, width + 300), float("nan"), device=DEVICE)[1:2, 50 : 50 + T, 150:]
+    qkv = qkv[..., :width].normal_()
+    grad_y = torch.full((3, T + 100, 400), float("nan"), device=DEVICE)[1:2, 50 : 50 + T, 150:]
+    grad_y = grad_y[..., :head_dim].normal_()
+    for causal in (CAUSAL, FULL):
+        x = qkv.detach().requires_grad_()
+        y = attention(x, 1, causal=causal, deterministic=deterministic)
+        (dqkv,) = torch.autograd.grad(y, x, grad_y)
+        assert y.isfinite().all() and dqkv.isfinite().all()
 
 
 def test_zero_stride_gradient(dtype: torch.dtype) -> None:
@@ -239,6 +255,21 @@ def test_compiled_equals_eager(dropout_p: float) -> None:
     (gradient,) = torch.autograd.grad(y, qkv, dy)
     (compiled_gradient,) = torch.autograd.grad(compiled_y, qkv, dy)
     torch.testing.assert_close(compiled_gradient, gradient)
+
+
+def test_compiled_with_dynamic_shapes() -> None:
+    """One graph serves every batch size and length."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    f = torch.compile(lambda x: attention(x, 1), fullgraph=True, dynamic=True, backend=count)
+    for batch, T in ((2, 20), (3, 33)):
+        qkv = random_qkv(batch, T, 1, 32, torch.float32, DEVICE)
+        torch.testing.assert_close(f(qkv), attention(qkv, 1))
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("seed", [None, 7])
