@@ -67,13 +67,16 @@ class Tunable:
 
 
 def op_modules(attribute: str, only: Iterable[str] = ()) -> list[str]:
-    """This package's modules that define `attribute`, or those of `only`; ValueError for a typo."""
+    """This package's modules that define `attribute`, those of the ops `only` where it names any.
+
+    "gelu" stands for gelu.py and gelu_kernels.py. Raises ValueError for a name nothing begins with.
+    """
     package = importlib.import_module("fastgpt_kernels")
     names = [m.name for m in pkgutil.iter_modules(package.__path__)]
     names = [name for name in names if name not in TOOLS and not name.startswith("_")]
-    wanted = list(only)
-    for name in wanted:
-        if name not in names:
-            raise ValueError(f"no op {name!r}: there are {', '.join(names)}")
-    modules = [f"fastgpt_kernels.{name}" for name in wanted or names]
+    wanted = tuple(only)
+    for prefix in wanted:
+        if not any(name.startswith(prefix) for name in names):
+            raise ValueError(f"no op {prefix!r}: there are {', '.join(names)}")
+    modules = [f"fastgpt_kernels.{n}" for n in names if not wanted or n.startswith(wanted)]
     return [m for m in modules if hasattr(importlib.import_module(m), attribute)]

@@ -1,0 +1,93 @@
+"""The search for launch configs: what it refuses, what it chooses, what it prints."""
+
+import importlib
+
+import pytest
+import torch
+
+from fastgpt_kernels import configs, tune
+from fastgpt_kernels._host import arch_of
+from fastgpt_kernels._workers import Worker
+from fastgpt_kernels.configs import Config
+from fastgpt_kernels.specs import op_modules
+from fastgpt_kernels.tune import Trial, choose, entry, report, search
+from tests.kernels import tune_samples
+
+
+def test_search_survives_every_fault_and_names_it() -> None:
+    worker = Worker(tune._task, "cpu")
+    try:
+        trials = search(
+            worker, tune_samples.__name__, "cpu", 0, tune_samples.CANDIDATES, rounds=5, timeout=3
+        )
+    finally:
+        worker.close()
+    by_fault = {tune_samples.FAULTS[t.config.blocks["FAULT"]]: t for t in trials}
+    assert by_fault["none"].median < 5 < by_fault["slow"].median
+    assert trials[0] is by_fault["none"]
+    problems = {fault: t.problem for fault, t in by_fault.items()}
+    assert problems["none"] == problems["slow"] == ""
+    assert problems["wrong"].startswith("wrong: relative error ")
+    assert problems["nan"] == "wrong: relative error nan in output 0"
+    assert problems["raises"] == "ValueError: shared memory"
+    assert problems["hangs"] == "took over 3 s"
+    assert problems["dies"] == "killed its process (exit code 3)"
+    (tunable,) = tune_samples.tunables("cpu")
+    text = report(tunable, trials, tune_samples.CANDIDATES[0])
+    assert text.count("(present)") == 1 and "took over 3 s" in text
+
+
+A, B = Config({"ROWS": 1}, 4), Config({"ROWS": 2, "PER": 3}, 8, 2)
+
+
+@pytest.mark.parametrize(
+    ("trials", "wanted"),
+    [
+        ([Trial(B, 1.0), Trial(A, 1.005)], A),  # within the margin the present one stays
+        ([Trial(B, 1.0), Trial(A, 1.5)], B),
+        ([Trial(B, 1.0), Trial(A, problem="wrong")], B),
+        ([Trial(A, problem="wrong")], None),
+    ],
+)
+def test_choice(trials: list[Trial], wanted: Config | None) -> None:
+    chosen = choose(trials, present=A)
+    assert (chosen and chosen.config) == wanted
+
+
+@pytest.mark.parametrize("config", [A, B])
+def test_entry_can_be_pasted(config: Config) -> None:
+    assert eval("{" + entry(64, config) + "}", {"Config": Config}) == {64: config}
+
+
+def test_without_a_gpu_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tune.main([]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_tunables_name_real_tables_and_their_entries(arch: str) -> None:
+    modules = op_modules("tunables")
+    assert modules
+    for module in modules:
+        for tunable in importlib.import_module(module).tunables(arch):
+            table = getattr(configs, tunable.table)
+            present = configs.lookup(table, arch, tunable.key)
+            assert tunable.key in configs.entries(table, arch), f"{tunable.table} {tunable.key}"
+            for config in tunable.candidates:
+                assert config.blocks.keys() == present.blocks.keys(), f"{tunable.table}: {config}"
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+def test_present_entries_agree_with_the_reference(device: torch.device) -> None:
+    """Every entry of this GPU's tables, at the size it is tuned at."""
+    arch = arch_of(torch.empty(0, device=device))
+    for module in op_modules("tunables"):
+        for index, tunable in enumerate(importlib.import_module(module).tunables(arch)):
+            present = configs.lookup(getattr(configs, tunable.table), arch, tunable.key)
+            problem = tune._check_task(str(device), module, arch, index, present)
+            assert not problem, f"{tunable.table} {tunable.key}: {problem}"
+            tune._problem.cache_clear()
