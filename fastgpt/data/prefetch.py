@@ -4,7 +4,8 @@ On CUDA a thread copies step s + 1, s + 2, ... into pinned buffers and from ther
 its own, to the device, as int64: 8 bytes a token are 4 MB for half a million tokens, 0.2 ms of a
 copy that overlaps with compute, and the training stream then has no cast to launch.
 
-On the CPU `get` reads on the spot by default.
+On the CPU `get` reads on the spot by default: measured beside a training step on two cores, a small
+batch takes as long to read (0.4 ms for 12 rows of 64) as to take over from a thread.
 """
 
 from __future__ import annotations

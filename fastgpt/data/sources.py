@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fastgpt.data.progress import progress
 from fastgpt.errors import UserError
 from fastgpt.files import write_text
 
@@ -137,14 +138,17 @@ class TextFiles:
     def _look(self) -> Look:
         listing = hashlib.sha256()
         n_files = n_bytes = n_chars = val_bytes = 0
-        for name, chunks in self._texts(listing):
-            size = 0
-            for chunk in chunks:
-                size += len(chunk)
-                n_chars += count_chars(chunk)
-            n_files += 1
-            n_bytes += size
-            val_bytes += size * self._in_val(name)
+        total = self.root.stat().st_size if self.single else None
+        with progress(f"looking through {self.root.name}", total) as advance:
+            for name, chunks in self._texts(listing):
+                size = 0
+                for chunk in chunks:
+                    size += len(chunk)
+                    n_chars += count_chars(chunk)
+                    advance(len(chunk))
+                n_files += 1
+                n_bytes += size
+                val_bytes += size * self._in_val(name)
         return Look(listing.hexdigest(), n_files, n_bytes, n_chars, self._skipped, val_bytes)
 
     def _texts(self, listing) -> Iterator[tuple[str, Iterator[bytes]]]:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import re
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -186,15 +187,26 @@ class BPETokenizer(Tokenizer):
         self.vocab_size = len(ranks) + 1
         self.pattern = pattern
         self.rank_file = dump_ranks(ranks)
-        self._tiktoken = tiktoken.Encoding(
-            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT_TEXT: self.eot}
-        )
+        self._ranks = ranks
+        self._of_thread = threading.local()
+
+    @property
+    def _tiktoken(self) -> tiktoken.Encoding:
+        """This thread's own: threads that share one queue for its regular expression's memory."""
+        if not hasattr(self._of_thread, "encoding"):
+            self._of_thread.encoding = tiktoken.Encoding(
+                self.name,
+                pat_str=self.pattern,
+                mergeable_ranks=self._ranks,
+                special_tokens={EOT_TEXT: self.eot},
+            )
+        return self._of_thread.encoding
 
     def _encode(self, text: str) -> np.ndarray:
         # To a buffer, not to a list of Python ints: 1.6x faster, and the GIL is free all along.
+        encoding = self._tiktoken
         parts = [
-            self._tiktoken.encode_to_numpy(part, disallowed_special=())
-            for part in _split_long_runs(text)
+            encoding.encode_to_numpy(part, disallowed_special=()) for part in _split_long_runs(text)
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
