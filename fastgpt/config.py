@@ -155,10 +155,28 @@ class SystemConfig:
     """auto: bfloat16 where the GPU has it, float16 on older ones, float32 on a CPU."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile; auto: on a GPU."""
+    kernels: Literal["auto", "triton", "eager"] = "auto"
+    """Which implementation the fused ops use; auto: Triton where a GPU can and it checks out."""
     peak_tflops: NonNegative = 0.0
     """Peak that MFU is taken against, TFLOP/s; 0: from the table, or measured."""
     backend: str = "nccl"
     """torch.distributed backend under torchrun."""
+
+
+@dataclass
+class OpConfig:
+    """Single ops, where they should differ from --kernels; flags are --op.NAME."""
+
+    attention: Literal["auto", "triton", "eager", "cudnn", "flash"] = "auto"
+    """Causal self-attention; cudnn and flash are PyTorch's own."""
+    layer_norm: Literal["auto", "triton", "eager"] = "auto"
+    """The first norm."""
+    add_layer_norm: Literal["auto", "triton", "eager"] = "auto"
+    """Residual addition and the norm behind it."""
+    bias_gelu: Literal["auto", "triton", "eager"] = "auto"
+    """The MLP's bias and GELU."""
+    linear_cross_entropy: Literal["auto", "triton", "eager"] = "auto"
+    """The head and the loss."""
 
 
 @dataclass
@@ -171,6 +189,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     log: LogConfig = field(default_factory=LogConfig)
     system: SystemConfig = field(default_factory=SystemConfig)
+    op: OpConfig = field(default_factory=OpConfig)
 
 
 @dataclass

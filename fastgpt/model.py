@@ -47,6 +47,12 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None
 
 
+def linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """The layer in x's dtype: fp32 masters are rounded on the way in, gradients come back fp32."""
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return F.linear(x, layer.weight.to(x.dtype), bias)
+
+
 class Attention(nn.Module):
     def __init__(self, shape: ModelShape, dropout: float, table: ops.OpTable):
         super().__init__()
@@ -56,8 +62,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dropout_p = self.dropout if self.training else 0.0
-        y = self.ops.attention(self.c_attn(x), self.n_head, dropout_p=dropout_p)
-        return F.dropout(self.c_proj(y), self.dropout, self.training)
+        y = self.ops.attention(linear(x, self.c_attn), self.n_head, dropout_p=dropout_p)
+        return F.dropout(linear(y, self.c_proj), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -70,8 +76,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # The bias is left to the GELU op, which reads the activation anyway.
-        h = self.ops.bias_gelu(F.linear(x, self.c_fc.weight), self.c_fc.bias, self.approximate)
-        return F.dropout(self.c_proj(h), self.dropout, self.training)
+        h = F.linear(x, self.c_fc.weight.to(x.dtype))
+        h = self.ops.bias_gelu(h, self.c_fc.bias, self.approximate)
+        return F.dropout(linear(h, self.c_proj), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -106,12 +113,21 @@ class GPT(nn.Module):
 
     With targets (B, T) `forward` returns the mean loss (fp32 scalar; targets of -1 do not count);
     without, the logits (B, T, vocab_size). T is at most block_size.
+
+    Parameters are fp32 masters; `dtype` is that of activations, the residual stream and what the
+    matmuls read. Norm statistics, softmax and the loss are fp32 in any case.
     """
 
-    def __init__(self, shape: ModelShape, dropout: float = 0.0, table: ops.OpTable | None = None):
+    def __init__(
+        self,
+        shape: ModelShape,
+        dropout: float = 0.0,
+        table: ops.OpTable | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__()
         table = table or ops.choose(torch.device("cpu"))
-        self.shape, self.dropout, self.ops = shape, dropout, table
+        self.shape, self.dropout, self.ops, self.dtype = shape, dropout, table, dtype
         self.transformer = Transformer(shape, dropout, table)
 
     @torch.no_grad()
@@ -142,7 +158,7 @@ class GPT(nn.Module):
         t, seq_len = self.transformer, idx.shape[1]
         if seq_len > self.shape.block_size:
             raise ValueError(f"{seq_len} tokens do not fit block_size={self.shape.block_size}")
-        x = t.wte(idx) + t.wpe.weight[:seq_len]
+        x = (t.wte(idx) + t.wpe.weight[:seq_len]).to(self.dtype)
         x = F.dropout(x, self.dropout, self.training)
         blocks = [cast(Block, block) for block in t.h]
         norms = [block.ln_1 for block in blocks[1:]] + [t.ln_f]
@@ -153,7 +169,8 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., vocab_size): the padding never leaves the model."""
-        return F.linear(hidden, self.transformer.wte.weight[: self.shape.vocab_size])
+        weight = self.transformer.wte.weight[: self.shape.vocab_size]
+        return F.linear(hidden, weight.to(hidden.dtype))
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         y = self.hidden(idx)
@@ -161,7 +178,7 @@ class GPT(nn.Module):
             return self.logits(y)
         return self.ops.linear_cross_entropy(
             y.flatten(0, 1),
-            self.transformer.wte.weight,
+            self.transformer.wte.weight.to(y.dtype),
             targets.flatten(),
             vocab_size=self.shape.vocab_size,
         )

@@ -2,17 +2,31 @@
 
 Chosen once, when the run starts; the model only ever calls `table.attention(...)` and so on. All
 rows of an op have the same signature (that of `fastgpt_kernels`), so a checkpoint never depends on
-the choice. This module holds the eager row: plain PyTorch, right on every device.
+the choice:
+
+    eager    plain PyTorch, right on every device; under torch.compile Inductor fuses it
+    triton   fastgpt_kernels, on a GPU
+    cudnn    attention only: PyTorch's SDPA on cuDNN
+    flash    attention only: PyTorch's SDPA on its flash attention
+
+By itself (`--kernels=auto`) a GPU gets Triton where the shapes allow it and the op agrees with the
+eager one on this very device (`selfcheck.py`), and everything else gets eager.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastgpt.errors import UserError
+from fastgpt.selfcheck import disagreement
 
 
 def attention(
@@ -34,9 +48,17 @@ def attention(
     return y.transpose(1, 2).reshape(B, T, C3 // 3)
 
 
+def _sdpa_attention(backend: SDPBackend, *args, **kwargs) -> Tensor:
+    with sdpa_kernel([backend]):
+        return attention(*args, **kwargs)
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension, in x's dtype."""
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension, in x's dtype.
+
+    With weights of another dtype (fp32 masters, bf16 activations) all of it is computed in theirs.
+    """
+    return F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias, eps).to(x.dtype)
 
 
 def add_layer_norm(
@@ -44,12 +66,12 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """residual_out = x + residual; (layer_norm(residual_out), residual_out)."""
     residual_out = x + residual
-    return F.layer_norm(residual_out, x.shape[-1:], weight, bias, eps), residual_out
+    return layer_norm(residual_out, weight, bias, eps), residual_out
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Tensor:
     """gelu(x + bias); approximate: "tanh" (GPT-2) or "none" (erf)."""
-    return F.gelu(x if bias is None else x + bias, approximate=approximate)
+    return F.gelu(x if bias is None else x + bias.to(x.dtype), approximate=approximate)
 
 
 def linear_cross_entropy(
@@ -67,6 +89,15 @@ def linear_cross_entropy(
     """
     logits = F.linear(x, weight if vocab_size is None else weight[:vocab_size])
     return F.cross_entropy(logits.float(), targets, ignore_index=ignore_index, reduction=reduction)
+
+
+EAGER: dict[str, Callable] = {
+    f.__name__: f for f in (attention, layer_norm, add_layer_norm, bias_gelu, linear_cross_entropy)
+}
+SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+# What the Triton kernels take: `fastgpt_kernels.attention.HEAD_DIMS`, and one row to a program.
+HEAD_DIMS = (32, 64, 80, 96, 128)
+MAX_WIDTH = 8192
 
 
 @dataclass(frozen=True)
@@ -97,8 +128,68 @@ class OpTable:
         return "; ".join(f"{i} ({r}): {', '.join(ops)}" for (i, r), ops in groups.items())
 
 
-def choose(device: torch.device) -> OpTable:
-    """The op table for a device."""
-    rows = (attention, layer_norm, add_layer_norm, bias_gelu, linear_cross_entropy)
-    reason = "no GPU" if device.type == "cpu" else "the only row so far"
-    return OpTable(*rows, choices=tuple(Choice(f.__name__, "eager", reason) for f in rows))
+def choose(
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    head_dim: int = 64,
+    width: int = 768,
+    kernels: str = "auto",
+    overrides: Mapping[str, str] | None = None,
+) -> OpTable:
+    """The op table for a device, activations of `dtype`, and a model's head dim and width.
+
+    `kernels` is auto, triton or eager for all ops; `overrides` names single ops' implementations.
+    Raises UserError where what was asked for cannot run here.
+    """
+    functions: dict[str, Callable] = {}
+    choices = []
+    for op in EAGER:
+        asked = (overrides or {}).get(op, "auto")
+        flag = f"--op.{op}={asked}" if asked != "auto" else f"--kernels={kernels}"
+        wish = asked if asked != "auto" else kernels
+        obstacle = _obstacle(op, "triton" if wish == "auto" else wish, device, head_dim, width)
+        name, reason = wish, flag
+        if wish == "auto":
+            name, reason = ("eager", obstacle) if obstacle else ("triton", "fused kernels")
+        elif obstacle:
+            raise UserError(f"{flag}: {obstacle}")
+        function = _implementation(op, name)
+        if name != "eager" and device.type == "cuda":
+            wrong = disagreement(op, function, EAGER[op], device, dtype, head_dim)
+            if wrong and wish != "auto":
+                raise UserError(f"{flag}: {wrong}")
+            if wrong:
+                name, function, reason = "eager", EAGER[op], f"triton: {wrong}"
+        functions[op] = function
+        choices.append(Choice(op, name, reason))
+    return OpTable(**functions, choices=tuple(choices))
+
+
+def _obstacle(op: str, name: str, device: torch.device, head_dim: int, width: int) -> str:
+    """Why an implementation cannot run here; empty where it can."""
+    if name == "eager":
+        return ""
+    if name in SDPA:
+        return "" if device.type == "cuda" else "no GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    from fastgpt_kernels import _host
+
+    if device.type != "cuda" and not _host.INTERPRETED:
+        return "no GPU"
+    if op == "attention" and head_dim not in HEAD_DIMS:
+        return f"head dim {head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
+    if "layer_norm" in op and width > MAX_WIDTH:
+        return f"width {width} is more than {MAX_WIDTH}"
+    return ""
+
+
+def _implementation(op: str, name: str) -> Callable:
+    if name == "eager":
+        return EAGER[op]
+    if name in SDPA:
+        return partial(_sdpa_attention, SDPA[name])
+    import fastgpt_kernels
+
+    return getattr(fastgpt_kernels, op)

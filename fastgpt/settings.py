@@ -20,12 +20,20 @@ from fastgpt.errors import UserError
 
 @dataclass(frozen=True)
 class Leaf:
-    """One setting: its name, its section ("" at the top), its type and its bounds."""
+    """One setting: its flat name, its section ("" at the top), its type and its bounds.
+
+    Names are unique across sections; those in `op` carry it with them: op.attention.
+    """
 
     name: str
     section: str
     type: Any
     range: Range | None
+
+    @property
+    def field(self) -> str:
+        """Its name inside its section."""
+        return self.name.rpartition(".")[2]
 
 
 def leaves(cls: type) -> dict[str, Leaf]:
@@ -35,8 +43,9 @@ def leaves(cls: type) -> dict[str, Leaf]:
     for f in dataclasses.fields(cls):
         kind = hints[f.name]
         if dataclasses.is_dataclass(kind):
+            prefix = "op." if f.name == "op" else ""
             for name, leaf in leaves(typing.cast(type, kind)).items():
-                out[name] = dataclasses.replace(leaf, section=f.name)
+                out[prefix + name] = dataclasses.replace(leaf, name=prefix + name, section=f.name)
             continue
         bounds = None
         if typing.get_origin(kind) is Annotated:
@@ -46,11 +55,11 @@ def leaves(cls: type) -> dict[str, Leaf]:
 
 
 def get(config: Any, leaf: Leaf) -> Any:
-    return getattr(getattr(config, leaf.section) if leaf.section else config, leaf.name)
+    return getattr(getattr(config, leaf.section) if leaf.section else config, leaf.field)
 
 
 def put(config: Any, leaf: Leaf, value: Any) -> None:
-    setattr(getattr(config, leaf.section) if leaf.section else config, leaf.name, value)
+    setattr(getattr(config, leaf.section) if leaf.section else config, leaf.field, value)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -186,6 +195,7 @@ def load_toml(path: Path) -> Config:
     for key, value in tree.items():
         group = value.items() if isinstance(value, dict) and key in sections else [(key, value)]
         for name, v in group:
+            name = f"op.{name}" if key == "op" else name
             if name not in table:
                 raise unknown_key(name, list(table), f"{path}: ")
             put(config, table[name], check_value(table[name], v, f"{path}: "))
@@ -200,7 +210,7 @@ def to_toml(config: Config) -> str:
         if leaf.section != section:
             section = leaf.section
             lines += ["", f"[{section}]"]
-        lines.append(f"{leaf.name} = {_toml_value(get(config, leaf))}")
+        lines.append(f"{leaf.field} = {_toml_value(get(config, leaf))}")
     return "\n".join(lines[1:]) + "\n"
 
 

@@ -15,7 +15,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from fastgpt import optim
 from fastgpt.config import Config
-from fastgpt.device import autocast, synchronize
+from fastgpt.device import synchronize
 from fastgpt.errors import UserError
 from fastgpt.model import GPT
 
@@ -45,7 +45,7 @@ class Trainer:
 
     def __init__(self, model: GPT, config: Config, device: torch.device):
         system = config.system
-        self.model, self.config, self.device, self.dtype = model, config, device, system.dtype
+        self.model, self.config, self.device = model, config, device
         self.optimizer = optim.make_optimizer(model, config.optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=system.dtype == "float16")
         self.forward = torch.compile(model) if system.compile else model
@@ -56,8 +56,7 @@ class Trainer:
 
     def _loss(self, tokens: Tensor) -> Tensor:
         """Mean loss of windows (B, T + 1): inputs and targets one token apart."""
-        with autocast(self.device, self.dtype):
-            return self.forward(tokens[:, :-1], tokens[:, 1:])
+        return self.forward(tokens[:, :-1], tokens[:, 1:])
 
     def _backward(self, step: int, tokens: Tensor) -> Tensor:
         """Gradients of the mean loss over all micro-batches. Returns that loss."""

@@ -51,7 +51,16 @@ def train(config: Config, name: str) -> int:
         m.n_layer, m.n_head, m.n_embd, m.block_size, dataset.vocab_size, m.bias, m.gelu
     )
     torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32 on a GPU
-    model = GPT(shape, m.dropout, ops.choose(device)).init_weights(config.run.seed).to(device)
+    dtype = DTYPES[system.dtype]
+    table = ops.choose(
+        device,
+        dtype,
+        head_dim=m.n_embd // m.n_head,
+        width=m.n_embd,
+        kernels=system.kernels,
+        overrides=vars(config.op),
+    )
+    model = GPT(shape, m.dropout, table, dtype).init_weights(config.run.seed).to(device)
 
     if resume:
         run_dir = run.find(config.run.out_dir)

@@ -55,7 +55,7 @@ def gpt2_logits(w: dict[str, Tensor], s: ModelShape, idx: Tensor) -> Tensor:
 @pytest.mark.parametrize("t", [1, 7, 16])
 def test_is_gpt2(bias, gelu, t):
     s = shape(bias=bias, gelu=gelu)
-    model = GPT(s).init_weights(3).double()
+    model = GPT(s, dtype=torch.float64).init_weights(3).double()
     with torch.no_grad():
         for p in model.parameters():  # biases and norms away from 0 and 1, where mistakes hide
             p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from fastgpt import ops
+from fastgpt.errors import UserError
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -55,3 +56,52 @@ def test_table_gives_a_reason_for_every_op():
     assert {c.op for c in table.choices} == set(table.__dict__) - {"choices"}
     assert all(c.implementation == "eager" and c.reason for c in table.choices)
     assert table.describe().startswith("eager (no GPU): attention, ")
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"kernels": "triton"}, "--kernels=triton: no GPU"),
+        ({"overrides": {"attention": "cudnn"}}, "--op.attention=cudnn: no GPU"),
+        ({"overrides": {"bias_gelu": "triton"}}, "--op.bias_gelu=triton: no GPU"),
+    ],
+)
+def test_what_cannot_run_here_is_refused(kwargs, message):
+    with pytest.raises(UserError, match=message):
+        ops.choose(CPU, **kwargs)
+
+
+def test_asking_for_eager_is_the_reason():
+    table = ops.choose(CPU, kernels="eager", overrides={"attention": "eager"})
+    reasons = {c.op: c.reason for c in table.choices}
+    assert reasons["attention"] == "--op.attention=eager"
+    assert reasons["layer_norm"] == "--kernels=eager"
+
+
+def interpreted(monkeypatch) -> None:
+    from fastgpt_kernels import _host
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(_host, "INTERPRETED", True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run for real here")
+def test_the_shapes_decide_too(monkeypatch):
+    interpreted(monkeypatch)
+    chosen = {c.op: c for c in ops.choose(CPU, head_dim=48, width=9000).choices}
+    assert chosen["attention"].implementation == "eager"
+    assert "head dim 48 is none of 32, 64" in chosen["attention"].reason
+    assert "width 9000 is more than 8192" in chosen["add_layer_norm"].reason
+    assert chosen["bias_gelu"].implementation == "triton"
+
+
+def test_fp32_weights_with_bf16_activations():
+    x, w, b = torch.randn(4, 8).bfloat16(), torch.randn(8), torch.randn(8)
+    y = ops.layer_norm(x, w, b)
+    assert y.dtype == torch.bfloat16
+    want = F.layer_norm(x.float(), (8,), w, b)
+    torch.testing.assert_close(y, want.bfloat16())
+    assert ops.bias_gelu(x, b).dtype == torch.bfloat16

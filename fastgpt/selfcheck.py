@@ -1,0 +1,74 @@
+"""Does a fused op agree with the eager one on this device? Asked once, before a run relies on it.
+
+A kernel that was right on another GPU or with another compiler can be wrong here. Forward and every
+gradient of a small, odd-sized case are compared with the eager op in fp32, in well under a second
+besides compilation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Relative error (Frobenius norm) that rounding explains: inputs and results of 8, 11 and 24 bits.
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
+
+
+def _case(op: str, device: torch.device, head_dim: int) -> tuple[list[Tensor], dict]:
+    """Differentiable fp32 inputs of an op, and its other arguments."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    width = 3 * head_dim
+    if op == "attention":
+        return [random(2, 150, 3 * width)], {"n_head": 3}
+    if op == "layer_norm":
+        return [random(37, width), random(width), random(width)], {}
+    if op == "add_layer_norm":
+        return [random(37, width), random(37, width), random(width), random(width)], {}
+    if op == "bias_gelu":
+        return [random(37, width), random(width)], {}
+    targets = torch.randint(300, (77,), generator=generator)
+    targets[5] = -1
+    inputs = [random(77, width), random(384, width) * 0.1]
+    return inputs, {"targets": targets.to(device), "vocab_size": 300}
+
+
+def _run(function: Callable, inputs: list[Tensor], arguments: dict) -> list[Tensor]:
+    """Results and gradients in fp32, all results weighed by fixed random numbers."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    out = function(*leaves, **arguments)
+    outs = list(out) if isinstance(out, tuple) else [out]
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(o.shape, generator=generator).to(o) for o in outs]
+    torch.autograd.backward(outs, weights)
+    return [t.detach().float() for t in (*outs, *(x.grad for x in leaves if x.grad is not None))]
+
+
+def disagreement(
+    op: str,
+    function: Callable,
+    eager: Callable,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+) -> str:
+    """What is wrong with `function` against `eager`; empty where they agree."""
+    inputs, arguments = _case(op, device, head_dim)
+    rounded = [x.to(dtype) for x in inputs]
+    with torch.enable_grad():
+        want = _run(eager, [x.float() for x in rounded], arguments)
+        try:
+            got = _run(function, rounded, arguments)
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as e:
+            line = (str(e).strip().splitlines() or [type(e).__name__])[0]
+            return f"does not run here ({line[:160]})"
+    for g, w in zip(got, want, strict=True):
+        error = ((g - w).norm() / w.norm()).item()
+        if not error <= TOLERANCE[dtype]:
+            return f"is off by {error:.2g} here"
+    return ""
