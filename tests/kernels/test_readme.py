@@ -1,0 +1,26 @@
+"""Every example of kernels/README.md runs as it stands, and every op has one."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import fastgpt_kernels
+
+README = (Path(__file__).parents[2] / "kernels" / "README.md").read_text()
+SETUP, *EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_every_op_has_an_example() -> None:
+    called = "\n".join(EXAMPLES)
+    for name in fastgpt_kernels.__all__:
+        assert re.search(rf"\b{name}\(", called), f"no example calls {name}"
+        assert re.search(rf"^\| `{name}`", README, flags=re.MULTILINE), f"no row for {name}"
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: text.split("(")[0].split()[-1])
+def test_example_runs(example: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user without a GPU would run it: on the reference; with a GPU on the kernels."""
+    monkeypatch.setattr("fastgpt_kernels._host.INTERPRETED", False)
+    exec(compile(SETUP + example, "kernels/README.md", "exec"), {})
+    assert example.strip().count("\n") <= 6, "an example is five lines or so"
