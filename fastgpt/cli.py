@@ -6,6 +6,7 @@ at once.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -75,13 +76,26 @@ def _command(args: list[str]) -> int:
 def _help(config: Any, command: str, positional: str) -> int:
     import tyro
 
+    # Sections only group the settings, but for op: its names are --op.NAME.
+    kind = type(config)
+    sections = [
+        f for f in dataclasses.fields(config) if dataclasses.is_dataclass(f.default_factory)
+    ]
+    if sections:
+        bare = tyro.conf.OmitArgPrefixes
+        parts = [
+            (f.name, f.default_factory if f.name == "op" else bare[f.default_factory])  # type: ignore
+            for f in sections
+        ]
+        kind = dataclasses.make_dataclass(kind.__name__, parts, namespace={"__doc__": kind.__doc__})
+        config = kind(**{f.name: getattr(config, f.name) for f in sections})
     tyro.cli(
-        type(config),
+        kind,
         prog=f"fastgpt {command} {positional}".strip(),
         args=["--help"],
         default=config,
         use_underscores=True,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+        config=(tyro.conf.FlagConversionOff,),
     )
     return 0
 
