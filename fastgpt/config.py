@@ -72,7 +72,7 @@ class DataConfig:
     shards: Annotated[int, Range(ge=1, le=103)] = 10
     """fineweb10B: how many shards of 100M tokens to fetch."""
     workers: CountOrZero = 0
-    """Processes that tokenize; 0: one a core."""
+    """Threads that tokenize; 0: one a core."""
     sampling: Literal["random", "epochs"] = "random"
     """random: windows with replacement, as nanoGPT; epochs: each window once an epoch, shuffled."""
 
