@@ -98,9 +98,8 @@ def _cross_entropy_kernel(
                 lane_peak, lane_total = _accumulate(group, lane_peak, lane_total, TILES)
         peak = tl.max(lane_peak, 0)
         total = tl.sum(lane_total * tl.exp2((lane_peak - peak) * LOG2E), 0)
-        log2_total = tl.log2(total)
         if losses_ptr is not None:
-            tl.store(losses_ptr + row, log2_total * LN2 - (at_target - peak))
+            tl.store(losses_ptr + row, tl.log2(total) * LN2 - (at_target - peak))
         if gradient_ptr is not None:
             out_row_ptr = gradient_ptr + row * gradient_stride
             scale = 1.0
@@ -109,6 +108,7 @@ def _cross_entropy_kernel(
             elif scale_ptr is not None:
                 scale = tl.load(scale_ptr + row * scale_stride)
             scale = tl.where(in_range, scale, float("nan"))
+            p_scale = scale / total
             for i in range(STEPS):
                 step = STEPS - 1 - i
                 if STEPS == 1:
@@ -117,8 +117,9 @@ def _cross_entropy_kernel(
                     group = _load_tiles(row_ptr, step, lanes, vocab_size, BLOCK, TILES)
                 for j in tl.static_range(TILES):
                     cols = (step * TILES + j) * BLOCK + lanes
-                    p = tl.exp2((group[j].to(tl.float32) - peak) * LOG2E - log2_total)
-                    gradient = tl.where(cols == target, p - 1.0, p) * scale
+                    z = group[j].to(tl.float32)
+                    p = tl.exp2((z - peak) * LOG2E) * p_scale  # times scale
+                    gradient = tl.where(cols == target, p - scale, p)
                     gradient = gradient.to(gradient_ptr.dtype.element_ty)
                     tl.store(out_row_ptr + cols, gradient, mask=cols < n_cols)
 

@@ -120,6 +120,32 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         total.copy_(product) if first else total.add_(product)
 
 
+def _with_gradients(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    vocab_size: int,
+    chunk_tokens: int | None,
+    mean: bool,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, dx and dW of the losses' sum, and for the mean what divides these two."""
+    losses = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    targets = targets.contiguous()
+    dx, dw = _chunks(
+        x, weight, targets, ignore_index, vocab_size, chunk_tokens,
+        losses=losses, need_dx=need_dx, need_dw=need_dw,
+    )  # fmt: skip
+    total = losses.sum()
+    if not mean:
+        return total, dx, dw, torch.empty(0, dtype=torch.float32, device=x.device)
+    count = targets.ne(ignore_index).sum(dtype=torch.float32)
+    # The mean over no rows is NaN, but its gradient is that of a constant: 0 / 1.
+    return total / count, dx, dw, count.clamp(min=1)
+
+
 @torch.library.custom_op("fastgpt::linear_cross_entropy", mutates_args=())
 def _total_op(
     x: Tensor,
@@ -128,42 +154,41 @@ def _total_op(
     ignore_index: int,
     vocab_size: int,
     chunk_tokens: int | None,
+    mean: bool,
     need_dx: bool,
     need_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of the losses, and its gradients."""
-    losses = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    dx, dw = _chunks(
-        x, weight, targets.contiguous(), ignore_index, vocab_size, chunk_tokens,
-        losses=losses, need_dx=need_dx, need_dw=need_dw,
-    )  # fmt: skip
-    return losses.sum(), dx, dw
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _with_gradients(
+        x, weight, targets, ignore_index, vocab_size, chunk_tokens, mean, need_dx, need_dw
+    )
 
 
 @_total_op.register_fake
-def _(x, weight, targets, ignore_index, vocab_size, chunk_tokens, need_dx, need_dw):
+def _(x, weight, targets, ignore_index, vocab_size, chunk_tokens, mean, need_dx, need_dw):
     dx = x.new_empty(x.shape if need_dx else (0,))
     dw = x.new_empty(weight.shape if need_dw else (0,), dtype=torch.float32)
-    return x.new_empty((), dtype=torch.float32), dx, dw
+    loss = x.new_empty((), dtype=torch.float32)
+    return loss, dx, dw, x.new_empty(() if mean else (0,), dtype=torch.float32)
 
 
 def _total_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.need_dx, ctx.need_dw, ctx.weight_dtype = inputs[6], inputs[7], inputs[1].dtype
+    ctx.mean, ctx.need_dx, ctx.need_dw = inputs[6:]
+    ctx.weight_dtype = inputs[1].dtype
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
 
 
 def _total_op_backward(
-    ctx: Any, dtotal: Tensor | None, *_: Tensor | None
+    ctx: Any, dloss: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    dx, dw = ctx.saved_tensors
-    no_gradient = (None,) * 6
-    if dtotal is None:
-        return None, None, *no_gradient
+    dx, dw, divisor = ctx.saved_tensors
+    if dloss is None:
+        return (None,) * 9
+    scale = dloss / divisor if ctx.mean else dloss
     return (
-        (dx.float() * dtotal).to(dx.dtype) if ctx.need_dx else None,
-        (dw * dtotal).to(ctx.weight_dtype) if ctx.need_dw else None,
-        *no_gradient,
+        (dx.float() * scale).to(dx.dtype) if ctx.need_dx else None,
+        (dw * scale).to(ctx.weight_dtype) if ctx.need_dw else None,
+        *(None,) * 7,
     )
 
 
@@ -231,57 +256,48 @@ def _rows_op_backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
 _rows_op.register_autograd(_rows_op_backward, setup_context=_rows_setup)
 
 
+def _product_flops(x_shape: torch.Size, weight_shape: torch.Size) -> int:
+    return 2 * x_shape[0] * weight_shape[0] * weight_shape[1]
+
+
 @register_flop_formula(torch.ops.fastgpt.linear_cross_entropy)
-def _total_flops(
-    x_shape, weight_shape, targets_shape, ignore_index, vocab_size, chunk_tokens, need_dx, need_dw,
-    *args, **kwargs,
-) -> int:  # fmt: skip
-    return 2 * x_shape[0] * weight_shape[0] * weight_shape[1] * (1 + need_dx + need_dw)
+def _total_flops(x_shape, weight_shape, *args, **kwargs) -> int:
+    need_dx, need_dw = args[5:7]
+    return _product_flops(x_shape, weight_shape) * (1 + need_dx + need_dw)
 
 
 @register_flop_formula(torch.ops.fastgpt.linear_cross_entropy_rows)
 def _rows_flops(x_shape, weight_shape, *args, **kwargs) -> int:
-    return 2 * x_shape[0] * weight_shape[0] * weight_shape[1]
+    return _product_flops(x_shape, weight_shape)
 
 
 @register_flop_formula(torch.ops.fastgpt.linear_cross_entropy_rows_backward)
-def _rows_backward_flops(dlosses_shape, *args, **kwargs) -> int:
-    return _total_flops(*args, **kwargs)
+def _rows_backward_flops(dlosses_shape, x_shape, weight_shape, *args, **kwargs) -> int:
+    need_dx, need_dw = args[4:6]
+    return _product_flops(x_shape, weight_shape) * (1 + need_dx + need_dw)
 
 
 class _Total(torch.autograd.Function):
     """`_total_op` without the boundary of a registered op."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        ignore_index: int,
-        vocab_size: int,
-        chunk_tokens: int | None,
-        need_dx: bool,
-        need_dw: bool,
-    ) -> Tensor:
-        losses = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-        dx, dw = _chunks(
-            x, weight, targets, ignore_index, vocab_size, chunk_tokens,
-            losses=losses, need_dx=need_dx, need_dw=need_dw,
-        )  # fmt: skip
-        ctx.save_for_backward(dx if need_dx else None, dw if need_dw else None)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, *options: Any) -> Tensor:
+        loss, *saved = _with_gradients(x, weight, targets, *options)
+        ctx.save_for_backward(*saved)
+        ctx.mean, ctx.need_dx, ctx.need_dw = options[3:]
         ctx.weight_dtype = weight.dtype
-        return losses.sum()
+        return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dw = ctx.saved_tensors
-        if dx is not None:
-            dx = launch_scale(dx, dtotal, torch.empty_like(dx))
-        if dw is not None:
-            dw = launch_scale(dw, dtotal, torch.empty_like(dw, dtype=ctx.weight_dtype))
-        return dx, dw, *(None,) * 6
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dw, divisor = ctx.saved_tensors
+        scale = dloss / divisor if ctx.mean else dloss
+        if ctx.need_dx:
+            dx = launch_scale(dx, scale, torch.empty_like(dx))
+        if ctx.need_dw:
+            dw = launch_scale(dw, scale, torch.empty_like(dw, dtype=ctx.weight_dtype))
+        return dx if ctx.need_dx else None, dw if ctx.need_dw else None, *(None,) * 7
 
 
 class _Rows(torch.autograd.Function):
@@ -348,9 +364,7 @@ def linear_cross_entropy(
         return _rows_op(x, weight, targets, *options)
     # Asked here: in an autograd.Function needs_input_grad is true under no_grad too.
     enabled = torch.is_grad_enabled()
-    need_dx, need_dw = enabled and x.requires_grad, enabled and weight.requires_grad
+    needs = (enabled and x.requires_grad, enabled and weight.requires_grad)
     if call_directly(x, weight, targets):
-        total = _Total.apply(x, weight, targets.contiguous(), *options, need_dx, need_dw)
-    else:
-        total, _, _ = _total_op(x, weight, targets, *options, need_dx, need_dw)
-    return total if reduction == "sum" else total / targets.ne(ignore_index).sum()
+        return _Total.apply(x, weight, targets, *options, reduction == "mean", *needs)
+    return _total_op(x, weight, targets, *options, reduction == "mean", *needs)[0]

@@ -1,0 +1,329 @@
+"""linear_cross_entropy against the fp64 oracle, in the interpreter or on a GPU."""
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastgpt_kernels import _host, cross_entropy_kernels, linear_cross_entropy, reference
+from fastgpt_kernels.configs import Config
+from fastgpt_kernels.linear_cross_entropy import (
+    _rows_gradient_op,
+    _rows_op,
+    _total_op,
+    chunk_rows,
+)
+from tests.kernels.helpers import check_op, forward_backward
+
+REDUCTIONS = ["mean", "sum", "none"]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {
+        "default": {
+            256: Config({"BLOCK": 64, "TILES": 4}, num_warps=1),
+            1 << 31: Config({"BLOCK": 64, "TILES": 2}, num_warps=1),
+        }
+    }
+    monkeypatch.setattr(cross_entropy_kernels, "CROSS_ENTROPY", table)
+
+
+def problem(
+    n_rows: int, n_features: int, n_cols: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (M, C), weight (V, C) and targets (M,), every fifth row ignored."""
+    x = torch.randn(n_rows, n_features, device=device).to(dtype)
+    weight = (torch.randn(n_cols, n_features, device=device) * n_features**-0.5).to(dtype)
+    targets = torch.randint(n_cols, (n_rows,), device=device)
+    targets[1::5] = -1
+    return x, weight, targets
+
+
+def upstream(reduction: str, n_rows: int, device: torch.device) -> Tensor:
+    return torch.randn(n_rows if reduction == "none" else (), device=device)
+
+
+def check(inputs: tuple[Tensor, Tensor, Tensor], reduction: str, *options: Any) -> None:
+    dloss = upstream(reduction, inputs[0].shape[0], inputs[0].device)
+    arguments = (*inputs, -1, reduction, *options)
+    check_op(linear_cross_entropy, reference.linear_cross_entropy, arguments, (dloss,))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    ("shape", "chunk_tokens"),
+    [
+        ((1, 1, 1), None),
+        ((2, 3, 2), 1),
+        ((5, 16, 7), 2),
+        ((5, 16, 65), 5),
+        ((4, 33, 257), 3),
+        ((6, 64, 320), 4),
+        ((3, 31, 127), 1000),
+    ],
+    ids=str,
+)
+def test_against_oracle(
+    shape: tuple[int, int, int],
+    chunk_tokens: int | None,
+    reduction: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    check(problem(*shape, dtype, device), reduction, None, chunk_tokens)
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 40), st.integers(1, 300)),
+    chunk_tokens=st.integers(1, 10),
+    reduction=st.sampled_from(REDUCTIONS),
+)
+def test_any_shape(shape: tuple[int, int, int], chunk_tokens: int, reduction: str) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    inputs = problem(*shape, torch.float32, device)
+    check(inputs, reduction, None, chunk_tokens)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_padded_vocabulary(reduction: str, device: torch.device) -> None:
+    """Rows of the weight past vocab_size get no probability and no gradient."""
+    x, weight, targets = problem(4, 16, 100, torch.float32, device)
+    targets.clamp_(max=69)
+    weight[70:] = 100.0
+    check((x, weight, targets), reduction, 70, 3)
+    _, (_, dweight) = forward_backward(
+        lambda x, w: linear_cross_entropy(x, w, targets, -1, reduction, 70, 3),
+        (x, weight),
+        [upstream(reduction, 4, device)],
+    )
+    assert (dweight[70:] == 0).all()
+
+
+def test_large_logits(dtype: torch.dtype, device: torch.device) -> None:
+    x, weight, targets = problem(3, 32, 150, dtype, device)
+    check(((x * 1000).to(dtype), weight, targets), "none", None, 2)
+
+
+@pytest.mark.parametrize("layout", ["x", "x expanded", "weight", "targets"])
+def test_any_strides(layout: str, device: torch.device) -> None:
+    x, weight, targets = problem(4, 24, 100, torch.float32, device)
+    if layout == "x":
+        x = torch.randn(24, 8, device=device).t()[::2]
+    elif layout == "x expanded":
+        x = x[:1].expand(4, 24)
+    elif layout == "weight":
+        weight = weight.t().contiguous().t()
+    else:
+        targets = targets.repeat_interleave(2)[::2]
+    for reduction in ("mean", "none"):
+        check((x, weight, targets), reduction, None, 3)
+
+
+def test_zero_stride_gradient(device: torch.device) -> None:
+    x, weight, targets = problem(4, 24, 100, torch.float32, device)
+    x.requires_grad_()
+    linear_cross_entropy(x, weight, targets, reduction="none", chunk_tokens=3).sum().backward()
+    loss = reference.linear_cross_entropy(x, weight, targets, reduction="sum")
+    (wanted,) = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(x.grad, wanted)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("n_rows", [0, 3])
+def test_nothing_to_learn_from(n_rows: int, reduction: str, device: torch.device) -> None:
+    """All rows ignored, or none at all: the mean is NaN as PyTorch's, the gradients zero."""
+    x, weight, _ = problem(n_rows, 8, 20, torch.float32, device)
+    targets = torch.full((n_rows,), -1, device=device)
+    (loss,), gradients = forward_backward(
+        lambda x, w: linear_cross_entropy(x, w, targets, reduction=reduction),
+        (x, weight),
+        [upstream(reduction, n_rows, device)],
+    )
+    wanted = reference.linear_cross_entropy(x, weight, targets, reduction=reduction)
+    torch.testing.assert_close(loss, wanted, equal_nan=True)
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("needs", ["x", "weight", "nothing", "no_grad"])
+def test_only_what_is_needed(
+    needs: str, reduction: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products and gradients that nobody asked for are not computed, the logits not overwritten."""
+    x, weight, targets = problem(4, 16, 50, torch.float32, device)
+    x.requires_grad_(needs in ("x", "no_grad"))
+    weight.requires_grad_(needs in ("weight", "no_grad"))
+    products, gradients = [], []
+    mm, launch = torch.mm, linear_module().launch_cross_entropy
+
+    def counted_mm(*args: Any, **kwargs: Any) -> Tensor:
+        products.append(args)
+        return mm(*args, **kwargs)
+
+    def watched_launch(*args: Any, **kwargs: Any) -> None:
+        gradients.append(kwargs["gradient"] is not None)
+        launch(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "mm", counted_mm)
+    monkeypatch.setattr(linear_module(), "launch_cross_entropy", watched_launch)
+    with torch.set_grad_enabled(needs != "no_grad"):
+        loss = linear_cross_entropy(x, weight, targets, reduction=reduction).sum()
+    in_forward = needs in ("x", "weight") and reduction != "none"
+    assert gradients == [in_forward]
+    assert len(products) == 1 + in_forward
+    if needs in ("x", "weight"):
+        loss.backward()
+        assert len(products) == (2 if in_forward else 3)
+        want_x, want_weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        reference.linear_cross_entropy(
+            want_x, want_weight, targets, reduction=reduction
+        ).sum().backward()
+        for got, wanted in ((x, want_x), (weight, want_weight)):
+            if got.requires_grad:
+                torch.testing.assert_close(got.grad, wanted.grad)
+    else:
+        assert not loss.requires_grad
+
+
+def linear_module() -> Any:
+    """The op's file, whose name in the package is the op's."""
+    return sys.modules["fastgpt_kernels.linear_cross_entropy"]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_two_backwards(reduction: str, device: torch.device) -> None:
+    """What is saved is not used up, unlike in cross_entropy."""
+    x, weight, targets = problem(4, 16, 50, torch.float32, device)
+    x.requires_grad_()
+    loss = linear_cross_entropy(x, weight, targets, reduction=reduction).sum()
+    first = torch.autograd.grad(loss * 3, x, retain_graph=True)[0]
+    second = torch.autograd.grad(loss, x)[0]
+    torch.testing.assert_close(first, second * 3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "element_size", "wanted"),
+    [
+        ((0, 50304), 2, 0),
+        ((1, 50304), 2, 1),
+        ((5000, 50304), 2, 5000),  # two chunks would be short of 4,096 rows
+        ((16384, 50304), 2, 16384),  # 1.65 GB
+        ((65536, 50304), 2, 16384),
+        ((65536, 50304), 4, 9472),  # 7 chunks of 1.9 GB
+        ((49152, 50304), 2, 16384),
+        ((65536, 128256), 2, 8192),
+        ((8192, 1 << 20), 2, 4096),  # never below, whatever the width
+        ((1 << 20, 256), 2, 1 << 20),
+    ],
+)
+def test_chunk_rows(shape: tuple[int, int], element_size: int, wanted: int) -> None:
+    rows = chunk_rows(*shape, element_size)
+    assert rows == wanted
+    assert rows == shape[0] or rows >= 4096
+    assert rows * shape[1] * element_size <= 2**31 or rows < 2 * 4096
+    assert chunk_rows(*shape, element_size, chunk_tokens=100) == min(100, shape[0])
+
+
+@pytest.mark.parametrize(
+    ("backend", "reduction"),
+    [("inductor", "mean"), ("aot_eager", "sum"), ("aot_eager", "none")],
+)
+def test_compiled_equals_eager(backend: str, reduction: str, device: torch.device) -> None:
+    inputs = problem(5, 16, 300, torch.float32, device)
+    dloss = upstream(reduction, 5, device)
+
+    def loss_of(x: Tensor, weight: Tensor) -> Tensor:
+        return linear_cross_entropy(x, weight, inputs[2], -1, reduction, 290, 2)
+
+    inputs[2].clamp_(max=289)
+    compiled = torch.compile(loss_of, fullgraph=True, backend=backend)
+    ours = forward_backward(compiled, inputs[:2], [dloss])
+    eager = forward_backward(loss_of, inputs[:2], [dloss])
+    torch.testing.assert_close(ours, eager)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*inputs[:2]), eager[0][0])
+
+
+def test_opcheck(device: torch.device) -> None:
+    x, weight, targets = problem(4, 16, 50, torch.float32, device)
+    targets.clamp_(max=44)
+    for need_dx, need_dw in ((True, True), (False, True), (False, False)):
+        leaves = x.clone().requires_grad_(need_dx), weight.clone().requires_grad_(need_dw)
+        utils = ["test_schema", "test_faketensor"]
+        if need_dx:
+            utils += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
+        arguments = (*leaves, targets, -1, 45, 3, need_dw, need_dx, need_dw)
+        torch.library.opcheck(_total_op, arguments, test_utils=utils)
+    leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    torch.library.opcheck(_rows_op, (*leaves, targets, -1, 45, None))
+    dlosses = torch.randn(4, device=device)
+    torch.library.opcheck(
+        _rows_gradient_op, (dlosses, x, weight, targets, -1, 45, None, True, False)
+    )
+
+
+@pytest.mark.parametrize(
+    ("reduction", "forward", "backward"), [("mean", 3, 0), ("sum", 3, 0), ("none", 1, 3)]
+)
+def test_flops(reduction: str, forward: int, backward: int, device: torch.device) -> None:
+    """In products of 2 M V C; the chunks do not change them."""
+    x, weight, targets = problem(4, 16, 50, torch.float32, device)
+    x.requires_grad_()
+    weight.requires_grad_()
+    product = 2 * 4 * 16 * 50
+    with FlopCounterMode(display=False) as counter:
+        loss = linear_cross_entropy(x, weight, targets, reduction=reduction, chunk_tokens=3)
+    assert counter.get_total_flops() == forward * product
+    with FlopCounterMode(display=False) as counter:
+        loss.sum().backward()
+    assert counter.get_total_flops() == backward * product
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        linear_cross_entropy(x, weight, targets, reduction=reduction)
+    assert counter.get_total_flops() == product
+
+
+X, WEIGHT, TARGETS = torch.zeros(3, 4), torch.zeros(8, 4), torch.zeros(3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((X[0], WEIGHT, TARGETS), ValueError, "x must have 2 dimensions, got shape (4,)"),
+        ((X.double(), WEIGHT, TARGETS), TypeError, "x must be of dtype bfloat16, float16, float32"),
+        ((X, WEIGHT.t(), TARGETS), ValueError, "weight must have shape (*, 4), got (4, 8)"),
+        ((X, WEIGHT.half(), TARGETS), TypeError, "weight must be of dtype float32, got float16"),
+        ((X, WEIGHT.to("meta"), TARGETS), ValueError, "weight must be on cpu, got meta"),
+        ((X, None, TARGETS), TypeError, "weight must be a tensor, got NoneType"),
+        ((X, WEIGHT, TARGETS[:2]), ValueError, "targets must have shape (3), got (2,)"),
+        ((X, WEIGHT, TARGETS.float()), TypeError, "targets must be of dtype int64, got float32"),
+        ((X, WEIGHT, TARGETS, -1, "max"), ValueError, "reduction must be one of"),
+        ((X, WEIGHT, TARGETS, -1, "mean", 9), ValueError, "vocab_size must be in [1, 8], got 9"),
+        ((X, WEIGHT, TARGETS, -1, "mean", 8, 0), ValueError, "chunk_tokens must be at least 1"),
+        ((X, WEIGHT, TARGETS, -1, "mean", 8, 2.0), TypeError, "chunk_tokens must be an int"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else None,
+)
+def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as raised:
+        linear_cross_entropy(*arguments)
+    assert str(raised.value).startswith("linear_cross_entropy: ")
+    assert message in str(raised.value)
+
+
+def test_on_the_cpu_it_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_host, "INTERPRETED", False)
+    x, weight, targets = problem(5, 8, 30, torch.bfloat16, torch.device("cpu"))
+    loss = linear_cross_entropy(x, weight, targets, chunk_tokens=2)
+    wanted = F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1)
+    torch.testing.assert_close(loss, wanted)
+    targets[0] = 30
+    with pytest.raises(ValueError, match=r"linear_cross_entropy: targets must be in \[0, 30\)"):
+        linear_cross_entropy(x, weight, targets)
