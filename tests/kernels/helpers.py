@@ -20,9 +20,12 @@ def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
             out = allocate(*args, **kwargs)
             if torch.compiler.is_compiling() or out.is_meta:
                 return out
-            if out.is_floating_point():
-                return out.fill_(float("nan"))
-            return out if out.dtype is torch.bool else out.fill_(torch.iinfo(out.dtype).min)
+            with torch.no_grad():
+                if out.is_floating_point():
+                    out.fill_(float("nan"))
+                elif out.dtype is not torch.bool:
+                    out.fill_(torch.iinfo(out.dtype).min)
+            return out
 
         return wrapper
 

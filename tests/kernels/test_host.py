@@ -1,0 +1,80 @@
+"""What launchers share: when the registered op can be skipped, row views, argument errors."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastgpt_kernels import _host, bias_gelu, layer_norm
+from fastgpt_kernels._host import call_directly, check_tensor, row_view
+
+X = torch.randn(4, 8)
+
+
+def test_plain_tensors_are_called_directly() -> None:
+    assert call_directly(X, None, torch.nn.Parameter(X))
+
+
+def test_whoever_looks_at_ops_sees_the_registered_one() -> None:
+    seen = []
+    with FlopCounterMode(display=False):
+        seen.append(call_directly(X))
+    with FakeTensorMode() as mode:
+        seen.append(call_directly(X))
+    seen.append(call_directly(mode.from_tensor(X)))
+    torch.vmap(lambda x: seen.append(call_directly(x)) or x)(X)
+    torch.compile(lambda x: seen.append(call_directly(x)) or x, backend="eager")(X)
+    assert seen == [False] * 5
+
+
+@pytest.mark.parametrize("op", ["layer_norm", "bias_gelu"])
+def test_fake_tensors_get_fake_results(op: str) -> None:
+    with FakeTensorMode():
+        x, w = torch.randn(3, 5, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+        y = layer_norm(x, w, w) if op == "layer_norm" else bias_gelu(x, w)
+        dx, dw = torch.autograd.grad(y.sum(), (x, w))
+    assert (y.shape, dx.shape, dw.shape) == (x.shape, x.shape, w.shape)
+
+
+@pytest.mark.parametrize("interpreted", [True, False])
+def test_autocast_does_not_change_the_dtype(
+    interpreted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_host, "INTERPRETED", interpreted)
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.float16, torch.float32):
+            assert layer_norm(X.to(dtype), torch.ones(8)).dtype is dtype
+            assert bias_gelu(X.to(dtype), torch.ones(8)).dtype is dtype
+
+
+def test_second_derivatives_are_refused() -> None:
+    x = X.clone().requires_grad_()
+    (dx,) = torch.autograd.grad(bias_gelu(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("x", "copied"),
+    [
+        (torch.randn(3, 4, 8), False),
+        (torch.randn(3, 4, 16)[..., :8], False),
+        (torch.randn(8).expand(5, 8), False),
+        (torch.randn(4, 3, 8).transpose(0, 1), True),
+        (torch.randn(8, 5).t(), True),
+        (torch.randn(6, 1).expand(6, 8), True),
+    ],
+)
+def test_row_view_copies_only_where_it_must(x: torch.Tensor, copied: bool) -> None:
+    rows = row_view(x)
+    assert rows.stride(1) == 1
+    assert torch.equal(rows, x.reshape(-1, x.shape[-1]))
+    assert (rows.data_ptr() != x.data_ptr()) == copied
+
+
+def test_check_tensor_names_what_it_got_and_wants() -> None:
+    check_tensor("op", "x", X, ndim=2, shape=(None, 8), dtypes=(torch.float32,), device=X.device)
+    with pytest.raises(ValueError, match=r"^op: x must have shape \(\*, 7\), got \(4, 8\)$"):
+        check_tensor("op", "x", X, shape=(None, 7))
+    with pytest.raises(ValueError, match=r"^op: x must have 3 dimensions, got shape \(4, 8\)$"):
+        check_tensor("op", "x", X, ndim=3)
