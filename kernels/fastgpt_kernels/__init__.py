@@ -12,6 +12,7 @@ from importlib.util import find_spec
 __all__: list[str] = []
 
 if find_spec("triton"):
+    from fastgpt_kernels.adamw import AdamWTensors, adamw_step
     from fastgpt_kernels.attention import attention
     from fastgpt_kernels.cross_entropy import cross_entropy
     from fastgpt_kernels.gelu import bias_gelu
@@ -19,6 +20,8 @@ if find_spec("triton"):
     from fastgpt_kernels.linear_cross_entropy import linear_cross_entropy
 
     __all__ += [
+        "AdamWTensors",
+        "adamw_step",
         "add_layer_norm",
         "attention",
         "bias_gelu",

@@ -200,3 +200,18 @@ BIAS_GELU_BACKWARD: Table = {
         )
     },
 }
+
+
+# One entry: the key says nothing. Not measured: 8 elements a thread are two 128-bit loads from each
+# of four tensors in flight.
+ADAMW: Table = {"default": {1: Config({"BLOCK": 2048}, num_warps=8)}}
+
+# Key: the head dim. BLOCK_N keys and values are in flight at once. Not measured: 32 elements a
+# thread of each, half the registers that four programs an SM leave it.
+DECODE_ATTENTION: Table = {
+    "default": {
+        64: Config({"BLOCK_N": 64}, num_warps=4),
+        128: Config({"BLOCK_N": 32}, num_warps=4),
+        256: Config({"BLOCK_N": 16}, num_warps=4),
+    },
+}

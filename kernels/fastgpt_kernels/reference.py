@@ -7,6 +7,8 @@ come back in the dtype of the input, and autograd gives the gradients.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -116,6 +118,29 @@ def attention(
     return (p @ v).transpose(1, 2).reshape(batch, T, n_head * head_dim).to(qkv.dtype)
 
 
+def decode_attention(
+    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, *, scale: float | None = None
+) -> Tensor:
+    """Attention of one new token a row: qkv (B, 3*C) to its row of the caches (B, H, S, D).
+
+    The new key and value go to positions[b] (int64) of the caches, in place; y (B, C) attends to
+    positions 0 to positions[b]. Positions outside of the cache count as its first or last one.
+    """
+    B, H, S, D = k_cache.shape
+    dtype = _compute_dtype(qkv)
+    q, k, v = qkv.view(B, 3, H, D).unbind(1)
+    positions = positions.clamp(0, S - 1)
+    rows = torch.arange(B, device=qkv.device)
+    k_cache[rows, :, positions], v_cache[rows, :, positions] = k, v
+    logits = (k_cache.to(dtype) @ q.to(dtype).unsqueeze(-1)).squeeze(-1)  # (B, H, S)
+    unseen = torch.arange(S, device=qkv.device) > positions.view(B, 1, 1)
+    logits = (logits * (D**-0.5 if scale is None else scale)).masked_fill(unseen, float("-inf"))
+    # What lies past a position is anything, even NaN: it is not to be multiplied by 0.
+    values = v_cache.to(dtype).masked_fill(unseen.unsqueeze(-1), 0.0)
+    y = logits.softmax(-1).unsqueeze(2) @ values
+    return y.reshape(B, H * D).to(qkv.dtype)
+
+
 def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
     """A dropout seed as one int64 on `device`; None draws it there, without waiting for a GPU."""
     if isinstance(seed, Tensor):
@@ -166,3 +191,32 @@ def attention_dropout_bits(seed: Tensor, heads: int, T: int) -> Tensor:
     bits = torch.stack([bits & 0xFFFF, bits >> 16], -1)  # (heads, T / 2, T / 4, word, half)
     bits = bits.view(heads, groups_m, 8, groups_n, 8, 4, 2).permute(0, 1, 6, 2, 3, 5, 4)
     return bits.reshape(heads, groups_m * 16, groups_n * 32)[:, :T, :T]
+
+
+def adamw_update(
+    tensors: Any,
+    step: Tensor,
+    lr: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """What `adamw.adamw_step` does to its `AdamWTensors`, in place; `step` is t, counted already.
+
+    torch.optim.AdamW's update (Loshchilov and Hutter, 2019) with the gradient times `grad_scale`,
+    a rounded copy of the parameter where it has one, and nothing at all where `found_inf` is not 0.
+    """
+    if found_inf is not None and found_inf.item() != 0:
+        return
+    t, rate = step.item(), lr.item()
+    lists = (tensors.params, tensors.grads, tensors.exp_avgs, tensors.exp_avg_sqs)
+    for p, g, m, v, copy, decay in zip(*lists, tensors.copies, tensors.weight_decays, strict=True):
+        g = g.float() if grad_scale is None else g.float() * grad_scale
+        p.mul_(1 - rate * decay)
+        m.lerp_(g, 1 - betas[0])
+        v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+        denominator = (v.sqrt() / (1 - betas[1] ** t) ** 0.5).add_(eps)
+        p.addcdiv_(m, denominator, value=-rate / (1 - betas[0] ** t))
+        if copy is not None:
+            copy.copy_(p)
