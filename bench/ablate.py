@@ -1,0 +1,75 @@
+"""python -m bench ablate [PRESET]: what each kernel is worth in the whole training step.
+
+The fast path, then the fast path with one op at a time switched to eager; the ratio says how much
+longer the step takes without that kernel. Flags of `fastgpt train` work here too.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from bench import results, setup, step, turns
+from bench.variants import Variant
+from fastgpt import mfu, ops
+from fastgpt.device import DTYPES
+from fastgpt.errors import UserError
+
+FAST = "kernels+compile"
+
+
+def contenders(gpu: bool) -> list[Variant]:
+    """The fast path first. Without a GPU it is eager, and so are all the others."""
+    fast: dict[str, Any] = {"kernels": "triton", "compile": True} if gpu else {"kernels": "eager"}
+    without = [Variant(f"{op} eager", overrides={op: "eager"}, **fast) for op in ops.EAGER]
+    return [Variant(FAST if gpu else "eager", **fast), *without]
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench ablate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("preset", nargs="?", default="gpt2")
+    step.add_measuring_arguments(parser)
+    args, flags = setup.parse(parser, argv)
+    gpu = torch.cuda.is_available() and flags.get("device") != "cpu"
+    setup.say_small()
+    if not gpu:
+        print("every op is eager here: all ratios should be 1")
+    result = results.Result("ablate", argv, {"rounds": args.rounds, "flags": flags})
+    try:
+        config, vocab_size = setup.configure(args.preset, flags)
+        device, dtype = torch.device(config.system.device), DTYPES[config.system.dtype]
+        peak = mfu.device_peak(device, dtype, config.system.peak_tflops)
+    except UserError as e:
+        parser.error(str(e))
+    print(f"\n{args.preset}: {setup.describe(config, vocab_size)}; peak {peak}", flush=True)
+    found = turns.measure(
+        contenders(gpu),
+        config,
+        vocab_size,
+        rounds=args.rounds,
+        turn_s=args.turn_seconds,
+        alive=args.alive,
+        builders=args.builders,
+        judge=step.judge(config.model.dropout),
+    )
+    rows = step.rows_of(found, args.preset, config, vocab_size, peak)
+    step.show(rows)
+    base = rows[0].get("median_ms")
+    for row in rows[1:]:
+        if base and "ratio" in row:
+            r = row["ratio"]
+            row["worth_ms"] = [(r[k] - 1) * base for k in ("ratio", "low", "high")]
+            worth, low, high = row["worth_ms"]
+            op = row["variant"].removesuffix(" eager")
+            print(f"  {op}: its kernel is worth {worth:+.3f} ms [{low:+.3f}, {high:+.3f}] a step")
+    result.rows.extend(rows)
+    result.data["settings"]["peak"] = str(peak)
+    if path := result.save(args.out):
+        print(f"written: {path}")
+    return 1 if any(row["problem"] for row in rows) else 0

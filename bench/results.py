@@ -1,0 +1,118 @@
+"""Result files: what is in them, where they lie, and reading them back. Schema: bench/README.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import provenance
+
+SCHEMA = 1
+FOLDER = Path(__file__).parent / "results"
+_WANTED = {
+    "schema": int,
+    "name": str,
+    "command": str,
+    "date": str,
+    "environment": dict,
+    "gpu_before": dict,
+    "gpu_after": dict,
+    "settings": dict,
+    "rows": list,
+    "problems": list,
+}
+
+
+class Result:
+    """A result in the making. `save` can be called after every part: the file is always whole."""
+
+    def __init__(self, name: str, argv: Sequence[str], settings: dict[str, Any]):
+        now = time.gmtime()
+        self.data: dict[str, Any] = {
+            "schema": SCHEMA,
+            "name": name,
+            "command": shlex.join(["python", "-m", "bench", name, *argv]),
+            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", now),
+            "environment": provenance.environment(),
+            "gpu_before": provenance.gpu_state(),
+            "gpu_after": {},
+            "settings": settings,
+            "rows": [],
+            "problems": [],
+        }
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return self.data["rows"]
+
+    @property
+    def problems(self) -> list[str]:
+        return self.data["problems"]
+
+    def save(self, folder: Path | None, also: str = "") -> Path | None:
+        """Write `<folder>/<gpu>/<date>-<commit>-<name>[-also].json`; None: nowhere.
+
+        Where there is a GPU and no folder was asked for, callers give `FOLDER`.
+        """
+        if folder is None:
+            return None
+        self.data["gpu_after"] = provenance.gpu_state()
+        environment = self.data["environment"]
+        stamp = re.sub(r"[-:]", "", self.data["date"]).replace("T", "-").rstrip("Z")
+        name = f"{stamp}-{environment['commit']}-{self.data['name']}{also and '-' + also}.json"
+        path = folder / slug(environment["device"]) / name
+        write(path, self.data)
+        return path
+
+
+def slug(text: str) -> str:
+    """ "NVIDIA H200" -> "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def write(path: Path, data: dict[str, Any]) -> None:
+    """Check, then write aside and rename."""
+    check(data, str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+    os.replace(aside, path)
+
+
+def check(data: Any, where: str) -> None:
+    """Raise ValueError where `data` is not a result of this schema."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: not a result: not a JSON object")
+    for key, kind in _WANTED.items():
+        if not isinstance(data.get(key), kind):
+            raise ValueError(f"{where}: not a result: {key} should be {kind.__name__}")
+    if data["schema"] != SCHEMA:
+        raise ValueError(f"{where}: schema {data['schema']}, this program reads {SCHEMA}")
+    keys = [row.get("key") for row in data["rows"]]
+    if not all(isinstance(k, str) for k in keys) or len(set(keys)) != len(keys):
+        raise ValueError(f"{where}: every row needs a key of its own")
+    for row in data["rows"]:
+        timed, problem = bool(row.get("samples_ms")), row.get("problem", "")
+        if timed == bool(problem):
+            raise ValueError(f"{where}: {row['key']}: a row has either samples_ms or a problem")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read and check one file. Raises ValueError naming the file."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise ValueError(f"{path}: cannot be read: {e}") from e
+    check(data, str(path))
+    return data
+
+
+def files(folder: Path = FOLDER) -> Iterable[Path]:
+    """Result files below a folder, oldest first."""
+    return sorted(folder.glob("**/*.json"), key=lambda p: p.name)

@@ -1,0 +1,87 @@
+"""Which run is measured: a preset and flags; without a GPU, a small size."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from typing import Any, cast
+
+import torch
+
+from fastgpt import settings
+from fastgpt.config import Config
+from fastgpt.device import resolve_device, resolve_dtype
+from fastgpt.errors import UserError
+from fastgpt.presets import PRESETS
+
+VOCAB_SIZES = {"laptop": 256, "desktop": 256, "shakespeare_char": 65}
+GPT2_VOCAB = 50257
+
+# Without a GPU every preset is measured at this size, but for what flags say.
+SMALL = {
+    "n_layer": "2",
+    "n_head": "2",
+    "n_embd": "64",
+    "block_size": "64",
+    "batch_size": "4",
+}
+SMALL_VOCAB = 512
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: list[str]
+) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The benchmark's own arguments, and the flags of `fastgpt train` among them."""
+    args, rest = parser.parse_known_args(argv)
+    try:
+        positional, flags = settings.split_flags(rest)
+        if positional:
+            raise UserError(f"{positional[0]}: not understood here")
+        settings.apply_flags(Config(), flags)
+    except UserError as e:
+        parser.error(str(e))
+    return args, flags
+
+
+def configure(preset: str, flags: dict[str, str]) -> tuple[Config, int]:
+    """The config to measure and its vocabulary's size. Raises UserError.
+
+    One micro-batch a step unless the flags say otherwise; the learning rate is at its peak from the
+    first step on, so that a few steps already show whether a variant learns.
+    """
+    if preset not in PRESETS:
+        raise settings.unknown_key(preset, list(PRESETS), "", "preset")
+    device = resolve_device(flags.get("device", "auto"))
+    small = device.type == "cpu"
+    once = {"gradient_accumulation_steps": "1", "decay_lr": "False"}
+    given = {**once, **(SMALL if small else {}), **flags}
+    config = settings.apply_flags(PRESETS[preset](), given)
+    settings.check(config)
+    system = config.system
+    system.device = str(device)
+    system.dtype = cast(Any, resolve_dtype(system.dtype, device))
+    vocab_size = VOCAB_SIZES.get(preset, SMALL_VOCAB if small else GPT2_VOCAB)
+    return config, vocab_size
+
+
+def describe(config: Config, vocab_size: int) -> str:
+    m, o = config.model, config.optim
+    rows = o.batch_size * o.gradient_accumulation_steps
+    return (
+        f"{m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide, vocabulary {vocab_size}, "
+        f"{rows} x {m.block_size} tokens a step, dropout {m.dropout:g}, {config.system.dtype}"
+    )
+
+
+def say_small() -> None:
+    if not torch.cuda.is_available():
+        print("no GPU here: a small size on the CPU shows that this runs; its times say nothing")
+
+
+def with_values(config: Config, values: dict[str, Any]) -> Config:
+    """A copy with settings of these flat names changed; names it does not know are left out."""
+    config, table = copy.deepcopy(config), settings.leaves(Config)
+    for name, value in values.items():
+        if name in table:
+            settings.put(config, table[name], value)
+    return config
