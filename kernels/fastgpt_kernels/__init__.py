@@ -15,6 +15,7 @@ if find_spec("triton"):
     from fastgpt_kernels.adamw import AdamWTensors, adamw_step
     from fastgpt_kernels.attention import attention
     from fastgpt_kernels.cross_entropy import cross_entropy
+    from fastgpt_kernels.decode_attention import decode_attention
     from fastgpt_kernels.gelu import bias_gelu
     from fastgpt_kernels.layer_norm import add_layer_norm, layer_norm
     from fastgpt_kernels.linear_cross_entropy import linear_cross_entropy
@@ -26,6 +27,7 @@ if find_spec("triton"):
         "attention",
         "bias_gelu",
         "cross_entropy",
+        "decode_attention",
         "layer_norm",
         "linear_cross_entropy",
     ]
