@@ -1,0 +1,132 @@
+"""The waterfall as a picture, PNG and SVG: from the ideal step down the rungs to the measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bench.ladder import Ladder, Rung
+
+# Colour-blind safe (Okabe and Ito's), one hue a part; ideal and measured in neutral ink.
+_COLOURS = {
+    "matmul peak": "#7f8c9b",
+    "linear layers": "#0072b2",
+    "attention": "#d55e00",
+    "head and loss": "#cc79a7",
+    "memory-bound ops": "#e69f00",
+    "optimizer and casts": "#009e73",
+    "other": "#000000",
+    "gaps: launch, data, host": "#56b4e9",
+    "residual": "#b0b0b0",
+}
+_INK, _SOFT, _GOOD = "#1b2733", "#66727f", "#2e7d4f"
+FORMATS = ("png", "svg")
+
+
+def draw(
+    ladder: Ladder, title: str, footer: str, paths: Iterable[Path], note: str = ""
+) -> list[Path]:
+    """Write the picture to every path, in the format of its suffix. Returns the paths.
+
+    `title` names model and device; `footer` says where the numbers come from; `note` is put in the
+    picture where it must not be overlooked.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    paths = list(paths)
+    rungs = [
+        r for r in ladder.rungs if r.name != "residual" or abs(r.ms) >= 0.0005 * ladder.step_ms
+    ]
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "DejaVu Sans"}):
+        figure = Figure(figsize=(12, 2.2 + 0.56 * (len(rungs) + 1)), facecolor="white")
+        top = 1 - 1.3 / figure.get_figheight()
+        bottom = 0.72 / figure.get_figheight()
+        axes = figure.add_axes((0.17, bottom, 0.68, top - bottom))
+        _bars(axes, rungs, ladder)
+        figure.text(0.015, 1 - 0.36 / figure.get_figheight(), title, size=17, weight="bold",
+                    color=_INK, va="center")  # fmt: skip
+        lost = 100 - ladder.mfu
+        subtitle = (
+            f"{ladder.step_ms:.4g} ms a step, {ladder.mfu:.1f} % MFU: "
+            f"where the other {lost:.1f} points go"
+        )
+        figure.text(0.015, 1 - 0.72 / figure.get_figheight(), subtitle, size=12.5, color=_SOFT,
+                    va="center")  # fmt: skip
+        if note:
+            figure.text(0.985, 1 - 0.36 / figure.get_figheight(), note, size=11, weight="bold",
+                        color="white", ha="right", va="center",
+                        bbox={"boxstyle": "round,pad=0.4", "fc": "#b3541e", "ec": "none"},
+                        )  # fmt: skip
+        figure.text(0.015, 0.2 / figure.get_figheight(), footer, size=8.5, color=_SOFT, va="center")
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=160, format=path.suffix.lstrip("."))
+    return paths
+
+
+def _bars(axes: Any, rungs: list[Rung], ladder: Ladder) -> None:
+    """One row a rung, top down; each bar starts where the one above ended."""
+    width = max(ladder.step_ms, max(_ends(rungs)))
+    at = 0.0
+    for row, rung in enumerate(rungs):
+        end = at + rung.ms
+        if rung.name == "ideal":
+            axes.barh(row, rung.ms, color=_GOOD, height=0.62)
+            label, colour = f"{rung.ms:.3g} ms", _GOOD
+        else:
+            colour = _COLOURS.get(rung.name, _INK)
+            _split_bar(axes, row, at, rung, colour)
+            label = f"{rung.ms:+.3g} ms   {-rung.mfu_points:+.1f} pt"
+        axes.text(max(at, end) + 0.008 * width, row, label, va="center", size=10, color=_INK)
+        axes.plot([end, end], [row + 0.31, row + 0.69], color="#9aa5b1", lw=1)
+        _margins(axes, row, rung, f"{rung.mfu_after:.1f} %")
+        at = end
+    last = len(rungs)
+    axes.barh(last, ladder.step_ms, color=_INK, height=0.62)
+    axes.text(ladder.step_ms + 0.008 * width, last, f"{ladder.step_ms:.4g} ms", va="center",
+              size=11, weight="bold", color=_INK)  # fmt: skip
+    _margins(axes, last, Rung("measured step", 0), f"{ladder.mfu:.1f} %", bold=True)
+    axes.text(1.0, -0.85, "MFU so far", transform=axes.get_yaxis_transform(), size=9, color=_SOFT)
+    axes.text(1.1, -0.85, "of its bound", transform=axes.get_yaxis_transform(), size=9, color=_SOFT)
+    axes.text(0.0, -0.85, "solid: still to win · pale: the least this part costs on this device",
+              transform=axes.get_yaxis_transform(), size=9, color=_SOFT)  # fmt: skip
+    axes.set_xlim(0, width * 1.24)
+    axes.set_ylim(last + 0.6, -0.6)
+    axes.set_yticks([])
+    axes.set_xlabel("ms a step", color=_SOFT, size=9, labelpad=1)
+    axes.tick_params(axis="x", colors=_SOFT, labelsize=9, length=0)
+    axes.grid(axis="x", color="#e4e8ec", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+
+
+def _split_bar(axes: Any, row: int, at: float, rung: Rung, colour: str) -> None:
+    """The rung's bar; pale as far as its bound reaches beyond what stands above already."""
+    if rung.ms < 0:  # a gain: back towards the left, outlined
+        axes.barh(row, rung.ms, left=at, height=0.62, color="white", edgecolor=colour, hatch="///")
+        return
+    bound = 0.0 if rung.bound_ms is None else rung.bound_ms - rung.credit_ms
+    pale = min(rung.ms, max(0.0, bound))
+    axes.barh(row, pale, left=at, height=0.62, color=colour, alpha=0.35, lw=0)
+    axes.barh(row, rung.ms - pale, left=at + pale, height=0.62, color=colour, lw=0)
+
+
+def _margins(axes: Any, row: int, rung: Rung, mfu: str, bold: bool = False) -> None:
+    """The rung's name on the left and the MFU so far on the right."""
+    weight = "bold" if bold else "normal"
+    where = {"transform": axes.get_yaxis_transform(), "va": "center", "color": _INK}
+    name = "at 100 % of the peak" if rung.name == "ideal" else rung.name
+    axes.text(-0.015, row, name, ha="right", size=10.5, weight=weight, **where)
+    axes.text(1.0, row, mfu, ha="left", size=11, weight=weight, **where)
+    if rung.bound_ms and rung.takes_ms:
+        axes.text(1.1, row, f"{rung.bound_ms / rung.takes_ms:.0%}", size=10, **where)
+
+
+def _ends(rungs: list[Rung]) -> list[float]:
+    ends, at = [], 0.0
+    for rung in rungs:
+        at += rung.ms
+        ends.append(at)
+    return ends

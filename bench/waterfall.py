@@ -1,0 +1,331 @@
+"""From the device's peak down to the measured training step: where every millisecond goes.
+
+    python -m bench waterfall [PRESET] [--key=value ...]
+
+--out=DIR is where the results go, --seconds=10 about how long to time steps, --traced_steps=3 how
+many the profiler looks at. All other flags are those of `fastgpt train`; without a preset it is
+gpt2 on a GPU and laptop elsewhere.
+
+The step is the trainer's own, `fastgpt.step.Trainer.step` with prefetched batches of random tokens,
+compiled and on the kernels that `fastgpt train` would use. It is timed without the profiler (device
+events on a GPU, medians) before and after it is traced; reading the loss for a log line is not in
+it. Written are a result file, whose one row has the rungs (schema: bench/ladder.py), a PNG and an
+SVG.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from bench import ladder, picture, results, trace
+from bench.categories import DATA_SCOPE, Sizes
+from fastgpt import mfu, ops, settings
+from fastgpt.config import Config
+from fastgpt.data import token_files
+from fastgpt.data.batches import Batches, Prefetcher
+from fastgpt.data.tokens import TokenSplit, TokenWriter
+from fastgpt.data.vocabulary import GPT2_VOCAB
+from fastgpt.device import DTYPES, resolve_compile, resolve_device, resolve_dtype, synchronize
+from fastgpt.errors import UserError
+from fastgpt.model import GPT, ModelShape
+from fastgpt.presets import PRESETS
+from fastgpt.step import Trainer
+
+# Of the corpora that are not made of GPT-2's tokens.
+VOCABULARIES = {"python_stdlib": 256, "shakespeare_char": 65}
+MAX_RESIDUAL = 0.02
+ATTEMPTS = 3
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command. 0: done; 1: the rungs miss the step by more than 2 %; 2: bad arguments."""
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return 0
+    try:
+        config, name, own = parse(argv)
+        return run(config, name, own, argv)
+    except UserError as e:
+        print(f"bench waterfall: {e}", file=sys.stderr)
+        return 2
+
+
+def parse(argv: Sequence[str]) -> tuple[Config, str, dict[str, str]]:
+    """Settings of the run, the preset's name, and this command's own flags."""
+    positional, flags = settings.split_flags(argv)
+    if len(positional) > 1:
+        raise UserError(f"{' '.join(positional)}: one preset is wanted")
+    name = positional[0] if positional else ("gpt2" if torch.cuda.is_available() else "laptop")
+    if name not in PRESETS:
+        raise settings.unknown_key(name, list(PRESETS), "", what="preset")
+    names: tuple[str, ...] = ("out", "seconds", "traced_steps")
+    own = {key: flags.pop(key) for key in names if key in flags}
+    for key, kind in (("seconds", float), ("traced_steps", int)):
+        try:
+            good = key not in own or 0 < kind(own[key]) <= 3600
+        except ValueError:
+            good = False
+        if not good:
+            raise UserError(f"--{key}={own[key]}: wanted a number above 0, at most 3600")
+    config = settings.apply_flags(PRESETS[name](), flags)
+    settings.check(config)
+    system = config.system
+    device = resolve_device(system.device)
+    if device.type == "mps":
+        raise UserError("--device=mps: traces of it hold no kernels; pass --device=cpu")
+    system.device = str(device)
+    system.dtype = cast(Any, resolve_dtype(system.dtype, device))
+    system.compile = resolve_compile(system.compile, device)
+    return config, name, own
+
+
+def run(config: Config, name: str, own: dict[str, str], argv: Sequence[str]) -> int:
+    seconds = float(own.get("seconds", 10))
+    result = results.Result("waterfall", argv, settings.to_dict(config))
+    with Steps(config) as steps:
+        found, samples = measure(steps, seconds, int(own.get("traced_steps", 3)))
+        choices = steps.trainer.model.ops.describe()
+    where = result.data["environment"]
+    on_cpu = found.device == "cpu"
+    head = f"{name} on {where['device']}" + (" (a CPU picture: no GPU was used)" if on_cpu else "")
+    print("\n".join([head, f"ops: {choices}", *table(found)]), flush=True)
+    row = {"key": name, "samples_ms": samples, "problem": "", "ops": choices}
+    result.rows.append(row | {"tokens": steps.tokens, "waterfall": found.to_json()})
+    whole = abs(found.residual_share) <= MAX_RESIDUAL
+    if not whole:
+        missed = f"the rungs miss the measured step by {found.residual_share:+.1%}"
+        result.problems.append(missed)
+        print(f"bench waterfall: {missed}; is something else running here?", file=sys.stderr)
+    path = result.save(Path(own["out"]) if "out" in own else results.FOLDER)
+    assert path is not None
+    footer = " · ".join(
+        [
+            where["device"],
+            f"{config.system.dtype}, {'compiled' if config.system.compile else 'not compiled'}",
+            f"{steps.tokens:,} tokens a step",
+            f"torch {where['torch']}",
+            result.data["date"][:10],
+            f"commit {where['commit']}",
+            result.data["command"],
+        ]
+    )
+    title = f"{name}, {steps.trainer.model.n_params() / 1e6:.3g}M parameters, on {where['device']}"
+    note = "CPU picture" if on_cpu else ""
+    pictures = [path.with_suffix(f".{kind}") for kind in picture.FORMATS]
+    picture.draw(found, title, footer, pictures, note)
+    print(f"written: {path}, .png and .svg")
+    return 0 if whole else 1
+
+
+class Steps:
+    """The trainer's steps, one after another, as `fastgpt.train` runs them. A context manager."""
+
+    def __init__(self, config: Config):
+        self.config, self.device = config, torch.device(config.system.device)
+        self.step = 0
+        m, o = config.model, config.optim
+        self.tokens = o.batch_size * o.gradient_accumulation_steps * m.block_size
+        vocab_size = VOCABULARIES.get(config.data.dataset, GPT2_VOCAB)
+        shape = ModelShape(
+            m.n_layer, m.n_head, m.n_embd, m.block_size, vocab_size, m.bias, m.gelu
+        )  # fmt: skip
+        torch.set_float32_matmul_precision("high")  # as fastgpt.train
+        dtype = DTYPES[config.system.dtype]
+        table = ops.choose(
+            self.device,
+            dtype,
+            head_dim=m.n_embd // m.n_head,
+            width=m.n_embd,
+            kernels=config.system.kernels,
+            overrides=vars(config.op),
+        )
+        model = GPT(shape, m.dropout, table, dtype).init_weights(config.run.seed)
+        self.trainer = Trainer(model.to(self.device), config, self.device)
+        self.sizes = Sizes(
+            batch_size=o.batch_size,
+            block_size=m.block_size,
+            n_layer=m.n_layer,
+            n_head=m.n_head,
+            n_embd=m.n_embd,
+            vocab_size=vocab_size,
+            padded_vocab_size=shape.padded_vocab_size,
+            bias=m.bias,
+            dropout=m.dropout,
+            micro_batches=o.gradient_accumulation_steps,
+        )
+
+    def __enter__(self) -> Steps:
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            c = self.config
+            writer = TokenWriter(folder, "bench_train", np.dtype(np.uint16))
+            count = max(1 << 20, 8 * c.model.block_size)
+            writer.write(np.random.default_rng(0).integers(0, self.sizes.vocab_size, count))
+            writer.close()
+            files = [token_files.inspect(path) for path in sorted(folder.glob("*.bin"))]
+            batches = Batches(
+                TokenSplit("train", files, folder),
+                rows_per_step=c.optim.batch_size * c.optim.gradient_accumulation_steps,
+                block_size=c.model.block_size,
+                seed=c.run.seed,
+                sampling=c.data.sampling,
+            )
+            if c.system.compile:
+                rows = torch.from_numpy(batches.tokens(0, slice(c.optim.batch_size)))
+                self.trainer.warm_up(0, rows.to(self.device))
+            self.prefetcher = stack.enter_context(Prefetcher(batches, self.device))
+            gc.freeze()  # as fastgpt.train: no collector's pause in a step
+            gc.disable()
+            stack.callback(gc.enable)
+            stack.callback(gc.unfreeze)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def run(self, count: int) -> list[float]:
+        """Run `count` + 1 steps. ms from the beginning of each to that of the next: `count`."""
+        marks = []
+        for _ in range(count + 1):
+            marks.append(self._mark())
+            with record_function(trace.STEP_SCOPE):
+                with record_function(DATA_SCOPE):
+                    tokens = self.prefetcher.get(self.step)
+                self.trainer.step(self.step, tokens)
+            self.step += 1
+        synchronize(self.device)
+        self.trainer.check()
+        return [_ms(a, b) for a, b in zip(marks, marks[1:], strict=False)]
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _ms(a: Any, b: Any) -> float:
+    return (b - a) * 1e3 if isinstance(a, float) else a.elapsed_time(b)
+
+
+def measure(steps: Steps, seconds: float, traced_steps: int) -> tuple[ladder.Ladder, list[float]]:
+    """The ladder of the step, and the ms of every step timed without the profiler."""
+    device, model = steps.device, steps.trainer.model
+    dtype = DTYPES[steps.config.system.dtype]
+    one = statistics.median(steps.run(3))
+    count = int(min(max(seconds * 1e3 / 4 / one, 5), 200))
+    samples = steps.run(count)
+    base = peaks(device, dtype, steps.config.system.peak_tflops)
+    work = ladder.count_work(
+        steps.sizes,
+        model.n_params(),
+        torch.finfo(dtype).bits // 8,
+        clip=steps.config.optim.grad_clip > 0,
+    )
+    best: ladder.Ladder | None = None
+    for _ in range(ATTEMPTS):
+        parts, traced_ms = traced(steps, traced_steps)
+        samples += steps.run(count)
+        step_ms = statistics.median(samples)
+        found = ladder.build(parts, work, replace(base, step_ms=step_ms, traced_ms=traced_ms))
+        if best is None or abs(found.residual_share) < abs(best.residual_share):
+            best = found
+        if abs(best.residual_share) <= MAX_RESIDUAL:
+            break
+    assert best is not None
+    return best, samples
+
+
+def traced(steps: Steps, count: int) -> tuple[trace.Breakdown, float]:
+    """The breakdown of `count` steps, and their mean ms by the clock."""
+    activities = [ProfilerActivity.CPU]
+    if steps.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities, record_shapes=True) as profiler:
+        times = steps.run(count + 1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        parts = trace.breakdown(trace.load(path), steps.sizes)
+    return parts, statistics.fmean(times[1:])
+
+
+def peaks(device: torch.device, dtype: torch.dtype, override_tflops: float) -> ladder.Measured:
+    """Matmul peak and copy bandwidth measured here, and the data sheet's figure where there is one.
+
+    `step_ms` and `traced_ms` are left at 0.
+    """
+    sheet = mfu.table_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if override_tflops:
+        sheet = mfu.Peak(override_tflops * 1e12, "--peak_tflops")
+    matmul = mfu.measured_peak(device, dtype)
+    return ladder.Measured(
+        step_ms=0.0,
+        traced_ms=0.0,
+        matmul_flops=matmul.flops,
+        matmul_source=matmul.source,
+        copy_bytes=copy_bandwidth(device),
+        datasheet_flops=sheet.flops if sheet else None,
+        datasheet_source=sheet.source if sheet else "",
+    )
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes/s, reads plus writes, of a copy much larger than the caches; the best of several."""
+    n_bytes = 1 << (30 if device.type == "cuda" else 26)
+    a, b = (torch.empty(n_bytes, dtype=torch.uint8, device=device).random_() for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        synchronize(device)
+        start = time.perf_counter()
+        b.copy_(a)
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n_bytes / best
+
+
+def table(found: ladder.Ladder) -> list[str]:
+    """The ladder as lines: numbers by rung, then each rung's bound and what would help."""
+    peak = found.measured.datasheet_flops or found.measured.matmul_flops
+    source = found.measured.datasheet_source or found.measured.matmul_source
+    lines = [
+        f"peak {peak / 1e12:.4g} TFLOP/s ({source}); matmul reaches "
+        f"{found.measured.matmul_flops / 1e12:.4g}, copies {found.measured.copy_bytes / 1e9:,.0f} "
+        "GB/s",
+        f"{'':26}{'adds ms':>9}{'points':>8}{'MFU':>8}{'takes ms':>10}{'bound ms':>10}"
+        f"{'of bound':>9}",
+    ]
+    for r in found.rungs:
+        takes = "" if r.takes_ms is None else f"{r.takes_ms:.3f}"
+        bound = "" if r.bound_ms is None else f"{r.bound_ms:.3f}"
+        reached = f"{r.bound_ms / r.takes_ms:.0%}" if r.bound_ms and r.takes_ms else ""
+        lines.append(
+            f"{r.name:26}{r.ms:9.3f}{-r.mfu_points:8.1f}{r.mfu_after:7.1f}%"
+            f"{takes:>10}{bound:>10}{reached:>9}"
+        )
+    residual = f"residual {found.residual_share:+.2%}"
+    lines.append(f"{'measured step':26}{found.step_ms:9.3f}{'':8}{found.mfu:7.1f}%  {residual}")
+    for r in found.rungs:
+        if r.bound or r.help:
+            lines.append(f"  {r.name}: " + "; ".join(filter(None, (r.bound, r.help))))
+        if len(r.items) > 1:
+            parts = ", ".join(f"{k} {v:.3g}" for k, v in r.items.items())
+            lines.append(f"      {parts} ms")
+    if found.scale != 1.0:
+        lines.append(f"profiled steps took {1 / found.scale:.2f}x; the parts are scaled to match")
+    return lines
