@@ -1,4 +1,4 @@
-"""What bench.kernels_gpu compares: the ops, their sizes, who computes them, and the fp64 truth.
+"""What bench.kernels compares: the ops, their sizes, who computes them, and the fp64 truth.
 
 A provider maps leaves to outputs; its backward is autograd's. `collect` brings outputs and
 gradients of every provider of a case into one form, a list of tensors that `oracle` gives in fp64.
@@ -80,9 +80,13 @@ def liger(case: Case, device: torch.device, make: Callable[[], Callable[..., Any
         case.providers.append(Provider("liger-kernel", make()))
 
 
-def attention(device: torch.device) -> Case:
-    """Packed qkv in, (B, T, C) out, causal; and SDPA's kernels alone, on separate q, k, v."""
+def attention(device: torch.device, size: int = 0) -> Case:
+    """Packed qkv in, (B, T, C) out, causal; and SDPA's kernels alone, on separate q, k, v.
+
+    `size` is T, at an equal number of tokens.
+    """
     B, T, H, D = (64, 1024, 12, 64) if device.type == "cuda" else (2, 64, 2, 32)
+    B, T = (max(2, B * T // size), size) if size else (B, T)
     C, dtype = H * D, torch.bfloat16 if device.type == "cuda" else torch.float32
     qkv = torch.randn(B, T, 3 * C, device=device, dtype=dtype)
     dy = torch.randn(B, T, C, device=device, dtype=dtype)
@@ -147,11 +151,30 @@ def attention(device: torch.device) -> Case:
             case.providers += [Provider(f"SDPA {name}", packed(backend)), alone(backend)]
         else:
             case.skipped[f"SDPA {name}"] = "needs a GPU"
+    if device.type == "cuda":
+        case.providers.append(Provider("FlexAttention", flex_attention(T, H)))
+    else:
+        case.skipped["FlexAttention"] = "needs a GPU"
     return case
 
 
-def layer_norm(device: torch.device) -> Case:
-    M, C = (65536, 768) if device.type == "cuda" else (64, 96)
+def flex_attention(T: int, H: int) -> Callable[[Tensor], Tensor]:
+    """PyTorch's FlexAttention with a causal block mask, compiled as it wants to be."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, T, T, device="cuda")
+
+    def forward(qkv: Tensor) -> Tensor:
+        B, _, C3 = qkv.shape
+        q, k, v = (x.view(B, T, H, -1).transpose(1, 2) for x in qkv.split(C3 // 3, dim=2))
+        y = flex_attention(q, k, v, block_mask=mask)
+        return y.transpose(1, 2).reshape(B, T, C3 // 3)
+
+    return torch.compile(forward)
+
+
+def layer_norm(device: torch.device, size: int = 0) -> Case:
+    M, C = (65536, size or 768) if device.type == "cuda" else (64, size or 96)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     x, dy = torch.randn(2, M, C, device=device).to(dtype)
     weight, bias = torch.randn(2, C, device=device).to(dtype)  # one dtype: torch wants it so
@@ -182,8 +205,8 @@ def layer_norm(device: torch.device) -> Case:
     return case
 
 
-def add_layer_norm(device: torch.device) -> Case:
-    M, C = (65536, 768) if device.type == "cuda" else (64, 96)
+def add_layer_norm(device: torch.device, size: int = 0) -> Case:
+    M, C = (65536, size or 768) if device.type == "cuda" else (64, size or 96)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     x, residual, dy, d_residual_out = torch.randn(4, M, C, device=device).to(dtype)
     weight, bias = torch.randn(2, C, device=device).to(dtype)
@@ -217,8 +240,8 @@ def add_layer_norm(device: torch.device) -> Case:
     return case
 
 
-def bias_gelu(device: torch.device) -> Case:
-    M, C = (65536, 3072) if device.type == "cuda" else (64, 384)
+def bias_gelu(device: torch.device, size: int = 0) -> Case:
+    M, C = (65536, size or 3072) if device.type == "cuda" else (64, size or 384)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     x, dy = torch.randn(2, M, C, device=device).to(dtype)
     bias = torch.randn(C, device=device).to(dtype)
@@ -241,9 +264,9 @@ def bias_gelu(device: torch.device) -> Case:
     return case
 
 
-def cross_entropy(device: torch.device) -> Case:
+def cross_entropy(device: torch.device, size: int = 0) -> Case:
     """Loss and gradient together: where the gradient is computed is each provider's business."""
-    M, V = (65536, 50304) if device.type == "cuda" else (64, 500)
+    M, V = (65536, size or 50304) if device.type == "cuda" else (64, size or 500)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     logits = torch.randn(M, V, device=device, dtype=dtype)
     targets = torch.randint(V, (M,), device=device)
@@ -289,6 +312,12 @@ def cross_entropy(device: torch.device) -> Case:
         owned=True,
     )
     compiled(case, in_fp32, device)
+    if importlib.util.find_spec("quack") is None:
+        case.skipped["quack"] = "not installed"
+    elif device.type == "cuda":
+        from quack import cross_entropy as quack_loss  # type: ignore[import-not-found]
+
+        case.providers.append(Provider("quack", lambda x: quack_loss(x, targets).mean()))
     liger(case, device, liger_kernel)
     return case
 

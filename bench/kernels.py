@@ -1,6 +1,6 @@
 """The kernels against PyTorch's own, cuDNN's and liger-kernel's: one command on one GPU.
 
-    python -m bench.kernels_gpu [attention layer_norm ...] [--rounds 30] [--out kernels.json]
+    python -m bench kernels [attention layer_norm ...] [--rounds 30] [--sweep] [--out FOLDER]
 
 Every provider of an op gets the same random inputs, first has to be right (error against fp64 at
 most twice eager PyTorch's at the same dtype) and only then is timed: device events, cold L2,
@@ -12,25 +12,31 @@ from __future__ import annotations
 
 import argparse
 import gc
-import hashlib
-import json
-import platform
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from bench.kernel_cases import CASES, Case, Provider
+from bench import kernel_cases, provenance, results, roof
+from bench.kernel_cases import Case, Provider
+from bench.kernel_heads import linear_cross_entropy
 from bench.stats import ratio_of_medians, summarize
 from fastgpt_kernels._timing import interleaved
 
-ROOT = Path(__file__).resolve().parents[1]
 OURS = "fastgpt"
+CASES = kernel_cases.CASES | {"linear_cross_entropy": linear_cross_entropy}
+WIDTHS, VOCABULARIES = (1024, 1280, 1600, 4096), (8192, 32768, 128256)
+SWEEPS = {
+    "attention": (512, 2048, 4096),
+    "layer_norm": WIDTHS,
+    "add_layer_norm": WIDTHS,
+    "bias_gelu": tuple(4 * w for w in WIDTHS),
+    "cross_entropy": VOCABULARIES,
+    "linear_cross_entropy": VOCABULARIES,
+}
+SMALL_SWEEPS = {op: (32, 128) for op in SWEEPS}
 
 
 class Handed(torch.autograd.Function):
@@ -121,6 +127,7 @@ def measure(case: Case, device: torch.device, rounds: int) -> list[dict[str, Any
             [p.run for p in passes], device, rounds, prepare=[p.prepare for p in passes]
         )
         by_name = {p.name: t for p, t in zip(sound, times, strict=True)}
+        memory = {p.provider.name: peak_memory(p, device) for p in passes}
         for name, verdict in judged.items():
             row = {"op": case.name, "size": case.size, "pass": kind, "provider": name, **verdict}
             if name in by_name:
@@ -130,9 +137,10 @@ def measure(case: Case, device: torch.device, rounds: int) -> list[dict[str, Any
                     "median_ms": s.median,
                     "q1_ms": s.q1,
                     "q3_ms": s.q3,
-                    "times_ms": by_name[name],
+                    "samples_ms": by_name[name],
                     "rate": work / (s.median * 1e-3) / scale,
                     "unit": case.unit,
+                    "peak_memory_bytes": memory[name],
                 }
                 if OURS in by_name and name != OURS:
                     r = ratio_of_medians(by_name[OURS], by_name[name])
@@ -155,75 +163,73 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
                 print(f"  {row['provider']:28} -- {row['problem']}")
                 continue
             text = f"{row['median_ms']:9.4f} ms [{row['q1_ms']:.4f}, {row['q3_ms']:.4f}]"
-            text += f" {row['rate']:7.1f} {row['unit']}  error {max(row['errors']):.1e}"
+            text += f" {row['rate']:7.1f} {row['unit']}"
+            if "share_of_roof" in row:
+                text += f" ({row['share_of_roof']:.0%} of the roof)"
+            text += f"  error {max(row['errors']):.1e}"
             if "ours_is" in row:
                 ratio, low, high = row["ours_over_it"]
                 text += f"  fastgpt/it {ratio:.3f} [{low:.3f}, {high:.3f}] {row['ours_is']}"
             print(f"  {row['provider']:28} {text}")
 
 
-def output_of(*command: str) -> str:
-    """A command's output, or why there is none: provenance must not stop a measurement."""
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"unknown ({type(error).__name__})"
-    return done.stdout.strip() or "unknown"
+def peak_memory(prepared: Pass, device: torch.device) -> int:
+    """Bytes that a pass takes besides its inputs; 0 on a CPU, where nobody counts."""
+    if device.type != "cuda":
+        return 0
+    given = prepared.prepare()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    prepared.run(given)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """What the numbers hold for."""
-    sources = hashlib.sha256()
-    for path in sorted([*ROOT.glob("bench/*.py"), *ROOT.glob("kernels/fastgpt_kernels/*.py")]):
-        sources.update(path.read_bytes())
-    query = "--query-gpu=name,driver_version,power.limit,clocks.sm,clocks.mem,temperature.gpu"
-    cuda = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else f"CPU {platform.machine()}",
-        "nvidia_smi": output_of("nvidia-smi", query, "--format=csv,noheader") if cuda else "none",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": output_of("git", "rev-parse", "HEAD"),
-        "sources_sha256": sources.hexdigest(),
-    }
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.kernels_gpu",
+        prog="python -m bench kernels",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("ops", nargs="*", help=f"of {', '.join(CASES)}; default: all")
     parser.add_argument("--rounds", type=int, default=30, help="timings of each provider")
-    parser.add_argument("--out", type=Path, help="write everything here as JSON")
-    args = parser.parse_args(arguments)
+    parser.add_argument("--sweep", action="store_true", help="over T, width and vocabulary too")
+    gpu = torch.cuda.is_available()
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=results.FOLDER if gpu else None,
+        help="folder for the JSON; default: bench/results where there is a GPU, else nowhere",
+    )
+    args = parser.parse_args(argv)
     if unknown := [op for op in args.ops if op not in CASES]:
         parser.error(f"no op {unknown[0]!r}: there are {', '.join(CASES)}")
     if args.rounds < 2:
         parser.error(f"--rounds must be at least 2, got {args.rounds}")
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cpu":
+    device = torch.device("cuda", 0) if gpu else torch.device("cpu")
+    if not gpu:
         print("no GPU: tiny sizes on the CPU, where fastgpt runs plain PyTorch; times mean nothing")
-    described = environment(device)
-    print(" · ".join(f"{k} {v}" for k, v in described.items()))
-    rows: list[dict[str, Any]] = []
+    roofs = roof.measure(device)
+    result = results.Result("kernels", argv, {"rounds": args.rounds, "roofs": roofs})
+    print(" · ".join([provenance.device_name(), *(f"{v:,.1f} {k}" for k, v in roofs.items())]))
+    path = None
     for op in args.ops or CASES:
-        torch.manual_seed(0)
-        case = CASES[op](device)
-        rows += (found := measure(case, device, args.rounds))
-        show(found)
-        del case
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"environment": described, "rows": rows}, indent=1) + "\n")
-    ours_wrong = [row for row in rows if row["provider"].startswith(OURS) and row["problem"]]
+        for size in (0, *(SWEEPS[op] if gpu else SMALL_SWEEPS[op])) if args.sweep else (0,):
+            torch.manual_seed(0)
+            case = CASES[op](device, size)
+            found = measure(case, device, args.rounds)
+            for row in found:
+                row["key"] = " | ".join(row[k] for k in ("op", "size", "pass", "provider"))
+                if "rate" in row:
+                    row["share_of_roof"] = row["rate"] / roofs[row["unit"]]
+            show(found)
+            result.rows.extend(found)
+            path = result.save(args.out)
+            del case
+            gc.collect()
+            torch._dynamo.reset()  # or the recompile limit ends the next op's compiling
+            if gpu:
+                torch.cuda.empty_cache()
+    if path:
+        print(f"written: {path}")
+    ours_wrong = [r for r in result.rows if r["provider"].startswith(OURS) and r["problem"]]
     return 1 if ours_wrong else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,33 +1,34 @@
 """The kernel comparison: it runs on a CPU, and a wrong or failing provider gets no time."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import kernels_gpu
-from bench.kernel_cases import CASES, Case, Provider
+from bench import kernels, results
+from bench.kernel_cases import Case, Provider
+from bench.kernels import CASES
 
 CPU = torch.device("cpu")
 
 
 def test_runs_on_a_cpu_and_writes_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    out = tmp_path / "results" / "kernels.json"
-    assert kernels_gpu.main(["--rounds", "2", "--out", str(out)]) == 0
-    written = json.loads(out.read_text())
+    assert kernels.main(["--rounds", "2", "--out", str(tmp_path)]) == 0
+    (path,) = results.files(tmp_path)
+    written = results.load(path)
+    assert path.name.endswith("-kernels.json")
     assert written["environment"]["torch"] == torch.__version__
     ops = {row["op"] for row in written["rows"]}
     assert ops == set(CASES)
     for row in written["rows"]:
         if row["provider"] in ("fastgpt", "eager"):
-            assert len(row["times_ms"]) == 2 and row["median_ms"] > 0 and not row["problem"]
+            assert len(row["samples_ms"]) == 2 and row["median_ms"] > 0 and not row["problem"]
         elif row["provider"] in ("torch.compile", "SDPA flash", "liger-kernel"):
             assert row["problem"] and "median_ms" not in row
 
 
-def doubled(device: torch.device) -> Case:
+def doubled(device: torch.device, size: int = 0) -> Case:
     """y = 2 x, by four providers of which two are at fault."""
     x, dy = torch.randn(2, 50)
 
@@ -45,7 +46,7 @@ def doubled(device: torch.device) -> Case:
 
 
 def test_no_time_for_a_wrong_provider(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = kernels_gpu.measure(doubled(CPU), CPU, rounds=3)
+    rows = kernels.measure(doubled(CPU), CPU, rounds=3)
     by_name = {row["provider"]: row for row in rows}
     assert by_name["nearly"]["problem"].startswith("wrong: relative errors 5.0e-04")
     assert by_name["broken"]["problem"] == "RuntimeError: no such engine"
@@ -53,22 +54,22 @@ def test_no_time_for_a_wrong_provider(capsys: pytest.CaptureFixture[str]) -> Non
     fast = by_name["fastgpt"]
     assert fast["rate"] == pytest.approx(400 / (fast["median_ms"] * 1e-3) / 1e9)
     assert by_name["eager"]["ours_is"] in ("faster", "slower", "no difference")
-    kernels_gpu.show(rows)
+    kernels.show(rows)
     assert capsys.readouterr().out.count("\n") == 6
 
 
 def test_a_wrong_kernel_of_ours_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(device: torch.device) -> Case:
+    def wrong(device: torch.device, size: int = 0) -> Case:
         case = doubled(device)
         case.providers[0] = Provider("fastgpt", lambda x: x * 3)
         return case
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(CASES, "doubled", wrong)
-    assert kernels_gpu.main(["doubled", "--rounds", "2"]) == 1
+    assert kernels.main(["doubled", "--rounds", "2"]) == 1
 
 
 def test_unknown_op(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        kernels_gpu.main(["atention"])
+        kernels.main(["atention"])
     assert "no op 'atention'" in capsys.readouterr().err
