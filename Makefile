@@ -10,6 +10,8 @@ VENV   ?= .venv
 VENV_ARGS ?=
 ARGS   ?=
 PYTEST_ARGS ?=
+# Test processes: one a core, four at most; a single one where a GPU would have to be shared.
+JOBS ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo 0; else nproc 2>/dev/null | awk '{print ($$1 > 4 ? 4 : $$1)}'; fi)
 BIN    := $(VENV)/bin
 
 .PHONY: train test lint install clean
@@ -18,7 +20,7 @@ train: $(VENV)/.installed
 	$(BIN)/fastgpt train $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ def train(config: Config, name: str) -> int:
     `config` is changed to what was resolved (device, dtype, compile); `name` ends up in the name
     of a new run's folder. Raises UserError where the run cannot be done as asked.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("several processes (torchrun) are not supported yet; start one, without it")
     system, resume = config.system, config.run.init_from == "resume"
     device = resolve_device(system.device)
     system.device = str(device)

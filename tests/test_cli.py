@@ -98,6 +98,12 @@ def test_no_gpu(capsys):
     assert err == "fastgpt: --device=cuda: PyTorch sees no GPU here; pass --device=cpu\n"
 
 
+def test_torchrun_does_not_start_as_many_runs(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    code, _, err = run(capsys, "train", "laptop")
+    assert code == 2 and "torchrun" in err
+
+
 def test_python_dash_m_and_a_reader_that_leaves(tmp_path: Path):
     command = f"{sys.executable} -m fastgpt --help | head -1"
     root = Path(__file__).parents[1]
