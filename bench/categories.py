@@ -51,7 +51,7 @@ class Named:
     """What is known of a piece of work besides its time."""
 
     names: tuple[str, ...]  # outermost first; the last is what ran
-    gemm: Dims = ()  # operands of the innermost enclosing matrix product
+    gemm: Dims = ()  # sizes of a and b of the innermost enclosing matrix product
     dims: Dims = ()  # operands of the innermost op that has any
     backward: bool = False
     after_backward: bool = False  # between the last gradient and the end of the step
@@ -61,7 +61,8 @@ def _rule(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern)
 
 
-GEMM_OP = _rule(r"^aten::(mm|addmm|bmm|baddbmm)(\.|$)")
+# Matrix products, and where their operands a, b are among the inputs; `out=` may come after them.
+GEMM_OPS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1}
 _GEMM = _rule(
     r"^aten::(mm|addmm|matmul|linear|addmv|mv)$|(Mm|Addmm|Linear)Backward\d*$"
     r"|gemm|nvjet|xmma|cutlass|cublas|splitK|triton_tem_fused.*mm|^mkldnn_linear|Cijk_"
@@ -76,7 +77,9 @@ _HEAD = _rule(
     r"cross_entropy|log_softmax|LogSoftmax|nll_loss|NllLoss|CrossEntropy|SoftMax(For|Back)ward"
     r"|\b_(Total|Rows)(Backward)?$|^_scale_kernel|_cross_entropy_kernel"
 )
-_CAST = _rule(r"^aten::_to_copy$|^triton_poi_fused__to_copy_\d+$|ToCopyBackward")
+_CAST = _rule(
+    r"^aten::_to_copy$|^triton_poi_fused__to_copy(_(t|view|permute|transpose|mm))*_\d+$|ToCopyBackward"
+)
 _MEMORY: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("norms", _rule(r"layer_?norm|LayerNorm|GammaBeta|RowwiseMoments")),
     ("GELU", _rule(r"gelu|Gelu|GELU")),
@@ -166,9 +169,9 @@ def gemm_pass(work: Named, sizes: Sizes) -> str:
     return "dW" if gemm_shape(work.gemm)[2] == sizes.tokens else "dX"
 
 
-def gemm_shape(dims: Dims) -> tuple[int, int, int, int]:
-    """(M, N, K, batch) of `mm`, `addmm`, `bmm` or `baddbmm` from its operands' sizes."""
-    a, b = [d for d in dims if len(d) >= 2][-2:]
+def gemm_shape(operands: Dims) -> tuple[int, int, int, int]:
+    """(M, N, K, batch) of a product from the sizes of a and b."""
+    a, b = operands
     return a[-2], b[-1], a[-1], a[0] if len(a) == 3 else 1
 
 

@@ -172,7 +172,13 @@ def build(parts: Breakdown, work: Work, m: Measured) -> Ladder:
     if m.datasheet_flops:
         lost = at_peak(work.total_flops) - ideal
         rungs.append(
-            Rung("matmul peak", lost, bound=m.matmul_source, help="power and clocks set it")
+            Rung(
+                "matmul peak",
+                lost,
+                bound_ms=lost,
+                bound=m.matmul_source,
+                help="power and clocks set it",
+            )  # fmt: skip
         )
     rungs += [
         part(

@@ -74,10 +74,9 @@ def _bars(axes: Any, rungs: list[Rung], ladder: Ladder) -> None:
         end = at + rung.ms
         if rung.name == "ideal":
             axes.barh(row, rung.ms, color=_GOOD, height=0.62)
-            label, colour = f"{rung.ms:.3g} ms", _GOOD
+            label = f"{rung.ms:.3g} ms at {_peak(ladder)}"
         else:
-            colour = _COLOURS.get(rung.name, _INK)
-            _split_bar(axes, row, at, rung, colour)
+            _split_bar(axes, row, at, rung, _COLOURS.get(rung.name, _INK))
             label = f"{rung.ms:+.3g} ms   {-rung.mfu_points:+.1f} pt"
         axes.text(max(at, end) + 0.008 * width, row, label, va="center", size=10, color=_INK)
         axes.plot([end, end], [row + 0.31, row + 0.69], color="#9aa5b1", lw=1)
@@ -117,11 +116,17 @@ def _margins(axes: Any, row: int, rung: Rung, mfu: str, bold: bool = False) -> N
     """The rung's name on the left and the MFU so far on the right."""
     weight = "bold" if bold else "normal"
     where = {"transform": axes.get_yaxis_transform(), "va": "center", "color": _INK}
-    name = "at 100 % of the peak" if rung.name == "ideal" else rung.name
+    name = "100 % of the peak" if rung.name == "ideal" else rung.name
     axes.text(-0.015, row, name, ha="right", size=10.5, weight=weight, **where)
     axes.text(1.0, row, mfu, ha="left", size=11, weight=weight, **where)
     if rung.bound_ms and rung.takes_ms:
         axes.text(1.1, row, f"{rung.bound_ms / rung.takes_ms:.0%}", size=10, **where)
+
+
+def _peak(ladder: Ladder) -> str:
+    m = ladder.measured
+    flops = m.datasheet_flops or m.matmul_flops
+    return f"{flops / 1e12:.4g} TFLOP/s ({m.datasheet_source or m.matmul_source})"
 
 
 def _ends(rungs: list[Rung]) -> list[float]:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.categories import CATEGORIES, GEMM_OP, Named, Sizes, categorize, gemm_shape
+from bench.categories import CATEGORIES, GEMM_OPS, Dims, Named, Sizes, categorize, gemm_shape
 
 STEP_SCOPE = "bench.step"
 _DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -260,18 +260,28 @@ def _backward_end(events: Sequence[dict[str, Any]], mark: tuple[float, float]) -
 
 
 def _named(piece: Piece, marks: Sequence[tuple[float, float]], ends: Sequence[float]) -> Named:
-    gemm = next((op.dims for op in reversed(piece.stack) if GEMM_OP.search(op.name)), ())
+    gemm = _gemm_of(piece)
     dims = next((op.dims for op in reversed(piece.stack) if op.dims), ())
     names = tuple(op.name for op in piece.stack if op.name != STEP_SCOPE)
     step = sum(mark[0] <= piece.launched for mark in marks) - 1
     after = step >= 0 and ends[step] <= piece.launched < marks[step][1]
     return Named(
         names=(*names, piece.kernel) if piece.kernel else names,
-        gemm=gemm,
+        gemm=gemm[1] if gemm else (),
         dims=dims,
         backward=any(name.startswith(_BACKWARD) for name in names),
         after_backward=after,
     )
+
+
+def _gemm_of(piece: Piece) -> tuple[Op, Dims] | None:
+    """The innermost matrix product around a piece, and the sizes of its two operands."""
+    for op in reversed(piece.stack):
+        if op.name in GEMM_OPS:
+            first = GEMM_OPS[op.name]
+            operands = op.dims[first : first + 2]
+            return (op, operands) if all(len(d) >= 2 for d in operands) and operands else None
+    return None
 
 
 def _gemms(
@@ -288,10 +298,11 @@ def _gemms(
     for piece, (category, item), share in zip(pieces, found, shares, strict=True):
         if category not in ("linear", "head"):
             continue
-        op = next((op for op in reversed(piece.stack) if GEMM_OP.search(op.name)), None)
-        if op is None or not op.dims or not window[0] <= piece.start < window[1]:
+        gemm = _gemm_of(piece)
+        if gemm is None or not window[0] <= piece.start < window[1]:
             continue
-        m, n, k, batch = gemm_shape(op.dims)
+        op, operands = gemm
+        m, n, k, batch = gemm_shape(operands)
         key = (item if category == "linear" else "head", m, n, k)
         us[key] += share
         calls[key].add(op.index)

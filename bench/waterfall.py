@@ -2,12 +2,13 @@
 
     python -m bench waterfall [PRESET] [--key=value ...]
 
---out=DIR is where the results go, --seconds=10 about how long to time steps, --traced_steps=3 how
-many the profiler looks at. All other flags are those of `fastgpt train`; without a preset it is
-gpt2 on a GPU and laptop elsewhere.
+--out=DIR is where the results go (bench/results on a GPU, out/bench elsewhere), --seconds=10 about
+how long to time steps, --traced_steps=3 how many the profiler looks at. All other flags are those
+of `fastgpt train`; without a preset it is gpt2 on a GPU and laptop elsewhere.
 
 The step is the trainer's own, `fastgpt.step.Trainer.step` with prefetched batches of random tokens,
-compiled and on the kernels that `fastgpt train` would use. It is timed without the profiler (device
+compiled and on the kernels that `fastgpt train` would use; the vocabulary is that of the preset's
+corpus: 256 bytes, 65 characters or GPT-2's 50,257. It is timed without the profiler (device
 events on a GPU, medians) before and after it is traced; reading the loss for a log line is not in
 it. Written are a result file, whose one row has the rungs (schema: bench/ladder.py), a PNG and an
 SVG.
@@ -30,9 +31,9 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench import ladder, picture, results, trace
+from bench import ladder, ladder_table, picture, results, trace
 from bench.categories import DATA_SCOPE, Sizes
-from fastgpt import mfu, ops, settings
+from fastgpt import mfu, ops, report, settings
 from fastgpt.config import Config
 from fastgpt.data import token_files
 from fastgpt.data.batches import Batches, Prefetcher
@@ -57,8 +58,12 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         config, name, own = parse(argv)
-        return run(config, name, own, argv)
-    except UserError as e:
+        try:
+            return run(config, name, own, argv)
+        except torch.OutOfMemoryError as e:
+            device = torch.device(config.system.device)
+            raise UserError(report.out_of_memory(config, device)) from e
+    except (UserError, trace.TraceError) as e:
         print(f"bench waterfall: {e}", file=sys.stderr)
         return 2
 
@@ -101,7 +106,8 @@ def run(config: Config, name: str, own: dict[str, str], argv: Sequence[str]) -> 
     where = result.data["environment"]
     on_cpu = found.device == "cpu"
     head = f"{name} on {where['device']}" + (" (a CPU picture: no GPU was used)" if on_cpu else "")
-    print("\n".join([head, f"ops: {choices}", *table(found)]), flush=True)
+    print(f"{head}\nops: {choices}")
+    ladder_table.show(found)
     row = {"key": name, "samples_ms": samples, "problem": "", "ops": choices}
     result.rows.append(row | {"tokens": steps.tokens, "waterfall": found.to_json()})
     whole = abs(found.residual_share) <= MAX_RESIDUAL
@@ -109,7 +115,8 @@ def run(config: Config, name: str, own: dict[str, str], argv: Sequence[str]) -> 
         missed = f"the rungs miss the measured step by {found.residual_share:+.1%}"
         result.problems.append(missed)
         print(f"bench waterfall: {missed}; is something else running here?", file=sys.stderr)
-    path = result.save(Path(own["out"]) if "out" in own else results.FOLDER)
+    default = Path("out/bench") if on_cpu else results.FOLDER
+    path = result.save(Path(own["out"]) if "out" in own else default)
     assert path is not None
     footer = " · ".join(
         [
@@ -262,6 +269,10 @@ def traced(steps: Steps, count: int) -> tuple[trace.Breakdown, float]:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         parts = trace.breakdown(trace.load(path), steps.sizes)
+    if parts.device != steps.device.type:
+        raise UserError(
+            "the profiler recorded no kernels: may this user trace the GPU (performance counters)?"
+        )
     return parts, statistics.fmean(times[1:])
 
 
@@ -297,35 +308,3 @@ def copy_bandwidth(device: torch.device) -> float:
         synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * n_bytes / best
-
-
-def table(found: ladder.Ladder) -> list[str]:
-    """The ladder as lines: numbers by rung, then each rung's bound and what would help."""
-    peak = found.measured.datasheet_flops or found.measured.matmul_flops
-    source = found.measured.datasheet_source or found.measured.matmul_source
-    lines = [
-        f"peak {peak / 1e12:.4g} TFLOP/s ({source}); matmul reaches "
-        f"{found.measured.matmul_flops / 1e12:.4g}, copies {found.measured.copy_bytes / 1e9:,.0f} "
-        "GB/s",
-        f"{'':26}{'adds ms':>9}{'points':>8}{'MFU':>8}{'takes ms':>10}{'bound ms':>10}"
-        f"{'of bound':>9}",
-    ]
-    for r in found.rungs:
-        takes = "" if r.takes_ms is None else f"{r.takes_ms:.3f}"
-        bound = "" if r.bound_ms is None else f"{r.bound_ms:.3f}"
-        reached = f"{r.bound_ms / r.takes_ms:.0%}" if r.bound_ms and r.takes_ms else ""
-        lines.append(
-            f"{r.name:26}{r.ms:9.3f}{-r.mfu_points:8.1f}{r.mfu_after:7.1f}%"
-            f"{takes:>10}{bound:>10}{reached:>9}"
-        )
-    residual = f"residual {found.residual_share:+.2%}"
-    lines.append(f"{'measured step':26}{found.step_ms:9.3f}{'':8}{found.mfu:7.1f}%  {residual}")
-    for r in found.rungs:
-        if r.bound or r.help:
-            lines.append(f"  {r.name}: " + "; ".join(filter(None, (r.bound, r.help))))
-        if len(r.items) > 1:
-            parts = ", ".join(f"{k} {v:.3g}" for k, v in r.items.items())
-            lines.append(f"      {parts} ms")
-    if found.scale != 1.0:
-        lines.append(f"profiled steps took {1 / found.scale:.2f}x; the parts are scaled to match")
-    return lines

@@ -57,14 +57,15 @@ def cuda_trace(n_steps=5, period=1000.0):
         t.op("fastgpt::bias_gelu", host + 72, 6, [[M, 4 * C]])
         t.kernel("forward_kernel", gpu + 210, 30, host + 73)
         t.op("fastgpt::linear_cross_entropy", host + 80, 40, [[M, C], [V, C]])
-        t.op("aten::mm", host + 85, 10, [[M, C], [C, V]])
+        t.op("aten::mm", host + 85, 10, [[M, C], [C, V], [M, V]])  # out=
         t.kernel("sm90_xmma_gemm_bf16bf16_bf16f32", gpu + 240, 100, host + 86)
         t.kernel("_cross_entropy_kernel", gpu + 340, 30, host + 100)
         engine = "autograd::engine::evaluate_function: "
         t.op(engine + "MmBackward0", host + 200, 100, tid=2)
         t.op("aten::mm", host + 210, 20, [[M, 3 * C], [3 * C, C]], tid=2)
         t.kernel("cutlass_80_tensorop_bf16_s16816gemm", gpu + 400, 120, host + 215, tid=2)
-        t.op("aten::mm", host + 240, 20, [[3 * C, M], [M, C]], tid=2)
+        dims = [[3 * C, C], [3 * C, M], [M, C], [], [], [3 * C, C]]
+        t.op("aten::addmm", host + 240, 20, dims, tid=2)
         t.kernel("cutlass_80_tensorop_bf16_s16816gemm", gpu + 520, 50, host + 245, tid=2)
         t.kernel("splitKreduce_kernel", gpu + 570, 30, host + 250, tid=2)
         t.op(engine + "CompiledFunctionBackward", host + 300, 50, tid=2)
@@ -155,6 +156,8 @@ def test_cpu_trace_with_known_gaps_and_two_threads():
         (("_Total", "_cross_entropy_kernel"), (), ("head", "cross entropy")),
         (("triton_poi_fused_gelu_2",), (), ("memory", "GELU")),
         (("triton_poi_fused__to_copy_7",), (), ("optimizer", "casts of weights")),
+        (("triton_poi_fused__to_copy_t_7",), (), ("optimizer", "casts of weights")),
+        (("triton_poi_fused_addmm_gelu_8",), (), ("memory", "GELU")),
         (("triton_poi_fused_add_9",), (), ("memory", "residual, bias, rest")),
         (("triton_tem_fused_mm_4",), (), ("linear", "forward")),
         (("_Direct", "backward_kernel"), (), ("memory", "norms or GELU")),

@@ -1,6 +1,7 @@
 """The waterfall: its arithmetic on known numbers, and the command on real steps of a CPU."""
 
 import json
+import re
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from bench import ladder, picture, results, waterfall
+from bench import ladder, ladder_table, picture, results, waterfall
 from bench.categories import CATEGORIES, Sizes
 from bench.trace import Breakdown, Gemm
 from fastgpt import mfu
@@ -137,6 +138,16 @@ def test_on_a_cpu_all_parts_shrink_with_the_profilers_cost():
     assert "matmul peak" not in [r.name for r in found.rungs]
     assert rung(found, "ideal").ms == pytest.approx(WORK.total_flops / 790e9)
     assert adds_up(found)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_table(terminal: bool, monkeypatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    ladder_table.show(ladder.build(h200(other=0.4), WORK, replace(MEASURED, step_ms=101.8)))
+    out = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    line = next(line.split() for line in out.splitlines() if "linear layers" in line)
+    assert line[2:] == ["5.224", "-5.5", "74.4%", "47.500", "42.276", "89%"]
+    assert "residual +0.39%" in out and "a_kernel_of_tomorrow" in out
 
 
 def svg_texts(path: Path) -> list[str]:
