@@ -36,19 +36,19 @@ def rows(ladder: Ladder) -> Iterator[tuple[str, ...]]:
     for r in ladder.rungs:
         yield (
             r.name,
-            f"{r.ms:.3f}",
+            _ms(r.ms),
             f"{-r.mfu_points:.1f}" if r.name != "ideal" else "",
             f"{r.mfu_after:.1f}%",
-            "" if r.takes_ms is None else f"{r.takes_ms:.3f}",
-            "" if r.bound_ms is None else f"{r.bound_ms:.3f}",
+            "" if r.takes_ms is None else _ms(r.takes_ms),
+            "" if r.bound_ms is None else _ms(r.bound_ms),
             f"{r.bound_ms / r.takes_ms:.0%}" if r.bound_ms and r.takes_ms else "",
         )
-    residual = f"residual {ladder.residual_share:+.2%}"
-    yield "measured step", f"{ladder.step_ms:.3f}", "", f"{ladder.mfu:.1f}%", "", "", residual
+    yield "measured step", _ms(ladder.step_ms), "", f"{ladder.mfu:.1f}%", "", "", ""
 
 
 def details(ladder: Ladder) -> Iterator[str]:
     """How each bound was computed, what would help, and what the part is made of."""
+    yield f"residual {ladder.residual_share:+.2%} of the measured step"
     for r in ladder.rungs:
         if r.bound or r.help:
             yield f"  {r.name}: " + "; ".join(filter(None, (r.bound, r.help)))
@@ -58,15 +58,20 @@ def details(ladder: Ladder) -> Iterator[str]:
         yield f"profiled steps took {1 / ladder.scale:.2f}x; the parts are scaled to match"
 
 
+def _ms(ms: float) -> str:
+    return f"{ms:.3f}" if abs(ms) < 100 else f"{ms:.1f}"
+
+
 def _show_rich(ladder: Ladder) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, header_style="dim", pad_edge=False)
     for i, name in enumerate(COLUMNS):
-        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+        table.add_column(name, justify="right" if i else "left", no_wrap=True, min_width=8)
     ends = {0: "green", len(ladder.rungs): "bold"}
     for i, row in enumerate(rows(ladder)):
         table.add_row(*row, style=ends.get(i))
-    Console().print(table)
+    console = Console()
+    console.print(table, width=max(console.width, 80), crop=False)

@@ -147,6 +147,7 @@ def test_table(terminal: bool, monkeypatch, capsys: pytest.CaptureFixture[str]):
     out = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
     line = next(line.split() for line in out.splitlines() if "linear layers" in line)
     assert line[2:] == ["5.224", "-5.5", "74.4%", "47.500", "42.276", "89%"]
+    assert "101.8" in out
     assert "residual +0.39%" in out and "a_kernel_of_tomorrow" in out
 
 
