@@ -7,6 +7,7 @@ longer the step takes without that kernel. Flags of `fastgpt train` work here to
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,7 +48,17 @@ def main(argv: list[str]) -> int:
         peak = mfu.device_peak(device, dtype, config.system.peak_tflops)
     except UserError as e:
         parser.error(str(e))
+    result.data["settings"]["peak"] = str(peak)
     print(f"\n{args.preset}: {setup.describe(config, vocab_size)}; peak {peak}", flush=True)
+
+    def keep(done: Sequence[turns.Measured]) -> None:
+        result.rows[:] = step.rows_of(done, args.preset, config, vocab_size, peak)
+        for row in result.rows[1:]:
+            if "ratio" in row:
+                base = result.rows[0]["median_ms"]
+                row["worth_ms"] = [(row["ratio"][k] - 1) * base for k in ("ratio", "low", "high")]
+        result.save(args.out)
+
     found = turns.measure(
         contenders(gpu),
         config,
@@ -57,19 +68,15 @@ def main(argv: list[str]) -> int:
         alive=args.alive,
         builders=args.builders,
         judge=step.judge(config.model.dropout),
+        progress=keep,
     )
-    rows = step.rows_of(found, args.preset, config, vocab_size, peak)
-    step.show(rows)
-    base = rows[0].get("median_ms")
-    for row in rows[1:]:
-        if base and "ratio" in row:
-            r = row["ratio"]
-            row["worth_ms"] = [(r[k] - 1) * base for k in ("ratio", "low", "high")]
+    keep(found)
+    step.show(result.rows)
+    for row in result.rows:
+        if "worth_ms" in row:
             worth, low, high = row["worth_ms"]
             op = row["variant"].removesuffix(" eager")
             print(f"  {op}: its kernel is worth {worth:+.3f} ms [{low:+.3f}, {high:+.3f}] a step")
-    result.rows.extend(rows)
-    result.data["settings"]["peak"] = str(peak)
     if path := result.save(args.out):
         print(f"written: {path}")
-    return 1 if any(row["problem"] for row in rows) else 0
+    return 1 if any(row["problem"] for row in result.rows) else 0

@@ -15,6 +15,7 @@ import argparse
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +248,12 @@ def main(argv: list[str]) -> int:
                 points = [(at_value(flags, preset, args.sweep, v), {args.sweep: v}) for v in values]
             for point, more in points:
                 config, vocab_size = setup.configure(preset, point)
+                result.data["settings"][f"{preset} peak"] = str(peak)
                 print(f"\n{preset}: {setup.describe(config, vocab_size)}; peak {peak}", flush=True)
+                before = len(result.rows)
+                where = (preset, config, vocab_size, peak, more)
+                keep = partial(_keep, result, before, where, args.out)
+
                 found = turns.measure(
                     variants,
                     config,
@@ -257,12 +263,10 @@ def main(argv: list[str]) -> int:
                     alive=args.alive,
                     builders=args.builders,
                     judge=judge(config.model.dropout),
+                    progress=keep,
                 )
-                rows = rows_of(found, preset, config, vocab_size, peak, **more)
-                show(rows)
-                result.rows.extend(rows)
-                result.data["settings"][f"{preset} peak"] = str(peak)
-                path = result.save(args.out)
+                path = keep(found)
+                show(result.rows[before:])
     except UserError as e:
         parser.error(str(e))
     for name, why in skipped.items():
@@ -270,6 +274,19 @@ def main(argv: list[str]) -> int:
     if path:
         print(f"written: {path}")
     return 1 if any(row["problem"] for row in result.rows) else 0
+
+
+def _keep(
+    result: results.Result,
+    before: int,
+    where: tuple[str, Config, int, mfu.Peak, dict[str, int]],
+    out: Path | None,
+    found: Sequence[Measured],
+) -> Path | None:
+    """Put the rows of what is measured so far behind the first `before`, and save."""
+    preset, config, vocab_size, peak, more = where
+    result.rows[before:] = rows_of(found, preset, config, vocab_size, peak, **more)
+    return result.save(out)
 
 
 def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+import fastgpt
 from bench.setup import with_values
 from bench.variants import Stepper, Variant, build
 from fastgpt import settings
@@ -68,6 +69,7 @@ class Seat:
             "losses": [loss.item() for loss, _ in first],
             "grad_norms": [norm.item() for _, norm in first],
             "choices": self.stepper.choices,
+            "source": fastgpt.__file__,
         }
 
     def _step(self) -> None:
@@ -152,9 +154,13 @@ def measure(
     builders: int = 3,
     build_timeout: float = 300.0,
     judge: Callable[[Sequence[Measured]], None] = lambda _: None,
+    progress: Callable[[Sequence[Measured]], object] = lambda _: None,
     seed: int = 0,
 ) -> list[Measured]:
-    """Build, `judge` (which may set problems), then `rounds` turns of about `turn_s` each."""
+    """Build, `judge` (which may set problems), then `rounds` turns of about `turn_s` each.
+
+    `progress` sees what there is after each round of all, so that it can be kept.
+    """
     values = settings.to_dict(config)
     found = [Measured(v) for v in variants]
     workers = [Worker(_serve, Seat(v, values, vocab_size)) for v in variants]
@@ -209,6 +215,7 @@ def measure(
             for _ in range(rounds):
                 for i in order.sample(sound(), len(sound())):
                     found[i].samples.append(turn(i, counts[i]))
+                progress([m for m in found if not m.problem])
     finally:
         for worker in workers:
             worker.close()

@@ -155,9 +155,11 @@ class NanoGPT(Peer):
     def __init__(self, variant: Variant, config: Config, vocab_size: int):
         module = _import_model(Path(variant.path))
         m, ours = config.model, our_model(config, vocab_size)
+        # Its train.py takes 50304 for GPT-2's vocabulary and a data set's own otherwise.
+        rows = 50304 if vocab_size == 50257 else vocab_size
         with_sizes = module.GPTConfig(
             block_size=m.block_size,
-            vocab_size=ours.shape.padded_vocab_size,
+            vocab_size=rows,
             n_layer=m.n_layer,
             n_head=m.n_head,
             n_embd=m.n_embd,
@@ -165,7 +167,9 @@ class NanoGPT(Peer):
             bias=m.bias,
         )
         model = module.GPT(with_sizes)
-        missing, unexpected = model.load_state_dict(ours.state_dict(), strict=False)
+        weights = ours.state_dict()
+        weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:rows]
+        missing, unexpected = model.load_state_dict(weights, strict=False)
         left = [k for k in missing if k != "lm_head.weight" and not k.endswith("attn.bias")]
         if left or unexpected:
             raise UserError(f"{variant.path}: not nanoGPT's model: {(left + unexpected)[0]}")
@@ -185,7 +189,7 @@ class HuggingFace(Peer):
         m, ours = config.model, our_model(config, vocab_size)
         model = GPT2LMHeadModel(
             GPT2Config(
-                vocab_size=ours.shape.padded_vocab_size,
+                vocab_size=vocab_size,
                 n_positions=m.block_size,
                 n_embd=m.n_embd,
                 n_layer=m.n_layer,
@@ -200,6 +204,7 @@ class HuggingFace(Peer):
             )
         )
         weights = ours.state_dict()
+        weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:vocab_size]
         for name, p in model.named_parameters():
             if name in weights:
                 w = weights[name]

@@ -1,0 +1,185 @@
+"""python -m bench all --budget SECONDS [--out DIR]: everything, in order of worth.
+
+Correctness tests on the GPU come first. Every part runs in a process of its own and writes its
+results as it gets them; one that fails or overruns its share is reported and the rest goes on. Ends
+inside the budget with a table of at most 60 lines. Other arguments (--peer-path) go to the parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from bench import results
+from bench.tables import table
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_LINES = 60
+CLOSING_S = 5.0  # kept back for the table
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command and the share of what is left of the budget that it may take."""
+
+    name: str
+    command: tuple[str, ...]
+    share: float
+
+
+def parts(gpu: bool, peer_path: str) -> list[Part]:
+    """What runs, first the most worth knowing."""
+    tests = ("-m", "pytest", "tests/kernels", "-m", "cuda", "-x", "-p", "no:cacheprovider")
+    peer = (f"--peer-path={peer_path}",) if peer_path else ()
+    # Fewer turns in a short budget: an interval that is wider beats a part that is missing.
+    turns = ("--rounds=10", "--turn-seconds=0.5") if gpu else ("--rounds=6", "--turn-seconds=0.05")
+    rounds = "--rounds=20" if gpu else "--rounds=3"
+
+    def bench(name: str, *args: str) -> tuple[str, ...]:
+        return ("-m", "bench", name, *args)
+
+    step = ("gpt2", "shakespeare_char") if gpu else ("shakespeare_char",)
+    waterfall = ("gpt2",) if gpu else ("laptop", "--seconds=2")
+    found = [
+        Part("correctness tests", tests, 0.25),
+        Part("step", bench("step", *step, *turns, *peer), 0.4),
+        Part("waterfall", bench("waterfall", *waterfall), 0.3),
+        Part("kernels", bench("kernels", rounds), 0.4),
+        Part("ablate", bench("ablate", "gpt2", *turns), 0.6),
+        Part("generate", bench("generate"), 0.5),
+        Part("convergence", bench("convergence", *peer), 1.0),
+    ]
+    return [p for p in found if p.command[1] != "bench" or (ROOT / f"bench/{p.name}.py").exists()]
+
+
+def run(part: Part, seconds: float, log: IO[str]) -> tuple[int | None, float]:
+    """The exit code (None: stopped at its time) and the seconds it took. Output goes to the log."""
+    environment = dict(os.environ)
+    paths = [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
+    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    log.write(f"\n=== {part.name}: python {' '.join(part.command)}\n")
+    log.flush()
+    started = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, *part.command],
+        cwd=ROOT,
+        env=environment,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # so that its workers end with it
+    )
+    try:
+        code: int | None = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        code = None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return code, time.monotonic() - started
+
+
+def outcome(part: Part, code: int | None, said: list[str]) -> str:
+    if code is None:
+        return "stopped at its time; what it had is written"
+    if part.name == "correctness tests":
+        # 5: nothing was collected; with no GPU all are skipped, which is no pass either.
+        last = next((line for line in reversed(said) if line.strip()), "")
+        return last if code in (0, 1) else f"exit code {code}: {last}"
+    return "done" if code == 0 else f"exit code {code}: something in it failed"
+
+
+def closing(folder: Path, since: set[Path]) -> list[str]:
+    """One line a measured row, best first by file; cut to fit."""
+    lines: list[list[str]] = []
+    for path in results.files(folder):
+        if path in since:
+            continue
+        data = results.load(path)
+        for row in data["rows"]:
+            if row.get("problem"):
+                continue
+            if data["name"] == "kernels" and row.get("provider") != "fastgpt":
+                continue
+            lines.append([data["name"], row["key"][:60], *_numbers(row)])
+    if not lines:
+        return []
+    return table(["part", "what", "ms", "MFU %", "against, ratio"], lines).splitlines()
+
+
+def _numbers(row: dict) -> list[str]:
+    median = row.get("median_ms")
+    if median is None:
+        ordered = sorted(row["samples_ms"])
+        median = ordered[len(ordered) // 2]
+    ratio = row.get("ratio")
+    return [
+        f"{median:.3f}",
+        f"{100 * row['mfu']:.1f}" if "mfu" in row else "",
+        f"{ratio['ratio']:.3f} {ratio['verdict']}" if ratio else "",
+    ]
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench all",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--budget", type=float, default=540.0, help="seconds, all in all")
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--out", type=Path, default=results.FOLDER if gpu else Path("out/bench"))
+    parser.add_argument("--peer-path", default="", help="a nanoGPT checkout to compare with")
+    parser.add_argument("--parts", default="", help="only these, comma-separated")
+    args = parser.parse_args(argv)
+    end = time.monotonic() + args.budget - CLOSING_S
+    out: Path = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    before = set(results.files(out))
+    if not gpu:
+        print("no GPU here: small sizes on the CPU show that this runs; the times say nothing")
+    peer = str(Path(args.peer_path).expanduser().resolve()) if args.peer_path else ""
+    chosen = parts(gpu, peer)
+    if args.parts:
+        wanted = args.parts.split(",")
+        if unknown := [w for w in wanted if w not in [p.name for p in chosen]]:
+            parser.error(
+                f"--parts: no {unknown[0]!r}; there are {', '.join(p.name for p in chosen)}"
+            )
+        chosen = [p for p in chosen if p.name in wanted]
+    said, failed = [], 0
+    with (out / "all.log").open("w+") as log:
+        for part in chosen:
+            left = end - time.monotonic()
+            if left < 5:
+                said.append(f"{part.name}: not run, the budget is spent")
+                failed += 1
+                continue
+            if part.command[1] == "bench":
+                part = Part(part.name, (*part.command, f"--out={out}"), part.share)
+            place = log.tell()
+            # The first parts keep to their share; the last takes what is left.
+            seconds = left if part is chosen[-1] else max(5.0, left * part.share)
+            code, took = run(part, min(left, seconds), log)
+            log.seek(place)
+            text = outcome(part, code, log.read().splitlines())
+            log.seek(0, os.SEEK_END)
+            failed += code != 0
+            said.append(f"{part.name}: {text} ({took:.0f} s)")
+            print(said[-1], flush=True)
+    lines = closing(out, before)
+    room = MAX_LINES - len(said) - 2
+    if len(lines) > room:
+        lines = [*lines[: room - 1], f"  ... and {len(lines) - room + 1} more in {out}"]
+    print("\n".join([*lines, *said, f"results and all.log: {out}"]))
+    return 1 if failed else 0
