@@ -52,7 +52,7 @@ class Named:
 
     names: tuple[str, ...]  # outermost first; the last is what ran
     gemm: Dims = ()  # sizes of a and b of the innermost enclosing matrix product
-    dims: Dims = ()  # operands of the innermost op that has any
+    dims: Dims = ()  # operands of the innermost ATen op that has any
     backward: bool = False
     after_backward: bool = False  # between the last gradient and the end of the step
 
@@ -108,7 +108,7 @@ _VIEWS = _rule(
     r"|new_empty|new_empty_strided|resize_|item|_local_scalar_dense|resolve_conj|resolve_neg"
     r"|flatten|reshape|alias|scalar_tensor|full|ones|to|lift_fresh|view_as|_reshape_alias"
     r"|is_nonzero|set_|movedim|numpy_T)$|^autograd::engine|Backward\d*$|Torch-Compiled"
-    r"|CompiledF|^Optimizer\.|^bench\.|^$"
+    r"|^TorchDynamo|^AOTDispatcher|^Pregraph|^Optimizer\.|^bench\.|^$"
 )
 
 
@@ -155,6 +155,8 @@ def categorize(work: Named, sizes: Sizes, *, host: bool) -> tuple[str, str]:
         return "memory", "copies"
     if has(_ELEMENTWISE):
         return "memory", "residual, bias, rest"
+    if host and "Compiled" in kernel and "Torch-" not in kernel:
+        return "memory", "compiled loops"  # Inductor's C++ for a CPU: what is fused has no names
     if host and _VIEWS.search(kernel):
         return "gaps", "host"
     return "other", kernel

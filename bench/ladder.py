@@ -142,6 +142,19 @@ class Ladder:
         """Schema: the fields of Ladder, Rung, Gemm, Measured and Work by name; times in ms."""
         return {"format": FORMAT, "version": VERSION, **asdict(self)}
 
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Ladder:
+        """The inverse of `to_json`. Raises ValueError for anything else."""
+        kind = data.get("format"), data.get("version")
+        if kind != (FORMAT, VERSION):
+            raise ValueError(f"wanted {FORMAT} version {VERSION}, got {kind[0]} {kind[1]}")
+        values = {k: v for k, v in data.items() if k not in ("format", "version")}
+        values["rungs"] = [Rung(**r) for r in data["rungs"]]
+        values["gemms"] = [Gemm(**g) for g in data["gemms"]]
+        values["measured"] = Measured(**data["measured"])
+        values["work"] = Work(**data["work"])
+        return cls(**values)
+
 
 def build(parts: Breakdown, work: Work, m: Measured) -> Ladder:
     """The ladder of a step; every rung's ms, down to the residual, sum to m.step_ms."""

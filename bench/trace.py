@@ -261,7 +261,9 @@ def _backward_end(events: Sequence[dict[str, Any]], mark: tuple[float, float]) -
 
 def _named(piece: Piece, marks: Sequence[tuple[float, float]], ends: Sequence[float]) -> Named:
     gemm = _gemm_of(piece)
-    dims = next((op.dims for op in reversed(piece.stack) if op.dims), ())
+    # A compiled region's inputs say nothing of the kernels in it: ATen's ops only.
+    ops = (op for op in reversed(piece.stack) if op.name.startswith("aten::"))
+    dims = next((op.dims for op in ops if op.dims), ())
     names = tuple(op.name for op in piece.stack if op.name != STEP_SCOPE)
     step = sum(mark[0] <= piece.launched for mark in marks) - 1
     after = step >= 0 and ends[step] <= piece.launched < marks[step][1]

@@ -99,7 +99,11 @@ def parse(argv: Sequence[str]) -> tuple[Config, str, dict[str, str]]:
 
 def run(config: Config, name: str, own: dict[str, str], argv: Sequence[str]) -> int:
     seconds = float(own.get("seconds", 10))
-    result = results.Result("waterfall", argv, settings.to_dict(config))
+    # Where the results went is of this machine, not of the measurement.
+    told = [
+        a for i, a in enumerate(argv) if not (a.startswith("--out") or "--out" in argv[i - 1 : i])
+    ]
+    result = results.Result("waterfall", told, settings.to_dict(config))
     with Steps(config) as steps:
         found, samples = measure(steps, seconds, int(own.get("traced_steps", 3)))
         choices = steps.trainer.model.ops.describe()

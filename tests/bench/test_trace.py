@@ -39,10 +39,10 @@ class Maker:
 
 
 def cuda_trace(n_steps=5, period=1000.0):
-    """Steps of 1 ms on the GPU, launched 200 us ahead: 780 us of kernels, the rest idle.
+    """Steps of 1 ms on the GPU, launched 200 us ahead: 785 us of kernels, the rest idle.
 
     linear 300 (forward 100, dX 120, dW 80), attention 150, head 130 (one GEMM 100, loss 30), memory
-    80, optimizer 60, unknown 40, a copy of 100 of which 20 are beside no kernel.
+    85, optimizer 60, unknown 40, a copy of 100 of which 20 are beside no kernel.
     """
     t = Maker()
     for i in range(n_steps):
@@ -53,6 +53,8 @@ def cuda_trace(n_steps=5, period=1000.0):
         t.kernel("nvjet_tst_256x128_64x4_1x2_h_bz_coopA_TNT", gpu, 100, host + 15)
         t.op("fastgpt::attention", host + 40, 20, [[32, 1024, 3 * C]])
         t.kernel("attention_forward_kernel", gpu + 100, 50, host + 45)
+        t.op("CompiledFunction", host + 60, 20, [[V, C], [M, C]])
+        t.kernel("triton_poi_fused_add_2", gpu + 155, 5, host + 65)
         t.kernel("triton_per_fused_add_native_layer_norm_3", gpu + 160, 50, host + 70)
         t.op("fastgpt::bias_gelu", host + 72, 6, [[M, 4 * C]])
         t.kernel("forward_kernel", gpu + 210, 30, host + 73)
@@ -97,11 +99,12 @@ def test_cuda_trace():
         ("head", "GEMMs"): 0.1,
         ("head", "cross entropy"): 0.03,
         ("memory", "norms"): 0.05,
+        ("memory", "residual, bias, rest"): 0.005,
         ("memory", "GELU"): 0.03,
         ("optimizer", "AdamW"): 0.06,
         ("other", "not recognised"): 0.04,
         ("data", "data"): 0.02,
-        ("gaps", "idle"): 0.22,
+        ("gaps", "idle"): 0.215,
     }
     assert b.parts == pytest.approx(expected)
     assert b.others == pytest.approx({"something_new": 0.04})
@@ -116,7 +119,7 @@ def test_kernels_that_the_trace_links_to_no_op_are_known_by_name():
     assert b.ms("linear") == pytest.approx(0.4)  # the head's product is no longer told apart
     assert b.ms("attention") == pytest.approx(0.15)
     assert b.ms("head") == pytest.approx(0.03)
-    assert b.ms("memory") == pytest.approx(0.08)
+    assert b.ms("memory") == pytest.approx(0.085)
     assert sum(b.parts.values()) == pytest.approx(b.step_ms)
 
 

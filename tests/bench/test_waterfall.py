@@ -130,6 +130,14 @@ def test_unknown_kernels_have_a_rung():
     assert "other" not in [r.name for r in ladder.build(h200(), WORK, MEASURED).rungs]
 
 
+def test_json_both_ways():
+    found = ladder.build(h200(other=1.5), WORK, MEASURED)
+    data = json.loads(json.dumps(found.to_json()))
+    assert ladder.Ladder.from_json(data) == found
+    with pytest.raises(ValueError, match="wanted fastgpt-waterfall version 1, got another 1"):
+        ladder.Ladder.from_json(data | {"format": "another"})
+
+
 def test_on_a_cpu_all_parts_shrink_with_the_profilers_cost():
     parts = replace(h200(), device="cpu")
     found = ladder.build(parts, WORK, replace(MEASURED, step_ms=50.5, datasheet_flops=None))
@@ -191,11 +199,12 @@ ARGS = ["laptop", "--n_layer=2", "--block_size=32", "--batch_size=4", "--device=
 
 @pytest.mark.usefixtures("one_thread")
 def test_command_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    argv = [*ARGS, "--seconds=0.5", "--traced_steps=4", f"--out={tmp_path}"]
+    argv = [*ARGS, "--seconds=0.5", "--traced_steps=4", "--out", str(tmp_path)]
     assert waterfall.main(argv) == 0
     out = capsys.readouterr().out
     assert "CPU picture" in out and "measured step" in out
     (path,) = tmp_path.glob("**/*.json")
+    assert results.load(path)["command"].endswith("--seconds=0.5 --traced_steps=4")
     (row,) = results.load(path)["rows"]
     drawn = row["waterfall"]
     assert (drawn["format"], drawn["version"]) == ("fastgpt-waterfall", 1)
@@ -237,6 +246,22 @@ def test_real_traces_are_attributed_whole():
         ("attention", "backward"),
     ):
         assert parts.parts[key] > 0, key
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("compiled", ["True", "False"])
+def test_real_traces_of_a_gpu_are_attributed(compiled: str):
+    flags = ["--n_layer=2", "--n_embd=256", "--block_size=256", f"--compile={compiled}"]
+    config, _, _ = waterfall.parse(["laptop", "--device=cuda", *flags])
+    with waterfall.Steps(config) as steps:
+        found, _ = waterfall.measure(steps, 1.0, 3)
+        parts, traced_ms = waterfall.traced(steps, 3)
+    assert adds_up(found)
+    assert sum(parts.parts.values()) == pytest.approx(parts.step_ms)
+    assert parts.step_ms == pytest.approx(traced_ms, rel=0.02)
+    assert parts.ms("other") < 0.01 * parts.step_ms, parts.others
+    for category in ("linear", "attention", "head", "memory", "optimizer"):
+        assert parts.ms(category) > 0, category
 
 
 @pytest.mark.parametrize(
