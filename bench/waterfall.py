@@ -226,7 +226,7 @@ class Steps:
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
 
@@ -267,7 +267,7 @@ def traced(steps: Steps, count: int) -> tuple[trace.Breakdown, float]:
     activities = [ProfilerActivity.CPU]
     if steps.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities, record_shapes=True) as profiler:
+    with profile(activities=activities, record_shapes=True, acc_events=True) as profiler:
         times = steps.run(count + 1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
