@@ -8,9 +8,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 from fastgpt_kernels import _host
 from tests.kernels import helpers
+
+# The same examples in every run: a failure is the change's, never the draw's.
+settings.register_profile("kernels", derandomize=True, deadline=None)
+settings.load_profile("kernels")
 
 HAS_CUDA = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * HAS_CUDA
