@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench import results, setup, step
+from bench import provenance, results, setup, step
 from bench.stats import ratio_of_medians, summarize
 from bench.tables import table
 from bench.variants import Variant, build
@@ -168,6 +168,9 @@ def main(argv: list[str]) -> int:
         parser.error(str(e))
     target = args.target or (TARGETS.get(corpus, 1.5) if gpu else SMALL_TARGET)
     result = results.Result("convergence", argv, {"target": target, "corpus": corpus})
+    if args.peer_path:
+        peer = Path(args.peer_path).expanduser()
+        result.data["settings"]["peer_commit"] = provenance.commit(peer)
     print(f"{corpus} to a validation loss of {target:g}, {args.seeds} seed(s)", flush=True)
     runs: dict[str, list] = {v.name: [] for v in variants}
     problems = dict.fromkeys(runs, "")

@@ -63,21 +63,21 @@ def _digest(root: Path, paths: list[Path]) -> str:
     return total.hexdigest()[:16]
 
 
-def output_of(*command: str) -> str:
+def output_of(*command: str, cwd: Path = ROOT) -> str:
     """A command's output, or why there is none: provenance must not stop a measurement."""
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"unknown ({type(error).__name__})"
     return done.stdout.strip() or "unknown"
 
 
-def commit() -> str:
-    """The checkout's commit, with "-dirty" where tracked files differ from it."""
-    name = output_of("git", "rev-parse", "--short=10", "HEAD")
+def commit(folder: Path = ROOT) -> str:
+    """The commit checked out in a folder, with "-dirty" where tracked files differ from it."""
+    name = output_of("git", "rev-parse", "--short=10", "HEAD", cwd=folder)
     if not re.fullmatch(r"[0-9a-f]{7,40}", name):
         return "unknown"
-    changed = output_of("git", "status", "--porcelain", "--untracked-files=no")
+    changed = output_of("git", "status", "--porcelain", "--untracked-files=no", cwd=folder)
     return name if changed == "unknown" else f"{name}-dirty"
 
 

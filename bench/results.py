@@ -37,7 +37,7 @@ class Result:
         self.data: dict[str, Any] = {
             "schema": SCHEMA,
             "name": name,
-            "command": shlex.join(["python", "-m", "bench", name, *argv]),
+            "command": _command(name, argv),
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", now),
             "environment": provenance.environment(),
             "gpu_before": provenance.gpu_state(),
@@ -69,6 +69,16 @@ class Result:
         path = folder / slug(environment["device"]) / name
         write(path, self.data)
         return path
+
+
+def _command(name: str, argv: Sequence[str]) -> str:
+    """What to type for the same again; where the results go and the checkout lies is left out."""
+    words, skip = ["python", "-m", "bench", name], False
+    for word in argv:
+        if not skip and word.split("=")[0] != "--out":
+            words.append(word.replace(f"{provenance.ROOT}/", ""))
+        skip = word == "--out"
+    return shlex.join(words)
 
 
 def slug(text: str) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from bench import results, setup, turns
+from bench import provenance, results, setup, turns
 from bench.stats import ratio_of_medians, summarize
 from bench.tables import table
 from bench.turns import Measured
@@ -235,6 +235,9 @@ def main(argv: list[str]) -> int:
     gpu = torch.cuda.is_available() and flags.get("device") != "cpu"
     setup.say_small()
     result = results.Result("step", argv, {"rounds": args.rounds, "flags": flags})
+    if args.peer_path:
+        peer = Path(args.peer_path).expanduser()
+        result.data["settings"]["peer_commit"] = provenance.commit(peer)
     try:
         variants, skipped = contenders(args.variants, args.peer_path, gpu)
         for preset in args.presets or ["gpt2", "shakespeare_char"]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bench.stats import ratio_of_medians, summarize
+from bench.stats import ratio_of_independent_medians, ratio_of_medians, summarize
 
 
 def test_summary_of_known_samples() -> None:
@@ -53,3 +53,27 @@ def test_shared_drift_does_not_hide_a_difference() -> None:
 def test_rounds_must_match() -> None:
     with pytest.raises(ValueError, match="same 2 or more rounds, got 3, 2"):
         ratio_of_medians([1.0, 2.0, 3.0], [1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("factor", "verdict"), [(1.0, "no difference"), (1.05, "slower"), (0.95, "faster")]
+)
+def test_two_runs_of_different_length(factor: float, verdict: str) -> None:
+    draw = np.random.default_rng(5)
+    a, b = factor * draw.normal(1, 0.01, 25), draw.normal(1, 0.01, 40)
+    r = ratio_of_independent_medians(a, b)
+    assert r.verdict == verdict and r.low <= factor <= r.high
+
+
+def test_independent_interval_covers_too() -> None:
+    draw = np.random.default_rng(6)
+    verdicts = [
+        ratio_of_independent_medians(*draw.lognormal(0, 0.05, size=(2, 31)), resamples=500).verdict
+        for _ in range(200)
+    ]
+    assert 180 <= verdicts.count("no difference") <= 200
+
+
+def test_one_sample_is_no_evidence() -> None:
+    with pytest.raises(ValueError, match="2 or more samples each, got 1, 2"):
+        ratio_of_independent_medians([1.0], [1.0, 2.0])

@@ -1,0 +1,130 @@
+"""Result files: what is refused, where they lie, and when they count as old."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import check, provenance, report, results
+from bench.__main__ import COMMANDS, main
+
+ROW = {"key": "gpt2 eager", "problem": "", "samples_ms": [1.0, 2.0], "median_ms": 1.5}
+
+
+@pytest.fixture
+def result() -> results.Result:
+    result = results.Result("step", ["gpt2", "--out", "x", "--rounds=6", "--out=y"], {})
+    result.rows.append(dict(ROW))
+    return result
+
+
+def test_written_and_read_back(result: results.Result, tmp_path: Path) -> None:
+    path = result.save(tmp_path)
+    assert path is not None and results.load(path) == result.data
+    assert result.data["command"] == "python -m bench step gpt2 --rounds=6"
+    assert path.parent.name == results.slug(provenance.device_name())
+    date, clock, commit, *_ = path.stem.split("-")
+    assert (len(date), len(clock)) == (8, 6) and commit == provenance.commit().split("-")[0]
+    assert path.name.endswith("-step.json") and list(results.files(tmp_path)) == [path]
+
+
+def test_slug() -> None:
+    assert results.slug("NVIDIA GeForce RTX 4090") == "nvidia-geforce-rtx-4090"
+
+
+def test_nowhere(result: results.Result) -> None:
+    assert result.save(None) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": 99}, "schema 99, this program reads 1"),
+        ({"rows": [ROW, ROW]}, "every row needs a key of its own"),
+        ({"rows": [{"key": "a"}]}, "a: a row has either samples_ms or a problem"),
+        ({"rows": [ROW | {"problem": "wrong"}]}, "has either samples_ms or a problem"),
+        ({"environment": None}, "environment should be dict"),
+    ],
+)
+def test_what_is_no_result(result: results.Result, change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        results.check(result.data | change, "here")
+
+
+def test_not_a_number_is_not_written(result: results.Result, tmp_path: Path) -> None:
+    result.rows[0]["samples_ms"] = [float("nan")]
+    with pytest.raises(ValueError):
+        result.save(tmp_path)
+    assert not list(results.files(tmp_path))
+
+
+def test_check_is_silent_until_a_source_changes(
+    result: results.Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = result.save(tmp_path)
+    assert path is not None
+    assert main(["check", str(tmp_path)]) == 0 and capsys.readouterr().out == ""
+    data = copy.deepcopy(result.data)
+    data["environment"]["sources"] |= {"kernels": "old", "sampling": "not what a step needs"}
+    results.write(path, data)
+    assert main(["check", str(tmp_path)]) == 1
+    assert capsys.readouterr().out.endswith(
+        "measured other sources than these: kernels changed since\n"
+    )
+    path.write_text("{")
+    assert check.main([str(tmp_path)]) == 1 and "cannot be read" in capsys.readouterr().out
+
+
+def test_each_part_of_the_sources_counts(tmp_path: Path) -> None:
+    for name in ("kernels/fastgpt_kernels/a.py", "bench/step.py", "fastgpt/model.py"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x = 1\n")
+    before = provenance.sources(tmp_path)
+    (tmp_path / "bench/report.py").write_text("measures nothing\n")
+    assert provenance.sources(tmp_path) == before
+    (tmp_path / "fastgpt/model.py").write_text("x = 2\n")
+    after = provenance.sources(tmp_path)
+    assert [k for k in after if after[k] != before[k]] == ["model"]
+
+
+def test_every_source_that_is_named_is_there() -> None:
+    for files in provenance._FILES.values():
+        for name in files:
+            if name not in provenance._FILES["sampling"]:
+                assert (provenance.ROOT / name).is_file(), name
+
+
+def test_report(result: results.Result, tmp_path: Path) -> None:
+    result.rows[0] |= {
+        "variant": "eager",
+        "preset": "gpt2",
+        **dict.fromkeys(("mfu", "mfu_causal", "mfu_6n"), 0.25),
+        "tokens_per_second": 1000.0,
+    }
+    result.rows.append({"key": "gpt2 kernels", "problem": "no GPU"})
+    path = result.save(tmp_path / "results")
+    assert path is not None
+    assert report.main([str(tmp_path / "results")]) == 0
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "| gpt2 eager " in text and "no GPU" in text and provenance.commit() in text
+    assert path.with_suffix(".svg").exists() and path.with_suffix(".svg").name in text
+
+
+def test_report_of_nothing(tmp_path: Path) -> None:
+    assert report.main([str(tmp_path / "results")]) == 0
+    assert "No result is committed yet" in (tmp_path / "RESULTS.md").read_text()
+
+
+def test_dispatch(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stepp"]) == 2 and "no such benchmark" in capsys.readouterr().err
+    assert main([]) == 2
+    said = capsys.readouterr().out
+    assert all(name in said for name in COMMANDS)
+
+
+def test_committed_results_are_results() -> None:
+    for path in results.files():
+        assert json.loads(path.read_text())["environment"]["gpu"], f"{path}: not from a GPU"
+        results.load(path)
