@@ -105,7 +105,11 @@ def closing(folder: Path, since: set[Path]) -> list[str]:
     for path in results.files(folder):
         if path in since:
             continue
-        data = results.load(path)
+        try:
+            data = results.load(path)
+        except ValueError as e:
+            lines.append(["?", str(e)[:60], "", "", ""])
+            continue
         for row in data["rows"]:
             if row.get("problem"):
                 continue

@@ -20,10 +20,10 @@ def stale(data: dict, now: dict[str, str]) -> list[str]:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench check", description=__doc__)
-    parser.add_argument("folder", nargs="?", type=Path, default=results.FOLDER)
+    parser.add_argument("folder", nargs="?", type=Path, help="default: the committed results")
     folder = parser.parse_args(argv).folder
     now, found = provenance.sources(), 0
-    for path in results.files(folder):
+    for path in results.files(folder) if folder else results.committed():
         try:
             changed = stale(results.load(path), now)
         except ValueError as e:

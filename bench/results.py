@@ -126,3 +126,8 @@ def load(path: Path) -> dict[str, Any]:
 def files(folder: Path = FOLDER) -> Iterable[Path]:
     """Result files below a folder, oldest first."""
     return sorted(folder.glob("**/*.json"), key=lambda p: p.name)
+
+
+def committed() -> list[Path]:
+    """Those in `FOLDER` that are kept: what a CPU wrote there is ignored by git."""
+    return [p for p in files() if not p.relative_to(FOLDER).parts[0].startswith("cpu-")]

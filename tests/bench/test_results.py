@@ -125,6 +125,6 @@ def test_dispatch(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_committed_results_are_results() -> None:
-    for path in results.files():
+    for path in results.committed():
         assert json.loads(path.read_text())["environment"]["gpu"], f"{path}: not from a GPU"
         results.load(path)
