@@ -1,4 +1,4 @@
-"""The command line: fastgpt prepare | train | sample | doctor.
+"""The command line: fastgpt prepare | train | sample | eval | export | import | doctor.
 
 Everything heavy is imported inside the command that needs it, so that `--help` and mistakes answer
 at once.
@@ -9,12 +9,20 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastgpt import __version__, run, settings
-from fastgpt.config import Config, PrepareConfig, SampleConfig
+from fastgpt.config import (
+    Config,
+    EvalConfig,
+    ExportConfig,
+    ImportConfig,
+    PrepareConfig,
+    SampleConfig,
+)
 from fastgpt.errors import UserError
 from fastgpt.presets import PRESETS, default_name
 
@@ -23,6 +31,9 @@ fastgpt {version}: train GPT-2-class models as fast as one CUDA GPU allows
 
   fastgpt train [PRESET | FILE.toml] [--key=value ...]   train; no preset: what fits this machine
   fastgpt sample [--out_dir=RUN] [--start=TEXT] ...      generate text from a trained model
+  fastgpt eval [--out_dir=RUN] [--input=FILE] ...        its loss on a whole file, or HellaSwag
+  fastgpt export --to=FOLDER [--out_dir=RUN]             write it as a Hugging Face GPT-2 folder
+  fastgpt import CKPT.pt [--out_dir=RUN] ...             go on with a checkpoint of nanoGPT's
   fastgpt prepare CORPUS [--key=value ...]               turn a corpus into token files
   fastgpt doctor                                         what this machine has and what will run
 
@@ -58,11 +69,14 @@ def _command(args: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "sample": _sample,
+        "eval": _eval,
+        "export": _export,
+        "import": _import,
         "prepare": _prepare,
         "doctor": _doctor,
     }
     if not args or args[0] in ("-h", "--help", "help"):
-        presets = "  ".join(PRESETS)
+        presets = textwrap.fill("  ".join(PRESETS), 88, subsequent_indent=" " * 10)
         print(OVERVIEW.format(version=__version__, presets=presets), end="")
         return 0
     if args[0] == "--version":
@@ -111,6 +125,7 @@ def _train(args: list[str]) -> int:
     positional, flags = settings.split_flags(args)
     if len(positional) > 1:
         raise UserError(f"{' '.join(positional)}: one preset or TOML file is wanted")
+    flags = _weights_alone(flags)
     config, name = _base(positional[0] if positional else None, flags)
     config = settings.apply_flags(config, flags)
     settings.check(config)
@@ -142,16 +157,56 @@ def _base(source: str | None, flags: dict[str, str]) -> tuple[Config, str]:
     raise settings.unknown_key(source, list(PRESETS), "", what="preset")
 
 
+def _flags(config: Any, args: list[str], positional_hint: str) -> Any:
+    """The config with the flags of a command that takes nothing else."""
+    positional, flags = settings.split_flags(args)
+    if positional:
+        raise UserError(f"{positional[0]}: not a flag{positional_hint}")
+    return settings.apply_flags(config, _weights_alone(flags))
+
+
+def _weights_alone(flags: dict[str, str]) -> dict[str, str]:
+    """--weights without --init_from: those weights, whatever their size."""
+    return {"init_from": "weights", **flags} if flags.get("weights") else flags
+
+
 def _sample(args: list[str]) -> int:
     if _wants_help(args):
         return _help(SampleConfig(), "sample", "")
-    positional, flags = settings.split_flags(args)
-    if positional:
-        raise UserError(f"{positional[0]}: not a flag; the prompt is given as --start=TEXT")
-    config = settings.apply_flags(SampleConfig(), flags)
+    config = _flags(SampleConfig(), args, "; the prompt is given as --start=TEXT")
     from fastgpt.sample import sample
 
     return sample(config)
+
+
+def _eval(args: list[str]) -> int:
+    if _wants_help(args):
+        return _help(EvalConfig(), "eval", "")
+    config = _flags(EvalConfig(), args, "; the file is given as --input=FILE")
+    from fastgpt.evaluate import evaluate
+
+    return evaluate(config)
+
+
+def _export(args: list[str]) -> int:
+    if _wants_help(args):
+        return _help(ExportConfig(), "export", "")
+    config = _flags(ExportConfig(), args, "; the new folder is given as --to=FOLDER")
+    from fastgpt.export import export
+
+    return export(config)
+
+
+def _import(args: list[str]) -> int:
+    if _wants_help(args):
+        return _help(ImportConfig(), "import", "CKPT.pt")
+    positional, flags = settings.split_flags(args)
+    if len(positional) != 1:
+        raise UserError(f"import: one checkpoint is wanted, {len(positional)} given")
+    config = settings.apply_flags(ImportConfig(), flags)
+    from fastgpt.nanogpt import import_checkpoint
+
+    return import_checkpoint(positional[0], config)
 
 
 def _prepare(args: list[str]) -> int:

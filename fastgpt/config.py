@@ -39,14 +39,18 @@ Fraction = Annotated[float, Range(ge=0, lt=1)]
 NonNegative = Annotated[float, Range(ge=0)]
 Positive = Annotated[float, Range(gt=0)]
 Seed = Annotated[int, Range(ge=0, lt=2**63)]
+Pretrained = Literal["weights", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 
 
 @dataclass
 class RunConfig:
     out_dir: str = ""
     """Folder of the run; empty: a new one under runs/."""
-    init_from: Literal["scratch", "resume"] = "scratch"
-    """scratch: new weights; resume: go on from the newest checkpoint of --out_dir or newest run."""
+    init_from: Literal["scratch", "resume"] | Pretrained = "scratch"
+    """scratch: new weights; resume: go on from the newest checkpoint of --out_dir or newest run;
+    gpt2, ...: OpenAI's weights, downloaded once; weights: those of --weights, of any size."""
+    weights: str = ""
+    """Hugging Face GPT-2 folder or safetensors file to start from, in place of a download."""
     overwrite: bool = False
     """Replace the run that already stands in --out_dir."""
     max_iters: Count = 600_000
@@ -93,6 +97,8 @@ class ModelConfig:
     """Biases in linear layers and layer norms, as GPT-2 has them."""
     gelu: Literal["tanh", "erf"] = "tanh"
     """tanh: GPT-2's approximation; erf: the exact function, as nanoGPT."""
+    vocab_size: CountOrZero = 0
+    """Token ids the model knows; 0: those of the data, or of the weights it starts from."""
 
 
 @dataclass
@@ -203,19 +209,29 @@ class PrepareConfig(DataConfig):
 
 
 @dataclass
-class SampleConfig:
-    """Generate text from a trained model."""
+class SourceConfig:
+    """Which trained model."""
 
     out_dir: str = ""
     """Folder of the run; empty: the newest under runs/."""
-    init_from: Literal["resume"] = "resume"
-    """As nanoGPT's sample.py; the weights are the run's."""
+    init_from: Literal["resume"] | Pretrained = "resume"
+    """resume: a run's checkpoint; gpt2, ...: OpenAI's weights; weights: those of --weights."""
     checkpoint: str = "best"
     """best, latest, or a folder's name under checkpoints/."""
+    weights: str = ""
+    """Hugging Face GPT-2 folder or safetensors file, in place of a download."""
+
+
+@dataclass
+class SampleConfig(SourceConfig):
+    """Generate text from a trained model."""
+
     start: str = "\n"
-    """Prompt, or FILE:path to read it from a file."""
+    """Prompt; FILE:path reads it from a file, LINES:path takes each line of a file as one."""
     num_samples: Count = 10
-    """How many texts."""
+    """How many texts for each prompt."""
+    batch_size: Count = 1
+    """How many texts at a time; the first of them is shown as it is made, the others after it."""
     max_new_tokens: Count = 500
     """Tokens in each."""
     temperature: NonNegative = 0.8
@@ -224,8 +240,12 @@ class SampleConfig:
     """Draw from the k likeliest tokens only; 0: all."""
     top_p: Annotated[float, Range(gt=0, le=1)] = 1.0
     """Draw from the smallest set of tokens that holds this probability."""
+    repetition_penalty: Positive = 1.0
+    """Above 1: tokens that the text already has become unlikelier."""
     stop: bool = False
     """End a sample at the end-of-text token."""
+    stop_strings: str = ""
+    """End a sample before the first of these texts, separated by |."""
     seed: Seed = 1337
     """The same seed gives the same samples."""
     device: str = "auto"
@@ -233,4 +253,57 @@ class SampleConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """As in training."""
     compile: Literal["auto"] | bool = False
-    """torch.compile the forward pass."""
+    """torch.compile the step that makes a token."""
+
+
+@dataclass
+class EvalConfig(SourceConfig):
+    """Measure a trained model on a whole token file, or on HellaSwag."""
+
+    task: Literal["loss", "hellaswag"] = "loss"
+    """loss: of every token of a file; hellaswag: which of four endings is the likeliest."""
+    input: str = ""
+    """Token file (.bin) or HellaSwag's .jsonl; empty: the validation data of the run."""
+    dataset: str = ""
+    """Prepared data to take in place of the run's: a name or a folder."""
+    split: Literal["train", "val"] = "val"
+    """Which part of the data."""
+    data_dir: str = "data"
+    """Where prepared token files live."""
+    block_size: CountOrZero = 0
+    """Longest context; 0: all that the model has."""
+    stride: CountOrZero = 0
+    """How far the window slides: each token is seen with at least block_size - stride before it;
+    0: half of block_size."""
+    batch_size: Count = 8
+    """Windows, or questions of HellaSwag, at a time."""
+    limit: CountOrZero = 0
+    """Only the first so many tokens or questions; 0: all."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """As in training."""
+
+
+@dataclass
+class ExportConfig(SourceConfig):
+    """Write a model as a Hugging Face GPT-2 folder."""
+
+    to: str = ""
+    """The new folder."""
+
+
+@dataclass
+class ImportConfig:
+    """Make nanoGPT's ckpt.pt a run that can be resumed and sampled."""
+
+    out_dir: str = ""
+    """Folder of the new run; empty: a new one under runs/."""
+    overwrite: bool = False
+    """Replace the run that already stands in --out_dir."""
+    dataset: str = ""
+    """Data to go on with: a name or a folder; empty: the name in the checkpoint."""
+    data_dir: str = "data"
+    """Where prepared token files live."""
+    gelu: Literal["erf", "tanh"] = "erf"
+    """erf: nanoGPT since 2023; tanh: before, which the file does not tell."""

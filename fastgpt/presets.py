@@ -74,9 +74,31 @@ def gpt2_xl() -> Config:
     return _gpt2(48, 25, 1600, batch_size=4)
 
 
+def finetune_shakespeare() -> Config:
+    """nanoGPT's finetuning: GPT-2 XL on Shakespeare, 32 x 1,024 tokens a step, 20 steps."""
+    c = Config()
+    c.run.init_from = "gpt2-xl"
+    c.data.dataset = "shakespeare"
+    c.optim.batch_size, c.optim.gradient_accumulation_steps = 1, 32
+    c.optim.learning_rate, c.optim.decay_lr = 3e-5, False
+    c.run.max_iters = 20
+    c.log.eval_interval, c.log.eval_iters = 5, 40
+    c.log.always_save_checkpoint = False
+    return c
+
+
 PRESETS: dict[str, Callable[[], Config]] = {
     f.__name__: f
-    for f in (laptop, desktop, shakespeare_char, gpt2, gpt2_medium, gpt2_large, gpt2_xl)
+    for f in (
+        laptop,
+        desktop,
+        shakespeare_char,
+        gpt2,
+        gpt2_medium,
+        gpt2_large,
+        gpt2_xl,
+        finetune_shakespeare,
+    )  # fmt: skip
 }
 
 

@@ -59,6 +59,8 @@ def farewell(loop: Loop, dataset: Dataset, run_dir: Path) -> None:
             top_k=200,
             seed=c.run.seed,
         )
+        # A model of more ids than its data's, as nanoGPT's 50,304, may draw one that is no text.
+        ids = (i for i in ids if i < dataset.vocab_size)
         print(f"\n--- sample {'-' * 61}")
         print("".join(decode_stream(dataset.tokenizer, itertools.chain(prompt, ids))).strip())
         print("-" * 72)

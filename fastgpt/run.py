@@ -58,7 +58,13 @@ def load_config(run_dir: Path) -> Config:
 def save_config(run_dir: Path, config: Config) -> None:
     """Write config.toml so that `fastgpt train RUN/config.toml` repeats the run in a new folder."""
     config = copy.deepcopy(config)
-    config.run.out_dir, config.run.init_from, config.run.overwrite = "", "scratch", False
+    config.run.out_dir, config.run.overwrite = "", False
+    if config.run.init_from == "resume":
+        # What it began from is in the file that is about to be replaced.
+        before = run_dir / "config.toml"
+        config.run.init_from = (
+            settings.load_toml(before).run.init_from if before.is_file() else "scratch"
+        )
     write_text(run_dir / "config.toml", settings.to_toml(config))
 
 

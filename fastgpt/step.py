@@ -153,4 +153,5 @@ class Trainer:
                 f"checkpoint does not fit the model: {str(e).splitlines()[1].strip()}"
             ) from e
         optim.load_state_tensors(self.optimizer, self.model, optimizer)
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty: the run had none so far
+            self.scaler.load_state_dict(state["scaler"])

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 
-from fastgpt import checkpoint, metrics, mfu, ops, optim, report, run, settings
+from fastgpt import checkpoint, loading, metrics, mfu, ops, optim, report, run, settings
 from fastgpt.config import Config, PrepareConfig
 from fastgpt.data.batches import Batches, Prefetcher, eval_batches
 from fastgpt.data.prepare import ensure
@@ -47,12 +47,12 @@ def train(config: Config, name: str) -> int:
     system.compile = resolve_compile(system.compile, device)
 
     dataset = open_dataset(ensure(PrepareConfig(**vars(config.data))))
+    given = loading.start_from(config)
     for split in (dataset.train, dataset.val):
         split.require(config.model.block_size)
     m = config.model
-    shape = ModelShape(
-        m.n_layer, m.n_head, m.n_embd, m.block_size, dataset.vocab_size, m.bias, m.gelu
-    )
+    vocab_size = loading.vocabulary(config, dataset)
+    shape = ModelShape(m.n_layer, m.n_head, m.n_embd, m.block_size, vocab_size, m.bias, m.gelu)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32 on a GPU
     dtype = DTYPES[system.dtype]
     table = ops.choose(
@@ -63,7 +63,11 @@ def train(config: Config, name: str) -> int:
         kernels=system.kernels,
         overrides=vars(config.op),
     )
-    model = GPT(shape, m.dropout, table, dtype).init_weights(config.run.seed).to(device)
+    model = GPT(shape, m.dropout, table, dtype).init_weights(config.run.seed)
+    if given is not None:
+        model.load_state_dict(given.tensors)
+        del given
+    model.to(device)
 
     if resume:
         run_dir = run.find(config.run.out_dir)
@@ -321,7 +325,7 @@ def _resume(trainer: Trainer, run_dir: Path, dataset: Dataset) -> Progress:
                 f"--{key}={now}: the run in {run_dir} has {key}={was}; leave the flag out, "
                 "or start a new run"
             )
-    if state["data"] != dataset.fingerprint:
+    if state["data"] not in (None, dataset.fingerprint):  # None: an imported run's is unknown
         raise UserError(
             f"{run_dir}: was trained on other data than {dataset.folder} holds; give the same "
             "data, or start a new run"

@@ -23,10 +23,13 @@ _context.set_forkserver_preload(
 )
 
 
-def _child(args: list[str], cwd: str, out: str, limits: dict[int, int]) -> None:
+def _child(
+    args: list[str], cwd: str, out: str, limits: dict[int, int], environment: dict[str, str]
+) -> None:
     import resource
 
     os.chdir(cwd)
+    os.environ.update(environment)
     fd = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
@@ -49,10 +52,17 @@ def _child(args: list[str], cwd: str, out: str, limits: dict[int, int]) -> None:
 class Command:
     """A `fastgpt` command in a process of its own, stdout and stderr together in a file."""
 
-    def __init__(self, cwd: Path, *args: str, limits: dict[int, int] | None = None):
+    def __init__(
+        self,
+        cwd: Path,
+        *args: str,
+        limits: dict[int, int] | None = None,
+        environment: dict[str, str] | None = None,
+    ):
         self._out = cwd / f".output-{time.monotonic_ns()}"
         self.process: BaseProcess = _context.Process(
-            target=_child, args=(list(args), str(cwd), str(self._out), limits or {})
+            target=_child,
+            args=(list(args), str(cwd), str(self._out), limits or {}, environment or {}),
         )
         self.process.start()
 
@@ -81,9 +91,15 @@ class Command:
             time.sleep(0.005)
 
 
-def fastgpt(cwd: Path, *args: str, code: int = 0, limits: dict[int, int] | None = None) -> str:
+def fastgpt(
+    cwd: Path,
+    *args: str,
+    code: int = 0,
+    limits: dict[int, int] | None = None,
+    environment: dict[str, str] | None = None,
+) -> str:
     """Run a command to its end; its output. Fails the test where the exit code is another."""
-    command = Command(cwd, *args, limits=limits)
+    command = Command(cwd, *args, limits=limits, environment=environment)
     got = command.wait()
     assert got == code, f"exit code {got}, expected {code}; said:\n{command.output}"
     return command.output

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fastgpt.presets import PRESETS
 from tests.process import fastgpt
+from tests.test_nanogpt import Reference
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -35,6 +37,8 @@ def home(tmp_path_factory) -> Path:
     """A folder with the user's text, and the two corpora that would have to be downloaded."""
     folder = tmp_path_factory.mktemp("home")
     (folder / "my_text.txt").write_text(Path(argparse.__file__).read_text())
+    (folder / "my_prompts.txt").write_text("def\nimport argparse\n")
+    torch.save(Reference(bias=False).checkpoint(3), folder / "ckpt.pt")
     (folder / "my_folder").mkdir()
     for i in range(20):
         (folder / "my_folder" / f"{i}.txt").write_text(f"Text {i} of a folder.\n" * 50)
