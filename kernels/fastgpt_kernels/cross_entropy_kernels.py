@@ -1,7 +1,7 @@
 """The cross-entropy kernels and their launchers; the formula and the op are in cross_entropy.py.
 
 A program owns one row. It keeps the row in registers, in the dtype of memory, between the softmax
-statistics and the gradient: 16 warps hold 50,304 bf16 values. A row that does not fit is walked
+statistics and the gradient: 8 warps hold 50,304 values. A row that does not fit is walked
 twice, backwards the second time, so that what was read last is found in the L1 and L2 caches.
 """
 
@@ -37,15 +37,24 @@ def _load_tiles(row_ptr, step, lanes, vocab_size, BLOCK: tl.constexpr, TILES: tl
 
 @triton.jit
 def _accumulate(tiles, peak, total, TILES: tl.constexpr):
-    """Running maximum and sum of exponentials, lane by lane: no exchange between lanes yet."""
+    """Running maximum and sum of exponentials, lane by lane: no exchange between lanes yet.
+
+    GROUP tiles at a time, so that the first are worked on while the last are on their way; each
+    group costs a lane one exponential more.
+    """
     LOG2E: tl.constexpr = 1.4426950408889634
-    new_peak = peak
-    for i in tl.static_range(TILES):
-        new_peak = tl.maximum(new_peak, tiles[i].to(tl.float32))
-    total *= tl.exp2((peak - new_peak) * LOG2E)
-    for i in tl.static_range(TILES):
-        total += tl.exp2((tiles[i].to(tl.float32) - new_peak) * LOG2E)
-    return new_peak, total
+    GROUP: tl.constexpr = 5
+    for first in tl.static_range(0, TILES, GROUP):
+        new_peak = peak
+        for i in tl.static_range(GROUP):
+            if first + i < TILES:
+                new_peak = tl.maximum(new_peak, tiles[first + i].to(tl.float32))
+        total *= tl.exp2((peak - new_peak) * LOG2E)
+        for i in tl.static_range(GROUP):
+            if first + i < TILES:
+                total += tl.exp2((tiles[first + i].to(tl.float32) - new_peak) * LOG2E)
+        peak = new_peak
+    return peak, total
 
 
 @triton.jit
@@ -228,36 +237,43 @@ def _tiling(config: Config, n_cols: int, element_size: int) -> tuple[int, int]:
 
 
 def aot_specs(arch: str) -> Iterator[AotSpec]:
-    """Every config at the widest row it is for; the wide ones also in fp32 and unaligned."""
+    """Every config at the widest row it is for; the wide ones for all that changes registers."""
     pointers = ("logits_ptr", "targets_ptr", "losses_ptr", "gradient_ptr", "scale_ptr")
     aligned = ("n_cols", "vocab_size", "stride", "gradient_stride")
     for bound, config in entries(CROSS_ENTROPY, arch).items():
-        cases: list[tuple[str, int, tuple[str, ...]]] = [("bf16", 2, aligned)]
+        # Whose gradient: of the mean; of losses by row, in the backward; as linear_cross_entropy's.
+        cases: list[tuple[str, str, tuple[str, ...]]] = [("bf16", "mean", aligned)]
         if bound > 16384:
-            cases += [("fp32", 4, aligned), ("bf16", 2, ())]
-        for dtype, size, divisible in cases:
+            cases += [("bf16", "rows", aligned), ("bf16", "linear", aligned)]
+            cases += [("bf16", "mean", ()), ("fp32", "mean", aligned)]
+        for dtype, scale, divisible in cases:
+            size = 4 if dtype == "fp32" else 2
             n_cols = min(bound, 1 << 18) * 2 // size
             block, tiles = _tiling(config, n_cols, size)
+            signature = {
+                "logits_ptr": f"*{dtype}",
+                "targets_ptr": "*i64",
+                "losses_ptr": "*fp32",
+                "gradient_ptr": f"*{dtype}",
+                "scale_ptr": "*i64" if scale == "mean" else "*fp32",
+                **dict.fromkeys((*aligned, "scale_stride", "ignore_index"), "i32"),
+            }
+            constexprs: dict[str, object] = {
+                "BLOCK": block,
+                "TILES": tiles,
+                "STEPS": triton.cdiv(n_cols, block * tiles),
+                "COUNT": scale == "mean",
+            }
+            if scale != "mean":
+                constexprs["losses_ptr" if scale == "rows" else "scale_ptr"] = None
             yield AotSpec(
-                f"cross_entropy V<={bound} {dtype}{'' if divisible else ' unaligned'}",
+                f"cross_entropy V<={bound} {dtype} {scale}{'' if divisible else ' unaligned'}",
                 _cross_entropy_kernel,
-                {
-                    "logits_ptr": f"*{dtype}",
-                    "targets_ptr": "*i64",
-                    "losses_ptr": "*fp32",
-                    "gradient_ptr": f"*{dtype}",
-                    "scale_ptr": "*i64",
-                    **dict.fromkeys((*aligned, "scale_stride", "ignore_index"), "i32"),
-                },
-                {
-                    "BLOCK": block,
-                    "TILES": tiles,
-                    "STEPS": triton.cdiv(n_cols, block * tiles),
-                    "COUNT": True,
-                },
+                {name: kind for name, kind in signature.items() if name not in constexprs},
+                constexprs,
                 config.num_warps,
                 config.num_stages,
-                (*pointers, *divisible),
+                tuple(name for name in (*pointers, *divisible) if name not in constexprs),
             )
     yield AotSpec(
         "cross_entropy scale",
@@ -281,7 +297,7 @@ def tunables(arch: str) -> Iterator[Tunable]:
     candidates = [
         Config({"BLOCK": 256 * warps, "TILES": tiles}, warps)
         for warps in (1, 2, 4, 8, 16, 32)
-        for tiles in (1, 2, 4, 8, 13)
+        for tiles in (1, 2, 4, 8, 13, 25)
     ]
 
     def run(tensors: tuple[Any, ...], config: Config) -> tuple[Tensor, ...]:
@@ -299,7 +315,7 @@ def tunables(arch: str) -> Iterator[Tunable]:
         return losses.detach(), gradient
 
     for key in entries(CROSS_ENTROPY, arch):
-        n_cols = {53248: 50304, 1 << 31: 128256}.get(key, key)
+        n_cols = {51200: 50304, 1 << 31: 128256}.get(key, key)
 
         def inputs(device: torch.device, n_cols: int = n_cols) -> tuple[Tensor, Tensor]:
             n_rows = min(65536, (1 << 29) // n_cols)
