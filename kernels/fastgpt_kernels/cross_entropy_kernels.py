@@ -275,21 +275,22 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
                 config.num_stages,
                 tuple(name for name in (*pointers, *divisible) if name not in constexprs),
             )
-    yield AotSpec(
-        "cross_entropy scale",
-        _scale_kernel,
-        {
-            "x_ptr": "*bf16",
-            "out_ptr": "*bf16",
-            "scale_ptr": "*fp32",
-            "n_cols": "i64",
-            "stride": "i32",
-        },
-        {"BLOCK": SCALE_BLOCK, "STEPS": 1024, "IN_PLACE": True},
-        SCALE_WARPS,
-        1,
-        ("x_ptr", "out_ptr", "scale_ptr", "n_cols", "stride"),
-    )
+    for name, x, in_place in (("in place", "bf16", True), ("dW", "fp32", False)):
+        yield AotSpec(
+            f"cross_entropy scale {name}",
+            _scale_kernel,
+            {
+                "x_ptr": f"*{x}",
+                "out_ptr": "*bf16",
+                "scale_ptr": "*fp32",
+                "n_cols": "i64",
+                "stride": "i32",
+            },
+            {"BLOCK": SCALE_BLOCK, "STEPS": 1024, "IN_PLACE": in_place},
+            SCALE_WARPS,
+            1,
+            ("x_ptr", "out_ptr", "scale_ptr", "n_cols", "stride"),
+        )
 
 
 def tunables(arch: str) -> Iterator[Tunable]:
