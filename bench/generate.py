@@ -1,0 +1,211 @@
+"""python -m bench generate: tokens a second with a cache and without, and whether the texts agree.
+
+The model has a GPT-2's shape and random weights; text is greedy, so that both paths must choose the
+same tokens. The cache-free path computes the whole text anew for every token; it is timed at every
+--every-th length of the text that the cached path made, and the tokens it chooses there are
+compared (--every=1: all of them, and its time is measured whole rather than summed up from
+samples). On a GPU the cached path is also held against what reading the weights once a token at
+copy bandwidth allows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import results, roof
+from bench.stats import summarize
+from bench.tables import table
+from fastgpt import ops
+from fastgpt.device import DTYPES, resolve_device, resolve_dtype, synchronize
+from fastgpt.errors import UserError
+from fastgpt.generate import BatchGenerator, Sampling
+from fastgpt.interop import SIZES, shape_of_size
+from fastgpt.model import GPT, ModelShape
+
+SMALL = ModelShape(2, 2, 64, 256, 512, bias=True)
+GREEDY = Sampling(temperature=0)
+WARM_UP = 8  # tokens
+
+
+def make(shape: ModelShape, device: torch.device, dtype: str) -> GPT:
+    """Random weights; norms of either sign, or the likeliest token would be the last one again."""
+    table = ops.choose(
+        device, DTYPES[dtype], head_dim=shape.n_embd // shape.n_head, width=shape.n_embd
+    )
+    model = GPT(shape, table=table, dtype=DTYPES[dtype]).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0.0, 0.05 if p.ndim > 1 else 1.0, generator=generator)
+    return model.eval()
+
+
+def cached(
+    batch: BatchGenerator, prompts: list[list[int]], n: int, rounds: int, device: torch.device
+) -> tuple[list[list[int]], list[float], list[float]]:
+    """(texts, seconds of the decoding of each round, seconds until the first token).
+
+    Decoding is all tokens but the first, which comes from the prompt's own forward pass.
+    """
+    texts: list[list[int]] = []
+    decoding, first = [], []
+    for r in range(rounds + 1):
+        texts = [list(p) for p in prompts]
+        synchronize(device)
+        started = time.perf_counter()
+        began = started
+        new = n if r else min(n, WARM_UP)
+        for i, tokens in enumerate(batch.stream(prompts, new, seeds=[0] * len(prompts))):
+            if i == 0:
+                began = time.perf_counter()
+            for text, token in zip(texts, tokens, strict=True):
+                assert token is not None
+                text.append(token)
+        synchronize(device)
+        if r:  # the first round compiles, captures and warms up
+            decoding.append(time.perf_counter() - began)
+            first.append(began - started)
+    return texts, decoding, first
+
+
+@torch.no_grad()
+def cache_free(
+    model: GPT, text: list[int], n_prompt: int, every: int, device: torch.device
+) -> tuple[float, int, int, float]:
+    """(seconds for the whole text, tokens compared, how many differ, smallest gap of the two
+    likeliest tokens where they differ). The text's own beginning is given at every length."""
+    ids = torch.tensor([text], device=device)
+    lengths = list(range(n_prompt, len(text), every))
+    model.logits(model.hidden(ids[:, :n_prompt])[:, -1])
+    seconds, differ, gap = 0.0, 0, 0.0
+    for n in lengths:
+        window = ids[:, max(0, n - model.shape.block_size) : n]
+        synchronize(device)
+        started = time.perf_counter()
+        logits = model.logits(model.hidden(window)[:, -1])[0]
+        token = int(logits.argmax())
+        # A length stands for those up to the next one that is timed.
+        seconds += (time.perf_counter() - started) * min(every, len(text) - n)
+        if token != text[n]:
+            differ += 1
+            gap = max(gap, (logits[token] - logits[text[n]]).item())
+    return seconds, len(lengths), differ, gap
+
+
+def weight_bytes(model: GPT) -> int:
+    """What a step reads of the weights: all but the embeddings' rows that are not looked up, the
+    output layer included, in the dtype of the activations; norms in fp32."""
+    size = torch.finfo(model.dtype).bits // 8
+    total = model.shape.vocab_size * model.shape.n_embd * size
+    for name, p in model.named_parameters():
+        if "wte" not in name and "wpe" not in name:
+            total += p.numel() * (4 if ".ln_" in name else size)
+    return total
+
+
+def main(argv: list[str]) -> int:
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(
+        prog="python -m bench generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sizes = ["small", *SIZES]
+    parser.add_argument("--size", choices=sizes, default="gpt2" if gpu else "small")
+    parser.add_argument("--batch", type=int, default=1, help="texts at a time")
+    parser.add_argument("--prompt", type=int, default=8, help="tokens")
+    parser.add_argument("--new", type=int, default=512 if gpu else 128, help="tokens to generate")
+    parser.add_argument("--every", type=int, default=16, help="cache-free: lengths that are timed")
+    parser.add_argument("--rounds", type=int, default=5 if gpu else 1, help="of the cached path")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the cached step")
+    parser.add_argument("--no-graph", action="store_true", help="no CUDA graph")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--out", type=Path, help="folder of the result file")
+    args = parser.parse_args(argv)
+    try:
+        device = resolve_device(args.device)
+        dtype = resolve_dtype(args.dtype, device)
+    except UserError as e:
+        parser.error(str(e))
+    if min(args.batch, args.prompt, args.new - 1, args.every, args.rounds) < 1:
+        parser.error("--batch, --prompt, --every and --rounds must be at least 1, --new 2")
+    shape = SMALL if args.size == "small" else shape_of_size(args.size)
+    settings = {k: v for k, v in vars(args).items() if k != "out"} | {"dtype": dtype}
+    result = results.Result("generate", argv, settings)
+    row = measure(args, shape, device, dtype)
+    result.rows.append(row)
+    folder = args.out or (results.FOLDER if device.type == "cuda" else None)
+    path = result.save(folder)
+    if path:
+        print(f"written to {path}")
+    short = {k: v for k, v in row.items() if k not in ("samples_ms", "first_token_ms")}
+    print(json.dumps(short))
+    return 1 if row["problem"] else 0
+
+
+def measure(
+    args: argparse.Namespace, shape: ModelShape, device: torch.device, dtype: str
+) -> dict[str, Any]:
+    """Measure, print the table, and return the result's row."""
+    model = make(shape, device, dtype)
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(shape.vocab_size, (args.batch, args.prompt), generator=generator)
+    batch = BatchGenerator(
+        model,
+        args.batch,
+        args.prompt + args.new,
+        GREEDY,
+        compiled=args.compile,
+        graph=False if args.no_graph else None,
+    )
+    texts, decoding, first = cached(batch, prompts.tolist(), args.new, args.rounds, device)
+    seconds, compared, differ, gap = cache_free(model, texts[0], args.prompt, args.every, device)
+    step_ms = [1e3 * s / (args.new - 1) for s in decoding]
+    ms = summarize(step_ms).median
+    whole = ms * 1e-3 * (args.new - 1) + summarize(first).median
+    key = f"{args.size} batch={args.batch} prompt={args.prompt} new={args.new} {dtype}"
+    row: dict[str, Any] = {
+        "key": key,
+        "problem": "",
+        "samples_ms": step_ms,
+        "median_ms": ms,
+        "first_token_ms": [1e3 * s for s in first],
+        "tokens_per_second": args.batch / (ms * 1e-3),
+        "cache_free_tokens_per_second": args.new / seconds,
+        "speedup": args.batch * seconds / whole,
+        "tokens_compared": compared,
+        "tokens_that_differ": differ,
+        "different_tokens_in_the_text": len(set(texts[0])),
+    }
+    lines = [
+        ["cache", f"{ms:.3f}", f"{row['tokens_per_second']:,.1f}", "1"],
+        [
+            "no cache, one text" + ("" if args.every == 1 else f" (each {args.every}th length)"),
+            f"{1e3 * seconds / args.new:.3f}",
+            f"{row['cache_free_tokens_per_second']:,.1f}",
+            f"{row['speedup']:.2f}",
+        ],
+    ]
+    if device.type == "cuda":
+        copy = roof.measure(device)["GB/s"] * 1e9
+        row["weight_bytes"], row["copy_bytes_per_second"] = weight_bytes(model), copy
+        least = 1e3 * row["weight_bytes"] / copy
+        row["share_of_weight_roof"] = least / ms
+        lines.append(["reading the weights once", f"{least:.3f}", f"{1e3 / least:,.1f}", ""])
+    print(f"{key}, {device}: {args.new} new tokens, greedy, random weights")
+    print(table(["path", "ms a token", "tokens/s", "time ratio"], lines))
+    print(f"{compared - differ} of {compared} tokens compared are the same", end="")
+    print(f", largest gap {gap:.2g}" if differ else "")
+    if "share_of_weight_roof" in row:
+        print(f"{row['share_of_weight_roof']:.1%} of what reading the weights once a token allows")
+    if differ and dtype == "float32":
+        row["problem"] = f"{differ} of {compared} tokens are not the cache-free path's"
+        del row["samples_ms"]
+    return row
