@@ -290,7 +290,8 @@ def test_a_file_where_the_folder_should_be(settings, text, tmp_path):
 
 
 PREPARE = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell may have it ignored
 from types import SimpleNamespace
 from fastgpt.data import build, token_files
 from fastgpt.data.prepare import prepare
