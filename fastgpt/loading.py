@@ -70,11 +70,11 @@ def open_source(config: SourceConfig) -> Source:
     return Source(ModelShape(**state["model"]), saved.model, tokenizer, about, run_dir)
 
 
-def start_from(config: Config) -> interop.Weights | None:
+def start_from(config: Config, dataset: Dataset) -> interop.Weights | None:
     """The weights a new training run starts from, or None; `config.model` is set to their shape.
 
-    As in nanoGPT a smaller --block_size drops the last positions. Raises UserError where the
-    weights have fewer positions than asked for.
+    As in nanoGPT a smaller --block_size drops the last positions. Says so where the data has
+    another tokenizer. Raises UserError where the weights have fewer positions than asked for.
     """
     if config.run.init_from in ("scratch", "resume"):
         return None
@@ -91,6 +91,12 @@ def start_from(config: Config) -> interop.Weights | None:
     for key, value in vars(shape).items():
         setattr(m, key, value)
     print(f"weights from {found.source}: {shape}")
+    theirs, data = interop_tokenizer.read(found.folder), dataset.tokenizer
+    if theirs and data and theirs.fingerprint != data.fingerprint:
+        print(
+            f"warning: these weights know the ids of {theirs.name}, the data in {dataset.folder} "
+            f"is in {data.name}: the text means nothing to them"
+        )
     return found
 
 

@@ -47,7 +47,7 @@ def train(config: Config, name: str) -> int:
     system.compile = resolve_compile(system.compile, device)
 
     dataset = open_dataset(ensure(PrepareConfig(**vars(config.data))))
-    given = loading.start_from(config)
+    given = loading.start_from(config, dataset)
     for split in (dataset.train, dataset.val):
         split.require(config.model.block_size)
     m = config.model

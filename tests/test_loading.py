@@ -43,6 +43,7 @@ def test_finetuning_begins_with_the_given_weights_and_resumes(home: Path):
     still = ("--learning_rate=1e-12", "--weight_decay=0")
     said = fastgpt(home, "train", *finetune, *still, "--out_dir=tuned")
     assert "weights from weights: ModelShape(n_layer=1, n_head=2, n_embd=16, block_size=20" in said
+    assert "warning" not in said
     saved, given = load(home / "tuned"), read(home / "weights")
     assert saved.state["model"] == {**vars(SHAPE), "block_size": 20}
     for name, tensor in given.tensors.items():
@@ -55,6 +56,13 @@ def test_finetuning_begins_with_the_given_weights_and_resumes(home: Path):
     assert (config.run.init_from, config.run.weights) == ("weights", "weights")
     fastgpt(home, "train", "tuned/config.toml", "--out_dir=again", "--max_iters=1")
     assert load(home / "again").state["model"]["block_size"] == 20
+
+
+def test_another_tokenizer_is_mentioned(home: Path):
+    data = ("--input=text.txt", "--tokenizer=char", "--device=cpu", "--peak_tflops=1")
+    args = ("laptop", "--weights=weights", "--block_size=20", *data, *FEW, "--out_dir=chars")
+    said = fastgpt(home, "train", *args)
+    assert "warning: these weights know the ids of byte, the data in data/text-char-" in said
 
 
 def test_the_recipe_is_nanogpt_s():
