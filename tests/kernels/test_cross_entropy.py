@@ -293,17 +293,19 @@ def test_misuse_is_an_error(reduction: str, device: torch.device, small_tiles: N
 
 
 @pytest.mark.parametrize(
-    ("backend", "reduction", "compute"),
+    ("reduction", "compute"),
     [
-        ("inductor", "mean", torch.float32),
-        ("aot_eager", "mean", torch.float16),
-        ("aot_eager", "sum", torch.float32),
-        ("aot_eager", "none", torch.float32),
+        ("mean", torch.float32),
+        ("mean", torch.float16),
+        ("sum", torch.float32),
+        ("none", torch.float32),
     ],
 )
 def test_compiled_equals_eager(
-    backend: str, reduction: str, compute: torch.dtype, device: torch.device, small_tiles: None
+    reduction: str, compute: torch.dtype, device: torch.device, small_tiles: None
 ) -> None:
+    # Inductor's C++ compiler takes seconds on the CPU: there linear_cross_entropy's test has it.
+    backend = "inductor" if device.type == "cuda" else "aot_eager"
     logits, targets = problem(5, 300, compute, device, 290)
     targets[:] = -1 if reduction == "sum" else targets  # where every row is ignored, too
     dloss = upstream(reduction, 5, device)
