@@ -2,6 +2,10 @@
 
 The rule: against the float64 oracle, our error is at most twice that of PyTorch at the same dtype
 on the same input, by largest absolute error and by relative Frobenius norm.
+
+How well PyTorch does on one small input is luck: another CPU sums in another order and errs by a
+third or by three times as much. So it is run several times more, in fp32, on inputs moved by one
+rounding, and the worst of its runs is what counts. All of them are held against the one oracle.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
+NUDGED_RUNS = 6
 
 
 def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,13 +48,34 @@ def errors(x: Tensor, oracle: Tensor) -> tuple[float, float]:
     return difference.abs().max().item(), difference.norm().item() / (norm or 1.0)
 
 
+def nudged(inputs: Sequence[Any], seed: int) -> list[Any]:
+    """Floating-point tensors in fp32, each value times 1 +- eps; other arguments as they are."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def nudge(x: Any) -> Any:
+        if not (isinstance(x, Tensor) and x.is_floating_point()):
+            return x
+        sign = torch.randint(0, 2, x.shape, generator=generator).to(x.device) * 2 - 1
+        return x.float() * (1 + sign * torch.finfo(torch.float32).eps)
+
+    return [nudge(x) for x in inputs]
+
+
 def assert_accurate(
-    ours: Tensor, torch_same_dtype: Tensor, oracle: Tensor, factor: float = 2.0, name: str = ""
+    ours: Tensor,
+    torch_same_dtype: Tensor,
+    oracle: Tensor,
+    factor: float = 2.0,
+    name: str = "",
+    nudged_runs: Sequence[Tensor] = (),
+    inherent: float = 0.0,
 ) -> None:
     """`ours` errs at most `factor` times as much as PyTorch does, or within an ulp or so.
 
-    The floor is for when PyTorch's own error is 0 or lucky: eps of the dtype times the largest
-    value, which is two roundings of that value.
+    `nudged_runs` are PyTorch's results on `nudged` inputs; `inherent` is a relative error that the
+    op's formula has whoever computes it, where PyTorch may be lucky. The floor is for when
+    PyTorch's own error is 0 or lucky: eps of the dtype times the largest value, which is two
+    roundings of that value.
     """
     assert ours.shape == oracle.shape, f"{name}: shape {ours.shape}, wanted {oracle.shape}"
     assert ours.dtype == torch_same_dtype.dtype, f"{name}: {ours.dtype}, {torch_same_dtype.dtype}"
@@ -61,15 +88,16 @@ def assert_accurate(
     )
     bad = ~ours.isfinite() & finite
     assert not bad.any(), f"{name}: {bad.sum().item()} of {ours.numel()} values are not finite"
+    runs = [torch_same_dtype, *(x.to(oracle.device) for x in nudged_runs)]
     ours, torch_same_dtype, oracle = ours[finite], torch_same_dtype[finite], oracle[finite]
     our_max, our_norm = errors(ours, oracle)
-    torch_max, torch_norm = errors(torch_same_dtype, oracle)
+    torch_max, torch_norm = map(max, zip(*(errors(x[finite], oracle) for x in runs), strict=True))
     eps = torch.finfo(torch_same_dtype.dtype).eps
     scale = oracle.abs().max().item() if oracle.numel() else 0.0
-    assert our_max <= factor * torch_max + eps * scale, (
+    assert our_max <= factor * torch_max + (eps + inherent) * scale, (
         f"{name}: largest error {our_max:.3e}, PyTorch's {torch_max:.3e}, largest value {scale:.3e}"
     )
-    assert our_norm <= factor * torch_norm + eps, (
+    assert our_norm <= factor * torch_norm + eps + inherent, (
         f"{name}: relative error {our_norm:.3e}, PyTorch's {torch_norm:.3e}"
     )
 
@@ -107,6 +135,11 @@ def check_op(
     ours = forward_backward(op, inputs, dys)
     same = forward_backward(reference, inputs, dys)
     oracle = forward_backward(reference, [double(x) for x in inputs], [double(dy) for dy in dys])
-    for kind, a, b, c in zip(("output", "gradient"), ours, same, oracle, strict=True):
-        for i, (x, y, z) in enumerate(zip(a, b, c, strict=True)):
-            assert_accurate(x, y, z, factor, f"{kind} {i} {tuple(z.shape)}")
+    runs = [
+        forward_backward(reference, nudged(inputs, seed), nudged(dys, -1 - seed))
+        for seed in range(NUDGED_RUNS)
+    ]
+    for part, kind in enumerate(("output", "gradient")):
+        for i, (x, y, z) in enumerate(zip(ours[part], same[part], oracle[part], strict=True)):
+            label = f"{kind} {i} {tuple(z.shape)}"
+            assert_accurate(x, y, z, factor, label, [run[part][i] for run in runs])
