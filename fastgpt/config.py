@@ -104,7 +104,9 @@ class ModelConfig:
 @dataclass
 class OptimConfig:
     batch_size: Count = 12
-    """Sequences in one micro-batch."""
+    """Sequences in one micro-batch; auto: the largest that fits, at the same global batch."""
+    auto_batch_size: bool = False
+    """What --batch_size=auto sets."""
     gradient_accumulation_steps: Count = 40
     """Micro-batches in an optimizer step; times batch_size: the global batch, whatever the GPUs."""
     learning_rate: Positive = 6e-4
@@ -163,6 +165,11 @@ class SystemConfig:
     """torch.compile; auto: on a GPU."""
     kernels: Literal["auto", "triton", "eager"] = "auto"
     """Which implementation the fused ops use; auto: Triton where a GPU can and it checks out."""
+    activation_checkpointing: bool = False
+    """Keep only what stands between blocks and compute the rest again: less memory, a third more
+    compute."""
+    cuda_graph: Literal["auto"] | bool = "auto"
+    """Replay forward and backward of a micro-batch as one launch; auto: where launching is slow."""
     peak_tflops: NonNegative = 0.0
     """Peak that MFU is taken against, TFLOP/s; 0: from the table, or measured."""
     backend: str = "nccl"

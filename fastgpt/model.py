@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
 
@@ -128,6 +129,8 @@ class GPT(nn.Module):
         super().__init__()
         table = table or ops.choose(torch.device("cpu"))
         self.shape, self.dropout, self.ops, self.dtype = shape, dropout, table, dtype
+        # Keep only what stands between blocks, and run each block again in the backward pass.
+        self.checkpointing = False
         self.transformer = Transformer(shape, dropout, table)
 
     @torch.no_grad()
@@ -164,7 +167,10 @@ class GPT(nn.Module):
         norms = [block.ln_1 for block in blocks[1:]] + [t.ln_f]
         y = self.ops.layer_norm(x, blocks[0].ln_1.weight, blocks[0].ln_1.bias)
         for block, norm in zip(blocks, norms, strict=True):
-            y, x = block(y, x, norm)
+            if self.checkpointing and torch.is_grad_enabled():
+                y, x = cast(tuple, checkpoint(block, y, x, norm, use_reentrant=False))
+            else:
+                y, x = block(y, x, norm)
         return y
 
     def logits(self, hidden: Tensor) -> Tensor:

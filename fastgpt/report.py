@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from fastgpt import plot, settings
+from fastgpt import memory, plot, settings
 from fastgpt.config import Config
 from fastgpt.data.tokenizers import decode_stream
 from fastgpt.data.tokens import Dataset
@@ -36,6 +36,8 @@ def introduce(config: Config, trainer: Trainer, dataset: Dataset, run_dir: Path)
     print(f"tokens per iteration will be: {per_step:,}")
     print(f"number of parameters: {trainer.model.n_params() / 1e6:.2f}M")
     print(f"device {device}{gpu}, {config.system.dtype}, compile {config.system.compile}")
+    if device.type == "cuda":
+        print(f"memory, by estimate: {memory.of_model(trainer.model, o.batch_size)}")
     print(f"ops {trainer.model.ops.describe()}")
     print(f"run {run_dir}", flush=True)
 
@@ -68,15 +70,3 @@ def farewell(loop: Loop, dataset: Dataset, run_dir: Path) -> None:
         more = "" if at.step < c.run.max_iters else f" --max_iters={2 * c.run.max_iters}"
         print(f"\nsample:   fastgpt sample --out_dir={run_dir}")
         print(f"continue: fastgpt train --init_from=resume --out_dir={run_dir}{more}")
-
-
-def out_of_memory(config: Config, device: torch.device) -> str:
-    o, m = config.optim, config.model
-    free = ""
-    if device.type == "cuda":
-        free = f" of {torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB"
-    return (
-        f"out of memory{free} at --batch_size={o.batch_size} x --block_size={m.block_size}; halve "
-        f"--batch_size and double --gradient_accumulation_steps ({o.gradient_accumulation_steps}): "
-        "the training stays the same"
-    )

@@ -174,6 +174,9 @@ def apply_flags(config: Any, flags: Mapping[str, str]) -> Any:
     """A copy of the config with the flags' values. Raises UserError for the first bad one."""
     config = copy.deepcopy(config)
     table = leaves(type(config))
+    if "auto_batch_size" in table and flags.get("batch_size") == "auto":
+        # The configured batch size stays: with the accumulation it says what the global batch is.
+        flags = {"auto_batch_size": "True", **{k: v for k, v in flags.items() if k != "batch_size"}}
     for key, text in flags.items():
         if key not in table:
             raise unknown_key(key, list(table), "--")

@@ -17,6 +17,7 @@ from fastgpt import optim
 from fastgpt.config import Config
 from fastgpt.device import synchronize
 from fastgpt.errors import UserError
+from fastgpt.graph import MicroStepGraph
 from fastgpt.model import GPT
 
 
@@ -48,15 +49,22 @@ class Trainer:
         self.model, self.config, self.device = model, config, device
         self.optimizer = optim.make_optimizer(model, config.optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=system.dtype == "float16")
-        self.forward = torch.compile(model) if system.compile else model
+        self.forward = torch.compile(model, fullgraph=True) if system.compile else model
         # The first step whose loss or gradient norm was not finite; -1: none. From then on every
         # update is called off on the device, until `check` looks.
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self._guard_on_device = device.type == "cuda"
+        self._graph: MicroStepGraph | None = None
 
     def _loss(self, tokens: Tensor) -> Tensor:
         """Mean loss of windows (B, T + 1): inputs and targets one token apart."""
         return self.forward(tokens[:, :-1], tokens[:, 1:])
+
+    def _micro_step(self, tokens: Tensor, n_micro_batches: int) -> Tensor:
+        """Adds a micro-batch's share to the gradients. Returns its share of the loss."""
+        loss = self._loss(tokens) / n_micro_batches
+        self.scaler.scale(loss).backward()
+        return loss.detach()
 
     def _backward(self, step: int, tokens: Tensor) -> Tensor:
         """Gradients of the mean loss over all micro-batches. Returns that loss."""
@@ -65,9 +73,10 @@ class Trainer:
         micro_batches = tokens.split(self.config.optim.batch_size)
         total = torch.zeros((), device=self.device)
         for micro_batch in micro_batches:
-            loss = self._loss(micro_batch) / len(micro_batches)
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
+            if self._graph is None:
+                total += self._micro_step(micro_batch, len(micro_batches))
+            else:
+                total += self._graph(micro_batch)
         return total
 
     def step(self, step: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,8 +96,11 @@ class Trainer:
             self.check()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._zero_grad()
         return loss, grad_norm
+
+    def _zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=self._graph is None)  # a graph knows their addresses
 
     def warm_up(self, step: int, micro_batch: Tensor) -> None:
         """Compile forward and backward on one micro-batch; changes no weight.
@@ -102,6 +114,35 @@ class Trainer:
             raise UserError(f"torch.compile failed ({why}); --compile=False goes without") from e
         self.optimizer.zero_grad(set_to_none=True)
         synchronize(self.device)
+
+    def capture(self, step: int, micro_batch: Tensor) -> None:
+        """From now on run micro-batches of this shape as one CUDA graph; changes no weight.
+
+        Its loss and gradient norm are held against those of a plain micro-step. Raises RuntimeError
+        where they differ, or where something in the step cannot be captured; steps go on without.
+        """
+        n = self.config.optim.gradient_accumulation_steps
+        seed = dropout_seed(self.config.run.seed, step)
+        results = []
+        try:
+            for graphed in (False, True):
+                if graphed:
+                    self._graph = MicroStepGraph(lambda x: self._micro_step(x, n), micro_batch)
+                self._zero_grad()
+                torch.manual_seed(seed)
+                loss = (self._graph or (lambda x: self._micro_step(x, n)))(micro_batch)
+                grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+                results.append((loss.item(), torch.nn.utils.get_total_norm(grads).item()))
+            for plain, replayed in zip(*results, strict=True):
+                if not abs(replayed - plain) <= 0.02 * abs(plain):
+                    raise RuntimeError(
+                        f"the graph gives {replayed:.6g}, the plain step {plain:.6g}"
+                    )
+        except RuntimeError:
+            self._graph = None
+            raise
+        finally:
+            self._zero_grad()
 
     def check(self) -> None:
         """Raise NonFinite if a step was not finite. Waits for the device."""
@@ -119,6 +160,7 @@ class Trainer:
 
     def diagnose(self, step: int, tokens: Tensor) -> dict[str, Any]:
         """Run a step's forward and backward again, without the update, and look at each part."""
+        self._graph = None  # plain, so that a bad number can be traced to its op
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
         loss = self._backward(step, tokens)

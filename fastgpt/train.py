@@ -15,7 +15,19 @@ from typing import Any, cast
 
 import torch
 
-from fastgpt import checkpoint, loading, metrics, mfu, ops, optim, report, run, settings
+from fastgpt import (
+    checkpoint,
+    graph,
+    loading,
+    memory,
+    metrics,
+    mfu,
+    ops,
+    optim,
+    report,
+    run,
+    settings,
+)
 from fastgpt.config import Config, PrepareConfig
 from fastgpt.data.batches import Batches, Prefetcher, eval_batches
 from fastgpt.data.prepare import ensure
@@ -46,6 +58,8 @@ def train(config: Config, name: str) -> int:
     system.dtype = cast(Any, resolve_dtype(system.dtype, device))
     system.compile = resolve_compile(system.compile, device)
 
+    graph.check(config, device)
+
     dataset = open_dataset(ensure(PrepareConfig(**vars(config.data))))
     given = loading.start_from(config, dataset)
     for split in (dataset.train, dataset.val):
@@ -68,6 +82,7 @@ def train(config: Config, name: str) -> int:
         model.load_state_dict(given.tensors)
         del given
     model.to(device)
+    model.checkpointing = system.activation_checkpointing
 
     if resume:
         run_dir = run.find(config.run.out_dir)
@@ -82,6 +97,9 @@ def train(config: Config, name: str) -> int:
                 f"{run_dir}: already at step {start.step} of --max_iters={config.run.max_iters}; "
                 "give more to go on"
             )
+        if config.optim.auto_batch_size and not resume:
+            rows = config.optim.batch_size * config.optim.gradient_accumulation_steps
+            print(memory.fit_batch_size(trainer, config, rows))
         run.save_config(run_dir, config)
         if dataset.tokenizer is not None:
             dataset.tokenizer.save(run_dir)
@@ -165,12 +183,13 @@ class Loop:
         try:
             if c.system.compile:
                 self._compile()
+            self._capture()
             self._steps()
             self.trainer.check()
         except NonFinite as e:
             raise self.non_finite(e.step) from e
         except torch.OutOfMemoryError as e:
-            raise UserError(report.out_of_memory(c, device)) from e
+            raise UserError(memory.out_of_memory(c, self.trainer.model, device)) from e
         if self.stop.signal is not None and not c.log.eval_only:
             at = self.progress
             self.metrics.say(f"{self.stop.signal.name}: stopping after step {at.step}")
@@ -212,10 +231,30 @@ class Loop:
     def _compile(self) -> None:
         """Trace and compile before the first step, so that no iteration's time has it in it."""
         started = time.perf_counter()
+        self.trainer.warm_up(self.progress.step, self._micro_batch())
+        self.metrics.say(f"compiled in {time.perf_counter() - started:.1f}s")
+
+    def _micro_batch(self) -> torch.Tensor:
         rows = slice(self.config.optim.batch_size)
         tokens = torch.from_numpy(self.batches.tokens(self.progress.step, rows))
-        self.trainer.warm_up(self.progress.step, tokens.to(self.trainer.device))
-        self.metrics.say(f"compiled in {time.perf_counter() - started:.1f}s")
+        return tokens.to(self.trainer.device)
+
+    def _capture(self) -> None:
+        """Make the micro-step one CUDA graph where that pays; go on without where it cannot be."""
+        trainer = self.trainer
+        yes, why = graph.wanted(self.config, trainer.model, trainer.device, self.peak.flops)
+        if not yes:
+            return
+        try:
+            trainer.capture(self.progress.step, self._micro_batch())
+            self.metrics.say(f"each micro-batch is one CUDA graph ({why})")
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as e:
+            line = (str(e).strip().splitlines() or [type(e).__name__])[0]
+            if self.config.system.cuda_graph is True:
+                raise UserError(f"--cuda_graph=True: {line}; leave the flag out") from e
+            self.metrics.say(f"no CUDA graph: {line}")
 
     def evaluate(self, step: int) -> bool:
         """Both mean losses on the fixed batches. False where a signal broke it off."""

@@ -86,3 +86,24 @@ def test_one_graph_and_no_recompile():
         t.step(step, tokens(step))
         t.losses(tokens(step))
     assert counters["stats"]["unique_graphs"] == 2, "a step was compiled again"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointed_steps_are_the_plain_ones(dropout):
+    plain, checkpointed = trainer("triton", dropout), trainer("triton", dropout)
+    checkpointed.model.checkpointing = True
+    for step in range(2):
+        a, b = (t.step(step, tokens(step)) for t in (plain, checkpointed))
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+def test_checkpointing_traces_without_a_break():
+    t = trainer("triton", dropout=0.3)
+    t.model.checkpointing = True
+    torch._dynamo.reset()
+    counters.clear()
+    t.forward = torch.compile(t.model, backend="aot_eager", fullgraph=True)
+    for step in range(2):
+        loss, _ = t.step(step, tokens(step))
+        assert torch.isfinite(loss)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]

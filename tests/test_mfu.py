@@ -9,6 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastgpt import mfu
 from fastgpt.model import GPT, ModelShape
+from fastgpt.presets import PRESETS
+from tests.fakes import FakeTensorMode, fake_model
 
 SIZES = {(12, 12, 768): 854.8, (24, 16, 1024): 2423, (36, 20, 1280): 5200, (48, 25, 1600): 10275}
 
@@ -24,6 +26,23 @@ def test_flops_per_token_of_gpt2(size, mega, monkeypatch):
     scores = 6 * size[0] * size[2] * 1024
     assert flops.mfu - flops.mfu_causal == scores and flops.mfu_causal - flops.mfu_6n == scores
     assert flops.mfu_6n == 6 * model.n_params()
+
+
+@pytest.mark.parametrize("preset", [p for p in PRESETS if p not in ("desktop", "laptop")])
+def test_presets_run_the_matmuls_that_are_counted(preset, monkeypatch):
+    """torch's count of the matmuls that run, at full size, is ours: 6N + 12 L C T."""
+    m = PRESETS[preset]().model
+    shape = ModelShape(m.n_layer, m.n_head, m.n_embd, m.block_size, 50257, False, m.gelu)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = fake_model(shape, None, monkeypatch)
+        idx = torch.zeros(1, m.block_size, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(idx, idx).backward()
+    # All of the scores are computed here; the rows that pad the vocabulary are not.
+    padding = (shape.padded_vocab_size - shape.vocab_size) * m.n_embd
+    vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    want = mfu.flops_per_token(model).mfu - 6 * (vectors + padding)
+    assert counter.get_total_flops() == pytest.approx(want * m.block_size, rel=1e-9)
 
 
 def test_count_agrees_with_what_pytorch_runs():

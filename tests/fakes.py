@@ -1,0 +1,40 @@
+"""Models of any size on the fused ops, without memory or a GPU: fake tensors.
+
+Fake tensors have shapes and dtypes only. The registered ops' own fakes say what comes out, so what
+autograd keeps, and which matmuls run, is what a GPU would see. They pose as CPU tensors (autograd
+of CUDA ones needs a CUDA build), and as fp16 where bf16 is meant: as many bytes.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fastgpt_kernels
+from fastgpt import ops
+from fastgpt.model import GPT, ModelShape
+
+
+def fused_table(monkeypatch: pytest.MonkeyPatch) -> ops.OpTable:
+    """The Triton ops, made to believe that they are on a GPU."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fastgpt_kernels.") and hasattr(module, "use_kernel"):
+            monkeypatch.setattr(module, "use_kernel", lambda x: True)
+    functions = {op: getattr(fastgpt_kernels, op) for op in ops.EAGER}
+    choices = tuple(ops.Choice(op, "triton", "fake") for op in functions)
+    return ops.OpTable(**functions, choices=choices)
+
+
+def fake_model(
+    shape: ModelShape, table: ops.OpTable | None, monkeypatch: pytest.MonkeyPatch
+) -> GPT:
+    """Call it, and use what it gives, under a FakeTensorMode; `table` None: the eager ops."""
+    for layer in (torch.nn.Linear, torch.nn.Embedding):  # there is nothing to initialise
+        monkeypatch.setattr(layer, "reset_parameters", lambda self: None)
+    return GPT(shape, 0.0, table, torch.float16)
+
+
+__all__ = ["FakeTensorMode", "fake_model", "fused_table"]
