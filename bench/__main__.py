@@ -13,6 +13,7 @@ if importlib.util.find_spec("fastgpt_kernels") is None:
 
 COMMANDS = {
     "kernels": "each op, forward and backward, against whatever else is installed",
+    "gemms": "the step's matrix products: cuBLAS against max-autotune",
     "step": "the whole training step: ms, tokens/s, MFU, memory, losses side by side",
     "ablate": "what each kernel is worth in the whole step",
     "waterfall": "where the milliseconds of a step go, from the device's peak down",

@@ -163,6 +163,8 @@ class SystemConfig:
     """auto: bfloat16 where the GPU has it, float16 on older ones, float32 on a CPU."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile; auto: on a GPU."""
+    max_autotune: bool = False
+    """Let torch.compile time more matmul kernels, Triton's besides cuBLAS's; minutes, once."""
     kernels: Literal["auto", "triton", "eager"] = "auto"
     """Which implementation the fused ops use; auto: Triton where a GPU can and it checks out."""
     activation_checkpointing: bool = False

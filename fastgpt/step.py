@@ -49,7 +49,8 @@ class Trainer:
         self.model, self.config, self.device = model, config, device
         self.optimizer = optim.make_optimizer(model, config.optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=system.dtype == "float16")
-        self.forward = torch.compile(model, fullgraph=True) if system.compile else model
+        mode = "max-autotune-no-cudagraphs" if system.max_autotune else None
+        self.forward = torch.compile(model, fullgraph=True, mode=mode) if system.compile else model
         # The first step whose loss or gradient norm was not finite; -1: none. From then on every
         # update is called off on the device, until `check` looks.
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)

@@ -59,6 +59,8 @@ def train(config: Config, name: str) -> int:
     system.compile = resolve_compile(system.compile, device)
 
     graph.check(config, device)
+    if system.max_autotune and not system.compile:
+        raise UserError("--max_autotune=True: is torch.compile's; give --compile=True with it")
 
     dataset = open_dataset(ensure(PrepareConfig(**vars(config.data))))
     given = loading.start_from(config, dataset)

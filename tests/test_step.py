@@ -157,3 +157,18 @@ def test_a_machine_that_cannot_compile_is_told_so():
         pytest.raises(UserError, match=r"torch.compile failed \(.*C.. compiler.*--compile=False"),
     ):
         t.warm_up(0, tokens())
+
+
+def test_float16_finds_its_scale_and_learns():
+    """Infinite gradients call the update off and halve the scale; then the loss falls."""
+    t = trainer(dtype=torch.float16)
+    t.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=1000)
+    before = weights(t)
+    t.step(0, tokens())
+    assert all(map(torch.equal, before, weights(t))), "an infinite gradient reached the weights"
+    losses = [t.step(step, tokens())[0].item() for step in range(1, 60)]
+    assert t.scaler.get_scale() < 2.0**40
+    assert losses[-1] < losses[0] - 0.5
+    oracle = trainer()
+    exact = [oracle.step(step, tokens())[0].item() for step in range(60)]
+    assert min(losses) == pytest.approx(min(exact), rel=0.15)
