@@ -18,6 +18,7 @@ COMMANDS = {
     "ablate": "what each kernel is worth in the whole step",
     "waterfall": "where the milliseconds of a step go, from the device's peak down",
     "convergence": "seconds to a target loss",
+    "curves": "the fast path's losses against eager fp32's, over seeds",
     "generate": "sampling speed",
     "all": "the above in order of worth, inside a time budget",
     "compare": "two result files, or two git refs: faster, slower, or no difference",
