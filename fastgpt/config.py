@@ -161,6 +161,9 @@ class SystemConfig:
     """auto, cpu, cuda, cuda:1, mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: bfloat16 where the GPU has it, float16 on older ones, float32 on a CPU."""
+    tf32: bool = False
+    """With --dtype=float32: let tensor cores round what they multiply to TF32. Without, float32 is
+    the oracle that other precisions are held against."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile; auto: on a GPU."""
     max_autotune: bool = False

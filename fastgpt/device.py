@@ -63,3 +63,8 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def set_matmul_precision(*, exact: bool) -> None:
+    """How fp32 matrices are multiplied on a GPU: as fp32, or with inputs rounded to TF32."""
+    torch.set_float32_matmul_precision("highest" if exact else "high")

@@ -7,7 +7,8 @@ besides compilation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -49,6 +50,17 @@ def _run(function: Callable, inputs: list[Tensor], arguments: dict) -> list[Tens
     return [t.detach().float() for t in (*outs, *(x.grad for x in leaves if x.grad is not None))]
 
 
+@contextlib.contextmanager
+def _exact_matmuls() -> Iterator[None]:
+    """fp32 products in fp32: TF32 would put the yardstick itself off by 1e-3."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def disagreement(
     op: str,
     function: Callable,
@@ -60,7 +72,7 @@ def disagreement(
     """What is wrong with `function` against `eager`; empty where they agree."""
     inputs, arguments = _case(op, device, head_dim)
     rounded = [x.to(dtype) for x in inputs]
-    with torch.enable_grad():
+    with torch.enable_grad(), _exact_matmuls():
         want = _run(eager, [x.float() for x in rounded], arguments)
         try:
             got = _run(function, rounded, arguments)

@@ -37,6 +37,7 @@ from fastgpt.device import (
     resolve_compile,
     resolve_device,
     resolve_dtype,
+    set_matmul_precision,
 )
 from fastgpt.errors import UserError
 from fastgpt.model import GPT, ModelShape
@@ -69,7 +70,7 @@ def train(config: Config, name: str) -> int:
     m = config.model
     vocab_size = loading.vocabulary(config, dataset)
     shape = ModelShape(m.n_layer, m.n_head, m.n_embd, m.block_size, vocab_size, m.bias, m.gelu)
-    torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32 on a GPU
+    set_matmul_precision(exact=system.dtype == "float32" and not system.tf32)
     dtype = DTYPES[system.dtype]
     table = ops.choose(
         device,

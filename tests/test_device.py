@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -50,3 +52,24 @@ def test_autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
     with device.autocast(CPU, "float32"):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision"),
+    [([], "highest"), (["--tf32=True"], "high"), (["--dtype=bfloat16"], "high")],
+)
+def test_float32_is_exact_unless_asked(flags, precision, tmp_path, monkeypatch):
+    """The run's own setting, and that checking the ops leaves it."""
+    from fastgpt import cli
+
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("some text " * 400)
+    small = ["--max_iters=1", "--eval_iters=1", "--sample_tokens=0", "--input=text.txt"]
+    before = torch.get_float32_matmul_precision()
+    try:
+        with pytest.raises(SystemExit) as e:
+            cli.main(["train", "laptop", "--device=cpu", *small, *flags])
+        assert not e.value.code
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
