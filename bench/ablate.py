@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     def keep(done: Sequence[turns.Measured]) -> None:
         result.rows[:] = step.rows_of(done, args.preset, config, vocab_size, peak)
         for row in result.rows[1:]:
-            if "ratio" in row:
+            if row.get("ratio", {}).get("low"):
                 base = result.rows[0]["median_ms"]
                 row["worth_ms"] = [(row["ratio"][k] - 1) * base for k in ("ratio", "low", "high")]
         result.save(args.out)
@@ -77,6 +77,6 @@ def main(argv: list[str]) -> int:
             worth, low, high = row["worth_ms"]
             op = row["variant"].removesuffix(" eager")
             print(f"  {op}: its kernel is worth {worth:+.3f} ms [{low:+.3f}, {high:+.3f}] a step")
-    if path := result.save(args.out):
+    if path := result.finish(args.out):
         print(f"written: {path}")
     return 1 if any(row["problem"] for row in result.rows) else 0

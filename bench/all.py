@@ -2,18 +2,22 @@
 
 Correctness tests on the GPU come first. Every part runs in a process of its own and writes its
 results as it gets them; one that fails or overruns its share is reported and the rest goes on. Ends
-inside the budget with a table of at most 60 lines. Other arguments (--peer-path) go to the parts.
+inside the budget with a table of at most 60 lines. A result file of its own says how each part
+ended, the tests first, and `all.log` has all that they said.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -21,10 +25,22 @@ from typing import IO
 import torch
 
 from bench import results
+from bench.stats import MIN_ROUNDS
 from bench.tables import table
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES = 60
+TESTS = "correctness tests"
+# Packages that the parts import, and who needs them.
+NEEDED = {
+    "numpy": "everything",
+    "safetensors": "convergence, generate",
+    "tiktoken": "waterfall, convergence",
+    "rich": "waterfall, convergence",
+    "pytest": "the correctness tests",
+    "hypothesis": "the correctness tests",
+    "matplotlib": "pictures only: numbers are written without them",
+}
 CLOSING_S = 5.0  # kept back for the table
 
 
@@ -43,7 +59,7 @@ def parts(gpu: bool, peer_path: str) -> list[Part]:
     peer = (f"--peer-path={peer_path}",) if peer_path else ()
     # Fewer turns in a short budget: an interval that is wider beats a part that is missing.
     turns = ("--rounds=10", "--turn-seconds=0.5") if gpu else ("--rounds=6", "--turn-seconds=0.05")
-    rounds = "--rounds=20" if gpu else "--rounds=3"
+    rounds = "--rounds=20" if gpu else f"--rounds={MIN_ROUNDS}"
 
     def bench(name: str, *args: str) -> tuple[str, ...]:
         return ("-m", "bench", name, *args)
@@ -51,7 +67,7 @@ def parts(gpu: bool, peer_path: str) -> list[Part]:
     step = ("gpt2", "shakespeare_char") if gpu else ("shakespeare_char",)
     waterfall = ("gpt2",) if gpu else ("laptop", "--seconds=2")
     found = [
-        Part("correctness tests", tests, 0.25),
+        Part(TESTS, tests, 0.25),
         Part("step", bench("step", *step, *turns, *peer), 0.4),
         Part("waterfall", bench("waterfall", *waterfall), 0.3),
         Part("kernels", bench("kernels", rounds), 0.4),
@@ -90,13 +106,28 @@ def run(part: Part, seconds: float, log: IO[str]) -> tuple[int | None, float]:
 
 
 def outcome(part: Part, code: int | None, said: list[str]) -> str:
-    if code is None:
-        return "stopped at its time; what it had is written"
-    if part.name == "correctness tests":
+    """How a part ended, in a few words."""
+    if part.name == TESTS:
         # 5: nothing was collected; with no GPU all are skipped, which is no pass either.
         last = next((line for line in reversed(said) if line.strip()), "")
+        if code is None:
+            return f"stopped at its time, after {so_far(said)}"
         return last if code in (0, 1) else f"exit code {code}: {last}"
+    if code is None:
+        return "stopped at its time; what it had is written"
     return "done" if code == 0 else f"exit code {code}: something in it failed"
+
+
+def so_far(said: list[str]) -> str:
+    """What pytest's lines of dots say: "120 passed, 3 failed, 1 skipped"."""
+    marks = "".join(m[1] for line in said if (m := re.match(r"([.FEsxX]+)( +\[ *\d+%\])?$", line)))
+    counts = {"passed": marks.count("."), "failed": marks.count("F") + marks.count("E")}
+    return ", ".join(f"{n} {what}" for what, n in counts.items()) + f", {marks.count('s')} skipped"
+
+
+def missing(modules: Mapping[str, str] = NEEDED) -> list[str]:
+    """What of `modules` cannot be imported here, and what will lack it."""
+    return [f"{m} ({what})" for m, what in modules.items() if importlib.util.find_spec(m) is None]
 
 
 def closing(folder: Path, since: set[Path]) -> list[str]:
@@ -111,11 +142,12 @@ def closing(folder: Path, since: set[Path]) -> list[str]:
             lines.append(["?", str(e)[:60], "", "", ""])
             continue
         for row in data["rows"]:
-            if row.get("problem"):
+            if row.get("problem") or data["name"] == "all":
                 continue
             if data["name"] == "kernels" and row.get("provider") != "fastgpt":
                 continue
-            lines.append([data["name"], row["key"][:60], *_numbers(row)])
+            name = data["name"] if data["complete"] else f"{data['name']}, cut short"
+            lines.append([name, row["key"][:60], *_numbers(row)])
     if not lines:
         return []
     return table(["part", "what", "ms", "MFU %", "against, ratio"], lines).splitlines()
@@ -161,12 +193,24 @@ def main(argv: list[str]) -> int:
                 f"--parts: no {unknown[0]!r}; there are {', '.join(p.name for p in chosen)}"
             )
         chosen = [p for p in chosen if p.name in wanted]
+    if absent := missing():
+        print(f"not installed here: {', '.join(absent)}", flush=True)
+    result = results.Result("all", argv, {"budget_s": args.budget, "missing": absent})
     said, failed = [], 0
+
+    def keep(part: Part, text: str, took: float) -> None:
+        """Say and record how a part ended."""
+        said.append(f"{part.name}: {text}" + (f" ({took:.0f} s)" if took else ""))
+        print(said[-1], flush=True)
+        timed = {"problem": "", "samples_ms": [1e3 * took]} if took else {"problem": text}
+        result.rows.append({"key": part.name, "outcome": text, **timed})
+        result.save(out)
+
     with (out / "all.log").open("w+") as log:
         for part in chosen:
             left = end - time.monotonic()
             if left < 5:
-                said.append(f"{part.name}: not run, the budget is spent")
+                keep(part, "not run, the budget is spent", 0.0)
                 failed += 1
                 continue
             if part.command[1] == "bench":
@@ -179,8 +223,8 @@ def main(argv: list[str]) -> int:
             text = outcome(part, code, log.read().splitlines())
             log.seek(0, os.SEEK_END)
             failed += code != 0
-            said.append(f"{part.name}: {text} ({took:.0f} s)")
-            print(said[-1], flush=True)
+            keep(part, text, took)
+    result.finish(out)
     lines = closing(out, before)
     room = MAX_LINES - len(said) - 2
     if len(lines) > room:

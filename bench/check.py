@@ -13,9 +13,15 @@ from bench import provenance, results
 
 
 def stale(data: dict, now: dict[str, str]) -> list[str]:
-    """Parts of the sources that changed since."""
+    """Files that changed, came or went since."""
     then = data["environment"].get("sources", {})
-    return [p for p in provenance.needed_parts(data["name"]) if then.get(p) != now[p]]
+    return sorted(path for path in then.keys() | now.keys() if then.get(path) != now.get(path))
+
+
+def shortly(files: list[str], most: int = 4) -> str:
+    """ "a, b, c, d and 12 more"."""
+    more = f" and {len(files) - most} more" if len(files) > most else ""
+    return ", ".join(files[:most]) + more
 
 
 def main(argv: list[str]) -> int:
@@ -31,6 +37,6 @@ def main(argv: list[str]) -> int:
             found += 1
             continue
         if changed:
-            print(f"{path}: measured other sources than these: {', '.join(changed)} changed since")
+            print(f"{path}: measured other sources than these: {shortly(changed)} changed since")
             found += 1
     return 1 if found else 0

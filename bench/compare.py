@@ -5,7 +5,8 @@
 
 The ratio is B's time over A's, with a 95 % interval. Files: every row that both have; they should
 be from the same device. Refs: both are checked out aside and their training steps take turns in
-one run. Exit code 0: nothing is slower; 1: something is; 2: nothing could be compared.
+one run. Exit code 0: nothing is slower; 1: something is; 2: nothing could be compared, or from
+too few samples to say.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from bench import results
 from bench.provenance import ROOT
-from bench.stats import Ratio, ratio_of_independent_medians, ratio_of_medians
+from bench.stats import TOO_FEW, Ratio, ratio_of_independent_medians, ratio_of_medians
 from bench.tables import table
 
 
@@ -124,6 +125,6 @@ def main(argv: list[str]) -> int:
         return 2
     for warning in warnings:
         print(f"  note: {warning}")
-    lines = [[k, f"{r.ratio:.3f}", f"[{r.low:.3f}, {r.high:.3f}]", r.verdict] for k, r in ratios]
-    print(table(["what", "B / A", "95 %", "B is"], lines))
-    return 1 if any(r.verdict == "slower" for _, r in ratios) else 0
+    print(table(["what", "B / A [95 %], B is"], [[key, str(ratio)] for key, ratio in ratios]))
+    verdicts = {ratio.verdict for _, ratio in ratios}
+    return 1 if "slower" in verdicts else 2 if verdicts == {TOO_FEW} else 0

@@ -11,15 +11,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import math
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import provenance, results, setup, step
-from bench.stats import ratio_of_medians, summarize
+from bench.stats import Ratio, ratio_of_medians, summarize
 from bench.tables import table
 from bench.variants import Variant, build
 from fastgpt import settings
@@ -35,76 +39,95 @@ PRESET = "shakespeare_char"
 # nanoGPT's README ends its GPU run at 1.4697; on the way there 1.5 is met by a steep curve.
 TARGETS = {"shakespeare_char": 1.5, "python_stdlib": 1.5}
 SMALL_TARGET, SMALL_STEPS = 3.6, 600
-MIN_SEEDS_FOR_A_VERDICT = 6
 
 
-def train_to_target(
-    variant: Variant,
-    values: dict[str, Any],
-    folder: str,
-    target: float,
-    max_steps: int,
-    eval_every: int,
-) -> dict[str, Any]:
-    """Train until the validation loss is at most `target`, or for max_steps.
+class Race:
+    """One run in a worker process: `start` builds it, each `advance` trains on to an evaluation."""
 
-    Returns {"seconds", "steps", "warm_up_s", "curve": [[seconds, step, val loss], ...], "reached"}.
-    """
-    config = setup.with_values(Config(), values)
-    device, c = torch.device(config.system.device), config
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    dataset = open_dataset(Path(folder))
-    rows = c.optim.batch_size * c.optim.gradient_accumulation_steps
-    T, seed = c.model.block_size, c.run.seed
-    batches = Batches(dataset.train, rows_per_step=rows, block_size=T, seed=seed)
-    held_out = [
-        torch.from_numpy(w).to(device)
-        for w in eval_batches(
+    def __init__(self, variant: Variant, values: dict[str, Any], folder: str):
+        self.variant, self.values, self.folder = variant, values, folder
+
+    def start(self) -> float:
+        """Build and compile. Returns the seconds that the latter took."""
+        self.config = c = setup.with_values(Config(), self.values)
+        self.device = torch.device(c.system.device)
+        if self.device.type == "cpu":
+            torch.set_num_threads(1)
+        dataset = open_dataset(Path(self.folder))
+        rows = c.optim.batch_size * c.optim.gradient_accumulation_steps
+        T = c.model.block_size
+        self.batches = Batches(dataset.train, rows_per_step=rows, block_size=T, seed=c.run.seed)
+        windows = eval_batches(
             dataset.val,
             n_batches=c.log.eval_iters,
             batch_size=c.optim.batch_size,
             block_size=T,
             seed=0,
         )
-    ]
-    with contextlib.redirect_stdout(io.StringIO()):
-        stepper = build(variant, c, dataset.vocab_size)
-    started = time.perf_counter()
-    stepper.warm_up(torch.from_numpy(batches.tokens(0)).to(device))
-    stepper.evaluate(held_out[0])  # compiles too
-    synchronize(device)
-    warm_up_s, seconds, curve = time.perf_counter() - started, 0.0, []
-    for at in range(0, max_steps, eval_every):
+        self.held_out = [torch.from_numpy(w).to(self.device) for w in windows]
+        with contextlib.redirect_stdout(io.StringIO()):  # nanoGPT's model talks
+            self.stepper = build(self.variant, c, dataset.vocab_size)
         started = time.perf_counter()
-        for s in range(at, min(at + eval_every, max_steps)):
-            tokens = torch.from_numpy(batches.tokens(s))
-            if device.type == "cuda":
+        self.stepper.warm_up(torch.from_numpy(self.batches.tokens(0)).to(self.device))
+        self.stepper.evaluate(self.held_out[0])  # compiles too
+        synchronize(self.device)
+        return time.perf_counter() - started
+
+    def advance(self, first: int, end: int) -> tuple[float, float]:
+        """Steps first ... end - 1: the seconds they took, and then the validation loss."""
+        started = time.perf_counter()
+        for s in range(first, end):
+            tokens = torch.from_numpy(self.batches.tokens(s))
+            if self.device.type == "cuda":
                 tokens = tokens.pin_memory()
-            stepper.step(s, tokens.to(device, non_blocking=True))
-        synchronize(device)
-        seconds += time.perf_counter() - started
-        loss = torch.stack([stepper.evaluate(w) for w in held_out]).mean().item()
-        curve.append([seconds, min(at + eval_every, max_steps), loss])
-        if not loss > target:
-            break
-    _, steps, loss = curve[-1]
-    reached = loss <= target  # not so where it is NaN
-    return {
-        "seconds": seconds,
-        "steps": steps,
-        "warm_up_s": warm_up_s,
-        "curve": [point for point in curve if point[2] == point[2]],
-        "reached": reached,
-    }
+            self.stepper.step(s, tokens.to(self.device, non_blocking=True))
+        synchronize(self.device)
+        seconds = time.perf_counter() - started
+        loss = torch.stack([self.stepper.evaluate(w) for w in self.held_out]).mean().item()
+        return seconds, loss
 
 
-def one_run(variant: Variant, values: dict[str, Any], *task: Any, limit_s: float) -> dict[str, Any]:
-    worker = Worker(train_to_target, variant, values)
+def _serve(race: Race, command: str, *args: Any) -> Any:
+    return getattr(race, command)(*args)
+
+
+@dataclass(frozen=True)
+class Course:
+    """How far a run goes at most, in steps and seconds, and when it has arrived."""
+
+    target: float
+    max_steps: int
+    eval_every: int
+    limit_s: float
+
+
+def one_run(race: Race, course: Course, progress: Callable[[dict[str, Any]], object]) -> dict:
+    """{"seconds", "steps", "warm_up_s", "curve": [[seconds, step, val loss], ...], "reached"}.
+
+    `progress` sees it after every evaluation. Raises TaskFailed.
+    """
+    worker, end = Worker(_serve, race), time.monotonic() + course.limit_s
+
+    def ask(*task: Any) -> Any:
+        return worker.ask(*task, timeout=max(1.0, end - time.monotonic()))
+
+    run: dict[str, Any] = {"seconds": 0.0, "steps": 0, "curve": [], "reached": False}
     try:
-        return worker.ask(*task, timeout=limit_s)
+        run["warm_up_s"] = ask("start")
+        while run["steps"] < course.max_steps:
+            first, last = run["steps"], min(run["steps"] + course.eval_every, course.max_steps)
+            seconds, loss = ask("advance", first, last)
+            run |= {"seconds": run["seconds"] + seconds, "steps": last}
+            if not math.isfinite(loss):
+                break
+            run["curve"].append([run["seconds"], last, loss])
+            run["reached"] = loss <= course.target
+            progress(run)
+            if run["reached"]:
+                break
     finally:
         worker.close()
+    return run
 
 
 def row_of(variant: Variant, runs: list[dict[str, Any]], problem: str, target: float) -> dict:
@@ -113,11 +136,21 @@ def row_of(variant: Variant, runs: list[dict[str, Any]], problem: str, target: f
         best = min((p[2] for r in missed for p in r["curve"]), default=float("nan"))
         problem = f"best loss {best:.3f} after {missed[0]['steps']} steps, target {target:g}"
     row: dict[str, Any] = {"key": f"{PRESET} {variant.name}", "variant": variant.name}
-    row |= {"problem": problem, "runs": runs}
-    if not problem:
+    row |= {"problem": problem or ("" if runs else results.NOT_YET), "runs": runs}
+    if not row["problem"]:
         samples = [1e3 * r["seconds"] for r in runs]
         row |= {"samples_ms": samples, "median_ms": summarize(samples).median}
     return row
+
+
+def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Times over the first row's that has one, over the seeds that both have run."""
+    timed = [row for row in rows if not row["problem"]]
+    for row in timed[1:]:
+        pairs = list(zip(row["samples_ms"], timed[0]["samples_ms"], strict=False))
+        r = ratio_of_medians(*zip(*pairs, strict=True))
+        row["ratio"] = results.ratio(timed[0]["variant"], r)
+    return rows
 
 
 def open_data(flags: dict[str, str]) -> tuple[Path, str]:
@@ -174,20 +207,31 @@ def main(argv: list[str]) -> int:
     print(f"{corpus} to a validation loss of {target:g}, {args.seeds} seed(s)", flush=True)
     runs: dict[str, list] = {v.name: [] for v in variants}
     problems = dict.fromkeys(runs, "")
+    course = Course(target, config.run.max_iters, args.eval_every, args.limit_seconds)
+
+    def keep(running: str = "", run: dict[str, Any] | None = None) -> None:
+        """Save what there is; the run under way has its curve so far but no time yet."""
+        rows = [row_of(v, runs[v.name], problems[v.name], target) for v in variants]
+        for row in rows:
+            if run is not None and row["variant"] == running:
+                row["under_way"] = run
+        result.rows[:] = with_ratios(rows)
+        result.save(args.out)
+
+    keep()
     for seed in range(args.seeds):
         for v in variants:
             if problems[v.name]:
                 continue
             values = settings.to_dict(config) | {"seed": config.run.seed + seed}
-            task = (str(folder), target, config.run.max_iters, args.eval_every)
             try:
-                runs[v.name].append(one_run(v, values, *task, limit_s=args.limit_seconds))
+                run = one_run(Race(v, values, str(folder)), course, partial(keep, v.name))
+                runs[v.name].append(run)
             except TaskFailed as e:
                 problems[v.name] = str(e)
-        result.rows[:] = [row_of(v, runs[v.name], problems[v.name], target) for v in variants]
-        path = result.save(args.out)
+            keep()
     show(result.rows)
-    if path:
+    if path := result.finish(args.out):
         print(f"written: {path}")
     return 1 if any(row["problem"] for row in result.rows) else 0
 
@@ -201,10 +245,8 @@ def show(rows: list[dict[str, Any]]) -> None:
         seconds = [r["seconds"] for r in row["runs"]]
         compare = ""
         if row is not base:
-            compare = f"{row['median_ms'] / base['median_ms']:.3f}"
-            if len(seconds) >= MIN_SEEDS_FOR_A_VERDICT:
-                r = ratio_of_medians(row["samples_ms"], base["samples_ms"])
-                compare += f" [{r.low:.3f}, {r.high:.3f}] {r.verdict}"
+            r = row["ratio"]
+            compare = str(Ratio(r["ratio"], r["low"], r["high"]))
         lines.append(
             [
                 row["variant"],

@@ -142,7 +142,7 @@ def main(argv: list[str]) -> int:
     row = measure(args, shape, device, dtype)
     result.rows.append(row)
     folder = args.out or (results.FOLDER if device.type == "cuda" else None)
-    path = result.save(folder)
+    path = result.finish(folder)
     if path:
         print(f"written to {path}")
     short = {k: v for k, v in row.items() if k not in ("samples_ms", "first_token_ms")}

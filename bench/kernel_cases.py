@@ -70,14 +70,35 @@ def compiled(case: Case, fn: Callable[..., Any], device: torch.device) -> None:
         case.skipped["torch.compile"] = "not timed on the CPU"
 
 
-def liger(case: Case, device: torch.device, make: Callable[[], Callable[..., Any]]) -> None:
-    """Add liger-kernel's function where the package is installed, on a GPU."""
-    if importlib.util.find_spec("liger_kernel") is None:
-        case.skipped["liger-kernel"] = "not installed"
+def late(make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    """The function that `make` returns, made at its first call.
+
+    Another library's import can fail in any way; made late, its failure is that provider's own.
+    """
+    made: list[Callable[..., Any]] = []
+
+    def forward(*leaves: Tensor) -> Any:
+        if not made:
+            made.append(make())
+        return made[0](*leaves)
+
+    return forward
+
+
+def installed(
+    case: Case,
+    name: str,
+    package: str,
+    device: torch.device,
+    make: Callable[[], Callable[..., Any]],
+) -> None:
+    """Add another library's function where its package is installed, on a GPU."""
+    if importlib.util.find_spec(package) is None:
+        case.skipped[name] = "not installed"
     elif device.type != "cuda":
-        case.skipped["liger-kernel"] = "needs a GPU"
+        case.skipped[name] = "needs a GPU"
     else:
-        case.providers.append(Provider("liger-kernel", make()))
+        case.providers.append(Provider(name, late(make)))
 
 
 def attention(device: torch.device, size: int = 0) -> Case:
@@ -152,7 +173,7 @@ def attention(device: torch.device, size: int = 0) -> Case:
         else:
             case.skipped[f"SDPA {name}"] = "needs a GPU"
     if device.type == "cuda":
-        case.providers.append(Provider("FlexAttention", flex_attention(T, H)))
+        case.providers.append(Provider("FlexAttention", late(lambda: flex_attention(T, H))))
     else:
         case.skipped["FlexAttention"] = "needs a GPU"
     return case
@@ -201,7 +222,7 @@ def layer_norm(device: torch.device, size: int = 0) -> Case:
         {"forward": 2.0 * M * C * size, "backward": 3.0 * M * C * size},
     )
     compiled(case, eager, device)
-    liger(case, device, liger_kernel)
+    installed(case, "liger-kernel", "liger_kernel", device, liger_kernel)
     return case
 
 
@@ -286,6 +307,11 @@ def cross_entropy(device: torch.device, size: int = 0) -> Case:
         loss = LigerCrossEntropyLoss()
         return lambda logits: loss(logits, targets)
 
+    def quack() -> Callable[..., Any]:
+        from quack.cross_entropy import cross_entropy  # type: ignore[import-not-found]
+
+        return lambda logits: cross_entropy(logits, targets, reduction="mean")
+
     def oracle() -> Tensors:
         """A few rows' gradient and the whole loss, chunk by chunk: fp64 logits do not fit."""
         total = torch.zeros((), dtype=torch.float64, device=device)
@@ -312,13 +338,8 @@ def cross_entropy(device: torch.device, size: int = 0) -> Case:
         owned=True,
     )
     compiled(case, in_fp32, device)
-    if importlib.util.find_spec("quack") is None:
-        case.skipped["quack"] = "not installed"
-    elif device.type == "cuda":
-        from quack import cross_entropy as quack_loss  # type: ignore[import-not-found]
-
-        case.providers.append(Provider("quack", lambda x: quack_loss(x, targets).mean()))
-    liger(case, device, liger_kernel)
+    installed(case, "quack", "quack", device, quack)
+    installed(case, "liger-kernel", "liger_kernel", device, liger_kernel)
     return case
 
 

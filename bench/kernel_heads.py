@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -11,17 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastgpt_kernels as ours
-from bench.kernel_cases import Case, Provider, Tensors, compiled
-
-
-def installed(case: Case, name: str, package: str, device: torch.device, fn: Callable[..., Any]):
-    """Add another library's function where it is installed, on a GPU."""
-    if importlib.util.find_spec(package) is None:
-        case.skipped[name] = "not installed"
-    elif device.type != "cuda":
-        case.skipped[name] = "needs a GPU"
-    else:
-        case.providers.append(Provider(name, fn))
+from bench.kernel_cases import Case, Provider, Tensors, compiled, installed
 
 
 def linear_cross_entropy(device: torch.device, size: int = 0) -> Case:
@@ -49,19 +38,20 @@ def linear_cross_entropy(device: torch.device, size: int = 0) -> Case:
             dx[rows], dw = p @ w / M, dw + p.T @ e / M
         return [total / M, dx, dw]
 
-    def liger_loss(x: Tensor, weight: Tensor) -> Tensor:
+    def liger() -> Callable[..., Any]:
         from liger_kernel.transformers import (  # type: ignore[import-not-found]
             LigerFusedLinearCrossEntropyLoss,
         )
 
-        return LigerFusedLinearCrossEntropyLoss()(weight, x, targets)
+        loss = LigerFusedLinearCrossEntropyLoss()
+        return lambda x, weight: loss(weight, x, targets)
 
-    def cut(x: Tensor, weight: Tensor) -> Tensor:
+    def cut() -> Callable[..., Any]:
         from cut_cross_entropy import (  # type: ignore[import-not-found]
             linear_cross_entropy,
         )
 
-        return linear_cross_entropy(x, weight, targets)
+        return lambda x, weight: linear_cross_entropy(x, weight, targets)
 
     case = Case(
         "linear_cross_entropy",
@@ -77,6 +67,6 @@ def linear_cross_entropy(device: torch.device, size: int = 0) -> Case:
         {"both": 6.0 * M * C * V},
     )
     compiled(case, eager, device)
-    installed(case, "liger-kernel", "liger_kernel", device, liger_loss)
+    installed(case, "liger-kernel", "liger_kernel", device, liger)
     installed(case, "cut-cross-entropy", "cut_cross_entropy", device, cut)
     return case

@@ -11,24 +11,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# What a result depends on, by part. Tools that measure nothing are left out, so that changing them
-# does not make results look old.
-_PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "kernels": ("kernels/fastgpt_kernels", ("aot", "tune", "specs", "_attention_specs")),
-    "bench": ("bench", ("__main__", "all", "check", "compare", "report", "tables", "picture")),
-}
-_FILES: dict[str, tuple[str, ...]] = {
-    "model": ("fastgpt/model.py", "fastgpt/ops.py", "fastgpt/selfcheck.py"),
-    "training": tuple(
-        f"fastgpt/{name}.py"
-        for name in ("presets", "device", "mfu", "optim", "step", "train", "data/batches")
-    ),
-    "sampling": ("fastgpt/generate.py", "fastgpt/decode.py"),
-}
-_NEEDS: dict[str, tuple[str, ...]] = {
-    "kernels": ("kernels", "bench"),
-    "generate": ("kernels", "model", "sampling", "bench"),
-}
+# What a result depends on: every module of these packages, so that no new one is forgotten.
+PACKAGES = ("fastgpt", "kernels/fastgpt_kernels", "bench")
 _QUERY = (
     "name",
     "driver_version",
@@ -42,25 +26,21 @@ _QUERY = (
 
 
 def sources(root: Path = ROOT) -> dict[str, str]:
-    """A hash by part: kernels, model, training, sampling, bench."""
-    paths = {part: [root / p for p in files] for part, files in _FILES.items()}
-    for part, (folder, without) in _PARTS.items():
-        found = (root / folder).glob("*.py")
-        paths[part] = [p for p in found if p.stem not in without and not p.stem.startswith("test_")]
-    return {part: _digest(root, files) for part, files in sorted(paths.items())}
+    """A hash by file of all that a result measured, by its path in the checkout.
+
+    pytest's modules in bench/ measure for themselves and are left out.
+    """
+    paths = [p for package in PACKAGES for p in (root / package).rglob("*.py")]
+    return {
+        path.relative_to(root).as_posix(): hashlib.sha256(_text(path)).hexdigest()[:12]
+        for path in sorted(paths)
+        if not path.name.startswith("test_")
+    }
 
 
-def needed_parts(name: str) -> tuple[str, ...]:
-    """The parts that a result of command `name` depends on."""
-    return _NEEDS.get(name, ("kernels", "model", "training", "bench"))
-
-
-def _digest(root: Path, paths: list[Path]) -> str:
-    total = hashlib.sha256()
-    for path in sorted(p for p in paths if p.exists()):
-        total.update(f"{path.relative_to(root).as_posix()}\n".encode())
-        total.update(path.read_bytes().replace(b"\r\n", b"\n"))
-    return total.hexdigest()[:16]
+def _text(path: Path) -> bytes:
+    """A file's bytes, with the same line ends on every system."""
+    return path.read_bytes().replace(b"\r\n", b"\n")
 
 
 def output_of(*command: str, cwd: Path = ROOT) -> str:

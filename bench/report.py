@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import results
-from bench.check import stale
+from bench.check import shortly, stale
 from bench.provenance import sources
+from bench.stats import Ratio
 from bench.tables import table
 
 COLOURS = {"fastgpt": "#1f77b4", "kernels+compile": "#1f77b4", "kernels": "#6baed6"}
@@ -49,9 +50,7 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
         out["GiB"] = f"{row['peak_memory_bytes'] / 2**30:.2f}"
     if "ratio" in row:
         r = row["ratio"]
-        out["time against"] = (
-            f"{r['to']}: {r['ratio']:.3f} [{r['low']:.3f}, {r['high']:.3f}] {r['verdict']}"
-        )
+        out["time against"] = f"{r['to']}: {Ratio(r['ratio'], r['low'], r['high'])}"
     return out
 
 
@@ -66,7 +65,7 @@ def section(path: Path, data: dict[str, Any], now: dict[str, str], below: Path) 
         "",
     ]
     if changed := stale(data, now):
-        lines += [f"Measured before these sources changed: {', '.join(changed)}.", ""]
+        lines += [f"Measured before these sources changed: {shortly(changed)}.", ""]
     rows = [cells(row) for row in data["rows"]]
     head = list(dict.fromkeys(key for row in rows for key in row))
     lines += [table(head, [[row.get(k, "") for k in head] for row in rows], markdown=True), ""]

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from bench import provenance
+from bench.stats import Ratio
 
 SCHEMA = 1
+NOT_YET = "the run was cut short before this was measured"
 FOLDER = Path(__file__).parent / "results"
 _WANTED = {
     "schema": int,
@@ -26,11 +28,15 @@ _WANTED = {
     "settings": dict,
     "rows": list,
     "problems": list,
+    "complete": bool,
 }
 
 
 class Result:
-    """A result in the making. `save` can be called after every part: the file is always whole."""
+    """A result in the making. `save` can be called after every part: the file is always valid.
+
+    Until `finish`, `complete` is false in it: a run that was cut short says so.
+    """
 
     def __init__(self, name: str, argv: Sequence[str], settings: dict[str, Any]):
         now = time.gmtime()
@@ -45,6 +51,7 @@ class Result:
             "settings": settings,
             "rows": [],
             "problems": [],
+            "complete": False,
         }
 
     @property
@@ -70,6 +77,11 @@ class Result:
         write(path, self.data)
         return path
 
+    def finish(self, folder: Path | None) -> Path | None:
+        """`save` for the last time: all that was asked for has been measured, or has a problem."""
+        self.data["complete"] = True
+        return self.save(folder)
+
 
 def _command(name: str, argv: Sequence[str]) -> str:
     """What to type for the same again; where the results go and the checkout lies is left out."""
@@ -79,6 +91,11 @@ def _command(name: str, argv: Sequence[str]) -> str:
             words.append(word.replace(f"{provenance.ROOT}/", ""))
         skip = word == "--out"
     return shlex.join(words)
+
+
+def ratio(to: str, r: Ratio) -> dict[str, Any]:
+    """A row's `ratio`: its time over that of `to`; from too few rounds `low`, `high` are null."""
+    return {"to": to, "ratio": r.ratio, "low": r.low, "high": r.high, "verdict": r.verdict}
 
 
 def slug(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -85,3 +86,18 @@ def with_values(config: Config, values: dict[str, Any]) -> Config:
         if name in table:
             settings.put(config, table[name], value)
     return config
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argument's type for argparse: whole numbers from `least` on."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"wanted a whole number, got {text}") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
+
+    return parse

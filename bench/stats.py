@@ -1,11 +1,28 @@
-"""Statistics of timings: medians with quartiles, ratios with intervals, verdicts."""
+"""Statistics of timings: medians with quartiles, ratios with intervals, verdicts.
+
+An interval is a bootstrap's (Efron, 1979), widened for what a plain bootstrap misses in timings:
+few rounds (Student's t for the normal quantile, n/(n-1) for the variance) and rounds that resemble
+their neighbours, which carry less evidence than as many independent ones (n / f^2 of them, with
+f^2 = (1 + r)/(1 - r) for a correlation r of neighbours). On synthetic sessions without a difference
+that makes 1 to 4 wrong verdicts in 100, at six rounds as at forty, where the plain bootstrap makes
+20 once neighbours correlate by 0.5; tests hold that.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+# Below six rounds even "all on one side" is no 95 % evidence: 2 / 2^5 = 6 %.
+MIN_ROUNDS = 6
+NORMAL_QUANTILE = 1.959964  # two-sided 95 %, as all intervals here
+MAX_CORRELATION = 0.9
+RESAMPLES = 4000
+
+Samples = Sequence[float] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -18,7 +35,7 @@ class Summary:
     count: int
 
 
-def summarize(samples: Sequence[float]) -> Summary:
+def summarize(samples: Samples) -> Summary:
     """Median and quartiles (linear interpolation) of at least one sample."""
     if len(samples) == 0:
         raise ValueError("summarize: samples must not be empty")
@@ -28,61 +45,94 @@ def summarize(samples: Sequence[float]) -> Summary:
 
 @dataclass(frozen=True)
 class Ratio:
-    """median(a) / median(b) and its bootstrap interval."""
+    """median(a) / median(b) and its 95 % interval; None: too few rounds for one."""
 
     ratio: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
     @property
     def verdict(self) -> str:
-        """Whether a took less time than b: "faster", "slower" or "no difference"."""
+        """Whether a took less time than b: "faster", "slower", "no difference"; or "too few"."""
+        if self.low is None or self.high is None:
+            return TOO_FEW
         if self.high < 1:
             return "faster"
         return "slower" if self.low > 1 else "no difference"
 
+    def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return f"{self.ratio:.3f} ({TOO_FEW})"
+        return f"{self.ratio:.3f} [{self.low:.3f}, {self.high:.3f}] {self.verdict}"
 
-def ratio_of_medians(
-    a: Sequence[float],
-    b: Sequence[float],
-    *,
-    confidence: float = 0.95,
-    resamples: int = 4000,
-    seed: int = 0,
-) -> Ratio:
-    """median(a) / median(b) with a percentile bootstrap interval (Efron, 1979).
+
+TOO_FEW = f"no interval from fewer than {MIN_ROUNDS} rounds"
+
+
+def ratio_of_medians(a: Samples, b: Samples, *, resamples: int = RESAMPLES, seed: int = 0) -> Ratio:
+    """median(a) / median(b) with a 95 % interval.
 
     a[i] and b[i] are of the same round, measured one after the other: rounds are drawn, not single
     samples, so that a drift of the clocks, which both share, does not widen the interval.
     """
-    if len(a) != len(b) or len(a) < 2:
+    if len(a) != len(b) or not len(a):
         raise ValueError(
-            f"ratio_of_medians: a and b need the same 2 or more rounds, got {len(a)}, {len(b)}"
+            f"ratio_of_medians: a and b need the same 1 or more rounds, got {len(a)}, {len(b)}"
         )
-    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    x, y = (np.log(np.asarray(samples, dtype=np.float64)) for samples in (a, b))
     rounds = np.random.default_rng(seed).integers(0, len(x), size=(resamples, len(x)))
-    ratios = np.median(x[rounds], axis=1) / np.median(y[rounds], axis=1)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(ratios, [tail, 1 - tail])
-    return Ratio(float(np.median(x) / np.median(y)), float(low), float(high))
+    # Logarithms, so that an interval widens by a factor and a / b and b / a agree.
+    drawn = np.median(x[rounds], axis=1) - np.median(y[rounds], axis=1)
+    center = float(np.median(x) - np.median(y))
+    return _interval(center, drawn, len(x), neighbours(x - y))
 
 
 def ratio_of_independent_medians(
-    a: Sequence[float],
-    b: Sequence[float],
-    *,
-    confidence: float = 0.95,
-    resamples: int = 4000,
-    seed: int = 0,
+    a: Samples, b: Samples, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Ratio:
     """As `ratio_of_medians`, for samples of two runs: each is drawn from by itself."""
-    if len(a) < 2 or len(b) < 2:
+    if not len(a) or not len(b):
         raise ValueError(
-            f"ratio_of_independent_medians: 2 or more samples each, got {len(a)}, {len(b)}"
+            f"ratio_of_independent_medians: 1 or more samples each, got {len(a)}, {len(b)}"
         )
     draw = np.random.default_rng(seed)
-    x, y = (np.asarray(samples, dtype=np.float64) for samples in (a, b))
+    x, y = (np.log(np.asarray(samples, dtype=np.float64)) for samples in (a, b))
     medians = [np.median(draw.choice(s, size=(resamples, len(s))), axis=1) for s in (x, y)]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(medians[0] / medians[1], [tail, 1 - tail])
-    return Ratio(float(np.median(x) / np.median(y)), float(low), float(high))
+    center = float(np.median(x) - np.median(y))
+    correlation = max(neighbours(x), neighbours(y))
+    return _interval(center, medians[0] - medians[1], min(len(x), len(y)), correlation)
+
+
+def _interval(center: float, drawn: np.ndarray, rounds: int, correlation: float) -> Ratio:
+    """exp of `center` and of the bootstrap's quantiles, widened (see the module's docstring)."""
+    if rounds < MIN_ROUNDS:
+        return Ratio(math.exp(center), None, None)
+    factor = (1 + correlation) / (1 - correlation)
+    wider = t_quantile(max(rounds / factor - 1, 3.0)) / NORMAL_QUANTILE
+    wider *= math.sqrt(factor * rounds / (rounds - 1))
+    low, high = (center + wider * (q - center) for q in np.quantile(drawn, [0.025, 0.975]))
+    return Ratio(math.exp(center), math.exp(low), math.exp(high))
+
+
+def neighbours(samples: np.ndarray) -> float:
+    """How much successive samples' ranks correlate, from 0 to `MAX_CORRELATION`.
+
+    Ranks, so that one outlier says nothing; corrected for the estimate's bias, -(1 + 4r)/n.
+    """
+    n = len(samples)
+    if n <= 4 or np.ptp(samples) == 0:
+        return 0.0
+    ranks = np.argsort(np.argsort(samples)) - (n - 1) / 2
+    found = float((ranks[1:] * ranks[:-1]).sum() / (ranks * ranks).sum())
+    return min(max((n * found + 1) / (n - 4), 0.0), MAX_CORRELATION)
+
+
+def t_quantile(freedom: float) -> float:
+    """Student's t, two-sided 95 %, for at least 3 degrees of freedom; within 1 % (Fisher, 1925)."""
+    z = NORMAL_QUANTILE
+    return (
+        z
+        + (z**3 + z) / (4 * freedom)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    )

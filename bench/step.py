@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from bench import provenance, results, setup, turns
-from bench.stats import ratio_of_medians, summarize
+from bench.setup import at_least
+from bench.stats import MIN_ROUNDS, Ratio, ratio_of_medians, summarize
 from bench.tables import table
 from bench.turns import Measured
 from bench.variants import HF, PEER, Variant
@@ -125,7 +126,7 @@ def rows_of(
             "preset": preset,
             "variant": m.variant.name,
             **more,
-            "problem": m.problem,
+            "problem": m.problem or ("" if m.samples else results.NOT_YET),
             "losses": [x for x in m.built.get("losses", []) if math.isfinite(x)],
             "first_grad_norm": next(filter(math.isfinite, m.built.get("grad_norms", [])), None),
             "ops": m.built.get("choices", []),
@@ -144,15 +145,9 @@ def rows_of(
                 "reserved_memory_bytes": m.reserved_bytes,
                 "warm_up_s": m.built["warm_up_s"],
             }
-            if base is not None and m is not base and len(m.samples) > 1:
+            if base is not None and m is not base:
                 r = ratio_of_medians(m.samples, base.samples)
-                row["ratio"] = {
-                    "to": base.variant.name,
-                    "ratio": r.ratio,
-                    "low": r.low,
-                    "high": r.high,
-                    "verdict": r.verdict,
-                }
+                row["ratio"] = results.ratio(base.variant.name, r)
         rows.append(row)
     return rows
 
@@ -181,7 +176,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
                 f"{row['peak_memory_bytes'] / 2**30:.2f}",
                 f"{row['warm_up_s']:.1f}",
                 f"{row['losses'][0]:.4f} -> {row['losses'][-1]:.4f}",
-                f"{r['ratio']:.3f} [{r['low']:.3f}, {r['high']:.3f}] {r['verdict']}" if r else "1",
+                str(Ratio(r["ratio"], r["low"], r["high"])) if r else "1",
             ]
         )
     head = ["variant", "ms a step", "tokens/s", "MFU / causal / 6N, %", "GiB", "warm-up s"]
@@ -268,8 +263,9 @@ def main(argv: list[str]) -> int:
                     judge=judge(config.model.dropout),
                     progress=keep,
                 )
-                path = keep(found)
+                keep(found)
                 show(result.rows[before:])
+        path = result.finish(args.out)
     except UserError as e:
         parser.error(str(e))
     for name, why in skipped.items():
@@ -295,8 +291,8 @@ def _keep(
 def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
     """What every command that measures steps takes."""
     gpu = torch.cuda.is_available()
-    # Below six rounds even "all on one side" is no 95 % evidence, and no interval says anything.
-    parser.add_argument("--rounds", type=_at_least(6), default=15 if gpu else 8, help="turns each")
+    least = at_least(MIN_ROUNDS)
+    parser.add_argument("--rounds", type=least, default=15 if gpu else 8, help="turns each")
     parser.add_argument("--turn-seconds", type=float, default=1.0 if gpu else 0.1)
     parser.add_argument(
         "--alive",
@@ -305,7 +301,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
         help="one: only one variant at a time on the GPU, for models of which several do not fit",
     )
     parser.add_argument(
-        "--builders", type=_at_least(1), default=3 if gpu else 1, help="built at the same time"
+        "--builders", type=at_least(1), default=3 if gpu else 1, help="built at the same time"
     )
     parser.add_argument(
         "--out",
@@ -313,13 +309,3 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
         default=results.FOLDER if gpu else None,
         help="folder for the JSON; default: bench/results where there is a GPU, else nowhere",
     )
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
-        return value
-
-    return parse

@@ -159,7 +159,8 @@ def measure(
 ) -> list[Measured]:
     """Build, `judge` (which may set problems), then `rounds` turns of about `turn_s` each.
 
-    `progress` sees what there is after each round of all, so that it can be kept.
+    `progress` sees all variants before and after building and after each round of all, so that what
+    there is can be kept. Those that have neither samples nor a problem were not measured yet.
     """
     values = settings.to_dict(config)
     found = [Measured(v) for v in variants]
@@ -174,17 +175,21 @@ def measure(
             found[i].problem = str(e)
             workers[i].close()
 
-    def turn(i: int, steps: int) -> float:
+    def turn(i: int, steps: int) -> float | None:
         m = found[i]
         try:
             got = workers[i].ask("turn", steps, timeout=max(120.0, 20 * turn_s))
         except TaskFailed as e:
             m.problem, m.samples = str(e), []
             workers[i].close()
-            return 0.0
+            return None
         m.peak_bytes = max(m.peak_bytes, got["peak_bytes"])
         m.reserved_bytes = max(m.reserved_bytes, got["reserved_bytes"])
         return got["ms"]
+
+    def take(i: int, steps: int) -> None:
+        if (ms := turn(i, steps)) is not None:
+            found[i].samples.append(ms)
 
     def steps_of(i: int) -> int:
         ms = turn(i, 2)
@@ -194,14 +199,16 @@ def measure(
         return [i for i, m in enumerate(found) if not m.problem]
 
     try:
+        progress(found)
         if alive == "one":
             for i in range(len(found)):
                 start(i)
                 steps = 0 if found[i].problem else steps_of(i)
                 for _ in range(rounds):
                     if not found[i].problem:
-                        found[i].samples.append(turn(i, steps))
+                        take(i, steps)
                 workers[i].close()
+                progress(found)
             judge(found)
         else:
             with ThreadPoolExecutor(builders) as pool:
@@ -210,12 +217,13 @@ def measure(
                 if "OutOfMemoryError" in m.problem:
                     start(i)
             judge(found)
+            progress(found)
             counts = {i: steps_of(i) for i in sound()}
             order = random.Random(seed)
             for _ in range(rounds):
                 for i in order.sample(sound(), len(sound())):
-                    found[i].samples.append(turn(i, counts[i]))
-                progress([m for m in found if not m.problem])
+                    take(i, counts[i])
+                progress(found)
     finally:
         for worker in workers:
             worker.close()

@@ -104,6 +104,10 @@ def run(config: Config, name: str, own: dict[str, str], argv: Sequence[str]) -> 
         a for i, a in enumerate(argv) if not (a.startswith("--out") or "--out" in argv[i - 1 : i])
     ]
     result = results.Result("waterfall", told, settings.to_dict(config))
+    default = Path("out/bench") if config.system.device == "cpu" else results.FOLDER
+    out = Path(own["out"]) if "out" in own else default
+    result.rows.append({"key": name, "problem": results.NOT_YET})
+    result.save(out)
     with Steps(config) as steps:
         found, samples = measure(steps, seconds, int(own.get("traced_steps", 3)))
         choices = steps.trainer.model.ops.describe()
@@ -113,14 +117,13 @@ def run(config: Config, name: str, own: dict[str, str], argv: Sequence[str]) -> 
     print(f"{head}\nops: {choices}")
     ladder_table.show(found)
     row = {"key": name, "samples_ms": samples, "problem": "", "ops": choices}
-    result.rows.append(row | {"tokens": steps.tokens, "waterfall": found.to_json()})
+    result.rows[:] = [row | {"tokens": steps.tokens, "waterfall": found.to_json()}]
     whole = abs(found.residual_share) <= MAX_RESIDUAL
     if not whole:
         missed = f"the rungs miss the measured step by {found.residual_share:+.1%}"
         result.problems.append(missed)
         print(f"bench waterfall: {missed}; is something else running here?", file=sys.stderr)
-    default = Path("out/bench") if on_cpu else results.FOLDER
-    path = result.save(Path(own["out"]) if "out" in own else default)
+    path = result.finish(out)
     assert path is not None
     footer = " · ".join(
         [

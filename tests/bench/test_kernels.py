@@ -1,12 +1,14 @@
 """The kernel comparison: it runs on a CPU, and a wrong or failing provider gets no time."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from bench import kernels, results
-from bench.kernel_cases import Case, Provider
+from bench.kernel_cases import Case, Provider, late
 from bench.kernels import CASES
 
 CPU = torch.device("cpu")
@@ -14,7 +16,7 @@ CPU = torch.device("cpu")
 
 def test_runs_on_a_cpu_and_writes_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert kernels.main(["--rounds", "2", "--out", str(tmp_path)]) == 0
+    assert kernels.main(["--rounds", "6", "--out", str(tmp_path)]) == 0
     (path,) = results.files(tmp_path)
     written = results.load(path)
     assert path.name.endswith("-kernels.json")
@@ -23,7 +25,7 @@ def test_runs_on_a_cpu_and_writes_json(tmp_path: Path, monkeypatch: pytest.Monke
     assert ops == set(CASES)
     for row in written["rows"]:
         if row["provider"] in ("fastgpt", "eager"):
-            assert len(row["samples_ms"]) == 2 and row["median_ms"] > 0 and not row["problem"]
+            assert len(row["samples_ms"]) == 6 and row["median_ms"] > 0 and not row["problem"]
         elif row["provider"] in ("torch.compile", "SDPA flash", "liger-kernel"):
             assert row["problem"] and "median_ms" not in row
 
@@ -46,7 +48,7 @@ def doubled(device: torch.device, size: int = 0) -> Case:
 
 
 def test_no_time_for_a_wrong_provider(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = kernels.measure(doubled(CPU), CPU, rounds=3)
+    rows = kernels.measure(doubled(CPU), CPU, rounds=6)
     by_name = {row["provider"]: row for row in rows}
     assert by_name["nearly"]["problem"].startswith("wrong: relative errors 5.0e-04")
     assert by_name["broken"]["problem"] == "RuntimeError: no such engine"
@@ -66,10 +68,61 @@ def test_a_wrong_kernel_of_ours_fails_the_run(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(CASES, "doubled", wrong)
-    assert kernels.main(["doubled", "--rounds", "2"]) == 1
+    assert kernels.main(["doubled", "--rounds", "6"]) == 1
 
 
-def test_unknown_op(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        kernels.main(["atention"])
-    assert "no op 'atention'" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["atention"], "no op 'atention'"),
+        (["--rounds=5"], "--rounds: must be at least 6, got 5"),
+        (["--rounds=many"], "--rounds: wanted a whole number, got many"),
+    ],
+)
+def test_bad_arguments(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as e:
+        kernels.main(args)
+    assert e.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_another_librarys_failures_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An import that fails, and a pass that fails only when it is run by itself."""
+
+    def no_import() -> Callable[..., Any]:
+        raise ImportError("libnothing.so: cannot open shared object file")
+
+    class OnlyOnce(torch.autograd.Function):
+        calls = 0
+
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            OnlyOnce.calls += 1
+            if OnlyOnce.calls > 1:
+                raise RuntimeError("out of something")
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+            return dy * 2
+
+    case = doubled(CPU)
+    case.providers += [Provider("absent", late(no_import)), Provider("once", OnlyOnce.apply)]
+    rows = {row["provider"]: row for row in kernels.measure(case, CPU, rounds=6)}
+    assert rows["absent"]["problem"].startswith("ImportError: libnothing.so")
+    assert rows["once"]["problem"] == "RuntimeError: out of something"
+    assert "median_ms" not in rows["absent"] and "median_ms" not in rows["once"]
+    assert rows["fastgpt"]["median_ms"] > 0 and rows["eager"]["ours_is"]
+
+
+def test_eager_itself_may_fail() -> None:
+    """Then the others are held against rounding alone."""
+    case = doubled(CPU)
+    (eager,) = [p for p in case.providers if p.name == "eager"]
+
+    def no_memory(x: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no memory")
+
+    eager.forward = no_memory
+    rows = {row["provider"]: row for row in kernels.measure(case, CPU, rounds=6)}
+    assert rows["eager"]["problem"] == "OutOfMemoryError: no memory"
+    assert rows["fastgpt"]["median_ms"] > 0 and rows["nearly"]["problem"].startswith("wrong")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,34 +67,50 @@ def test_check_is_silent_until_a_source_changes(
     assert path is not None
     assert main(["check", str(tmp_path)]) == 0 and capsys.readouterr().out == ""
     data = copy.deepcopy(result.data)
-    data["environment"]["sources"] |= {"kernels": "old", "sampling": "not what a step needs"}
+    data["environment"]["sources"] |= {"bench/turns.py": "old", "fastgpt/gone.py": "gone"}
     results.write(path, data)
     assert main(["check", str(tmp_path)]) == 1
     assert capsys.readouterr().out.endswith(
-        "measured other sources than these: kernels changed since\n"
+        "measured other sources than these: bench/turns.py, fastgpt/gone.py changed since\n"
     )
     path.write_text("{")
     assert check.main([str(tmp_path)]) == 1 and "cannot be read" in capsys.readouterr().out
 
 
-def test_each_part_of_the_sources_counts(tmp_path: Path) -> None:
-    for name in ("kernels/fastgpt_kernels/a.py", "bench/step.py", "fastgpt/model.py"):
+def test_every_source_counts(tmp_path: Path) -> None:
+    for name in ("kernels/fastgpt_kernels/a.py", "bench/step.py", "fastgpt/data/new/deep.py"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x = 1\n")
     before = provenance.sources(tmp_path)
-    (tmp_path / "bench/report.py").write_text("measures nothing\n")
+    (tmp_path / "bench/test_step.py").write_text("measures for itself\n")
+    assert provenance.sources(tmp_path) == before and len(before) == 3
+    (tmp_path / "fastgpt/data/new/deep.py").write_bytes(b"x = 1\r\n")
     assert provenance.sources(tmp_path) == before
-    (tmp_path / "fastgpt/model.py").write_text("x = 2\n")
+    (tmp_path / "fastgpt/data/new/deep.py").write_text("x = 2\n")
+    (tmp_path / "bench/later.py").write_text("")
     after = provenance.sources(tmp_path)
-    assert [k for k in after if after[k] != before[k]] == ["model"]
+    assert {k for k in after if after[k] != before.get(k)} == {
+        "fastgpt/data/new/deep.py",
+        "bench/later.py",
+    }
 
 
-def test_every_source_that_is_named_is_there() -> None:
-    for files in provenance._FILES.values():
-        for name in files:
-            if name not in provenance._FILES["sampling"]:
-                assert (provenance.ROOT / name).is_file(), name
+def test_a_source_that_measured_was_hashed() -> None:
+    """Whatever is imported from the checkout while benchmarks run is among the hashed files."""
+    hashed = provenance.sources().keys()
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None) or ""
+        top = module.__name__.split(".")[0]
+        if top in ("fastgpt", "fastgpt_kernels", "bench") and file.startswith(str(provenance.ROOT)):
+            assert Path(file).relative_to(provenance.ROOT).as_posix() in hashed
+    assert {"kernels/fastgpt_kernels/adamw.py", "bench/picture.py", "fastgpt/step.py"} <= hashed
+
+
+def test_a_run_that_was_cut_short_says_so(result: results.Result, tmp_path: Path) -> None:
+    path = result.save(tmp_path)
+    assert path is not None and not results.load(path)["complete"]
+    assert result.finish(tmp_path) == path and results.load(path)["complete"]
 
 
 def test_report(result: results.Result, tmp_path: Path) -> None:

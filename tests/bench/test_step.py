@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from bench import ablate, convergence, results, setup, step, turns
+from bench.stats import TOO_FEW
 from bench.turns import Measured
 from bench.variants import PEER, Variant, build
 from fastgpt import mfu
@@ -86,10 +87,34 @@ def test_real_steps_take_turns(tmp_path: Path) -> None:
     assert ours.built["losses"] == elsewhere.built["losses"]
     assert step.apart(peer.built["losses"], ours.built["losses"]) < 1e-5
     assert ours.built["losses"][-1] < ours.built["losses"][0] - 0.05  # it does learn
-    assert seen == [[1, 1, 1], [2, 2, 2]] and all(ms > 0 for ms in ours.samples)
+    assert seen == [[0] * 4, [0] * 4, [1, 1, 1, 0], [2, 2, 2, 0]]
+    assert all(ms > 0 for ms in ours.samples)
     assert ours.peak_bytes > 1e7
     assert wrong.problem.startswith("wrong: losses differ from eager's by 20.0%")
     assert not wrong.samples
+
+
+def test_a_step_that_is_cut_short_keeps_its_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the third round: three samples of each, no interval yet; before: a reason."""
+
+    def measure(variants: list[Variant], *_: Any, progress: Any, **__: Any) -> list[Measured]:
+        progress([Measured(v) for v in variants])
+        (path,) = results.files(tmp_path)
+        assert {r["problem"] for r in results.load(path)["rows"]} == {results.NOT_YET}
+        progress([Measured(v, BUILT, [9.0, 10.0, 11.0], 1, 1) for v in variants])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(turns, "measure", measure)
+    for main, args in ((step.main, ["gpt2", "--variants=eager,compile"]), (ablate.main, [])):
+        with pytest.raises(KeyboardInterrupt):
+            main([*args, f"--out={tmp_path}", *TINY])
+        (path,) = results.files(tmp_path)
+        data = results.load(path)
+        assert not data["complete"] and data["rows"][1]["median_ms"] == 10.0
+        assert data["rows"][1]["ratio"]["low"] is None
+        path.unlink()
 
 
 @pytest.mark.parametrize(
@@ -199,8 +224,27 @@ def test_convergence(tmp_path: Path) -> None:
     ours, other = results.load(path)["rows"]
     for row in (ours, other):
         (run,) = row["runs"]
-        assert run["reached"] and run["curve"][-1][2] <= 5.4 and run["seconds"] > 0
+        assert run["reached"] and run["curve"][-1][2] <= 5.4 < run["curve"][-2][2]
+        assert 0 < run["seconds"] == run["curve"][-1][0] and "under_way" not in row
+    assert other["ratio"]["verdict"] == TOO_FEW  # one seed
     assert ours["runs"][0]["steps"] == other["runs"][0]["steps"]
+
+
+def test_convergence_that_is_cut_short_keeps_its_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(race: Any, course: Any, progress: Any) -> dict[str, Any]:
+        progress({"seconds": 1.0, "steps": 20, "curve": [[1.0, 20, 5.5]], "reached": False})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convergence, "one_run", run)
+    text = write_text(tmp_path)
+    data = [f"--input={text}", "--tokenizer=byte", f"--data_dir={tmp_path}/data"]
+    with pytest.raises(KeyboardInterrupt):
+        convergence.main([*TINY, *data, f"--out={tmp_path}/out"])
+    (path,) = results.files(tmp_path / "out")
+    (row,) = results.load(path)["rows"]
+    assert row["problem"] == results.NOT_YET and row["under_way"]["curve"] == [[1.0, 20, 5.5]]
 
 
 def test_a_target_that_was_not_met() -> None:
