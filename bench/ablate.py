@@ -24,6 +24,7 @@ FAST = "kernels+compile"
 def contenders(gpu: bool) -> list[Variant]:
     """The fast path first. Without a GPU it is eager, and so are all the others."""
     fast: dict[str, Any] = {"kernels": "triton", "compile": True} if gpu else {"kernels": "eager"}
+    fast["graph"] = gpu
     without = [Variant(f"{op} eager", overrides={op: "eager"}, **fast) for op in ops.EAGER]
     return [Variant(FAST if gpu else "eager", **fast), *without]
 

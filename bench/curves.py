@@ -143,7 +143,8 @@ def main(argv: list[str]) -> int:
         for seed in range(args.seeds):
             for name, own in chosen.items():
                 given = [f"--{k}={v}" for k, v in common.items()] + [*own, f"--seed={1337 + seed}"]
-                row = {"key": f"{name} seed {seed}", "variant": name, "seed": seed, "problem": ""}
+                row: dict[str, Any] = {"key": f"{name} seed {seed}", "variant": name, "seed": seed}
+                row["problem"] = ""
                 place = Path(folder, row["key"].replace(" ", "-"))
                 try:
                     row |= train(args.preset, given, place, args.limit_seconds)
@@ -154,7 +155,7 @@ def main(argv: list[str]) -> int:
                 result.rows.append(row)
                 path = result.save(args.out)
     show(result, chosen)
-    path = result.save(args.out)
+    path = result.finish(args.out)
     if path:
         title = f"{args.preset}, {args.steps} steps, {args.seeds} seeds"
         draw(result.rows, title, path.with_suffix(".png"))

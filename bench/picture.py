@@ -50,9 +50,9 @@ def draw(
         lost = 100 - ladder.mfu
         subtitle = (
             f"{ladder.step_ms:.4g} ms a step, {ladder.mfu:.1f} % MFU: "
-            f"where the other {lost:.1f} points go"
+            f"where the other {lost:.1f} points go. 100 % is {_peak(ladder)}"
         )
-        figure.text(0.015, 1 - 0.72 / figure.get_figheight(), subtitle, size=12.5, color=_SOFT,
+        figure.text(0.015, 1 - 0.72 / figure.get_figheight(), subtitle, size=12, color=_SOFT,
                     va="center")  # fmt: skip
         if note:
             figure.text(0.985, 1 - 0.36 / figure.get_figheight(), note, size=11, weight="bold",
@@ -74,7 +74,7 @@ def _bars(axes: Any, rungs: list[Rung], ladder: Ladder) -> None:
         end = at + rung.ms
         if rung.name == "ideal":
             axes.barh(row, rung.ms, color=_GOOD, height=0.62)
-            label = f"{rung.ms:.3g} ms at {_peak(ladder)}"
+            label = f"{rung.ms:.3g} ms"
         else:
             _split_bar(axes, row, at, rung, _COLOURS.get(rung.name, _INK))
             label = f"{rung.ms:+.3g} ms   {-rung.mfu_points:+.1f} pt"
@@ -88,9 +88,9 @@ def _bars(axes: Any, rungs: list[Rung], ladder: Ladder) -> None:
               size=11, weight="bold", color=_INK)  # fmt: skip
     _margins(axes, last, Rung("measured step", 0), f"{ladder.mfu:.1f} %", bold=True)
     axes.text(1.0, -0.85, "MFU so far", transform=axes.get_yaxis_transform(), size=9, color=_SOFT)
-    axes.text(1.1, -0.85, "of its bound", transform=axes.get_yaxis_transform(), size=9, color=_SOFT)
-    axes.text(0.0, -0.85, "solid: still to win · pale: the least this part costs on this device",
-              transform=axes.get_yaxis_transform(), size=9, color=_SOFT)  # fmt: skip
+    axes.text(1.1, -0.85, "bound / time", transform=axes.get_yaxis_transform(), size=9, color=_SOFT)
+    legend = "solid: still to win · pale: the least that this part costs on this device, its bound"
+    axes.text(0.0, -0.85, legend, transform=axes.get_yaxis_transform(), size=9, color=_SOFT)
     axes.set_xlim(0, width * 1.24)
     axes.set_ylim(last + 0.6, -0.6)
     axes.set_yticks([])

@@ -7,6 +7,7 @@ command, so that no row mixes two versions.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -83,6 +84,8 @@ def plot(path: Path, data: dict[str, Any]) -> Path:
     rows = [r for r in data["rows"] if not r["problem"]]
     draw = {"step": plot_steps, "ablate": plot_steps, "kernels": plot_kernels}.get(data["name"])
     if draw is None or not rows:
+        return picture
+    if importlib.util.find_spec("matplotlib") is None:
         return picture
     from matplotlib.figure import Figure
 

@@ -47,7 +47,7 @@ def contenders(names: str, peer_path: str, gpu: bool) -> tuple[list[Variant], di
         "eager": Variant("eager"),
         "compile": Variant("compile", compile=True),
         "kernels": Variant("kernels", kernels="triton"),
-        "kernels+compile": Variant("kernels+compile", kernels="triton", compile=True),
+        "kernels+compile": Variant("kernels+compile", kernels="triton", compile=True, graph=True),
         "peer": Variant(f"{peer_name}, eager", kind=PEER, path=peer),
         "peer+compile": Variant(f"{peer_name}, compile", kind=PEER, path=peer, compile=True),
         "hf": Variant("transformers, eager", kind=HF),

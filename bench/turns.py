@@ -50,6 +50,8 @@ class Seat:
         """Build and compile, then the first steps, all on one batch: their losses and norms."""
         config = with_values(Config(), self.values)
         self.device = torch.device(config.system.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # events are recorded on the current one
         generator = torch.Generator().manual_seed(0)
         rows = config.optim.batch_size * config.optim.gradient_accumulation_steps
         size = (POOL, rows, config.model.block_size + 1)
@@ -93,8 +95,10 @@ class Seat:
             after.record()
             synchronize(self.device)
             ms = before.elapsed_time(after) / steps
-            peak = torch.cuda.max_memory_allocated(self.device)
             reserved = torch.cuda.max_memory_reserved(self.device)
+            peak = torch.cuda.max_memory_allocated(self.device)
+            if self.stepper is not None and self.stepper.graphed:
+                peak = reserved  # what a graph's replay uses was allocated when it was captured
         else:
             start = time.perf_counter()
             for _ in range(steps):

@@ -17,12 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastgpt import ops, optim
+from fastgpt import mfu, ops, optim
 from fastgpt.config import Config
 from fastgpt.device import DTYPES, autocast, synchronize
 from fastgpt.errors import UserError
 from fastgpt.model import GPT, ModelShape
 from fastgpt.step import Trainer
+
+graph: Any
+try:
+    from fastgpt import graph
+except ImportError:  # `compare` measures commits from before there were graphs
+    graph = None
 
 PEER, HF = "peer", "hf"
 
@@ -35,6 +41,7 @@ class Variant:
     kind: str = "ours"
     compile: bool = False
     kernels: str = "eager"
+    graph: bool = False  # one CUDA graph a micro-step, where `fastgpt train` would make one
     overrides: dict[str, str] = field(default_factory=dict)
     path: str = ""
     root: str = ""  # another checkout, whose fastgpt and kernels are measured; empty: this one
@@ -44,6 +51,7 @@ class Stepper(Protocol):
     """A model in training. Tokens are (rows, T + 1) on the device."""
 
     choices: list[str]
+    graphed: bool  # whether steps replay a CUDA graph, whose memory no allocator counts
 
     def warm_up(self, tokens: Tensor) -> None: ...
 
@@ -78,9 +86,28 @@ class Ours:
         )
         self.trainer = Trainer(our_model(config, vocab_size, table).to(device), config, device)
         self.choices = [f"{c.op}: {c.implementation} ({c.reason})" for c in table.choices]
+        self.may_graph, self.graphed = variant.graph, False
 
     def warm_up(self, tokens: Tensor) -> None:
-        self.trainer.warm_up(0, tokens[: self.trainer.config.optim.batch_size])
+        micro_batch = tokens[: self.trainer.config.optim.batch_size]
+        self.trainer.warm_up(0, micro_batch)
+        if self.may_graph and graph is not None:
+            self._capture(micro_batch)
+
+    def _capture(self, micro_batch: Tensor) -> None:
+        """As fastgpt.train: a graph where that pays; without one where it cannot be had."""
+        trainer, system = self.trainer, self.trainer.config.system
+        peak = mfu.device_peak(trainer.device, DTYPES[system.dtype], system.peak_tflops)
+        wanted, why = graph.wanted(trainer.config, trainer.model, trainer.device, peak.flops)
+        if wanted:
+            try:
+                trainer.capture(0, micro_batch)
+                self.graphed = True
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as e:
+                why = f"not captured: {e}".splitlines()[0]
+        self.choices.append(f"CUDA graph: {'yes' if self.graphed else 'no'} ({why})")
 
     def step(self, step: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return self.trainer.step(step, tokens)
@@ -109,7 +136,7 @@ class Peer:
             self.device.type, enabled=config.system.dtype == "float16"
         )
         self.forward = torch.compile(self.loss) if variant.compile else self.loss
-        self.choices = ["its own model, autocast, fused AdamW"]
+        self.choices, self.graphed = ["its own model, autocast, fused AdamW"], False
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         raise NotImplementedError
@@ -237,7 +264,8 @@ def _import_model(folder: Path) -> Any:
 
 def build(variant: Variant, config: Config, vocab_size: int) -> Stepper:
     """The variant's model and optimizer on the config's device. Raises UserError."""
-    torch.set_float32_matmul_precision("high")  # as fastgpt.train and nanoGPT both do
+    exact = config.system.dtype == "float32" and not getattr(config.system, "tf32", True)
+    torch.set_float32_matmul_precision("highest" if exact else "high")  # peers' too
     torch.manual_seed(config.run.seed)
     kinds: dict[str, Callable[..., Stepper]] = {"ours": Ours, PEER: NanoGPT, HF: HuggingFace}
     return kinds[variant.kind](variant, config, vocab_size)

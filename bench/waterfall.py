@@ -10,13 +10,15 @@ The step is the trainer's own, `fastgpt.step.Trainer.step` with prefetched batch
 compiled and on the kernels that `fastgpt train` would use; the vocabulary is that of the preset's
 corpus: 256 bytes, 65 characters or GPT-2's 50,257. It is timed without the profiler (device
 events on a GPU, medians) before and after it is traced; reading the loss for a log line is not in
-it. Written are a result file, whose one row has the rungs (schema: bench/ladder.py), a PNG and an
-SVG.
+it, and neither is the CUDA graph that `fastgpt train` makes of a small model's step: a trace does
+not say which op a graph's kernel is of. Without a GPU it is one thread's step. Written are a result
+file, whose one row has the rungs (schema: bench/ladder.py), a PNG and an SVG.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib.util
 import statistics
 import sys
 import tempfile
@@ -31,15 +33,22 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench import ladder, ladder_table, picture, results, trace
+from bench import ladder, ladder_table, picture, results, setup, trace
 from bench.categories import DATA_SCOPE, Sizes
-from fastgpt import mfu, ops, report, settings
+from fastgpt import mfu, ops, settings
 from fastgpt.config import Config
 from fastgpt.data import token_files
 from fastgpt.data.batches import Batches, Prefetcher
 from fastgpt.data.tokens import TokenSplit, TokenWriter
 from fastgpt.data.vocabulary import GPT2_VOCAB
-from fastgpt.device import DTYPES, resolve_compile, resolve_device, resolve_dtype, synchronize
+from fastgpt.device import (
+    DTYPES,
+    resolve_compile,
+    resolve_device,
+    resolve_dtype,
+    set_matmul_precision,
+    synchronize,
+)
 from fastgpt.errors import UserError
 from fastgpt.model import GPT, ModelShape
 from fastgpt.presets import PRESETS
@@ -61,8 +70,11 @@ def main(argv: Sequence[str]) -> int:
         try:
             return run(config, name, own, argv)
         except torch.OutOfMemoryError as e:
-            device = torch.device(config.system.device)
-            raise UserError(report.out_of_memory(config, device)) from e
+            o, m = config.optim, config.model
+            raise UserError(
+                f"out of memory at --batch_size={o.batch_size} x --block_size={m.block_size}: "
+                "a smaller --batch_size fits"
+            ) from e
     except (UserError, trace.TraceError) as e:
         print(f"bench waterfall: {e}", file=sys.stderr)
         return 2
@@ -108,7 +120,7 @@ def run(config: Config, name: str, own: dict[str, str], argv: Sequence[str]) -> 
     out = Path(own["out"]) if "out" in own else default
     result.rows.append({"key": name, "problem": results.NOT_YET})
     result.save(out)
-    with Steps(config) as steps:
+    with setup.one_thread(config.system.device), Steps(config) as steps:
         found, samples = measure(steps, seconds, int(own.get("traced_steps", 3)))
         choices = steps.trainer.model.ops.describe()
     where = result.data["environment"]
@@ -139,8 +151,11 @@ def run(config: Config, name: str, own: dict[str, str], argv: Sequence[str]) -> 
     title = f"{name}, {steps.trainer.model.n_params() / 1e6:.3g}M parameters, on {where['device']}"
     note = "CPU picture" if on_cpu else ""
     pictures = [path.with_suffix(f".{kind}") for kind in picture.FORMATS]
-    picture.draw(found, title, footer, pictures, note)
-    print(f"written: {path}, .png and .svg")
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"written: {path}; no picture: matplotlib is not installed")
+    else:
+        picture.draw(found, title, footer, pictures, note)
+        print(f"written: {path}, .png and .svg")
     return 0 if whole else 1
 
 
@@ -156,7 +171,8 @@ class Steps:
         shape = ModelShape(
             m.n_layer, m.n_head, m.n_embd, m.block_size, vocab_size, m.bias, m.gelu
         )  # fmt: skip
-        torch.set_float32_matmul_precision("high")  # as fastgpt.train
+        system = config.system
+        set_matmul_precision(exact=system.dtype == "float32" and not system.tf32)
         dtype = DTYPES[config.system.dtype]
         table = ops.choose(
             self.device,

@@ -1,0 +1,122 @@
+"""Every command that the READMEs name is there and runs; measuring itself is made short here.
+
+What steps take is made up, since test_step.py takes real ones; the rest runs at a tiny size.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import all as everything
+from bench import compare, convergence, results, turns
+from bench.__main__ import COMMANDS, main
+from tests.bench.test_step import TINY, fake_measure
+from tests.runs import write_text
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "bench/README.md").read_text() + (ROOT / "README.md").read_text()
+BLOCKS = "".join(re.findall(r"^```text\n(.*?)^```", TEXT, re.M | re.S))
+# A comment follows a command after two spaces or more.
+LINES = [re.split(r"\s{2,}", line)[0] for line in BLOCKS.splitlines()]
+DOCUMENTED = sorted({line for line in LINES if line.startswith("python -m bench ")})
+
+
+def given(name: str, folder: Path) -> list[str]:
+    """What makes a documented command small."""
+    out = [f"--out={folder}"]
+    corpus = [f"--input={folder}/text.txt", "--tokenizer=byte", f"--data_dir={folder}/data"]
+    return {
+        "step": [*out, *TINY],
+        "ablate": [*out, *TINY],
+        "compare": TINY,
+        "kernels": [*out, "--rounds=6"],
+        "waterfall": [*out, *TINY, "--seconds=0.2", "--batch_size=2", "--n_head=2"],
+        "convergence": [*out, *TINY, *corpus],
+        "generate": [*out, "--device=cpu", "--dtype=float32"],
+        "all": out,
+        "report": [str(folder), f"--out={folder}/RESULTS.md"],
+        "check": [str(folder)],
+    }[name]
+
+
+# These have tests of their own, which run them.
+ELSEWHERE = ("curves", "gemms", "scaling")
+
+
+def test_every_command_is_documented() -> None:
+    named = {line.split()[3] for line in DOCUMENTED}
+    assert named | set(ELSEWHERE) == set(COMMANDS) | set(ELSEWHERE) and len(DOCUMENTED) >= 16
+    assert "pytest bench --benchmark-only" in LINES
+
+
+@pytest.mark.parametrize("line", DOCUMENTED)
+def test_documented_command(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(race: Any, course: Any, progress: Callable[[Any], None]) -> dict[str, Any]:
+        curve = [[1.0, 20, 3.5]]
+        return {"seconds": 1.0, "steps": 20, "warm_up_s": 0.1, "curve": curve, "reached": True}
+
+    monkeypatch.setattr(turns, "measure", fake_measure({}))
+    monkeypatch.setattr(convergence, "one_run", run)
+    monkeypatch.setattr(everything, "parts", lambda *_: [])
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path)
+    name, *args = shlex.split(line)[3:]
+    if name in ELSEWHERE:
+        with pytest.raises(SystemExit) as e:
+            main([name, *args, "--help"])
+        assert e.value.code == 0
+        return
+    if name == "compare":
+        ref_or_file(args, tmp_path, monkeypatch)
+    files = args[0].endswith(".json") if args else False
+    if name == "generate":
+        args = [a for a in args if not a.startswith(("--size", "--new"))] + ["--new=4"]
+    assert main([name, *args, *([] if files else given(name, tmp_path))]) == 0
+    if name in ("step", "ablate", "kernels", "waterfall", "convergence", "generate"):
+        (path,) = tmp_path.glob(f"*/*-{name}.json")
+        data = results.load(path)
+        assert data["name"] == name and data["complete"] and data["rows"]
+
+
+def ref_or_file(args: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the two files that are compared; a clone of one commit has no tag v0.1."""
+    if not args[0].endswith(".json"):
+        monkeypatch.setattr(compare, "checkouts", lambda refs: _Places(refs))
+        return
+    for name in args[:2]:
+        result = results.Result("step", [], {})
+        result.rows.append({"key": "a", "problem": "", "samples_ms": [1.0] * 6})
+        results.write(folder / name, result.data)
+
+
+class _Places(list[str]):
+    """Stands for `compare.checkouts`, which test_compare.py tests."""
+
+    def __enter__(self) -> list[str]:
+        return list(self)
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+
+def test_pytest_benchmark() -> None:
+    """As people know it: a table by group, from real runs."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "-k", "layer_norm"]
+        + ["-p", "no:cacheprovider", "-p", "no:xdist"],
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_forward_and_backward[layer_norm-fastgpt]" in done.stdout
+    assert "Rounds" in done.stdout and "4 passed" in done.stdout
