@@ -20,6 +20,7 @@ COMMANDS = {
     "convergence": "seconds to a target loss",
     "curves": "the fast path's losses against eager fp32's, over seeds",
     "generate": "sampling speed",
+    "scaling": "step time against the number of GPUs, on paper",
     "all": "the above in order of worth, inside a time budget",
     "compare": "two result files, or two git refs: faster, slower, or no difference",
     "check": "which committed results are older than the sources they measured",
