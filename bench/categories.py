@@ -65,7 +65,7 @@ def _rule(pattern: str) -> re.Pattern[str]:
 GEMM_OPS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1}
 _GEMM = _rule(
     r"^aten::(mm|addmm|matmul|linear|addmv|mv)$|(Mm|Addmm|Linear)Backward\d*$"
-    r"|gemm|nvjet|xmma|cutlass|cublas|splitK|triton_tem_fused.*mm|^mkldnn_linear|Cijk_"
+    r"|gemm|gemv|nvjet|xmma|cutlass|cublas|splitK|triton_tem_fused.*mm|^mkldnn_linear|Cijk_"
 )
 _ATTENTION = _rule(
     r"scaled_dot_product|ScaledDotProduct|fastgpt::attention|\b_Attention(Backward)?$"
@@ -85,7 +85,9 @@ _MEMORY: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("GELU", _rule(r"gelu|Gelu|GELU")),
     (
         "embedding",
-        _rule(r"embedding|Embedding|index_select|indexing_backward|index_put|compute_grad_weight"),
+        _rule(
+            r"embedding|Embedding|index_select|indexing_backward|index_put|compute_grad_weight|RadixSort"
+        ),
     ),
     ("dropout", _rule(r"dropout|Dropout|bernoulli|distribution_elementwise")),
     ("norms or GELU", _rule(r"^(forward|backward)_kernel|_sum_partials")),

@@ -21,8 +21,9 @@ _QUERY = (
     "power.draw",
     "power.limit",
     "temperature.gpu",
-    "clocks_throttle_reasons.active",
 )
+# What drivers since 535 and those before call the same bits.
+_THROTTLING = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
 
 
 def sources(root: Path = ROOT) -> dict[str, str]:
@@ -62,12 +63,32 @@ def commit(folder: Path = ROOT) -> str:
 
 
 def gpu_state() -> dict[str, str]:
-    """Clocks, power, temperature and throttling of GPU 0 right now; empty without nvidia-smi."""
-    line = output_of(
-        "nvidia-smi", "--id=0", f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader"
-    )
-    values = [v.strip() for v in line.split(",")]
-    return dict(zip(_QUERY, values, strict=True)) if len(values) == len(_QUERY) else {}
+    """Clocks, power, temperature and throttling of the GPU right now; empty without nvidia-smi.
+
+    `throttling` is a bit mask in hexadecimal, of which 1 is idle and 4 the power limit.
+    """
+    for which in dict.fromkeys((_uuid(), "0")):
+        for throttling in _THROTTLING:
+            query = ",".join([*_QUERY, throttling])
+            line = output_of(
+                "nvidia-smi", f"--id={which}", f"--query-gpu={query}", "--format=csv,noheader"
+            )
+            values = [v.strip() for v in line.splitlines()[0].split(",")]
+            if len(values) == len(_QUERY) + 1:
+                return dict(zip((*_QUERY, "throttling"), values, strict=True))
+            if "FileNotFoundError" in line:
+                return {}
+    return {}
+
+
+def _uuid() -> str:
+    """How nvidia-smi names the GPU that PyTorch calls the first; its "0" may be another one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "0"
+    uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None)
+    return f"GPU-{uuid}" if uuid else "0"
 
 
 def device_name() -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,8 @@ def plot(path: Path, data: dict[str, Any]) -> Path:
 
 def plot_steps(figure: Any, rows: list[dict[str, Any]], data: dict[str, Any]) -> None:
     """Bars of MFU by preset; for a sweep, ms over the value with the step at 100 % MFU."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     known = ("batch", "block_size", "n_layer", "n_embd")
     sweep = next((k for k in known if k in rows[0]), None)
     axes = figure.subplots()
@@ -120,7 +123,24 @@ def plot_steps(figure: Any, rows: list[dict[str, Any]], data: dict[str, Any]) ->
         style = {"ls": "--", "color": "black", "lw": 1} if name.endswith("MFU") else {"marker": "o"}
         axes.plot(*zip(*sorted(points), strict=True), label=name, **style)
     axes.set(xlabel=sweep, ylabel="ms a step", xscale="log", yscale="log")
-    axes.legend(fontsize=7)
+    values = sorted({r[sweep] for r in rows})
+    axes.set_xticks(values, [f"{v:,}" for v in values])
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
+    axes.grid(color="#e4e8ec", lw=0.8)
+    axes.legend(fontsize=8)
+
+
+def _numbers(size: str) -> list[int]:
+    """What sizes are ordered by; the batch falls as T grows and does not count."""
+    return [int(n) for n in re.findall(r"\d+", re.sub(r"B=\d+", "", size))]
+
+
+def shorter(size: str) -> str:
+    """A size's numbers on a line, and what they are of on the next."""
+    first, _, rest = size.rpartition(" ")
+    return f"{first}\n{rest}" if first else size
 
 
 def plot_kernels(figure: Any, rows: list[dict[str, Any]], data: dict[str, Any]) -> None:
@@ -128,23 +148,25 @@ def plot_kernels(figure: Any, rows: list[dict[str, Any]], data: dict[str, Any]) 
     panels: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for r in rows:
         panels[(r["op"], r["pass"])].append(r)
-    columns = 4
+    columns = min(3, len(panels))
     height = -(-len(panels) // columns)
-    figure.set_size_inches(4 * columns, 3.2 * height)
-    for i, ((op, kind), here) in enumerate(panels.items()):
+    figure.set_size_inches(5 * columns, 3.8 * height)
+    for i, ((op, kind), here) in enumerate(sorted(panels.items())):
         axes = figure.add_subplot(height, columns, i + 1)
-        sizes = list(dict.fromkeys(r["size"] for r in here))
+        sizes = sorted({r["size"] for r in here}, key=_numbers)
         for name in dict.fromkeys(r["provider"] for r in here):
             mine = {r["size"]: r["rate"] for r in here if r["provider"] == name}
             at = [k for k, size in enumerate(sizes) if size in mine]
             axes.plot(at, [mine[sizes[k]] for k in at], marker="o", ms=3, label=name)
         unit = here[0]["unit"]
-        axes.axhline(data["settings"]["roofs"][unit], ls="--", color="black", lw=1)
-        axes.set_xticks(range(len(sizes)), sizes, fontsize=5)
-        axes.set_title(f"{op} {kind}", fontsize=8)
-        axes.set_ylabel(unit, fontsize=7)
+        roof = data["settings"]["roofs"][unit]
+        axes.axhline(roof, ls="--", color="black", lw=1, label=f"roof {roof:,.4g}")
+        axes.set_xticks(range(len(sizes)), [shorter(size) for size in sizes], fontsize=7)
+        axes.margins(x=0.1)
+        axes.set_title(f"{op}, {kind}", fontsize=10)
+        axes.set_ylabel(unit, fontsize=8)
         axes.set_ylim(bottom=0)
-        axes.legend(fontsize=5)
+        axes.legend(fontsize=7)
 
 
 def main(argv: list[str]) -> int:

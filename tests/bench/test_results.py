@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -129,6 +130,38 @@ def test_report(result: results.Result, tmp_path: Path) -> None:
     assert path.with_suffix(".svg").exists() and path.with_suffix(".svg").name in text
 
 
+def test_sizes_of_a_sweep_in_their_order() -> None:
+    sizes = ["B=64 T=1024 12x64 causal", "B=128 T=512 12x64 causal", "B=16 T=4096 12x64 causal"]
+    assert [s.split()[1] for s in sorted(sizes, key=report._numbers)] == [
+        "T=512",
+        "T=1024",
+        "T=4096",
+    ]
+
+
+def test_report_of_a_sweep_and_of_kernels(tmp_path: Path) -> None:
+    """Lines with the roof among them, in text that a reader of the SVG can find."""
+    step = results.Result("step", ["--sweep=n_layer"], {})
+    for n in (2, 4):
+        step.rows.append(
+            ROW
+            | {"key": f"gpt2 n_layer={n} eager", "preset": "gpt2", "variant": "eager"}
+            | {"n_layer": n, "mfu": 0.5, "mfu_causal": 0.4, "mfu_6n": 0.3, "median_ms": 2.0 * n}
+            | {"tokens_per_second": 1e6}
+        )
+    kernels = results.Result("kernels", [], {"roofs": {"GB/s": 4000.0}})
+    for size in ("8 x 768 bfloat16", "8 x 1024 bfloat16"):
+        names = {"op": "layer_norm", "size": size, "pass": "forward", "provider": "fastgpt"}
+        rate = {"rate": 3000.0, "unit": "GB/s", "share_of_roof": 0.75}
+        kernels.rows.append(ROW | names | rate | {"key": size})
+    paths = [result.finish(tmp_path / "results") for result in (step, kernels)]
+    assert report.main([str(tmp_path / "results")]) == 0
+    drawn = [path.with_suffix(".svg").read_text() for path in paths if path is not None]
+    assert "100 % MFU" in drawn[0] and "roof 4,000" in drawn[1]
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert all(path is not None and path.with_suffix(".svg").name in text for path in paths)
+
+
 def test_report_of_nothing(tmp_path: Path) -> None:
     assert report.main([str(tmp_path / "results")]) == 0
     assert "No result is committed yet" in (tmp_path / "RESULTS.md").read_text()
@@ -145,3 +178,24 @@ def test_committed_results_are_results() -> None:
     for path in results.committed():
         assert json.loads(path.read_text())["environment"]["gpu"], f"{path}: not from a GPU"
         results.load(path)
+
+
+FAKE_SMI = """#!/bin/sh
+case "$*" in
+  *clocks_event_reasons*) echo 'Field "clocks_event_reasons.active" is not a valid field.'; exit 6;;
+esac
+echo "NVIDIA H200, 580.1, 1980 MHz, 3201 MHz, 693.12 W, 700.00 W, 61, 0x0000000000000004"
+"""
+
+
+def test_state_of_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the driver has the older of two names for throttling."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(FAKE_SMI)
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    state = provenance.gpu_state()
+    assert state["throttling"] == "0x0000000000000004" and state["power.draw"] == "693.12 W"
+    assert (state["name"], state["driver_version"], len(state)) == ("NVIDIA H200", "580.1", 8)
+    smi.write_text("#!/bin/sh\nexit 9\n")
+    assert provenance.gpu_state() == {}
