@@ -175,6 +175,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="the Markdown file; default: RESULTS.md above")
     args = parser.parse_args(argv)
     folder: Path = args.folder.resolve()
+    if args.folder != results.FOLDER and not folder.is_dir():
+        parser.error(f"{args.folder}: there is no such folder")
     out: Path = (args.out or folder.parent / "RESULTS.md").resolve()
     try:
         found = newest(folder)

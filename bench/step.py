@@ -43,6 +43,8 @@ def contenders(names: str, peer_path: str, gpu: bool) -> tuple[list[Variant], di
     """The variants asked for, and why others are not there. Raises UserError."""
     peer = str(Path(peer_path).expanduser().resolve()) if peer_path else ""
     peer_name = Path(peer).name or "peer"
+    if peer and not Path(peer, "model.py").is_file():
+        raise UserError(f"--peer-path={peer_path}: there is no model.py in it")
     known = {
         "eager": Variant("eager"),
         "compile": Variant("compile", compile=True),

@@ -162,7 +162,11 @@ def test_report_of_a_sweep_and_of_kernels(tmp_path: Path) -> None:
     assert all(path is not None and path.with_suffix(".svg").name in text for path in paths)
 
 
-def test_report_of_nothing(tmp_path: Path) -> None:
+def test_report_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as e:
+        report.main([str(tmp_path / "nowhere")])
+    assert e.value.code == 2 and "there is no such folder" in capsys.readouterr().err
+    (tmp_path / "results").mkdir()
     assert report.main([str(tmp_path / "results")]) == 0
     assert "No result is committed yet" in (tmp_path / "RESULTS.md").read_text()
 

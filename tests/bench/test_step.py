@@ -194,6 +194,7 @@ def test_sweep_rows_have_keys_of_their_own(tmp_path: Path, monkeypatch: pytest.M
         (["gtp2"], "did you mean gpt2"),
         (["--variants=fast"], "no 'fast'"),
         (["--variants=peer"], "needs --peer-path"),
+        (["--peer-path=/nowhere"], "--peer-path=/nowhere: there is no model.py in it"),
         (["--rounds=3"], "must be at least 6"),
         (["laptop", "--sweep=n_embd", "--values=33"], "no multiple of the head dim"),
         (["--sweep=batch", "--values=0"], "must be at least 1"),
