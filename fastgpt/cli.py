@@ -23,7 +23,7 @@ from fastgpt.config import (
     PrepareConfig,
     SampleConfig,
 )
-from fastgpt.errors import UserError
+from fastgpt.errors import RankError, UserError
 from fastgpt.presets import PRESETS, default_name
 
 OVERVIEW = """\
@@ -53,7 +53,9 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
     except UserError as e:
         sys.stdout.flush()
-        print(f"fastgpt: {e}", file=sys.stderr)
+        # What all ranks of torchrun find out is said once.
+        if os.environ.get("RANK", "0") == "0" or isinstance(e, RankError):
+            print(f"fastgpt: {e}", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
         print("fastgpt: interrupted", file=sys.stderr)

@@ -177,8 +177,14 @@ class SystemConfig:
     """Replay forward and backward of a micro-batch as one launch; auto: where launching is slow."""
     peak_tflops: NonNegative = 0.0
     """Peak that MFU is taken against, TFLOP/s; 0: from the table, or measured."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Under torchrun, ddp: a whole model on each GPU; fsdp: a share; auto: ddp where it fits."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which gradients are summed over the ranks."""
+    dist_timeout: Positive = 300.0
+    """Seconds that a rank waits for the others before the job ends."""
     backend: str = "nccl"
-    """torch.distributed backend under torchrun."""
+    """torch.distributed backend of GPUs under torchrun; CPUs always use gloo."""
 
 
 @dataclass

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastgpt import mfu
@@ -53,6 +54,8 @@ def obstacle(config: Config, device: torch.device) -> str:
     """Why a micro-step cannot be one graph here; empty where it can."""
     if device.type != "cuda":
         return "no GPU"
+    if dist.is_initialized():
+        return "several ranks exchange gradients inside the micro-step"
     if config.system.dtype == "float16":
         return "float16's loss scale changes from step to step"
     if config.system.activation_checkpointing:

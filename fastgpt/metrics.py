@@ -154,6 +154,34 @@ class Metrics:
         os.fsync(self._file.fileno())
 
 
+class Silent(Metrics):
+    """Of the ranks that are not the first: says and writes nothing."""
+
+    def __init__(self, run_dir: Path, config: Config, *, start_step: int, tokens_per_step: int):
+        pass
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        pass
+
+    def train(self, step: int, seconds: float, record: dict[str, float]) -> None:
+        pass
+
+    def evaluation(self, step: int, train_loss: float, val_loss: float) -> None:
+        pass
+
+    def working(self, what: str, step: int, done: int, total: int) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+
 class _Wandb:
     def __init__(self, run_dir: Path, config: Config):
         import wandb

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt.config import OptimConfig
+from fastgpt.parallel import like, whole
 
 
 def learning_rate(step: int, c: OptimConfig) -> float:
@@ -43,7 +44,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Scale the gradients to a global norm of at most max_norm (0: as they are); the norm."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
+    norm = whole(torch.nn.utils.get_total_norm(grads))
     if max_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(list(model.parameters()), max_norm, norm)
     return norm
@@ -67,4 +68,4 @@ def load_state_tensors(
         key, _, name = full_name.partition(".")
         p = params[name]
         # `step` too lives on the parameter's device: fused AdamW wants it there.
-        optimizer.state[p][key] = value.to(p.device, copy=True)
+        optimizer.state[p][key] = like(value.to(p.device, copy=True), p)

@@ -35,6 +35,10 @@ def introduce(config: Config, trainer: Trainer, dataset: Dataset, run_dir: Path)
     print(f"\n\ndata {dataset.describe()}")
     print(f"tokens per iteration will be: {per_step:,}")
     print(f"number of parameters: {trainer.model.n_params() / 1e6:.2f}M")
+    if trainer.layout:
+        kind = {"ddp": "DDP", "fsdp": "FSDP2"}[trainer.layout]
+        rows = f"{trainer.ranks.micro_batch(o)} rows a micro-batch"
+        print(f"ranks {trainer.ranks.size} with {kind}, {rows}")
     print(f"device {device}{gpu}, {config.system.dtype}, compile {config.system.compile}")
     if device.type == "cuda":
         print(f"memory, by estimate: {memory.of_model(trainer.model, o.batch_size)}")
@@ -50,7 +54,12 @@ def farewell(loop: Loop, dataset: Dataset, run_dir: Path) -> None:
         print(f"\nval loss {at.val_loss:.4f} at step {at.last_eval}, best {at.best_val_loss:.4f}")
     if picture:
         print(f"loss curve {picture}")
-    if c.log.sample_tokens and dataset.tokenizer is not None and not loop.stop:
+    if (
+        c.log.sample_tokens
+        and dataset.tokenizer is not None
+        and not loop.stopped
+        and loop.trainer.layout != "fsdp"
+    ):
         # The first token of the validation text: one that the model knows in any vocabulary.
         prompt = dataset.val.gather(np.zeros(1, dtype=np.int64), 1)[0].tolist()
         ids = generate(

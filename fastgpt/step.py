@@ -7,18 +7,20 @@ dropout's generator is seeded anew for every step, so resuming needs no generato
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
-from fastgpt import optim
+from fastgpt import optim, parallel
 from fastgpt.config import Config
 from fastgpt.device import synchronize
 from fastgpt.errors import UserError
 from fastgpt.graph import MicroStepGraph
 from fastgpt.model import GPT
+from fastgpt.parallel import Ranks, like, whole
 
 
 class NonFinite(Exception):
@@ -44,17 +46,24 @@ class Trainer:
     went wrong. On a GPU nothing here waits for the device but `check`.
     """
 
-    def __init__(self, model: GPT, config: Config, device: torch.device):
+    def __init__(
+        self, model: GPT, config: Config, device: torch.device, ranks: Ranks | None = None
+    ):
         system = config.system
         self.model, self.config, self.device = model, config, device
+        self.ranks = ranks or Ranks()
+        self.wrapped, self.layout = parallel.wrap(model, config, device)
         self.optimizer = optim.make_optimizer(model, config.optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=system.dtype == "float16")
         mode = "max-autotune-no-cudagraphs" if system.max_autotune else None
-        self.forward = torch.compile(model, fullgraph=True, mode=mode) if system.compile else model
+        self.forward: Callable[..., Any] = self.wrapped
+        if system.compile and self.layout != "fsdp":  # whose parts are compiled one by one
+            # DDP cuts the graph where a bucket is full, so that its reduction can begin.
+            self.forward = torch.compile(self.wrapped, fullgraph=self.layout == "", mode=mode)
         # The first step whose loss or gradient norm was not finite; -1: none. From then on every
         # update is called off on the device, until `check` looks.
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-        self._guard_on_device = device.type == "cuda"
+        self._guard_on_device = device.type == "cuda" and self.layout != "fsdp"
         self._graph: MicroStepGraph | None = None
 
     def _loss(self, tokens: Tensor) -> Tensor:
@@ -70,20 +79,22 @@ class Trainer:
     def _backward(self, step: int, tokens: Tensor) -> Tensor:
         """Gradients of the mean loss over all micro-batches. Returns that loss."""
         if self.config.model.dropout:
-            torch.manual_seed(dropout_seed(self.config.run.seed, step))
-        micro_batches = tokens.split(self.config.optim.batch_size)
+            seed = dropout_seed(self.config.run.seed, step)
+            torch.manual_seed(dropout_seed(seed, self.ranks.rank) if self.ranks.rank else seed)
+        micro_batches = tokens.split(self.ranks.micro_batch(self.config.optim))
         total = torch.zeros((), device=self.device)
-        for micro_batch in micro_batches:
-            if self._graph is None:
-                total += self._micro_step(micro_batch, len(micro_batches))
-            else:
-                total += self._graph(micro_batch)
+        for i, micro_batch in enumerate(micro_batches, 1):
+            with parallel.reducing(self.wrapped, last=i == len(micro_batches)):
+                if self._graph is None:
+                    total += self._micro_step(micro_batch, len(micro_batches))
+                else:
+                    total += self._graph(micro_batch)
         return total
 
     def step(self, step: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """One update from a batch (rows, T + 1). Returns loss and gradient norm, on the device."""
         optim.set_learning_rate(self.optimizer, optim.learning_rate(step, self.config.optim))
-        loss = self._backward(step, tokens)
+        loss = self.ranks.mean(self._backward(step, tokens))
         self.scaler.unscale_(self.optimizer)
         grad_norm = optim.clip_gradients(self.model, self.config.optim.grad_clip)
         # With loss scaling an infinite gradient is how the scaler finds its scale, and no fault.
@@ -165,14 +176,15 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
         loss = self._backward(step, tokens)
-        norms = {
-            n: p.grad.norm().item() for n, p in self.model.named_parameters() if p.grad is not None
-        }
-        weights = {n: p.detach().norm().item() for n, p in self.model.named_parameters()}
+        named = list(self.model.named_parameters())
+        norms = {n: whole(p.grad.norm()).item() for n, p in named if p.grad is not None}
+        weights = {n: whole(p.detach().norm()).item() for n, p in named}
+        losses = self.ranks.gather(loss.item())
         self.optimizer.zero_grad(set_to_none=True)
         return {
             "step": step,
-            "loss": repr(loss.item()),
+            "loss": repr(sum(losses) / len(losses)),
+            "bad_ranks": [r for r, x in enumerate(losses) if not math.isfinite(x)],
             "learning_rate": optim.learning_rate(step, self.config.optim),
             "gradient_norms": {n: repr(v) for n, v in norms.items()},
             "weight_norms": {n: repr(v) for n, v in weights.items()},
@@ -190,7 +202,8 @@ class Trainer:
     def load(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict) -> None:
         """Continue from a checkpoint's tensors. Raises UserError where they are another model's."""
         try:
-            self.model.load_state_dict(model)
+            own = self.model.state_dict()
+            self.model.load_state_dict({k: like(v, own.get(k, v)) for k, v in model.items()})
         except RuntimeError as e:
             raise UserError(
                 f"checkpoint does not fit the model: {str(e).splitlines()[1].strip()}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -24,6 +24,7 @@ from fastgpt import (
     mfu,
     ops,
     optim,
+    parallel,
     report,
     run,
     settings,
@@ -39,8 +40,9 @@ from fastgpt.device import (
     resolve_dtype,
     set_matmul_precision,
 )
-from fastgpt.errors import UserError
+from fastgpt.errors import SharedError, UserError
 from fastgpt.model import GPT, ModelShape
+from fastgpt.parallel import Ranks
 from fastgpt.signals import StopRequest
 from fastgpt.step import NonFinite, Trainer
 
@@ -51,10 +53,16 @@ def train(config: Config, name: str) -> int:
     `config` is changed to what was resolved (device, dtype, compile); `name` ends up in the name
     of a new run's folder. Raises UserError where the run cannot be done as asked.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("several processes (torchrun) are not supported yet; start one, without it")
+    system = config.system
+    parallel.check_launch(config)
+    device = parallel.local_device(resolve_device(system.device))
+    with parallel.join(config, device) as ranks:
+        return _train(config, name, device, ranks)
+
+
+def _train(config: Config, name: str, device: torch.device, ranks: Ranks) -> int:
+    """`train` on one of the ranks."""
     system, resume = config.system, config.run.init_from == "resume"
-    device = resolve_device(system.device)
     system.device = str(device)
     system.dtype = cast(Any, resolve_dtype(system.dtype, device))
     system.compile = resolve_compile(system.compile, device)
@@ -63,6 +71,9 @@ def train(config: Config, name: str) -> int:
     if system.max_autotune and not system.compile:
         raise UserError("--max_autotune=True: is torch.compile's; give --compile=True with it")
 
+    with ranks.together():
+        if ranks.first:
+            ensure(PrepareConfig(**vars(config.data)))
     dataset = open_dataset(ensure(PrepareConfig(**vars(config.data))))
     given = loading.start_from(config, dataset)
     for split in (dataset.train, dataset.val):
@@ -87,14 +98,21 @@ def train(config: Config, name: str) -> int:
     model.to(device)
     model.checkpointing = system.activation_checkpointing
 
-    if resume:
-        run_dir = run.find(config.run.out_dir)
-    else:
-        run_dir = run.create(config.run.out_dir, name, config.run.overwrite)
+    resume = resume or parallel.restarted() and bool(checkpoint.names(Path(config.run.out_dir)))
     with ExitStack() as stack:
-        stack.enter_context(run.lock(run_dir))
-        trainer = Trainer(model, config, device)
-        start = _resume(trainer, run_dir, dataset) if resume else Progress()
+        run_dir = Path()
+        with ranks.together():
+            if ranks.first:
+                if resume:
+                    run_dir = run.find(config.run.out_dir)
+                else:
+                    overwrite = config.run.overwrite or parallel.restarted()
+                    run_dir = run.create(config.run.out_dir, name, overwrite)
+                stack.enter_context(run.lock(run_dir))
+        run_dir = ranks.gather(run_dir)[0]
+        trainer = Trainer(model, config, device, ranks)
+        with ranks.together():
+            start = _resume(trainer, run_dir, dataset) if resume else Progress()
         if start.step >= config.run.max_iters and not config.log.eval_only:
             raise UserError(
                 f"{run_dir}: already at step {start.step} of --max_iters={config.run.max_iters}; "
@@ -103,13 +121,16 @@ def train(config: Config, name: str) -> int:
         if config.optim.auto_batch_size and not resume:
             rows = config.optim.batch_size * config.optim.gradient_accumulation_steps
             print(memory.fit_batch_size(trainer, config, rows))
-        run.save_config(run_dir, config)
-        if dataset.tokenizer is not None:
-            dataset.tokenizer.save(run_dir)
+        with ranks.together():
+            if ranks.first:
+                run.save_config(run_dir, config)
+                if dataset.tokenizer is not None:
+                    dataset.tokenizer.save(run_dir)
         report.introduce(config, trainer, dataset, run_dir)
         loop = Loop(trainer, dataset, run_dir, start)
         code = loop.run(stack)
-    report.farewell(loop, dataset, run_dir)
+    if ranks.first:
+        report.farewell(loop, dataset, run_dir)
     return code
 
 
@@ -147,6 +168,7 @@ class Loop:
 
     def __init__(self, trainer: Trainer, dataset: Dataset, run_dir: Path, progress: Progress):
         self.trainer, self.dataset, self.run_dir = trainer, dataset, run_dir
+        self.ranks = trainer.ranks
         self.progress, self.config = progress, trainer.config
         c = self.config
         self.rows = c.optim.batch_size * c.optim.gradient_accumulation_steps
@@ -159,6 +181,7 @@ class Loop:
             sampling=c.data.sampling,
         )
         self.saved: Path | None = None
+        self.stopped: signal.Signals | None = None
 
     def run(self, stack: ExitStack) -> int:
         """From progress.step to max_iters. Returns the exit code."""
@@ -166,10 +189,12 @@ class Loop:
         self.peak = mfu.device_peak(device, DTYPES[c.system.dtype], c.system.peak_tflops)
         self.flops = mfu.flops_per_token(self.trainer.model)
         print(f"MFU against {self.peak}", flush=True)
-        self.prefetcher = Prefetcher(self.batches, device, start_step=self.progress.step)
+        rows = self.ranks.rows(c.optim)
+        start = self.progress.step
+        self.prefetcher = Prefetcher(self.batches, device, start_step=start, row_slice=rows)
         stack.callback(self.prefetcher.close)
         self.metrics = stack.enter_context(
-            metrics.Metrics(
+            (metrics.Metrics if self.ranks.first else metrics.Silent)(
                 self.run_dir,
                 c,
                 start_step=self.progress.step,
@@ -193,12 +218,18 @@ class Loop:
             raise self.non_finite(e.step) from e
         except torch.OutOfMemoryError as e:
             raise UserError(memory.out_of_memory(c, self.trainer.model, device)) from e
-        if self.stop.signal is not None and not c.log.eval_only:
+        if self._stopping() and self.stopped and not c.log.eval_only:
             at = self.progress
-            self.metrics.say(f"{self.stop.signal.name}: stopping after step {at.step}")
+            self.metrics.say(f"{self.stopped.name}: stopping after step {at.step}")
             if self.saved is None or self.saved.name != checkpoint.name_of(at.step):
                 self.save(best=False)
-        return self.stop.exit_code
+        return 128 + self.stopped if self.stopped else 0
+
+    def _stopping(self) -> bool:
+        """Whether to stop, the same answer on all ranks: a signal may not have reached them all."""
+        number = self.ranks.largest(self.stop.signal or 0)
+        self.stopped = signal.Signals(number) if number else None
+        return bool(number)
 
     def _steps(self) -> None:
         """The loop itself."""
@@ -214,7 +245,7 @@ class Loop:
                     if self.evaluate(step):
                         self.save_after_evaluation(step)
                     gc.collect()
-            if last or c.log.eval_only or self.stop:
+            if last or c.log.eval_only or self._stopping():
                 return
 
             loss, grad_norm = trainer.step(step, self.prefetcher.get(step))
@@ -227,8 +258,9 @@ class Loop:
                 }
                 trainer.check()
                 seconds = clock.lap()
-                rate = self.tokens_per_step / seconds / self.peak.flops
+                rate = self.tokens_per_step / seconds / (self.peak.flops * self.ranks.size)
                 record |= {k: v * rate for k, v in vars(self.flops).items()}
+                record |= self._skew(seconds)
                 self.metrics.train(step, seconds, record)
 
     def _compile(self) -> None:
@@ -238,7 +270,7 @@ class Loop:
         self.metrics.say(f"compiled in {time.perf_counter() - started:.1f}s")
 
     def _micro_batch(self) -> torch.Tensor:
-        rows = slice(self.config.optim.batch_size)
+        rows = slice(self.ranks.micro_batch(self.config.optim))
         tokens = torch.from_numpy(self.batches.tokens(self.progress.step, rows))
         return tokens.to(self.trainer.device)
 
@@ -259,37 +291,56 @@ class Loop:
                 raise UserError(f"--cuda_graph=True: {line}; leave the flag out") from e
             self.metrics.say(f"no CUDA graph: {line}")
 
+    def _skew(self, seconds: float) -> dict[str, float]:
+        """How far the ranks' clocks are apart, and what one GPU does; nothing with one rank."""
+        if self.ranks.size == 1:
+            return {}
+        times = self.ranks.gather(seconds)
+        return {
+            "ranks": self.ranks.size,
+            "tokens_per_second_per_rank": round(self.tokens_per_step / seconds / len(times), 1),
+            "time_ms_min": round(min(times) * 1000, 3),
+            "time_ms_mean": round(sum(times) / len(times) * 1000, 3),
+            "time_ms_max": round(max(times) * 1000, 3),
+        }
+
     def evaluate(self, step: int) -> bool:
-        """Both mean losses on the fixed batches. False where a signal broke it off."""
+        """Both mean losses on the fixed batches, shared by the ranks. False: a signal came."""
         means = {}
         total = 2 * self.config.log.eval_iters
         for i, (name, split) in enumerate(
             (("train", self.dataset.train), ("val", self.dataset.val))
         ):
-            losses = []
-            for k, tokens in enumerate(self._eval_tokens(split)):
-                if self.stop:
+            losses = torch.zeros(
+                self.config.log.eval_iters, dtype=torch.float64, device=self.trainer.device
+            )
+            for k, tokens in self._eval_tokens(split):
+                if self._stopping():
                     return False
-                losses.append(self.trainer.losses(tokens))
-                done = i * self.config.log.eval_iters + k + 1
+                loss = self.trainer.losses(tokens)  # on all ranks: FSDP gathers weights for it
+                if k < len(losses):
+                    losses[k] = loss
+                done = i * self.config.log.eval_iters + min(k + 1, len(losses))
                 self.metrics.working(f"evaluating {name}", step, done, total)
-            means[name] = torch.stack(losses).double().mean().item()
+            means[name] = self.ranks.sum(losses).mean().item()
         at = self.progress
         at.last_eval, at.val_loss = step, means["val"]
         self.metrics.evaluation(step, means["train"], means["val"])
         return True
 
-    def _eval_tokens(self, split: TokenSplit) -> Iterator[torch.Tensor]:
-        c = self.config
+    def _eval_tokens(self, split: TokenSplit) -> Iterator[tuple[int, torch.Tensor]]:
+        """(index, tokens) of this rank's batches; as many on each rank, past the end where odd."""
+        c, ranks = self.config, self.ranks
         windows = eval_batches(
             split,
-            n_batches=c.log.eval_iters,
+            n_batches=-(-c.log.eval_iters // ranks.size) * ranks.size,
             batch_size=c.optim.batch_size,
             block_size=c.model.block_size,
             seed=c.run.seed,
         )
-        for window in windows:
-            yield torch.from_numpy(window).to(self.trainer.device, non_blocking=True)
+        for k, window in enumerate(windows):
+            if k % ranks.size == ranks.rank:
+                yield k, torch.from_numpy(window).to(self.trainer.device, non_blocking=True)
 
     def save_after_evaluation(self, step: int) -> None:
         """nanoGPT's rule: where the validation loss improved, or always; and at the end."""
@@ -305,18 +356,26 @@ class Loop:
         at = self.progress
         self.metrics.working("saving", at.step, 0, 1)
         self.metrics.sync()
-        model = {k: v.detach().float().cpu() for k, v in self.trainer.model.state_dict().items()}
-        moments = optim.state_tensors(self.trainer.optimizer, self.trainer.model)
+        model = self._whole({k: v.detach() for k, v in self.trainer.model.state_dict().items()})
+        moments = self._whole(optim.state_tensors(self.trainer.optimizer, self.trainer.model))
+        if not self.ranks.first:
+            self.saved = checkpoint.root(self.run_dir) / checkpoint.name_of(at.step)
+            return
         self.saved = checkpoint.save(
             self.run_dir,
             at.step,
             model,
-            {k: v.cpu() for k, v in moments.items()},
+            moments,
             self._state(),
             best=best,
             keep=self.config.log.keep_checkpoints,
         )
         self.metrics.say(f"saving checkpoint to {self.saved}")
+
+    def _whole(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Full tensors on the CPU of rank 0, gathered one by one; nothing on the others."""
+        full = ((k, parallel.whole(v)) for k, v in tensors.items())
+        return {k: v.float().cpu() for k, v in full if self.ranks.first}
 
     def _state(self) -> dict:
         shape, at = self.trainer.model.shape, self.progress
@@ -337,21 +396,20 @@ class Loop:
         """Write what is needed to look at the bad step: weights before it, batch, norms."""
         trainer = self.trainer
         tokens = torch.from_numpy(self.batches.tokens(step))
-        report = trainer.diagnose(step, tokens.to(trainer.device))
+        mine = tokens[self.ranks.rows(self.config.optim)]
+        report = trainer.diagnose(step, mine.to(trainer.device))
+        model = self._whole(trainer.model.state_dict())
         folder = self.run_dir / "nonfinite" / checkpoint.name_of(step)
-        checkpoint.write_folder(
-            folder,
-            {
-                "model": {k: v.cpu() for k, v in trainer.model.state_dict().items()},
-                "batch": {"tokens": tokens},
-            },
-            {"report": report},
-        )
+        if self.ranks.first:
+            groups = {"model": model, "batch": {"tokens": tokens}}
+            checkpoint.write_folder(folder, groups, {"report": report})
         bad = report["not_finite"]
         where = f"; first of {len(bad)} bad tensors: {bad[0]}" if bad else ""
-        return UserError(
-            f"step {step}: loss {report['loss']} or gradient norm is not finite{where}; stopped "
-            f"before the update; weights, batch and norms are in {folder}; "
+        ranks = ", ".join(map(str, report["bad_ranks"])) or "unknown"
+        on = f" on rank {ranks}" if self.ranks.size > 1 else ""
+        return SharedError(
+            f"step {step}{on}: loss {report['loss']} or gradient norm is not finite{where}; "
+            f"stopped before the update; weights, batch and norms are in {folder}; "
             "try a lower --learning_rate or --dtype=float32"
         )
 
