@@ -11,13 +11,14 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastgpt.model import GPT, Block, LayerNorm
+from fastgpt.selfcheck import TOLERANCE
 
 
 def cached_attention(
@@ -48,6 +49,46 @@ def choose_attention(device: torch.device, head_dim: int) -> Callable[..., Tenso
         if head_dim <= MAX_HEAD_DIM:
             return decode_attention
     return cached_attention
+
+
+def choose_linear(
+    device: torch.device, dtype: torch.dtype, batch_size: int
+) -> Callable[..., Tensor] | None:
+    """The fused linear layer on a GPU, for few rows and where it agrees with eager; else None."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from fastgpt_kernels import decode_linear
+    from fastgpt_kernels.decode_linear import MAX_ROWS
+
+    if batch_size > MAX_ROWS or linear_disagreement(decode_linear, device, dtype, batch_size):
+        return None
+    return decode_linear
+
+
+def linear_disagreement(
+    function: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, batch_size: int
+) -> str:
+    """What is wrong with a fused linear layer on this device; empty where it agrees with eager."""
+    from fastgpt_kernels import reference
+
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    x, weight, bias = random(batch_size, 200), random(300, 200) * 0.1, random(300)
+    gain, shift, residual = random(200), random(200), random(batch_size, 300)
+    extras: dict[str, Any] = {"norm_weight": gain, "norm_bias": shift, "activation": "tanh"}
+    small = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    want = reference.decode_linear(
+        *(t.float() for t in small), residual=residual.to(dtype).float(), **extras
+    )
+    try:
+        got = function(*small, residual=residual.to(dtype), **extras).float()
+    except (RuntimeError, ValueError, TypeError) as e:
+        return f"does not run here ({(str(e).strip().splitlines() or [type(e).__name__])[0][:160]})"
+    error = ((got - want).norm() / want.norm()).item()
+    return "" if error <= TOLERANCE[dtype] else f"is off by {error:.2g} here"
 
 
 @dataclass(frozen=True)
@@ -87,6 +128,7 @@ class Decoder:
         self.cache = torch.zeros(size, dtype=dtype, device=device)
         self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.attend = choose_attention(device, head_dim)
+        self.linear = choose_linear(device, dtype, batch_size)
 
     def _layer(self, block: Block) -> Layer:
         def cast_linear(layer: torch.nn.Linear) -> tuple[Tensor, Tensor | None]:
@@ -165,9 +207,29 @@ class Decoder:
             k_cache, v_cache = self.cache[i, :, :, :, :S].unbind(0)
             return self.attend(qkv, k_cache, v_cache, at)
 
-        y = self._hidden(self.wte[tokens] + self.wpe[at], attend)
+        x = self.wte[tokens] + self.wpe[at]
+        if self.linear is None:
+            logits = F.linear(self._hidden(x, attend), self.head)
+        else:
+            logits = self._fused(self.linear, x.to(self.dtype), attend)
         self.positions += 1
-        return F.linear(y, self.head)
+        return logits
+
+    def _fused(
+        self, linear: Callable[..., Tensor], x: Tensor, attend: Callable[[int, Tensor], Tensor]
+    ) -> Tensor:
+        """Embeddings (B, C) -> logits (B, V): five launches a layer, each weight read once."""
+
+        def norm(n: LayerNorm) -> dict[str, Tensor | None]:
+            return {"norm_weight": n.weight.detach(), "norm_bias": n.bias}
+
+        for i, layer in enumerate(self.layers):
+            y = attend(i, linear(x, *layer.attn_in, **norm(layer.attn_norm)))
+            x = linear(y, *layer.attn_out, residual=x)
+            activation = "tanh" if layer.approximate == "tanh" else "erf"
+            h = linear(x, *layer.mlp_in, **norm(layer.mlp_norm), activation=activation)
+            x = linear(h, *layer.mlp_out, residual=x)
+        return linear(x, self.head, **norm(self.final_norm))
 
     @torch.no_grad()
     def windows(self, ids: Tensor) -> Tensor:

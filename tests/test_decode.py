@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastgpt import decode
 from fastgpt.decode import Decoder, cached_attention
 from fastgpt.model import GPT, ModelShape
 from fastgpt.ops import attention
+from tests.test_ops import interpreted
 
 
 def lively(shape: ModelShape, seed: int = 0, dtype: torch.dtype = torch.float32) -> GPT:
@@ -93,3 +95,42 @@ def test_prompts_that_do_not_fit(prompts):
 def test_a_cache_longer_than_the_positions():
     with pytest.raises(ValueError, match="max_len=25: wanted 1 .. block_size=24"):
         Decoder(lively(shape()), 1, 25)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="chosen by itself on a GPU")
+@pytest.mark.parametrize(("bias", "gelu"), [(True, "tanh"), (False, "erf")])
+def test_fused_linear_layers_change_nothing_but_rounding(bias, gelu, monkeypatch):
+    from fastgpt_kernels import decode_linear
+
+    model = lively(shape(bias, gelu))  # on eager ops: only the linear layers are in question
+    interpreted(monkeypatch)
+    prompts, tokens = [[3, 1, 4], [1, 5]], torch.tensor([[9, 2], [6, 5], [3, 5]])
+    plain = Decoder(model, 2, 24)
+    monkeypatch.setattr(decode, "choose_linear", lambda *_: decode_linear)
+    fused = Decoder(model, 2, 24)
+    assert plain.linear is None and fused.linear is decode_linear
+    for decoder in (plain, fused):
+        decoder.prefill(prompts)
+    for token in tokens:
+        torch.testing.assert_close(fused.step(token), plain.step(token), rtol=1e-4, atol=1e-4)
+
+
+def test_a_fused_layer_that_is_wrong_is_found(monkeypatch):
+    from fastgpt_kernels import decode_linear
+
+    interpreted(monkeypatch)
+    cpu = torch.device("cpu")
+    for rows in (1, 3, 8):
+        assert decode.linear_disagreement(decode_linear, cpu, torch.float32, rows) == ""
+
+    def off(*args, **kwargs):
+        return decode_linear(*args, **kwargs) * 1.01
+
+    assert "is off by 0.01" in decode.linear_disagreement(off, cpu, torch.float32, 1)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no such device\nand more")
+
+    says = decode.linear_disagreement(broken, cpu, torch.float32, 1)
+    assert says == "does not run here (no such device)"
+    assert decode.choose_linear(cpu, torch.float32, 1) is None

@@ -16,6 +16,7 @@ if find_spec("triton"):
     from fastgpt_kernels.attention import attention
     from fastgpt_kernels.cross_entropy import cross_entropy
     from fastgpt_kernels.decode_attention import decode_attention
+    from fastgpt_kernels.decode_linear import decode_linear
     from fastgpt_kernels.gelu import bias_gelu
     from fastgpt_kernels.layer_norm import add_layer_norm, layer_norm
     from fastgpt_kernels.linear_cross_entropy import linear_cross_entropy
@@ -28,6 +29,7 @@ if find_spec("triton"):
         "bias_gelu",
         "cross_entropy",
         "decode_attention",
+        "decode_linear",
         "layer_norm",
         "linear_cross_entropy",
     ]

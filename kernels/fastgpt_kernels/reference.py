@@ -141,6 +141,29 @@ def decode_attention(
     return y.reshape(B, H * D).to(qkv.dtype)
 
 
+def decode_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    eps: float = 1e-5,
+) -> Tensor:
+    """act(layer_norm(x) @ weight.T + bias) + residual: x (B, K), weight (N, K) -> (B, N)."""
+    dtype = _compute_dtype(x)
+    h = x.to(dtype)
+    if norm_weight is not None:
+        shift = None if norm_bias is None else norm_bias.to(dtype)
+        h = F.layer_norm(h, h.shape[-1:], norm_weight.to(dtype), shift, eps)
+    y = F.linear(h, weight.to(dtype), None if bias is None else bias.to(dtype))
+    if activation != "none":
+        y = F.gelu(y, approximate="tanh" if activation == "tanh" else "none")
+    return (y if residual is None else y + residual.to(dtype)).to(x.dtype)
+
+
 def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
     """A dropout seed as one int64 on `device`; None draws it there, without waiting for a GPU."""
     if isinstance(seed, Tensor):
