@@ -66,6 +66,8 @@ def section(path: Path, data: dict[str, Any], now: dict[str, str], below: Path) 
         f"([all numbers]({os.path.relpath(path, below)}))",
         "",
     ]
+    if not data["complete"]:
+        lines += ["This run was cut short; here is what it had.", ""]
     if changed := stale(data, now):
         lines += [f"Measured before these sources changed: {shortly(changed)}.", ""]
     rows = [cells(row) for row in data["rows"]]

@@ -126,6 +126,7 @@ def test_report(result: results.Result, tmp_path: Path) -> None:
     assert path is not None
     assert report.main([str(tmp_path / "results")]) == 0
     text = (tmp_path / "RESULTS.md").read_text()
+    assert "This run was cut short" in text
     assert "| gpt2 eager " in text and "no GPU" in text and provenance.commit() in text
     assert path.with_suffix(".svg").exists() and path.with_suffix(".svg").name in text
 
