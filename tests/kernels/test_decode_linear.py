@@ -84,8 +84,10 @@ def test_registered_op() -> None:
     """What torch.compile and fake tensors see, and that both ways in give the same."""
     t = case(2, 48, 20, torch.float32, FULL)
     arguments = (
-        t["x"], t["weight"], t["bias"], t["norm_weight"], t["norm_bias"], t["residual"], "tanh", 1e-5,
-    )  # fmt: skip
+        *(t[n] for n in ("x", "weight", "bias", "norm_weight", "norm_bias", "residual")),
+        "tanh",
+        1e-5,
+    )
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(decode_linear_op, arguments, test_utils=tests)
     plain = decode_linear(**t, activation="tanh")
