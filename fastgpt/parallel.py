@@ -182,6 +182,9 @@ def join(config: Config, device: torch.device) -> Iterator[Ranks]:
     ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        # A restart must not find the addresses of those who are gone.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt-{attempt}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         ranks = Ranks(rank, size, store)
         if rank:
@@ -189,6 +192,7 @@ def join(config: Config, device: torch.device) -> Iterator[Ranks]:
         with ranks.together():
             ranks.check(config.optim)
         yield ranks
+        ranks.largest(0)  # leave together: rank 0 still draws the loss curve
     except SharedError:
         raise
     except UserError as e:
