@@ -6,6 +6,7 @@ at once.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import os
 import sys
@@ -64,6 +65,12 @@ def main(args: Sequence[str] | None = None) -> None:
         # The reader of our output is gone (`| head`): nothing more to say, and nothing went wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # FSDP's device mesh keeps Gloo's threads beyond destroy_process_group, and one of them that
+        # lets go of a tensor while Python shuts down aborts the process: leave before it does.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
 
 
