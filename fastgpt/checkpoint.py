@@ -54,6 +54,11 @@ def root(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
+def shards(run_dir: Path) -> Path:
+    """Where ranks put their parts of a checkpoint before these become one."""
+    return root(run_dir) / ".shards"
+
+
 def name_of(step: int) -> str:
     return f"step_{step:08d}"
 
@@ -77,10 +82,11 @@ def _manifest_text(files: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def write_folder(
-    target: Path, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, Any]
+    target: Path, tensors: Mapping[str, Mapping[str, Tensor] | Path], documents: Mapping[str, Any]
 ) -> None:
     """Write {name}.safetensors and {name}.json files and their manifest as one atomic folder.
 
+    Tensors that several ranks wrote come as the path of their file, which is moved here.
     A folder that is already there is replaced. On any error `target` stays as it was and nothing
     is left behind. Raises UserError where the disk is full or not writable.
     """
@@ -89,7 +95,11 @@ def write_folder(
     try:
         tmp.mkdir(parents=True)
         for name, group in tensors.items():
-            save_file({k: v.contiguous() for k, v in group.items()}, tmp / f"{name}.safetensors")
+            path = tmp / f"{name}.safetensors"
+            if isinstance(group, Path):
+                os.replace(group, path)
+            else:
+                save_file({k: v.contiguous() for k, v in group.items()}, path)
         for name, document in documents.items():
             text = json.dumps(document, indent=1, sort_keys=True, allow_nan=True)
             (tmp / f"{name}.json").write_text(text + "\n")
@@ -118,8 +128,8 @@ def write_folder(
 def save(
     run_dir: Path,
     step: int,
-    model: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
+    model: Mapping[str, Tensor] | Path,
+    optimizer: Mapping[str, Tensor] | Path,
     state: Mapping[str, Any],
     *,
     best: bool,

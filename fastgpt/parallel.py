@@ -12,18 +12,22 @@ norms, which the block before reads, form a group of their own that stays gather
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -298,6 +302,40 @@ def reducing(wrapped: nn.Module, last: bool) -> AbstractContextManager:
 def whole(t: Tensor) -> Tensor:
     """The full tensor of one that may be sharded; all ranks take part."""
     return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def write_shards(tensors: dict[str, Tensor], folder: Path) -> Path:
+    """One safetensors file of tensors that are shared out; no rank holds more than its part.
+
+    torch.distributed.checkpoint writes each rank's part under `folder`, which all ranks see, and
+    rank 0 joins them through mapped files. All ranks take part. Raises UserError on all of them
+    where one could not write.
+    """
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True, enable_consolidation=True)
+    try:
+        dcp.save(tensors, storage_writer=writer)
+    except dcp.api.CheckpointException as e:
+        rank, (first, _) = min(e.failures.items())
+        raise SharedError(f"{folder}: rank {rank} could not save: {first}") from e
+    path = folder / "model-00001-of-00001.safetensors"
+    if dist.get_rank() == 0:
+        _write_scalars(path, {k: v for k, v in tensors.items() if v.ndim == 0})
+    return path
+
+
+def _write_scalars(path: Path, scalars: dict[str, Tensor]) -> None:
+    """Fill in tensors without dimensions: joining the parts leaves zeros in their place.
+
+    Seen with torch 2.13. A safetensors file is the header's length in 8 bytes, the header in JSON,
+    and the data: https://huggingface.co/docs/safetensors.
+    """
+    with open(path, "r+b") as f:
+        length = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(length))
+        for name, value in scalars.items():
+            begin, end = header[name]["data_offsets"]
+            f.seek(8 + length + begin)
+            assert f.write(value.cpu().numpy().tobytes()) == end - begin
 
 
 def like(t: Tensor, model_tensor: Tensor) -> Tensor:

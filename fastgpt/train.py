@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import shutil
 import signal
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from fastgpt import (
     checkpoint,
@@ -356,20 +358,28 @@ class Loop:
         at = self.progress
         self.metrics.working("saving", at.step, 0, 1)
         self.metrics.sync()
-        model = self._whole({k: v.detach() for k, v in self.trainer.model.state_dict().items()})
-        moments = self._whole(optim.state_tensors(self.trainer.optimizer, self.trainer.model))
-        if not self.ranks.first:
-            self.saved = checkpoint.root(self.run_dir) / checkpoint.name_of(at.step)
-            return
-        self.saved = checkpoint.save(
-            self.run_dir,
-            at.step,
-            model,
-            moments,
-            self._state(),
-            best=best,
-            keep=self.config.log.keep_checkpoints,
-        )
+        weights = {k: v.detach() for k, v in self.trainer.model.state_dict().items()}
+        moments = optim.state_tensors(self.trainer.optimizer, self.trainer.model)
+        shards = checkpoint.shards(self.run_dir)
+        model: dict[str, torch.Tensor] | Path
+        optimizer: dict[str, torch.Tensor] | Path
+        if isinstance(self.trainer.model, FSDPModule):
+            # No rank has to hold it all; the file is the same.
+            with self.ranks.together():
+                if self.ranks.first:
+                    shutil.rmtree(shards, ignore_errors=True)
+            model = parallel.write_shards(weights, shards / "model")
+            optimizer = parallel.write_shards(moments, shards / "optimizer")
+        else:
+            model, optimizer = self._whole(weights), self._whole(moments)
+        self.saved = checkpoint.root(self.run_dir) / checkpoint.name_of(at.step)
+        with self.ranks.together():
+            if self.ranks.first:
+                keep = self.config.log.keep_checkpoints
+                checkpoint.save(
+                    self.run_dir, at.step, model, optimizer, self._state(), best=best, keep=keep
+                )
+                shutil.rmtree(shards, ignore_errors=True)
         self.metrics.say(f"saving checkpoint to {self.saved}")
 
     def _whole(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

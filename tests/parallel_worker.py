@@ -1,14 +1,21 @@
-"""`fastgpt` as torchrun starts it, with a fault on one rank: FAULT=kind:rank:forward_call."""
+"""`fastgpt` as torchrun starts it, with a fault on one rank: FAULT=kind:rank:at.
+
+kill, hang and nan strike in the forward pass number `at` of that rank, crash while it hashes file
+number `at` of its checkpoints, and full once a file of it grows past `at` bytes.
+"""
 
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 
+from fastgpt import checkpoint
 from fastgpt.cli import main
 from fastgpt.model import GPT
 
@@ -37,6 +44,22 @@ def mine() -> bool:
     return os.environ["RANK"] == rank
 
 
-if kind != "none":
+hashed = 0
+sha256_file = checkpoint.sha256_file
+
+
+def crash(path: Path) -> str:
+    global hashed
+    hashed += 1
+    if hashed == int(at):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return sha256_file(path)
+
+
+if kind == "crash" and mine():
+    checkpoint.sha256_file = crash
+elif kind == "full" and mine():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(at), int(at)))
+elif kind != "none":
     GPT.forward = faulty  # type: ignore[method-assign]
 main(sys.argv[1:])
