@@ -141,6 +141,7 @@ def save(
     _remove_leftovers(folder)
     document = {**state, "step": step}
     write_folder(target, {"model": model, "optimizer": optimizer}, {"state": document})
+    shutil.rmtree(shards(run_dir), ignore_errors=True)  # of this save, or of one that was killed
     if best:
         write_text(folder / "best", target.name + "\n")
     write_text(folder / "latest", target.name + "\n")

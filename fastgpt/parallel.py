@@ -268,6 +268,11 @@ def replicate(model: nn.Module, config: Config) -> DDP:
     ids = [device.index] if device.type == "cuda" else None
     ddp = DDP(model, device_ids=ids, gradient_as_bucket_view=True)
     if config.system.reduce_dtype == "bfloat16":
+        if ids is None:
+            raise UserError(
+                "--reduce_dtype=bfloat16: DDP reduces it on GPUs only; pass --reduce_dtype=float32 "
+                "or --parallel=fsdp"
+            )
         ddp.register_comm_hook(None, bf16_compress_hook)
     return ddp
 

@@ -52,7 +52,8 @@ class Trainer:
         system = config.system
         self.model, self.config, self.device = model, config, device
         self.ranks = ranks or Ranks()
-        self.wrapped, self.layout = parallel.wrap(model, config, device)
+        with self.ranks.together():
+            self.wrapped, self.layout = parallel.wrap(model, config, device)
         self.optimizer = optim.make_optimizer(model, config.optim)
         self.scaler = torch.amp.GradScaler(device.type, enabled=system.dtype == "float16")
         mode = "max-autotune-no-cudagraphs" if system.max_autotune else None

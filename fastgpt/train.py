@@ -379,7 +379,6 @@ class Loop:
                 checkpoint.save(
                     self.run_dir, at.step, model, optimizer, self._state(), best=best, keep=keep
                 )
-                shutil.rmtree(shards, ignore_errors=True)
         self.metrics.say(f"saving checkpoint to {self.saved}")
 
     def _whole(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -95,6 +95,21 @@ def test_any_number_of_ranks_gives_the_curve_of_one(home: Path, n: int, strategy
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_compiled_on_two_ranks(home: Path, strategy: str):
+    name = f"compiled-{strategy}"
+    args = (*TINY, "--input=text.txt", f"--out_dir={name}", "--max_iters=4", "--compile=True")
+    train(home, 2, *args, f"--parallel={strategy}")
+    losses = [r["loss"] for r in runs.records(home / "one")][:4]
+    assert [r["loss"] for r in runs.records(home / name)] == pytest.approx(losses, rel=1e-4)
+
+
+def test_bf16_gradients_of_ddp_need_nccl(home: Path):
+    args = (*TINY, "--input=text.txt", "--out_dir=bf16", "--reduce_dtype=bfloat16")
+    job = train(home, 2, *args, "--parallel=ddp", code=2)
+    assert len(job.said) == 1 and "--reduce_dtype=float32" in job.said[0], job.err.read_text()
+
+
 def test_resumed_under_other_layouts(home: Path):
     """4 ranks with FSDP, then 2 with DDP, then one process: the straight run to rounding."""
     train(home, 4, *TINY, "--input=text.txt", "--out_dir=mixed", "--max_iters=6", "--parallel=fsdp")
@@ -159,7 +174,7 @@ def test_a_crash_of_rank_0_in_a_save_loses_nothing(home: Path, strategy: str):
     assert job.wait(60) != 0
     assert runs.latest(home / name).name == "step_00000010"
     again = fastgpt(home, "train", "--init_from=resume", f"--out_dir={name}")
-    assert "resuming from" in again.stdout and "step_00000010" in again.stdout
+    assert f"resuming from {name}/checkpoints/step_00000010" in again
     assert values(home / name) == pytest.approx(values(home / "one"), rel=1e-4)
     left = [p.name for p in (home / name / "checkpoints").iterdir() if p.name.startswith(".")]
     assert left == []
@@ -170,7 +185,7 @@ def test_a_save_that_cannot_be_written_is_one_line(home: Path, strategy: str):
     args = (*TINY, "--input=text.txt", f"--out_dir=full-{strategy}", f"--parallel={strategy}")
     job = Torchrun(home, 2, "train", *args, fault="full:0:20000")
     assert job.wait(60) != 0
-    assert len(job.said) == 1 and "File too large" in job.said[0], job.err.read_text()
+    assert len(job.said) == 1 and f"full-{strategy}/checkpoints/" in job.said[0], job.said
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
