@@ -5,7 +5,7 @@ same tokens. The cache-free path computes the whole text anew for every token; i
 --every-th length of the text that the cached path made, and the tokens it chooses there are
 compared (--every=1: all of them, and its time is measured whole rather than summed up from
 samples). On a GPU the cached path is also held against what reading the weights once a token at
-copy bandwidth allows.
+copy bandwidth allows, and in turn against the same steps without the fused linear layers.
 """
 
 from __future__ import annotations
@@ -157,15 +157,30 @@ def measure(
     model = make(shape, device, dtype)
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(shape.vocab_size, (args.batch, args.prompt), generator=generator)
-    batch = BatchGenerator(
-        model,
-        args.batch,
-        args.prompt + args.new,
-        GREEDY,
-        compiled=args.compile,
-        graph=False if args.no_graph else None,
-    )
-    texts, decoding, first = cached(batch, prompts.tolist(), args.new, args.rounds, device)
+
+    def generator_of() -> BatchGenerator:
+        return BatchGenerator(
+            model,
+            args.batch,
+            args.prompt + args.new,
+            GREEDY,
+            compiled=args.compile,
+            graph=False if args.no_graph else None,
+        )
+
+    batches = [generator_of()]
+    fused = batches[0].decoder.linear is not None
+    if fused:
+        batches.append(generator_of())
+        batches[1].decoder.linear = None
+    texts: list[list[int]] = []
+    decoding, first, without = [], [], []
+    for _ in range(args.rounds):  # in turn, so that both meet the same clocks
+        texts, steps, begun = cached(batches[0], prompts.tolist(), args.new, 1, device)
+        decoding += steps
+        first += begun
+        if fused:
+            without += cached(batches[1], prompts.tolist(), args.new, 1, device)[1]
     seconds, compared, differ, gap = cache_free(model, texts[0], args.prompt, args.every, device)
     step_ms = [1e3 * s / (args.new - 1) for s in decoding]
     ms = summarize(step_ms).median
@@ -183,9 +198,11 @@ def measure(
         "tokens_compared": compared,
         "tokens_that_differ": differ,
         "different_tokens_in_the_text": len(set(texts[0])),
+        "fused_linears": fused,
     }
+    name = "cache, fused linear layers" if fused else "cache"
     lines = [
-        ["cache", f"{ms:.3f}", f"{row['tokens_per_second']:,.1f}", "1"],
+        [name, f"{ms:.3f}", f"{row['tokens_per_second']:,.1f}", "1"],
         [
             "no cache, one text" + ("" if args.every == 1 else f" (each {args.every}th length)"),
             f"{1e3 * seconds / args.new:.3f}",
@@ -193,6 +210,11 @@ def measure(
             f"{row['speedup']:.2f}",
         ],
     ]
+    if fused:
+        plain = 1e3 * summarize(without).median / (args.new - 1)
+        row["without_fused_linears_ms"] = plain
+        speed = f"{1e3 * args.batch / plain:,.1f}"
+        lines.insert(1, ["cache, PyTorch's", f"{plain:.3f}", speed, f"{plain / ms:.2f}"])
     if device.type == "cuda":
         copy = roof.measure(device)["GB/s"] * 1e9
         row["weight_bytes"], row["copy_bytes_per_second"] = weight_bytes(model), copy

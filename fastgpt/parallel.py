@@ -331,9 +331,8 @@ def write_shards(tensors: dict[str, Tensor], folder: Path) -> Path:
 def _write_scalars(path: Path, scalars: dict[str, Tensor]) -> None:
     """Fill in tensors without dimensions: joining the parts leaves zeros in their place.
 
-    Seen with torch 2.13, as in https://github.com/NVIDIA-NeMo/Automodel/pull/301. A safetensors file
-    is the header's length in 8 bytes, the header in JSON, and the data:
-    https://huggingface.co/docs/safetensors.
+    Seen with torch 2.13, as in https://github.com/NVIDIA-NeMo/Automodel/pull/301. A file has the
+    header's length in 8 bytes, the header in JSON, the data: https://huggingface.co/docs/safetensors.
     """
     with open(path, "r+b") as f:
         length = int.from_bytes(f.read(8), "little")

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from bench import generate, results
+from fastgpt import decode
 from fastgpt.interop import shape_of_size
 from fastgpt.model import GPT
+from fastgpt_kernels import reference
 
 FEW = ["--device=cpu", "--dtype=float32", "--new=12", "--prompt=3"]
 
@@ -26,6 +28,19 @@ def test_a_run(more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert stored["key"] == row["key"] and len(stored["samples_ms"]) == 1 + ("--rounds=2" in more)
     batch = 2 if "--batch=2" in more else 1
     assert row["tokens_per_second"] == pytest.approx(1e3 * batch / row["median_ms"])
+
+
+def test_fused_linear_layers_are_held_against_pytorchs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the reference in the kernel's place: it takes the same way through the decoder."""
+    monkeypatch.setattr(decode, "choose_linear", lambda *_: reference.decode_linear)
+    assert generate.main([*FEW, "--rounds=2", "--every=1"]) == 0
+    said = capsys.readouterr().out
+    row = json.loads(said.splitlines()[-1])
+    assert row["fused_linears"] and row["without_fused_linears_ms"] > 0
+    assert row["tokens_that_differ"] == 0
+    assert "cache, fused linear layers" in said and "cache, PyTorch's" in said
 
 
 def test_a_wrong_text_gets_no_time(
