@@ -6,7 +6,6 @@ longer the step takes without that kernel. Flags of `fastgpt train` work here to
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,11 +29,7 @@ def contenders(gpu: bool) -> list[Variant]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench ablate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = setup.parser("ablate", __doc__)
     parser.add_argument("preset", nargs="?", default="gpt2")
     step.add_measuring_arguments(parser)
     args, flags = setup.parse(parser, argv)

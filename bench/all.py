@@ -8,7 +8,6 @@ ended, the tests first, and `all.log` has all that they said.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import os
@@ -24,7 +23,7 @@ from typing import IO
 
 import torch
 
-from bench import results
+from bench import results, setup
 from bench.stats import MIN_ROUNDS
 from bench.tables import table
 
@@ -167,11 +166,7 @@ def _numbers(row: dict) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench all",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = setup.parser("all", __doc__)
     parser.add_argument("--budget", type=float, default=540.0, help="seconds, all in all")
     gpu = torch.cuda.is_available()
     parser.add_argument("--out", type=Path, default=results.FOLDER if gpu else Path("out/bench"))

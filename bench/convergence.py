@@ -8,7 +8,6 @@ and do not count as training time, nor does compiling, which is shown beside it.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import math
@@ -54,7 +53,7 @@ class Race:
         if self.device.type == "cpu":
             torch.set_num_threads(1)
         dataset = open_dataset(Path(self.folder))
-        rows = c.optim.batch_size * c.optim.gradient_accumulation_steps
+        rows = c.optim.rows
         T = c.model.block_size
         self.batches = Batches(dataset.train, rows_per_step=rows, block_size=T, seed=c.run.seed)
         windows = eval_batches(
@@ -170,11 +169,7 @@ def open_data(flags: dict[str, str]) -> tuple[Path, str]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench convergence",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = setup.parser("convergence", __doc__)
     gpu = torch.cuda.is_available()
     parser.add_argument("--target", type=float, help="validation loss to reach")
     parser.add_argument("--seeds", type=int, default=3 if gpu else 1)
@@ -182,7 +177,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--limit-seconds", type=float, default=300.0, help="for one run")
     parser.add_argument("--variants", default="eager,kernels+compile" if gpu else "eager")
     parser.add_argument("--peer-path", default="", help="a nanoGPT checkout to race")
-    parser.add_argument("--out", type=Path, default=results.FOLDER if gpu else None)
+    setup.add_out(parser)
     args, flags = setup.parse(parser, argv)
     setup.say_small()
     if min(args.seeds, args.eval_every) < 1:

@@ -9,7 +9,6 @@ of `fastgpt train` work here too.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -109,17 +108,13 @@ def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench curves",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = setup.parser("curves", __doc__)
     gpu = torch.cuda.is_available()
     parser.add_argument("preset", nargs="?", default="shakespeare_char" if gpu else "laptop")
     parser.add_argument("--steps", type=int, default=1000 if gpu else 60)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--limit-seconds", type=float, default=600.0, help="for one run")
-    parser.add_argument("--out", type=Path, default=results.FOLDER if gpu else None)
+    setup.add_out(parser)
     args, flags = setup.parse(parser, argv)
     if args.preset not in PRESETS:
         parser.error(f"no preset {args.preset!r}: there are {', '.join(PRESETS)}")

@@ -12,15 +12,16 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import kernels, provenance, results, roof
+from bench import kernels, provenance, results, roof, setup
 from bench.kernel_cases import Case, Provider, run_oracle
+from bench.setup import at_least
+from bench.stats import MIN_ROUNDS
 from fastgpt.config import Config
 from fastgpt.presets import PRESETS
 
@@ -135,30 +136,28 @@ def totals(rows: list[dict[str, Any]], counts: dict[str, int]) -> list[tuple[str
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench gemms",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = setup.parser("gemms", __doc__)
     parser.add_argument("sizes", nargs="*", help=f"of {', '.join(SIZES)}; default: gpt2")
-    parser.add_argument("--rounds", type=int, default=30, help="timings of each provider")
-    gpu = torch.cuda.is_available()
     parser.add_argument(
-        "--out",
-        type=Path,
-        default=results.FOLDER if gpu else None,
-        help="folder for the JSON; default: bench/results where there is a GPU, else nowhere",
+        "--rounds", type=at_least(MIN_ROUNDS), default=30, help="timings of each provider"
     )
+    gpu = torch.cuda.is_available()
+    setup.add_out(parser)
     args = parser.parse_args(argv)
     if unknown := [s for s in args.sizes if s not in SIZES]:
         parser.error(f"no size {unknown[0]!r}: there are {', '.join(SIZES)}")
-    if args.rounds < 5:
-        parser.error(f"--rounds must be at least 5, got {args.rounds}")
     device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     if gpu:
         torch._inductor.config.triton.enable_persistent_tma_matmul = True
     else:
         print("no GPU: tiny products on the CPU show that this runs; times mean nothing")
+    with setup.one_thread(device):
+        return run(args, device, argv)
+
+
+def run(args: argparse.Namespace, device: torch.device, argv: list[str]) -> int:
+    """Measure, show and save what `main` was asked for."""
+    gpu = device.type == "cuda"
     roofs = roof.measure(device)
     result = results.Result("gemms", argv, {"rounds": args.rounds, "roofs": roofs})
     print(" · ".join([provenance.device_name(), *(f"{v:,.1f} {k}" for k, v in roofs.items())]))

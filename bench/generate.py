@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench import results, roof
+from bench import results, roof, setup
 from bench.stats import summarize
 from bench.tables import table
 from fastgpt import ops
@@ -111,11 +111,7 @@ def weight_bytes(model: GPT) -> int:
 
 def main(argv: list[str]) -> int:
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(
-        prog="python -m bench generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = setup.parser("generate", __doc__)
     sizes = ["small", *SIZES]
     parser.add_argument("--size", choices=sizes, default="gpt2" if gpu else "small")
     parser.add_argument("--batch", type=int, default=1, help="texts at a time")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -207,23 +206,14 @@ def peak_memory(prepared: Pass, device: torch.device) -> int:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench kernels",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = setup.parser("kernels", __doc__)
     parser.add_argument("ops", nargs="*", help=f"of {', '.join(CASES)}; default: all")
     parser.add_argument(
         "--rounds", type=at_least(MIN_ROUNDS), default=30, help="timings of each provider"
     )
     parser.add_argument("--sweep", action="store_true", help="over T, width and vocabulary too")
     gpu = torch.cuda.is_available()
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=results.FOLDER if gpu else None,
-        help="folder for the JSON; default: bench/results where there is a GPU, else nowhere",
-    )
+    setup.add_out(parser)
     args = parser.parse_args(argv)
     if unknown := [op for op in args.ops if op not in CASES]:
         parser.error(f"no op {unknown[0]!r}: there are {', '.join(CASES)}")

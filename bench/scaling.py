@@ -19,10 +19,10 @@ these are assumptions, each with a flag; what a cluster does is for `fastgpt tra
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from bench import setup
 from bench.tables import table
 from fastgpt import memory
 from fastgpt.model import ModelShape
@@ -82,7 +82,7 @@ def job(preset: str) -> Job:
     parameters = memory.n_parameters(shape)
     counted = parameters - m.block_size * m.n_embd  # 6N counts no position embeddings
     flops = 6.0 * counted + 12.0 * m.n_layer * m.n_embd * m.block_size
-    rows = o.batch_size * o.gradient_accumulation_steps
+    rows = o.rows
     return Job(preset, parameters, flops, rows, m.block_size, o.batch_size)
 
 
@@ -141,11 +141,7 @@ def advice(job: Job, cluster: Cluster, counts: Sequence[int], limit: float) -> s
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench scaling",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = setup.parser("scaling", __doc__)
     usual = Cluster()
     for field, what in (
         ("peak_tflops", "peak of a GPU, TFLOP/s"),

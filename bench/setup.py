@@ -6,10 +6,12 @@ import argparse
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 
+from bench import results
 from fastgpt import settings
 from fastgpt.config import Config
 from fastgpt.device import resolve_device, resolve_dtype
@@ -29,6 +31,25 @@ SMALL = {
 }
 SMALL_VOCAB = 512
 FOR_CPUS = ("laptop",)
+
+
+def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """The parser of `python -m bench NAME`, whose help is the module's docstring as it stands."""
+    return argparse.ArgumentParser(
+        prog=f"python -m bench {name}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """--out, the folder of result files."""
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=results.FOLDER if torch.cuda.is_available() else None,
+        help="folder for the JSON; default: bench/results where there is a GPU, else nowhere",
+    )
 
 
 def parse(
@@ -81,7 +102,7 @@ def one_thread(device: str | torch.device) -> Iterator[None]:
 
 def describe(config: Config, vocab_size: int) -> str:
     m, o = config.model, config.optim
-    rows = o.batch_size * o.gradient_accumulation_steps
+    rows = o.rows
     return (
         f"{m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide, vocabulary {vocab_size}, "
         f"{rows} x {m.block_size} tokens a step, dropout {m.dropout:g}, {config.system.dtype}"

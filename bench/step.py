@@ -118,7 +118,7 @@ def rows_of(
     """Result rows; ratios are of each variant's time to the first sound one's."""
     flops = vars(mfu.flops_per_token(sizes_only(config, vocab_size)))
     o = config.optim
-    tokens = o.batch_size * o.gradient_accumulation_steps * config.model.block_size
+    tokens = o.rows * config.model.block_size
     base = next((m for m in found if m.samples), None)
     where = " ".join([preset, *(f"{k}={v}" for k, v in more.items())])
     rows = []
@@ -217,11 +217,7 @@ def at_value(flags: dict[str, str], preset: str, name: str, value: int) -> dict[
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = setup.parser("step", __doc__)
     parser.add_argument("presets", nargs="*", help="default: gpt2 shakespeare_char")
     parser.add_argument("--variants", default="", help="comma-separated; default: what can run")
     parser.add_argument("--peer-path", default="", help="a nanoGPT checkout; its model.py is used")
@@ -305,9 +301,4 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--builders", type=at_least(1), default=3 if gpu else 1, help="built at the same time"
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=results.FOLDER if gpu else None,
-        help="folder for the JSON; default: bench/results where there is a GPU, else nowhere",
-    )
+    setup.add_out(parser)

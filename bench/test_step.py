@@ -22,7 +22,7 @@ def test_step(benchmark: Any, variant: Variant) -> None:
     config, vocab_size = setup.configure(preset, {})
     device = torch.device(config.system.device)
     stepper = build(variant, config, vocab_size)
-    rows = config.optim.batch_size * config.optim.gradient_accumulation_steps
+    rows = config.optim.rows
     tokens = torch.randint(vocab_size, (8, rows, config.model.block_size + 1), device=device)
     stepper.warm_up(tokens[0])
     benchmark.group = f"{preset}: {setup.describe(config, vocab_size)}"

@@ -53,7 +53,7 @@ class Seat:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # events are recorded on the current one
         generator = torch.Generator().manual_seed(0)
-        rows = config.optim.batch_size * config.optim.gradient_accumulation_steps
+        rows = config.optim.rows
         size = (POOL, rows, config.model.block_size + 1)
         self.batches = torch.randint(self.vocab_size, size, generator=generator).to(self.device)
         if self.device.type == "cpu":

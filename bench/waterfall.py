@@ -166,7 +166,7 @@ class Steps:
         self.config, self.device = config, torch.device(config.system.device)
         self.step = 0
         m, o = config.model, config.optim
-        self.tokens = o.batch_size * o.gradient_accumulation_steps * m.block_size
+        self.tokens = o.rows * m.block_size
         vocab_size = VOCABULARIES.get(config.data.dataset, GPT2_VOCAB)
         shape = ModelShape(
             m.n_layer, m.n_head, m.n_embd, m.block_size, vocab_size, m.bias, m.gelu
@@ -208,7 +208,7 @@ class Steps:
             files = [token_files.inspect(path) for path in sorted(folder.glob("*.bin"))]
             batches = Batches(
                 TokenSplit("train", files, folder),
-                rows_per_step=c.optim.batch_size * c.optim.gradient_accumulation_steps,
+                rows_per_step=c.optim.rows,
                 block_size=c.model.block_size,
                 seed=c.run.seed,
                 sampling=c.data.sampling,

@@ -128,6 +128,11 @@ class OptimConfig:
     grad_clip: NonNegative = 1.0
     """Clip the global gradient norm to this; 0: off."""
 
+    @property
+    def rows(self) -> int:
+        """Sequences of one optimizer step."""
+        return self.batch_size * self.gradient_accumulation_steps
+
 
 @dataclass
 class LogConfig:

@@ -53,17 +53,17 @@ class Ranks:
 
     def rows(self, o: OptimConfig) -> slice:
         """This rank's rows of a step's batch_size x gradient_accumulation_steps."""
-        each = o.batch_size * o.gradient_accumulation_steps // self.size
+        each = o.rows // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
     def micro_batch(self, o: OptimConfig) -> int:
         """Rows of a micro-batch: batch_size, or less where a rank's rows are no multiple of it."""
-        each = o.batch_size * o.gradient_accumulation_steps // self.size
+        each = o.rows // self.size
         return next(b for b in range(min(o.batch_size, each), 0, -1) if each % b == 0)
 
     def check(self, o: OptimConfig) -> None:
         """Raise UserError where the ranks cannot share the global batch equally."""
-        rows = o.batch_size * o.gradient_accumulation_steps
+        rows = o.rows
         if rows % self.size:
             steps = o.gradient_accumulation_steps
             good = max(1, round(steps / self.size)) * self.size

@@ -29,7 +29,7 @@ def introduce(config: Config, trainer: Trainer, dataset: Dataset, run_dir: Path)
             print(f"\n{section + ':':8}" if section != "run" else f"{section + ':':8}", end="")
         print(f"{leaf.name}={settings.get(config, leaf)}", end=" ")
     o, m = config.optim, config.model
-    per_step = o.batch_size * o.gradient_accumulation_steps * m.block_size
+    per_step = o.rows * m.block_size
     device = trainer.device
     gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     print(f"\n\ndata {dataset.describe()}")
