@@ -72,15 +72,27 @@ def disagreement(
     """What is wrong with `function` against `eager`; empty where they agree."""
     inputs, arguments = _case(op, device, head_dim)
     rounded = [x.to(dtype) for x in inputs]
-    with torch.enable_grad(), _exact_matmuls():
-        want = _run(eager, [x.float() for x in rounded], arguments)
+    with torch.enable_grad():
+        return difference(
+            lambda: _run(function, rounded, arguments),
+            lambda: _run(eager, [x.float() for x in rounded], arguments),
+            dtype,
+        )
+
+
+def difference(
+    computed: Callable[[], list[Tensor]], exact: Callable[[], list[Tensor]], dtype: torch.dtype
+) -> str:
+    """What is wrong with computed() in `dtype` against exact() in fp32; empty where they agree."""
+    with _exact_matmuls():
+        want = exact()
         try:
-            got = _run(function, rounded, arguments)
+            got = computed()
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as e:
             line = (str(e).strip().splitlines() or [type(e).__name__])[0]
             return f"does not run here ({line[:160]})"
     for g, w in zip(got, want, strict=True):
-        error = ((g - w).norm() / w.norm()).item()
+        error = ((g.float() - w).norm() / w.norm()).item()
         if not error <= TOLERANCE[dtype]:
             return f"is off by {error:.2g} here"
     return ""
