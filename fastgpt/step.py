@@ -64,7 +64,7 @@ class Trainer:
         # The first step whose loss or gradient norm was not finite; -1: none. From then on every
         # update is called off on the device, until `check` looks.
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-        self._guard_on_device = device.type == "cuda" and self.layout != "fsdp"
+        self._guard_on_device = device.type == "cuda"
         self._graph: MicroStepGraph | None = None
 
     def _loss(self, tokens: Tensor) -> Tensor:

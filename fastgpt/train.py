@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from fastgpt import (
     checkpoint,
@@ -66,22 +65,21 @@ def _train(config: Config, name: str, device: torch.device, ranks: Ranks) -> int
     """`train` on one of the ranks."""
     system, resume = config.system, config.run.init_from == "resume"
     system.device = str(device)
-    system.dtype = cast(Any, resolve_dtype(system.dtype, device))
-    system.compile = resolve_compile(system.compile, device)
-
-    graph.check(config, device)
-    if system.max_autotune and not system.compile:
-        raise UserError("--max_autotune=True: is torch.compile's; give --compile=True with it")
-
     with ranks.together():
-        if ranks.first:
-            ensure(PrepareConfig(**vars(config.data)))
-    dataset = open_dataset(ensure(PrepareConfig(**vars(config.data))))
-    given = loading.start_from(config, dataset)
-    for split in (dataset.train, dataset.val):
-        split.require(config.model.block_size)
+        system.dtype = cast(Any, resolve_dtype(system.dtype, device))
+        system.compile = resolve_compile(system.compile, device)
+        graph.check(config, device)
+        if system.max_autotune and not system.compile:
+            raise UserError("--max_autotune=True: is torch.compile's; give --compile=True with it")
+        folder = ensure(PrepareConfig(**vars(config.data))) if ranks.first else Path()
+    folder = ranks.gather(folder)[0]
+    with ranks.together():
+        dataset = open_dataset(folder)
+        given = loading.start_from(config, dataset)
+        for split in (dataset.train, dataset.val):
+            split.require(config.model.block_size)
+        vocab_size = loading.vocabulary(config, dataset)
     m = config.model
-    vocab_size = loading.vocabulary(config, dataset)
     shape = ModelShape(m.n_layer, m.n_head, m.n_embd, m.block_size, vocab_size, m.bias, m.gelu)
     set_matmul_precision(exact=system.dtype == "float32" and not system.tf32)
     dtype = DTYPES[system.dtype]
@@ -115,14 +113,13 @@ def _train(config: Config, name: str, device: torch.device, ranks: Ranks) -> int
         trainer = Trainer(model, config, device, ranks)
         with ranks.together():
             start = _resume(trainer, run_dir, dataset) if resume else Progress()
-        if start.step >= config.run.max_iters and not config.log.eval_only:
-            raise UserError(
-                f"{run_dir}: already at step {start.step} of --max_iters={config.run.max_iters}; "
-                "give more to go on"
-            )
+            if start.step >= config.run.max_iters and not config.log.eval_only:
+                raise UserError(
+                    f"{run_dir}: already at step {start.step} of "
+                    f"--max_iters={config.run.max_iters}; give more to go on"
+                )
         if config.optim.auto_batch_size and not resume:
-            rows = config.optim.batch_size * config.optim.gradient_accumulation_steps
-            print(memory.fit_batch_size(trainer, config, rows))
+            print(memory.fit_batch_size(trainer, config, config.optim.rows))
         with ranks.together():
             if ranks.first:
                 run.save_config(run_dir, config)
@@ -173,7 +170,7 @@ class Loop:
         self.ranks = trainer.ranks
         self.progress, self.config = progress, trainer.config
         c = self.config
-        self.rows = c.optim.batch_size * c.optim.gradient_accumulation_steps
+        self.rows = c.optim.rows
         self.tokens_per_step = self.rows * c.model.block_size
         self.batches = Batches(
             dataset.train,
@@ -363,7 +360,7 @@ class Loop:
         shards = checkpoint.shards(self.run_dir)
         model: dict[str, torch.Tensor] | Path
         optimizer: dict[str, torch.Tensor] | Path
-        if isinstance(self.trainer.model, FSDPModule):
+        if self.trainer.layout == "fsdp":
             # No rank has to hold it all; the file is the same.
             with self.ranks.together():
                 if self.ranks.first:

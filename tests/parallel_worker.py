@@ -1,7 +1,8 @@
 """`fastgpt` as torchrun starts it, with a fault on one rank: FAULT=kind:rank:at.
 
-kill, hang and nan strike in the forward pass number `at` of that rank, crash while it hashes file
-number `at` of its checkpoints, and full once a file of it grows past `at` bytes.
+kill, hang, nan and guard (a NaN that is looked for as on a GPU) strike in the forward pass number
+`at` of that rank, crash while it hashes file number `at` of its checkpoints, and full once a file
+of it grows past `at` bytes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from fastgpt import checkpoint
 from fastgpt.cli import main
 from fastgpt.model import GPT
+from fastgpt.step import Trainer
 
 torch.set_num_threads(1)
 kind, rank, at = os.environ.get("FAULT", "none:0:0").split(":")
@@ -32,16 +34,28 @@ def faulty(self: GPT, *args: torch.Tensor) -> torch.Tensor:
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if calls != int(at) or os.environ["RANK"] != rank or again or not torch.is_grad_enabled():
         # A bad number stays bad, as it would for the same weights and tokens.
-        return loss * float("nan") if kind == "nan" and 0 < int(at) < calls and mine() else loss
+        return loss * float("nan") if bad_from_now() and int(at) < calls and mine() else loss
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "hang":
         time.sleep(600)
-    return loss * float("nan") if kind == "nan" else loss
+    return loss * float("nan") if bad_from_now() else loss
+
+
+def bad_from_now() -> bool:
+    return kind in ("nan", "guard")
 
 
 def mine() -> bool:
     return os.environ["RANK"] == rank
+
+
+start = Trainer.__init__
+
+
+def guarded(self: Trainer, *args: object, **kwargs: object) -> None:
+    start(self, *args, **kwargs)
+    self._guard_on_device = True
 
 
 hashed = 0
@@ -61,5 +75,7 @@ if kind == "crash" and mine():
 elif kind == "full" and mine():
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(at), int(at)))
 elif kind != "none":
+    if kind == "guard":
+        Trainer.__init__ = guarded
     GPT.forward = faulty  # type: ignore[method-assign]
 main(sys.argv[1:])

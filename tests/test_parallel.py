@@ -110,6 +110,24 @@ def test_bf16_gradients_of_ddp_need_nccl(home: Path):
     assert len(job.said) == 1 and "--reduce_dtype=float32" in job.said[0], job.err.read_text()
 
 
+def test_a_mistake_of_all_ranks_is_said_once(home: Path):
+    args = (*TINY, "--input=text.txt", "--out_dir=mistake", "--max_autotune=True")
+    job = train(home, 2, *args, "--compile=False", code=2)
+    assert len(job.said) == 1 and job.said[0].startswith("fastgpt: --max_autotune=True"), job.said
+    job = train(home, 2, *TINY, "--input=gone.txt", "--out_dir=mistake", code=2)
+    assert len(job.said) == 1 and "gone.txt" in job.said[0], job.said
+
+
+def test_the_device_itself_calls_off_a_sharded_update(home: Path):
+    """As on a GPU, where no step waits: fused AdamW takes found_inf for sharded weights too."""
+    args = (*TINY, "--input=text.txt", "--out_dir=guard", "--parallel=fsdp", "--log_interval=8")
+    job = Torchrun(home, 2, "train", *args, "--eval_interval=100", fault="guard:1:9")
+    assert job.wait(60) != 0
+    assert len(job.said) == 1 and job.said[0].startswith("fastgpt: step 4 on rank 1"), job.said
+    at = home / "guard" / "nonfinite" / "step_00000004" / "model.safetensors"
+    assert all(t.isfinite().all() for t in load_file(at).values())
+
+
 def test_resumed_under_other_layouts(home: Path):
     """4 ranks with FSDP, then 2 with DDP, then one process: the straight run to rounding."""
     train(home, 4, *TINY, "--input=text.txt", "--out_dir=mixed", "--max_iters=6", "--parallel=fsdp")
