@@ -19,7 +19,9 @@ if find_spec("triton"):
     from fastgpt_kernels.decode_linear import decode_linear
     from fastgpt_kernels.gelu import bias_gelu
     from fastgpt_kernels.layer_norm import add_layer_norm, layer_norm
+    from fastgpt_kernels.linear import linear
     from fastgpt_kernels.linear_cross_entropy import linear_cross_entropy
+    from fastgpt_kernels.mlp import mlp
 
     __all__ += [
         "AdamWTensors",
@@ -31,5 +33,7 @@ if find_spec("triton"):
         "decode_attention",
         "decode_linear",
         "layer_norm",
+        "linear",
         "linear_cross_entropy",
+        "mlp",
     ]

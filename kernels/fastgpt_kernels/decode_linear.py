@@ -36,7 +36,7 @@ from fastgpt_kernels._host import (
     use_kernel,
 )
 from fastgpt_kernels.configs import Config
-from fastgpt_kernels.gelu_kernels import _gate_and_slope
+from fastgpt_kernels.gelu_kernels import gate_and_slope
 from fastgpt_kernels.specs import AotSpec
 
 MAX_ROWS = 8
@@ -100,7 +100,7 @@ def decode_linear_kernel(
     if bias is not None:
         out += tl.load(bias + outputs, mask=outputs < N, other=0.0).to(tl.float32)[None, :]
     if ACTIVATION != "none":
-        gate, _ = _gate_and_slope(out, ACTIVATION == "tanh")
+        gate, _ = gate_and_slope(out, ACTIVATION == "tanh")
         out = out * gate
     place = rows[:, None] * N + outputs[None, :]
     mask = real & (outputs < N)[None, :]

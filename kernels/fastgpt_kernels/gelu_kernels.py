@@ -34,7 +34,7 @@ from fastgpt_kernels.specs import AotSpec, Tunable
 
 
 @triton.jit
-def _gate_and_slope(z, TANH: tl.constexpr):
+def gate_and_slope(z, TANH: tl.constexpr):
     """(gate, dy/dz) of y = z * gate."""
     if TANH:
         # t = exp(-|2u|) as a power of two: the constants are 2 sqrt(2/pi) log2(e), and the same
@@ -74,7 +74,7 @@ def forward_kernel(
     z = tl.load(x_ptr + wide * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
-    gate, _ = _gate_and_slope(z, TANH)
+    gate, _ = gate_and_slope(z, TANH)
     tl.store(y_ptr + wide * C + columns[None, :], (z * gate).to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -113,7 +113,7 @@ def backward_kernel(
         z = z.to(tl.float32)
         if bias_ptr is not None:
             z += bias[None, :]
-        _, slope = _gate_and_slope(z, TANH)
+        _, slope = gate_and_slope(z, TANH)
         dx = dy.to(tl.float32) * slope
         tl.store(dx_ptr + wide * C + columns[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if bias_ptr is not None:

@@ -54,6 +54,26 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") 
     return F.gelu(z, approximate=approximate).to(x.dtype)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x W^T + bias: x (..., K), weight (N, K), bias (N,) or None; rounded to x's dtype once."""
+    dtype = _compute_dtype(x, weight, bias)
+    y = F.linear(x.to(dtype), weight.to(x.dtype).to(dtype))
+    return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
+
+
+def mlp(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    approximate: str = "tanh",
+) -> Tensor:
+    """linear(gelu(linear(x, fc)), proj): x (..., C), fc_weight (H, C), proj_weight (C', H)."""
+    h = bias_gelu(linear(x, fc_weight, fc_bias), None, approximate)
+    return linear(h, proj_weight, proj_bias)
+
+
 def cross_entropy(
     logits: Tensor,
     targets: Tensor,
