@@ -1,7 +1,8 @@
 """python -m bench ablate [PRESET]: what each kernel is worth in the whole training step.
 
 The fast path, then the fast path with one op at a time switched to eager; the ratio says how much
-longer the step takes without that kernel. Flags of `fastgpt train` work here too.
+longer the step takes without that kernel. The matrix products are on cuBLAS in the fast path, so
+these are switched the other way, to Triton. Flags of `fastgpt train` work here too.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ def contenders(gpu: bool) -> list[Variant]:
     """The fast path first. Without a GPU it is eager, and so are all the others."""
     fast: dict[str, Any] = {"kernels": "triton", "compile": True} if gpu else {"kernels": "eager"}
     fast["graph"] = gpu
-    without = [Variant(f"{op} eager", overrides={op: "eager"}, **fast) for op in ops.EAGER]
-    return [Variant(FAST if gpu else "eager", **fast), *without]
+    switched = {
+        op: "triton" if gpu and op in ops.FASTER_THAN_CUBLAS else "eager" for op in ops.EAGER
+    }
+    others = [Variant(f"{op} {to}", overrides={op: to}, **fast) for op, to in switched.items()]
+    return [Variant(FAST if gpu else "eager", **fast), *others]
 
 
 def main(argv: list[str]) -> int:
@@ -71,7 +75,9 @@ def main(argv: list[str]) -> int:
     for row in result.rows:
         if "worth_ms" in row:
             worth, low, high = row["worth_ms"]
-            op = row["variant"].removesuffix(" eager")
+            op, to = row["variant"].split()
+            if to == "triton":  # the switch itself is what would be gained
+                worth, low, high = -worth, -high, -low
             print(f"  {op}: its kernel is worth {worth:+.3f} ms [{low:+.3f}, {high:+.3f}] a step")
     if path := result.finish(args.out):
         print(f"written: {path}")

@@ -66,6 +66,7 @@ GEMM_OPS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1}
 _GEMM = _rule(
     r"^aten::(mm|addmm|matmul|linear|addmv|mv)$|(Mm|Addmm|Linear)Backward\d*$"
     r"|gemm|gemv|nvjet|xmma|cutlass|cublas|splitK|triton_tem_fused.*mm|^mkldnn_linear|Cijk_"
+    r"|^matmul_kernel$|^fastgpt::(linear|mlp)(_backward)?$"
 )
 _ATTENTION = _rule(
     r"scaled_dot_product|ScaledDotProduct|fastgpt::attention|\b_Attention(Backward)?$"

@@ -204,6 +204,10 @@ class OpConfig:
     """Residual addition and the norm behind it."""
     bias_gelu: Literal["auto", "triton", "eager"] = "auto"
     """The MLP's bias and GELU."""
+    linear: Literal["auto", "triton", "eager"] = "auto"
+    """Attention's matrix products; eager is cuBLAS, and auto where nothing was measured faster."""
+    mlp: Literal["auto", "triton", "eager"] = "auto"
+    """The MLP as one op, its GELU inside the products; eager is linear and bias_gelu."""
     linear_cross_entropy: Literal["auto", "triton", "eager"] = "auto"
     """The head and the loss."""
 

@@ -48,12 +48,6 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None
 
 
-def linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """The layer in x's dtype: fp32 masters are rounded on the way in, gradients come back fp32."""
-    bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return F.linear(x, layer.weight.to(x.dtype), bias)
-
-
 class Attention(nn.Module):
     def __init__(self, shape: ModelShape, dropout: float, table: ops.OpTable):
         super().__init__()
@@ -63,8 +57,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dropout_p = self.dropout if self.training else 0.0
-        y = self.ops.attention(linear(x, self.c_attn), self.n_head, dropout_p=dropout_p)
-        return F.dropout(linear(y, self.c_proj), self.dropout, self.training)
+        qkv = self.ops.linear(x, self.c_attn.weight, self.c_attn.bias)
+        y = self.ops.attention(qkv, self.n_head, dropout_p=dropout_p)
+        y = self.ops.linear(y, self.c_proj.weight, self.c_proj.bias)
+        return F.dropout(y, self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -76,10 +72,9 @@ class MLP(nn.Module):
         self.dropout, self.ops = dropout, table
 
     def forward(self, x: Tensor) -> Tensor:
-        # The bias is left to the GELU op, which reads the activation anyway.
-        h = F.linear(x, self.c_fc.weight.to(x.dtype))
-        h = self.ops.bias_gelu(h, self.c_fc.bias, self.approximate)
-        return F.dropout(linear(h, self.c_proj), self.dropout, self.training)
+        fc, proj = self.c_fc, self.c_proj
+        y = self.ops.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, self.approximate)
+        return F.dropout(y, self.dropout, self.training)
 
 
 class Block(nn.Module):

@@ -10,7 +10,9 @@ the choice:
     flash    attention only: PyTorch's SDPA on its flash attention
 
 By itself (`--kernels=auto`) a GPU gets Triton where the shapes allow it and the op agrees with the
-eager one on this very device (`selfcheck.py`), and everything else gets eager.
+eager one on this very device (`selfcheck.py`), and everything else gets eager. The matrix products
+(`linear`, `mlp`) are different: there eager is cuBLAS, and they leave it only on GPUs where
+measurements say so (`FASTER_THAN_CUBLAS`), or for --op.linear=triton.
 """
 
 from __future__ import annotations
@@ -74,6 +76,33 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") 
     return F.gelu(x if bias is None else x + bias.to(x.dtype), approximate=approximate)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., K), weight (N, K), bias (N,) or None -> x W^T + bias (..., N), in x's dtype.
+
+    fp32 masters are rounded on the way in; their gradients come back fp32.
+    """
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def mlp(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    approximate: str = "tanh",
+    *,
+    linear: Callable[..., Tensor] = linear,
+    bias_gelu: Callable[..., Tensor] = bias_gelu,
+) -> Tensor:
+    """gelu(x fc_weight^T + fc_bias) proj_weight^T + proj_bias, made of two other ops of the table.
+
+    The first bias is left to the GELU op, which reads the activation anyway.
+    """
+    h = bias_gelu(linear(x, fc_weight), fc_bias, approximate)
+    return linear(h, proj_weight, proj_bias)
+
+
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -92,8 +121,12 @@ def linear_cross_entropy(
 
 
 EAGER: dict[str, Callable] = {
-    f.__name__: f for f in (attention, layer_norm, add_layer_norm, bias_gelu, linear_cross_entropy)
+    f.__name__: f
+    for f in (attention, layer_norm, add_layer_norm, bias_gelu, linear, mlp, linear_cross_entropy)
 }
+# The ops whose eager row is a cuBLAS product: architectures ("sm_90") on which `python -m bench
+# gemms` found the kernel faster than that. It has not been run on any yet.
+FASTER_THAN_CUBLAS: dict[str, tuple[str, ...]] = {"linear": (), "mlp": ()}
 SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 # What the Triton kernels take: `fastgpt_kernels.attention.HEAD_DIMS`, and one row to a program.
 HEAD_DIMS = (32, 64, 80, 96, 128)
@@ -117,6 +150,8 @@ class OpTable:
     layer_norm: Callable[..., Tensor]
     add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
     bias_gelu: Callable[..., Tensor]
+    linear: Callable[..., Tensor]
+    mlp: Callable[..., Tensor]
     linear_cross_entropy: Callable[..., Tensor]
     choices: tuple[Choice, ...]
 
@@ -139,8 +174,9 @@ def choose(
 ) -> OpTable:
     """The op table for a device, activations of `dtype`, and a model's head dim and width.
 
-    `kernels` is auto, triton or eager for all ops; `overrides` names single ops' implementations.
-    Raises UserError where what was asked for cannot run here.
+    `kernels` is auto, triton or eager for all ops (for the matrix products triton means auto);
+    `overrides` names single ops' implementations. Raises UserError where what was asked for cannot
+    run here.
     """
     functions: dict[str, Callable] = {}
     choices = []
@@ -148,9 +184,13 @@ def choose(
         asked = (overrides or {}).get(op, "auto")
         flag = f"--op.{op}={asked}" if asked != "auto" else f"--kernels={kernels}"
         wish = asked if asked != "auto" else kernels
-        obstacle = _obstacle(op, "triton" if wish == "auto" else wish, device, head_dim, width)
+        if op in FASTER_THAN_CUBLAS and asked == "auto" and kernels == "triton":
+            wish = "auto"
+        wanted = "triton" if wish == "auto" else wish
+        obstacle = _obstacle(op, wanted, device, dtype, head_dim, width)
         name, reason = wish, flag
         if wish == "auto":
+            obstacle = obstacle or _slower(op, device)
             name, reason = ("eager", obstacle) if obstacle else ("triton", "fused kernels")
         elif obstacle:
             raise UserError(f"{flag}: {obstacle}")
@@ -161,12 +201,26 @@ def choose(
                 raise UserError(f"{flag}: {wrong}")
             if wrong:
                 name, function, reason = "eager", EAGER[op], f"triton: {wrong}"
+        if op == "mlp" and name == "eager":
+            function = partial(mlp, linear=functions["linear"], bias_gelu=functions["bias_gelu"])
         functions[op] = function
         choices.append(Choice(op, name, reason))
     return OpTable(**functions, choices=tuple(choices))
 
 
-def _obstacle(op: str, name: str, device: torch.device, head_dim: int, width: int) -> str:
+def _slower(op: str, device: torch.device) -> str:
+    """Why an op that could run stays with cuBLAS; empty for all others."""
+    from fastgpt_kernels import _host
+
+    arch = _host.arch(device.index or 0) if device.type == "cuda" else "cpu"
+    if arch in FASTER_THAN_CUBLAS.get(op, (arch,)):
+        return ""
+    return "nothing measured faster than cuBLAS"
+
+
+def _obstacle(
+    op: str, name: str, device: torch.device, dtype: torch.dtype, head_dim: int, width: int
+) -> str:
     """Why an implementation cannot run here; empty where it can."""
     if name == "eager":
         return ""
@@ -182,6 +236,15 @@ def _obstacle(op: str, name: str, device: torch.device, head_dim: int, width: in
         return f"head dim {head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
     if "layer_norm" in op and width > MAX_WIDTH:
         return f"width {width} is more than {MAX_WIDTH}"
+    if op in FASTER_THAN_CUBLAS:
+        from fastgpt_kernels.matmul_kernels import runs_on
+
+        if width % 8:
+            return f"width {width} is not a multiple of 8"
+        if device.type == "cuda" and dtype == torch.float32:
+            return "float32 has no tensor-core products"
+        if device.type == "cuda" and not runs_on(arch := _host.arch(device.index or 0)):
+            return f"{arch} has no TMA, sm_90 and later have"
     return ""
 
 

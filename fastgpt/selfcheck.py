@@ -33,6 +33,10 @@ def _case(op: str, device: torch.device, head_dim: int) -> tuple[list[Tensor], d
         return [random(37, width), random(37, width), random(width), random(width)], {}
     if op == "bias_gelu":
         return [random(37, width), random(width)], {}
+    if op in ("linear", "mlp"):  # more than a tile of rows, and of the wider side
+        fc, proj = random(392, 136) / 136**0.5, random(136, 392) / 392**0.5
+        layers = [fc, random(392)] if op == "linear" else [fc, random(392), proj, random(136)]
+        return [random(1100, 136), *layers], {}
     targets = torch.randint(300, (77,), generator=generator)
     targets[5] = -1
     inputs = [random(77, width), random(384, width) * 0.1]

@@ -25,14 +25,22 @@ def kernels_run(monkeypatch):
         interpreted(monkeypatch)
 
 
-def trainer(kernels: str, dropout: float = 0.0, bias: bool = True) -> Trainer:
+# On a GPU fp32 products are cuBLAS's; `test_products_in_16_bits` has ours there.
+PRODUCTS = pytest.mark.parametrize("products", ["eager"] + ["triton"] * (DEVICE.type == "cpu"))
+
+
+def trainer(
+    kernels: str, dropout: float = 0.0, bias: bool = True, products: str = "eager"
+) -> Trainer:
     config = laptop()
     config.system.dtype, config.system.compile = "float32", False
     config.optim.batch_size, config.optim.warmup_iters = 1, 2
     config.optim.learning_rate = 1e-2
     config.model.dropout = dropout
-    table = ops.choose(DEVICE, head_dim=32, width=32, kernels=kernels)
-    assert {c.implementation for c in table.choices} == {kernels}
+    by_op = dict.fromkeys(ops.FASTER_THAN_CUBLAS, products)
+    table = ops.choose(DEVICE, head_dim=32, width=32, kernels=kernels, overrides=by_op)
+    chosen = {c.op: c.implementation for c in table.choices}
+    assert chosen == {**dict.fromkeys(chosen, kernels), **by_op}
     shape = ModelShape(**{**SHAPE.__dict__, "bias": bias})
     model = GPT(shape, dropout, table).init_weights(0).to(DEVICE)
     return Trainer(model, config, DEVICE)
@@ -43,8 +51,9 @@ def tokens(step: int) -> torch.Tensor:
     return torch.randint(61, (1, 21), generator=generator).to(DEVICE)
 
 
-def test_twenty_steps_are_the_eager_ones():
-    eager, triton = trainer("eager"), trainer("triton")
+@PRODUCTS
+def test_twenty_steps_are_the_eager_ones(products):
+    eager, triton = trainer("eager"), trainer("triton", products=products)
     losses = [[t.step(s, tokens(s % 2))[0].item() for s in range(20)] for t in (eager, triton)]
     assert losses[0][-1] < losses[0][0] - 0.5, "nothing was learned"
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=2e-5, atol=2e-5)
@@ -55,10 +64,10 @@ def test_twenty_steps_are_the_eager_ones():
         assert error < 1e-3, f"{name} is off by {error:.2g}"
 
 
-def test_gradients_are_the_eager_ones():
+@PRODUCTS
+def test_gradients_are_the_eager_ones(products):
     grads = []
-    for kernels in ("eager", "triton"):
-        t = trainer(kernels, bias=False)
+    for t in (trainer("eager", bias=False), trainer("triton", bias=False, products=products)):
         t._backward(0, tokens(0))
         grads.append({n: p.grad for n, p in t.model.named_parameters()})
     for name, want in grads[0].items():
@@ -72,9 +81,10 @@ def test_dropout_in_the_kernels_repeats_with_the_step():
     assert not torch.equal(first, trainer("triton", dropout=0.3).step(5, tokens(0))[0])
 
 
-def test_one_graph_and_no_recompile():
+@PRODUCTS
+def test_one_graph_and_no_recompile(products):
     """fullgraph refuses any break; after the first step and evaluation nothing compiles again."""
-    t = trainer("triton", dropout=0.3)
+    t = trainer("triton", dropout=0.3, products=products)
     torch._dynamo.reset()
     counters.clear()
     t.forward = torch.compile(t.model, backend="aot_eager", fullgraph=True)
@@ -107,3 +117,32 @@ def test_checkpointing_traces_without_a_break():
         loss, _ = t.step(step, tokens(step))
         assert torch.isfinite(loss)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")
+def test_products_in_16_bits():
+    """The model on our matrix products, compiled: as near to fp32 as on cuBLAS's."""
+    from fastgpt_kernels import _host
+    from fastgpt_kernels.matmul_kernels import runs_on
+
+    if not runs_on(_host.arch(0)):
+        pytest.skip("a GPU without TMA")
+    shape, results = ModelShape(2, 4, 256, 128, 1000, bias=True), {}
+    inputs = torch.randint(1000, (4, 129), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    for name, dtype in (
+        ("exact", torch.float32),
+        ("eager", torch.bfloat16),
+        ("triton", torch.bfloat16),
+    ):
+        products = dict.fromkeys(ops.FASTER_THAN_CUBLAS, "triton" if name == "triton" else "eager")
+        kernels = "eager" if name == "exact" else "triton"
+        table = ops.choose(DEVICE, dtype, width=256, kernels=kernels, overrides=products)
+        model = GPT(shape, 0.0, table, dtype).init_weights(0).to(DEVICE)
+        torch._dynamo.reset()
+        loss = torch.compile(model, fullgraph=True)(inputs[:, :-1], inputs[:, 1:])
+        loss.backward()
+        results[name] = [loss.detach(), *(p.grad for p in model.parameters())]
+    for exact, eager, triton in zip(*results.values(), strict=True):
+        off = (eager - exact).norm() / exact.norm()
+        assert (triton - exact).norm() / exact.norm() <= 2 * off + 1e-3

@@ -153,6 +153,8 @@ def test_cpu_trace_with_known_gaps_and_two_threads():
     [
         (("ampere_bf16_s16816gemm_bf16_128x64",), (), ("linear", "forward")),
         (("void flash_fwd_kernel<bf16>",), (), ("attention", "forward")),
+        (("matmul_kernel",), (), ("linear", "forward")),
+        (("fastgpt::mlp", "reduce_kernel"), (), ("linear", "forward")),
         (("cudnn_generated_fort_native_sdpa_sm90_flash_fprop",), (), ("attention", "forward")),
         (("prepare_kernel",), (), ("attention", "forward")),
         (("finish_kernel",), (), ("attention", "forward")),
