@@ -4,12 +4,15 @@ The linear layers and the head are where most of a step goes. Each layer's produ
 its backward pass, run at a preset's own size on cuBLAS, on cuBLASLt's heuristics, and on what
 `torch.compile(mode="max-autotune-no-cudagraphs")` finds among cuBLAS and Triton templates, the
 persistent ones with tensor-memory access included (`fastgpt train --max_autotune=True` trains on
-those). The last lines say what all layers of a step come to for each.
+those), and on fastgpt's own kernel (`--op.linear=triton`). The MLP as one op, its GELU in the
+products' epilogues (`--op.mlp=triton`), runs against the same of separate ops. The last lines say
+what all layers of a step come to for each.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -18,15 +21,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fastgpt_kernels as ours
 from bench import kernels, provenance, results, roof, setup
 from bench.kernel_cases import Case, Provider, run_oracle
 from bench.setup import at_least
 from bench.stats import MIN_ROUNDS
+from fastgpt import ops
 from fastgpt.config import Config
 from fastgpt.presets import PRESETS
+from fastgpt_kernels import _host, reference
+from fastgpt_kernels.matmul_kernels import runs_on
 
 SIZES = ("gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl")
 HEAD = 50304
+NO_GPU = "needs a GPU"
 SMALL_TOKENS, SMALL_WIDTH, SMALL_HEAD = 96, 32, 200
 
 
@@ -109,13 +117,56 @@ def case(name: str, M: int, K: int, N: int, device: torch.device) -> Case:
         pick=pick,
     )
     if not cuda:
-        made.skipped |= dict.fromkeys(("cuBLASLt", "max-autotune"), "needs a GPU")
+        made.skipped |= dict.fromkeys(("cuBLASLt", "max-autotune", "fastgpt"), NO_GPU)
         return made
-    tuned = torch.compile(linear, fullgraph=True, mode="max-autotune-no-cudagraphs", dynamic=False)
     made.providers += [
         Provider("cuBLASLt", lambda x, w: _OnLibrary.apply(x, w, "cublaslt")),
-        Provider("max-autotune", tuned),
+        Provider("max-autotune", _autotuned(linear)),
     ]
+    _add_ours(made, ours.linear)
+    return made
+
+
+def _autotuned(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(fn, fullgraph=True, mode="max-autotune-no-cudagraphs", dynamic=False)
+
+
+def _add_ours(case: Case, fn: Callable[..., Tensor]) -> None:
+    arch = _host.arch(torch.cuda.current_device())
+    if runs_on(arch):
+        case.providers.append(Provider("fastgpt", fn))
+    else:
+        case.skipped["fastgpt"] = f"{arch} has no TMA"
+
+
+def mlp_case(M: int, C: int, device: torch.device) -> Case:
+    """The MLP (M, C) -> (M, C), GELU and biases included, all gradients."""
+    cuda = device.type == "cuda"
+    dtype, H = torch.bfloat16 if cuda else torch.float32, 4 * C
+    shapes = ((M, C), (H, C), (H,), (C, H), (C,), (M, C))
+    x, fc, fc_bias, proj, proj_bias, dy = (torch.randn(s, device=device) for s in shapes)
+    leaves = [x, fc / C**0.5, fc_bias, proj / H**0.5, proj_bias]
+    leaves, dy = [t.to(dtype) for t in leaves], dy.to(dtype)
+    flops = 4.0 * M * C * H
+    made = Case(
+        "mlp",
+        f"{M} x {C} -> {H} -> {C} {str(dtype)[6:]}",
+        leaves,
+        [dy],
+        [Provider("eager", ops.mlp)],
+        lambda: run_oracle(reference.mlp, leaves, [dy]),
+        "TFLOP/s",
+        {"forward": flops, "backward": 2 * flops},
+    )
+    if not cuda:
+        made.skipped |= dict.fromkeys(("cuBLAS, fused GELU", "max-autotune", "fastgpt"), NO_GPU)
+        return made
+    fused = functools.partial(ops.mlp, bias_gelu=ours.bias_gelu)
+    made.providers += [
+        Provider("cuBLAS, fused GELU", fused),
+        Provider("max-autotune", _autotuned(ops.mlp)),
+    ]
+    _add_ours(made, ours.mlp)
     return made
 
 
@@ -165,9 +216,14 @@ def run(args: argparse.Namespace, device: torch.device, argv: list[str]) -> int:
     for size in args.sizes or SIZES[:1]:
         rows: list[dict[str, Any]] = []
         shapes = layers(PRESETS[size](), small=not gpu)
-        for name, (M, K, N, _) in shapes.items():
+        cases = {
+            name: functools.partial(case, name, M, K, N, device)
+            for name, (M, K, N, _) in shapes.items()
+        }
+        cases["mlp"] = functools.partial(mlp_case, *shapes["c_fc"][:2], device)
+        for make in cases.values():
             torch.manual_seed(0)
-            found = kernels.measure(case(name, M, K, N, device), device, args.rounds)
+            found = kernels.measure(make(), device, args.rounds)
             for row in found:
                 row["key"] = " | ".join((size, row["op"], row["pass"], row["provider"]))
                 row["preset"] = size
@@ -182,7 +238,8 @@ def run(args: argparse.Namespace, device: torch.device, argv: list[str]) -> int:
             if gpu:
                 torch.cuda.empty_cache()
         print(f"\n{size}, all layers of a micro-batch, forward and backward")
-        for provider, ms in totals(rows, {name: n for name, (*_, n) in shapes.items()}):
+        layers_only = [row for row in rows if row["op"] in shapes]
+        for provider, ms in totals(layers_only, {name: n for name, (*_, n) in shapes.items()}):
             print(f"  {provider:28} {ms:9.3f} ms")
     if path:
         print(f"written: {path}")

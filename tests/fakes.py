@@ -8,6 +8,7 @@ of CUDA ones needs a CUDA build), and as fp16 where bf16 is meant: as many bytes
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -18,12 +19,17 @@ from fastgpt import ops
 from fastgpt.model import GPT, ModelShape
 
 
-def fused_table(monkeypatch: pytest.MonkeyPatch) -> ops.OpTable:
-    """The Triton ops, made to believe that they are on a GPU."""
+def fused_table(monkeypatch: pytest.MonkeyPatch, products: str = "eager") -> ops.OpTable:
+    """The Triton ops, made to believe that they are on a GPU; the matrix products as asked."""
     for name, module in list(sys.modules.items()):
         if name.startswith("fastgpt_kernels.") and hasattr(module, "use_kernel"):
             monkeypatch.setattr(module, "use_kernel", lambda x: True)
     functions = {op: getattr(fastgpt_kernels, op) for op in ops.EAGER}
+    if products == "eager":
+        mlp = partial(ops.mlp, bias_gelu=functions["bias_gelu"])
+        functions |= {"linear": ops.linear, "mlp": mlp}
+    else:
+        monkeypatch.setattr(sys.modules["fastgpt_kernels.linear"], "arch_of", lambda x: "sm_90")
     choices = tuple(ops.Choice(op, "triton", "fake") for op in functions)
     return ops.OpTable(**functions, choices=choices)
 

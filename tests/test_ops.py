@@ -98,6 +98,33 @@ def test_the_shapes_decide_too(monkeypatch):
     assert chosen["bias_gelu"].implementation == "triton"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run for real here")
+def test_products_stay_with_cublas_until_measured(monkeypatch):
+    interpreted(monkeypatch)
+    for kernels in ("auto", "triton"):
+        chosen = {c.op: c for c in ops.choose(CPU, kernels=kernels).choices}
+        assert chosen["linear"].implementation == chosen["mlp"].implementation == "eager"
+        assert chosen["linear"].reason == "nothing measured faster than cuBLAS"
+        assert chosen["bias_gelu"].implementation == "triton"
+    monkeypatch.setitem(ops.FASTER_THAN_CUBLAS, "linear", ("sm_90", "cpu"))
+    chosen = {c.op: c for c in ops.choose(CPU).choices}
+    assert chosen["linear"].implementation == "triton"
+    assert chosen["mlp"].implementation == "eager"
+    chosen = {c.op: c for c in ops.choose(CPU, overrides={"mlp": "triton"}).choices}
+    assert (chosen["mlp"].implementation, chosen["mlp"].reason) == ("triton", "--op.mlp=triton")
+    with pytest.raises(UserError, match="--op.mlp=triton: width 36 is not a multiple of 8"):
+        ops.choose(CPU, width=36, overrides={"mlp": "triton"})
+
+
+def test_the_eager_mlp_is_made_of_the_tables_ops():
+    """So that `--op.linear` and `--op.bias_gelu` are heard inside it too."""
+    table = ops.choose(CPU)
+    assert table.mlp.keywords == {"linear": table.linear, "bias_gelu": table.bias_gelu}
+    x, fc, b, proj, c = (torch.randn(s) for s in ((3, 8), (16, 8), (16,), (8, 16), (8,)))
+    want = F.gelu(x @ fc.T + b, approximate="tanh") @ proj.T + c
+    torch.testing.assert_close(table.mlp(x, fc, b, proj, c), want)
+
+
 def test_fp32_weights_with_bf16_activations():
     x, w, b = torch.randn(4, 8).bfloat16(), torch.randn(8), torch.randn(8)
     y = ops.layer_norm(x, w, b)

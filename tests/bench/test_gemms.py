@@ -25,7 +25,7 @@ def test_runs_on_a_cpu(
     rows = results.load(path)["rows"]
     assert {(r["op"], r["pass"]) for r in rows if r["provider"] == "eager" and r["median_ms"]} == {
         (layer, kind)
-        for layer in ("c_attn", "attn.c_proj", "c_fc", "mlp.c_proj", "lm_head")
+        for layer in ("c_attn", "attn.c_proj", "c_fc", "mlp.c_proj", "lm_head", "mlp")
         for kind in ("forward", "backward")
     }
     assert all(r["problem"] for r in rows if r["provider"] != "eager")
