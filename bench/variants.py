@@ -95,7 +95,7 @@ class Ours:
             self._capture(micro_batch)
 
     def _capture(self, micro_batch: Tensor) -> None:
-        """As fastgpt.train: a graph where that pays; without one where it cannot be had."""
+        """As fastgpt.loop: a graph where that pays; without one where it cannot be had."""
         trainer, system = self.trainer, self.trainer.config.system
         peak = mfu.device_peak(trainer.device, DTYPES[system.dtype], system.peak_tflops)
         wanted, why = graph.wanted(trainer.config, trainer.model, trainer.device, peak.flops)

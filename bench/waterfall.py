@@ -160,7 +160,7 @@ def run(config: Config, name: str, own: dict[str, str], argv: Sequence[str]) -> 
 
 
 class Steps:
-    """The trainer's steps, one after another, as `fastgpt.train` runs them. A context manager."""
+    """The trainer's steps, one after another, as `fastgpt.loop` runs them. A context manager."""
 
     def __init__(self, config: Config):
         self.config, self.device = config, torch.device(config.system.device)
@@ -217,7 +217,7 @@ class Steps:
                 rows = torch.from_numpy(batches.tokens(0, slice(c.optim.batch_size)))
                 self.trainer.warm_up(0, rows.to(self.device))
             self.prefetcher = stack.enter_context(Prefetcher(batches, self.device))
-            gc.freeze()  # as fastgpt.train: no collector's pause in a step
+            gc.freeze()  # as fastgpt.loop: no collector's pause in a step
             gc.disable()
             stack.callback(gc.enable)
             stack.callback(gc.unfreeze)

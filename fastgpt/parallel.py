@@ -309,6 +309,12 @@ def whole(t: Tensor) -> Tensor:
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
+def whole_on_first(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Full fp32 tensors on the CPU of rank 0, gathered one by one; nothing on the others."""
+    full = ((k, whole(v)) for k, v in tensors.items())
+    return {k: v.float().cpu() for k, v in full if ranks.first}
+
+
 def write_shards(tensors: dict[str, Tensor], folder: Path) -> Path:
     """One safetensors file of tensors that are shared out; no rank holds more than its part.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,10 +13,8 @@ from fastgpt.config import Config
 from fastgpt.data.tokenizers import decode_stream
 from fastgpt.data.tokens import Dataset
 from fastgpt.generate import generate
+from fastgpt.loop import Loop
 from fastgpt.step import Trainer
-
-if TYPE_CHECKING:
-    from fastgpt.train import Loop
 
 
 def introduce(config: Config, trainer: Trainer, dataset: Dataset, run_dir: Path) -> None:

@@ -1,39 +1,17 @@
-"""The training loop, and what has to be there before it starts and after it ends."""
+"""A training run: what has to be there before the loop starts, and after it ends."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import shutil
-import signal
-import sys
-import time
-from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from fastgpt import (
-    checkpoint,
-    graph,
-    loading,
-    memory,
-    metrics,
-    mfu,
-    ops,
-    optim,
-    parallel,
-    report,
-    run,
-    settings,
-)
+from fastgpt import checkpoint, graph, loading, memory, ops, parallel, report, run, state
 from fastgpt.config import Config, PrepareConfig
-from fastgpt.data.batches import Batches, Prefetcher, eval_batches
 from fastgpt.data.prepare import ensure
-from fastgpt.data.tokens import Dataset, TokenSplit, open_dataset
+from fastgpt.data.tokens import open_dataset
 from fastgpt.device import (
     DTYPES,
     resolve_compile,
@@ -41,11 +19,12 @@ from fastgpt.device import (
     resolve_dtype,
     set_matmul_precision,
 )
-from fastgpt.errors import SharedError, UserError
+from fastgpt.errors import UserError
+from fastgpt.loop import Loop
 from fastgpt.model import GPT, ModelShape
 from fastgpt.parallel import Ranks
-from fastgpt.signals import StopRequest
-from fastgpt.step import NonFinite, Trainer
+from fastgpt.state import Progress
+from fastgpt.step import Trainer
 
 
 def train(config: Config, name: str) -> int:
@@ -112,7 +91,7 @@ def _train(config: Config, name: str, device: torch.device, ranks: Ranks) -> int
         run_dir = ranks.gather(run_dir)[0]
         trainer = Trainer(model, config, device, ranks)
         with ranks.together():
-            start = _resume(trainer, run_dir, dataset) if resume else Progress()
+            start = state.load(trainer, dataset, run_dir) if resume else Progress()
             if start.step >= config.run.max_iters and not config.log.eval_only:
                 raise UserError(
                     f"{run_dir}: already at step {start.step} of "
@@ -131,311 +110,3 @@ def _train(config: Config, name: str, device: torch.device, ranks: Ranks) -> int
     if ranks.first:
         report.farewell(loop, dataset, run_dir)
     return code
-
-
-@dataclass
-class Progress:
-    """Where a run stands: the next step, and what was evaluated so far."""
-
-    step: int = 0
-    last_eval: int = -1
-    val_loss: float = float("inf")
-    best_val_loss: float = float("inf")
-
-
-class StepClock:
-    """Mean seconds a step since the last lap, without what was paused for."""
-
-    def __init__(self) -> None:
-        self.steps, self._start = 0, time.perf_counter()
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - began
-
-    def lap(self) -> float:
-        now = time.perf_counter()
-        seconds = (now - self._start) / self.steps
-        self.steps, self._start = 0, now
-        return seconds
-
-
-class Loop:
-    """Steps, evaluations, log lines and checkpoints in their order."""
-
-    def __init__(self, trainer: Trainer, dataset: Dataset, run_dir: Path, progress: Progress):
-        self.trainer, self.dataset, self.run_dir = trainer, dataset, run_dir
-        self.ranks = trainer.ranks
-        self.progress, self.config = progress, trainer.config
-        c = self.config
-        self.rows = c.optim.rows
-        self.tokens_per_step = self.rows * c.model.block_size
-        self.batches = Batches(
-            dataset.train,
-            rows_per_step=self.rows,
-            block_size=c.model.block_size,
-            seed=c.run.seed,
-            sampling=c.data.sampling,
-        )
-        self.saved: Path | None = None
-        self.stopped: signal.Signals | None = None
-
-    def run(self, stack: ExitStack) -> int:
-        """From progress.step to max_iters. Returns the exit code."""
-        c, device = self.config, self.trainer.device
-        self.peak = mfu.device_peak(device, DTYPES[c.system.dtype], c.system.peak_tflops)
-        self.flops = mfu.flops_per_token(self.trainer.model)
-        print(f"MFU against {self.peak}", flush=True)
-        rows = self.ranks.rows(c.optim)
-        start = self.progress.step
-        self.prefetcher = Prefetcher(self.batches, device, start_step=start, row_slice=rows)
-        stack.callback(self.prefetcher.close)
-        self.metrics = stack.enter_context(
-            (metrics.Metrics if self.ranks.first else metrics.Silent)(
-                self.run_dir,
-                c,
-                start_step=self.progress.step,
-                tokens_per_step=self.tokens_per_step,
-            )
-        )
-        self.stop = stack.enter_context(StopRequest())
-        # The collector's pauses would land in single steps; it runs at evaluations instead, and
-        # leaves alone what is there for good: modules, the model.
-        gc.freeze()
-        gc.disable()
-        stack.callback(gc.enable)
-        stack.callback(gc.unfreeze)
-        try:
-            if c.system.compile:
-                self._compile()
-            self._capture()
-            self._steps()
-            self.trainer.check()
-        except NonFinite as e:
-            raise self.non_finite(e.step) from e
-        except torch.OutOfMemoryError as e:
-            raise UserError(memory.out_of_memory(c, self.trainer.model, device)) from e
-        if self._stopping() and self.stopped and not c.log.eval_only:
-            at = self.progress
-            self.metrics.say(f"{self.stopped.name}: stopping after step {at.step}")
-            if self.saved is None or self.saved.name != checkpoint.name_of(at.step):
-                self.save(best=False)
-        return 128 + self.stopped if self.stopped else 0
-
-    def _stopping(self) -> bool:
-        """Whether to stop, the same answer on all ranks: a signal may not have reached them all."""
-        number = self.ranks.largest(self.stop.signal or 0)
-        self.stopped = signal.Signals(number) if number else None
-        return bool(number)
-
-    def _steps(self) -> None:
-        """The loop itself."""
-        c, trainer, at = self.config, self.trainer, self.progress
-        clock = StepClock()
-        while True:
-            step = at.step
-            last = step == c.run.max_iters
-            due = (step % c.log.eval_interval == 0 or last) and step != at.last_eval
-            if due or c.log.eval_only:
-                trainer.check()  # waits for the device: what it still has to do is the steps' time
-                with clock.paused():
-                    if self.evaluate(step):
-                        self.save_after_evaluation(step)
-                    gc.collect()
-            if last or c.log.eval_only or self._stopping():
-                return
-
-            loss, grad_norm = trainer.step(step, self.prefetcher.get(step))
-            at.step, clock.steps = step + 1, clock.steps + 1
-            if step % c.log.log_interval == 0:
-                record = {
-                    "loss": loss.item(),  # waits for the device
-                    "lr": optim.learning_rate(step, c.optim),
-                    "grad_norm": grad_norm.item(),
-                }
-                trainer.check()
-                seconds = clock.lap()
-                rate = self.tokens_per_step / seconds / (self.peak.flops * self.ranks.size)
-                record |= {k: v * rate for k, v in vars(self.flops).items()}
-                record |= self._skew(seconds)
-                self.metrics.train(step, seconds, record)
-
-    def _compile(self) -> None:
-        """Trace and compile before the first step, so that no iteration's time has it in it."""
-        started = time.perf_counter()
-        self.trainer.warm_up(self.progress.step, self._micro_batch())
-        self.metrics.say(f"compiled in {time.perf_counter() - started:.1f}s")
-
-    def _micro_batch(self) -> torch.Tensor:
-        rows = slice(self.ranks.micro_batch(self.config.optim))
-        tokens = torch.from_numpy(self.batches.tokens(self.progress.step, rows))
-        return tokens.to(self.trainer.device)
-
-    def _capture(self) -> None:
-        """Make the micro-step one CUDA graph where that pays; go on without where it cannot be."""
-        trainer = self.trainer
-        yes, why = graph.wanted(self.config, trainer.model, trainer.device, self.peak.flops)
-        if not yes:
-            return
-        try:
-            trainer.capture(self.progress.step, self._micro_batch())
-            self.metrics.say(f"each micro-batch is one CUDA graph ({why})")
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as e:
-            line = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            if self.config.system.cuda_graph is True:
-                raise UserError(f"--cuda_graph=True: {line}; leave the flag out") from e
-            self.metrics.say(f"no CUDA graph: {line}")
-
-    def _skew(self, seconds: float) -> dict[str, float]:
-        """How far the ranks' clocks are apart, and what one GPU does; nothing with one rank."""
-        if self.ranks.size == 1:
-            return {}
-        times = self.ranks.gather(seconds)
-        return {
-            "ranks": self.ranks.size,
-            "tokens_per_second_per_rank": round(self.tokens_per_step / seconds / len(times), 1),
-            "time_ms_min": round(min(times) * 1000, 3),
-            "time_ms_mean": round(sum(times) / len(times) * 1000, 3),
-            "time_ms_max": round(max(times) * 1000, 3),
-        }
-
-    def evaluate(self, step: int) -> bool:
-        """Both mean losses on the fixed batches, shared by the ranks. False: a signal came."""
-        means = {}
-        total = 2 * self.config.log.eval_iters
-        for i, (name, split) in enumerate(
-            (("train", self.dataset.train), ("val", self.dataset.val))
-        ):
-            losses = torch.zeros(
-                self.config.log.eval_iters, dtype=torch.float64, device=self.trainer.device
-            )
-            for k, tokens in self._eval_tokens(split):
-                if self._stopping():
-                    return False
-                loss = self.trainer.losses(tokens)  # on all ranks: FSDP gathers weights for it
-                if k < len(losses):
-                    losses[k] = loss
-                done = i * self.config.log.eval_iters + min(k + 1, len(losses))
-                self.metrics.working(f"evaluating {name}", step, done, total)
-            means[name] = self.ranks.sum(losses).mean().item()
-        at = self.progress
-        at.last_eval, at.val_loss = step, means["val"]
-        self.metrics.evaluation(step, means["train"], means["val"])
-        return True
-
-    def _eval_tokens(self, split: TokenSplit) -> Iterator[tuple[int, torch.Tensor]]:
-        """(index, tokens) of this rank's batches; as many on each rank, past the end where odd."""
-        c, ranks = self.config, self.ranks
-        windows = eval_batches(
-            split,
-            n_batches=-(-c.log.eval_iters // ranks.size) * ranks.size,
-            batch_size=c.optim.batch_size,
-            block_size=c.model.block_size,
-            seed=c.run.seed,
-        )
-        for k, window in enumerate(windows):
-            if k % ranks.size == ranks.rank:
-                yield k, torch.from_numpy(window).to(self.trainer.device, non_blocking=True)
-
-    def save_after_evaluation(self, step: int) -> None:
-        """nanoGPT's rule: where the validation loss improved, or always; and at the end."""
-        at, c = self.progress, self.config
-        best = at.val_loss < at.best_val_loss
-        at.best_val_loss = min(at.val_loss, at.best_val_loss)
-        if c.log.eval_only or step == 0:
-            return
-        if best or c.log.always_save_checkpoint or step == c.run.max_iters:
-            self.save(best=best)
-
-    def save(self, *, best: bool) -> None:
-        at = self.progress
-        self.metrics.working("saving", at.step, 0, 1)
-        self.metrics.sync()
-        weights = {k: v.detach() for k, v in self.trainer.model.state_dict().items()}
-        moments = optim.state_tensors(self.trainer.optimizer, self.trainer.model)
-        shards = checkpoint.shards(self.run_dir)
-        model: dict[str, torch.Tensor] | Path
-        optimizer: dict[str, torch.Tensor] | Path
-        if self.trainer.layout == "fsdp":
-            # No rank has to hold it all; the file is the same.
-            with self.ranks.together():
-                if self.ranks.first:
-                    shutil.rmtree(shards, ignore_errors=True)
-            model = parallel.write_shards(weights, shards / "model")
-            optimizer = parallel.write_shards(moments, shards / "optimizer")
-        else:
-            model, optimizer = self._whole(weights), self._whole(moments)
-        self.saved = checkpoint.root(self.run_dir) / checkpoint.name_of(at.step)
-        with self.ranks.together():
-            if self.ranks.first:
-                keep = self.config.log.keep_checkpoints
-                checkpoint.save(
-                    self.run_dir, at.step, model, optimizer, self._state(), best=best, keep=keep
-                )
-        self.metrics.say(f"saving checkpoint to {self.saved}")
-
-    def _whole(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Full tensors on the CPU of rank 0, gathered one by one; nothing on the others."""
-        full = ((k, parallel.whole(v)) for k, v in tensors.items())
-        return {k: v.float().cpu() for k, v in full if self.ranks.first}
-
-    def _state(self) -> dict:
-        shape, at = self.trainer.model.shape, self.progress
-        return {
-            "format": checkpoint.FORMAT,
-            "model": shape.__dict__,
-            "last_eval": at.last_eval,
-            "val_loss": at.val_loss,
-            "best_val_loss": at.best_val_loss,
-            "data": self.dataset.fingerprint,
-            "config": settings.to_dict(self.config),
-            "ops": [c.__dict__ for c in self.trainer.model.ops.choices],
-            "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
-            **self.trainer.state_dict(),
-        }
-
-    def non_finite(self, step: int) -> UserError:
-        """Write what is needed to look at the bad step: weights before it, batch, norms."""
-        trainer = self.trainer
-        tokens = torch.from_numpy(self.batches.tokens(step))
-        mine = tokens[self.ranks.rows(self.config.optim)]
-        report = trainer.diagnose(step, mine.to(trainer.device))
-        model = self._whole(trainer.model.state_dict())
-        folder = self.run_dir / "nonfinite" / checkpoint.name_of(step)
-        if self.ranks.first:
-            groups = {"model": model, "batch": {"tokens": tokens}}
-            checkpoint.write_folder(folder, groups, {"report": report})
-        bad = report["not_finite"]
-        where = f"; first of {len(bad)} bad tensors: {bad[0]}" if bad else ""
-        ranks = ", ".join(map(str, report["bad_ranks"])) or "unknown"
-        on = f" on rank {ranks}" if self.ranks.size > 1 else ""
-        return SharedError(
-            f"step {step}{on}: loss {report['loss']} or gradient norm is not finite{where}; "
-            f"stopped before the update; weights, batch and norms are in {folder}; "
-            "try a lower --learning_rate or --dtype=float32"
-        )
-
-
-def _resume(trainer: Trainer, run_dir: Path, dataset: Dataset) -> Progress:
-    """Load the newest good checkpoint into the trainer. Raises UserError where it does not fit."""
-    saved = checkpoint.load(run_dir)
-    state, shape = saved.state, trainer.model.shape
-    for key, was in state["model"].items():
-        now = getattr(shape, key)
-        if now != was:
-            raise UserError(
-                f"--{key}={now}: the run in {run_dir} has {key}={was}; leave the flag out, "
-                "or start a new run"
-            )
-    if state["data"] not in (None, dataset.fingerprint):  # None: an imported run's is unknown
-        raise UserError(
-            f"{run_dir}: was trained on other data than {dataset.folder} holds; give the same "
-            "data, or start a new run"
-        )
-    trainer.load(saved.model, saved.optimizer, state)
-    print(f"resuming from {saved.folder}")
-    return Progress(state["step"], state["last_eval"], state["val_loss"], state["best_val_loss"])
