@@ -171,7 +171,7 @@ def _fits(trainer: Trainer, batch_size: int) -> bool:
         if not trainer.optimizer.state:
             kept = [torch.empty(2, *p.shape, device=device) for p in model.parameters()]
         for _ in range(2):  # the second one has gradients to add to
-            trainer._micro_step(tokens, 1)
+            trainer.micro_step(tokens, 1)
         synchronize(device)
         return True
     except torch.OutOfMemoryError:

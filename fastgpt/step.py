@@ -71,7 +71,7 @@ class Trainer:
         """Mean loss of windows (B, T + 1): inputs and targets one token apart."""
         return self.forward(tokens[:, :-1], tokens[:, 1:])
 
-    def _micro_step(self, tokens: Tensor, n_micro_batches: int) -> Tensor:
+    def micro_step(self, tokens: Tensor, n_micro_batches: int) -> Tensor:
         """Adds a micro-batch's share to the gradients. Returns its share of the loss."""
         loss = self._loss(tokens) / n_micro_batches
         self.scaler.scale(loss).backward()
@@ -87,7 +87,7 @@ class Trainer:
         for i, micro_batch in enumerate(micro_batches, 1):
             with parallel.reducing(self.wrapped, last=i == len(micro_batches)):
                 if self._graph is None:
-                    total += self._micro_step(micro_batch, len(micro_batches))
+                    total += self.micro_step(micro_batch, len(micro_batches))
                 else:
                     total += self._graph(micro_batch)
         return total
@@ -140,10 +140,10 @@ class Trainer:
         try:
             for graphed in (False, True):
                 if graphed:
-                    self._graph = MicroStepGraph(lambda x: self._micro_step(x, n), micro_batch)
+                    self._graph = MicroStepGraph(lambda x: self.micro_step(x, n), micro_batch)
                 self._zero_grad()
                 torch.manual_seed(seed)
-                loss = (self._graph or (lambda x: self._micro_step(x, n)))(micro_batch)
+                loss = (self._graph or (lambda x: self.micro_step(x, n)))(micro_batch)
                 grads = [p.grad for p in self.model.parameters() if p.grad is not None]
                 results.append((loss.item(), torch.nn.utils.get_total_norm(grads).item()))
             for plain, replayed in zip(*results, strict=True):
