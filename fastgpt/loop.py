@@ -6,7 +6,7 @@ import contextlib
 import gc
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -60,6 +60,7 @@ class Loop:
         )
         self.saved: Path | None = None
         self.stopped: signal.Signals | None = None
+        self._asked: Callable[[], int] = lambda: 0
 
     def run(self, stack: ExitStack) -> int:
         """From progress.step to max_iters. Returns the exit code."""
@@ -104,8 +105,15 @@ class Loop:
         return 128 + self.stopped if self.stopped else 0
 
     def _stopping(self) -> bool:
-        """Whether to stop, the same answer on all ranks: a signal may not have reached them all."""
-        number = self.ranks.largest(self.stop.signal or 0)
+        """Whether to stop, the same answer on all ranks: a signal may not have reached them all.
+
+        Several ranks go by the answer to the question before, a step or a batch ago: it came while
+        they computed, so that no host waits for the slowest one at every step.
+        """
+        answer = self.ranks.largest(self.stop.signal or 0)
+        if self.ranks.size > 1:
+            answer, self._asked = self._asked, answer
+        number = answer()
         self.stopped = signal.Signals(number) if number else None
         return bool(number)
 

@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
@@ -87,13 +87,21 @@ class Ranks:
             dist.all_reduce(value)
         return value
 
-    def largest(self, value: int) -> int:
-        """The largest value of any rank. Goes between hosts; the GPUs are not waited for."""
+    def largest(self, value: int) -> Callable[[], int]:
+        """Ask for the largest value of any rank; what comes back waits for the answer.
+
+        Goes between hosts; the GPUs are not waited for. All ranks ask in the same order.
+        """
         if self.size == 1:
-            return value
+            return lambda: value
         box = torch.tensor(value)
-        dist.all_reduce(box, dist.ReduceOp.MAX)
-        return int(box)
+        work = dist.all_reduce(box, dist.ReduceOp.MAX, async_op=True)
+
+        def answer() -> int:
+            work.wait()
+            return int(box)
+
+        return answer
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, by rank."""
@@ -196,7 +204,7 @@ def join(config: Config, device: torch.device) -> Iterator[Ranks]:
         with ranks.together():
             ranks.check(config.optim)
         yield ranks
-        ranks.largest(0)  # leave together: rank 0 still draws the loss curve
+        ranks.largest(0)()  # leave together: rank 0 still draws the loss curve
     except SharedError:
         raise
     except UserError as e:

@@ -95,6 +95,8 @@ class Trainer:
     def step(self, step: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """One update from a batch (rows, T + 1). Returns loss and gradient norm, on the device."""
         optim.set_learning_rate(self.optimizer, optim.learning_rate(step, self.config.optim))
+        # Averaged in every step: ranks that judged by losses of their own could disagree, as an
+        # infinite loss may have finite gradients and loss scaling expects infinite ones.
         loss = self.ranks.mean(self._backward(step, tokens))
         self.scaler.unscale_(self.optimizer)
         grad_norm = optim.clip_gradients(self.model, self.config.optim.grad_clip)

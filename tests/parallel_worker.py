@@ -1,8 +1,8 @@
 """`fastgpt` as torchrun starts it, with a fault on one rank: FAULT=kind:rank:at.
 
-kill, hang, nan and guard (a NaN that is looked for as on a GPU) strike in the forward pass number
-`at` of that rank, crash while it hashes file number `at` of its checkpoints, and full once a file
-of it grows past `at` bytes.
+kill, term (SIGTERM to this rank alone), hang, nan and guard (a NaN that is looked for as on a GPU)
+strike in the forward pass number `at` of that rank, crash while it hashes file number `at` of its
+checkpoints, and full once a file of it grows past `at` bytes.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ def faulty(self: GPT, *args: torch.Tensor) -> torch.Tensor:
         return loss * float("nan") if bad_from_now() and int(at) < calls and mine() else loss
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "term":
+        os.kill(os.getpid(), signal.SIGTERM)
     if kind == "hang":
         time.sleep(600)
     return loss * float("nan") if bad_from_now() else loss

@@ -167,6 +167,17 @@ def test_sigterm_to_torchrun_saves(home: Path):
     assert job.said == []
 
 
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(home: Path):
+    """It comes in step 4, is asked about before step 5, and the answer is there after step 5."""
+    args = (*TINY, "--input=text.txt", "--out_dir=one-term", "--parallel=ddp")
+    job = Torchrun(home, 2, "train", *args, fault="term:1:9")
+    assert job.wait(60) != 0
+    assert "SIGTERM: stopping after step 6" in job.out.read_text()
+    assert runs.latest(home / "one-term").name == "step_00000006" and job.said == []
+    fastgpt(home, "train", "--init_from=resume", "--out_dir=one-term")
+    assert values(home / "one-term") == pytest.approx(values(home / "one"), rel=1e-4)
+
+
 def test_a_killed_rank_ends_the_job(home: Path):
     args = (*TINY, "--input=text.txt", "--out_dir=killed", "--parallel=ddp")
     job = Torchrun(home, 2, "train", *args, fault="kill:1:9")
