@@ -1,8 +1,8 @@
 """python -m bench ablate [PRESET]: what each kernel is worth in the whole training step.
 
 The fast path, then the fast path with one op at a time switched to eager; the ratio says how much
-longer the step takes without that kernel. The matrix products are on cuBLAS in the fast path, so
-these are switched the other way, to Triton. Flags of `fastgpt train` work here too.
+longer the step takes without that kernel. Matrix products and the optimizer, which the fast path
+leaves to libraries, are switched the other way, to Triton. Flags of `fastgpt train` work here too.
 """
 
 from __future__ import annotations
@@ -17,19 +17,32 @@ from bench.variants import Variant
 from fastgpt import mfu, ops
 from fastgpt.device import DTYPES
 from fastgpt.errors import UserError
+from fastgpt_kernels import _host
+from fastgpt_kernels.matmul_kernels import runs_on
 
 FAST = "kernels+compile"
 
 
-def contenders(gpu: bool) -> list[Variant]:
-    """The fast path first. Without a GPU it is eager, and so are all the others."""
-    fast: dict[str, Any] = {"kernels": "triton", "compile": True} if gpu else {"kernels": "eager"}
-    fast["graph"] = gpu
-    switched = {
-        op: "triton" if gpu and op in ops.FASTER_THAN_CUBLAS else "eager" for op in ops.EAGER
-    }
+def contenders(arch: str = "") -> list[Variant]:
+    """The fast path first. Without a GPU (`arch` "sm_90" or so) it is eager, as are all others."""
+    if not arch:
+        names = ("eager", *(f"{op} eager" for op in ops.EAGER))
+        return [Variant(name, kernels="eager") for name in names]
+    fast: dict[str, Any] = {"kernels": "triton", "compile": True, "graph": True}
+    switched = dict.fromkeys(ops.EAGER, "eager")
+    switched |= {op: "triton" for op in ops.LIBRARY if arch not in ops.MEASURED_FASTER[op]}
+    if not runs_on(arch):
+        switched = {op: to for op, to in switched.items() if op not in ("linear", "mlp")}
     others = [Variant(f"{op} {to}", overrides={op: to}, **fast) for op, to in switched.items()]
-    return [Variant(FAST if gpu else "eager", **fast), *others]
+    return [Variant(FAST, **fast), *others]
+
+
+def worth(row: dict[str, Any], base_ms: float) -> list[float]:
+    """ms a step that the kernel saves, and its interval's ends."""
+    ratio = row["ratio"]
+    if row["variant"].endswith(" triton"):  # this row has the kernel, the fast path has not
+        return [(1 - ratio[k]) * base_ms for k in ("ratio", "high", "low")]
+    return [(ratio[k] - 1) * base_ms for k in ("ratio", "low", "high")]
 
 
 def main(argv: list[str]) -> int:
@@ -55,12 +68,11 @@ def main(argv: list[str]) -> int:
         result.rows[:] = step.rows_of(done, args.preset, config, vocab_size, peak)
         for row in result.rows[1:]:
             if row.get("ratio", {}).get("low"):
-                base = result.rows[0]["median_ms"]
-                row["worth_ms"] = [(row["ratio"][k] - 1) * base for k in ("ratio", "low", "high")]
+                row["worth_ms"] = worth(row, result.rows[0]["median_ms"])
         result.save(args.out)
 
     found = turns.measure(
-        contenders(gpu),
+        contenders(_host.arch(device.index or 0) if gpu else ""),
         config,
         vocab_size,
         rounds=args.rounds,
@@ -74,11 +86,9 @@ def main(argv: list[str]) -> int:
     step.show(result.rows)
     for row in result.rows:
         if "worth_ms" in row:
-            worth, low, high = row["worth_ms"]
-            op, to = row["variant"].split()
-            if to == "triton":  # the switch itself is what would be gained
-                worth, low, high = -worth, -high, -low
-            print(f"  {op}: its kernel is worth {worth:+.3f} ms [{low:+.3f}, {high:+.3f}] a step")
+            saved, low, high = row["worth_ms"]
+            op = row["variant"].split()[0]
+            print(f"  {op}: its kernel is worth {saved:+.3f} ms [{low:+.3f}, {high:+.3f}] a step")
     if path := result.finish(args.out):
         print(f"written: {path}")
     return 1 if any(row["problem"] for row in result.rows) else 0

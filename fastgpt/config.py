@@ -210,6 +210,8 @@ class OpConfig:
     """The MLP as one op, its GELU inside the products; eager is linear and bias_gelu."""
     linear_cross_entropy: Literal["auto", "triton", "eager"] = "auto"
     """The head and the loss."""
+    adamw: Literal["auto", "triton", "eager"] = "auto"
+    """The optimizer; eager is PyTorch's fused one, and auto where nothing was measured faster."""
 
 
 @dataclass

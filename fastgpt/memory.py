@@ -27,6 +27,7 @@ from fastgpt.config import Config
 from fastgpt.device import synchronize
 from fastgpt.errors import UserError
 from fastgpt.model import GPT, ModelShape
+from fastgpt.ops import LIBRARY
 from fastgpt.step import Trainer
 
 
@@ -114,7 +115,7 @@ def estimate(
 
 def of_model(model: GPT, batch_size: int) -> Estimate:
     """The estimate for a model as it stands: its ops, its dtype, checkpointed or not."""
-    fused = any(c.implementation == "triton" for c in model.ops.choices)
+    fused = any(c.implementation == "triton" for c in model.ops.choices if c.op not in LIBRARY)
     return estimate(
         model.shape, batch_size, model.dtype, fused=fused, checkpointing=model.checkpointing
     )

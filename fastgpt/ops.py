@@ -10,9 +10,9 @@ the choice:
     flash    attention only: PyTorch's SDPA on its flash attention
 
 By itself (`--kernels=auto`) a GPU gets Triton where the shapes allow it and the op agrees with the
-eager one on this very device (`selfcheck.py`), and everything else gets eager. The matrix products
-(`linear`, `mlp`) are different: there eager is cuBLAS, and they leave it only on GPUs where
-measurements say so (`FASTER_THAN_CUBLAS`), or for --op.linear=triton.
+eager one on this very device (`selfcheck.py`), and everything else gets eager. Matrix products and
+the optimizer are different: there eager is a library's own kernel, which they leave only on GPUs
+where measurements say so (`MEASURED_FASTER`), or for --op.linear=triton.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,6 +104,16 @@ def mlp(
     return linear(h, proj_weight, proj_bias)
 
 
+def adamw(groups: Any, **options: Any) -> torch.optim.AdamW:
+    """AdamW of parameter groups in one pass over all tensors, where PyTorch has that (not on mps).
+
+    Fused, `grad_scale` divides the gradients and `found_inf` calls off a step, without a copy of
+    either to the host.
+    """
+    fused = groups[0]["params"][0].device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(groups, fused=fused, **options)
+
+
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -122,11 +133,22 @@ def linear_cross_entropy(
 
 EAGER: dict[str, Callable] = {
     f.__name__: f
-    for f in (attention, layer_norm, add_layer_norm, bias_gelu, linear, mlp, linear_cross_entropy)
+    for f in (
+        attention,
+        layer_norm,
+        add_layer_norm,
+        bias_gelu,
+        linear,
+        mlp,
+        linear_cross_entropy,
+        adamw,
+    )
 }
-# The ops whose eager row is a cuBLAS product: architectures ("sm_90") on which `python -m bench
-# gemms` found the kernel faster than that. It has not been run on any yet.
-FASTER_THAN_CUBLAS: dict[str, tuple[str, ...]] = {"linear": (), "mlp": ()}
+# The ops whose eager row is a library's fused kernel already.
+LIBRARY = {"linear": "cuBLAS", "mlp": "cuBLAS", "adamw": "PyTorch's fused AdamW"}
+# Architectures ("sm_90") on which `python -m bench gemms` and `bench ablate` found ours faster.
+# These have not been run on any yet.
+MEASURED_FASTER: dict[str, tuple[str, ...]] = {op: () for op in LIBRARY}
 SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 # What the Triton kernels take: `fastgpt_kernels.attention.HEAD_DIMS`, and one row to a program.
 HEAD_DIMS = (32, 64, 80, 96, 128)
@@ -144,7 +166,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class OpTable:
-    """The functions the model calls, and why they were chosen."""
+    """The functions the model calls and the optimizer it is trained by, and why these."""
 
     attention: Callable[..., Tensor]
     layer_norm: Callable[..., Tensor]
@@ -153,6 +175,7 @@ class OpTable:
     linear: Callable[..., Tensor]
     mlp: Callable[..., Tensor]
     linear_cross_entropy: Callable[..., Tensor]
+    adamw: Callable[..., torch.optim.AdamW]
     choices: tuple[Choice, ...]
 
     def describe(self) -> str:
@@ -174,7 +197,7 @@ def choose(
 ) -> OpTable:
     """The op table for a device, activations of `dtype`, and a model's head dim and width.
 
-    `kernels` is auto, triton or eager for all ops (for the matrix products triton means auto);
+    `kernels` is auto, triton or eager for all ops (for those of LIBRARY triton means auto);
     `overrides` names single ops' implementations. Raises UserError where what was asked for cannot
     run here.
     """
@@ -184,7 +207,7 @@ def choose(
         asked = (overrides or {}).get(op, "auto")
         flag = f"--op.{op}={asked}" if asked != "auto" else f"--kernels={kernels}"
         wish = asked if asked != "auto" else kernels
-        if op in FASTER_THAN_CUBLAS and asked == "auto" and kernels == "triton":
+        if op in LIBRARY and asked == "auto" and kernels == "triton":
             wish = "auto"
         wanted = "triton" if wish == "auto" else wish
         obstacle = _obstacle(op, wanted, device, dtype, head_dim, width)
@@ -209,13 +232,13 @@ def choose(
 
 
 def _slower(op: str, device: torch.device) -> str:
-    """Why an op that could run stays with cuBLAS; empty for all others."""
+    """Why an op that could run stays with a library; empty for all others."""
     from fastgpt_kernels import _host
 
     arch = _host.arch(device.index or 0) if device.type == "cuda" else "cpu"
-    if arch in FASTER_THAN_CUBLAS.get(op, (arch,)):
+    if op not in LIBRARY or arch in MEASURED_FASTER[op]:
         return ""
-    return "nothing measured faster than cuBLAS"
+    return f"nothing measured faster than {LIBRARY[op]}"
 
 
 def _obstacle(
@@ -236,7 +259,7 @@ def _obstacle(
         return f"head dim {head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
     if "layer_norm" in op and width > MAX_WIDTH:
         return f"width {width} is more than {MAX_WIDTH}"
-    if op in FASTER_THAN_CUBLAS:
+    if op in ("linear", "mlp"):
         from fastgpt_kernels.matmul_kernels import runs_on
 
         if width % 8:
@@ -253,6 +276,10 @@ def _implementation(op: str, name: str) -> Callable:
         return EAGER[op]
     if name in SDPA:
         return partial(_sdpa_attention, SDPA[name])
+    if op == "adamw":
+        from fastgpt.fused_adamw import FusedAdamW
+
+        return FusedAdamW
     import fastgpt_kernels
 
     return getattr(fastgpt_kernels, op)

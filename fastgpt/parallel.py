@@ -312,6 +312,11 @@ def reducing(wrapped: nn.Module, last: bool) -> AbstractContextManager:
     return contextlib.nullcontext()
 
 
+def local(t: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; any other as it is."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
 def whole(t: Tensor) -> Tensor:
     """The full tensor of one that may be sharded; all ranks take part."""
     return t.full_tensor() if isinstance(t, DTensor) else t

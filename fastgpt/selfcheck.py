@@ -36,7 +36,9 @@ def _case(op: str, device: torch.device, head_dim: int) -> tuple[list[Tensor], d
     if op in ("linear", "mlp"):  # more than a tile of rows, and of the wider side
         fc, proj = random(392, 136) / 136**0.5, random(136, 392) / 392**0.5
         layers = [fc, random(392)] if op == "linear" else [fc, random(392), proj, random(136)]
-        return [random(1100, 136), *layers], {}
+        return [random(300, 136), *layers], {}
+    if op == "adamw":
+        return [random(37, width), random(5000), random(1)], {}
     targets = torch.randint(300, (77,), generator=generator)
     targets[5] = -1
     inputs = [random(77, width), random(384, width) * 0.1]
@@ -52,6 +54,27 @@ def _run(function: Callable, inputs: list[Tensor], arguments: dict) -> list[Tens
     weights = [torch.randn(o.shape, generator=generator).to(o) for o in outs]
     torch.autograd.backward(outs, weights)
     return [t.detach().float() for t in (*outs, *(x.grad for x in leaves if x.grad is not None))]
+
+
+def _run_optimizer(make: Callable, inputs: list[Tensor], arguments: dict) -> list[Tensor]:
+    """Parameters and moments after three steps, clipped, and a fourth that is called off."""
+    params = [x.float().clone().requires_grad_() for x in inputs]
+    groups = [
+        {"params": params[:1], "weight_decay": 0.1},
+        {"params": params[1:], "weight_decay": 0.0},
+    ]
+    optimizer = make(groups, lr=0.0, betas=(0.9, 0.95))
+    generator = torch.Generator().manual_seed(2)
+    for step in range(4):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (step + 1)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).to(p)
+        optimizer.grad_scale = torch.tensor(1.0 + step, device=params[0].device)
+        optimizer.found_inf = torch.tensor(float(step == 3), device=params[0].device)
+        optimizer.step()
+    moved = [(p - x.float()).detach() for p, x in zip(params, inputs, strict=True)]
+    return [*moved, *(s[k] for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq"))]
 
 
 @contextlib.contextmanager
@@ -75,11 +98,14 @@ def disagreement(
 ) -> str:
     """What is wrong with `function` against `eager`; empty where they agree."""
     inputs, arguments = _case(op, device, head_dim)
+    run: Callable[..., list[Tensor]] = _run
+    if op == "adamw":  # of fp32 masters, whatever the activations are
+        run, dtype = _run_optimizer, torch.float32
     rounded = [x.to(dtype) for x in inputs]
     with torch.enable_grad():
         return difference(
-            lambda: _run(function, rounded, arguments),
-            lambda: _run(eager, [x.float() for x in rounded], arguments),
+            lambda: run(function, rounded, arguments),
+            lambda: run(eager, [x.float() for x in rounded], arguments),
             dtype,
         )
 

@@ -99,7 +99,7 @@ class Trainer:
         # infinite loss may have finite gradients and loss scaling expects infinite ones.
         loss = self.ranks.mean(self._backward(step, tokens))
         self.scaler.unscale_(self.optimizer)
-        grad_norm = optim.clip_gradients(self.model, self.config.optim.grad_clip)
+        grad_norm = optim.clip_gradients(self.optimizer, self.model, self.config.optim.grad_clip)
         # With loss scaling an infinite gradient is how the scaler finds its scale, and no fault.
         finite = loss if self.scaler.is_enabled() else loss + grad_norm
         bad = ~torch.isfinite(finite) & (self._bad_step < 0)

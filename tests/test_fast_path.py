@@ -37,7 +37,7 @@ def trainer(
     config.optim.batch_size, config.optim.warmup_iters = 1, 2
     config.optim.learning_rate = 1e-2
     config.model.dropout = dropout
-    by_op = dict.fromkeys(ops.FASTER_THAN_CUBLAS, products)
+    by_op = dict.fromkeys(ops.LIBRARY, products)
     table = ops.choose(DEVICE, head_dim=32, width=32, kernels=kernels, overrides=by_op)
     chosen = {c.op: c.implementation for c in table.choices}
     assert chosen == {**dict.fromkeys(chosen, kernels), **by_op}
@@ -135,7 +135,7 @@ def test_products_in_16_bits():
         ("eager", torch.bfloat16),
         ("triton", torch.bfloat16),
     ):
-        products = dict.fromkeys(ops.FASTER_THAN_CUBLAS, "triton" if name == "triton" else "eager")
+        products = dict.fromkeys(ops.LIBRARY, "triton" if name == "triton" else "eager")
         kernels = "eager" if name == "exact" else "triton"
         table = ops.choose(DEVICE, dtype, width=256, kernels=kernels, overrides=products)
         model = GPT(shape, 0.0, table, dtype).init_weights(0).to(DEVICE)

@@ -67,6 +67,7 @@ CPU = torch.device("cpu")
         ({"kernels": "triton"}, "--kernels=triton: no GPU"),
         ({"overrides": {"attention": "cudnn"}}, "--op.attention=cudnn: no GPU"),
         ({"overrides": {"bias_gelu": "triton"}}, "--op.bias_gelu=triton: no GPU"),
+        ({"overrides": {"adamw": "triton"}}, "--op.adamw=triton: no GPU"),
     ],
 )
 def test_what_cannot_run_here_is_refused(kwargs, message):
@@ -99,14 +100,15 @@ def test_the_shapes_decide_too(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run for real here")
-def test_products_stay_with_cublas_until_measured(monkeypatch):
+def test_libraries_are_left_only_where_measured(monkeypatch):
     interpreted(monkeypatch)
     for kernels in ("auto", "triton"):
         chosen = {c.op: c for c in ops.choose(CPU, kernels=kernels).choices}
         assert chosen["linear"].implementation == chosen["mlp"].implementation == "eager"
         assert chosen["linear"].reason == "nothing measured faster than cuBLAS"
+        assert chosen["adamw"].reason == "nothing measured faster than PyTorch's fused AdamW"
         assert chosen["bias_gelu"].implementation == "triton"
-    monkeypatch.setitem(ops.FASTER_THAN_CUBLAS, "linear", ("sm_90", "cpu"))
+    monkeypatch.setitem(ops.MEASURED_FASTER, "linear", ("sm_90", "cpu"))
     chosen = {c.op: c for c in ops.choose(CPU).choices}
     assert chosen["linear"].implementation == "triton"
     assert chosen["mlp"].implementation == "eager"

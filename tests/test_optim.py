@@ -50,16 +50,26 @@ def test_only_matrices_decay():
     assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("limit", [0.0, 0.5, 1e6])
-def test_clipping(limit):
+def test_clipping(limit, fused):
+    """The first moment after one step is (1 - beta1) times the clipped gradient."""
     model = small()
     model(*(torch.randint(20, (2, 8)) for _ in range(2))).backward()
     before = [p.grad.clone() for p in model.parameters()]
     norm = math.sqrt(sum(g.double().square().sum().item() for g in before))
-    assert optim.clip_gradients(model, limit).item() == pytest.approx(norm, rel=1e-5)
+    optimizer = optim.make_optimizer(model, OptimConfig())
+    assert optim.fused(optimizer)
+    if not fused:
+        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=False)
+        assert not optim.fused(optimizer)
+    found = optim.clip_gradients(optimizer, model, limit)
+    assert found.item() == pytest.approx(norm, rel=1e-5)
+    optimizer.step()
     factor = min(1.0, limit / norm) if limit else 1.0
     for p, g in zip(model.parameters(), before, strict=True):
-        torch.testing.assert_close(p.grad, g * factor, rtol=1e-4, atol=1e-7)
+        moment = optimizer.state[p]["exp_avg"]
+        torch.testing.assert_close(moment, 0.1 * g * factor, rtol=1e-4, atol=1e-7)
 
 
 def test_state_goes_through_flat_tensors():

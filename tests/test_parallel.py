@@ -95,6 +95,18 @@ def test_any_number_of_ranks_gives_the_curve_of_one(home: Path, n: int, strategy
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs in the interpreter here")
+def test_the_kernel_updates_each_ranks_shards(home: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    args = (*TINY, "--input=text.txt", "--parallel=fsdp", "--kernels=eager", "--op.adamw=triton")
+    job = train(home, 2, *args, "--out_dir=adamw")
+    assert "triton (--op.adamw=triton): adamw" in job.out.read_text()
+    assert values(home / "adamw") == pytest.approx(values(home / "one"), rel=1e-4)
+    a, b = (load_file(runs.latest(home / x) / "optimizer.safetensors") for x in ("adamw", "one"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a if k.startswith("step."))
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_compiled_on_two_ranks(home: Path, strategy: str):
     name = f"compiled-{strategy}"

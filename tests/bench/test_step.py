@@ -178,6 +178,21 @@ def test_ablation_of_known_worth(
     assert "attention: its kernel is worth +0.500 ms" in capsys.readouterr().out
 
 
+def test_ablation_switches_what_the_fast_path_leaves_to_libraries() -> None:
+    def overrides(arch: str) -> dict[str, str]:
+        fast, *others = ablate.contenders(arch)
+        assert not fast.overrides
+        return {op: to for v in others for op, to in v.overrides.items()}
+
+    hopper = overrides("sm_90")
+    assert hopper["attention"] == "eager" and hopper["linear"] == hopper["adamw"] == "triton"
+    ampere = overrides("sm_80")
+    assert ampere["adamw"] == "triton" and "mlp" not in ampere, "its products need TMA"
+    ratio = {"ratio": 0.97, "low": 0.96, "high": 0.98}
+    found = ablate.worth({"variant": "linear triton", "ratio": ratio}, 100.0)
+    assert found == pytest.approx([3.0, 2.0, 4.0])
+
+
 def test_sweep_rows_have_keys_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "measure", fake_measure({}))
     args = ["laptop", "--variants=eager", "--sweep=n_embd", f"--out={tmp_path}", *TINY]

@@ -1,0 +1,247 @@
+"""FusedAdamW is torch.optim.AdamW: the same steps, state and groups.
+
+Without a GPU the kernel runs in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgpt import ops, optim
+from fastgpt.config import OptimConfig
+from fastgpt.errors import UserError
+from fastgpt.fused_adamw import FusedAdamW
+from fastgpt.model import GPT, ModelShape
+from fastgpt.presets import laptop
+from fastgpt.step import Trainer
+from tests.test_ops import interpreted
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPES = [(33, 70), (5000,), (1,), (8, 3, 5)]
+OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95)}
+
+
+@pytest.fixture(autouse=True)
+def kernel_runs(monkeypatch):
+    if DEVICE.type == "cpu":
+        interpreted(monkeypatch)
+
+
+def parameters() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(s, generator=generator).to(DEVICE).requires_grad_() for s in SHAPES]
+
+
+def groups(params: list[Tensor]) -> list[dict]:
+    return [
+        {"params": params[::2], "weight_decay": 0.1},
+        {"params": params[1::2], "weight_decay": 0.0},
+    ]
+
+
+def gradients(params: list[Tensor], step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(DEVICE)
+
+
+def both() -> list[tuple[list[Tensor], torch.optim.AdamW]]:
+    made = []
+    for kind in (ops.adamw, FusedAdamW):
+        params = parameters()
+        made.append((params, kind(groups(params), **OPTIONS)))
+    return made
+
+
+def equal(made: list[tuple[list[Tensor], torch.optim.AdamW]]) -> None:
+    (params, optimizer), (other_params, other) = made
+    for p, q in zip(params, other_params, strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-7)
+        for key, value in optimizer.state[p].items():
+            torch.testing.assert_close(other.state[q][key], value, rtol=1e-5, atol=1e-7)
+
+
+def test_steps_are_pytorchs():
+    """Decay by group, a schedule, clipping, gradients freed in between and kept."""
+    made = both()
+    for step in range(6):
+        for params, optimizer in made:
+            optim.set_learning_rate(optimizer, 1e-2 / (step + 1))
+            gradients(params, step)
+            optimizer.grad_scale = torch.tensor(1.0 + step % 2, device=DEVICE)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=step % 2 == 0)
+    equal(made)
+    first = made[1][0][0]
+    assert made[1][1].state[first]["step"].item() == 6
+
+
+def test_gradients_are_left_as_they_are():
+    _, (params, optimizer) = both()
+    gradients(params, 0)
+    before = [p.grad.clone() for p in params]
+    optimizer.grad_scale = torch.tensor(3.0, device=DEVICE)
+    optimizer.step()
+    assert all(torch.equal(p.grad, g) for p, g in zip(params, before, strict=True))
+
+
+def test_found_inf_calls_a_step_off():
+    _, (params, optimizer) = both()
+    gradients(params, 0)
+    optimizer.step()
+    before = [t.clone() for p in params for t in (p, *optimizer.state[p].values())]
+    gradients(params, 1)
+    optimizer.found_inf = torch.ones((), device=DEVICE)
+    optimizer.step()
+    after = [t for p in params for t in (p, *optimizer.state[p].values())]
+    assert all(map(torch.equal, before, after))
+
+
+def test_parameters_without_a_gradient_are_left_alone():
+    made = both()
+    for params, optimizer in made:
+        gradients(params, 0)
+        params[1].grad = None
+        optimizer.step()
+        assert not optimizer.state[params[1]]
+    equal(made)
+    _, optimizer = made[1]
+    optimizer.zero_grad()
+    optimizer.step()  # nothing to do
+
+
+def small() -> GPT:
+    table = ops.choose(DEVICE, kernels="eager")
+    return GPT(ModelShape(1, 2, 16, 8, 20, bias=True), 0.0, table).init_weights(0).to(DEVICE)
+
+
+@pytest.mark.parametrize(
+    "order", [(ops.adamw, FusedAdamW), (FusedAdamW, ops.adamw)], ids=["to", "from"]
+)
+def test_either_goes_on_from_the_others_state(order):
+    idx = torch.randint(20, (2, 8), device=DEVICE)
+
+    def trained(model: GPT, optimizer: torch.optim.AdamW, steps: int) -> None:
+        for _ in range(steps):
+            model(idx, idx).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def made(kind) -> tuple[GPT, torch.optim.AdamW]:
+        model = small()
+        return model, kind([{"params": [*model.parameters()], "weight_decay": 0.1}], **OPTIONS)
+
+    (model, first), (other, second), (straight, all_along) = map(made, (*order, order[0]))
+    trained(straight, all_along, 5)
+    trained(model, first, 3)
+    saved = {k: v.clone() for k, v in optim.state_tensors(first, model).items()}
+    assert len({t.data_ptr() for t in optim.state_tensors(first, model).values()}) == len(saved)
+    other.load_state_dict(model.state_dict())
+    optim.load_state_tensors(second, other, saved)
+    trained(other, second, 2)
+    for p, q in zip(straight.parameters(), other.parameters(), strict=True):
+        if p.ndim == 2:  # a key bias has no true gradient, and Adam scales rounding up to a step
+            assert (p - q).norm() <= 1e-4 * p.norm()
+
+
+def test_loading_after_a_step_takes_effect():
+    """The table of addresses is of the state that was there: it has to be made anew."""
+    model = small()
+    optimizer = FusedAdamW([{"params": [*model.parameters()]}], **OPTIONS)
+    idx = torch.randint(20, (2, 8), device=DEVICE)
+    model(idx, idx).backward()
+    optimizer.step()
+    saved = {k: v + 1 for k, v in optim.state_tensors(optimizer, model).items()}
+    optim.load_state_tensors(optimizer, model, saved)
+    optimizer.found_inf = None
+    optimizer.step()
+    now = optim.state_tensors(optimizer, model)
+    assert now["step.transformer.wte.weight"].item() == 3
+    assert (now["exp_avg.transformer.wte.weight"] > 0.5).all()
+
+
+def test_different_counts_are_refused():
+    model = small()
+    optimizer = FusedAdamW([{"params": [*model.parameters()]}], **OPTIONS)
+    idx = torch.randint(20, (2, 8), device=DEVICE)
+    model(idx, idx).backward()
+    optimizer.step()
+    saved = optim.state_tensors(optimizer, model)
+    saved["step.transformer.ln_f.weight"] += 3
+    with pytest.raises(UserError, match="updated 1 to 4 times, .* pass --op.adamw=eager"):
+        optim.load_state_tensors(optimizer, model, saved)
+
+
+def test_groups_that_differ_in_more_than_decay_are_refused():
+    _, (params, optimizer) = both()
+    gradients(params, 0)
+    optimizer.param_groups[1]["betas"] = (0.8, 0.9)
+    with pytest.raises(ValueError, match="adamw: all groups must have the same betas"):
+        optimizer.step()
+
+
+def test_freed_gradients_are_freed():
+    """Else two steps' gradients would be in memory at once."""
+    _, (params, optimizer) = both()
+    gradients(params, 0)
+    gradient = weakref.ref(params[0].grad)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert gradient() is None
+
+
+def trainer(kind: str, device: torch.device, dtype: str = "float32") -> Trainer:
+    config = laptop()
+    config.system.dtype, config.system.compile = dtype, False
+    config.optim = OptimConfig(batch_size=2, learning_rate=1e-2, warmup_iters=2, grad_clip=0.5)
+    table = ops.choose(device, kernels="eager", overrides={"adamw": kind})
+    model = GPT(ModelShape(2, 2, 16, 8, 20, bias=True), 0.0, table).init_weights(0).to(device)
+    return Trainer(model, config, device)
+
+
+def tokens(step: int) -> Tensor:
+    return torch.randint(20, (2, 9), generator=torch.Generator().manual_seed(step)).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_training_is_pytorchs(dtype):
+    """The whole step: clipping, the guard against NaNs on the device, loss scaling."""
+    eager, triton = trainer("eager", DEVICE, dtype), trainer("triton", DEVICE, dtype)
+    assert isinstance(triton.optimizer, FusedAdamW)
+    for t in (eager, triton):
+        t._guard_on_device = True
+    losses = [[t.step(s, tokens(s))[0].item() for s in range(12)] for t in (eager, triton)]
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-4, atol=1e-5)
+    assert losses[0][-1] != losses[0][0]
+    if dtype == "float16":
+        assert eager.state_dict() == triton.state_dict()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")
+def test_with_a_graph_of_the_micro_step():
+    plain, graphed = trainer("triton", DEVICE), trainer("triton", DEVICE)
+    graphed.warm_up(0, tokens(0))
+    graphed.capture(0, tokens(0))
+    for step in range(5):
+        a, b = (t.step(step, tokens(step))[0] for t in (plain, graphed))
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")
+def test_a_step_does_not_wait_for_the_device():
+    t = trainer("triton", DEVICE)
+    batch = tokens(0)
+    t.step(0, batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        t.optimizer.zero_grad()
+        t._backward(1, batch)
+        t.optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
