@@ -83,12 +83,14 @@ def test_graphed_steps_are_the_plain_ones(compile, dropout):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("adamw", ["eager", "triton"])
 @pytest.mark.parametrize("graphed", [False, True])
-def test_a_step_never_waits_for_the_device(graphed):
+def test_a_step_never_waits_for_the_device(graphed, adamw):
     config = shakespeare_char()
     config.system.dtype, config.system.compile = "bfloat16", True
     config.optim.batch_size = 4
-    table = ops.choose(CUDA, torch.bfloat16, head_dim=64, width=128)
+    given = {"adamw": adamw}
+    table = ops.choose(CUDA, torch.bfloat16, head_dim=64, width=128, overrides=given)
     model = GPT(ModelShape(2, 2, 128, 64, 97, bias=True), 0.1, table, torch.bfloat16)
     t = Trainer(model.init_weights(0).to(CUDA), config, CUDA)
     tokens = torch.randint(97, (4, 65), device=CUDA)

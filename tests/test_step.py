@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 
 import pytest
 import torch
 import torch._inductor.config
 
-from fastgpt import optim
+from fastgpt import ops, optim
 from fastgpt.errors import UserError
 from fastgpt.model import GPT, ModelShape
 from fastgpt.presets import laptop
 from fastgpt.step import NonFinite, Trainer, dropout_seed
+from tests.test_ops import interpreted
 
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(params=["eager", "triton"])
+def adamw(request, monkeypatch) -> str:
+    """Both implementations; the kernel in the interpreter."""
+    if request.param == "triton":
+        if torch.cuda.is_available():
+            pytest.skip("on a GPU the kernel runs for real: tests/test_fused_adamw.py")
+        interpreted(monkeypatch)
+    return request.param
+
+
 def trainer(
-    accumulation: int = 1, dropout: float = 0.0, dtype: torch.dtype = torch.float32, **optim_changes
+    accumulation: int = 1,
+    dropout: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    adamw: str = "eager",
+    **optim_changes,
 ) -> Trainer:
     config = laptop()
     config.system.dtype, config.system.compile = "float32", False
     changes = {"batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
     config.optim = dataclasses.replace(config.optim, **changes, **optim_changes)
     config.model.dropout = dropout
-    model = GPT(ModelShape(2, 2, 32, 16, 50, bias=True), dropout, dtype=dtype).init_weights(0)
+    table = ops.choose(CPU, kernels="eager", overrides={"adamw": adamw})
+    model = GPT(ModelShape(2, 2, 32, 16, 50, bias=True), dropout, table, dtype).init_weights(0)
     return Trainer(model, config, CPU)
 
 
@@ -48,24 +66,28 @@ def test_accumulation_is_the_batch_in_pieces(accumulation):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=2e-5)
 
 
-def test_is_adamw_with_clipping_and_schedule():
+@pytest.mark.parametrize("grad_clip", [0.0, 0.3, 1e6])
+def test_is_adamw_with_clipping_and_schedule(adamw, grad_clip):
     """Against the same update written with PyTorch's unfused AdamW."""
-    t, model = trainer(), GPT(ModelShape(2, 2, 32, 16, 50, bias=True)).init_weights(0)
+    t = trainer(adamw=adamw, grad_clip=grad_clip)
+    model = copy.deepcopy(t.model)
     c = t.config.optim
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": c.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(groups, lr=0.0, betas=(c.beta1, c.beta2), foreach=False)
+    oracle = torch.optim.AdamW(groups, lr=0.0, betas=(c.beta1, c.beta2), foreach=False)
     for step in range(4):
-        t.step(step, tokens(step))
-        for group in adamw.param_groups:
+        _, norm = t.step(step, tokens(step))
+        for group in oracle.param_groups:
             group["lr"] = optim.learning_rate(step, c)
-        adamw.zero_grad()
+        oracle.zero_grad()
         batch = tokens(step)
         model(batch[:, :-1], batch[:, 1:]).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
-        adamw.step()
+        limit = grad_clip or math.inf
+        want = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        assert norm.item() == pytest.approx(want.item(), rel=1e-5) and want > 0.3
+        oracle.step()
     for p, q in zip(weights(t), model.parameters(), strict=True):
         torch.testing.assert_close(p, q.detach(), rtol=1e-5, atol=1e-7)
 
@@ -91,8 +113,8 @@ def test_evaluation_changes_nothing_and_repeats():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_bad_numbers_never_reach_the_weights(value):
-    t = trainer()
+def test_bad_numbers_never_reach_the_weights(adamw, value):
+    t = trainer(adamw=adamw)
     t.step(0, tokens())
     with torch.no_grad():
         t.model.transformer.h[1].mlp.c_fc.weight[0, 0] = value
@@ -109,11 +131,13 @@ def test_bad_numbers_never_reach_the_weights(value):
     assert "transformer.h.1.mlp.c_fc.weight" in report["not_finite"]
 
 
-def test_the_guard_on_the_device_holds_until_someone_looks():
+def test_the_guard_on_the_device_holds_until_someone_looks(adamw):
     """As on a GPU, where nothing waits: updates after the bad step are called off as well."""
-    t = trainer()
+    t = trainer(adamw=adamw)
     t._guard_on_device = True
     t.step(0, tokens())
+    state = optim.state_tensors(t.optimizer, t.model)
+    state = {k: v.clone() for k, v in state.items()}
     good = t.model.transformer.wpe.weight[0, 0].item()
     with torch.no_grad():
         t.model.transformer.wpe.weight[0, 0] = float("nan")
@@ -126,6 +150,8 @@ def test_the_guard_on_the_device_holds_until_someone_looks():
     names = [n for n, _ in t.model.named_parameters()]
     assert names[1] == "transformer.wpe.weight"
     assert all(torch.equal(p, q) for p, q in zip(before, weights(t), strict=True))
+    for k, v in optim.state_tensors(t.optimizer, t.model).items():
+        assert torch.equal(v, state[k]), k
     with pytest.raises(NonFinite) as e:
         t.check()
     assert e.value.step == 1
@@ -159,9 +185,9 @@ def test_a_machine_that_cannot_compile_is_told_so():
         t.warm_up(0, tokens())
 
 
-def test_float16_finds_its_scale_and_learns():
+def test_float16_finds_its_scale_and_learns(adamw):
     """Infinite gradients call the update off and halve the scale; then the loss falls."""
-    t = trainer(dtype=torch.float16)
+    t = trainer(dtype=torch.float16, adamw=adamw)
     t.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=1000)
     before = weights(t)
     t.step(0, tokens())
