@@ -38,7 +38,8 @@ from bench.categories import DATA_SCOPE, Sizes
 from fastgpt import mfu, ops, settings
 from fastgpt.config import Config
 from fastgpt.data import token_files
-from fastgpt.data.batches import Batches, Prefetcher
+from fastgpt.data.batches import Batches
+from fastgpt.data.prefetch import Prefetcher
 from fastgpt.data.tokens import TokenSplit, TokenWriter
 from fastgpt.data.vocabulary import GPT2_VOCAB
 from fastgpt.device import (

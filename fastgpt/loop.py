@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from fastgpt import checkpoint, graph, memory, metrics, mfu, optim, parallel, state
-from fastgpt.data.batches import Batches, Prefetcher, eval_batches
+from fastgpt.data.batches import Batches, eval_batches
+from fastgpt.data.prefetch import Prefetcher
 from fastgpt.data.tokens import Dataset, TokenSplit
 from fastgpt.device import DTYPES
 from fastgpt.errors import SharedError, UserError

@@ -11,10 +11,7 @@ from typing import Literal
 import numpy as np
 
 from fastgpt.data.permutation import Permutation, below, random_words
-from fastgpt.data.prefetch import Prefetcher
 from fastgpt.data.tokens import TokenSplit
-
-__all__ = ["Batches", "Prefetcher", "Sampling", "eval_batches"]
 
 Sampling = Literal["random", "epochs"]
 

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -25,14 +25,12 @@ from fastgpt.data.corpora import Shard
 from fastgpt.data.download import fetch
 from fastgpt.data.progress import progress
 from fastgpt.data.sources import Source
+from fastgpt.data.plan import DataSettings, Plan
 from fastgpt.data.token_files import Scan, TokenWriter
 from fastgpt.data.tokenizers import BPETokenizer, Tokenizer, make_tokenizer
 from fastgpt.data.tokens import DATASET_JSON, FORMAT, VERSION
 from fastgpt.errors import UserError
 from fastgpt.files import sha256_file, write_text
-
-if TYPE_CHECKING:
-    from fastgpt.data.prepare import DataSettings, Plan
 
 STATE = "state.json"
 JOB_BYTES = 1 << 20

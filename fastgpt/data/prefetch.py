@@ -13,12 +13,11 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from fastgpt.data.batches import Batches
+from fastgpt.data.batches import Batches
 
 
 class Prefetcher:

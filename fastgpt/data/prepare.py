@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from fastgpt.data import build
 from fastgpt.data.corpora import CORPORA, INPUT, Corpus
+from fastgpt.data.plan import DataSettings, Plan
 from fastgpt.data.sources import Source, TextFiles, open_input
 from fastgpt.data.tokenizers import parse_spec
 from fastgpt.data.tokens import DATASET_JSON, has_tokens, open_dataset
@@ -30,32 +31,6 @@ from fastgpt.errors import UserError
 from fastgpt.files import explain_os_error, fsync_dir, sha256_file
 
 DEFAULT_SHARDS = 10
-
-
-class DataSettings(Protocol):
-    """What `prepare` and `ensure` read of a configuration; empty or 0 means the default."""
-
-    dataset: str
-    input: str
-    tokenizer: str
-    vocab_file: str
-    data_dir: str
-    val_fraction: float
-    shards: int
-    workers: int
-    overwrite: bool
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A dataset to be made or found: equal `recipe` (JSON) means equal data."""
-
-    corpus: Corpus
-    recipe: dict[str, Any]
-    base: str  # the preferred name of its folder
-    tokenizer: str
-    val_fraction: float
-    source: Source | None = None  # where --input was looked through already
 
 
 def prepare(cfg: DataSettings) -> Path:

@@ -18,7 +18,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastgpt_kernels import reference
 from fastgpt_kernels._host import FLOAT_DTYPES, arch_of, call_directly, check_tensor, use_kernel
+from fastgpt_kernels._matmul_specs import aot_specs, tunables
 from fastgpt_kernels.matmul_kernels import ALIGNMENT, launch_matmul, runs_on
+
+__all__ = ["aot_specs", "linear", "tunables"]
 
 
 def check_layer(op: str, prefix: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

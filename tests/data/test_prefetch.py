@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastgpt.data.batches import Prefetcher
+from fastgpt.data.prefetch import Prefetcher
 
 cuda = pytest.param(
     "cuda",
