@@ -70,6 +70,7 @@ def parts(gpu: bool, peer_path: str) -> list[Part]:
         Part("step", bench("step", *step, *turns, *peer), 0.4),
         Part("waterfall", bench("waterfall", *waterfall), 0.3),
         Part("kernels", bench("kernels", rounds), 0.4),
+        Part("gemms", bench("gemms", rounds, "--without-autotune"), 0.4),
         Part("ablate", bench("ablate", "gpt2", *turns), 0.6),
         Part("generate", bench("generate"), 0.5),
         Part("convergence", bench("convergence", *peer), 1.0),

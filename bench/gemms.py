@@ -34,7 +34,7 @@ from fastgpt_kernels.matmul_kernels import runs_on
 
 SIZES = ("gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl")
 HEAD = 50304
-NO_GPU = "needs a GPU"
+AUTOTUNE, NO_GPU = "max-autotune", "needs a GPU"
 SMALL_TOKENS, SMALL_WIDTH, SMALL_HEAD = 96, 32, 200
 
 
@@ -117,11 +117,11 @@ def case(name: str, M: int, K: int, N: int, device: torch.device) -> Case:
         pick=pick,
     )
     if not cuda:
-        made.skipped |= dict.fromkeys(("cuBLASLt", "max-autotune", "fastgpt"), NO_GPU)
+        made.skipped |= dict.fromkeys(("cuBLASLt", AUTOTUNE, "fastgpt"), NO_GPU)
         return made
     made.providers += [
         Provider("cuBLASLt", lambda x, w: _OnLibrary.apply(x, w, "cublaslt")),
-        Provider("max-autotune", _autotuned(linear)),
+        Provider(AUTOTUNE, _autotuned(linear)),
     ]
     _add_ours(made, ours.linear)
     return made
@@ -159,12 +159,12 @@ def mlp_case(M: int, C: int, device: torch.device) -> Case:
         {"forward": flops, "backward": 2 * flops},
     )
     if not cuda:
-        made.skipped |= dict.fromkeys(("cuBLAS, fused GELU", "max-autotune", "fastgpt"), NO_GPU)
+        made.skipped |= dict.fromkeys(("cuBLAS, fused GELU", AUTOTUNE, "fastgpt"), NO_GPU)
         return made
     fused = functools.partial(ops.mlp, bias_gelu=ours.bias_gelu)
     made.providers += [
         Provider("cuBLAS, fused GELU", fused),
-        Provider("max-autotune", _autotuned(ops.mlp)),
+        Provider(AUTOTUNE, _autotuned(ops.mlp)),
     ]
     _add_ours(made, ours.mlp)
     return made
@@ -192,6 +192,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--rounds", type=at_least(MIN_ROUNDS), default=30, help="timings of each provider"
     )
+    parser.add_argument(
+        "--without-autotune", action="store_true", help="leave out Inductor's search: minutes"
+    )
     gpu = torch.cuda.is_available()
     setup.add_out(parser)
     args = parser.parse_args(argv)
@@ -212,7 +215,6 @@ def run(args: argparse.Namespace, device: torch.device, argv: list[str]) -> int:
     roofs = roof.measure(device)
     result = results.Result("gemms", argv, {"rounds": args.rounds, "roofs": roofs})
     print(" · ".join([provenance.device_name(), *(f"{v:,.1f} {k}" for k, v in roofs.items())]))
-    path = None
     for size in args.sizes or SIZES[:1]:
         rows: list[dict[str, Any]] = []
         shapes = layers(PRESETS[size](), small=not gpu)
@@ -223,7 +225,11 @@ def run(args: argparse.Namespace, device: torch.device, argv: list[str]) -> int:
         cases["mlp"] = functools.partial(mlp_case, *shapes["c_fc"][:2], device)
         for make in cases.values():
             torch.manual_seed(0)
-            found = kernels.measure(make(), device, args.rounds)
+            made = make()
+            if args.without_autotune:
+                made.skipped[AUTOTUNE] = "left out"
+                made.providers = [p for p in made.providers if p.name != AUTOTUNE]
+            found = kernels.measure(made, device, args.rounds)
             for row in found:
                 row["key"] = " | ".join((size, row["op"], row["pass"], row["provider"]))
                 row["preset"] = size
@@ -232,7 +238,7 @@ def run(args: argparse.Namespace, device: torch.device, argv: list[str]) -> int:
             kernels.show(found)
             rows += found
             result.rows.extend(found)
-            path = result.save(args.out)
+            result.save(args.out)
             gc.collect()
             torch._dynamo.reset()
             if gpu:
@@ -241,6 +247,6 @@ def run(args: argparse.Namespace, device: torch.device, argv: list[str]) -> int:
         layers_only = [row for row in rows if row["op"] in shapes]
         for provider, ms in totals(layers_only, {name: n for name, (*_, n) in shapes.items()}):
             print(f"  {provider:28} {ms:9.3f} ms")
-    if path:
+    if path := result.finish(args.out):
         print(f"written: {path}")
     return 0
