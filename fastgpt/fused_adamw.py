@@ -65,6 +65,12 @@ class FusedAdamW(torch.optim.AdamW):
         tensors.grads.clear()
         return loss
 
+    def state_dict(self) -> dict[str, Any]:
+        """As PyTorch's, whose AdamW would count a shared `step` once for each parameter."""
+        saved = super().state_dict()
+        states = saved["state"].items()
+        return {**saved, "state": {k: {**s, "step": s["step"].clone()} for k, s in states}}
+
     def _table(self, params: list[Tensor], decays: list[float]) -> AdamWTensors:
         """What the kernel updates, with today's gradients."""
         for p in params:

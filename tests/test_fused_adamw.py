@@ -5,19 +5,22 @@ Without a GPU the kernel runs in Triton's interpreter.
 
 from __future__ import annotations
 
+import copy
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastgpt import ops, optim
+from fastgpt import cli, ops, optim
 from fastgpt.config import OptimConfig
 from fastgpt.errors import UserError
 from fastgpt.fused_adamw import FusedAdamW
 from fastgpt.model import GPT, ModelShape
 from fastgpt.presets import laptop
 from fastgpt.step import Trainer
+from tests import runs
 from tests.test_ops import interpreted
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -164,6 +167,32 @@ def test_loading_after_a_step_takes_effect():
     assert (now["exp_avg.transformer.wte.weight"] > 0.5).all()
 
 
+@pytest.mark.parametrize(
+    "kinds", [(ops.adamw, FusedAdamW), (FusedAdamW, ops.adamw)], ids=["to", "from"]
+)
+def test_either_goes_on_from_the_others_state_dict(kinds):
+    straight, first, second = (
+        (params, kind(groups(params), **OPTIONS))
+        for kind, params in ((k, parameters()) for k in (kinds[0], *kinds))
+    )
+
+    def step(made, number: int) -> None:
+        gradients(made[0], number)
+        made[1].step()
+
+    for number in range(3):
+        step(straight, number)
+        step(first, number)
+    step(second, 9)  # what it held until then has to go
+    for p, q in zip(second[0], first[0], strict=True):
+        p.data.copy_(q)
+    second[1].load_state_dict(copy.deepcopy(first[1].state_dict()))
+    for number in range(3, 6):
+        step(straight, number)
+        step(second, number)
+    equal([straight, second])
+
+
 def test_different_counts_are_refused():
     model = small()
     optimizer = FusedAdamW([{"params": [*model.parameters()]}], **OPTIONS)
@@ -219,6 +248,57 @@ def test_training_is_pytorchs(dtype):
     assert losses[0][-1] != losses[0][0]
     if dtype == "float16":
         assert eager.state_dict() == triton.state_dict()
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [r[k] for r in runs.records(run_dir) for k in ("loss", "grad_norm")]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs in the interpreter here")
+def test_runs_are_the_same_and_go_on_from_each_other(tmp_path, monkeypatch, capsys):
+    """Straight under either; and cut, with each half under another."""
+    monkeypatch.chdir(tmp_path)
+    text = f"--input={runs.write_text(tmp_path)}"
+    few = ("--max_iters=12", "--eval_interval=6", "--sample_tokens=0", "--n_layer=1")
+
+    def train(name: str, *args: str) -> str:
+        with pytest.raises(SystemExit) as e:
+            cli.main(["train", *args, f"--out_dir={name}"])
+        assert e.value.code in (0, None), capsys.readouterr().err
+        return capsys.readouterr().out
+
+    new = (*runs.TINY, text, *few, "--kernels=eager", "--grad_clip=0.5")
+    said = train("eager", *new)
+    assert "eager (--kernels=eager): attention" in said and ", adamw" in said
+    said = train("triton", *new, "--op.adamw=triton")
+    assert "; triton (--op.adamw=triton): adamw" in said
+    assert losses(Path("triton")) != losses(Path("eager")), "the same code ran twice"
+    assert losses(Path("triton")) == pytest.approx(losses(Path("eager")), rel=1e-4)
+    state = (runs.latest(Path("triton")) / "state.json").read_text()
+    assert '"op": "adamw"' in state and '"reason": "--op.adamw=triton"' in state
+    for first, then in (("eager", "triton"), ("triton", "eager")):
+        name = f"{first}-{then}"
+        train(name, *new, f"--op.adamw={first}", "--max_iters=6")
+        train(name, "--init_from=resume", f"--op.adamw={then}", "--max_iters=12")
+        assert losses(Path(name)) == pytest.approx(losses(Path("eager")), rel=1e-4)
+    train("cut", *new, "--op.adamw=triton", "--max_iters=6")
+    train("cut", "--init_from=resume", "--max_iters=12")
+    assert runs.tensor_files(Path("cut")) == runs.tensor_files(Path("triton"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the flag is granted here")
+def test_a_refused_run_leaves_the_old_one_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()  # neither a GPU nor the interpreter
+    monkeypatch.chdir(tmp_path)
+    text = f"--input={runs.write_text(tmp_path)}"
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "config.toml").write_text("")
+    refused = ["train", *runs.TINY, text, "--out_dir=old", "--overwrite=True", "--op.adamw=triton"]
+    with pytest.raises(SystemExit) as e:
+        cli.main(refused)
+    assert e.value.code == 2 and capsys.readouterr().err == "fastgpt: --op.adamw=triton: no GPU\n"
+    assert (old / "config.toml").exists()
 
 
 @pytest.mark.cuda

@@ -186,6 +186,7 @@ class TokenWriter:
         self.shards = list(finished)
         self._file: BufferedRandom | None = None
         self._path = folder
+        self._temporary: Path | None = None
         self._count = self._max = 0
 
     def write(self, ids: np.ndarray) -> int:
@@ -222,22 +223,25 @@ class TokenWriter:
     def abort(self) -> None:
         """Drop the unfinished shard."""
         if self._file is not None:
-            temporary, self._file = self._file, None
-            with contextlib.suppress(
-                OSError
-            ):  # a full disk says so again; what is lost is unwanted
-                temporary.close()
-            os.unlink(temporary.name)
+            # A full disk says so again; what is lost is unwanted.
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._file = None
+        if self._temporary is not None:
+            self._temporary.unlink(missing_ok=True)
+            self._temporary = None
 
     def _open(self) -> None:
         self._path = self.folder / f"{self.prefix}_{len(self.shards):06d}.bin"
-        self._file = open(self._path.with_name(f".{self._path.name}.tmp"), "wb+")  # noqa: SIM115
+        # Known before the file is there: an interrupt may come before `open` has returned it.
+        self._temporary = self._path.with_name(f".{self._path.name}.tmp")
+        self._file = open(self._temporary, "wb+")  # noqa: SIM115
         self._file.write(header(0, self.dtype))
         self._count = self._max = 0
 
     def _finish(self) -> None:
         f = self._file
-        assert f is not None
+        assert f is not None and self._temporary is not None
         f.seek(0)
         f.write(header(self._count, self.dtype))
         f.flush()
@@ -246,7 +250,8 @@ class TokenWriter:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
         f.close()
         self._file = None
-        os.replace(f.name, self._path)
+        os.replace(self._temporary, self._path)
+        self._temporary = None
         fsync_dir(self.folder)
         self.shards.append(
             {

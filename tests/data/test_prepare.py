@@ -1,5 +1,6 @@
 import os
 import random
+import shutil
 import signal
 import subprocess
 import threading
@@ -355,7 +356,11 @@ def test_killed_at_any_moment_then_run_again(settings, tmp_path, ranks, as_gpt2)
         found = visible(tmp_path / "two")
         if found:  # whole or not at all
             assert tokens(tmp_path / "two" / name) == tokens(tmp_path / "one" / name), moments
-            break
+            if kills:
+                break
+            # The run that was timed had a busier machine: begin again, with less time.
+            shutil.rmtree(tmp_path / "two")
+            took /= 2
     process = python(PREPARE, *args)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err

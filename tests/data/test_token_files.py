@@ -50,6 +50,22 @@ def test_an_unfinished_shard_has_no_name(tmp_path):
     assert os.listdir(tmp_path) == ["t_000000.bin"]
 
 
+def test_an_interrupt_while_a_shard_is_opened_leaves_nothing(tmp_path, monkeypatch):
+    """Python hands a signal over after `open` has made the file and before anyone has it."""
+
+    def interrupted(*args, **kwargs):
+        open(*args, **kwargs).close()
+        raise KeyboardInterrupt
+
+    writer = TokenWriter(tmp_path, "tokens_train", np.dtype("uint16"))
+    monkeypatch.setattr(token_files, "open", interrupted, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        writer.write(np.arange(5))
+    assert list(tmp_path.iterdir())
+    writer.abort()
+    assert not list(tmp_path.iterdir())
+
+
 def headered(count, ids, version=1, magic=token_files.MAGIC):
     head = bytearray(header(count, np.dtype("<u2")))
     head[0:8] = np.array([magic, version], "<i4").tobytes()
