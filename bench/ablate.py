@@ -14,9 +14,10 @@ import torch
 
 from bench import results, setup, step, turns
 from bench.variants import Variant
-from fastgpt import mfu, ops
-from fastgpt.device import DTYPES
 from fastgpt.errors import UserError
+from fastgpt.model import ops
+from fastgpt.model.device import DTYPES
+from fastgpt.train import mfu
 from fastgpt_kernels import _host
 from fastgpt_kernels.matmul_kernels import runs_on
 

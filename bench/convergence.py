@@ -25,13 +25,13 @@ from bench import provenance, results, setup, step
 from bench.stats import Ratio, ratio_of_medians, summarize
 from bench.tables import table
 from bench.variants import Variant, build
-from fastgpt import settings
-from fastgpt.config import Config, PrepareConfig
+from fastgpt.config import settings
+from fastgpt.config.schema import Config, PrepareConfig
 from fastgpt.data.batches import Batches, eval_batches
 from fastgpt.data.prepare import ensure
 from fastgpt.data.tokens import open_dataset
-from fastgpt.device import synchronize
 from fastgpt.errors import UserError
+from fastgpt.model.device import synchronize
 from fastgpt_kernels._workers import TaskFailed, Worker
 
 PRESET = "shakespeare_char"

@@ -22,8 +22,8 @@ import torch
 
 from bench import results, setup
 from bench.tables import table
-from fastgpt import metrics
-from fastgpt.presets import PRESETS
+from fastgpt.config.presets import PRESETS
+from fastgpt.train import metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 ORACLE = "eager fp32"

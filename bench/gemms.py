@@ -26,9 +26,9 @@ from bench import kernels, provenance, results, roof, setup
 from bench.kernel_cases import Case, Provider, run_oracle
 from bench.setup import at_least
 from bench.stats import MIN_ROUNDS
-from fastgpt import ops
-from fastgpt.config import Config
-from fastgpt.presets import PRESETS
+from fastgpt.config.presets import PRESETS
+from fastgpt.config.schema import Config
+from fastgpt.model import ops
 from fastgpt_kernels import _host, reference
 from fastgpt_kernels.matmul_kernels import runs_on
 

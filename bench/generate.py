@@ -21,12 +21,12 @@ import torch
 from bench import results, roof, setup
 from bench.stats import summarize
 from bench.tables import table
-from fastgpt import ops
-from fastgpt.device import DTYPES, resolve_device, resolve_dtype, synchronize
 from fastgpt.errors import UserError
-from fastgpt.generate import BatchGenerator, Sampling
-from fastgpt.interop import SIZES, shape_of_size
-from fastgpt.model import GPT, ModelShape
+from fastgpt.inference.generate import BatchGenerator, Sampling
+from fastgpt.model import ops
+from fastgpt.model.device import DTYPES, resolve_device, resolve_dtype, synchronize
+from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.weights.hugging_face import SIZES, shape_of_size
 
 SMALL = ModelShape(2, 2, 64, 256, 512, bias=True)
 GREEDY = Sampling(temperature=0)

@@ -23,7 +23,7 @@ from bench.kernel_cases import Case, Provider
 from bench.kernel_heads import linear_cross_entropy
 from bench.setup import at_least
 from bench.stats import MIN_ROUNDS, Ratio, ratio_of_medians, summarize
-from fastgpt.device import synchronize
+from fastgpt.model.device import synchronize
 from fastgpt_kernels._timing import interleaved
 
 OURS = "fastgpt"

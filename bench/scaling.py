@@ -24,9 +24,9 @@ from dataclasses import dataclass, replace
 
 from bench import setup
 from bench.tables import table
-from fastgpt import memory
-from fastgpt.model import ModelShape
-from fastgpt.presets import PRESETS
+from fastgpt.config.presets import PRESETS
+from fastgpt.model.gpt import ModelShape
+from fastgpt.train import memory
 
 NODE = 8
 VOCAB_SIZE = 50257

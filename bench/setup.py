@@ -12,11 +12,11 @@ from typing import Any, cast
 import torch
 
 from bench import results
-from fastgpt import settings
-from fastgpt.config import Config
-from fastgpt.device import resolve_device, resolve_dtype
+from fastgpt.config import settings
+from fastgpt.config.presets import PRESETS
+from fastgpt.config.schema import Config
 from fastgpt.errors import UserError
-from fastgpt.presets import PRESETS
+from fastgpt.model.device import resolve_device, resolve_dtype
 
 VOCAB_SIZES = {"laptop": 256, "desktop": 256, "shakespeare_char": 65}
 GPT2_VOCAB = 50257

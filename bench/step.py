@@ -27,11 +27,11 @@ from bench.stats import MIN_ROUNDS, Ratio, ratio_of_medians, summarize
 from bench.tables import table
 from bench.turns import Measured
 from bench.variants import HF, PEER, Variant
-from fastgpt import mfu
-from fastgpt.config import Config
-from fastgpt.device import DTYPES
+from fastgpt.config.schema import Config
 from fastgpt.errors import UserError
-from fastgpt.model import GPT, ModelShape
+from fastgpt.model.device import DTYPES
+from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.train import mfu
 
 # Relative difference from the reference that rounding explains, and dropout's other random numbers.
 LOSS_TOLERANCE, NORM_TOLERANCE = 0.01, 0.05

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench.kernels import CASES, Pass
-from fastgpt.device import synchronize
+from fastgpt.model.device import synchronize
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 PAIRS = [(op, who) for op in CASES for who in ("fastgpt", "eager")]

@@ -9,7 +9,7 @@ import torch
 
 from bench import setup
 from bench.variants import Variant, build
-from fastgpt.device import synchronize
+from fastgpt.model.device import synchronize
 
 GPU = torch.cuda.is_available()
 VARIANTS = [Variant("eager")]

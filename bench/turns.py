@@ -28,9 +28,9 @@ import torch
 import fastgpt
 from bench.setup import with_values
 from bench.variants import Stepper, Variant, build
-from fastgpt import settings
-from fastgpt.config import Config
-from fastgpt.device import synchronize
+from fastgpt.config import settings
+from fastgpt.config.schema import Config
+from fastgpt.model.device import synchronize
 from fastgpt_kernels._workers import TaskFailed, Worker
 
 POOL = 8  # batches that the steps rotate through

@@ -1,7 +1,7 @@
 """Ways to compute the same training step, each behind one face: `warm_up` and `step`.
 
-Ours go through `fastgpt.step.Trainer`, with model and op table as `fastgpt.train` makes them. The
-others get the training loop that their own users write: autocast, clipping, fused AdamW.
+Ours go through `fastgpt.train.step.Trainer`, with model and op table as `fastgpt train` makes them.
+The others get the training loop that their own users write: autocast, clipping, fused AdamW.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastgpt import mfu, ops, optim
-from fastgpt.config import Config
-from fastgpt.device import DTYPES, autocast, synchronize
+from fastgpt.config.schema import Config
 from fastgpt.errors import UserError
-from fastgpt.model import GPT, ModelShape
-from fastgpt.step import Trainer
+from fastgpt.model import ops
+from fastgpt.model.device import DTYPES, autocast, synchronize
+from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.train import mfu, optim
+from fastgpt.train.step import Trainer
 
 graph: Any
 try:
-    from fastgpt import graph
+    from fastgpt.train import graph
 except ImportError:  # `compare` measures commits from before there were graphs
     graph = None
 
@@ -70,7 +71,7 @@ def our_model(config: Config, vocab_size: int, table: ops.OpTable | None = None)
 
 
 class Ours:
-    """fastgpt.step.Trainer."""
+    """fastgpt.train.step.Trainer."""
 
     def __init__(self, variant: Variant, config: Config, vocab_size: int):
         system, m = config.system, config.model

@@ -6,8 +6,8 @@
 how long to time steps, --traced_steps=3 how many the profiler looks at. All other flags are those
 of `fastgpt train`; without a preset it is gpt2 on a GPU and laptop elsewhere.
 
-The step is the trainer's own, `fastgpt.step.Trainer.step` with prefetched batches of random tokens,
-compiled and on the kernels that `fastgpt train` would use; the vocabulary is that of the preset's
+The step is the trainer's own, `Trainer.step` with prefetched batches of random tokens, compiled
+ and on the kernels that `fastgpt train` would use; the vocabulary is that of the preset's
 corpus: 256 bytes, 65 characters or GPT-2's 50,257. It is timed without the profiler (device
 events on a GPU, medians) before and after it is traced; reading the loss for a log line is not in
 it, and neither is the CUDA graph that `fastgpt train` makes of a small model's step: a trace does
@@ -35,14 +35,17 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench import ladder, ladder_table, picture, results, setup, trace
 from bench.categories import DATA_SCOPE, Sizes
-from fastgpt import mfu, ops, settings
-from fastgpt.config import Config
+from fastgpt.config import settings
+from fastgpt.config.presets import PRESETS
+from fastgpt.config.schema import Config
 from fastgpt.data import token_files
 from fastgpt.data.batches import Batches
 from fastgpt.data.prefetch import Prefetcher
 from fastgpt.data.tokens import TokenSplit, TokenWriter
 from fastgpt.data.vocabulary import GPT2_VOCAB
-from fastgpt.device import (
+from fastgpt.errors import UserError
+from fastgpt.model import ops
+from fastgpt.model.device import (
     DTYPES,
     resolve_compile,
     resolve_device,
@@ -50,10 +53,9 @@ from fastgpt.device import (
     set_matmul_precision,
     synchronize,
 )
-from fastgpt.errors import UserError
-from fastgpt.model import GPT, ModelShape
-from fastgpt.presets import PRESETS
-from fastgpt.step import Trainer
+from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.train import mfu
+from fastgpt.train.step import Trainer
 
 # Of the corpora that are not made of GPT-2's tokens.
 VOCABULARIES = {"python_stdlib": 256, "shakespeare_char": 65}
@@ -161,7 +163,7 @@ def run(config: Config, name: str, own: dict[str, str], argv: Sequence[str]) -> 
 
 
 class Steps:
-    """The trainer's steps, one after another, as `fastgpt.loop` runs them. A context manager."""
+    """The trainer's steps, one after another, as the training loop runs them. A context manager."""
 
     def __init__(self, config: Config):
         self.config, self.device = config, torch.device(config.system.device)

@@ -15,8 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastgpt import __version__, run, settings
-from fastgpt.config import (
+from fastgpt import __version__
+from fastgpt.config import settings
+from fastgpt.config.presets import PRESETS, default_name
+from fastgpt.config.schema import (
     Config,
     EvalConfig,
     ExportConfig,
@@ -25,7 +27,7 @@ from fastgpt.config import (
     SampleConfig,
 )
 from fastgpt.errors import RankError, UserError
-from fastgpt.presets import PRESETS, default_name
+from fastgpt.storage import run
 
 OVERVIEW = """\
 fastgpt {version}: train GPT-2-class models as fast as one CUDA GPU allows
@@ -138,7 +140,7 @@ def _train(args: list[str]) -> int:
     config, name = _base(positional[0] if positional else None, flags)
     config = settings.apply_flags(config, flags)
     settings.check(config)
-    from fastgpt.train import train
+    from fastgpt.train.main import train
 
     return train(config, name)
 
@@ -183,7 +185,7 @@ def _sample(args: list[str]) -> int:
     if _wants_help(args):
         return _help(SampleConfig(), "sample", "")
     config = _flags(SampleConfig(), args, "; the prompt is given as --start=TEXT")
-    from fastgpt.sample import sample
+    from fastgpt.inference.sample import sample
 
     return sample(config)
 
@@ -192,7 +194,7 @@ def _eval(args: list[str]) -> int:
     if _wants_help(args):
         return _help(EvalConfig(), "eval", "")
     config = _flags(EvalConfig(), args, "; the file is given as --input=FILE")
-    from fastgpt.evaluate import evaluate
+    from fastgpt.inference.evaluate import evaluate
 
     return evaluate(config)
 
@@ -201,7 +203,7 @@ def _export(args: list[str]) -> int:
     if _wants_help(args):
         return _help(ExportConfig(), "export", "")
     config = _flags(ExportConfig(), args, "; the new folder is given as --to=FOLDER")
-    from fastgpt.export import export
+    from fastgpt.weights.export import export
 
     return export(config)
 
@@ -213,7 +215,7 @@ def _import(args: list[str]) -> int:
     if len(positional) != 1:
         raise UserError(f"import: one checkpoint is wanted, {len(positional)} given")
     config = settings.apply_flags(ImportConfig(), flags)
-    from fastgpt.nanogpt import import_checkpoint
+    from fastgpt.weights.nanogpt import import_checkpoint
 
     return import_checkpoint(positional[0], config)
 

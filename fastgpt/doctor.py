@@ -12,11 +12,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastgpt import __version__, mfu, ops, run
+from fastgpt import __version__
+from fastgpt.config.presets import default_name
 from fastgpt.data.tokens import open_dataset
-from fastgpt.device import DTYPES, resolve_device, resolve_dtype
 from fastgpt.errors import UserError
-from fastgpt.presets import default_name
+from fastgpt.model import ops
+from fastgpt.model.device import DTYPES, resolve_device, resolve_dtype
+from fastgpt.storage import run
+from fastgpt.train import mfu
 
 
 def _version(package: str) -> str:

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastgpt import ops
-from fastgpt.model import GPT, ModelShape
+from fastgpt.model import ops
+from fastgpt.model.gpt import GPT, ModelShape
 
 
 def fused_table(monkeypatch: pytest.MonkeyPatch, products: str = "eager") -> ops.OpTable:

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from fastgpt import checkpoint
 from fastgpt.cli import main
-from fastgpt.model import GPT
-from fastgpt.step import Trainer
+from fastgpt.model.gpt import GPT
+from fastgpt.storage import checkpoint
+from fastgpt.train.step import Trainer
 
 torch.set_num_threads(1)
 kind, rank, at = os.environ.get("FAULT", "none:0:0").split(":")

@@ -14,8 +14,8 @@ from pathlib import Path
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
-        "fastgpt.train",
-        "fastgpt.sample",
+        "fastgpt.train.main",
+        "fastgpt.inference.sample",
         "torch._dynamo",  # what making an optimizer imports
         "matplotlib.figure",
         "matplotlib.backends.backend_agg",

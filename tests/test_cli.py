@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt import cli, settings
-from fastgpt.config import Config, PrepareConfig, SampleConfig
+from fastgpt import cli
+from fastgpt.config import settings
+from fastgpt.config.schema import Config, PrepareConfig, SampleConfig
 from tests import runs
 from tests.process import fastgpt
 from tests.runs import TINY

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastgpt.presets import PRESETS
+from fastgpt.config.presets import PRESETS
 from tests.process import fastgpt
-from tests.test_nanogpt import Reference
+from tests.weights.test_nanogpt import Reference
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -108,7 +108,9 @@ def test_make_train_and_make_test(tmp_path: Path):
     (tmp_path / "text.txt").write_text("some text " * 400)
     args += f" --input={tmp_path}/text.txt"
     assert "continue: fastgpt train" in make(f"VENV={venv}", "train", f"ARGS={args}")
-    got = make(f"VENV={venv}", "test", "PYTEST_ARGS=tests/test_files.py -p no:cacheprovider")
+    got = make(
+        f"VENV={venv}", "test", "PYTEST_ARGS=tests/storage/test_files.py -p no:cacheprovider"
+    )
     assert "passed" in got
 
 

@@ -23,14 +23,14 @@ import numpy as np
 from fastgpt.data import pieces, token_files
 from fastgpt.data.corpora import Shard
 from fastgpt.data.download import fetch
+from fastgpt.data.plan import DataSettings, Plan
 from fastgpt.data.progress import progress
 from fastgpt.data.sources import Source
-from fastgpt.data.plan import DataSettings, Plan
 from fastgpt.data.token_files import Scan, TokenWriter
 from fastgpt.data.tokenizers import BPETokenizer, Tokenizer, make_tokenizer
 from fastgpt.data.tokens import DATASET_JSON, FORMAT, VERSION
 from fastgpt.errors import UserError
-from fastgpt.files import sha256_file, write_text
+from fastgpt.storage.files import sha256_file, write_text
 
 STATE = "state.json"
 JOB_BYTES = 1 << 20

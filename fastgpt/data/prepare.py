@@ -17,18 +17,17 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fastgpt.data import build
-from fastgpt.data.corpora import CORPORA, INPUT, Corpus
+from fastgpt.data.corpora import CORPORA, INPUT
 from fastgpt.data.plan import DataSettings, Plan
-from fastgpt.data.sources import Source, TextFiles, open_input
+from fastgpt.data.sources import TextFiles, open_input
 from fastgpt.data.tokenizers import parse_spec
 from fastgpt.data.tokens import DATASET_JSON, has_tokens, open_dataset
 from fastgpt.errors import UserError
-from fastgpt.files import explain_os_error, fsync_dir, sha256_file
+from fastgpt.storage.files import explain_os_error, fsync_dir, sha256_file
 
 DEFAULT_SHARDS = 10
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from fastgpt.data.progress import progress
 from fastgpt.errors import UserError
-from fastgpt.files import write_text
+from fastgpt.storage.files import write_text
 
 _CHUNK = 1 << 20
 _SMALL = 16 << 20  # files up to this size are read in one go

@@ -23,7 +23,7 @@ import numpy as np
 
 from fastgpt.data.progress import progress
 from fastgpt.errors import UserError
-from fastgpt.files import explain_os_error, fsync_dir, write_text
+from fastgpt.storage.files import explain_os_error, fsync_dir, write_text
 
 MAGIC = 20240520
 HEADER_BYTES = 256 * 4

@@ -29,7 +29,7 @@ from fastgpt.data.vocabulary import (
     train_ranks,
 )
 from fastgpt.errors import UserError
-from fastgpt.files import atomic_file, write_text
+from fastgpt.storage.files import atomic_file, write_text
 
 JSON_NAME = "tokenizer.json"
 RANKS_NAME = "tokenizer.tiktoken"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import gemms, results
-from fastgpt.presets import PRESETS
+from fastgpt.config.presets import PRESETS
 
 
 def test_layers_are_the_models_products() -> None:

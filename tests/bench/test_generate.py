@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from bench import generate, results
-from fastgpt import decode
-from fastgpt.interop import shape_of_size
-from fastgpt.model import GPT
+from fastgpt.inference import decode
+from fastgpt.model.gpt import GPT
+from fastgpt.weights.hugging_face import shape_of_size
 from fastgpt_kernels import reference
 
 FEW = ["--device=cpu", "--dtype=float32", "--new=12", "--prompt=3"]

@@ -105,7 +105,11 @@ def test_a_source_that_measured_was_hashed() -> None:
         top = module.__name__.split(".")[0]
         if top in ("fastgpt", "fastgpt_kernels", "bench") and file.startswith(str(provenance.ROOT)):
             assert Path(file).relative_to(provenance.ROOT).as_posix() in hashed
-    assert {"kernels/fastgpt_kernels/adamw.py", "bench/picture.py", "fastgpt/step.py"} <= hashed
+    assert {
+        "kernels/fastgpt_kernels/adamw.py",
+        "bench/picture.py",
+        "fastgpt/train/step.py",
+    } <= hashed
 
 
 def test_a_run_that_was_cut_short_says_so(result: results.Result, tmp_path: Path) -> None:

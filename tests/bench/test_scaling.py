@@ -7,7 +7,7 @@ import pytest
 
 from bench import scaling
 from bench.scaling import Cluster, Job, job, ring_ms, step
-from fastgpt.model import GPT, ModelShape
+from fastgpt.model.gpt import GPT, ModelShape
 
 FREE = Cluster(nvlink_gbs=1e9, link_gbs=1e9, latency_us=1e-9)
 

@@ -11,8 +11,8 @@ from bench import ablate, convergence, results, setup, step, turns
 from bench.stats import TOO_FEW
 from bench.turns import Measured
 from bench.variants import PEER, Variant, build
-from fastgpt import mfu
 from fastgpt.errors import UserError
+from fastgpt.train import mfu
 from tests.runs import write_text
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ BUILT = {
 # A stand-in for nanoGPT's model.py, with its face: our own model, right or 20 % off.
 FAKE_PEER = """
 from dataclasses import dataclass
-from fastgpt.model import GPT as Ours, ModelShape
+from fastgpt.model.gpt import GPT as Ours, ModelShape
 
 @dataclass
 class GPTConfig:

@@ -13,8 +13,8 @@ import torch
 from bench import ladder, ladder_table, picture, results, waterfall
 from bench.categories import CATEGORIES, Sizes
 from bench.trace import Breakdown, Gemm
-from fastgpt import mfu
-from fastgpt.model import GPT, ModelShape
+from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.train import mfu
 
 GPT2 = Sizes(64, 1024, 12, 12, 768, 50257, 50304)
 N_PARAMS = 123_653_376  # 12 x 12 x 768^2, embedding 50304 x 768, 25 norms: no position embeddings

@@ -1,0 +1,236 @@
+"""The model one token at a time: keys and values of what was seen are kept, not computed again.
+
+A cache has a fixed number of positions, so every step has the same shapes and can be one CUDA
+graph. Rows are independent: row b holds positions[b] tokens, its next token goes to that position,
+whatever the other rows' lengths are. Prompts are padded on the right, where causal attention keeps
+the padding out of sight, and go through the training attention all at once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastgpt.model.gpt import GPT, Block, LayerNorm
+from fastgpt.model.selfcheck import difference
+
+
+def cached_attention(
+    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, scale: float | None = None
+) -> Tensor:
+    """One new token a row against its cache; the eager row of this op, signature of the kernel's.
+
+    qkv (B, 3*C); caches (B, H, S, D), row b's new key and value are written to positions[b]
+    (int64, (B,)), and positions up to that one are attended to. Returns (B, C).
+    """
+    B, H, S, D = k_cache.shape
+    q, k, v = qkv.view(B, 3, H, 1, D).unbind(1)
+    at = positions.view(B, 1, 1, 1).expand(B, H, 1, D)
+    k_cache.scatter_(2, at, k)
+    v_cache.scatter_(2, at, v)
+    hidden = torch.arange(S, device=qkv.device) > positions.view(B, 1, 1, 1)
+    mask = torch.zeros(B, 1, 1, S, dtype=qkv.dtype, device=qkv.device)
+    mask.masked_fill_(hidden, -torch.inf)
+    y = F.scaled_dot_product_attention(q, k_cache, v_cache, attn_mask=mask, scale=scale)
+    return y.reshape(B, H * D)
+
+
+def choose_attention(device: torch.device, head_dim: int) -> Callable[..., Tensor]:
+    """The Triton kernel on a GPU where it can run, else `cached_attention`."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from fastgpt_kernels.decode_attention import MAX_HEAD_DIM, decode_attention
+
+        if head_dim <= MAX_HEAD_DIM:
+            return decode_attention
+    return cached_attention
+
+
+def choose_linear(
+    device: torch.device, dtype: torch.dtype, batch_size: int
+) -> Callable[..., Tensor] | None:
+    """The fused linear layer on a GPU, for few rows and where it agrees with eager; else None."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from fastgpt_kernels import decode_linear
+    from fastgpt_kernels.decode_linear import MAX_ROWS
+
+    if batch_size > MAX_ROWS or linear_disagreement(decode_linear, device, dtype, batch_size):
+        return None
+    return decode_linear
+
+
+def linear_disagreement(
+    function: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, batch_size: int
+) -> str:
+    """What is wrong with a fused linear layer on this device; empty where it agrees with eager."""
+    from fastgpt_kernels import reference
+
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    x, weight, bias = random(batch_size, 200), random(300, 200) * 0.1, random(300)
+    gain, shift, residual = random(200), random(200), random(batch_size, 300)
+    extras: dict[str, Any] = {"norm_weight": gain, "norm_bias": shift, "activation": "tanh"}
+    small = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    exact = [t.float() for t in small]
+    rounded = residual.to(dtype)
+    return difference(
+        lambda: [function(*small, residual=rounded, **extras)],
+        lambda: [reference.decode_linear(*exact, residual=rounded.float(), **extras)],
+        dtype,
+    )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block's weights in the dtype of the activations; norms as they are."""
+
+    attn_norm: LayerNorm
+    attn_in: tuple[Tensor, Tensor | None]
+    attn_out: tuple[Tensor, Tensor | None]
+    mlp_norm: LayerNorm
+    mlp_in: tuple[Tensor, Tensor | None]
+    mlp_out: tuple[Tensor, Tensor | None]
+    approximate: str
+
+
+class Decoder:
+    """A model with a cache of `max_len` positions for each of `batch_size` rows.
+
+    `prefill` starts all rows, `step` extends each by one token, `windows` computes without a cache.
+    All return logits (rows, vocab_size) of the next token, in the model's dtype. Not for training:
+    the weights are taken as they are now.
+    """
+
+    def __init__(self, model: GPT, batch_size: int, max_len: int):
+        shape, dtype = model.shape, model.dtype
+        if not 1 <= max_len <= shape.block_size:
+            raise ValueError(f"max_len={max_len}: wanted 1 .. block_size={shape.block_size}")
+        self.shape, self.dtype, self.ops = shape, dtype, model.ops
+        self.batch_size, self.max_len = batch_size, max_len
+        t = model.transformer
+        self.wte, self.wpe = t.wte.weight.detach(), t.wpe.weight.detach()
+        self.head = self.wte[: shape.vocab_size].to(dtype)
+        self.final_norm = t.ln_f
+        self.layers = [self._layer(cast(Block, block)) for block in t.h]
+        device, head_dim = self.wte.device, shape.n_embd // shape.n_head
+        size = (shape.n_layer, 2, batch_size, shape.n_head, max_len, head_dim)
+        self.cache = torch.zeros(size, dtype=dtype, device=device)
+        self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.attend = choose_attention(device, head_dim)
+        self.linear = choose_linear(device, dtype, batch_size)
+
+    def _layer(self, block: Block) -> Layer:
+        def cast_linear(layer: torch.nn.Linear) -> tuple[Tensor, Tensor | None]:
+            bias = None if layer.bias is None else layer.bias.detach().to(self.dtype)
+            return layer.weight.detach().to(self.dtype), bias
+
+        attn, mlp = block.attn, block.mlp
+        return Layer(
+            block.ln_1,
+            cast_linear(attn.c_attn),
+            cast_linear(attn.c_proj),
+            block.ln_2,
+            cast_linear(mlp.c_fc),
+            cast_linear(mlp.c_proj),
+            mlp.approximate,
+        )
+
+    def _hidden(self, x: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Embeddings (..., C) -> the final norm's output; attend(layer, qkv (..., 3*C)) -> y."""
+        ops, layers = self.ops, self.layers
+        x = x.to(self.dtype)
+        norms = [layer.attn_norm for layer in layers[1:]] + [self.final_norm]
+        y = ops.layer_norm(x, layers[0].attn_norm.weight, layers[0].attn_norm.bias)
+        for i, (layer, norm) in enumerate(zip(layers, norms, strict=True)):
+            branch = F.linear(attend(i, F.linear(y, *layer.attn_in)), *layer.attn_out)
+            y, x = ops.add_layer_norm(branch, x, layer.mlp_norm.weight, layer.mlp_norm.bias)
+            weight, bias = layer.mlp_in
+            h = ops.bias_gelu(F.linear(y, weight), bias, layer.approximate)
+            y, x = ops.add_layer_norm(F.linear(h, *layer.mlp_out), x, norm.weight, norm.bias)
+        return y
+
+    def _last_logits(self, ids: Tensor, lengths: Tensor, keep: Callable[[int, Tensor], None]):
+        """Logits after the first lengths[b] of ids[b]; keep(layer, qkv) sees every projection."""
+
+        def attend(i: int, qkv: Tensor) -> Tensor:
+            keep(i, qkv)
+            return self.ops.attention(qkv, self.shape.n_head)
+
+        y = self._hidden(self.wte[ids] + self.wpe[: ids.shape[1]], attend)
+        return F.linear(y[torch.arange(len(ids), device=ids.device), lengths - 1], self.head)
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Start every row with its prompt, of 1 to max_len tokens each; logits (B, V)."""
+        lengths = [len(p) for p in prompts]
+        if len(prompts) != self.batch_size or not all(1 <= n <= self.max_len for n in lengths):
+            raise ValueError(
+                f"prompts of {lengths} tokens: wanted {self.batch_size}, of 1 .. {self.max_len}"
+            )
+        ids = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(list(prompt))
+        self.positions.copy_(torch.tensor(lengths))
+        B, T = ids.shape
+
+        def keep(i: int, qkv: Tensor) -> None:
+            _, H, _, D = self.cache.shape[2:]
+            _, k, v = qkv.view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)
+            self.cache[i, 0, :, :, :T] = k
+            self.cache[i, 1, :, :, :T] = v
+
+        return self._last_logits(ids.to(self.wte.device), self.positions, keep)
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, limit: int | None = None) -> Tensor:
+        """Extend row b by tokens[b] (int64, on the device); logits (B, V).
+
+        Every position must be below max_len, or the row's cache is spent and its logits mean
+        nothing. `limit` bounds the positions that any row has after this step, where the caller
+        knows it: the CPU then looks at no more of the cache than that.
+        """
+        S = self.max_len if limit is None else min(limit, self.max_len)
+        at = self.positions.clamp(max=self.max_len - 1)
+
+        def attend(i: int, qkv: Tensor) -> Tensor:
+            k_cache, v_cache = self.cache[i, :, :, :, :S].unbind(0)
+            return self.attend(qkv, k_cache, v_cache, at)
+
+        x = self.wte[tokens] + self.wpe[at]
+        if self.linear is None:
+            logits = F.linear(self._hidden(x, attend), self.head)
+        else:
+            logits = self._fused(self.linear, x.to(self.dtype), attend)
+        self.positions += 1
+        return logits
+
+    def _fused(
+        self, linear: Callable[..., Tensor], x: Tensor, attend: Callable[[int, Tensor], Tensor]
+    ) -> Tensor:
+        """Embeddings (B, C) -> logits (B, V): five launches a layer, each weight read once."""
+
+        def norm(n: LayerNorm) -> dict[str, Tensor | None]:
+            return {"norm_weight": n.weight.detach(), "norm_bias": n.bias}
+
+        for i, layer in enumerate(self.layers):
+            y = attend(i, linear(x, *layer.attn_in, **norm(layer.attn_norm)))
+            x = linear(y, *layer.attn_out, residual=x)
+            activation = "tanh" if layer.approximate == "tanh" else "erf"
+            h = linear(x, *layer.mlp_in, **norm(layer.mlp_norm), activation=activation)
+            x = linear(h, *layer.mlp_out, residual=x)
+        return linear(x, self.head, **norm(self.final_norm))
+
+    @torch.no_grad()
+    def windows(self, ids: Tensor) -> Tensor:
+        """Logits (rows, V) after full windows ids (rows, T), T <= block_size; no cache."""
+        lengths = torch.full((len(ids),), ids.shape[1], device=ids.device)
+        return self._last_logits(ids, lengths, lambda i, qkv: None)

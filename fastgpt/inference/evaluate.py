@@ -1,0 +1,252 @@
+"""`fastgpt eval`: the loss on every token of a file, and HellaSwag.
+
+The loss is not sampled: a window slides over the file so that each token but the first is predicted
+once, with at least block_size - stride tokens before it wherever the file has them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastgpt.config.schema import EvalConfig, PrepareConfig
+from fastgpt.data import token_files
+from fastgpt.data.prepare import ensure
+from fastgpt.data.progress import progress
+from fastgpt.data.token_files import TokenFile
+from fastgpt.data.tokenizers import Tokenizer
+from fastgpt.data.tokens import open_dataset
+from fastgpt.errors import UserError
+from fastgpt.model.device import resolve_device, resolve_dtype
+from fastgpt.model.gpt import GPT
+from fastgpt.storage import run
+from fastgpt.weights.source import Source, open_source
+
+
+@dataclass(frozen=True)
+class Window:
+    """Inputs begin at `start`; of the targets the last `count` are this window's to score."""
+
+    start: int
+    length: int
+    count: int
+
+
+def windows(n: int, block_size: int, stride: int) -> Iterator[Window]:
+    """Windows over n tokens that score each of positions 1 .. n - 1 exactly once.
+
+    The last one is moved back so that it too is full, where the file is that long.
+    """
+    done = 1  # positions below it are scored; the first token has nothing before it
+    while done < n:
+        # The first window scores all it holds, each later one what `stride` brings.
+        end = min(n, done + (block_size if done == 1 else stride))
+        start = max(0, end - 1 - block_size)
+        yield Window(start, end - 1 - start, end - done)
+        done = end
+
+
+@torch.no_grad()
+def total_loss(
+    model: GPT, tokens: np.ndarray, block_size: int, stride: int, batch_size: int
+) -> tuple[float, int]:
+    """(sum of the cross entropy in nats, how many tokens) over an array of token ids (n,)."""
+    device = next(model.parameters()).device
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    batch: list[Window] = []
+
+    def score() -> None:
+        nonlocal total, count
+        width = max(w.length for w in batch)
+        inputs = torch.zeros(len(batch), width, dtype=torch.int64)
+        targets = torch.full((len(batch), width), -1)
+        for row, w in enumerate(batch):
+            text = torch.from_numpy(tokens[w.start : w.start + w.length + 1].astype(np.int64))
+            inputs[row, : w.length] = text[:-1]
+            targets[row, w.length - w.count : w.length] = text[w.length - w.count + 1 :]
+        n = sum(w.count for w in batch)
+        mean = model(inputs.to(device), targets.to(device))
+        total += mean.double().cpu() * n
+        count += n
+        batch.clear()
+
+    whole = len(tokens)
+    with progress("evaluating", whole) as advance:
+        for window in windows(whole, block_size, stride):
+            batch.append(window)
+            advance(window.count)
+            if len(batch) == batch_size:
+                score()
+        if batch:
+            score()
+    return total.item(), count
+
+
+def evaluate(config: EvalConfig) -> int:
+    """Print the figures for people, and one line of JSON last. Returns the exit code."""
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    source = open_source(config)
+    longest = source.shape.block_size
+    block_size = config.block_size or longest
+    stride = config.stride or max(1, block_size // 2)
+    if block_size > longest:
+        raise UserError(f"--block_size={block_size}: the model has {longest} positions")
+    if stride > block_size:
+        raise UserError(f"--stride={stride}: must not exceed block_size={block_size}")
+    print(source.about)
+    if config.task == "hellaswag":
+        questions = read_hellaswag(config, source)
+        figures = hellaswag(source.model(device, dtype), questions, config.batch_size)
+        print(f"{figures['questions']:,} questions of {config.input}")
+        print(f"acc {figures['acc']:.4f}, acc_norm {figures['acc_norm']:.4f}")
+    else:
+        files = _token_files(config, source)
+        model = source.model(device, dtype)
+        total, count, left = 0.0, 0, config.limit or None
+        for file in files:
+            tokens = file.open()[:left]
+            nats, n = total_loss(model, tokens, block_size, stride, config.batch_size)
+            total, count = total + nats, count + n
+            left = None if left is None else left - len(tokens)
+            if left == 0:
+                break
+        if not count:
+            raise UserError(f"{files[0].path}: has one token, and the first has nothing before it")
+        loss = total / count
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        names = ", ".join(str(f.path) for f in files[:3]) + (", ..." if len(files) > 3 else "")
+        print(f"{count:,} tokens of {names}, windows of {block_size} every {stride}")
+        print(
+            f"loss {loss:.4f}, perplexity {perplexity:.3f}, {loss / math.log(2):.4f} bits a token"
+        )
+        figures = {"tokens": count, "loss": loss, "perplexity": perplexity}
+        figures |= {"block_size": block_size, "stride": stride}
+    print(json.dumps({"task": config.task, **figures, "device": str(device), "dtype": dtype}))
+    return 0
+
+
+def _token_files(config: EvalConfig, source: Source) -> list[TokenFile]:
+    """The files to evaluate on, every id of which the model knows."""
+    if config.input:
+        file = token_files.inspect(Path(config.input))
+        found = token_files.scan(file)
+        if found.max_id >= source.shape.vocab_size:
+            raise UserError(
+                f"{file.path}: holds token id {found.max_id:,}, the model knows "
+                f"{source.shape.vocab_size:,}: made with another tokenizer"
+            )
+        return [file]
+    if config.dataset:
+        settings = PrepareConfig(dataset=config.dataset, data_dir=config.data_dir)
+    elif source.run_dir is not None:
+        settings = PrepareConfig(**vars(run.load_config(source.run_dir).data))
+    else:
+        raise UserError("eval: on what? name a token file with --input, or data with --dataset")
+    dataset = open_dataset(ensure(settings))
+    if dataset.vocab_size > source.shape.vocab_size:
+        raise UserError(
+            f"{dataset.folder}: has a vocabulary of {dataset.vocab_size:,}, the model knows "
+            f"{source.shape.vocab_size:,}: made with another tokenizer"
+        )
+    return (dataset.val if config.split == "val" else dataset.train).shards
+
+
+# --- HellaSwag -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Question:
+    """A beginning, four endings as token ids, and which of them is right."""
+
+    context: list[int]
+    endings: list[list[int]]
+    label: int
+
+
+def read_hellaswag(config: EvalConfig, source: Source) -> list[Question]:
+    """Zellers et al. 2019: a file of JSON lines with ctx, endings and label (its val split).
+
+    As for GPT-2 an ending is scored as its own tokens behind one blank.
+    """
+    if not config.input:
+        raise UserError("--task=hellaswag: needs its file: --input=hellaswag_val.jsonl")
+    path, tokenizer = Path(config.input), source.tokenizer
+    if tokenizer is None:
+        raise UserError("--task=hellaswag: the model's tokenizer is not known")
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except OSError as e:
+        raise UserError(f"--input={path}: cannot be read: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"--input={path}: is not UTF-8 text") from e
+    questions: list[Question] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if config.limit and len(questions) == config.limit:
+            break
+        try:
+            entry = json.loads(line)
+            context, endings, label = entry["ctx"], entry["endings"], int(entry["label"])
+            if len(endings) != 4 or not 0 <= label < 4:
+                raise ValueError(f"{len(endings)} endings, label {label}")
+            questions.append(_question(tokenizer, context, endings, label))
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise UserError(
+                f"{path}: line {number} is no question with ctx, four endings and a label ({e!r})"
+            ) from e
+    if not questions:
+        raise UserError(f"{path}: has no questions")
+    room = source.shape.block_size
+    if any(len(e) > room for q in questions for e in q.endings):
+        raise UserError(f"{path}: has an ending of more tokens than block_size={room}")
+    return questions
+
+
+def _question(tokenizer: Tokenizer, context: str, endings: list[str], label: int) -> Question:
+    def ids(text: str) -> list[int]:
+        return [int(i) for i in tokenizer.encode(text)]
+
+    return Question(ids(context), [ids(" " + ending) for ending in endings], label)
+
+
+@torch.no_grad()
+def ending_losses(model: GPT, questions: list[Question]) -> tuple[Tensor, Tensor]:
+    """Cross entropy of every ending given its beginning: (sums, means), each (questions, 4)."""
+    device, room = next(model.parameters()).device, model.shape.block_size
+    # The last ending token is a target only; a long beginning loses its first tokens.
+    rows = [(q.context + e)[-room - 1 :] for q in questions for e in q.endings]
+    lengths = [len(e) for q in questions for e in q.endings]
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    scored = torch.zeros(len(rows), ids.shape[1] - 1, dtype=torch.bool)
+    for r, (row, n) in enumerate(zip(rows, lengths, strict=True)):
+        ids[r, : len(row)] = torch.tensor(row)
+        scored[r, max(0, len(row) - 1 - n) : len(row) - 1] = True
+    ids, scored = ids.to(device), scored.to(device)
+    logits = model(ids[:, :-1]).float()
+    losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    sums = (losses.view(scored.shape) * scored).sum(1)
+    return sums.view(-1, 4), (sums / scored.sum(1)).view(-1, 4)
+
+
+def hellaswag(model: GPT, questions: list[Question], batch_size: int) -> dict[str, float]:
+    """acc: the right ending has the least loss; acc_norm: the least loss a token."""
+    right = torch.zeros(2)
+    with progress("questions", len(questions)) as advance:
+        for first in range(0, len(questions), batch_size):
+            part = questions[first : first + batch_size]
+            labels = torch.tensor([q.label for q in part])
+            for k, losses in enumerate(ending_losses(model, part)):
+                right[k] += (losses.argmin(1).cpu() == labels).sum()
+            advance(len(part))
+    acc, acc_norm = (right / len(questions)).tolist()
+    return {"questions": len(questions), "acc": acc, "acc_norm": acc_norm}

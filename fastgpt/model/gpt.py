@@ -1,0 +1,185 @@
+"""GPT-2, and nothing but GPT-2.
+
+Parameters are named as nanoGPT names them. The residual stream is carried in the form that the
+fused ops want: every block ends by adding its branch to the stream and normalising for the next,
+so one op reads the stream once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from fastgpt.model import ops
+
+VOCAB_MULTIPLE = 128
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """All that decides which tensors a model has; stored in its checkpoints."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int
+    vocab_size: int
+    bias: bool
+    gelu: str = "tanh"
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: the vocabulary rounded up so that matmul tiles are whole."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+class LayerNorm(nn.Module):
+    """The parameters of a layer norm with an optional bias; the op table computes it."""
+
+    def __init__(self, n_embd: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None
+
+
+class Attention(nn.Module):
+    def __init__(self, shape: ModelShape, dropout: float, table: ops.OpTable):
+        super().__init__()
+        self.c_attn = nn.Linear(shape.n_embd, 3 * shape.n_embd, bias=shape.bias)
+        self.c_proj = nn.Linear(shape.n_embd, shape.n_embd, bias=shape.bias)
+        self.n_head, self.dropout, self.ops = shape.n_head, dropout, table
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropout_p = self.dropout if self.training else 0.0
+        qkv = self.ops.linear(x, self.c_attn.weight, self.c_attn.bias)
+        y = self.ops.attention(qkv, self.n_head, dropout_p=dropout_p)
+        y = self.ops.linear(y, self.c_proj.weight, self.c_proj.bias)
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, shape: ModelShape, dropout: float, table: ops.OpTable):
+        super().__init__()
+        self.c_fc = nn.Linear(shape.n_embd, 4 * shape.n_embd, bias=shape.bias)
+        self.c_proj = nn.Linear(4 * shape.n_embd, shape.n_embd, bias=shape.bias)
+        self.approximate = "none" if shape.gelu == "erf" else "tanh"
+        self.dropout, self.ops = dropout, table
+
+    def forward(self, x: Tensor) -> Tensor:
+        fc, proj = self.c_fc, self.c_proj
+        y = self.ops.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, self.approximate)
+        return F.dropout(y, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, shape: ModelShape, dropout: float, table: ops.OpTable):
+        super().__init__()
+        self.ln_1 = LayerNorm(shape.n_embd, shape.bias)
+        self.attn = Attention(shape, dropout, table)
+        self.ln_2 = LayerNorm(shape.n_embd, shape.bias)
+        self.mlp = MLP(shape, dropout, table)
+        self.ops = table
+
+    def forward(self, y: Tensor, x: Tensor, next_norm: LayerNorm) -> tuple[Tensor, Tensor]:
+        """y: the stream x after ln_1. Returns the stream after this block, normalised and plain."""
+        ln = self.ln_2
+        y, x = self.ops.add_layer_norm(self.attn(y), x, ln.weight, ln.bias)
+        return self.ops.add_layer_norm(self.mlp(y), x, next_norm.weight, next_norm.bias)
+
+
+class Transformer(nn.Module):
+    """The named parts; `GPT` puts them to work."""
+
+    def __init__(self, shape: ModelShape, dropout: float, table: ops.OpTable):
+        super().__init__()
+        self.wte = nn.Embedding(shape.padded_vocab_size, shape.n_embd)
+        self.wpe = nn.Embedding(shape.block_size, shape.n_embd)
+        self.h = nn.ModuleList(Block(shape, dropout, table) for _ in range(shape.n_layer))
+        self.ln_f = LayerNorm(shape.n_embd, shape.bias)
+
+
+class GPT(nn.Module):
+    """GPT-2: token and position embeddings, pre-norm blocks, final norm, head tied to the tokens'.
+
+    With targets (B, T) `forward` returns the mean loss (fp32 scalar; targets of -1 do not count);
+    without, the logits (B, T, vocab_size). T is at most block_size.
+
+    Parameters are fp32 masters; `dtype` is that of activations, the residual stream and what the
+    matmuls read. Norm statistics, softmax and the loss are fp32 in any case.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        dropout: float = 0.0,
+        table: ops.OpTable | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        table = table or ops.choose(torch.device("cpu"))
+        self.shape, self.dropout, self.ops, self.dtype = shape, dropout, table, dtype
+        # Keep only what stands between blocks, and run each block again in the backward pass.
+        self.checkpointing = False
+        self.transformer = Transformer(shape, dropout, table)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> GPT:
+        """GPT-2's initialisation: N(0, 0.02), residual projections N(0, 0.02 / sqrt(2 n_layer)).
+
+        Drawn on the CPU, so that a seed means the same weights on every device. Rows of the
+        embedding past the vocabulary are zero.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        residual_std = 0.02 / math.sqrt(2 * self.shape.n_layer)
+        for name, p in self.named_parameters():
+            if p.ndim == 1:
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            std = residual_std if name.endswith("c_proj.weight") else 0.02
+            p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
+        self.transformer.wte.weight[self.shape.vocab_size :] = 0.0
+        return self
+
+    def n_params(self, position_embeddings: bool = False) -> int:
+        """Number of parameters; without the position embeddings it is the N of 6N."""
+        total = sum(p.numel() for p in self.parameters())
+        return total if position_embeddings else total - self.transformer.wpe.weight.numel()
+
+    def hidden(self, idx: Tensor) -> Tensor:
+        """Token ids (B, T) -> the final norm's output (B, T, C)."""
+        t, seq_len = self.transformer, idx.shape[1]
+        if seq_len > self.shape.block_size:
+            raise ValueError(f"{seq_len} tokens do not fit block_size={self.shape.block_size}")
+        x = (t.wte(idx) + t.wpe.weight[:seq_len]).to(self.dtype)
+        x = F.dropout(x, self.dropout, self.training)
+        blocks = [cast(Block, block) for block in t.h]
+        norms = [block.ln_1 for block in blocks[1:]] + [t.ln_f]
+        y = self.ops.layer_norm(x, blocks[0].ln_1.weight, blocks[0].ln_1.bias)
+        for block, norm in zip(blocks, norms, strict=True):
+            if self.checkpointing and torch.is_grad_enabled():
+                y, x = cast(tuple, checkpoint(block, y, x, norm, use_reentrant=False))
+            else:
+                y, x = block(y, x, norm)
+        return y
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., vocab_size): the padding never leaves the model."""
+        weight = self.transformer.wte.weight[: self.shape.vocab_size]
+        return F.linear(hidden, weight.to(hidden.dtype))
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+        y = self.hidden(idx)
+        if targets is None:
+            return self.logits(y)
+        return self.ops.linear_cross_entropy(
+            y.flatten(0, 1),
+            self.transformer.wte.weight.to(y.dtype),
+            targets.flatten(),
+            vocab_size=self.shape.vocab_size,
+        )

@@ -1,0 +1,1 @@
+"""What stays: run folders, checkpoints, files that are whole or absent."""

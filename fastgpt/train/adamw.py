@@ -1,0 +1,118 @@
+"""AdamW in one launch for all parameters: `fastgpt_kernels.adamw_step` as a PyTorch optimizer.
+
+Seen from outside it is `torch.optim.AdamW(fused=True)`, with the same groups and the same state, so
+that either goes on from the other's checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt.errors import UserError
+from fastgpt.train.parallel import local
+from fastgpt_kernels import AdamWTensors, adamw_step
+
+
+class FusedAdamW(torch.optim.AdamW):
+    """`torch.optim.AdamW(fused=True)` on our kernel; all groups have one lr, betas and eps.
+
+    Parameters and state fp32, contiguous, on one device, or DTensors, of which each rank updates
+    its part. The state is PyTorch's, but `step` is the same tensor for all parameters. As PyTorch's
+    it skips parameters without a gradient, divides gradients by the tensor `grad_scale` and does
+    nothing where the tensor `found_inf` is not 0, where these attributes are set. The gradients
+    themselves are not changed.
+    """
+
+    def __init__(self, groups: Any, **options: Any):
+        super().__init__(groups, fused=True, **options)
+        self._tensors: AdamWTensors | None = None
+        self._made_from: list[Tensor] = []
+        self._lr = torch.empty(0)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update; waits for the device only where it is the first with these parameters."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        first, *others = self.param_groups
+        for key in ("lr", "betas", "eps"):
+            if any(group[key] != first[key] for group in others):
+                raise ValueError(f"adamw: all groups must have the same {key}")
+        groups = self.param_groups
+        decays = {p: g["weight_decay"] for g in groups for p in g["params"] if p.grad is not None}
+        if not decays:
+            return loss
+        tensors = self._table([*decays], [*decays.values()])
+        self._lr.fill_(first["lr"])
+        divisor = getattr(self, "grad_scale", None)
+        adamw_step(
+            tensors,
+            self.state[next(iter(decays))]["step"],
+            self._lr,
+            betas=first["betas"],
+            eps=first["eps"],
+            grad_scale=None if divisor is None else divisor.reciprocal(),
+            found_inf=getattr(self, "found_inf", None),
+        )
+        # Gradients may be freed now: zeroing and adding to them would cost more bytes than the
+        # kernel saves, and what the table held on to would be in memory a second time.
+        tensors.grads.clear()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """As PyTorch's, whose AdamW would count a shared `step` once for each parameter."""
+        saved = super().state_dict()
+        states = saved["state"].items()
+        return {**saved, "state": {k: {**s, "step": s["step"].clone()} for k, s in states}}
+
+    def _table(self, params: list[Tensor], decays: list[float]) -> AdamWTensors:
+        """What the kernel updates, with today's gradients."""
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["step"] = torch.zeros((), device=p.device)
+                for key in ("exp_avg", "exp_avg_sq"):
+                    self.state[p][key] = torch.zeros_like(p)
+        grads = [local(p.grad) for p in params if p.grad is not None]
+        sources = self._sources(params)
+        if (
+            self._tensors is not None
+            and len(sources) == len(self._made_from)
+            and all(a is b for a, b in zip(sources, self._made_from, strict=True))
+            and decays == self._tensors.weight_decays
+        ):
+            self._tensors.set_gradients(grads)
+            return self._tensors
+        self.share_step(params)
+        m, v = ([local(self.state[p][k]) for p in params] for k in ("exp_avg", "exp_avg_sq"))
+        self._tensors = AdamWTensors([local(p) for p in params], grads, m, v, weight_decay=decays)
+        self._made_from = self._sources(params)
+        self._lr = torch.zeros((), device=self._tensors.device)
+        return self._tensors
+
+    def _sources(self, params: list[Tensor]) -> list[Tensor]:
+        """What a table of these is made from: as long as it is the same, so is the table."""
+        return [t for p in params for t in (p, *self.state[p].values())]
+
+    def share_step(self, params: list[Tensor]) -> None:
+        """Make the step count of these parameters one new tensor, which is no others'.
+
+        Waits for the device. Raises UserError where they have been updated a different number of
+        times: then PyTorch's AdamW, which counts for each, has to go on.
+        """
+        steps = {id(t): t for t in (self.state[p]["step"] for p in params)}
+        counts = {float(t) for t in steps.values()}
+        if len(counts) > 1:
+            raise UserError(
+                f"--op.adamw=triton: parameters were updated {min(counts):g} to {max(counts):g} "
+                "times, and the kernel counts once for all; pass --op.adamw=eager"
+            )
+        for count in counts:
+            step = torch.tensor(count, device=params[0].device)
+            for p in params:
+                self.state[p]["step"] = step

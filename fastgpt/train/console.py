@@ -1,0 +1,79 @@
+"""What a run says before its first step and after its last."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastgpt.config import settings
+from fastgpt.config.schema import Config
+from fastgpt.data.tokenizers import decode_stream
+from fastgpt.data.tokens import Dataset
+from fastgpt.inference.generate import generate
+from fastgpt.train import memory, plot
+from fastgpt.train.loop import Loop
+from fastgpt.train.step import Trainer
+
+
+def introduce(config: Config, trainer: Trainer, dataset: Dataset, run_dir: Path) -> None:
+    """Say once what runs, on what, and why."""
+    section = ""
+    for leaf in settings.leaves(Config).values():
+        if leaf.section != section:
+            section = leaf.section
+            print(f"\n{section + ':':8}" if section != "run" else f"{section + ':':8}", end="")
+        print(f"{leaf.name}={settings.get(config, leaf)}", end=" ")
+    o, m = config.optim, config.model
+    per_step = o.rows * m.block_size
+    device = trainer.device
+    gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    print(f"\n\ndata {dataset.describe()}")
+    print(f"tokens per iteration will be: {per_step:,}")
+    print(f"number of parameters: {trainer.model.n_params() / 1e6:.2f}M")
+    if trainer.layout:
+        kind = {"ddp": "DDP", "fsdp": "FSDP2"}[trainer.layout]
+        rows = f"{trainer.ranks.micro_batch(o)} rows a micro-batch"
+        print(f"ranks {trainer.ranks.size} with {kind}, {rows}")
+    print(f"device {device}{gpu}, {config.system.dtype}, compile {config.system.compile}")
+    if device.type == "cuda":
+        print(f"memory, by estimate: {memory.of_model(trainer.model, o.batch_size)}")
+    print(f"ops {trainer.model.ops.describe()}")
+    print(f"run {run_dir}", flush=True)
+
+
+def farewell(loop: Loop, dataset: Dataset, run_dir: Path) -> None:
+    """What came of it: losses, the picture, a sample, and the commands to go on."""
+    at, c = loop.progress, loop.config
+    picture = plot.loss_curve(run_dir)
+    if at.last_eval >= 0:
+        print(f"\nval loss {at.val_loss:.4f} at step {at.last_eval}, best {at.best_val_loss:.4f}")
+    if picture:
+        print(f"loss curve {picture}")
+    if (
+        c.log.sample_tokens
+        and dataset.tokenizer is not None
+        and not loop.stopped
+        and loop.trainer.layout != "fsdp"
+    ):
+        # The first token of the validation text: one that the model knows in any vocabulary.
+        prompt = dataset.val.gather(np.zeros(1, dtype=np.int64), 1)[0].tolist()
+        ids = generate(
+            loop.trainer.model,
+            prompt,
+            c.log.sample_tokens,
+            temperature=0.8,
+            top_k=200,
+            seed=c.run.seed,
+        )
+        # A model of more ids than its data's, as nanoGPT's 50,304, may draw one that is no text.
+        ids = (i for i in ids if i < dataset.vocab_size)
+        print(f"\n--- sample {'-' * 61}")
+        print("".join(decode_stream(dataset.tokenizer, itertools.chain(prompt, ids))).strip())
+        print("-" * 72)
+    if loop.saved:
+        more = "" if at.step < c.run.max_iters else f" --max_iters={2 * c.run.max_iters}"
+        print(f"\nsample:   fastgpt sample --out_dir={run_dir}")
+        print(f"continue: fastgpt train --init_from=resume --out_dir={run_dir}{more}")

@@ -1,0 +1,84 @@
+"""One CUDA graph for a whole micro-step: forward, loss and backward replayed by a single launch.
+
+A small model's kernels are shorter than the time Python takes to launch them; a graph takes that
+time away. Gradients stay where they are from step to step (zeroed, never freed), tokens are copied
+into one place, and dropout's random numbers follow the generator's seed at each replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastgpt.config.schema import Config
+from fastgpt.errors import UserError
+from fastgpt.model.gpt import GPT
+from fastgpt.train import mfu
+
+# What a launch costs the host and how many a layer has, forward and backward, once compiled: rough
+# figures, for a rule that only has to tell a 10M model at 16k tokens from a 124M one at 32k.
+SECONDS_PER_LAUNCH = 6e-6
+LAUNCHES_PER_LAYER = 60
+
+
+class MicroStepGraph:
+    """`graph(tokens)` does what `micro_step(tokens)` did when it was captured."""
+
+    def __init__(self, micro_step: Callable[[Tensor], Tensor], tokens: Tensor):
+        """Captures; `micro_step` must have run before, so that all it compiles is compiled."""
+        self.tokens = tokens.clone()
+        # Warm-up on a side stream, as capture wants it: cuBLAS takes its workspaces, gradients
+        # get their place.
+        side = torch.cuda.Stream(tokens.device)
+        side.wait_stream(torch.cuda.current_stream(tokens.device))
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                micro_step(self.tokens)
+        torch.cuda.current_stream(tokens.device).wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        # thread_local: the thread that reads batches may go on allocating pinned memory.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.loss = micro_step(self.tokens)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Adds to the gradients; the loss that comes back is overwritten by the next call."""
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+        return self.loss
+
+
+def obstacle(config: Config, device: torch.device) -> str:
+    """Why a micro-step cannot be one graph here; empty where it can."""
+    if device.type != "cuda":
+        return "no GPU"
+    if dist.is_initialized():
+        return "several ranks exchange gradients inside the micro-step"
+    if config.system.dtype == "float16":
+        return "float16's loss scale changes from step to step"
+    if config.system.activation_checkpointing:
+        return "activation checkpointing reads the generator's state on the host"
+    return ""
+
+
+def check(config: Config, device: torch.device) -> None:
+    """Raise UserError where --cuda_graph=True cannot be had."""
+    if config.system.cuda_graph is True and (why_not := obstacle(config, device)):
+        raise UserError(f"--cuda_graph=True: {why_not}; leave the flag out")
+
+
+def wanted(config: Config, model: GPT, device: torch.device, peak: float) -> tuple[bool, str]:
+    """(whether the micro-step should be a graph, why); `peak` is the device's in FLOP/s.
+
+    By itself where launching takes longer than computing at peak would.
+    """
+    asked, why_not = config.system.cuda_graph, obstacle(config, device)
+    if asked != "auto" or why_not:
+        return asked is True, why_not or f"--cuda_graph={asked}"
+    tokens = config.optim.batch_size * config.model.block_size
+    compute = tokens * mfu.flops_per_token(model).mfu / peak
+    launch = model.shape.n_layer * LAUNCHES_PER_LAYER * SECONDS_PER_LAUNCH
+    figures = f"{compute * 1e3:.1f} ms of compute at peak, about {launch * 1e3:.1f} ms of launches"
+    return launch > compute, figures

@@ -1,0 +1,269 @@
+"""The training loop: steps, evaluations, log lines and checkpoints in their order."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from fastgpt.data.batches import Batches, eval_batches
+from fastgpt.data.prefetch import Prefetcher
+from fastgpt.data.tokens import Dataset, TokenSplit
+from fastgpt.errors import SharedError, UserError
+from fastgpt.model.device import DTYPES
+from fastgpt.storage import checkpoint
+from fastgpt.train import graph, memory, metrics, mfu, optim, parallel, resume
+from fastgpt.train.resume import Progress
+from fastgpt.train.signals import StopRequest
+from fastgpt.train.step import NonFinite, Trainer
+
+
+class StepClock:
+    """Mean seconds a step since the last lap, without what was paused for."""
+
+    def __init__(self) -> None:
+        self.steps, self._start = 0, time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - began
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        seconds = (now - self._start) / self.steps
+        self.steps, self._start = 0, now
+        return seconds
+
+
+class Loop:
+    """A run from where it stands to its end, or to a signal; `progress` says where it is."""
+
+    def __init__(self, trainer: Trainer, dataset: Dataset, run_dir: Path, progress: Progress):
+        self.trainer, self.dataset, self.run_dir = trainer, dataset, run_dir
+        self.ranks = trainer.ranks
+        self.progress, self.config = progress, trainer.config
+        c = self.config
+        self.rows = c.optim.rows
+        self.tokens_per_step = self.rows * c.model.block_size
+        self.batches = Batches(
+            dataset.train,
+            rows_per_step=self.rows,
+            block_size=c.model.block_size,
+            seed=c.run.seed,
+            sampling=c.data.sampling,
+        )
+        self.saved: Path | None = None
+        self.stopped: signal.Signals | None = None
+        self._asked: Callable[[], int] = lambda: 0
+
+    def run(self, stack: ExitStack) -> int:
+        """From progress.step to max_iters. Returns the exit code."""
+        c, device = self.config, self.trainer.device
+        self.peak = mfu.device_peak(device, DTYPES[c.system.dtype], c.system.peak_tflops)
+        self.flops = mfu.flops_per_token(self.trainer.model)
+        print(f"MFU against {self.peak}", flush=True)
+        rows = self.ranks.rows(c.optim)
+        start = self.progress.step
+        self.prefetcher = Prefetcher(self.batches, device, start_step=start, row_slice=rows)
+        stack.callback(self.prefetcher.close)
+        self.metrics = stack.enter_context(
+            (metrics.Metrics if self.ranks.first else metrics.Silent)(
+                self.run_dir,
+                c,
+                start_step=self.progress.step,
+                tokens_per_step=self.tokens_per_step,
+            )
+        )
+        self.stop = stack.enter_context(StopRequest())
+        # The collector's pauses would land in single steps; it runs at evaluations instead, and
+        # leaves alone what is there for good: modules, the model.
+        gc.freeze()
+        gc.disable()
+        stack.callback(gc.enable)
+        stack.callback(gc.unfreeze)
+        try:
+            if c.system.compile:
+                self._compile()
+            self._capture()
+            self._steps()
+            self.trainer.check()
+        except NonFinite as e:
+            raise self.non_finite(e.step) from e
+        except torch.OutOfMemoryError as e:
+            raise UserError(memory.out_of_memory(c, self.trainer.model, device)) from e
+        if self._stopping() and self.stopped and not c.log.eval_only:
+            at = self.progress
+            self.metrics.say(f"{self.stopped.name}: stopping after step {at.step}")
+            if self.saved is None or self.saved.name != checkpoint.name_of(at.step):
+                self.save(best=False)
+        return 128 + self.stopped if self.stopped else 0
+
+    def _stopping(self) -> bool:
+        """Whether to stop, the same answer on all ranks: a signal may not have reached them all.
+
+        Several ranks go by the answer to the question before, a step or a batch ago: it came while
+        they computed, so that no host waits for the slowest one at every step.
+        """
+        answer = self.ranks.largest(self.stop.signal or 0)
+        if self.ranks.size > 1:
+            answer, self._asked = self._asked, answer
+        number = answer()
+        self.stopped = signal.Signals(number) if number else None
+        return bool(number)
+
+    def _steps(self) -> None:
+        """The loop itself."""
+        c, trainer, at = self.config, self.trainer, self.progress
+        clock = StepClock()
+        while True:
+            step = at.step
+            last = step == c.run.max_iters
+            due = (step % c.log.eval_interval == 0 or last) and step != at.last_eval
+            if due or c.log.eval_only:
+                trainer.check()  # waits for the device: what it still has to do is the steps' time
+                with clock.paused():
+                    if self.evaluate(step):
+                        self.save_after_evaluation(step)
+                    gc.collect()
+            if last or c.log.eval_only or self._stopping():
+                return
+
+            loss, grad_norm = trainer.step(step, self.prefetcher.get(step))
+            at.step, clock.steps = step + 1, clock.steps + 1
+            if step % c.log.log_interval == 0:
+                record = {
+                    "loss": loss.item(),  # waits for the device
+                    "lr": optim.learning_rate(step, c.optim),
+                    "grad_norm": grad_norm.item(),
+                }
+                trainer.check()
+                seconds = clock.lap()
+                rate = self.tokens_per_step / seconds / (self.peak.flops * self.ranks.size)
+                record |= {k: v * rate for k, v in vars(self.flops).items()}
+                record |= self._skew(seconds)
+                self.metrics.train(step, seconds, record)
+
+    def _compile(self) -> None:
+        """Trace and compile before the first step, so that no iteration's time has it in it."""
+        started = time.perf_counter()
+        self.trainer.warm_up(self.progress.step, self._micro_batch())
+        self.metrics.say(f"compiled in {time.perf_counter() - started:.1f}s")
+
+    def _micro_batch(self) -> torch.Tensor:
+        rows = slice(self.ranks.micro_batch(self.config.optim))
+        tokens = torch.from_numpy(self.batches.tokens(self.progress.step, rows))
+        return tokens.to(self.trainer.device)
+
+    def _capture(self) -> None:
+        """Make the micro-step one CUDA graph where that pays; go on without where it cannot be."""
+        trainer = self.trainer
+        yes, why = graph.wanted(self.config, trainer.model, trainer.device, self.peak.flops)
+        if not yes:
+            return
+        try:
+            trainer.capture(self.progress.step, self._micro_batch())
+            self.metrics.say(f"each micro-batch is one CUDA graph ({why})")
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as e:
+            line = (str(e).strip().splitlines() or [type(e).__name__])[0]
+            if self.config.system.cuda_graph is True:
+                raise UserError(f"--cuda_graph=True: {line}; leave the flag out") from e
+            self.metrics.say(f"no CUDA graph: {line}")
+
+    def _skew(self, seconds: float) -> dict[str, float]:
+        """How far the ranks' clocks are apart, and what one GPU does; nothing with one rank."""
+        if self.ranks.size == 1:
+            return {}
+        times = self.ranks.gather(seconds)
+        return {
+            "ranks": self.ranks.size,
+            "tokens_per_second_per_rank": round(self.tokens_per_step / seconds / len(times), 1),
+            "time_ms_min": round(min(times) * 1000, 3),
+            "time_ms_mean": round(sum(times) / len(times) * 1000, 3),
+            "time_ms_max": round(max(times) * 1000, 3),
+        }
+
+    def evaluate(self, step: int) -> bool:
+        """Both mean losses on the fixed batches, shared by the ranks. False: a signal came."""
+        means = {}
+        total = 2 * self.config.log.eval_iters
+        for i, (name, split) in enumerate(
+            (("train", self.dataset.train), ("val", self.dataset.val))
+        ):
+            losses = torch.zeros(
+                self.config.log.eval_iters, dtype=torch.float64, device=self.trainer.device
+            )
+            for k, tokens in self._eval_tokens(split):
+                if self._stopping():
+                    return False
+                loss = self.trainer.losses(tokens)  # on all ranks: FSDP gathers weights for it
+                if k < len(losses):
+                    losses[k] = loss
+                done = i * self.config.log.eval_iters + min(k + 1, len(losses))
+                self.metrics.working(f"evaluating {name}", step, done, total)
+            means[name] = self.ranks.sum(losses).mean().item()
+        at = self.progress
+        at.last_eval, at.val_loss = step, means["val"]
+        self.metrics.evaluation(step, means["train"], means["val"])
+        return True
+
+    def _eval_tokens(self, split: TokenSplit) -> Iterator[tuple[int, torch.Tensor]]:
+        """(index, tokens) of this rank's batches; as many on each rank, past the end where odd."""
+        c, ranks = self.config, self.ranks
+        windows = eval_batches(
+            split,
+            n_batches=-(-c.log.eval_iters // ranks.size) * ranks.size,
+            batch_size=c.optim.batch_size,
+            block_size=c.model.block_size,
+            seed=c.run.seed,
+        )
+        for k, window in enumerate(windows):
+            if k % ranks.size == ranks.rank:
+                yield k, torch.from_numpy(window).to(self.trainer.device, non_blocking=True)
+
+    def save_after_evaluation(self, step: int) -> None:
+        """nanoGPT's rule: where the validation loss improved, or always; and at the end."""
+        at, c = self.progress, self.config
+        best = at.val_loss < at.best_val_loss
+        at.best_val_loss = min(at.val_loss, at.best_val_loss)
+        if c.log.eval_only or step == 0:
+            return
+        if best or c.log.always_save_checkpoint or step == c.run.max_iters:
+            self.save(best=best)
+
+    def save(self, *, best: bool) -> None:
+        at = self.progress
+        self.metrics.working("saving", at.step, 0, 1)
+        self.metrics.sync()
+        self.saved = resume.save(self.trainer, at, self.dataset, self.run_dir, best=best)
+        self.metrics.say(f"saving checkpoint to {self.saved}")
+
+    def non_finite(self, step: int) -> UserError:
+        """Write what is needed to look at the bad step: weights before it, batch, norms."""
+        trainer = self.trainer
+        tokens = torch.from_numpy(self.batches.tokens(step))
+        mine = tokens[self.ranks.rows(self.config.optim)]
+        report = trainer.diagnose(step, mine.to(trainer.device))
+        model = parallel.whole_on_first(trainer.model.state_dict(), self.ranks)
+        folder = self.run_dir / "nonfinite" / checkpoint.name_of(step)
+        if self.ranks.first:
+            groups = {"model": model, "batch": {"tokens": tokens}}
+            checkpoint.write_folder(folder, groups, {"report": report})
+        bad = report["not_finite"]
+        where = f"; first of {len(bad)} bad tensors: {bad[0]}" if bad else ""
+        ranks = ", ".join(map(str, report["bad_ranks"])) or "unknown"
+        on = f" on rank {ranks}" if self.ranks.size > 1 else ""
+        return SharedError(
+            f"step {step}{on}: loss {report['loss']} or gradient norm is not finite{where}; "
+            f"stopped before the update; weights, batch and norms are in {folder}; "
+            "try a lower --learning_rate or --dtype=float32"
+        )

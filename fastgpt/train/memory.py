@@ -1,0 +1,209 @@
+"""Memory of a training step: what it will need, counted; and the largest micro-batch that fits.
+
+With M = batch_size * block_size tokens in a micro-batch, width C, L layers, vocabulary V (padded),
+N parameters and e bytes an activation, the fused ops keep for the backward pass
+
+    a block     16 M C e    norm 1, qkv 3, attention 1, stream 1, norm 1, MLP 4 + 4, stream 1
+    loss        M C e       its gradient, which the loss op has already; and 4 V C for the head's
+
+and the log-sum-exp of each head's rows and two statistics of each norm's, in fp32. Nothing grows
+with T squared, and logits are there for one chunk of rows at a time. The eager ops keep more: the
+norm's input in fp32, a copy of attention's output, and all logits, once in fp32.
+
+`tests/test_memory.py` holds these formulas against what autograd saves, and on a GPU the total
+against the peak that the allocator saw.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgpt.config.schema import Config
+from fastgpt.errors import UserError
+from fastgpt.model.device import synchronize
+from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.model.ops import LIBRARY
+from fastgpt.train.step import Trainer
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes at the peak of a step: at the end of the forward pass, with gradients there already."""
+
+    weights: int
+    """fp32 masters."""
+    gradients: int
+    """fp32."""
+    optimizer: int
+    """AdamW's two moments, fp32."""
+    casts: int
+    """Weights in the activations' dtype, from the forward to the backward pass."""
+    activations: int
+    """What the blocks keep for the backward pass."""
+    loss: int
+    """The head's gradients and logits."""
+    working: int
+    """Gradients of one block's activations on their way, or with checkpointing the block again."""
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{k} {v / 2**30:.2f}" for k, v in vars(self).items())
+        return f"{self.total / 2**30:.2f} GiB ({parts})"
+
+
+def n_parameters(shape: ModelShape) -> int:
+    """Parameters of a model of this shape, position embeddings and padding included."""
+    C, L = shape.n_embd, shape.n_layer
+    vectors = (2 * L + 1) * C + (shape.bias and (2 * L + 1) * C + L * 9 * C)
+    return (shape.padded_vocab_size + shape.block_size) * C + L * 12 * C * C + vectors
+
+
+def saved_by_blocks(
+    shape: ModelShape, batch_size: int, itemsize: int, *, fused: bool, checkpointing: bool
+) -> int:
+    """Bytes that blocks and norms keep for the backward pass, besides weights."""
+    C, L, H = shape.n_embd, shape.n_layer, shape.n_head
+    M = batch_size * shape.block_size
+    statistics = 2 * 4 * M  # a norm's mean and 1 / standard deviation
+    block = 16 * M * C * itemsize if fused else M * C * (15 * itemsize + 2 * 4)
+    block += 4 * M * H + 2 * statistics
+    first_norm = 2 * M * C * itemsize if fused else M * C * (itemsize + 4)
+    if checkpointing:  # the stream and its norm at each block's door
+        return L * 2 * M * C * itemsize + (0 if fused else 4 * M * C) + statistics
+    return L * block + first_norm + statistics
+
+
+def estimate(
+    shape: ModelShape,
+    batch_size: int,
+    dtype: torch.dtype,
+    *,
+    fused: bool = True,
+    checkpointing: bool = False,
+) -> Estimate:
+    """Memory of a training step on micro-batches of batch_size x block_size tokens."""
+    N, C, V, e = n_parameters(shape), shape.n_embd, shape.padded_vocab_size, dtype.itemsize
+    M = batch_size * shape.block_size
+    matrices = shape.n_layer * 12 * C * C + V * C
+    if fused:
+        from fastgpt_kernels.linear_cross_entropy import chunk_rows
+
+        loss = M * C * e + 4 * V * C + chunk_rows(M, V, e) * V * e
+    else:  # logits, log-probabilities in fp32, and the gradients of both
+        loss = M * V * (e + 4 + 4 + e)
+    block = saved_by_blocks(
+        dataclasses.replace(shape, n_layer=1), batch_size, e, fused=fused, checkpointing=False
+    )
+    return Estimate(
+        weights=4 * N,
+        gradients=4 * N,
+        optimizer=8 * N,
+        casts=0 if dtype == torch.float32 else matrices * e,
+        activations=saved_by_blocks(shape, batch_size, e, fused=fused, checkpointing=checkpointing),
+        loss=loss,
+        working=10 * M * C * e + (block if checkpointing else 0),
+    )
+
+
+def of_model(model: GPT, batch_size: int) -> Estimate:
+    """The estimate for a model as it stands: its ops, its dtype, checkpointed or not."""
+    fused = any(c.implementation == "triton" for c in model.ops.choices if c.op not in LIBRARY)
+    return estimate(
+        model.shape, batch_size, model.dtype, fused=fused, checkpointing=model.checkpointing
+    )
+
+
+def micro_batches(rows: int) -> Iterator[int]:
+    """Sizes that cut a step's rows into equal micro-batches, largest first."""
+    yield from (b for b in range(rows, 0, -1) if rows % b == 0)
+
+
+def fit_batch_size(trainer: Trainer, config: Config, rows: int) -> str:
+    """Set batch_size to the largest micro-batch that fits; the rows of a step stay as they are.
+
+    `rows` are those of one step on this device. Candidates that the estimate rules out by far are
+    passed over, the others are tried: forward and backward, uncompiled, with room taken for the
+    optimizer's moments. Returns what to tell the user. Raises UserError where not even one sequence
+    fits. On a CPU larger micro-batches gain nothing, and the config's stays.
+    """
+    o, device = config.optim, trainer.device
+    if device.type != "cuda":
+        return f"batch_size {o.batch_size}: as configured, for a search needs a GPU's memory"
+    free = _free(device)
+    for size in micro_batches(rows):
+        expected = of_model(trainer.model, size)
+        unallocated = expected.total - expected.weights
+        if unallocated > 1.3 * free:
+            continue
+        if _fits(trainer, size):
+            o.batch_size, o.gradient_accumulation_steps = size, rows // size
+            return (
+                f"batch_size {size} x {rows // size} micro-batches: the largest that fits "
+                f"{free / 2**30:.1f} GiB free"
+            )
+    raise UserError(
+        f"--batch_size=auto: not one sequence of --block_size={config.model.block_size} fits the "
+        f"{free / 2**30:.1f} GiB that are free; {_ways_out(config)}"
+    )
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that an allocation could still get: the driver's, and the cache's of this process."""
+    driver, _ = torch.cuda.mem_get_info(device)
+    return driver + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def _fits(trainer: Trainer, batch_size: int) -> bool:
+    model, device = trainer.model, trainer.device
+    tokens = torch.randint(
+        model.shape.vocab_size, (batch_size, model.shape.block_size + 1), device=device
+    )
+    kept: list[Tensor] = []
+    compiled, trainer.forward = trainer.forward, model
+    try:
+        if not trainer.optimizer.state:
+            kept = [torch.empty(2, *p.shape, device=device) for p in model.parameters()]
+        for _ in range(2):  # the second one has gradients to add to
+            trainer.micro_step(tokens, 1)
+        synchronize(device)
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        trainer.forward = compiled
+        trainer.optimizer.zero_grad(set_to_none=True)
+        kept.clear()
+        torch.cuda.empty_cache()
+
+
+def _ways_out(config: Config) -> str:
+    ways = ["--batch_size=auto", "--activation_checkpointing=True", "a smaller --block_size"]
+    if config.system.activation_checkpointing:
+        ways.remove("--activation_checkpointing=True")
+    if config.optim.auto_batch_size or config.optim.batch_size == 1:
+        ways.remove("--batch_size=auto")
+    return "what helps: " + ", ".join(ways)
+
+
+def out_of_memory(config: Config, model: GPT, device: torch.device) -> str:
+    """What was tried, what it needs by the estimate, what was free, and which flags help."""
+    o, m = config.optim, config.model
+    room = ""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        others = total - torch.cuda.mem_get_info(device)[0] - torch.cuda.memory_reserved(device)
+        room = f", {(total - others) / 2**30:.1f} of {total / 2**30:.1f} GiB were free for it"
+    return (
+        f"out of memory at --batch_size={o.batch_size} x --block_size={m.block_size}: by estimate "
+        f"it takes {of_model(model, o.batch_size).total / 2**30:.1f} GiB{room}; "
+        f"{_ways_out(config)}; the training stays the same at any --batch_size if "
+        f"--gradient_accumulation_steps ({o.gradient_accumulation_steps}) grows as it shrinks"
+    )

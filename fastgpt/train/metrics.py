@@ -1,0 +1,230 @@
+"""What a run says: nanoGPT's log lines, a progress bar on a terminal, metrics.jsonl, trackers.
+
+    iter 4980: loss 0.8010, time 33.22ms, mfu 11.07%
+    step 5000: train loss 0.6224, val loss 1.7044
+
+metrics.jsonl has one JSON object a line: {"kind": "train", "step", "loss", "lr", "grad_norm",
+"time_ms", "tokens_per_second", "mfu", "mfu_causal", "mfu_6n", "tokens"} at every log line, and
+{"kind": "eval", "step", "train_loss", "val_loss", "tokens"} at every evaluation. Losses are nats a
+token, MFU a fraction, tokens those seen in all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from fastgpt.config.schema import Config
+from fastgpt.errors import UserError
+from fastgpt.storage.files import explain_os_error, write_text
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line cut off by a kill is left out."""
+    records = []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    for i, line in enumerate(lines):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as e:
+            if i + 1 < len(lines):
+                raise UserError(f"{path}: line {i + 1} is not JSON; mend or remove it") from e
+    return records
+
+
+def duration(seconds: float) -> str:
+    """1m 05s, 2h 03m, 3d 04h."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s}s"
+    if s < 3600:
+        return f"{s // 60}m {s % 60:02d}s"
+    if s < 86400:
+        return f"{s // 3600}h {s % 3600 // 60:02d}m"
+    return f"{s // 86400}d {s % 86400 // 3600:02d}h"
+
+
+def count(n: float) -> str:
+    """980, 12.3k, 4.56M, 7.89B: three digits."""
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= scale:
+            return f"{n / scale:.3g}{unit}"
+    return f"{n:.0f}"
+
+
+class Metrics:
+    """The run's voice; a context manager, so that files and the progress bar are always closed."""
+
+    def __init__(self, run_dir: Path, config: Config, *, start_step: int, tokens_per_step: int):
+        self.path = run_dir / "metrics.jsonl"
+        self._tokens_per_step, self._max_iters = tokens_per_step, config.run.max_iters
+        # A resumed run writes the steps after its checkpoint anew.
+        kept = [r for r in read(self.path) if r["step"] < start_step + (r["kind"] == "eval")]
+        write_text(self.path, "".join(json.dumps(r) + "\n" for r in kept))
+        self._file: IO[str] = open(self.path, "a")  # noqa: SIM115 - closed in __exit__
+        self._trackers = _trackers(run_dir, config)
+        self._progress: Progress | None = None
+        if sys.stdout.isatty():
+            columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"))
+            self._progress = Progress(*columns, console=Console(highlight=False), transient=True)
+            self._task = self._progress.add_task("", total=self._max_iters, completed=start_step)
+        self._speed = ""
+
+    def __enter__(self) -> Metrics:
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        if self._progress:
+            self._progress.stop()
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def say(self, line: str) -> None:
+        """Print a line, above the progress bar where there is one."""
+        if self._progress:
+            self._progress.console.print(line, markup=False, soft_wrap=True)
+        else:
+            print(line, flush=True)
+
+    def train(self, step: int, seconds: float, record: dict[str, float]) -> None:
+        """One optimizer step: its loss and, in `seconds`, the mean time since the last log line."""
+        tokens_per_second = self._tokens_per_step / seconds
+        eta = (self._max_iters - step - 1) * seconds
+        self._speed = f"{count(tokens_per_second)} tok/s, ETA {duration(eta)}"
+        self.say(
+            f"iter {step}: loss {record['loss']:.4f}, time {seconds * 1000:.2f}ms, "
+            f"mfu {record['mfu'] * 100:.2f}%"
+        )
+        self._advance(step + 1)
+        self._write(
+            {
+                "kind": "train",
+                "step": step,
+                **record,
+                "time_ms": round(seconds * 1000, 3),
+                "tokens_per_second": round(tokens_per_second, 1),
+                "tokens": (step + 1) * self._tokens_per_step,
+            }
+        )
+
+    def evaluation(self, step: int, train_loss: float, val_loss: float) -> None:
+        """Mean losses on the fixed evaluation batches, before step `step`."""
+        self.say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+        seen = step * self._tokens_per_step
+        if self._speed and not self._progress:
+            self.say(f"{count(seen)} tokens seen, {self._speed}")
+        losses = {"train_loss": train_loss, "val_loss": val_loss}
+        self._write({"kind": "eval", "step": step, **losses, "tokens": seen})
+
+    def working(self, what: str, step: int, done: int, total: int) -> None:
+        """Progress of something between two steps, on a terminal."""
+        if self._progress:
+            description = f"{what} {done}/{total}"
+            self._progress.update(self._task, completed=step, description=description)
+
+    def _advance(self, done: int) -> None:
+        if self._progress:
+            seen = f"{count(done * self._tokens_per_step)} tokens"
+            text = f"{done}/{self._max_iters} {seen}, {self._speed}"
+            self._progress.update(self._task, completed=done, description=text)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as e:
+            raise explain_os_error(e, self.path) from e
+        for tracker in self._trackers:
+            tracker.log(record)
+
+    def sync(self) -> None:
+        """Make what was written survive a power cut; called with every checkpoint."""
+        os.fsync(self._file.fileno())
+
+
+class Silent(Metrics):
+    """Of the ranks that are not the first: says and writes nothing."""
+
+    def __init__(self, run_dir: Path, config: Config, *, start_step: int, tokens_per_step: int):
+        pass
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        pass
+
+    def train(self, step: int, seconds: float, record: dict[str, float]) -> None:
+        pass
+
+    def evaluation(self, step: int, train_loss: float, val_loss: float) -> None:
+        pass
+
+    def working(self, what: str, step: int, done: int, total: int) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+
+class _Wandb:
+    def __init__(self, run_dir: Path, config: Config):
+        import wandb
+
+        from fastgpt.config.settings import to_dict
+
+        name = config.log.wandb_run_name or run_dir.name
+        self._run = wandb.init(
+            project=config.log.wandb_project, name=name, config=to_dict(config), dir=run_dir
+        )
+
+    def log(self, record: dict[str, Any]) -> None:
+        kind = record["kind"]
+        values = {f"{kind}/{k}": v for k, v in record.items() if k not in ("kind", "step")}
+        self._run.log(values, step=record["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _TensorBoard:
+    def __init__(self, run_dir: Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def log(self, record: dict[str, Any]) -> None:
+        for key, value in record.items():
+            if key not in ("kind", "step"):
+                self._writer.add_scalar(f"{record['kind']}/{key}", value, record["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _trackers(run_dir: Path, config: Config) -> list[_Wandb | _TensorBoard]:
+    out: list[_Wandb | _TensorBoard] = []
+    try:
+        if config.log.wandb_log:
+            out.append(_Wandb(run_dir, config))
+        if config.log.tensorboard:
+            out.append(_TensorBoard(run_dir))
+    except ImportError as e:
+        flag = "wandb_log" if config.log.wandb_log and not out else "tensorboard"
+        raise UserError(f"--{flag}=True: {e.name} is not installed; pip install -e '.[log]'") from e
+    return out

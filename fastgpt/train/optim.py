@@ -1,0 +1,89 @@
+"""AdamW with decay on matrices only, the learning-rate schedule, and clipping."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastgpt.config.schema import OptimConfig
+from fastgpt.model.gpt import GPT
+from fastgpt.train.parallel import like, whole
+
+
+def learning_rate(step: int, c: OptimConfig) -> float:
+    """Linear warm-up, then a cosine down to min_lr at lr_decay_iters, then min_lr (nanoGPT's)."""
+    if not c.decay_lr:
+        return c.learning_rate
+    if step < c.warmup_iters:
+        return c.learning_rate * (step + 1) / (c.warmup_iters + 1)
+    if step >= c.lr_decay_iters:
+        return c.min_lr
+    progress = (step - c.warmup_iters) / (c.lr_decay_iters - c.warmup_iters)
+    return c.min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (c.learning_rate - c.min_lr)
+
+
+def make_optimizer(model: GPT, c: OptimConfig) -> torch.optim.AdamW:
+    """The op table's AdamW over the parameters; matrices and embeddings decay, vectors do not."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": c.weight_decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return model.ops.adamw(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+@torch.no_grad()
+def clip_gradients(optimizer: torch.optim.Optimizer, model: nn.Module, max_norm: float) -> Tensor:
+    """Have the next step scale gradients to a global norm of at most max_norm (0: as they are).
+
+    Returns their norm. Scaling is left to the fused optimizer, which reads every gradient anyway;
+    one that is not fused (on mps) finds them scaled.
+    """
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = whole(torch.nn.utils.get_total_norm(grads))
+    if max_norm > 0:
+        if fused(optimizer):
+            # As torch.nn.utils.clip_grads_with_norm_ does it; these optimizers divide by it.
+            optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)  # type: ignore[attr-defined]
+        else:
+            torch.nn.utils.clip_grads_with_norm_(list(model.parameters()), max_norm, norm)
+    return norm
+
+
+def fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `step` heeds grad_scale and found_inf, on the device itself."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state as flat named tensors: {"exp_avg.transformer.wte.weight": ...}."""
+    out: dict[str, Tensor] = {}
+    for name, p in model.named_parameters():
+        for key, value in optimizer.state.get(p, {}).items():
+            # FusedAdamW has one count for all parameters; in a file each has its own.
+            out[f"{key}.{name}"] = value.clone() if key == "step" else value
+    return out
+
+
+def load_state_tensors(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]
+) -> None:
+    """The inverse of `state_tensors`; every parameter's state comes from `tensors`.
+
+    Raises UserError where the optimizer cannot go on from it.
+    """
+    params = dict(model.named_parameters())
+    for full_name, value in tensors.items():
+        key, _, name = full_name.partition(".")
+        p = params[name]
+        # `step` too lives on the parameter's device: fused AdamW wants it there.
+        optimizer.state[p][key] = like(value.to(p.device, copy=True), p)
+    if share_step := getattr(optimizer, "share_step", None):  # FusedAdamW's
+        share_step([p for p in params.values() if p in optimizer.state])

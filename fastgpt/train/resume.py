@@ -1,0 +1,95 @@
+"""Where a run stands, saved to go on from: `load` reads what `save` writes."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastgpt.config import settings
+from fastgpt.data.tokens import Dataset
+from fastgpt.errors import UserError
+from fastgpt.storage import checkpoint
+from fastgpt.train import optim, parallel
+from fastgpt.train.step import Trainer
+
+
+@dataclass
+class Progress:
+    """Where a run stands: the next step, and what was evaluated so far."""
+
+    step: int = 0
+    last_eval: int = -1
+    val_loss: float = float("inf")
+    best_val_loss: float = float("inf")
+
+
+def save(
+    trainer: Trainer, progress: Progress, dataset: Dataset, run_dir: Path, *, best: bool
+) -> Path:
+    """Write a checkpoint of the next step; all ranks take part. Returns its folder.
+
+    Raises UserError on all ranks where it cannot be written.
+    """
+    ranks = trainer.ranks
+    weights = {k: v.detach() for k, v in trainer.model.state_dict().items()}
+    moments = optim.state_tensors(trainer.optimizer, trainer.model)
+    model: dict[str, Tensor] | Path
+    optimizer: dict[str, Tensor] | Path
+    if trainer.layout == "fsdp":
+        # No rank has to hold it all; the file is the same.
+        shards = checkpoint.shards(run_dir)
+        with ranks.together():
+            if ranks.first:
+                shutil.rmtree(shards, ignore_errors=True)
+        model = parallel.write_shards(weights, shards / "model")
+        optimizer = parallel.write_shards(moments, shards / "optimizer")
+    else:
+        model = parallel.whole_on_first(weights, ranks)
+        optimizer = parallel.whole_on_first(moments, ranks)
+    document = {
+        "format": checkpoint.FORMAT,
+        "model": trainer.model.shape.__dict__,
+        "last_eval": progress.last_eval,
+        "val_loss": progress.val_loss,
+        "best_val_loss": progress.best_val_loss,
+        "data": dataset.fingerprint,
+        "config": settings.to_dict(trainer.config),
+        "ops": [c.__dict__ for c in trainer.model.ops.choices],
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+        **trainer.state_dict(),
+    }
+    with ranks.together():
+        if ranks.first:
+            keep = trainer.config.log.keep_checkpoints
+            checkpoint.save(
+                run_dir, progress.step, model, optimizer, document, best=best, keep=keep
+            )
+    return checkpoint.root(run_dir) / checkpoint.name_of(progress.step)
+
+
+def load(trainer: Trainer, dataset: Dataset, run_dir: Path) -> Progress:
+    """Load the newest good checkpoint into the trainer. Raises UserError where it does not fit."""
+    saved = checkpoint.load(run_dir)
+    document, shape = saved.state, trainer.model.shape
+    for key, was in document["model"].items():
+        now = getattr(shape, key)
+        if now != was:
+            raise UserError(
+                f"--{key}={now}: the run in {run_dir} has {key}={was}; leave the flag out, "
+                "or start a new run"
+            )
+    if document["data"] not in (None, dataset.fingerprint):  # None: an imported run's is unknown
+        raise UserError(
+            f"{run_dir}: was trained on other data than {dataset.folder} holds; give the same "
+            "data, or start a new run"
+        )
+    trainer.load(saved.model, saved.optimizer, document)
+    print(f"resuming from {saved.folder}")
+    return Progress(
+        document["step"], document["last_eval"], document["val_loss"], document["best_val_loss"]
+    )

@@ -1,0 +1,216 @@
+"""One optimizer step: micro-batches forward and backward, clipping, AdamW.
+
+A step is a pure function of the weights, the optimizer's state, the batch and (seed, step):
+dropout's generator is seeded anew for every step, so resuming needs no generator state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+
+from fastgpt.config.schema import Config
+from fastgpt.errors import UserError
+from fastgpt.model.device import synchronize
+from fastgpt.model.gpt import GPT
+from fastgpt.train import optim, parallel
+from fastgpt.train.graph import MicroStepGraph
+from fastgpt.train.parallel import Ranks, like, whole
+
+
+class NonFinite(Exception):
+    """The loss or the gradient norm of `step` was not finite; its update did not happen."""
+
+    def __init__(self, step: int):
+        super().__init__(f"step {step}")
+        self.step = step
+
+
+def dropout_seed(seed: int, step: int) -> int:
+    """A generator seed for a step, far from its neighbours' (SplitMix64's finaliser)."""
+    z = (seed + (step + 1) * 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return (z ^ (z >> 31)) % 2**63
+
+
+class Trainer:
+    """The model, its optimizer and all that a step changes.
+
+    `step` runs one; `losses` evaluates; `check` raises NonFinite where a step since the last call
+    went wrong. On a GPU nothing here waits for the device but `check`.
+    """
+
+    def __init__(
+        self, model: GPT, config: Config, device: torch.device, ranks: Ranks | None = None
+    ):
+        system = config.system
+        self.model, self.config, self.device = model, config, device
+        self.ranks = ranks or Ranks()
+        with self.ranks.together():
+            self.wrapped, self.layout = parallel.wrap(model, config, device)
+        self.optimizer = optim.make_optimizer(model, config.optim)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=system.dtype == "float16")
+        mode = "max-autotune-no-cudagraphs" if system.max_autotune else None
+        self.forward: Callable[..., Any] = self.wrapped
+        if system.compile and self.layout != "fsdp":  # whose parts are compiled one by one
+            # DDP cuts the graph where a bucket is full, so that its reduction can begin.
+            self.forward = torch.compile(self.wrapped, fullgraph=self.layout == "", mode=mode)
+        # The first step whose loss or gradient norm was not finite; -1: none. From then on every
+        # update is called off on the device, until `check` looks.
+        self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self._guard_on_device = device.type == "cuda"
+        self._graph: MicroStepGraph | None = None
+
+    def _loss(self, tokens: Tensor) -> Tensor:
+        """Mean loss of windows (B, T + 1): inputs and targets one token apart."""
+        return self.forward(tokens[:, :-1], tokens[:, 1:])
+
+    def micro_step(self, tokens: Tensor, n_micro_batches: int) -> Tensor:
+        """Adds a micro-batch's share to the gradients. Returns its share of the loss."""
+        loss = self._loss(tokens) / n_micro_batches
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def _backward(self, step: int, tokens: Tensor) -> Tensor:
+        """Gradients of the mean loss over all micro-batches. Returns that loss."""
+        if self.config.model.dropout:
+            seed = dropout_seed(self.config.run.seed, step)
+            torch.manual_seed(dropout_seed(seed, self.ranks.rank) if self.ranks.rank else seed)
+        micro_batches = tokens.split(self.ranks.micro_batch(self.config.optim))
+        total = torch.zeros((), device=self.device)
+        for i, micro_batch in enumerate(micro_batches, 1):
+            with parallel.reducing(self.wrapped, last=i == len(micro_batches)):
+                if self._graph is None:
+                    total += self.micro_step(micro_batch, len(micro_batches))
+                else:
+                    total += self._graph(micro_batch)
+        return total
+
+    def step(self, step: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """One update from a batch (rows, T + 1). Returns loss and gradient norm, on the device."""
+        optim.set_learning_rate(self.optimizer, optim.learning_rate(step, self.config.optim))
+        # Averaged in every step: ranks that judged by losses of their own could disagree, as an
+        # infinite loss may have finite gradients and loss scaling expects infinite ones.
+        loss = self.ranks.mean(self._backward(step, tokens))
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = optim.clip_gradients(self.optimizer, self.model, self.config.optim.grad_clip)
+        # With loss scaling an infinite gradient is how the scaler finds its scale, and no fault.
+        finite = loss if self.scaler.is_enabled() else loss + grad_norm
+        bad = ~torch.isfinite(finite) & (self._bad_step < 0)
+        self._bad_step = torch.where(bad, step, self._bad_step)
+        if self._guard_on_device:
+            if not self.scaler.is_enabled():
+                self.optimizer.found_inf = (self._bad_step >= 0).float()  # type: ignore[attr-defined]
+        else:
+            self.check()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self._zero_grad()
+        return loss, grad_norm
+
+    def _zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=self._graph is None)  # a graph knows their addresses
+
+    def warm_up(self, step: int, micro_batch: Tensor) -> None:
+        """Compile forward and backward on one micro-batch; changes no weight.
+
+        Raises UserError where torch.compile cannot work here.
+        """
+        try:
+            self._backward(step, micro_batch)
+        except TorchDynamoException as e:
+            why = str(e).strip().splitlines()[0]
+            raise UserError(f"torch.compile failed ({why}); --compile=False goes without") from e
+        self.optimizer.zero_grad(set_to_none=True)
+        synchronize(self.device)
+
+    def capture(self, step: int, micro_batch: Tensor) -> None:
+        """From now on run micro-batches of this shape as one CUDA graph; changes no weight.
+
+        Its loss and gradient norm are held against those of a plain micro-step. Raises RuntimeError
+        where they differ, or where something in the step cannot be captured; steps go on without.
+        """
+        n = self.config.optim.gradient_accumulation_steps
+        seed = dropout_seed(self.config.run.seed, step)
+        results = []
+        try:
+            for graphed in (False, True):
+                if graphed:
+                    self._graph = MicroStepGraph(lambda x: self.micro_step(x, n), micro_batch)
+                self._zero_grad()
+                torch.manual_seed(seed)
+                loss = (self._graph or (lambda x: self.micro_step(x, n)))(micro_batch)
+                grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+                results.append((loss.item(), torch.nn.utils.get_total_norm(grads).item()))
+            for plain, replayed in zip(*results, strict=True):
+                if not abs(replayed - plain) <= 0.02 * abs(plain):
+                    raise RuntimeError(
+                        f"the graph gives {replayed:.6g}, the plain step {plain:.6g}"
+                    )
+        except RuntimeError:
+            self._graph = None
+            raise
+        finally:
+            self._zero_grad()
+
+    def check(self) -> None:
+        """Raise NonFinite if a step was not finite. Waits for the device."""
+        bad_step = int(self._bad_step)
+        if bad_step >= 0:
+            raise NonFinite(bad_step)
+
+    @torch.no_grad()
+    def losses(self, tokens: Tensor) -> Tensor:
+        """Loss of an evaluation batch (B, T + 1), on the device, without dropout."""
+        self.model.eval()
+        loss = self._loss(tokens).detach()
+        self.model.train()
+        return loss
+
+    def diagnose(self, step: int, tokens: Tensor) -> dict[str, Any]:
+        """Run a step's forward and backward again, without the update, and look at each part."""
+        self._graph = None  # plain, so that a bad number can be traced to its op
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
+        loss = self._backward(step, tokens)
+        named = list(self.model.named_parameters())
+        norms = {n: whole(p.grad.norm()).item() for n, p in named if p.grad is not None}
+        weights = {n: whole(p.detach().norm()).item() for n, p in named}
+        losses = self.ranks.gather(loss.item())
+        self.optimizer.zero_grad(set_to_none=True)
+        return {
+            "step": step,
+            "loss": repr(sum(losses) / len(losses)),
+            "bad_ranks": [r for r, x in enumerate(losses) if not math.isfinite(x)],
+            "learning_rate": optim.learning_rate(step, self.config.optim),
+            "gradient_norms": {n: repr(v) for n, v in norms.items()},
+            "weight_norms": {n: repr(v) for n, v in weights.items()},
+            "not_finite": sorted(
+                n
+                for n in weights
+                if not (math.isfinite(norms.get(n, 0.0)) and math.isfinite(weights[n]))
+            ),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint's state.json needs besides the tensors."""
+        return {"scaler": self.scaler.state_dict()}
+
+    def load(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict) -> None:
+        """Continue from a checkpoint's tensors. Raises UserError where they are another model's."""
+        try:
+            own = self.model.state_dict()
+            self.model.load_state_dict({k: like(v, own.get(k, v)) for k, v in model.items()})
+        except RuntimeError as e:
+            raise UserError(
+                f"checkpoint does not fit the model: {str(e).splitlines()[1].strip()}"
+            ) from e
+        optim.load_state_tensors(self.optimizer, self.model, optimizer)
+        if state["scaler"]:  # empty: the run had none so far
+            self.scaler.load_state_dict(state["scaler"])

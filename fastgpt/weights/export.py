@@ -1,0 +1,44 @@
+"""`fastgpt export`: a trained model as a Hugging Face GPT-2 folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from fastgpt.config.schema import ExportConfig
+from fastgpt.errors import UserError
+from fastgpt.storage.files import explain_os_error
+from fastgpt.weights import hf_tokenizer, hugging_face
+from fastgpt.weights.source import open_source
+
+
+def export(config: ExportConfig) -> int:
+    """Write --to. Returns the exit code; UserError where the folder is there and not empty."""
+    if not config.to:
+        raise UserError("--to: where to? name a new folder, as --to FOLDER")
+    folder = Path(config.to)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--to={folder}: is not empty; name a new folder")
+    source = open_source(config)
+    tokenizer = source.tokenizer
+    files: list[str] = []
+    aside = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    try:
+        aside.mkdir(parents=True)
+        if tokenizer is not None:
+            files = hf_tokenizer.write(aside, tokenizer)
+        hugging_face.write(
+            aside, source.shape, source.tensors, tokenizer.eot if tokenizer else None
+        )
+        os.replace(aside, folder)
+    except OSError as e:
+        raise explain_os_error(e, folder) from e
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    print(f"{source.about}\nexported to {folder}: {hugging_face.WEIGHTS}, config.json, ", end="")
+    print(", ".join(["generation_config.json", *files]))
+    if not files:
+        kind = f"the {tokenizer.name} tokenizer has none" if tokenizer else "no tokenizer is known"
+        print(f"without tokenizer files for Hugging Face: {kind}")
+    return 0

@@ -1,0 +1,110 @@
+"""Tokenizers of Hugging Face's GPT-2 folders: vocab.json and merges.txt, both ways.
+
+There a token is text: each byte stands for one printable character (GPT-2's own table). merges.txt
+lists which two tokens make each further one, in the order of their ids; a rank file (tiktoken) has
+the tokens only, but the two follow from the ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from fastgpt.data.tokenizers import EOT_TEXT, JSON_NAME, BPETokenizer, Tokenizer, load_tokenizer
+from fastgpt.data.vocabulary import GPT2_SHA256, GPT2_VOCAB, dump_ranks, parse_ranks
+from fastgpt.errors import UserError
+from fastgpt.storage.files import write_text
+
+OURS = "fastgpt"  # a folder of its own: both formats call a file tokenizer.json
+
+
+def byte_characters() -> list[str]:
+    """The character that stands for each byte: itself where printable, else U+0100 and up."""
+    shown = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [b for b in range(256) if b not in shown]
+    return [chr(b) if b in shown else chr(256 + others.index(b)) for b in range(256)]
+
+
+def split_token(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
+    """The tokens that a token is merged from last: byte-pair encoding by all lower ranks."""
+    limit, parts = ranks[token], [bytes([b]) for b in token]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, limit) for a, b in zip(parts, parts[1:], strict=False)]
+        lowest = min(pairs)
+        if lowest >= limit:
+            break
+        at = pairs.index(lowest)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts
+
+
+def write(folder: Path, tokenizer: Tokenizer) -> list[str]:
+    """Write the tokenizer into `folder`: for Hugging Face where it is byte-pair, and ours.
+
+    Returns the names of the files for Hugging Face, none where it has no form for it.
+    """
+    (folder / OURS).mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder / OURS)
+    if not isinstance(tokenizer, BPETokenizer):
+        return []
+    ranks = parse_ranks(tokenizer.rank_file, "tokenizer")
+    text = byte_characters()
+
+    def spell(token: bytes) -> str:
+        return "".join(text[b] for b in token)
+
+    merges = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        if len(token) > 1:
+            parts = split_token(token, ranks)
+            if len(parts) != 2:
+                return []  # not made by merging: vocabularies of other kinds
+            merges.append(" ".join(map(spell, parts)))
+    vocab = {spell(token): rank for token, rank in ranks.items()} | {EOT_TEXT: tokenizer.eot}
+    config = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "add_prefix_space": False,
+        "bos_token": EOT_TEXT,
+        "eos_token": EOT_TEXT,
+        "unk_token": EOT_TEXT,
+    }
+    files = {
+        "vocab.json": json.dumps(vocab, ensure_ascii=False),
+        "merges.txt": "#version: 0.2\n" + "\n".join(merges) + "\n",
+        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+    }
+    for name, content in files.items():
+        write_text(folder / name, content)
+    return list(files)
+
+
+def read(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a folder: ours if we wrote it, else of vocab.json and merges.txt, else None.
+
+    UserError where these are damaged; None too where they are no byte-level BPE that ends in
+    end-of-text.
+    """
+    if (folder / OURS / JSON_NAME).is_file():
+        return load_tokenizer(folder / OURS)
+    vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
+    if not (vocab_file.is_file() and merges_file.is_file()):
+        return None
+    byte_of = {character: b for b, character in enumerate(byte_characters())}
+    try:
+        vocab = json.loads(vocab_file.read_text("utf-8"))
+        eot = vocab.pop(EOT_TEXT, None)
+        ranks = {bytes(byte_of[c] for c in text): rank for text, rank in vocab.items()}
+        lines = merges_file.read_text("utf-8").split("\n")
+        merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        merged = ["".join(pair) for pair in merges]
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as e:
+        raise UserError(f"{vocab_file}: is damaged, or not GPT-2's kind ({e!r})") from e
+    in_order = sorted(vocab, key=vocab.__getitem__)
+    if eot != len(ranks) or list(vocab.values()) == [] or in_order[256:] != merged:
+        return None
+    data = dump_ranks(ranks)
+    parse_ranks(data, vocab_file)
+    gpt2 = len(ranks) + 1 == GPT2_VOCAB and hashlib.sha256(data).hexdigest() == GPT2_SHA256
+    return BPETokenizer("gpt2" if gpt2 else f"bpe:{len(ranks) + 1}", ranks)

@@ -1,0 +1,136 @@
+"""The cache gives what the whole context gives, for prompts of any lengths side by side."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastgpt.inference import decode
+from fastgpt.inference.decode import Decoder, cached_attention
+from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.model.ops import attention
+from tests.model.test_ops import interpreted
+
+
+def lively(shape: ModelShape, seed: int = 0, dtype: torch.dtype = torch.float32) -> GPT:
+    """A random model whose likeliest token depends on the whole context."""
+    model = GPT(shape, dropout=0.5, dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0.0, 0.3, generator=generator)
+    return model.eval()
+
+
+def shape(bias: bool = True, gelu: str = "tanh", n_head: int = 2) -> ModelShape:
+    return ModelShape(2, n_head, 32, 24, 50, bias, gelu)
+
+
+@pytest.mark.parametrize(("bias", "gelu", "n_head"), [(True, "tanh", 2), (False, "erf", 1)])
+def test_logits_are_those_of_the_whole_context(bias, gelu, n_head):
+    """Rows of different lengths: prefill, then steps up to the last position of the cache."""
+    model = lively(shape(bias, gelu, n_head))
+    texts = torch.randint(50, (4, 24), generator=torch.Generator().manual_seed(1))
+    lengths = [1, 5, 12, 20]
+    decoder = Decoder(model, 4, 24)
+    got = decoder.prefill([texts[r, :n].tolist() for r, n in enumerate(lengths)])
+    for extra in range(24 - max(lengths) + 1):
+        ends = [n + extra for n in lengths]
+        if extra:
+            tokens = torch.stack([texts[r, end - 1] for r, end in enumerate(ends)])
+            got = decoder.step(tokens, max(ends))
+        with torch.no_grad():
+            want = torch.stack([model(texts[r : r + 1, :end])[0, -1] for r, end in enumerate(ends)])
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_limit_on_the_cache_changes_nothing():
+    model = lively(shape())
+    a, b = Decoder(model, 2, 24), Decoder(model, 2, 24)
+    prompts = [[3, 4, 5], [6]]
+    assert torch.equal(a.prefill(prompts), b.prefill(prompts))
+    tokens = torch.tensor([7, 8])
+    torch.testing.assert_close(a.step(tokens, 4), b.step(tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_padding_of_a_shorter_prompt_is_never_seen():
+    """A row's logits do not depend on its neighbour, to the bit, nor on what the cache held."""
+    model = lively(shape())
+    decoder = Decoder(model, 2, 24)
+    first = decoder.prefill([[1, 2], list(range(20))])[0]
+    then = decoder.step(torch.tensor([9, 9]))[0]
+    decoder.prefill([list(range(20)), list(range(20))])
+    decoder.cache.fill_(1e6)
+    assert torch.equal(decoder.prefill([[1, 2], list(range(20, 40))])[0], first)
+    assert torch.equal(decoder.step(torch.tensor([9, 9]))[0], then)
+
+
+def test_reduced_precision_is_that_of_the_model():
+    model = lively(shape(), dtype=torch.bfloat16)
+    decoder = Decoder(model, 1, 24)
+    got = decoder.prefill([[1, 2, 3]])
+    assert decoder.cache.dtype == got.dtype == torch.bfloat16
+    with torch.no_grad():
+        want = model(torch.tensor([[1, 2, 3]]))[0, -1:]
+    torch.testing.assert_close(got, want, rtol=0.02, atol=0.1)
+
+
+def test_cached_attention_is_the_last_row_of_attention():
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(3, 9, 3 * 32, generator=generator)
+    want = attention(qkv, 4)
+    k_cache, v_cache = torch.full((2, 3, 4, 16, 8), 7.0).unbind(0)
+    for t in range(9):
+        got = cached_attention(qkv[:, t], k_cache, v_cache, torch.full((3,), t))
+        torch.testing.assert_close(got, want[:, t], rtol=1e-5, atol=1e-5)
+    assert (k_cache[:, :, 9:] == 7).all(), "nothing is written past the position"
+
+
+@pytest.mark.parametrize("prompts", [[[1]], [[1], []], [[1], [1] * 25]])
+def test_prompts_that_do_not_fit(prompts):
+    with pytest.raises(ValueError, match="wanted 2, of 1 .. 24"):
+        Decoder(lively(shape()), 2, 24).prefill(prompts)
+
+
+def test_a_cache_longer_than_the_positions():
+    with pytest.raises(ValueError, match="max_len=25: wanted 1 .. block_size=24"):
+        Decoder(lively(shape()), 1, 25)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="chosen by itself on a GPU")
+@pytest.mark.parametrize(("bias", "gelu"), [(True, "tanh"), (False, "erf")])
+def test_fused_linear_layers_change_nothing_but_rounding(bias, gelu, monkeypatch):
+    from fastgpt_kernels import decode_linear
+
+    model = lively(shape(bias, gelu))  # on eager ops: only the linear layers are in question
+    interpreted(monkeypatch)
+    prompts, tokens = [[3, 1, 4], [1, 5]], torch.tensor([[9, 2], [6, 5], [3, 5]])
+    plain = Decoder(model, 2, 24)
+    monkeypatch.setattr(decode, "choose_linear", lambda *_: decode_linear)
+    fused = Decoder(model, 2, 24)
+    assert plain.linear is None and fused.linear is decode_linear
+    for decoder in (plain, fused):
+        decoder.prefill(prompts)
+    for token in tokens:
+        torch.testing.assert_close(fused.step(token), plain.step(token), rtol=1e-4, atol=1e-4)
+
+
+def test_a_fused_layer_that_is_wrong_is_found(monkeypatch):
+    from fastgpt_kernels import decode_linear
+
+    interpreted(monkeypatch)
+    cpu = torch.device("cpu")
+    for rows in (1, 3, 8):
+        assert decode.linear_disagreement(decode_linear, cpu, torch.float32, rows) == ""
+
+    def off(*args, **kwargs):
+        return decode_linear(*args, **kwargs) * 1.01
+
+    assert "is off by 0.01" in decode.linear_disagreement(off, cpu, torch.float32, 1)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no such device\nand more")
+
+    says = decode.linear_disagreement(broken, cpu, torch.float32, 1)
+    assert says == "does not run here (no such device)"
+    assert decode.choose_linear(cpu, torch.float32, 1) is None

@@ -1,0 +1,186 @@
+"""The loss over a whole file, token by token, and HellaSwag's scores."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from fastgpt.data.token_files import header
+from fastgpt.data.tokenizers import ByteTokenizer
+from fastgpt.inference.evaluate import Question, ending_losses, total_loss, windows
+from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.weights import hf_tokenizer, hugging_face
+from tests import runs
+from tests.inference.test_decode import lively, shape
+from tests.process import fastgpt
+
+
+@settings(max_examples=200, deadline=None)
+@given(n=st.integers(0, 200), block_size=st.integers(1, 40), data=st.data())
+def test_every_token_is_scored_once_with_enough_before_it(n: int, block_size: int, data):
+    stride = data.draw(st.integers(1, block_size))
+    scored = []
+    for w in windows(n, block_size, stride):
+        assert 0 < w.count <= w.length <= block_size and w.start >= 0
+        targets = range(w.start + 1, w.start + w.length + 1)
+        for target in targets[-w.count :]:
+            before = target - w.start
+            assert before >= min(target, block_size - stride + 1)
+            scored.append(target)
+        assert w.length == min(block_size, n - 1), "windows are full where the file allows"
+    assert scored == list(range(1, n))
+
+
+def per_token(model: GPT, tokens: np.ndarray, block_size: int, stride: int) -> float:
+    """One forward pass a token."""
+    total, T = 0.0, block_size
+    for t in range(1, len(tokens)):
+        # Position t is scored by the window that ends at or after it.
+        end = T if t <= T else min(T + -(-(t - T) // stride) * stride, len(tokens) - 1)
+        first = max(0, min(end, len(tokens) - 1) - T)
+        ids = torch.from_numpy(tokens[first:t].astype(np.int64))[None]
+        with torch.no_grad():
+            logits = model(ids)[0, -1]
+        total += F.cross_entropy(logits[None], torch.tensor([int(tokens[t])])).item()
+    return total
+
+
+@pytest.mark.parametrize(("n", "block_size", "stride"), [(60, 24, 12), (61, 10, 3), (7, 24, 24)])
+def test_the_sum_is_that_of_each_token_by_itself(n: int, block_size: int, stride: int):
+    model = lively(shape())
+    tokens = np.random.default_rng(0).integers(0, 50, n).astype(np.uint16)
+    want = per_token(model, tokens, block_size, stride)
+    for batch_size in (1, 4):
+        total, count = total_loss(model, tokens, block_size, stride, batch_size)
+        assert count == n - 1
+        assert total == pytest.approx(want, rel=1e-6)
+
+
+def test_one_token_has_no_loss():
+    assert total_loss(lively(shape()), np.array([3], np.uint16), 8, 4, 2) == (0.0, 0)
+
+
+def test_endings_are_scored_given_their_beginning():
+    """Against one forward pass an ending; a long beginning loses its first tokens."""
+    model = lively(shape())
+    rng = np.random.default_rng(0)
+
+    def text(n: int) -> list[int]:
+        return rng.integers(0, 50, n).tolist()
+
+    questions = [Question(text(n), [text(m) for m in (1, 4, 2, 9)], 0) for n in (1, 10, 40)]
+    sums, means = ending_losses(model, questions)
+    for q, question in enumerate(questions):
+        for e, ending in enumerate(question.endings):
+            ids = torch.tensor((question.context + ending)[-25:])
+            with torch.no_grad():
+                losses = F.cross_entropy(model(ids[None, :-1])[0], ids[1:], reduction="none")
+            part = losses[-len(ending) :]
+            assert sums[q, e].item() == pytest.approx(part.sum().item(), rel=1e-5)
+            assert means[q, e].item() == pytest.approx(part.mean().item(), rel=1e-5)
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A run on text, and an untrained model in a folder of its own with the byte tokenizer."""
+    folder = tmp_path_factory.mktemp("home")
+    path = runs.write_text(folder)
+    fastgpt(folder, "train", *runs.TINY, f"--input={path}", "--tokenizer=byte", "--out_dir=out")
+    byte_shape = ModelShape(1, 2, 16, 64, 256, True)
+    model = GPT(byte_shape).init_weights(0)
+    hugging_face.write(folder / "weights", byte_shape, model.state_dict())
+    hf_tokenizer.write(folder / "weights", ByteTokenizer())
+    return folder
+
+
+def evaluate(home: Path, *args: str) -> dict:
+    """The JSON line of a run of the command."""
+    said = fastgpt(home, "eval", "--device=cpu", *args)
+    return json.loads(said.splitlines()[-1])
+
+
+def test_a_run_on_its_own_validation_data(home: Path):
+    got = evaluate(home, "--out_dir=out", "--stride=1", "--limit=500")
+    assert got["tokens"] == 499 and got["block_size"] == 16
+    assert got["perplexity"] == pytest.approx(math.exp(got["loss"]))
+    last = runs.records(home / "out", "eval")[-1]["val_loss"]
+    assert got["loss"] == pytest.approx(last, abs=0.3)
+    train = evaluate(home, "--out_dir=out", "--stride=1", "--limit=500", "--split=train")
+    assert train["loss"] != got["loss"]
+
+
+def test_weights_on_a_token_file(home: Path):
+    """With a header and without; an untrained model knows nothing: log 256."""
+    ids = np.frombuffer(b"The cat sat on the mat. " * 40, np.uint8).astype(np.uint16)
+    (home / "plain.bin").write_bytes(ids.tobytes())
+    (home / "headed.bin").write_bytes(header(len(ids), ids.dtype) + ids.tobytes())
+    plain, headed = (
+        evaluate(home, "--weights=weights", f"--input={name}.bin") for name in ("plain", "headed")
+    )
+    assert plain == headed and plain["tokens"] == 959 and plain["stride"] == 32
+    assert plain["loss"] == pytest.approx(math.log(256), abs=0.05)
+
+
+def hellaswag(path: Path, n: int) -> list[dict]:
+    rng = np.random.default_rng(0)
+    words = ["cat", "dog", "mat", "sea", "run"]
+    lines = [
+        {
+            "ctx": "A " + " ".join(rng.choice(words, 3)),
+            "endings": [" ".join(rng.choice(words, k + 1)) for k in range(4)],
+            "label": int(rng.integers(4)),
+        }
+        for _ in range(n)
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return lines
+
+
+def test_hellaswag(home: Path):
+    """Untrained, all tokens are about as likely: the shortest ending is always chosen."""
+    lines = hellaswag(home / "hellaswag.jsonl", 10)
+    args = ("--weights=weights", "--task=hellaswag", "--input=hellaswag.jsonl")
+    got = evaluate(home, *args)
+    shortest = [min(range(4), key=lambda k: len(line["endings"][k])) for line in lines]
+    right = sum(s == line["label"] for s, line in zip(shortest, lines, strict=True))
+    assert got["questions"] == 10 and got["acc"] == pytest.approx(right / 10)
+    assert 0 <= got["acc_norm"] <= 1
+    assert evaluate(home, *args, "--limit=3")["questions"] == 3
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--weights=weights"], "eval: on what? name a token file with --input"),
+        (["--weights=weights", "--input=none.bin"], "none.bin: No such file"),
+        (["--out_dir=out", "--block_size=17"], "--block_size=17: the model has 16 positions"),
+        (["--out_dir=out", "--stride=17"], "--stride=17: must not exceed block_size=16"),
+        (["--out_dir=out", "--input=large.bin"], "holds token id 999, the model knows 256"),
+        (["--out_dir=out", "--input=one.bin"], "one.bin: has one token"),
+        (["--weights=weights", "--task=hellaswag"], "--task=hellaswag: needs its file"),
+        (["--weights=weights", "--task=hellaswag", "--input=bad.jsonl"], "bad.jsonl: line 2 is no"),
+        (["--weights=weights", "--task=hellaswag", "--input=empty"], "empty: has no questions"),
+        (["--weights=weights", "--task=hellaswag", "--input=long"], "an ending of more tokens"),
+    ],
+)
+def test_bad_requests(args, message, home: Path):
+    np.array([1, 999], np.uint16).tofile(home / "large.bin")
+    np.array([1], np.uint16).tofile(home / "one.bin")
+    hellaswag(home / "bad.jsonl", 1)
+    with open(home / "bad.jsonl", "a") as f:
+        f.write('{"ctx": "a", "endings": ["b", "c"], "label": 0}\n')
+    (home / "empty").write_text("\n")
+    (home / "long").write_text(json.dumps({"ctx": "a", "endings": ["b" * 99] * 4, "label": 0}))
+    said = fastgpt(home, "eval", *args, code=2)
+    assert message in said.splitlines()[-1] and "Traceback" not in said

@@ -1,0 +1,180 @@
+"""The model against GPT-2 written out once more, plainly."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.model.ops import choose
+
+
+def shape(**changes) -> ModelShape:
+    default = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 65}
+    return ModelShape(**{**default, "bias": True, "gelu": "tanh", **changes})
+
+
+def gpt2_logits(w: dict[str, Tensor], s: ModelShape, idx: Tensor) -> Tensor:
+    """GPT-2 (Radford et al. 2019) with explicit softmax and masks, no shared code."""
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        y = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"{name}.weight"]
+        return y + w[f"{name}.bias"] if s.bias else y
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        y = x @ w[f"{name}.weight"].T
+        return y + w[f"{name}.bias"] if s.bias else y
+
+    def gelu(x: Tensor) -> Tensor:
+        if s.gelu == "erf":
+            return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    t, d = idx.shape[1], s.n_embd // s.n_head
+    x = w["transformer.wte.weight"][idx] + w["transformer.wpe.weight"][:t]
+    future = torch.ones(t, t, dtype=torch.bool).triu(1)
+    for i in range(s.n_layer):
+        h = f"transformer.h.{i}"
+        q, k, v = linear(norm(x, f"{h}.ln_1"), f"{h}.attn.c_attn").split(s.n_embd, dim=-1)
+        q, k, v = (a.unflatten(-1, (s.n_head, d)).transpose(1, 2) for a in (q, k, v))
+        scores = (q @ k.transpose(-1, -2) / math.sqrt(d)).masked_fill(future, -torch.inf)
+        y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(-2)
+        x = x + linear(y, f"{h}.attn.c_proj")
+        x = x + linear(gelu(linear(norm(x, f"{h}.ln_2"), f"{h}.mlp.c_fc")), f"{h}.mlp.c_proj")
+    return norm(x, "transformer.ln_f") @ w["transformer.wte.weight"][: s.vocab_size].T
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("gelu", ["tanh", "erf"])
+@pytest.mark.parametrize("t", [1, 7, 16])
+def test_is_gpt2(bias, gelu, t):
+    s = shape(bias=bias, gelu=gelu)
+    model = GPT(s, dtype=torch.float64).init_weights(3).double()
+    with torch.no_grad():
+        for p in model.parameters():  # biases and norms away from 0 and 1, where mistakes hide
+            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    idx = torch.randint(65, (3, t))
+    want = gpt2_logits(dict(model.state_dict()), s, idx)
+    torch.testing.assert_close(model(idx), want, rtol=1e-10, atol=1e-10)
+    targets = torch.randint(65, (3, t))
+    loss = F.cross_entropy(want.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(model(idx, targets), loss.float(), rtol=1e-6, atol=1e-6)
+
+
+def test_padding_gets_no_probability_no_gradient_and_no_weight():
+    s = shape(vocab_size=65)
+    assert s.padded_vocab_size == 128
+    model = GPT(s).init_weights(0)
+    wte = model.transformer.wte.weight
+    assert wte.shape[0] == 128 and not wte[65:].any()
+    idx = torch.randint(65, (2, 16))
+    assert model(idx).shape == (2, 16, 65)
+    loss = model(idx, idx)
+    with torch.no_grad():
+        wte[65:] = 100.0  # whatever stands there
+    assert model(idx, idx).item() == loss.item()
+    loss = model(idx, idx)
+    loss.backward()
+    assert wte.grad is not None and not wte.grad[65:].any() and wte.grad[:65].any()
+
+
+def test_initialisation_is_gpt2s():
+    s = shape(n_layer=8, n_embd=128, vocab_size=4096)
+    model = GPT(s).init_weights(0)
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            assert (p == (0 if name.endswith("bias") else 1)).all(), name
+        else:
+            want = 0.02 / math.sqrt(16) if name.endswith("c_proj.weight") else 0.02
+            assert p.std().item() == pytest.approx(want, rel=0.05), name
+            assert abs(p.mean().item()) < want / 10, name
+
+
+def test_a_seed_is_a_model():
+    a, b, c = (GPT(shape()).init_weights(seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not torch.equal(a["transformer.wte.weight"], c["transformer.wte.weight"])
+
+
+def test_targets_of_minus_one_do_not_count():
+    model = GPT(shape()).init_weights(0)
+    idx = torch.randint(65, (1, 16))
+    targets = idx.clone()
+    targets[0, 8:] = -1
+    logits = model(idx)
+    want = F.cross_entropy(logits[0, :8], idx[0, :8])
+    torch.testing.assert_close(model(idx, targets), want)
+
+
+def test_dropout_only_in_training():
+    model = GPT(shape(), dropout=0.5).init_weights(0)
+    idx = torch.randint(65, (2, 16))
+    model.eval()
+    assert torch.equal(model(idx), model(idx))
+    model.train()
+    assert not torch.equal(model(idx), model(idx))
+
+
+def test_dropout_is_everywhere_gpt2_has_it(monkeypatch):
+    """Embedding, attention weights and both residual branches of every block, each at the rate."""
+    rates = []
+    table = choose(torch.device("cpu"))
+
+    def attention(qkv, n_head, *, dropout_p):
+        rates.append(("attention", dropout_p))
+        return table.attention(qkv, n_head, dropout_p=dropout_p)
+
+    def dropout(x, p, training):
+        rates.append(("dropout", p if training else 0.0))
+        return x
+
+    monkeypatch.setattr(F, "dropout", dropout)
+    model = GPT(shape(n_layer=2), 0.3, dataclasses.replace(table, attention=attention))
+    idx = torch.randint(65, (2, 16))
+    model(idx)
+    block = [("attention", 0.3), ("dropout", 0.3), ("dropout", 0.3)]
+    assert rates == [("dropout", 0.3), *block, *block]
+    rates.clear()
+    model.eval()(idx)
+    assert {p for _, p in rates} == {0.0}
+
+
+def test_too_long_a_sequence():
+    with pytest.raises(ValueError, match="17 tokens do not fit block_size=16"):
+        GPT(shape())(torch.zeros(1, 17, dtype=torch.int64))
+
+
+def test_parameter_names_and_count_are_nanogpts():
+    model = GPT(shape(n_layer=1, vocab_size=128))
+    names = set(model.state_dict())
+    assert names == {
+        "transformer.wte.weight",
+        "transformer.wpe.weight",
+        *(
+            f"transformer.{part}.{kind}"
+            for part in (
+                "h.0.ln_1",
+                "h.0.attn.c_attn",
+                "h.0.attn.c_proj",
+                "h.0.ln_2",
+                "h.0.mlp.c_fc",
+                "h.0.mlp.c_proj",
+                "ln_f",
+            )
+            for kind in ("weight", "bias")
+        ),
+    }
+    assert model.n_params(position_embeddings=True) - model.n_params() == 16 * 32
+
+
+def test_gpt2_has_124m_parameters():
+    with torch.device("meta"):
+        model = GPT(ModelShape(12, 12, 768, 1024, 50257, bias=True))
+    padding = (50304 - 50257) * 768
+    assert model.n_params(position_embeddings=True) - padding == 124_439_808

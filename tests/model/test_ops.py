@@ -1,0 +1,136 @@
+"""The eager row of the op table against formulas in fp64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastgpt.errors import UserError
+from fastgpt.model import ops
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attention(causal, scale):
+    qkv = torch.randn(2, 5, 3 * 12, dtype=torch.float64)
+    q, k, v = (a.unflatten(-1, (3, 4)).transpose(1, 2) for a in qkv.split(12, dim=-1))
+    scores = q @ k.transpose(-1, -2) * (scale or 1 / math.sqrt(4))
+    if causal:
+        scores = scores.masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), -torch.inf)
+    want = (scores.softmax(-1) @ v).transpose(1, 2).flatten(-2)
+    torch.testing.assert_close(ops.attention(qkv, 3, causal=causal, scale=scale), want)
+
+
+def test_add_layer_norm_is_add_and_layer_norm():
+    x, r, w, b = (torch.randn(*s, dtype=torch.float64) for s in ((2, 8), (2, 8), (8,), (8,)))
+    y, out = ops.add_layer_norm(x, r, w, b)
+    assert torch.equal(out, x + r)
+    assert torch.equal(y, ops.layer_norm(out, w, b))
+    want = (out - out.mean(-1, keepdim=True)) / (
+        out.var(-1, correction=0, keepdim=True) + 1e-5
+    ) ** 0.5
+    torch.testing.assert_close(y, want * w + b)
+
+
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_bias_gelu(approximate):
+    x, b = torch.randn(3, 8), torch.randn(8)
+    assert torch.equal(ops.bias_gelu(x, b, approximate), F.gelu(x + b, approximate=approximate))
+    assert torch.equal(ops.bias_gelu(x, None, approximate), F.gelu(x, approximate=approximate))
+
+
+def test_linear_cross_entropy_leaves_padding_out():
+    x, w = torch.randn(6, 8), torch.randn(10, 8)
+    targets = torch.tensor([0, 3, 6, -1, 2, 5])
+    want = F.cross_entropy(x @ w[:7].T, targets, ignore_index=-1)
+    got = ops.linear_cross_entropy(x, w, targets, vocab_size=7)
+    torch.testing.assert_close(got, want)
+    assert ops.linear_cross_entropy(x.bfloat16(), w.bfloat16(), targets).dtype == torch.float32
+
+
+def test_table_gives_a_reason_for_every_op():
+    table = ops.choose(torch.device("cpu"))
+    assert {c.op for c in table.choices} == set(table.__dict__) - {"choices"}
+    assert all(c.implementation == "eager" and c.reason for c in table.choices)
+    assert table.describe().startswith("eager (no GPU): attention, ")
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"kernels": "triton"}, "--kernels=triton: no GPU"),
+        ({"overrides": {"attention": "cudnn"}}, "--op.attention=cudnn: no GPU"),
+        ({"overrides": {"bias_gelu": "triton"}}, "--op.bias_gelu=triton: no GPU"),
+        ({"overrides": {"adamw": "triton"}}, "--op.adamw=triton: no GPU"),
+    ],
+)
+def test_what_cannot_run_here_is_refused(kwargs, message):
+    with pytest.raises(UserError, match=message):
+        ops.choose(CPU, **kwargs)
+
+
+def test_asking_for_eager_is_the_reason():
+    table = ops.choose(CPU, kernels="eager", overrides={"attention": "eager"})
+    reasons = {c.op: c.reason for c in table.choices}
+    assert reasons["attention"] == "--op.attention=eager"
+    assert reasons["layer_norm"] == "--kernels=eager"
+
+
+def interpreted(monkeypatch) -> None:
+    from fastgpt_kernels import _host
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(_host, "INTERPRETED", True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run for real here")
+def test_the_shapes_decide_too(monkeypatch):
+    interpreted(monkeypatch)
+    chosen = {c.op: c for c in ops.choose(CPU, head_dim=48, width=9000).choices}
+    assert chosen["attention"].implementation == "eager"
+    assert "head dim 48 is none of 32, 64" in chosen["attention"].reason
+    assert "width 9000 is more than 8192" in chosen["add_layer_norm"].reason
+    assert chosen["bias_gelu"].implementation == "triton"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run for real here")
+def test_libraries_are_left_only_where_measured(monkeypatch):
+    interpreted(monkeypatch)
+    for kernels in ("auto", "triton"):
+        chosen = {c.op: c for c in ops.choose(CPU, kernels=kernels).choices}
+        assert chosen["linear"].implementation == chosen["mlp"].implementation == "eager"
+        assert chosen["linear"].reason == "nothing measured faster than cuBLAS"
+        assert chosen["adamw"].reason == "nothing measured faster than PyTorch's fused AdamW"
+        assert chosen["bias_gelu"].implementation == "triton"
+    monkeypatch.setitem(ops.MEASURED_FASTER, "linear", ("sm_90", "cpu"))
+    chosen = {c.op: c for c in ops.choose(CPU).choices}
+    assert chosen["linear"].implementation == "triton"
+    assert chosen["mlp"].implementation == "eager"
+    chosen = {c.op: c for c in ops.choose(CPU, overrides={"mlp": "triton"}).choices}
+    assert (chosen["mlp"].implementation, chosen["mlp"].reason) == ("triton", "--op.mlp=triton")
+    with pytest.raises(UserError, match="--op.mlp=triton: width 36 is not a multiple of 8"):
+        ops.choose(CPU, width=36, overrides={"mlp": "triton"})
+
+
+def test_the_eager_mlp_is_made_of_the_tables_ops():
+    """So that `--op.linear` and `--op.bias_gelu` are heard inside it too."""
+    table = ops.choose(CPU)
+    assert table.mlp.keywords == {"linear": table.linear, "bias_gelu": table.bias_gelu}
+    x, fc, b, proj, c = (torch.randn(s) for s in ((3, 8), (16, 8), (16,), (8, 16), (8,)))
+    want = F.gelu(x @ fc.T + b, approximate="tanh") @ proj.T + c
+    torch.testing.assert_close(table.mlp(x, fc, b, proj, c), want)
+
+
+def test_fp32_weights_with_bf16_activations():
+    x, w, b = torch.randn(4, 8).bfloat16(), torch.randn(8), torch.randn(8)
+    y = ops.layer_norm(x, w, b)
+    assert y.dtype == torch.bfloat16
+    want = F.layer_norm(x.float(), (8,), w, b)
+    torch.testing.assert_close(y, want.bfloat16())
+    assert ops.bias_gelu(x, b).dtype == torch.bfloat16

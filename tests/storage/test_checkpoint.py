@@ -1,0 +1,174 @@
+"""Checkpoints are whole or absent, and every changed byte shows."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt.errors import UserError
+from fastgpt.storage import checkpoint
+
+
+def save(
+    run_dir: Path, step: int, *, best: bool = False, keep: int = 3, value: float | None = None
+):
+    w = torch.full((3, 4), float(step if value is None else value))
+    state = {"format": checkpoint.FORMAT, "val_loss": 1.0}
+    return checkpoint.save(
+        run_dir, step, {"w": w}, {"exp_avg.w": w + 1}, state, best=best, keep=keep
+    )
+
+
+def load(run_dir: Path, which: str = "latest") -> tuple[checkpoint.Checkpoint, list[str]]:
+    said: list[str] = []
+    return checkpoint.load(run_dir, which, warn=said.append), said
+
+
+def test_round_trip(tmp_path: Path):
+    folder = save(tmp_path, 7)
+    saved, said = load(tmp_path)
+    assert saved.folder == folder == tmp_path / "checkpoints" / "step_00000007" and not said
+    assert torch.equal(saved.model["w"], torch.full((3, 4), 7.0))
+    assert torch.equal(saved.optimizer["exp_avg.w"], torch.full((3, 4), 8.0))
+    assert saved.state["step"] == 7
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000007\n"
+
+
+def test_keeps_the_last_and_the_best(tmp_path: Path):
+    for step in range(1, 8):
+        save(tmp_path, step, best=step == 2, keep=3)
+    assert checkpoint.names(tmp_path) == [checkpoint.name_of(s) for s in (7, 6, 5, 2)]
+    assert load(tmp_path, "best")[0].state["step"] == 2
+    assert load(tmp_path, "step_00000005")[0].state["step"] == 5
+    with pytest.raises(UserError, match="step_00000001: .* has step_00000007, step_00000006"):
+        load(tmp_path, "step_00000001")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
+)
+def test_a_flipped_byte_anywhere_is_named_and_the_one_before_is_used(name, tmp_path: Path):
+    save(tmp_path, 1)
+    folder = save(tmp_path, 2)
+    good = (folder / name).read_bytes()
+    for at in {0, len(good) // 3, len(good) // 2, len(good) - 2, len(good) - 1}:
+        (folder / name).write_bytes(good[:at] + bytes([good[at] ^ 0x10]) + good[at + 1 :])
+        saved, said = load(tmp_path)
+        assert saved.state["step"] == 1, f"byte {at} of {name}"
+        assert len(said) == 1 and str(folder / name) in said[0]
+    (folder / name).write_bytes(good)
+    assert load(tmp_path)[0].state["step"] == 2
+
+
+@pytest.mark.parametrize("text", [b"step_00000003\n", b"", b"\xff\xfe", b"../../etc\n", b"step_2"])
+def test_a_damaged_pointer_is_named_and_the_newest_good_one_is_used(text, tmp_path: Path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    pointer = tmp_path / "checkpoints" / "latest"
+    pointer.write_bytes(text)
+    saved, said = load(tmp_path)
+    assert saved.state["step"] == 2 and str(pointer) in said[0]
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "longer", "folder"])
+def test_other_damage(damage, tmp_path: Path):
+    save(tmp_path, 1)
+    path = save(tmp_path, 2) / "model.safetensors"
+    data = path.read_bytes()
+    path.unlink()
+    if damage == "truncated":
+        path.write_bytes(data[:-1])
+    elif damage == "longer":
+        path.write_bytes(data + b"\0")
+    elif damage == "folder":
+        path.mkdir()
+    saved, said = load(tmp_path)
+    assert saved.state["step"] == 1 and str(path) in said[0]
+
+
+def test_nothing_intact_is_an_error(tmp_path: Path):
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        load(tmp_path)
+    for step in (1, 2):
+        (save(tmp_path, step) / "state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no checkpoint is intact \(2 tried\)"):
+        load(tmp_path)
+
+
+def test_a_checkpoint_of_another_format(tmp_path: Path):
+    w = {"w": torch.zeros(1)}
+    checkpoint.save(tmp_path, 1, w, w, {"format": 99}, best=False, keep=1)
+    with pytest.raises(UserError, match="format 99, this fastgpt reads 1"):
+        load(tmp_path)
+
+
+# The places where a kill can fall: before each of these calls a save is cut off.
+CUTS = [
+    "save_file",
+    "sha256_file",
+    "os.fsync",
+    "os.replace",
+    "write_text",
+    "fsync_dir",
+    "shutil.rmtree",
+]
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the code may catch it."""
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_save_cut_off_anywhere_loses_nothing(cut, tmp_path: Path, monkeypatch):
+    """Cut at every call of every kind: the old or the new checkpoint loads, and saving goes on."""
+    module, _, name = cut.rpartition(".")
+    place = {"os": os, "shutil": shutil}.get(module, checkpoint)
+    real = getattr(place, name)
+    for nth in range(1, 20):
+        run_dir = tmp_path / f"{nth}"
+        save(run_dir, 1)
+        calls = 0
+
+        def counting(*args, _nth=nth, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == _nth:
+                raise Killed
+            return real(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            # A kill runs no clean-up: what `finally` would remove stays, as it would.
+            patch.setattr(place, name, counting)
+            if cut != "shutil.rmtree":
+                patch.setattr(shutil, "rmtree", lambda *a, **k: None)
+            try:
+                save(run_dir, 2, best=True, keep=1)
+                done = True
+            except Killed:
+                done = False
+        assert load(run_dir)[0].state["step"] in ((2,) if done else (1, 2))
+        save(run_dir, 2, value=5.0, keep=1)
+        saved, said = load(run_dir)
+        assert saved.state["step"] == 2 and not said
+        leftovers = {p.name for p in (run_dir / "checkpoints").iterdir()}
+        assert leftovers <= {"latest", "best", "step_00000002"}
+        if done:
+            return
+    raise AssertionError("the save never ran to its end")
+
+
+def test_what_an_abandoned_future_left_is_removed(tmp_path: Path):
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+    save(tmp_path, 15)
+    assert checkpoint.names(tmp_path) == [checkpoint.name_of(s) for s in (15, 10)]
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path):
+    (tmp_path / "checkpoints").write_text("a file in the way")
+    with pytest.raises(UserError, match="cannot write .*checkpoints"):
+        save(tmp_path, 1)

@@ -1,0 +1,62 @@
+"""Atomic files: the old content or the new, and errors that say what to do."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from fastgpt.errors import UserError
+from fastgpt.storage import files
+
+
+def test_write_and_replace(tmp_path: Path):
+    path = tmp_path / "a" / "b.txt"
+    files.write_text(path, "one")
+    files.write_text(path, "zwei ü")
+    assert path.read_text() == "zwei ü"
+    assert [p.name for p in path.parent.iterdir()] == ["b.txt"]
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_an_error_leaves_the_old_content(tmp_path: Path):
+    path = tmp_path / "b.txt"
+    files.write_text(path, "old")
+    with pytest.raises(RuntimeError), files.atomic_file(path) as f:
+        f.write(b"half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["b.txt"]
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (errno.ENOSPC, "no space left; free some disk"),
+        (errno.EDQUOT, "no space left"),
+        (errno.EFBIG, "no space left"),
+        (errno.EACCES, "make .* writable"),
+        (errno.EROFS, "make .* writable"),
+        (errno.ENOTDIR, "name another folder"),
+    ],
+)
+def test_system_errors_become_advice(code, words, tmp_path: Path):
+    with pytest.raises(UserError, match=words) as e, files.atomic_file(tmp_path / "x") as f:
+        f.write(b"half")
+        raise OSError(code, "system's words")
+    assert "\n" not in str(e.value) and str(tmp_path / "x") in str(e.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_system_errors_stay_what_they_are(tmp_path: Path):
+    with pytest.raises(OSError, match="broken") as e, files.atomic_file(tmp_path / "x"):
+        raise OSError(errno.EIO, "broken")
+    assert not isinstance(e.value, UserError)
+
+
+def test_sha256(tmp_path: Path):
+    data = bytes(range(256)) * 9000
+    (tmp_path / "x").write_bytes(data)
+    assert files.sha256_file(tmp_path / "x") == hashlib.sha256(data).hexdigest()

@@ -1,0 +1,148 @@
+"""The model on the Triton kernels trains as the eager one does, and traces without a break.
+
+Without a GPU the kernels run in Triton's interpreter, in fp32.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from fastgpt.config.presets import laptop
+from fastgpt.model import ops
+from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.train.step import Trainer
+from tests.model.test_ops import interpreted
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPE = ModelShape(1, 1, 32, 20, 61, bias=True)  # the interpreter is slow
+
+
+@pytest.fixture(autouse=True)
+def kernels_run(monkeypatch):
+    if DEVICE.type == "cpu":
+        interpreted(monkeypatch)
+
+
+# On a GPU fp32 products are cuBLAS's; `test_products_in_16_bits` has ours there.
+PRODUCTS = pytest.mark.parametrize("products", ["eager"] + ["triton"] * (DEVICE.type == "cpu"))
+
+
+def trainer(
+    kernels: str, dropout: float = 0.0, bias: bool = True, products: str = "eager"
+) -> Trainer:
+    config = laptop()
+    config.system.dtype, config.system.compile = "float32", False
+    config.optim.batch_size, config.optim.warmup_iters = 1, 2
+    config.optim.learning_rate = 1e-2
+    config.model.dropout = dropout
+    by_op = dict.fromkeys(ops.LIBRARY, products)
+    table = ops.choose(DEVICE, head_dim=32, width=32, kernels=kernels, overrides=by_op)
+    chosen = {c.op: c.implementation for c in table.choices}
+    assert chosen == {**dict.fromkeys(chosen, kernels), **by_op}
+    shape = ModelShape(**{**SHAPE.__dict__, "bias": bias})
+    model = GPT(shape, dropout, table).init_weights(0).to(DEVICE)
+    return Trainer(model, config, DEVICE)
+
+
+def tokens(step: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(61, (1, 21), generator=generator).to(DEVICE)
+
+
+@PRODUCTS
+def test_twenty_steps_are_the_eager_ones(products):
+    eager, triton = trainer("eager"), trainer("triton", products=products)
+    losses = [[t.step(s, tokens(s % 2))[0].item() for s in range(20)] for t in (eager, triton)]
+    assert losses[0][-1] < losses[0][0] - 0.5, "nothing was learned"
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=2e-5, atol=2e-5)
+    # Vectors are left out: a key bias has no true gradient, and Adam scales rounding up to a step.
+    matrices = {n: p for n, p in eager.model.named_parameters() if p.ndim == 2}
+    for name, p in matrices.items():
+        error = (p - triton.model.get_parameter(name)).norm() / p.norm()
+        assert error < 1e-3, f"{name} is off by {error:.2g}"
+
+
+@PRODUCTS
+def test_gradients_are_the_eager_ones(products):
+    grads = []
+    for t in (trainer("eager", bias=False), trainer("triton", bias=False, products=products)):
+        t._backward(0, tokens(0))
+        grads.append({n: p.grad for n, p in t.model.named_parameters()})
+    for name, want in grads[0].items():
+        torch.testing.assert_close(grads[1][name], want, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_dropout_in_the_kernels_repeats_with_the_step():
+    a, b = trainer("triton", dropout=0.3), trainer("triton", dropout=0.3)
+    first = a.step(4, tokens(0))[0]
+    assert torch.equal(first, b.step(4, tokens(0))[0])
+    assert not torch.equal(first, trainer("triton", dropout=0.3).step(5, tokens(0))[0])
+
+
+@PRODUCTS
+def test_one_graph_and_no_recompile(products):
+    """fullgraph refuses any break; after the first step and evaluation nothing compiles again."""
+    t = trainer("triton", dropout=0.3, products=products)
+    torch._dynamo.reset()
+    counters.clear()
+    t.forward = torch.compile(t.model, backend="aot_eager", fullgraph=True)
+    t.step(0, tokens(0))
+    t.losses(tokens(0))
+    first = dict(counters["stats"])
+    assert first["unique_graphs"] == 2 and not counters["graph_break"]
+    for step in range(1, 3):
+        t.step(step, tokens(step))
+        t.losses(tokens(step))
+    assert counters["stats"]["unique_graphs"] == 2, "a step was compiled again"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointed_steps_are_the_plain_ones(dropout):
+    plain, checkpointed = trainer("triton", dropout), trainer("triton", dropout)
+    checkpointed.model.checkpointing = True
+    for step in range(2):
+        a, b = (t.step(step, tokens(step)) for t in (plain, checkpointed))
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+def test_checkpointing_traces_without_a_break():
+    t = trainer("triton", dropout=0.3)
+    t.model.checkpointing = True
+    torch._dynamo.reset()
+    counters.clear()
+    t.forward = torch.compile(t.model, backend="aot_eager", fullgraph=True)
+    for step in range(2):
+        loss, _ = t.step(step, tokens(step))
+        assert torch.isfinite(loss)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")
+def test_products_in_16_bits():
+    """The model on our matrix products, compiled: as near to fp32 as on cuBLAS's."""
+    from fastgpt_kernels import _host
+    from fastgpt_kernels.matmul_kernels import runs_on
+
+    if not runs_on(_host.arch(0)):
+        pytest.skip("a GPU without TMA")
+    shape, results = ModelShape(2, 4, 256, 128, 1000, bias=True), {}
+    inputs = torch.randint(1000, (4, 129), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    for name, dtype in (
+        ("exact", torch.float32),
+        ("eager", torch.bfloat16),
+        ("triton", torch.bfloat16),
+    ):
+        products = dict.fromkeys(ops.LIBRARY, "triton" if name == "triton" else "eager")
+        kernels = "eager" if name == "exact" else "triton"
+        table = ops.choose(DEVICE, dtype, width=256, kernels=kernels, overrides=products)
+        model = GPT(shape, 0.0, table, dtype).init_weights(0).to(DEVICE)
+        torch._dynamo.reset()
+        loss = torch.compile(model, fullgraph=True)(inputs[:, :-1], inputs[:, 1:])
+        loss.backward()
+        results[name] = [loss.detach(), *(p.grad for p in model.parameters())]
+    for exact, eager, triton in zip(*results.values(), strict=True):
+        off = (eager - exact).norm() / exact.norm()
+        assert (triton - exact).norm() / exact.norm() <= 2 * off + 1e-3

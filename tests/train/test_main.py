@@ -1,0 +1,326 @@
+"""Whole runs as real processes: exact resume, kills, signals, bad numbers, bad disks."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from fastgpt.storage import checkpoint
+from fastgpt.train import metrics
+from tests import runs
+from tests.process import Command, fastgpt
+from tests.runs import TINY
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    return f"--input={runs.write_text(tmp_path)}"
+
+
+def train(cwd: Path, *args: str, **kwargs) -> str:
+    return fastgpt(cwd, "train", *TINY, *args, **kwargs)
+
+
+def resume(cwd: Path, *args: str, **kwargs) -> str:
+    return fastgpt(cwd, "train", "--init_from=resume", *args, **kwargs)
+
+
+def test_a_run_from_nothing_to_text(tmp_path: Path, text: str):
+    said = train(tmp_path, text, "--out_dir=out", "--max_iters=60", "--learning_rate=0.01")
+    out = tmp_path / "out"
+    assert {p.name for p in out.iterdir()} >= {
+        "config.toml",
+        "metrics.jsonl",
+        "loss.png",
+        "tokenizer.json",
+        "checkpoints",
+    }
+    evals = runs.records(out, "eval")
+    assert [r["step"] for r in evals] == [0, 10, 20, 30, 40, 50, 60]
+    assert evals[-1]["val_loss"] < evals[0]["val_loss"] - 1.0
+    assert [r["step"] for r in runs.records(out)] == list(range(60))
+    lines = said.splitlines()
+    assert sum(line.startswith("iter ") for line in lines) == 60
+    assert f"val loss {evals[-1]['val_loss']:.4f} at step 60" in said
+    assert "--- sample" in said and "fastgpt sample --out_dir=out" in said
+    assert "tokens per iteration will be: 64" in said
+
+
+def test_resumed_is_bit_for_bit_the_straight_run(tmp_path: Path, text: str):
+    train(tmp_path, text, "--out_dir=a", "--max_iters=60")
+    train(tmp_path, text, "--out_dir=b", "--max_iters=25")
+    said = resume(tmp_path, "--out_dir=b", "--max_iters=60")
+    assert "resuming from b/checkpoints/step_00000025" in said
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert runs.records(a) == runs.records(b)
+    assert runs.tensor_files(a) == runs.tensor_files(b)
+    # The evaluation at 25 is the only thing that the straight run does not have.
+    assert [r for r in runs.records(b, "eval") if r["step"] != 25] == runs.records(a, "eval")
+
+
+def test_killed_ten_times_and_resumed_is_the_straight_run(tmp_path: Path, text: str):
+    """SIGKILL at ten random moments, evaluations and saves among them; saves come every 2 steps."""
+    often = ("--eval_interval=2", "--eval_iters=1", "--max_iters=150", "--sample_tokens=0")
+    train(tmp_path, text, *often, "--out_dir=a")
+    rng = random.Random(time.time_ns())
+    out = tmp_path / "b"
+    kills = 0
+    saves_cut = 0
+    command = Command(tmp_path, "train", *TINY, text, *often, "--out_dir=b")
+    while True:
+        at_least = len(runs_seen(out))
+        try:
+            # Some way into this process's own steps, then a random moment more.
+            command.wait_until(lambda n=at_least: len(runs_seen(out)) > n + 3, timeout=60)
+        except TimeoutError:
+            assert command.process.exitcode == 0, command.output
+        time.sleep(rng.random() * 0.05)
+        if kills < 10:
+            command.kill()
+        if command.wait() == 0:
+            break
+        kills += 1
+        saves_cut += bool(list((out / "checkpoints").glob(".*")))
+        if checkpoint.names(out):
+            command = Command(tmp_path, "train", "--init_from=resume", "--out_dir=b")
+        else:
+            start = ("train", *TINY, text, *often, "--out_dir=b", "--overwrite=True")
+            command = Command(tmp_path, *start)
+    assert kills == 10, "the run ended before it was killed ten times"
+    assert runs.records(tmp_path / "a") == runs.records(out)
+    assert runs.records(tmp_path / "a", "eval") == runs.records(out, "eval")
+    assert runs.tensor_files(tmp_path / "a") == runs.tensor_files(out)
+    print(f"killed {kills} times, {saves_cut} of them during a save")
+
+
+def runs_seen(run_dir: Path) -> list[dict]:
+    return metrics.read(run_dir / "metrics.jsonl")
+
+
+def test_killed_in_the_middle_of_a_save(tmp_path: Path, text: str):
+    """Kills aimed at the moment when the temporary folder of a save is there."""
+    often = ("--eval_interval=1", "--eval_iters=1", "--max_iters=3000", "--keep_checkpoints=2")
+    out = tmp_path / "out"
+    args = ["train", *TINY, text, *often, "--out_dir=out"]
+    hit = 0
+    for _ in range(12):
+        command = Command(tmp_path, *args)
+        seen = len(runs_seen(out))
+        command.wait_until(lambda n=seen: len(runs_seen(out)) > n + 6)
+        command.wait_until(lambda: any((out / "checkpoints").glob(".tmp-*")), timeout=30)
+        command.kill()
+        command.wait()
+        hit += any((out / "checkpoints").glob(".tmp-*"))
+        assert checkpoint.load(out).state["step"] > 0
+        args = ["train", "--init_from=resume", "--out_dir=out"]
+        if hit >= 3:
+            break
+    assert hit >= 3, "no kill fell into a save"
+    said = resume(
+        tmp_path, "--out_dir=out", f"--max_iters={checkpoint.load(out).state['step'] + 2}"
+    )
+    assert "resuming from" in said
+    assert not list((out / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_resuming_is_exact(number, code, tmp_path: Path, text: str):
+    many = ("--max_iters=100000", "--eval_interval=50000", "--log_interval=1")
+    command = Command(tmp_path, "train", *TINY, text, *many, "--out_dir=out")
+    out = tmp_path / "out"
+    command.wait_until(lambda: len(runs_seen(out)) > 5)
+    start = time.monotonic()
+    command.kill(number)
+    assert command.wait() == code, command.output
+    assert time.monotonic() - start < 30
+    step = checkpoint.load(out).state["step"]
+    assert f"{number.name}: stopping after step {step}" in command.output
+    assert "continue: fastgpt train --init_from=resume --out_dir=out" in command.output
+    resume(tmp_path, "--out_dir=out", f"--max_iters={step + 5}")
+    train(tmp_path, text, "--out_dir=straight", *many, f"--max_iters={step + 5}")
+    assert runs.tensor_files(out) == runs.tensor_files(tmp_path / "straight")
+
+
+def test_a_signal_during_evaluation_does_not_wait_for_it(tmp_path: Path, text: str):
+    long = ("--eval_iters=1000000", "--eval_interval=3", "--max_iters=10")
+    command = Command(tmp_path, "train", *TINY, text, *long, "--out_dir=out")
+    time.sleep(0.2)
+    command.wait_until(lambda: "MFU against" in command.output)
+    time.sleep(0.5)
+    command.kill(signal.SIGTERM)
+    assert command.wait(30) == 143, command.output
+    assert checkpoint.load(tmp_path / "out").state["step"] == 0
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(tmp_path: Path, text: str):
+    train(tmp_path, text, "--out_dir=out")
+    path = runs.latest(tmp_path / "out") / "optimizer.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    said = resume(tmp_path, "--out_dir=out", "--max_iters=30")
+    assert "damaged checkpoint: out/checkpoints/step_00000020/optimizer.safetensors: sha256" in said
+    assert "resuming from out/checkpoints/step_00000010" in said
+    train(tmp_path, text, "--out_dir=straight", "--max_iters=30")
+    assert runs.tensor_files(tmp_path / "out") == runs.tensor_files(tmp_path / "straight")
+
+
+def test_config_repeats_the_run(tmp_path: Path, text: str):
+    train(tmp_path, text, "--out_dir=out", "--n_layer=1")
+    said = fastgpt(tmp_path, "train", "out/config.toml")
+    (again,) = (tmp_path / "runs").iterdir()
+    assert f"run runs/{again.name}" in said and again.name.endswith("-out")
+    assert (again / "config.toml").read_text() == (tmp_path / "out" / "config.toml").read_text()
+    assert runs.tensor_files(again) == runs.tensor_files(tmp_path / "out")
+
+
+def test_weights_that_turn_bad_stop_the_run(tmp_path: Path, text: str):
+    """A NaN put into the saved weights: the resumed run stops at once and keeps what is needed."""
+    train(tmp_path, text, "--out_dir=out")
+    folder = runs.latest(tmp_path / "out")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.h.0.attn.c_attn.weight"][3, 5] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    seal(folder)
+    said = resume(tmp_path, "--out_dir=out", "--max_iters=40", code=2)
+    assert "step 20: loss nan or gradient norm is not finite" in said
+    assert said.splitlines()[-1].startswith("fastgpt: step 20") and "Traceback" not in said
+    kept = tmp_path / "out" / "nonfinite" / "step_00000020"
+    assert checkpoint.fault(kept) is None
+    report = json.loads((kept / "report.json").read_text())
+    assert "transformer.h.0.attn.c_attn.weight" in report["not_finite"]
+    assert load_file(kept / "batch.safetensors")["tokens"].shape == (4, 17)
+    assert checkpoint.names(tmp_path / "out")[0] == "step_00000020", "no bad step was saved"
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of changed files anew, as a writer of bad but intact files would."""
+    from fastgpt.storage.files import sha256_file
+
+    files = {
+        p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)}
+        for p in folder.iterdir()
+        if p.name != "manifest.json"
+    }
+    (folder / "manifest.json").write_text(checkpoint._manifest_text(files))
+
+
+def test_a_learning_rate_that_explodes_stops_the_run(tmp_path: Path, text: str):
+    wild = ("--learning_rate=1e30", "--min_lr=0", "--warmup_iters=0", "--grad_clip=0")
+    said = train(tmp_path, text, "--out_dir=out", *wild, code=2)
+    assert "is not finite" in said and "Traceback" not in said
+    bad_step = int(said.split("fastgpt: step ")[1].split(":")[0])
+    for saved in checkpoint.names(tmp_path / "out"):
+        assert int(saved[5:]) <= bad_step
+
+
+def is_root() -> bool:
+    return shutil.os.geteuid() == 0
+
+
+def mounted(folder: Path, *options: str) -> bool:
+    """Mount a tmpfs, where this machine lets us."""
+    command = ["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)]
+    return is_root() and subprocess.run(command, capture_output=True).returncode == 0
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path, text: str):
+    """A file-size limit between two saves' needs: config and logs fit, weights do not."""
+    train(tmp_path, text, "--out_dir=out")
+    before = runs.tensor_files(tmp_path / "out")
+    size = (runs.latest(tmp_path / "out") / "optimizer.safetensors").stat().st_size
+    limits = {resource.RLIMIT_FSIZE: size - 1000}
+    said = resume(tmp_path, "--out_dir=out", "--max_iters=30", code=2, limits=limits)
+    last = said.splitlines()[-1]
+    assert last.startswith("fastgpt: cannot write out/checkpoints/step_00000030: no space left")
+    assert "Traceback" not in said
+    assert runs.tensor_files(tmp_path / "out") == before
+    assert not list((tmp_path / "out" / "checkpoints").glob(".*"))
+    resume(tmp_path, "--out_dir=out", "--max_iters=30")
+
+
+def test_a_really_full_disk_loses_nothing(tmp_path: Path, text: str):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if not mounted(disk, "-o", "size=1300k"):
+        pytest.skip("no right to mount a small disk here; the file-size limit stands for it")
+    try:
+        said = train(tmp_path, text, f"--out_dir={disk}/out", "--max_iters=200", code=2)
+        assert "no space left" in said.splitlines()[-1] and "Traceback" not in said
+        assert checkpoint.load(disk / "out").state["step"] > 0
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_read_only_folder(tmp_path: Path, text: str):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if not mounted(disk, "-o", "ro"):
+        if is_root():
+            pytest.skip("root may write anywhere, and may not mount here")
+        disk.chmod(0o555)
+    try:
+        said = train(tmp_path, text, f"--out_dir={disk}/out", code=2)
+        assert f"cannot write {disk}/out" in said and "name another folder" in said
+        assert "Traceback" not in said
+    finally:
+        subprocess.run(["umount", str(disk)], capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--n_layer=3"], "--n_layer=3: the run in out has n_layer=2"),
+        (["--bias=True"], "--bias=True: the run in out has bias=False"),
+        (["--max_iters=20"], "already at step 20 of --max_iters=20"),
+        (["--input=other.txt"], "was trained on other data"),
+    ],
+)
+def test_what_cannot_be_resumed(args, message, tmp_path: Path, text: str):
+    train(tmp_path, text, "--out_dir=out")
+    (tmp_path / "other.txt").write_text("Other words.\n" * 300)
+    before = (tmp_path / "out" / "config.toml").read_text()
+    said = resume(tmp_path, "--out_dir=out", *args, code=2)
+    assert message in said and "Traceback" not in said
+    assert (tmp_path / "out" / "config.toml").read_text() == before
+
+
+def test_a_run_in_use_is_left_alone(tmp_path: Path, text: str):
+    command = Command(tmp_path, "train", *TINY, text, "--max_iters=100000", "--out_dir=out")
+    command.wait_until(lambda: len(runs_seen(tmp_path / "out")) > 2)
+    for args in (["--init_from=resume"], [*TINY, text, "--overwrite=True"]):
+        said = fastgpt(tmp_path, "train", *args, "--out_dir=out", code=2)
+        assert "another process is training this run" in said or "no checkpoint" in said
+    command.kill()
+    command.wait()
+
+
+def test_nanogpt_folder_and_evaluation_only(tmp_path: Path):
+    data = tmp_path / "data" / "mine"
+    data.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in ("train", "val"):
+        rng.integers(0, 50257, 5000).astype(np.uint16).tofile(data / f"{name}.bin")
+    said = train(tmp_path, "--dataset=mine", "--out_dir=out", "--eval_only=True", "--n_embd=8")
+    assert "vocabulary 50,257" in said
+    assert len(runs.records(tmp_path / "out", "eval")) == 1
+    assert not runs.records(tmp_path / "out")
+    assert not checkpoint.names(tmp_path / "out")
+
+
+def test_epochs_and_bfloat16_and_accumulation_resume_exactly(tmp_path: Path, text: str):
+    odd = ("--sampling=epochs", "--dtype=bfloat16", "--gradient_accumulation_steps=3")
+    train(tmp_path, text, *odd, "--out_dir=a", "--bias=True")
+    train(tmp_path, text, *odd, "--out_dir=b", "--bias=True", "--max_iters=7")
+    resume(tmp_path, "--out_dir=b", "--max_iters=20")
+    assert runs.tensor_files(tmp_path / "a") == runs.tensor_files(tmp_path / "b")

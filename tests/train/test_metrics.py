@@ -1,0 +1,116 @@
+"""Log lines as nanoGPT prints them, records, and what resuming keeps."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from fastgpt.config.schema import Config
+from fastgpt.errors import UserError
+from fastgpt.train import metrics, plot
+
+RECORD = {
+    "loss": 0.80104,
+    "lr": 1e-3,
+    "grad_norm": 2.0,
+    "mfu": 0.11066,
+    "mfu_causal": 0.1,
+    "mfu_6n": 0.09,
+}
+
+
+def log(run_dir: Path, start: int = 0) -> metrics.Metrics:
+    return metrics.Metrics(run_dir, Config(), start_step=start, tokens_per_step=100)
+
+
+def test_lines_are_nanogpts(tmp_path: Path, capsys):
+    with log(tmp_path) as m:
+        m.train(4980, 0.033222, RECORD)
+        m.evaluation(5000, 0.62241, 1.70444)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "iter 4980: loss 0.8010, time 33.22ms, mfu 11.07%"
+    assert lines[1] == "step 5000: train loss 0.6224, val loss 1.7044"
+    # What people's parsers look for.
+    assert re.fullmatch(r"iter (\d+): loss ([\d.]+), time ([\d.]+)ms, mfu ([\d.]+)%", lines[0])
+    assert re.fullmatch(r"500k tokens seen, 3.01k tok/s, ETA \d+h \d\dm", lines[2])
+
+
+def test_records(tmp_path: Path):
+    with log(tmp_path) as m:
+        m.train(2, 0.5, RECORD)
+        m.evaluation(3, 1.0, 2.0)
+    train, evaluation = metrics.read(tmp_path / "metrics.jsonl")
+    assert train == {
+        **RECORD,
+        "kind": "train",
+        "step": 2,
+        "time_ms": 500.0,
+        "tokens_per_second": 200.0,
+        "tokens": 300,
+    }
+    want = {"kind": "eval", "step": 3, "train_loss": 1.0, "val_loss": 2.0, "tokens": 300}
+    assert evaluation == want
+
+
+def test_resuming_keeps_what_came_before_the_checkpoint(tmp_path: Path):
+    with log(tmp_path) as m:
+        for step in range(5):
+            m.evaluation(step, 1.0, 2.0)
+            m.train(step, 0.5, RECORD)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"kind": "train", "st')  # cut off by a kill
+    with log(tmp_path, start=3) as m:
+        m.train(3, 0.5, RECORD)
+    kept = [(r["kind"], r["step"]) for r in metrics.read(path)]
+    first = [(kind, step) for step in range(3) for kind in ("eval", "train")]
+    assert kept == [*first, ("eval", 3), ("train", 3)]
+
+
+def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train"\n{"kind": "eval"}\n')
+    with pytest.raises(UserError, match="line 1 is not JSON"):
+        metrics.read(path)
+
+
+@pytest.mark.parametrize("flag", ["wandb_log", "tensorboard"])
+def test_a_missing_tracker_is_named(flag, tmp_path: Path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    config = Config()
+    setattr(config.log, flag, True)
+    with pytest.raises(UserError, match=rf"--{flag}=True: .* is not installed; pip install"):
+        metrics.Metrics(tmp_path, config, start_step=0, tokens_per_step=1)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(5, "5s"), (65, "1m 05s"), (7380, "2h 03m"), (273600, "3d 04h")]
+)
+def test_durations(seconds, text):
+    assert metrics.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("n", "text"), [(980, "980"), (12345, "12.3k"), (4.56e6, "4.56M"), (7.89e9, "7.89B")]
+)
+def test_counts(n, text):
+    assert metrics.count(n) == text
+
+
+def test_loss_curve_is_a_picture(tmp_path: Path):
+    assert plot.loss_curve(tmp_path) is None
+    with log(tmp_path) as m:
+        m.evaluation(0, 3.0, 3.1)
+        m.train(0, 0.5, RECORD)
+        m.evaluation(1, 2.0, 2.1)
+    path = plot.loss_curve(tmp_path)
+    assert path == tmp_path / "loss.png"
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG") and len(data) > 5000
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 3

@@ -1,0 +1,89 @@
+"""The schedule is nanoGPT's; decay, clipping and state are what they say."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fastgpt.config.schema import OptimConfig
+from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.train import optim
+
+
+def config(**changes) -> OptimConfig:
+    return OptimConfig(
+        learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=110, **changes
+    )
+
+
+@pytest.mark.parametrize(
+    ("step", "want"),
+    [(0, 1 / 11), (9, 10 / 11), (10, 1.0), (60, 0.55), (110, 0.1), (111, 0.1), (10**6, 0.1)],
+)
+def test_schedule(step, want):
+    assert optim.learning_rate(step, config()) == pytest.approx(want)
+
+
+def test_schedule_follows_the_cosine():
+    lrs = [optim.learning_rate(s, config()) for s in range(10, 111)]
+    want = [0.1 + 0.45 * (1 + math.cos(math.pi * i / 100)) for i in range(101)]
+    assert lrs == pytest.approx(want)
+
+
+def test_schedule_edges():
+    assert optim.learning_rate(5, config(decay_lr=False)) == 1.0
+    flat = OptimConfig(warmup_iters=5, lr_decay_iters=5, learning_rate=1.0, min_lr=0.1)
+    assert optim.learning_rate(5, flat) == 0.1
+
+
+def small() -> GPT:
+    return GPT(ModelShape(1, 2, 16, 8, 20, bias=True)).init_weights(0)
+
+
+def test_only_matrices_decay():
+    model = small()
+    decayed, plain = optim.make_optimizer(model, OptimConfig(weight_decay=0.3)).param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    assert all(p.ndim >= 2 for p in decayed["params"]) and all(p.ndim < 2 for p in plain["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("limit", [0.0, 0.5, 1e6])
+def test_clipping(limit, fused):
+    """The first moment after one step is (1 - beta1) times the clipped gradient."""
+    model = small()
+    model(*(torch.randint(20, (2, 8)) for _ in range(2))).backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    norm = math.sqrt(sum(g.double().square().sum().item() for g in before))
+    optimizer = optim.make_optimizer(model, OptimConfig())
+    assert optim.fused(optimizer)
+    if not fused:
+        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=False)
+        assert not optim.fused(optimizer)
+    found = optim.clip_gradients(optimizer, model, limit)
+    assert found.item() == pytest.approx(norm, rel=1e-5)
+    optimizer.step()
+    factor = min(1.0, limit / norm) if limit else 1.0
+    for p, g in zip(model.parameters(), before, strict=True):
+        moment = optimizer.state[p]["exp_avg"]
+        torch.testing.assert_close(moment, 0.1 * g * factor, rtol=1e-4, atol=1e-7)
+
+
+def test_state_goes_through_flat_tensors():
+    model, other = small(), small()
+    a, b = (optim.make_optimizer(m, OptimConfig()) for m in (model, other))
+    idx = torch.randint(20, (2, 8))
+    for _ in range(3):
+        model(idx, idx).backward()
+        a.step()
+        a.zero_grad()
+    other.load_state_dict(model.state_dict())
+    optim.load_state_tensors(b, other, optim.state_tensors(a, model))
+    for m, o in ((model, a), (other, b)):
+        m(idx, idx).backward()
+        o.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)

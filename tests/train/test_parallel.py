@@ -1,0 +1,289 @@
+"""Several ranks as real processes under torchrun: Gloo, CPU, a tiny model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastgpt.config.schema import OptimConfig
+from fastgpt.errors import UserError
+from fastgpt.train.parallel import Ranks
+from tests import runs
+from tests.process import fastgpt
+
+ROOT = Path(__file__).parents[2]
+TINY = (*runs.TINY, "--dropout=0", "--gradient_accumulation_steps=4", "--eval_iters=3")
+
+
+class Torchrun:
+    """`torchrun --standalone` on the worker, stdout and stderr apart."""
+
+    def __init__(self, cwd: Path, n: int, *args: str, fault: str = "none:0:0", restarts: int = 0):
+        # --standalone takes a free port; one thread a rank.
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launch += [f"--nproc_per_node={n}", f"--max_restarts={restarts}"]
+        launch += [str(ROOT / "tests" / "parallel_worker.py"), *args]
+        path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "FAULT": fault}
+        self.out, self.err = (
+            cwd / f".out-{time.monotonic_ns()}",
+            cwd / f".err-{os.urandom(4).hex()}",
+        )
+        with open(self.out, "w") as out, open(self.err, "w") as err:
+            self.process = subprocess.Popen(
+                launch, cwd=cwd, env=environment, stdout=out, stderr=err, text=True
+            )
+
+    def wait(self, timeout: float = 100) -> int:
+        try:
+            return self.process.wait(timeout)
+        finally:
+            self.process.kill()
+
+    @property
+    def said(self) -> list[str]:
+        """What ranks said to stderr, without torchrun's own words."""
+        lines = self.err.read_text().splitlines()
+        return [line for line in lines if line.startswith("fastgpt: ")]
+
+
+def train(cwd: Path, n: int, *args: str, code: int = 0) -> Torchrun:
+    job = Torchrun(cwd, n, "train", *args)
+    got = job.wait()
+    assert (got == 0) == (code == 0), job.out.read_text() + job.err.read_text()
+    return job
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A text and the run of one process that all others are held against, saved at 10 and 20."""
+    folder = tmp_path_factory.mktemp("home")
+    runs.write_text(folder)
+    fastgpt(folder, "train", *TINY, "--input=text.txt", "--out_dir=one")
+    return folder
+
+
+def values(run_dir: Path) -> list[float]:
+    """Losses, gradient norms and evaluations, in their order."""
+    steps = [x for r in runs.records(run_dir) for x in (r["loss"], r["grad_norm"])]
+    evals = runs.records(run_dir, "eval")
+    return steps + [x for r in evals for x in (r["train_loss"], r["val_loss"])]
+
+
+@pytest.mark.parametrize(("n", "strategy"), [(2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp")])
+def test_any_number_of_ranks_gives_the_curve_of_one(home: Path, n: int, strategy: str):
+    """Four micro-batches over 2 or 4 ranks (accumulated or not), three evaluation batches."""
+    name = f"{strategy}{n}"
+    args = (*TINY, "--input=text.txt", f"--out_dir={name}", f"--parallel={strategy}")
+    # Recomputed activations are the same numbers.
+    job = train(home, n, *args, f"--activation_checkpointing={n == 2}")
+    assert values(home / name) == pytest.approx(values(home / "one"), rel=1e-4)
+    lines = job.out.read_text().splitlines()
+    assert sum(line.startswith("iter ") for line in lines) == 20, "one log, of one rank"
+    last = runs.records(home / name)[-1]
+    assert last["ranks"] == n and last["time_ms_min"] <= last["time_ms_max"]
+    a, b = (load_file(runs.latest(home / x) / "model.safetensors") for x in (name, "one"))
+    assert a.keys() == b.keys()
+    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs in the interpreter here")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_adamw_on_the_kernel(home: Path, strategy: str, monkeypatch: pytest.MonkeyPatch):
+    """DDP's buckets and FSDP's shares; PyTorch's AdamW goes on from what they save."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    args = (*TINY, "--input=text.txt", f"--parallel={strategy}", "--kernels=eager")
+    name = f"kernel-{strategy}"
+    job = train(home, 2, *args, f"--out_dir={name}", "--op.adamw=triton", "--max_iters=10")
+    assert "triton (--op.adamw=triton): adamw" in job.out.read_text()
+    monkeypatch.delenv("TRITON_INTERPRET")
+    again = ("train", "--init_from=resume", f"--out_dir={name}", "--op.adamw=eager")
+    fastgpt(home, *again, "--parallel=auto", "--max_iters=20")
+    curves = [
+        [r[k] for r in runs.records(home / n) for k in ("loss", "grad_norm")] for n in (name, "one")
+    ]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_compiled_on_two_ranks(home: Path, strategy: str):
+    name = f"compiled-{strategy}"
+    args = (*TINY, "--input=text.txt", f"--out_dir={name}", "--max_iters=4", "--compile=True")
+    train(home, 2, *args, f"--parallel={strategy}")
+    losses = [r["loss"] for r in runs.records(home / "one")][:4]
+    assert [r["loss"] for r in runs.records(home / name)] == pytest.approx(losses, rel=1e-4)
+
+
+def test_bf16_gradients_of_ddp_need_nccl(home: Path):
+    args = (*TINY, "--input=text.txt", "--out_dir=bf16", "--reduce_dtype=bfloat16")
+    job = train(home, 2, *args, "--parallel=ddp", code=2)
+    assert len(job.said) == 1 and "--reduce_dtype=float32" in job.said[0], job.err.read_text()
+
+
+def test_a_mistake_of_all_ranks_is_said_once(home: Path):
+    args = (*TINY, "--input=text.txt", "--out_dir=mistake", "--max_autotune=True")
+    job = train(home, 2, *args, "--compile=False", code=2)
+    assert len(job.said) == 1 and job.said[0].startswith("fastgpt: --max_autotune=True"), job.said
+    job = train(home, 2, *TINY, "--input=gone.txt", "--out_dir=mistake", code=2)
+    assert len(job.said) == 1 and "gone.txt" in job.said[0], job.said
+
+
+def test_the_device_itself_calls_off_a_sharded_update(home: Path):
+    """As on a GPU, where no step waits: fused AdamW takes found_inf for sharded weights too."""
+    args = (*TINY, "--input=text.txt", "--out_dir=guard", "--parallel=fsdp", "--log_interval=8")
+    job = Torchrun(home, 2, "train", *args, "--eval_interval=100", fault="guard:1:9")
+    assert job.wait(60) != 0
+    assert len(job.said) == 1 and job.said[0].startswith("fastgpt: step 4 on rank 1"), job.said
+    at = home / "guard" / "nonfinite" / "step_00000004" / "model.safetensors"
+    assert all(t.isfinite().all() for t in load_file(at).values())
+
+
+def test_resumed_under_other_layouts(home: Path):
+    """4 ranks with FSDP, then 2 with DDP, then one process: the straight run to rounding."""
+    train(home, 4, *TINY, "--input=text.txt", "--out_dir=mixed", "--max_iters=6", "--parallel=fsdp")
+    again = ("--init_from=resume", "--out_dir=mixed")
+    train(home, 2, *again, "--max_iters=13", "--parallel=ddp")
+    fastgpt(home, "train", *again, "--max_iters=20")
+    mixed = [r["loss"] for r in runs.records(home / "mixed")]
+    assert mixed == pytest.approx([r["loss"] for r in runs.records(home / "one")], rel=1e-4)
+
+
+def test_resumed_in_the_same_layout_is_exact(home: Path):
+    args = (*TINY, "--input=text.txt", "--parallel=fsdp", "--dropout=0.1")
+    train(home, 2, *args, "--out_dir=straight")
+    train(home, 2, *args, "--out_dir=cut", "--max_iters=9")
+    train(home, 2, "--init_from=resume", "--out_dir=cut", "--max_iters=20")
+    straight, cut = home / "straight", home / "cut"
+    clock = ("time_ms_min", "time_ms_mean", "time_ms_max", "tokens_per_second_per_rank")
+    a, b = (
+        [{k: v for k, v in r.items() if k not in clock} for r in runs.records(x)]
+        for x in (straight, cut)
+    )
+    assert a == b
+    assert runs.tensor_files(straight) == runs.tensor_files(cut)
+
+
+def test_sigterm_to_torchrun_saves(home: Path):
+    args = (*TINY, "--input=text.txt", "--out_dir=term", "--max_iters=100000", "--parallel=ddp")
+    job = Torchrun(home, 2, "train", *args, "--eval_interval=100000")
+    end = time.monotonic() + 60
+    while "iter 20:" not in job.out.read_text() and time.monotonic() < end:
+        time.sleep(0.1)
+    began = time.monotonic()
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait(30) != 0 and time.monotonic() - began < 30
+    assert "SIGTERM: stopping after step" in job.out.read_text()
+    assert int(runs.latest(home / "term").name[5:]) >= 20
+    assert job.said == []
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(home: Path):
+    """It comes in step 4, is asked about before step 5, and the answer is there after step 5."""
+    args = (*TINY, "--input=text.txt", "--out_dir=one-term", "--parallel=ddp")
+    job = Torchrun(home, 2, "train", *args, fault="term:1:9")
+    assert job.wait(60) != 0
+    assert "SIGTERM: stopping after step 6" in job.out.read_text()
+    assert runs.latest(home / "one-term").name == "step_00000006" and job.said == []
+    fastgpt(home, "train", "--init_from=resume", "--out_dir=one-term")
+    assert values(home / "one-term") == pytest.approx(values(home / "one"), rel=1e-4)
+
+
+def test_a_killed_rank_ends_the_job(home: Path):
+    args = (*TINY, "--input=text.txt", "--out_dir=killed", "--parallel=ddp")
+    job = Torchrun(home, 2, "train", *args, fault="kill:1:9")
+    assert job.wait(60) != 0
+    text = job.err.read_text()
+    assert "lost the others (silent: rank 1" in text or "rank      : 1 (local_rank: 1)" in text
+
+
+def test_a_hanging_rank_ends_the_job(home: Path):
+    """Bounded by --dist_timeout and torchrun's 30 s between SIGTERM and SIGKILL."""
+    args = (*TINY, "--input=text.txt", "--out_dir=hung", "--parallel=ddp", "--dist_timeout=4")
+    job = Torchrun(home, 2, "train", *args, fault="hang:1:9")
+    assert job.wait(80) != 0
+    assert len(job.said) == 1 and "silent: rank 1;" in job.said[0], job.err.read_text()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_crash_of_rank_0_in_a_save_loses_nothing(home: Path, strategy: str):
+    """Killed in the save of step 20, with all tensors written: the run goes on from step 10."""
+    name = f"crash-{strategy}"
+    args = (*TINY, "--input=text.txt", f"--out_dir={name}", f"--parallel={strategy}")
+    job = Torchrun(home, 2, "train", *args, fault="crash:0:5")
+    assert job.wait(60) != 0
+    assert runs.latest(home / name).name == "step_00000010"
+    again = fastgpt(home, "train", "--init_from=resume", f"--out_dir={name}")
+    assert f"resuming from {name}/checkpoints/step_00000010" in again
+    assert values(home / name) == pytest.approx(values(home / "one"), rel=1e-4)
+    left = [p.name for p in (home / name / "checkpoints").iterdir() if p.name.startswith(".")]
+    assert left == []
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_save_that_cannot_be_written_is_one_line(home: Path, strategy: str):
+    args = (*TINY, "--input=text.txt", f"--out_dir=full-{strategy}", f"--parallel={strategy}")
+    job = Torchrun(home, 2, "train", *args, fault="full:0:20000")
+    assert job.wait(60) != 0
+    assert len(job.said) == 1 and f"full-{strategy}/checkpoints/" in job.said[0], job.said
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_nan_on_one_rank_stops_all_and_names_it(home: Path, strategy: str):
+    out = f"--out_dir=nan-{strategy}"
+    args = (*TINY, "--input=text.txt", out, f"--parallel={strategy}")
+    job = Torchrun(home, 2, "train", *args, fault="nan:1:9")
+    assert job.wait(60) != 0
+    assert len(job.said) == 1, job.err.read_text()
+    assert job.said[0].startswith("fastgpt: step 4 on rank 1: loss nan")
+    assert (home / f"nan-{strategy}" / "nonfinite").exists()
+
+
+def test_torchrun_restarts_and_the_run_goes_on(home: Path):
+    args = (*TINY, "--input=text.txt", "--out_dir=restarted", "--parallel=ddp")
+    job = Torchrun(home, 2, "train", *args, fault="kill:1:31", restarts=1)
+    assert job.wait() == 0, job.err.read_text()
+    assert "resuming from restarted/checkpoints/step_00000010" in job.out.read_text()
+    assert values(home / "restarted") == pytest.approx(values(home / "one"), rel=1e-4)
+
+
+def test_a_batch_that_does_not_divide(home: Path):
+    args = (*TINY, "--input=text.txt", "--batch_size=3", "--gradient_accumulation_steps=3")
+    job = train(home, 2, *args, "--out_dir=odd", code=2)
+    assert len(job.said) == 1 and "9 rows do not divide among 2 ranks" in job.said[0]
+    assert not (home / "odd").exists()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 8, 12])
+def test_ranks_share_the_rows(size: int):
+    o = OptimConfig(batch_size=4, gradient_accumulation_steps=6)
+    slices = [Ranks(r, size).rows(o) for r in range(size)]
+    assert sum((list(range(24)[s]) for s in slices), []) == list(range(24))
+    micro = Ranks(0, size).micro_batch(o)
+    assert micro <= 4 and 24 // size % micro == 0
+
+
+def test_the_error_names_numbers_that_divide():
+    o = OptimConfig(batch_size=1, gradient_accumulation_steps=10)
+    with pytest.raises(UserError, match=r"--gradient_accumulation_steps=8, .* 1, 2, 5, 10 ranks"):
+        Ranks(0, 4).check(o)
+    o.gradient_accumulation_steps = 12
+    Ranks(0, 4).check(o)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_nccl_with_one_rank_is_the_run_without(home: Path, strategy: str):
+    tiny = [x for x in TINY if x != "--device=cpu"] + ["--input=text.txt", "--dtype=bfloat16"]
+    tiny += ["--compile=False", "--cuda_graph=False"]
+    name = f"nccl-{strategy}"
+    fastgpt(home, "train", *tiny, f"--out_dir={name}-plain")
+    train(home, 1, *tiny, f"--out_dir={name}", f"--parallel={strategy}")
+    assert values(home / name) == pytest.approx(values(home / f"{name}-plain"), rel=2e-2)

@@ -1,0 +1,62 @@
+"""What is saved is what is loaded; resuming whole runs is in test_train.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from fastgpt.config.presets import laptop
+from fastgpt.data.tokens import Dataset
+from fastgpt.errors import UserError
+from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.train import optim, resume
+from fastgpt.train.resume import Progress
+from fastgpt.train.step import Trainer
+
+
+def trainer(seed: int, dtype: str = "float32", n_embd: int = 16) -> Trainer:
+    config = laptop()
+    config.system.dtype, config.system.compile = cast(Any, dtype), False
+    model = GPT(ModelShape(1, 2, n_embd, 8, 50, bias=True)).init_weights(seed)
+    return Trainer(model, config, torch.device("cpu"))
+
+
+def dataset(fingerprint: str = "abc") -> Dataset:
+    return cast(Dataset, SimpleNamespace(folder="text", fingerprint=fingerprint))
+
+
+def tokens(step: int) -> torch.Tensor:
+    return torch.randint(50, (4, 9), generator=torch.Generator().manual_seed(step))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_loaded_is_what_was_saved(dtype: str, tmp_path: Path):
+    """Weights, moments, loss scale and progress: the next step is the same to the bit."""
+    a, b = trainer(0, dtype), trainer(1, dtype)
+    if dtype == "float16":
+        a.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)  # not what a new run begins with
+    for step in range(2):
+        a.step(step, tokens(step))
+    progress = Progress(2, 1, 3.5, 3.25)
+    folder = resume.save(a, progress, dataset(), tmp_path, best=True)
+    assert folder == tmp_path / "checkpoints" / "step_00000002" and folder.is_dir()
+    assert resume.load(b, dataset(), tmp_path) == progress
+    assert a.state_dict() == b.state_dict()
+    for t in (a, b):
+        t.step(2, tokens(2))
+    moments = [optim.state_tensors(t.optimizer, t.model) for t in (a, b)]
+    for x, y in ((a.model.state_dict(), b.model.state_dict()), moments):
+        assert x.keys() == y.keys()
+        assert all(torch.equal(x[k], y[k]) for k in x)
+
+
+def test_another_model_or_other_data_is_refused(tmp_path: Path):
+    resume.save(trainer(0), Progress(1), dataset(), tmp_path, best=False)
+    with pytest.raises(UserError, match="--n_embd=32: the run in .* has n_embd=16"):
+        resume.load(trainer(0, n_embd=32), dataset(), tmp_path)
+    with pytest.raises(UserError, match="was trained on other data than text holds"):
+        resume.load(trainer(0), dataset("xyz"), tmp_path)

@@ -1,0 +1,28 @@
+"""A signal is a wish until the second Ctrl+C."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from fastgpt.train.signals import StopRequest
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_first_signal_is_noted(number, code):
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert not stop and stop.exit_code == 0
+        os.kill(os.getpid(), number)
+        assert stop and stop.signal == number and stop.exit_code == code
+        os.kill(os.getpid(), signal.SIGTERM)  # schedulers repeat themselves
+        assert stop.signal is not None
+    assert signal.getsignal(number) is before
+
+
+def test_second_interrupt_ends_at_once():
+    with pytest.raises(KeyboardInterrupt), StopRequest():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)

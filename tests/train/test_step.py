@@ -1,0 +1,201 @@
+"""One optimizer step: equal to the same batch in one piece, and never from bad numbers."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch._inductor.config
+
+from fastgpt.config.presets import laptop
+from fastgpt.errors import UserError
+from fastgpt.model import ops
+from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.train import optim
+from fastgpt.train.step import NonFinite, Trainer, dropout_seed
+from tests.model.test_ops import interpreted
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["eager", "triton"])
+def adamw(request, monkeypatch) -> str:
+    """Both implementations; the kernel in the interpreter."""
+    if request.param == "triton":
+        if torch.cuda.is_available():
+            pytest.skip("on a GPU the kernel runs for real: tests/test_fused_adamw.py")
+        interpreted(monkeypatch)
+    return request.param
+
+
+def trainer(
+    accumulation: int = 1,
+    dropout: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    adamw: str = "eager",
+    **optim_changes,
+) -> Trainer:
+    config = laptop()
+    config.system.dtype, config.system.compile = "float32", False
+    changes = {"batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+    config.optim = dataclasses.replace(config.optim, **changes, **optim_changes)
+    config.model.dropout = dropout
+    table = ops.choose(CPU, kernels="eager", overrides={"adamw": adamw})
+    model = GPT(ModelShape(2, 2, 32, 16, 50, bias=True), dropout, table, dtype).init_weights(0)
+    return Trainer(model, config, CPU)
+
+
+def tokens(step: int = 0) -> torch.Tensor:
+    return torch.randint(50, (8, 17), generator=torch.Generator().manual_seed(step))
+
+
+def weights(t: Trainer) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in t.model.parameters()]
+
+
+@pytest.mark.parametrize("accumulation", [2, 4, 8])
+def test_accumulation_is_the_batch_in_pieces(accumulation):
+    a, b = trainer(), trainer(accumulation)
+    for step in range(3):
+        (loss_a, norm_a), (loss_b, norm_b) = (t.step(step, tokens(step)) for t in (a, b))
+        torch.testing.assert_close(loss_a, loss_b)
+        torch.testing.assert_close(norm_a, norm_b, rtol=1e-4, atol=1e-6)
+    for p, q in zip(weights(a), weights(b), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("grad_clip", [0.0, 0.3, 1e6])
+def test_is_adamw_with_clipping_and_schedule(adamw, grad_clip):
+    """Against the same update written with PyTorch's unfused AdamW."""
+    t = trainer(adamw=adamw, grad_clip=grad_clip)
+    model = copy.deepcopy(t.model)
+    c = t.config.optim
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": c.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    oracle = torch.optim.AdamW(groups, lr=0.0, betas=(c.beta1, c.beta2), foreach=False)
+    for step in range(4):
+        _, norm = t.step(step, tokens(step))
+        for group in oracle.param_groups:
+            group["lr"] = optim.learning_rate(step, c)
+        oracle.zero_grad()
+        batch = tokens(step)
+        model(batch[:, :-1], batch[:, 1:]).backward()
+        limit = grad_clip or math.inf
+        want = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        assert norm.item() == pytest.approx(want.item(), rel=1e-5) and want > 0.3
+        oracle.step()
+    for p, q in zip(weights(t), model.parameters(), strict=True):
+        torch.testing.assert_close(p, q.detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_dropout_depends_on_the_step_alone():
+    a, b = trainer(dropout=0.2), trainer(dropout=0.2)
+    torch.rand(7)  # whatever else draws from the generator
+    first = a.step(5, tokens())[0]
+    torch.rand(3)
+    assert torch.equal(first, b.step(5, tokens())[0])
+    c = trainer(dropout=0.2)
+    assert not torch.equal(first, c.step(6, tokens())[0])
+    assert len({dropout_seed(seed, step) for seed in range(40) for step in range(40)}) == 1600
+
+
+def test_evaluation_changes_nothing_and_repeats():
+    t = trainer(dropout=0.2)
+    t.step(0, tokens())
+    before = weights(t)
+    assert torch.equal(t.losses(tokens(1)), t.losses(tokens(1)))
+    assert t.model.training
+    assert all(torch.equal(p, q) for p, q in zip(before, weights(t), strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bad_numbers_never_reach_the_weights(adamw, value):
+    t = trainer(adamw=adamw)
+    t.step(0, tokens())
+    with torch.no_grad():
+        t.model.transformer.h[1].mlp.c_fc.weight[0, 0] = value
+    before = weights(t)
+    state = {k: v.clone() for k, v in optim.state_tensors(t.optimizer, t.model).items()}
+    with pytest.raises(NonFinite) as e:
+        t.step(1, tokens(1))
+    assert e.value.step == 1
+    for p, q in zip(before, weights(t), strict=True):
+        assert torch.equal(p.nan_to_num(), q.nan_to_num())
+    for k, v in optim.state_tensors(t.optimizer, t.model).items():
+        assert torch.equal(v, state[k])
+    report = t.diagnose(1, tokens(1))
+    assert "transformer.h.1.mlp.c_fc.weight" in report["not_finite"]
+
+
+def test_the_guard_on_the_device_holds_until_someone_looks(adamw):
+    """As on a GPU, where nothing waits: updates after the bad step are called off as well."""
+    t = trainer(adamw=adamw)
+    t._guard_on_device = True
+    t.step(0, tokens())
+    state = optim.state_tensors(t.optimizer, t.model)
+    state = {k: v.clone() for k, v in state.items()}
+    good = t.model.transformer.wpe.weight[0, 0].item()
+    with torch.no_grad():
+        t.model.transformer.wpe.weight[0, 0] = float("nan")
+    before = weights(t)
+    t.step(1, tokens(1))
+    with torch.no_grad():
+        t.model.transformer.wpe.weight[0, 0] = good
+        before[1][0, 0] = good
+    t.step(2, tokens(2))
+    names = [n for n, _ in t.model.named_parameters()]
+    assert names[1] == "transformer.wpe.weight"
+    assert all(torch.equal(p, q) for p, q in zip(before, weights(t), strict=True))
+    for k, v in optim.state_tensors(t.optimizer, t.model).items():
+        assert torch.equal(v, state[k]), k
+    with pytest.raises(NonFinite) as e:
+        t.check()
+    assert e.value.step == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_step_is_the_eager_one(dtype):
+    """aot_eager traces forward and backward as on a GPU, without needing a C++ compiler."""
+    eager, compiled = trainer(dtype=dtype), trainer(dtype=dtype)
+    compiled.forward = torch.compile(compiled.model, backend="aot_eager", fullgraph=True)
+    for step in range(2):
+        a, b = (t.step(step, tokens(step))[0] for t in (eager, compiled))
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_warm_up_changes_nothing():
+    t = trainer(dropout=0.2)
+    before = weights(t)
+    t.warm_up(0, tokens())
+    assert all(p.grad is None for p in t.model.parameters()) and not t.optimizer.state
+    assert all(torch.equal(p, q) for p, q in zip(before, weights(t), strict=True))
+
+
+def test_a_machine_that_cannot_compile_is_told_so():
+    t = trainer()
+    t.forward = torch.compile(t.model)
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (None, "/nonexistent"), "fx_graph_cache": False}),
+        pytest.raises(UserError, match=r"torch.compile failed \(.*C.. compiler.*--compile=False"),
+    ):
+        t.warm_up(0, tokens())
+
+
+def test_float16_finds_its_scale_and_learns(adamw):
+    """Infinite gradients call the update off and halve the scale; then the loss falls."""
+    t = trainer(dtype=torch.float16, adamw=adamw)
+    t.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=1000)
+    before = weights(t)
+    t.step(0, tokens())
+    assert all(map(torch.equal, before, weights(t))), "an infinite gradient reached the weights"
+    losses = [t.step(step, tokens())[0].item() for step in range(1, 60)]
+    assert t.scaler.get_scale() < 2.0**40
+    assert losses[-1] < losses[0] - 0.5
+    oracle = trainer()
+    exact = [oracle.step(step, tokens())[0].item() for step in range(60)]
+    assert min(losses) == pytest.approx(min(exact), rel=0.15)

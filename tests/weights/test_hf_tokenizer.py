@@ -1,0 +1,86 @@
+"""Vocabularies as Hugging Face's GPT-2 tokenizer has them: the same ids for any text, both ways."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from fastgpt.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer
+from fastgpt.data.vocabulary import train_ranks
+from fastgpt.errors import UserError
+from fastgpt.weights.hf_tokenizer import byte_characters, read, split_token, write
+from tests.data.conftest import TEXT
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="module")
+def bpe() -> BPETokenizer:
+    pytest.importorskip("rustbpe")
+    return BPETokenizer("bpe:400", train_ranks([TEXT * 3], 400))
+
+
+def test_the_characters_for_bytes():
+    characters = byte_characters()
+    assert len(set(characters)) == 256 and all(c.isprintable() for c in characters)
+    assert "".join(characters[b] for b in b" a\n") == "ĠaĊ"
+
+
+def test_merges_follow_from_ranks():
+    ranks = {bytes([b]): b for b in range(256)}
+    ranks |= {b"ab": 256, b"bc": 257, b"abc": 258, b"abcabc": 259}
+    assert split_token(b"abc", ranks) == [b"ab", b"c"]
+    assert split_token(b"abcabc", ranks) == [b"abc", b"abc"]
+
+
+def test_transformers_gives_the_same_ids(bpe: BPETokenizer, tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    assert write(tmp_path, bpe) == ["vocab.json", "merges.txt", "tokenizer_config.json"]
+    # AutoTokenizer goes by the model's config.json, as everyone's code does.
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in (TEXT, "Hello world", "  two  blanks", "naïve 🙂", "a<|b"):
+        assert theirs(text)["input_ids"] == bpe.encode(text).tolist(), text
+    assert len(theirs) == bpe.vocab_size
+    assert theirs.eos_token_id == theirs.bos_token_id == bpe.eot
+    assert theirs.decode(bpe.encode(TEXT).tolist()) == TEXT
+
+
+def test_what_was_written_is_read_back(bpe: BPETokenizer, tmp_path: Path):
+    for i, tokenizer in enumerate((bpe, ByteTokenizer(), CharTokenizer("abc "))):
+        folder = tmp_path / str(i)
+        files = write(folder, tokenizer)
+        assert bool(files) == (tokenizer is bpe)
+        back = read(folder)
+        assert back is not None and back.fingerprint == tokenizer.fingerprint
+
+
+def test_folders_of_others_are_read(bpe: BPETokenizer, tmp_path: Path):
+    """From vocab.json and merges.txt alone, as a download has them."""
+    write(tmp_path, bpe)
+    for path in (tmp_path / "fastgpt").iterdir():
+        path.unlink()
+    back = read(tmp_path)
+    assert back is not None and back.name == f"bpe:{bpe.vocab_size}"
+    assert back.encode(TEXT).tolist() == bpe.encode(TEXT).tolist() and back.eot == bpe.eot
+
+
+def test_a_vocabulary_of_another_kind_is_none(bpe: BPETokenizer, tmp_path: Path):
+    assert read(tmp_path) is None
+    write(tmp_path, bpe)
+    for path in (tmp_path / "fastgpt").iterdir():
+        path.unlink()
+    merges = (tmp_path / "merges.txt").read_text().splitlines()
+    (tmp_path / "merges.txt").write_text("\n".join([*merges[:5], *reversed(merges[5:])]))
+    assert read(tmp_path) is None
+
+
+@pytest.mark.parametrize("vocab", ["no json", "[1]", '{"\\u6771": 0}'])
+def test_damaged_files_are_named(bpe: BPETokenizer, tmp_path: Path, vocab: str):
+    (tmp_path / "vocab.json").write_text(vocab)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(UserError, match="vocab.json: is damaged, or not GPT-2's kind"):
+        read(tmp_path)

@@ -1,0 +1,70 @@
+"""Downloads from the hub: verified by what its cache calls them; no network, one line."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastgpt.errors import UserError
+from fastgpt.weights import hub
+from tests.process import fastgpt
+
+
+def cached(folder: Path, name: str, data: bytes, blob: str) -> Path:
+    """A file as huggingface_hub's cache has it: a link to a blob that is named by its hash."""
+    (folder / "blobs").mkdir(exist_ok=True)
+    (folder / "snapshots").mkdir(exist_ok=True)
+    (folder / "blobs" / blob).write_bytes(data)
+    path = folder / "snapshots" / name
+    path.symlink_to(Path("..") / "blobs" / blob)
+    return path
+
+
+def test_hashes_of_both_kinds(tmp_path: Path):
+    data = b"weights"
+    sha256 = hashlib.sha256(data).hexdigest()
+    git = hashlib.sha1(b"blob 7\0" + data).hexdigest()
+    hub.verify(cached(tmp_path, "model.safetensors", data, sha256))
+    hub.verify(cached(tmp_path, "config.json", data, git))
+    for name, blob in (("a", sha256), ("b", git)):
+        with pytest.raises(UserError, match="its hash is .* remove the file and run again"):
+            hub.verify(cached(tmp_path, name, b"other!!", blob))
+
+
+def test_what_is_fetched_and_from_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def download(repository: str, name: str) -> str:
+        asked.append((repository, name))
+        data = name.encode()
+        return str(cached(tmp_path, name, data, hashlib.sha256(data).hexdigest()))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert hub.fetch("gpt2-large") == tmp_path / "snapshots"
+    assert asked == [("openai-community/gpt2-large", name) for name in hub.FILES]
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "eval", "export"])
+def test_without_network_one_line_says_what_to_do(tmp_path: Path, command: str):
+    pytest.importorskip("huggingface_hub")
+    (tmp_path / "text.txt").write_text("some text " * 400)
+    args = {
+        "train": ["laptop", "--input=text.txt", "--device=cpu", "--out_dir=out"],
+        "export": ["--to=folder"],
+    }.get(command, [])
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    said = fastgpt(tmp_path, command, "--init_from=gpt2", *args, code=2, environment=environment)
+    last = said.splitlines()[-1]
+    assert last.startswith("fastgpt: --init_from=gpt2: cannot download config.json from openai-")
+    assert "pass --weights FOLDER" in last and "Traceback" not in said
+    assert not (tmp_path / "out").exists() and not (tmp_path / "folder").exists()
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match="needs huggingface_hub to download"):
+        hub.fetch("gpt2")

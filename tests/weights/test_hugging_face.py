@@ -1,0 +1,264 @@
+"""Hugging Face's GPT-2 folders in and out, compared with transformers itself; bad folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastgpt.errors import UserError
+from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.weights import hugging_face
+from fastgpt.weights.hugging_face import Weights, expected, read, write
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+transformers = pytest.importorskip("transformers", reason="needs transformers (extra [test])")
+
+# n_layer, n_head, n_embd, block_size, vocab_size, bias, gelu
+SHAPES = [
+    ModelShape(1, 1, 8, 4, 11, True, "tanh"),
+    ModelShape(2, 3, 24, 16, 128, True, "erf"),
+    ModelShape(3, 4, 32, 9, 130, False, "tanh"),
+    ModelShape(2, 2, 64, 33, 257, False, "erf"),
+]
+
+
+def random_model(shape: ModelShape) -> GPT:
+    model = GPT(shape)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0.0, 0.2, generator=generator)
+        model.transformer.wte.weight[shape.vocab_size :] = 0.0
+    return model.eval()
+
+
+def ours_of(weights: Weights) -> GPT:
+    model = GPT(weights.shape)
+    model.load_state_dict(weights.tensors)
+    return model.eval()
+
+
+def assert_same_logits(ours: GPT, theirs) -> None:
+    """At every T up to block_size, to fp32 rounding: 1e-5 of the largest logit."""
+    for T in range(1, ours.shape.block_size + 1):
+        ids = torch.randint(
+            ours.shape.vocab_size, (2, T), generator=torch.Generator().manual_seed(T)
+        )
+        with torch.no_grad():
+            a, b = ours(ids), theirs(ids).logits
+        error, largest = (a - b).abs().max().item(), b.abs().max().item()
+        assert error <= 1e-5 * largest, f"T={T}: {error:.2e}, largest logit {largest:.2f}"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_export_is_what_transformers_loads(shape: ModelShape, tmp_path: Path):
+    model = random_model(shape)
+    write(tmp_path, shape, model.state_dict(), eot=3)
+    theirs, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert theirs.config.vocab_size == shape.vocab_size, "the padding stays here"
+    assert theirs.generation_config.eos_token_id == theirs.config.eos_token_id == 3
+    assert_same_logits(model, theirs.eval())
+    back = read(tmp_path)
+    assert back.shape == shape
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(back.tensors[name], tensor), name
+    assert back.tensors.keys() == model.state_dict().keys()
+    assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
+@pytest.mark.parametrize("size", [(1, 1, 16, 7, 50), (2, 4, 32, 20, 129)], ids=str)
+def test_what_transformers_saves_is_read(size, activation: str, tmp_path: Path):
+    n_layer, n_head, n_embd, n_positions, vocab_size = size
+    config = transformers.GPT2Config(
+        n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=n_positions,
+        vocab_size=vocab_size, activation_function=activation, initializer_range=0.3,
+    )  # fmt: skip
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.normal_(0.0, 0.2)
+    theirs.save_pretrained(tmp_path / "whole")
+    theirs.save_pretrained(tmp_path / "parts", max_shard_size="5KB")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
+    for folder in ("whole", "parts"):
+        assert_same_logits(ours_of(read(tmp_path / folder)), theirs)
+    weights = read(tmp_path / "whole")
+    assert weights.shape.gelu == ("tanh" if activation == "gelu_new" else "erf")
+    write(tmp_path / "again", weights.shape, weights.tensors)
+    first, second = (load_file(tmp_path / f / "model.safetensors") for f in ("whole", "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+SHAPE = ModelShape(2, 2, 16, 8, 40, True, "tanh")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write(tmp_path, SHAPE, random_model(SHAPE).state_dict())
+    return tmp_path
+
+
+def change(folder: Path, **tensors) -> None:
+    path = folder / "model.safetensors"
+    stored = load_file(path) | {k.replace("__", "."): v for k, v in tensors.items()}
+    save_file({k: v for k, v in stored.items() if v is not None}, path)
+
+
+def test_openai_s_own_file_names_and_masks(folder: Path):
+    """As on the hub: no "transformer.", attention masks among the tensors, the head stored too."""
+    before = read(folder)
+    stored = load_file(folder / "model.safetensors")
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 8, 8) for i in range(2)}
+    masks |= {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
+    hub = {k.removeprefix("transformer."): v for k, v in stored.items()} | masks
+    hub["lm_head.weight"] = stored["transformer.wte.weight"].clone()
+    save_file(hub, folder / "model.safetensors")
+    after = read(folder)
+    assert all(torch.equal(after.tensors[k], v) for k, v in before.tensors.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_files(folder: Path, dtype):
+    before = read(folder).tensors
+    stored = load_file(folder / "model.safetensors")
+    save_file({k: v.to(dtype) for k, v in stored.items()}, folder / "model.safetensors")
+    for name, tensor in read(folder).tensors.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, before[name].to(dtype).float()), name
+
+
+NAME = "transformer.h.1.mlp.c_fc.weight"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({NAME: None}, f"{NAME} is missing, wanted shape (16, 64)"),
+        ({NAME: torch.zeros(16, 63)}, f"{NAME} has shape (16, 63), wanted (16, 64)"),
+        ({NAME: torch.zeros(64, 16)}, f"{NAME} has shape (64, 16), wanted (16, 64)"),
+        ({NAME: torch.zeros(16, 64).int()}, f"{NAME} (16, 64) is of dtype I32, wanted F32, F16"),
+        ({NAME: torch.zeros(16, 64).double()}, f"{NAME} (16, 64) is of dtype F64"),
+        (
+            {"transformer.wte.weight": torch.zeros(41, 16)},
+            "transformer.wte.weight has shape (41, 16), wanted (40, 16)",
+        ),
+        (
+            {"transformer.h.2.ln_1.bias": torch.zeros(16)},
+            "transformer.h.2.ln_1.bias (16,) is no part of a GPT-2 of 2 layers",
+        ),
+        (
+            {"lm_head.weight": torch.ones(40, 16)},
+            "lm_head.weight (40, 16) is not the embedding (40, 16): only models with tied",
+        ),
+    ],
+)
+def test_bad_tensors(folder: Path, tensors, message):
+    change(folder, **tensors)
+    with pytest.raises(UserError) as e:
+        read(folder)
+    assert message in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -1, -3000])
+def test_truncated_files(folder: Path, keep: int):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match="model.safetensors: (truncated|is damaged)") as e:
+        read(folder)
+    if keep < 0:
+        assert "transformer." in str(e.value) and "ends at byte" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "data", [b"x" * 500, b"\x02\0\0\0\0\0\0\0[]", b"\x08\0\0\0\0\0\0\0" + b'{"a": 1}' + b"0" * 99]
+)
+def test_other_files(folder: Path, data: bytes):
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match="(truncated|damaged), or no safetensors file"):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"n_embd": 32}, "transformer.wte.weight has shape (40, 16), wanted (40, 32)"),
+        ({"n_layer": 3}, "transformer.h.2.ln_1.weight is missing, wanted shape (16,)"),
+        ({"n_layer": 1}, "transformer.h.1.attn.c_attn.bias (48,) is no part of a GPT-2 of 1"),
+        ({"n_positions": 9}, "transformer.wpe.weight has shape (8, 16), wanted (9, 16)"),
+        ({"n_head": 3}, "n_head 3 does not divide n_embd 16"),
+        ({"n_head": None}, "n_head is None, wanted a whole number >= 1"),
+        ({"model_type": "llama"}, "model_type is llama, only gpt2 can be read"),
+        ({"activation_function": "relu"}, "activation_function is relu, can be gelu_new"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06, only 1e-05 can be read"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+        ({"n_inner": 63}, "n_inner is 63, only 64 can be read"),
+    ],
+)
+def test_configs_that_do_not_match(folder: Path, values, message):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    with pytest.raises(UserError) as e:
+        read(folder)
+    assert message in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_size_that_was_named_is_demanded(folder: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=r"wte.weight has shape \(40, 16\), wanted \(50257, 768\)"):
+        read(folder, "gpt2")
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match="has no config.json.*--init_from=gpt2"):
+        read(folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"wte.weight has shape \(40, 16\), wanted \(50257, 1024\)"):
+        read(folder / "model.safetensors", "gpt2-medium")
+
+
+def test_a_file_with_its_config_beside_it(folder: Path):
+    assert read(folder / "model.safetensors").shape == SHAPE
+
+
+def test_folders_without_weights(tmp_path: Path, folder: Path):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"has no model.safetensors \(only a pickle, which is not"):
+        read(folder)
+    with pytest.raises(UserError, match="--weights=nowhere: there is no such file or folder"):
+        read(Path("nowhere"))
+
+
+def test_parts_that_are_missing(folder: Path):
+    index = {"weight_map": {"transformer.wte.weight": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="model-00001-of-00001.safetensors: missing, though"):
+        read(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../x"}}')
+    with pytest.raises(UserError, match="missing, though"):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"),
+    [("gpt2", 124), ("gpt2-medium", 355), ("gpt2-large", 774), ("gpt2-xl", 1558)],
+)
+def test_openai_s_sizes(size: str, millions: int):
+    """All parameters, positions too, as OpenAI counts (the paper's 117M was a slip)."""
+    shapes = expected(hugging_face.shape_of_size(size)).values()
+    assert round(sum(torch.Size(s).numel() for s in shapes) / 1e6) == millions
+
+
+def test_a_hugging_face_model_trained_on_gets_its_biases_back(folder: Path):
+    """Marked as without biases, but a bias is no longer zero: then it counts."""
+    shape = ModelShape(**{**vars(SHAPE), "bias": False})
+    model = random_model(shape)
+    write(folder, shape, model.state_dict())
+    assert not read(folder).shape.bias
+    change(folder, **{"transformer.h.0.ln_1.bias": torch.ones(16)})
+    assert read(folder).shape.bias

@@ -1,0 +1,343 @@
+"""nanoGPT's checkpoints: a run goes on as it would have there; hostile files run nothing."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastgpt.config.schema import OptimConfig
+from fastgpt.data.batches import Batches
+from fastgpt.data.tokens import open_dataset
+from fastgpt.errors import UserError
+from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.train.optim import learning_rate
+from fastgpt.weights.nanogpt import load, model_of
+from tests import runs
+from tests.process import fastgpt
+
+ARGS = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 12, "vocab_size": 65}
+CONFIG = {
+    "dataset": "letters", "batch_size": 3, "gradient_accumulation_steps": 2, "learning_rate": 3e-2,
+    "min_lr": 1e-3, "warmup_iters": 3, "lr_decay_iters": 20, "max_iters": 9, "weight_decay": 0.1,
+    "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0, "decay_lr": True, "eval_interval": 100,
+    "eval_iters": 2, "log_interval": 1, "dropout": 0.0, "device": "cuda", "dtype": "float16",
+    "compile": True, "wandb_log": True, "out_dir": "out-letters", "always_save_checkpoint": False,
+    "init_from": "scratch", "backend": "nccl",
+}  # fmt: skip
+
+
+class Reference:
+    """nanoGPT's model and training step, in the plainest form: a dict of tensors under its names,
+    in its order, and AdamW over its two groups."""
+
+    def __init__(self, bias: bool, seed: int = 0):
+        C, V, T = ARGS["n_embd"], ARGS["vocab_size"], ARGS["block_size"]
+        sizes: dict[str, tuple[int, ...]] = {"wte.weight": (V, C), "wpe.weight": (T, C)}
+        for i in range(ARGS["n_layer"]):
+            for name, size in (
+                ("ln_1", (C,)), ("attn.c_attn", (3 * C, C)), ("attn.c_proj", (C, C)),
+                ("ln_2", (C,)), ("mlp.c_fc", (4 * C, C)), ("mlp.c_proj", (C, 4 * C)),
+            ):  # fmt: skip
+                sizes[f"h.{i}.{name}.weight"] = size
+                if bias:
+                    sizes[f"h.{i}.{name}.bias"] = size[:1]
+        sizes["ln_f.weight"] = (C,)
+        if bias:
+            sizes["ln_f.bias"] = (C,)
+        generator = torch.Generator().manual_seed(seed)
+        self.p = {
+            f"transformer.{name}": torch.nn.Parameter(
+                torch.randn(size, generator=generator) * (0.1 if len(size) > 1 else 0.3)
+                + (1.0 if "ln" in name and name.endswith("weight") else 0.0)
+            )
+            for name, size in sizes.items()
+        }
+        matrices = [p for p in self.p.values() if p.ndim >= 2]
+        vectors = [p for p in self.p.values() if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": CONFIG["weight_decay"]}]
+        groups += [{"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95))
+
+    def logits(self, idx: torch.Tensor) -> torch.Tensor:
+        B, T = idx.shape
+        C, H = ARGS["n_embd"], ARGS["n_head"]
+
+        def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+            bias = self.p.get(f"transformer.{name}.bias")
+            return F.layer_norm(x, (C,), self.p[f"transformer.{name}.weight"], bias)
+
+        def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+            bias = self.p.get(f"transformer.{name}.bias")
+            return F.linear(x, self.p[f"transformer.{name}.weight"], bias)
+
+        wte, wpe = (self.p[f"transformer.{n}.weight"] for n in ("wte", "wpe"))
+        x = wte[idx] + wpe[:T]
+        for i in range(ARGS["n_layer"]):
+            qkv = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").split(C, 2)
+            q, k, v = (t.view(B, T, H, C // H).transpose(1, 2) for t in qkv)
+            scores = (q @ k.mT / (C // H) ** 0.5).masked_fill(
+                torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf
+            )
+            y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C)
+            x = x + linear(y, f"h.{i}.attn.c_proj")
+            h = F.gelu(linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc"))
+            x = x + linear(h, f"h.{i}.mlp.c_proj")
+        return norm(x, "ln_f") @ wte.T
+
+    def step(self, step: int, tokens: torch.Tensor) -> float:
+        """One update on (rows, T + 1) tokens; the loss before it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(
+                step,
+                OptimConfig(learning_rate=3e-2, min_lr=1e-3, warmup_iters=3, lr_decay_iters=20),
+            )
+        logits = self.logits(tokens[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(self.p.values()), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+    def checkpoint(self, step: int, compiled: bool = False) -> dict:
+        """What its train.py saves: the output layer a second time, the loss as a tensor."""
+        model = torch.nn.Module().state_dict()  # an OrderedDict with metadata, as a module's is
+        model.update({k: v.detach() for k, v in self.p.items()})
+        model["lm_head.weight"] = model["transformer.wte.weight"]
+        if compiled:
+            model = {f"_orig_mod.{k}": v for k, v in model.items()}
+        return {
+            "model": model,
+            "optimizer": self.optimizer.state_dict(),
+            "model_args": {**ARGS, "bias": "transformer.ln_f.bias" in self.p, "dropout": 0.0},
+            "iter_num": step,
+            "best_val_loss": torch.tensor(3.25),
+            "config": CONFIG,
+        }
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """nanoGPT's data folder: headerless ids below 65, a vocabulary of characters."""
+    folder = tmp_path / "data" / "letters"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    chars = [chr(i) for i in range(32, 97)]
+    for split in ("train", "val"):
+        ids = np.minimum(rng.geometric(0.2, 3000), 65) - 1
+        ids.astype(np.uint16).tofile(folder / f"{split}.bin")
+    meta = {
+        "vocab_size": 65,
+        "itos": dict(enumerate(chars)),
+        "stoi": {c: i for i, c in enumerate(chars)},
+    }
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    return tmp_path
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_nanogpt_run_goes_on_with_the_losses_it_would_have_had(data: Path, bias: bool):
+    split = open_dataset(data / "data" / "letters").train
+    batches = Batches(split, rows_per_step=6, block_size=12, seed=1337, sampling="random")
+    reference = Reference(bias)
+    losses = []
+    for step in range(14):
+        if step == 5:
+            torch.save(reference.checkpoint(5, compiled=bias), data / "ckpt.pt")
+        losses.append(reference.step(step, torch.from_numpy(batches.tokens(step))))
+    said = fastgpt(data, "import", "ckpt.pt", "--out_dir=run")
+    assert "step 5, val loss 3.2500, with optimizer state" in said
+    more = ("--max_iters=14", "--device=cpu", "--peak_tflops=1")
+    said = fastgpt(data, "train", "--init_from=resume", "--out_dir=run", *more)
+    assert "resuming from run/checkpoints/step_00000005" in said
+    got = {r["step"]: r["loss"] for r in runs.records(data / "run")}
+    assert list(got) == list(range(5, 14))
+    for step, loss in got.items():
+        assert loss == pytest.approx(losses[step], rel=2e-6), f"step {step}"
+    few = ("--num_samples=1", "--max_new_tokens=5", "--start=A")
+    text = fastgpt(data, "sample", "--out_dir=run", *few)
+    assert "---------------" in text
+
+
+def save(folder: Path, **changes) -> Path:
+    data = Reference(bias=True).checkpoint(0) | changes
+    torch.save({k: v for k, v in data.items() if v is not None}, folder / "ckpt.pt")
+    return folder / "ckpt.pt"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("T", [1, 5, 12])
+def test_logits_are_nanogpt_s(tmp_path: Path, bias: bool, T: int):
+    reference = Reference(bias)
+    torch.save(reference.checkpoint(0), tmp_path / "ckpt.pt")
+    shape, tensors, _ = model_of(tmp_path, load(tmp_path / "ckpt.pt"), "erf")
+    assert shape == ModelShape(**ARGS, bias=bias, gelu="erf")
+    model = GPT(shape)
+    model.load_state_dict(tensors)
+    assert not model.transformer.wte.weight[65:].any(), "rows that pad the vocabulary are zero"
+    idx = torch.randint(65, (3, T), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        got, want = model(idx), reference.logits(idx)
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_masks_and_no_optimizer(tmp_path: Path):
+    """Older versions keep causal masks among the weights; a checkpoint may be weights only."""
+    model = Reference(bias=True).checkpoint(0)["model"]
+    model["transformer.h.0.attn.bias"] = torch.ones(1, 1, 12, 12)
+    save(tmp_path, model=model, optimizer=None, config=None, iter_num=7)
+    said = fastgpt(tmp_path, "import", "ckpt.pt", "--out_dir=run", "--gelu=tanh")
+    assert "step 7" in said and "without optimizer state" in said and "gelu='tanh'" in said
+    assert "no tokenizer found" in said
+
+
+class Hostile:
+    def __init__(self, command: str):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def hostile(kind: str, folder: Path) -> Path:
+    """A checkpoint that would write a file if any of it were run."""
+    evil, path = Hostile(f"touch {folder / 'ran'}"), folder / "ckpt.pt"
+    good = Reference(bias=True).checkpoint(0)
+    if kind == "value":
+        torch.save({**good, "extra": evil}, path)
+    elif kind == "protocol 4":
+        torch.save({**good, "extra": evil}, path, pickle_protocol=4)
+    elif kind == "legacy":
+        torch.save({**good, "extra": evil}, path, _use_new_zipfile_serialization=False)
+    elif kind == "bare pickle":
+        path.write_bytes(pickle.dumps(evil))
+    else:
+        torch.save(good, path)
+        with zipfile.ZipFile(path) as archive:
+            entries = {e.filename: archive.read(e) for e in archive.infolist()}
+        name = next(n for n in entries if n.endswith("data.pkl"))
+        method = zipfile.ZIP_DEFLATED if kind == "compressed" else zipfile.ZIP_STORED
+        extra = pickle.dumps(evil)
+        with zipfile.ZipFile(path, "w", method) as archive:
+            if kind == "replaced":
+                entries[name] = pickle.dumps(evil, protocol=2)
+            for n, content in entries.items():
+                archive.writestr(n, content)
+            if kind == "second pickle":
+                archive.writestr(name.replace("data.pkl", "constants.pkl"), extra)
+            if kind == "same name twice":
+                with pytest.warns(UserWarning, match="Duplicate"):
+                    archive.writestr(name, extra)
+            if kind == "other root":
+                archive.writestr("data.pkl", extra)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("value", "its pickle asks for posix.system, which is no part of a tensor"),
+        ("protocol 4", "its pickle asks for STACK_GLOBAL"),
+        ("replaced", "its pickle asks for posix.system"),
+        ("legacy", "not in the zip format"),
+        ("bare pickle", "not in the zip format"),
+        ("second pickle", "one pickle, data.pkl, is wanted"),
+        ("other root", "one pickle, data.pkl, is wanted"),
+        ("same name twice", "two entries have the same name"),
+        ("compressed", "its entries are compressed"),
+    ],
+)
+def test_hostile_files_are_refused_and_nothing_is_run(kind: str, message: str, tmp_path: Path):
+    path = hostile(kind, tmp_path)
+    with pytest.raises(UserError) as e:
+        load(path)
+    assert message in str(e.value) and "nothing in it was run" in str(e.value)
+    assert "\n" not in str(e.value) and not (tmp_path / "ran").exists()
+
+
+def test_the_hostile_pickle_would_have_run(tmp_path: Path):
+    """So that the tests above would notice."""
+    pickle.load(io.BytesIO(pickle.dumps(Hostile(f"touch {tmp_path / 'ran'}"))))
+    assert (tmp_path / "ran").exists()
+
+
+def test_other_bad_files(tmp_path: Path):
+    whole = save(tmp_path).read_bytes()
+    for data in (whole[: len(whole) // 2], whole[:-30], b"PK\x03\x04" + b"x" * 100):
+        (tmp_path / "ckpt.pt").write_bytes(data)
+        with pytest.raises(UserError, match="is damaged"):
+            load(tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="none.pt: cannot be read: No such file"):
+        load(tmp_path / "none.pt")
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="is no checkpoint of nanoGPT's train.py"):
+        load(tmp_path / "ckpt.pt")
+
+
+def changed(**tensors) -> dict:
+    model = Reference(bias=True).checkpoint(0)["model"] | tensors
+    return {k: v for k, v in model.items() if v is not None}
+
+
+FC = "transformer.h.1.mlp.c_fc.weight"
+WTE = "transformer.wte.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": changed(**{FC: None})}, f"{FC} is missing, wanted shape (64, 16)"),
+        (
+            {"model": changed(**{FC: torch.zeros(16, 64)})},
+            f"{FC} has shape (16, 64), wanted (64, 16)",
+        ),
+        ({"model": changed(**{FC: torch.zeros(64, 16).int()})}, f"{FC} (64, 16) is of dtype int32"),
+        (
+            {"model": changed(lm_head=torch.zeros(3))},
+            "lm_head (3,) is no part of a GPT of 2 layers",
+        ),
+        (
+            {"model": changed(**{"lm_head.weight": torch.zeros(65, 16)})},
+            "lm_head.weight (65, 16) is not the embedding (65, 16)",
+        ),
+        ({"model_args": {**ARGS, "vocab_size": 70}}, f"{WTE} has shape (65, 16), wanted (70, 16)"),
+        ({"model_args": {**ARGS, "n_head": 3}}, "n_head 3 does not divide n_embd 16"),
+        ({"model_args": {**ARGS, "n_layer": "2"}}, "model_args has n_layer '2', wanted a whole"),
+        ({"model_args": None}, "model_args has n_layer None"),
+        ({"iter_num": -1}, "iter_num is -1, wanted a whole number >= 0"),
+        ({"config": {**CONFIG, "learning_rate": "x"}}, "learning_rate=x: wanted a number > 0"),
+    ],
+)
+def test_checkpoints_that_do_not_fit(changes, message, tmp_path: Path):
+    save(tmp_path, **changes)
+    said = fastgpt(tmp_path, "import", "ckpt.pt", "--out_dir=run", code=2)
+    assert message in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_optimizer_of_another_model(tmp_path: Path):
+    reference = Reference(bias=True)
+    reference.step(0, torch.zeros(2, 13, dtype=torch.int64))
+    good = reference.checkpoint(1)["optimizer"]
+    state = {**good["state"], 0: {**good["state"][0], "exp_avg": torch.zeros(66, 16)}}
+    few = {k: v for k, v in good["state"].items() if k}
+    for optimizer, message in (
+        ({**good, "state": state}, f"exp_avg of {WTE} has shape (66, 16), wanted (65, 16)"),
+        (
+            {**good, "state": few},
+            "its optimizer has 28 parameters and state for 27, the model has 28",
+        ),
+        ({**good, "param_groups": good["param_groups"][:1]}, "its optimizer has 10 parameters"),
+    ):
+        save(tmp_path, optimizer=optimizer)
+        said = fastgpt(tmp_path, "import", "ckpt.pt", "--out_dir=run", code=2)
+        assert message in said, said
+        assert not (tmp_path / "run").exists()

@@ -1,0 +1,140 @@
+"""Weights from elsewhere: finetuning from them, and a model's way out and back in by commands."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt.config.presets import PRESETS
+from fastgpt.config.settings import load_toml
+from fastgpt.data.tokenizers import ByteTokenizer
+from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.storage.checkpoint import load
+from fastgpt.weights import hf_tokenizer, hugging_face
+from fastgpt.weights.hugging_face import read
+from tests import runs
+from tests.process import fastgpt
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+SHAPE = ModelShape(1, 2, 16, 32, 256, True, "tanh")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A text, and a small model as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("home")
+    runs.write_text(folder)
+    hugging_face.write(folder / "weights", SHAPE, GPT(SHAPE).init_weights(3).state_dict())
+    hf_tokenizer.write(folder / "weights", ByteTokenizer())
+    return folder
+
+
+DATA = ("--input=text.txt", "--tokenizer=byte", "--device=cpu", "--peak_tflops=1")
+FEW = ("--max_iters=2", "--eval_iters=1", "--gradient_accumulation_steps=2", "--sample_tokens=0")
+
+
+def test_finetuning_begins_with_the_given_weights_and_resumes(home: Path):
+    """A learning rate of next to nothing leaves them; shape, biases and GELU are theirs."""
+    finetune = ("finetune_shakespeare", "--weights=weights", "--block_size=20", *DATA, *FEW)
+    still = ("--learning_rate=1e-12", "--weight_decay=0")
+    said = fastgpt(home, "train", *finetune, *still, "--out_dir=tuned")
+    assert "weights from weights: ModelShape(n_layer=1, n_head=2, n_embd=16, block_size=20" in said
+    assert "warning" not in said
+    saved, given = load(home / "tuned"), read(home / "weights")
+    assert saved.state["model"] == {**vars(SHAPE), "block_size": 20}
+    for name, tensor in given.tensors.items():
+        want = tensor[:20] if name == "transformer.wpe.weight" else tensor
+        torch.testing.assert_close(saved.model[name], want, rtol=0, atol=1e-10)
+    said = fastgpt(home, "train", "--init_from=resume", "--out_dir=tuned", "--max_iters=3")
+    assert "resuming from tuned/checkpoints/step_00000002" in said
+    assert load(home / "tuned").state["step"] == 3
+    config = load_toml(home / "tuned" / "config.toml")
+    assert (config.run.init_from, config.run.weights) == ("weights", "weights")
+    fastgpt(home, "train", "tuned/config.toml", "--out_dir=again", "--max_iters=1")
+    assert load(home / "again").state["model"]["block_size"] == 20
+
+
+def test_another_tokenizer_is_mentioned(home: Path):
+    data = ("--input=text.txt", "--tokenizer=char", "--device=cpu", "--peak_tflops=1")
+    args = ("laptop", "--weights=weights", "--block_size=20", *data, *FEW, "--out_dir=chars")
+    said = fastgpt(home, "train", *args)
+    assert "warning: these weights know the ids of byte, the data in data/text-char-" in said
+
+
+def test_the_recipe_is_nanogpt_s():
+    c = PRESETS["finetune_shakespeare"]()
+    assert c.optim.batch_size * c.optim.gradient_accumulation_steps * c.model.block_size == 32_768
+    assert (c.run.init_from, c.run.max_iters, c.optim.learning_rate) == ("gpt2-xl", 20, 3e-5)
+    assert not c.optim.decay_lr and not c.log.always_save_checkpoint
+    assert (c.data.dataset, c.log.eval_interval, c.log.eval_iters) == ("shakespeare", 5, 40)
+
+
+def test_a_run_goes_out_and_comes_back(home: Path):
+    """train -> export -> transformers, sample and eval of the folder, and export of that again."""
+    transformers = pytest.importorskip("transformers")
+    fastgpt(home, "train", *runs.TINY, *DATA, "--out_dir=out", "--bias=True", "--gelu=erf")
+    said = fastgpt(home, "export", "--out_dir=out", "--to", "folder", "--checkpoint=latest")
+    assert "exported to folder" in said and "the byte tokenizer has none" in said
+    saved = load(home / "out")
+    model = GPT(ModelShape(**saved.state["model"]))
+    model.load_state_dict(saved.model)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(home / "folder").eval()
+    ids = torch.arange(32).view(2, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    fastgpt(home, "export", "--weights=folder", "--to=folder2")
+    first, second = ((home / f / "model.safetensors").read_bytes() for f in ("folder", "folder2"))
+    assert first == second
+    args = ("--num_samples=1", "--max_new_tokens=20", "--start=a cat", "--device=cpu")
+    a = fastgpt(home, "sample", "--out_dir=out", "--checkpoint=latest", *args)
+    b = fastgpt(home, "sample", "--weights=folder", *args)
+    assert a.split("\n")[1] == b.split("\n")[1]
+    evals = ("--limit=300", "--device=cpu")
+    a = fastgpt(home, "eval", "--out_dir=out", "--checkpoint=latest", *evals)
+    dataset = next((home / "data").glob("text-byte-*"))
+    b = fastgpt(home, "eval", "--weights=folder", f"--dataset={dataset}", *evals)
+    losses = [json.loads(said.splitlines()[-1])["loss"] for said in (a, b)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["export", "--weights=weights"], "--to: where to? name a new folder, as --to FOLDER"),
+        (["export", "--weights=weights", "--to=weights"], "--to=weights: is not empty"),
+        (["export", "--weights=weights", "--to=text.txt"], "--to=text.txt: is not empty"),
+        (["export", "--out_dir=none", "--to=x"], "--out_dir=none: no run there"),
+        (
+            ["train", "laptop", "--weights=weights", *DATA],
+            "--block_size=64: weights has 32 positions; pass --block_size=32 or less",
+        ),
+        (
+            ["train", "laptop", "--init_from=gpt2-xl", "--weights=weights", *DATA],
+            "wte.weight has shape (256, 16), wanted (50257, 1600)",
+        ),
+        (
+            ["train", "laptop", "--vocab_size=100", *DATA],
+            "--vocab_size=100: the data in data/",
+        ),
+        (["import"], "import: one checkpoint is wanted, 0 given"),
+    ],
+)
+def test_bad_requests(command, message, home: Path):
+    out = ["--out_dir=nothing"] if command[0] == "train" else []
+    said = fastgpt(home, *command, *out, code=2)
+    assert message in said.splitlines()[-1] and "Traceback" not in said
+    assert not (home / "nothing").exists() and not (home / "x").exists()
+
+
+def test_a_larger_vocabulary_than_the_data_s(home: Path):
+    """As nanoGPT trains GPT-2 with 50,304; resuming keeps it."""
+    args = (*runs.TINY, *DATA, "--out_dir=wide", "--vocab_size=300", "--max_iters=2")
+    fastgpt(home, "train", *args)
+    fastgpt(home, "train", "--init_from=resume", "--out_dir=wide", "--max_iters=3")
+    saved = load(home / "wide")
+    assert saved.state["model"]["vocab_size"] == 300 and saved.state["step"] == 3
+    assert saved.model["transformer.wte.weight"].shape == (384, 32)
