@@ -15,26 +15,32 @@ import torch
 from bench import results, setup, step, turns
 from bench.variants import Variant
 from fastgpt.errors import UserError
-from fastgpt.model import ops
 from fastgpt.model.device import DTYPES
 from fastgpt.train import mfu
-from fastgpt_kernels import _host
-from fastgpt_kernels.matmul_kernels import runs_on
+from fastgpt_kernels import host
+from fastgpt_kernels.record import Record, Sizes, records
 
 FAST = "kernels+compile"
+
+
+def with_flags() -> list[Record]:
+    return [*records("model"), *records("train")]
 
 
 def contenders(arch: str = "") -> list[Variant]:
     """The fast path first. Without a GPU (`arch` "sm_90" or so) it is eager, as are all others."""
     if not arch:
-        names = ("eager", *(f"{op} eager" for op in ops.EAGER))
+        names = ("eager", *(f"{op.name} eager" for op in with_flags()))
         return [Variant(name, kernels="eager") for name in names]
     fast: dict[str, Any] = {"kernels": "triton", "compile": True, "graph": True}
     # First what is not decided yet, in case that time runs out.
-    switched = {op: "triton" for op in ops.LIBRARY if arch not in ops.MEASURED_FASTER[op]}
-    switched |= {op: "eager" for op in ops.EAGER if op not in switched}
-    if not runs_on(arch):
-        switched = {op: to for op, to in switched.items() if op not in ("linear", "mlp")}
+    switched = {
+        op.name: "triton" for op in with_flags() if op.library and arch not in op.measured_faster
+    }
+    switched |= {op.name: "eager" for op in with_flags() if op.name not in switched}
+    for op in with_flags():
+        if op.limits(Sizes(), torch.bfloat16, arch):
+            del switched[op.name]
     others = [Variant(f"{op} {to}", overrides={op: to}, **fast) for op, to in switched.items()]
     return [Variant(FAST, **fast), *others]
 
@@ -74,7 +80,7 @@ def main(argv: list[str]) -> int:
         result.save(args.out)
 
     found = turns.measure(
-        contenders(_host.arch(device.index or 0) if gpu else ""),
+        contenders(host.arch(device.index or 0) if gpu else ""),
         config,
         vocab_size,
         rounds=args.rounds,

@@ -66,17 +66,17 @@ GEMM_OPS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1}
 _GEMM = _rule(
     r"^aten::(mm|addmm|matmul|linear|addmv|mv)$|(Mm|Addmm|Linear)Backward\d*$"
     r"|gemm|gemv|nvjet|xmma|cutlass|cublas|splitK|triton_tem_fused.*mm|^mkldnn_linear|Cijk_"
-    r"|^matmul_kernel$|^fastgpt::(linear|mlp)(_backward)?$"
+    r"|^matmul_kernel$|^fastgpt::(linear|mlp)(_backward|Backward)?$"
 )
 _ATTENTION = _rule(
-    r"scaled_dot_product|ScaledDotProduct|fastgpt::attention|\b_Attention(Backward)?$"
+    r"scaled_dot_product|ScaledDotProduct|fastgpt::attention"
     r"|flash_(fwd|bwd|attention)|fmha|_efficient_attention|cudnn.*sdpa|sdpa_sm|flex_attention"
     r"|_softmax|SoftmaxBackward|^aten::(bmm|baddbmm)$|BmmBackward"  # SDPA in single ops
-    r"|^(attention_forward|prepare|key_value|query|finish)_kernel"
+    r"|^attention_(forward|prepare|key_value|query|finish)_kernel"
 )
 _HEAD = _rule(
     r"cross_entropy|log_softmax|LogSoftmax|nll_loss|NllLoss|CrossEntropy|SoftMax(For|Back)ward"
-    r"|\b_(Total|Rows)(Backward)?$|^_scale_kernel|_cross_entropy_kernel"
+    r"|\b_GradientIn(For|Back)ward"
 )
 _CAST = _rule(
     r"^aten::_to_copy$|^triton_poi_fused__to_copy(_(t|view|permute|transpose|mm))*_\d+$|ToCopyBackward"
@@ -91,7 +91,6 @@ _MEMORY: tuple[tuple[str, re.Pattern[str]], ...] = (
         ),
     ),
     ("dropout", _rule(r"dropout|Dropout|bernoulli|distribution_elementwise")),
-    ("norms or GELU", _rule(r"^(forward|backward)_kernel|_sum_partials")),
 )
 _MOVES = _rule(
     r"^aten::(copy_|clone|contiguous|cat|stack|fill_|zero_|zeros|zeros_like|slice_backward"

@@ -32,7 +32,7 @@ from fastgpt.data.prepare import ensure
 from fastgpt.data.tokens import open_dataset
 from fastgpt.errors import UserError
 from fastgpt.model.device import synchronize
-from fastgpt_kernels._workers import TaskFailed, Worker
+from fastgpt_kernels.tools.workers import TaskFailed, Worker
 
 PRESET = "shakespeare_char"
 # nanoGPT's README ends its GPU run at 1.4697; on the way there 1.5 is met by a steep curve.

@@ -28,9 +28,9 @@ from bench.setup import at_least
 from bench.stats import MIN_ROUNDS
 from fastgpt.config.presets import PRESETS
 from fastgpt.config.schema import Config
-from fastgpt.model import ops
-from fastgpt_kernels import _host, reference
-from fastgpt_kernels.matmul_kernels import runs_on
+from fastgpt_kernels import host, reference
+from fastgpt_kernels.ops.matmul.configs import runs_on
+from fastgpt_kernels.ops.matmul.record import eager_mlp
 
 SIZES = ("gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl")
 HEAD = 50304
@@ -132,7 +132,7 @@ def _autotuned(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _add_ours(case: Case, fn: Callable[..., Tensor]) -> None:
-    arch = _host.arch(torch.cuda.current_device())
+    arch = host.arch(torch.cuda.current_device())
     if runs_on(arch):
         case.providers.append(Provider("fastgpt", fn))
     else:
@@ -153,7 +153,7 @@ def mlp_case(M: int, C: int, device: torch.device) -> Case:
         f"{M} x {C} -> {H} -> {C} {str(dtype)[6:]}",
         leaves,
         [dy],
-        [Provider("eager", ops.mlp)],
+        [Provider("eager", eager_mlp)],
         lambda: run_oracle(reference.mlp, leaves, [dy]),
         "TFLOP/s",
         {"forward": flops, "backward": 2 * flops},
@@ -161,10 +161,10 @@ def mlp_case(M: int, C: int, device: torch.device) -> Case:
     if not cuda:
         made.skipped |= dict.fromkeys(("cuBLAS, fused GELU", AUTOTUNE, "fastgpt"), NO_GPU)
         return made
-    fused = functools.partial(ops.mlp, bias_gelu=ours.bias_gelu)
+    fused = functools.partial(eager_mlp, bias_gelu=ours.bias_gelu)
     made.providers += [
         Provider("cuBLAS, fused GELU", fused),
-        Provider(AUTOTUNE, _autotuned(ops.mlp)),
+        Provider(AUTOTUNE, _autotuned(eager_mlp)),
     ]
     _add_ours(made, ours.mlp)
     return made

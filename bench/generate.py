@@ -35,9 +35,7 @@ WARM_UP = 8  # tokens
 
 def make(shape: ModelShape, device: torch.device, dtype: str) -> GPT:
     """Random weights; norms of either sign, or the likeliest token would be the last one again."""
-    table = ops.choose(
-        device, DTYPES[dtype], head_dim=shape.n_embd // shape.n_head, width=shape.n_embd
-    )
+    table = ops.choose(device, DTYPES[dtype], shape.sizes(1))
     model = GPT(shape, table=table, dtype=DTYPES[dtype]).to(device)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():

@@ -24,7 +24,7 @@ from bench.kernel_heads import linear_cross_entropy
 from bench.setup import at_least
 from bench.stats import MIN_ROUNDS, Ratio, ratio_of_medians, summarize
 from fastgpt.model.device import synchronize
-from fastgpt_kernels._timing import interleaved
+from fastgpt_kernels.tools.timing import interleaved
 
 OURS = "fastgpt"
 CASES = kernel_cases.CASES | {"linear_cross_entropy": linear_cross_entropy}

@@ -31,7 +31,7 @@ from bench.variants import Stepper, Variant, build
 from fastgpt.config import settings
 from fastgpt.config.schema import Config
 from fastgpt.model.device import synchronize
-from fastgpt_kernels._workers import TaskFailed, Worker
+from fastgpt_kernels.tools.workers import TaskFailed, Worker
 
 POOL = 8  # batches that the steps rotate through
 CHECK_STEPS = 8

@@ -63,10 +63,14 @@ class Stepper(Protocol):
     def evaluate(self, tokens: Tensor) -> Tensor: ...
 
 
-def our_model(config: Config, vocab_size: int, table: ops.OpTable | None = None) -> GPT:
+def our_shape(config: Config, vocab_size: int) -> ModelShape:
     m = config.model
-    shape = ModelShape(m.n_layer, m.n_head, m.n_embd, m.block_size, vocab_size, m.bias, m.gelu)
-    model = GPT(shape, m.dropout, table, DTYPES[config.system.dtype])
+    return ModelShape(m.n_layer, m.n_head, m.n_embd, m.block_size, vocab_size, m.bias, m.gelu)
+
+
+def our_model(config: Config, vocab_size: int, table: ops.OpTable | None = None) -> GPT:
+    shape = our_shape(config, vocab_size)
+    model = GPT(shape, config.model.dropout, table, DTYPES[config.system.dtype])
     return model.init_weights(config.run.seed)
 
 
@@ -77,16 +81,17 @@ class Ours:
         system, m = config.system, config.model
         device = torch.device(system.device)
         system.compile = variant.compile
+        system.kernels = variant.kernels  # type: ignore[assignment]
+        for op, implementation in variant.overrides.items():
+            setattr(config.op, op, implementation)
         table = ops.choose(
             device,
             DTYPES[system.dtype],
-            head_dim=m.n_embd // m.n_head,
-            width=m.n_embd,
-            kernels=variant.kernels,
-            overrides=vars(config.op) | variant.overrides,
+            our_shape(config, vocab_size).sizes(config.optim.batch_size, m.dropout),
+            ops.Wish(system.kernels, vars(config.op)),
         )
         self.trainer = Trainer(our_model(config, vocab_size, table).to(device), config, device)
-        self.choices = [f"{c.op}: {c.implementation} ({c.reason})" for c in table.choices]
+        self.choices = [f"{c.op}: {c.implementation} ({c.reason})" for c in self.trainer.choices]
         self.may_graph, self.graphed = variant.graph, False
 
     def warm_up(self, tokens: Tensor) -> None:

@@ -125,7 +125,7 @@ def run(config: Config, name: str, own: dict[str, str], argv: Sequence[str]) -> 
     result.save(out)
     with setup.one_thread(config.system.device), Steps(config) as steps:
         found, samples = measure(steps, seconds, int(own.get("traced_steps", 3)))
-        choices = steps.trainer.model.ops.describe()
+        choices = ops.describe(steps.trainer.choices)
     where = result.data["environment"]
     on_cpu = found.device == "cpu"
     head = f"{name} on {where['device']}" + (" (a CPU picture: no GPU was used)" if on_cpu else "")
@@ -180,10 +180,8 @@ class Steps:
         table = ops.choose(
             self.device,
             dtype,
-            head_dim=m.n_embd // m.n_head,
-            width=m.n_embd,
-            kernels=config.system.kernels,
-            overrides=vars(config.op),
+            shape.sizes(o.batch_size, m.dropout),
+            ops.Wish(system.kernels, vars(config.op)),
         )
         model = GPT(shape, m.dropout, table, dtype).init_weights(config.run.seed)
         self.trainer = Trainer(model.to(self.device), config, self.device)

@@ -19,7 +19,7 @@ from fastgpt.errors import UserError
 from fastgpt.model import ops
 from fastgpt.model.device import DTYPES, resolve_device, resolve_dtype
 from fastgpt.storage import run
-from fastgpt.train import mfu
+from fastgpt.train import mfu, optim
 
 
 def _version(package: str) -> str:
@@ -58,6 +58,10 @@ def _runs() -> str:
         return str(e)
 
 
+def _choices(device: torch.device) -> tuple[ops.Choice, ...]:
+    return (*ops.choose(device).choices, optim.choose(device)[0])
+
+
 def doctor() -> None:
     """Print the screen."""
     device = resolve_device("auto")
@@ -74,9 +78,7 @@ def doctor() -> None:
         "GPU": _gpus(),
         "precision": f"{dtype}; bf16 on a GPU: {bf16}",
         "peak": str(mfu.device_peak(device, DTYPES[dtype])),
-        "ops": "\n".join(
-            f"{c.op}: {c.implementation} ({c.reason})" for c in ops.choose(device).choices
-        ),
+        "ops": "\n".join(f"{c.op}: {c.implementation} ({c.reason})" for c in _choices(device)),
         "disk": f"{free:.1f} GiB free in {Path.cwd()}",
         "data": _data_folders(),
         "runs": _runs(),

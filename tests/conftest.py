@@ -14,9 +14,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     from triton.runtime import interpreter
 
-    from fastgpt_kernels import _host
+    from fastgpt_kernels import host, record
 
-    _host.INTERPRETED = False
+    record.records()  # loads every room, and with it the kernels
+    host.INTERPRETED = False
     del os.environ["TRITON_INTERPRET"]
 
     patch_tensor = interpreter._patch_lang_tensor

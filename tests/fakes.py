@@ -16,21 +16,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgpt.model import ops
 from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt_kernels.record import record, records
 
 
 def fused_table(monkeypatch: pytest.MonkeyPatch, products: str = "eager") -> ops.OpTable:
     """The Triton ops, made to believe that they are on a GPU; the matrix products as asked."""
     for name, module in list(sys.modules.items()):
-        if name.startswith("fastgpt_kernels.") and hasattr(module, "use_kernel"):
+        if name.startswith("fastgpt_kernels.ops.") and hasattr(module, "use_kernel"):
             monkeypatch.setattr(module, "use_kernel", lambda x: True)
-    functions = {op: ops._implementation(op, "triton") for op in ops.EAGER}
+    functions = {op.name: op.ours for op in records("model")}
     if products == "eager":
-        mlp = partial(ops.mlp, bias_gelu=functions["bias_gelu"])
-        functions |= {"linear": ops.linear, "mlp": mlp}
+        mlp = partial(record("mlp").eager, bias_gelu=functions["bias_gelu"])
+        functions |= {"linear": record("linear").eager, "mlp": mlp}
     else:
-        monkeypatch.setattr(sys.modules["fastgpt_kernels.linear"], "arch_of", lambda x: "sm_90")
+        monkeypatch.setattr(
+            sys.modules["fastgpt_kernels.ops.matmul.linear"], "arch_of", lambda x: "sm_90"
+        )
     choices = tuple(ops.Choice(op, "triton", "fake") for op in functions)
-    return ops.OpTable(**functions, choices=choices)
+    return ops.OpTable(functions, choices)
 
 
 def fake_model(

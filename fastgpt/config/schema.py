@@ -7,8 +7,12 @@ Flags are flat (`--n_layer=4`) and have nanoGPT's names and meanings; the tree o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from dataclasses import dataclass, field, make_dataclass
+from typing import Annotated, Any, Literal
+
+from typing_extensions import Doc
+
+from fastgpt_kernels import OPS
 
 
 @dataclass(frozen=True)
@@ -192,26 +196,18 @@ class SystemConfig:
     """torch.distributed backend of GPUs under torchrun; CPUs always use gloo."""
 
 
-@dataclass
-class OpConfig:
-    """Single ops, where they should differ from --kernels; flags are --op.NAME."""
+def _op_config() -> type:
+    """A section with a setting for each op that has a flag: --op.NAME."""
+    fields = []
+    for name, op in OPS.items():
+        if op.chosen_by in ("model", "train"):
+            kind = Literal[("auto", *op.choices)]  # type: ignore[valid-type]
+            fields.append((name, Annotated[kind, Doc(op.about)], field(default="auto")))
+    doc = "Single ops, if they should differ from --kernels; flags are --op.NAME."
+    return make_dataclass("OpConfig", fields, namespace={"__doc__": doc})
 
-    attention: Literal["auto", "triton", "eager", "cudnn", "flash"] = "auto"
-    """Causal self-attention; cudnn and flash are PyTorch's own."""
-    layer_norm: Literal["auto", "triton", "eager"] = "auto"
-    """The first norm."""
-    add_layer_norm: Literal["auto", "triton", "eager"] = "auto"
-    """Residual addition and the norm behind it."""
-    bias_gelu: Literal["auto", "triton", "eager"] = "auto"
-    """The MLP's bias and GELU."""
-    linear: Literal["auto", "triton", "eager"] = "auto"
-    """Attention's matrix products; eager is cuBLAS, and auto where nothing was measured faster."""
-    mlp: Literal["auto", "triton", "eager"] = "auto"
-    """The MLP as one op, its GELU inside the products; eager is linear and bias_gelu."""
-    linear_cross_entropy: Literal["auto", "triton", "eager"] = "auto"
-    """The head and the loss."""
-    adamw: Literal["auto", "triton", "eager"] = "auto"
-    """The optimizer; eager is PyTorch's fused one, and auto where nothing was measured faster."""
+
+OpConfig: Any = _op_config()
 
 
 @dataclass

@@ -49,7 +49,8 @@ def leaves(cls: type) -> dict[str, Leaf]:
             continue
         bounds = None
         if typing.get_origin(kind) is Annotated:
-            kind, bounds = typing.get_args(kind)
+            kind, *notes = typing.get_args(kind)
+            bounds = next((note for note in notes if isinstance(note, Range)), None)
         out[f.name] = Leaf(f.name, "", kind, bounds)
     return out
 

@@ -8,85 +8,17 @@ the padding out of sight, and go through the training attention all at once.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastgpt.model.gpt import GPT, Block, LayerNorm
-from fastgpt.model.selfcheck import difference
-
-
-def cached_attention(
-    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, scale: float | None = None
-) -> Tensor:
-    """One new token a row against its cache; the eager row of this op, signature of the kernel's.
-
-    qkv (B, 3*C); caches (B, H, S, D), row b's new key and value are written to positions[b]
-    (int64, (B,)), and positions up to that one are attended to. Returns (B, C).
-    """
-    B, H, S, D = k_cache.shape
-    q, k, v = qkv.view(B, 3, H, 1, D).unbind(1)
-    at = positions.view(B, 1, 1, 1).expand(B, H, 1, D)
-    k_cache.scatter_(2, at, k)
-    v_cache.scatter_(2, at, v)
-    hidden = torch.arange(S, device=qkv.device) > positions.view(B, 1, 1, 1)
-    mask = torch.zeros(B, 1, 1, S, dtype=qkv.dtype, device=qkv.device)
-    mask.masked_fill_(hidden, -torch.inf)
-    y = F.scaled_dot_product_attention(q, k_cache, v_cache, attn_mask=mask, scale=scale)
-    return y.reshape(B, H * D)
-
-
-def choose_attention(device: torch.device, head_dim: int) -> Callable[..., Tensor]:
-    """The Triton kernel on a GPU where it can run, else `cached_attention`."""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
-        from fastgpt_kernels.decode_attention import MAX_HEAD_DIM, decode_attention
-
-        if head_dim <= MAX_HEAD_DIM:
-            return decode_attention
-    return cached_attention
-
-
-def choose_linear(
-    device: torch.device, dtype: torch.dtype, batch_size: int
-) -> Callable[..., Tensor] | None:
-    """The fused linear layer on a GPU, for few rows and where it agrees with eager; else None."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return None
-    from fastgpt_kernels import decode_linear
-    from fastgpt_kernels.decode_linear import MAX_ROWS
-
-    if batch_size > MAX_ROWS or linear_disagreement(decode_linear, device, dtype, batch_size):
-        return None
-    return decode_linear
-
-
-def linear_disagreement(
-    function: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, batch_size: int
-) -> str:
-    """What is wrong with a fused linear layer on this device; empty where it agrees with eager."""
-    from fastgpt_kernels import reference
-
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
-
-    x, weight, bias = random(batch_size, 200), random(300, 200) * 0.1, random(300)
-    gain, shift, residual = random(200), random(200), random(batch_size, 300)
-    extras: dict[str, Any] = {"norm_weight": gain, "norm_bias": shift, "activation": "tanh"}
-    small = x.to(dtype), weight.to(dtype), bias.to(dtype)
-    exact = [t.float() for t in small]
-    rounded = residual.to(dtype)
-    return difference(
-        lambda: [function(*small, residual=rounded, **extras)],
-        lambda: [reference.decode_linear(*exact, residual=rounded.float(), **extras)],
-        dtype,
-    )
+from fastgpt.model.ops import Wish, choose_one
+from fastgpt_kernels.record import record
 
 
 @dataclass(frozen=True)
@@ -125,8 +57,14 @@ class Decoder:
         size = (shape.n_layer, 2, batch_size, shape.n_head, max_len, head_dim)
         self.cache = torch.zeros(size, dtype=dtype, device=device)
         self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.attend = choose_attention(device, head_dim)
-        self.linear = choose_linear(device, dtype, batch_size)
+        sizes = replace(shape.sizes(batch_size), block_size=max_len)
+        attention, linear = (
+            choose_one(record(op), device, dtype, sizes, Wish())
+            for op in ("decode_attention", "decode_linear")
+        )
+        self.attend = attention[1]
+        # Without our kernel PyTorch's layers and the op table's norms do better than its twin.
+        self.linear = linear[1] if linear[0].implementation == "triton" else None
 
     def _layer(self, block: Block) -> Layer:
         def cast_linear(layer: torch.nn.Linear) -> tuple[Tensor, Tensor | None]:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastgpt.model import ops
+from fastgpt_kernels.record import Sizes
 
 VOCAB_MULTIPLE = 128
 
@@ -37,6 +38,11 @@ class ModelShape:
     def padded_vocab_size(self) -> int:
         """Rows of the embedding: the vocabulary rounded up so that matmul tiles are whole."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    def sizes(self, batch_size: int, dropout: float = 0.0) -> Sizes:
+        """What the ops of a model of this shape are asked about, for a micro-batch."""
+        vocab = self.vocab_size, self.padded_vocab_size
+        return Sizes(batch_size, self.block_size, self.n_head, self.n_embd, *vocab, dropout)
 
 
 class LayerNorm(nn.Module):

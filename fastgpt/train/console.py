@@ -13,6 +13,7 @@ from fastgpt.config.schema import Config
 from fastgpt.data.tokenizers import decode_stream
 from fastgpt.data.tokens import Dataset
 from fastgpt.inference.generate import generate
+from fastgpt.model import ops
 from fastgpt.train import memory, plot
 from fastgpt.train.loop import Loop
 from fastgpt.train.step import Trainer
@@ -40,7 +41,7 @@ def introduce(config: Config, trainer: Trainer, dataset: Dataset, run_dir: Path)
     print(f"device {device}{gpu}, {config.system.dtype}, compile {config.system.compile}")
     if device.type == "cuda":
         print(f"memory, by estimate: {memory.of_model(trainer.model, o.batch_size)}")
-    print(f"ops {trainer.model.ops.describe()}")
+    print(f"ops {ops.describe(trainer.choices)}")
     print(f"run {run_dir}", flush=True)
 
 

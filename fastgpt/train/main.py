@@ -21,6 +21,7 @@ from fastgpt.model.device import (
     set_matmul_precision,
 )
 from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.model.ops import Wish
 from fastgpt.storage import checkpoint, run
 from fastgpt.train import console, graph, memory, parallel, resume
 from fastgpt.train.loop import Loop
@@ -65,20 +66,16 @@ def _train(config: Config, name: str, device: torch.device, ranks: Ranks) -> int
     shape = ModelShape(m.n_layer, m.n_head, m.n_embd, m.block_size, vocab_size, m.bias, m.gelu)
     set_matmul_precision(exact=system.dtype == "float32" and not system.tf32)
     dtype = DTYPES[system.dtype]
-    table = ops.choose(
-        device,
-        dtype,
-        head_dim=m.n_embd // m.n_head,
-        width=m.n_embd,
-        kernels=system.kernels,
-        overrides=vars(config.op),
-    )
+    sizes = shape.sizes(config.optim.batch_size, m.dropout)
+    table = ops.choose(device, dtype, sizes, Wish(system.kernels, vars(config.op)))
     model = GPT(shape, m.dropout, table, dtype).init_weights(config.run.seed)
     if given is not None:
         model.load_state_dict(given.tensors)
         del given
     model.to(device)
     model.checkpointing = system.activation_checkpointing
+
+    trainer = Trainer(model, config, device, ranks)
 
     resuming = resuming or parallel.restarted() and bool(checkpoint.names(Path(config.run.out_dir)))
     with ExitStack() as stack:
@@ -92,7 +89,6 @@ def _train(config: Config, name: str, device: torch.device, ranks: Ranks) -> int
                     run_dir = run.create(config.run.out_dir, name, overwrite)
                 stack.enter_context(run.lock(run_dir))
         run_dir = ranks.gather(run_dir)[0]
-        trainer = Trainer(model, config, device, ranks)
         with ranks.together():
             start = resume.load(trainer, dataset, run_dir) if resuming else Progress()
             if start.step >= config.run.max_iters and not config.log.eval_only:

@@ -27,8 +27,9 @@ from fastgpt.config.schema import Config
 from fastgpt.errors import UserError
 from fastgpt.model.device import synchronize
 from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt.model.ops import LIBRARY
 from fastgpt.train.step import Trainer
+from fastgpt_kernels.ops.loss.linear import chunk_rows
+from fastgpt_kernels.record import record
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,9 @@ def estimate(
     N, C, V, e = n_parameters(shape), shape.n_embd, shape.padded_vocab_size, dtype.itemsize
     M = batch_size * shape.block_size
     matrices = shape.n_layer * 12 * C * C + V * C
-    if fused:
-        from fastgpt_kernels.linear_cross_entropy import chunk_rows
-
-        loss = M * C * e + 4 * V * C + chunk_rows(M, V, e) * V * e
-    else:  # logits, log-probabilities in fp32, and the gradients of both
-        loss = M * V * (e + 4 + 4 + e)
+    # Eager keeps logits, log-probabilities in fp32, and the gradients of both.
+    eager_loss = M * V * (e + 4 + 4 + e)
+    loss = M * C * e + 4 * V * C + chunk_rows(M, V, e) * V * e if fused else eager_loss
     block = saved_by_blocks(
         dataclasses.replace(shape, n_layer=1), batch_size, e, fused=fused, checkpointing=False
     )
@@ -115,7 +113,7 @@ def estimate(
 
 def of_model(model: GPT, batch_size: int) -> Estimate:
     """The estimate for a model as it stands: its ops, its dtype, checkpointed or not."""
-    fused = any(c.implementation == "triton" for c in model.ops.choices if c.op not in LIBRARY)
+    fused = any(c.implementation == "triton" for c in model.ops.choices if not record(c.op).library)
     return estimate(
         model.shape, batch_size, model.dtype, fused=fused, checkpointing=model.checkpointing
     )

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastgpt.config.schema import OptimConfig
 from fastgpt.model.gpt import GPT
+from fastgpt.model.ops import Choice, Wish, choose_one
+from fastgpt.train.adamw import FusedAdamW
 from fastgpt.train.parallel import like, whole
+from fastgpt_kernels.record import Sizes, record
 
 
 def learning_rate(step: int, c: OptimConfig) -> float:
@@ -24,14 +29,27 @@ def learning_rate(step: int, c: OptimConfig) -> float:
     return c.min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (c.learning_rate - c.min_lr)
 
 
-def make_optimizer(model: GPT, c: OptimConfig) -> torch.optim.AdamW:
-    """The op table's AdamW over the parameters; matrices and embeddings decay, vectors do not."""
+def choose(device: torch.device, wish: Wish | None = None) -> tuple[Choice, Callable[..., Any]]:
+    """Which AdamW a device gets, and the function that makes it."""
+    op = record("adamw")
+    kinds = {"eager": op.eager, "triton": FusedAdamW}
+    return choose_one(op, device, torch.float32, Sizes(), wish or Wish(), kinds)
+
+
+def make_optimizer(
+    model: GPT, c: OptimConfig, wish: Wish | None = None
+) -> tuple[torch.optim.AdamW, Choice]:
+    """AdamW, and which one; matrices and embeddings decay, vectors do not.
+
+    Raises UserError if the one that `wish` asks for cannot run here.
+    """
+    choice, make = choose(next(model.parameters()).device, wish)
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": c.weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return model.ops.adamw(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2))
+    return make(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2)), choice
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -59,7 +59,7 @@ def save(
         "best_val_loss": progress.best_val_loss,
         "data": dataset.fingerprint,
         "config": settings.to_dict(trainer.config),
-        "ops": [c.__dict__ for c in trainer.model.ops.choices],
+        "ops": [c.__dict__ for c in trainer.choices],
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         **trainer.state_dict(),
     }

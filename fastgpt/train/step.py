@@ -18,6 +18,7 @@ from fastgpt.config.schema import Config
 from fastgpt.errors import UserError
 from fastgpt.model.device import synchronize
 from fastgpt.model.gpt import GPT
+from fastgpt.model.ops import Wish
 from fastgpt.train import optim, parallel
 from fastgpt.train.graph import MicroStepGraph
 from fastgpt.train.parallel import Ranks, like, whole
@@ -54,7 +55,9 @@ class Trainer:
         self.ranks = ranks or Ranks()
         with self.ranks.together():
             self.wrapped, self.layout = parallel.wrap(model, config, device)
-        self.optimizer = optim.make_optimizer(model, config.optim)
+        wish = Wish(system.kernels, vars(config.op))
+        self.optimizer, choice = optim.make_optimizer(model, config.optim, wish)
+        self.choices = (*model.ops.choices, choice)
         self.scaler = torch.amp.GradScaler(device.type, enabled=system.dtype == "float16")
         mode = "max-autotune-no-cudagraphs" if system.max_autotune else None
         self.forward: Callable[..., Any] = self.wrapped

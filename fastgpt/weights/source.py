@@ -35,7 +35,7 @@ class Source:
     def model(self, device: torch.device, dtype: str) -> GPT:
         """The model, ready to evaluate or to generate."""
         s, kind = self.shape, DTYPES[dtype]
-        table = ops.choose(device, kind, head_dim=s.n_embd // s.n_head, width=s.n_embd)
+        table = ops.choose(device, kind, s.sizes(1))
         model = GPT(s, table=table, dtype=kind)
         model.load_state_dict(self.tensors)
         return model.to(device).eval()

@@ -2,38 +2,85 @@
 
     from fastgpt_kernels import attention, layer_norm, cross_entropy
 
-Where Triton is not installed only `fastgpt_kernels.reference` is there: the same functions in plain
-PyTorch. The imports below run before any submodule's, so that a name shared by an op and its file
-(`attention`) is always the op here; the file is reached by `from fastgpt_kernels.attention import`.
+This is the table of what the package exports. It imports neither PyTorch nor Triton: a function is
+loaded with its room when it is first asked for. On a CPU tensor, and if Triton is not installed, it
+runs its twin in `fastgpt_kernels.reference`.
 """
 
-from importlib.util import find_spec
+# ruff: noqa: F401 - what is imported for type checkers is exported by __getattr__
+from __future__ import annotations
 
-__all__: list[str] = []
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-if find_spec("triton"):
-    from fastgpt_kernels.adamw import AdamWTensors, adamw_step
-    from fastgpt_kernels.attention import attention
-    from fastgpt_kernels.cross_entropy import cross_entropy
-    from fastgpt_kernels.decode_attention import decode_attention
-    from fastgpt_kernels.decode_linear import decode_linear
-    from fastgpt_kernels.gelu import bias_gelu
-    from fastgpt_kernels.layer_norm import add_layer_norm, layer_norm
-    from fastgpt_kernels.linear import linear
-    from fastgpt_kernels.linear_cross_entropy import linear_cross_entropy
-    from fastgpt_kernels.mlp import mlp
+if TYPE_CHECKING:
+    from fastgpt_kernels.ops.adamw.op import AdamWTensors, adamw_step
+    from fastgpt_kernels.ops.attention.op import attention
+    from fastgpt_kernels.ops.decode.attention import decode_attention
+    from fastgpt_kernels.ops.decode.linear import decode_linear
+    from fastgpt_kernels.ops.gelu.op import bias_gelu
+    from fastgpt_kernels.ops.loss.cross_entropy import cross_entropy
+    from fastgpt_kernels.ops.loss.linear import linear_cross_entropy
+    from fastgpt_kernels.ops.matmul.linear import linear
+    from fastgpt_kernels.ops.matmul.mlp import mlp
+    from fastgpt_kernels.ops.norm.op import add_layer_norm, layer_norm
 
-    __all__ += [
-        "AdamWTensors",
-        "adamw_step",
-        "add_layer_norm",
-        "attention",
-        "bias_gelu",
-        "cross_entropy",
-        "decode_attention",
-        "decode_linear",
-        "layer_norm",
-        "linear",
-        "linear_cross_entropy",
-        "mlp",
-    ]
+
+@dataclass(frozen=True)
+class Entry:
+    """An op: the module in `ops/` of its public function, what it is, and who chooses how it runs.
+
+    `chosen_by`: ops of the "model" and of "train" have a flag with these `choices`, besides auto;
+    "inference" ones follow the device; "" are those that are here for other people's models.
+    """
+
+    module: str
+    about: str
+    chosen_by: str = "model"
+    choices: tuple[str, ...] = ("triton", "eager")
+    exports: tuple[str, ...] = ()  # if they are not just the op's own name
+
+    @property
+    def room(self) -> str:
+        return f"fastgpt_kernels.ops.{self.module.partition('.')[0]}"
+
+
+OPS: dict[str, Entry] = {
+    "attention": Entry(
+        "attention.op",
+        "Causal self-attention; cudnn and flash are PyTorch's own.",
+        choices=("triton", "eager", "cudnn", "flash"),
+    ),
+    "layer_norm": Entry("norm.op", "The first norm."),
+    "add_layer_norm": Entry("norm.op", "Residual addition and the norm behind it."),
+    "bias_gelu": Entry("gelu.op", "The MLP's bias and GELU."),
+    "linear": Entry(
+        "matmul.linear",
+        "Attention's matrix products; eager is cuBLAS, and auto unless ours was measured faster.",
+    ),
+    "mlp": Entry(
+        "matmul.mlp",
+        "The MLP as one op, its GELU inside the products; eager is linear and bias_gelu.",
+    ),
+    "linear_cross_entropy": Entry("loss.linear", "The head and the loss."),
+    "cross_entropy": Entry("loss.cross_entropy", "The loss alone, of logits.", chosen_by=""),
+    "adamw": Entry(
+        "adamw.op",
+        "The optimizer; eager is PyTorch's fused one, and auto unless ours was measured faster.",
+        chosen_by="train",
+        exports=("AdamWTensors", "adamw_step"),
+    ),
+    "decode_attention": Entry("decode.attention", "Attention of a new token.", "inference"),
+    "decode_linear": Entry("decode.linear", "Linear layers of a new token.", "inference"),
+}
+_MODULES = {name: e.module for op, e in OPS.items() for name in e.exports or (op,)}
+__all__ = [*_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    function = getattr(importlib.import_module(f"fastgpt_kernels.ops.{_MODULES[name]}"), name)
+    globals()[name] = function
+    return function

@@ -1,17 +1,14 @@
-"""What an op's file tells the tools: the kernels to compile (aot) and the configs to try (tune).
+"""What an op's room tells the tools: the kernels to compile (aot) and the configs to try (tune).
 
-An op's file takes part by defining
+A room's `specs.py` defines
 
     def aot_specs(arch: str) -> Iterator[AotSpec]           every kernel with every config of `arch`
     def tunables(arch: str) -> Iterator[Tunable]            every entry of its config tables
-
-and imports both types from here, so that importing an op does not load the tools.
 """
 
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt_kernels import OPS
 from fastgpt_kernels.configs import Config
-
-TOOLS = ("aot", "tune", "specs", "configs", "reference")
 
 
 @dataclass(frozen=True)
@@ -33,7 +29,7 @@ class AotSpec:
     signature        type by argument name, for those that are not constexpr: "*bf16", "i32", "fp32"
     constexprs       value by argument name; a pointer passed as None belongs here too
     divisible_by_16  arguments the launcher guarantees: aligned pointers, strides and sizes
-    expect_wgmma     fail where the sm_90 PTX has no wgmma
+    expect_wgmma     fail if the sm_90 PTX has no wgmma
     """
 
     name: str
@@ -45,12 +41,34 @@ class AotSpec:
     divisible_by_16: tuple[str, ...] = ()
     expect_wgmma: bool = False
 
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        kernel: Any,
+        config: Config,
+        types: Mapping[str, str],
+        constexprs: Mapping[str, object],
+        *,
+        aligned: Iterable[str] = (),
+        expect_wgmma: bool = False,
+    ) -> AotSpec:
+        """The spec for the kernel's own arguments: those without a type are "i32".
+
+        All pointers are aligned, and of the other arguments those that `aligned` names.
+        """
+        arguments = [n for n in kernel.arg_names if n not in constexprs]
+        signature = {n: types.get(n, "i32") for n in arguments}
+        even = tuple(n for n, kind in signature.items() if kind[0] == "*" or n in aligned)
+        warps, stages = config.num_warps, config.num_stages
+        return cls(name, kernel, signature, constexprs, warps, stages, even, expect_wgmma)
+
 
 @dataclass(frozen=True)
 class Tunable:
-    """One entry of a table in `configs`, the configs to try for it, and how to run and check one.
+    """One entry of a table of launch configs, the configs to try for it, and how to run one.
 
-    table       the table's name in configs.py, e.g. "LAYER_NORM_FORWARD"
+    table       the table's name in the room's configs.py, e.g. "FORWARD"
     key         the entry's key there
     candidates  configs to try; one that cannot be launched is skipped and named
     inputs      device -> the tensors of one problem of realistic size, random, on that device
@@ -66,17 +84,15 @@ class Tunable:
     reference: Callable[[tuple[Any, ...]], tuple[Tensor, ...]]
 
 
-def op_modules(attribute: str, only: Iterable[str] = ()) -> list[str]:
-    """This package's modules that define `attribute`, those of the ops `only` where it names any.
+def spec_modules(only: Iterable[str] = ()) -> list[str]:
+    """The `specs.py` of every room, or of the rooms of the ops that `only` names (ValueError)."""
+    for op in only:
+        if op not in OPS:
+            raise ValueError(f"no op {op!r}: there are {', '.join(OPS)}")
+    rooms = dict.fromkeys(e.room for op, e in OPS.items() if not only or op in only)
+    return [f"{room}.specs" for room in rooms]
 
-    "gelu" stands for gelu.py and gelu_kernels.py. Raises ValueError for a name nothing begins with.
-    """
-    package = importlib.import_module("fastgpt_kernels")
-    names = [m.name for m in pkgutil.iter_modules(package.__path__)]
-    names = [name for name in names if name not in TOOLS and not name.startswith("_")]
-    wanted = tuple(only)
-    for prefix in wanted:
-        if not any(name.startswith(prefix) for name in names):
-            raise ValueError(f"no op {prefix!r}: there are {', '.join(names)}")
-    modules = [f"fastgpt_kernels.{n}" for n in names if not wanted or n.startswith(wanted)]
-    return [m for m in modules if hasattr(importlib.import_module(m), attribute)]
+
+def configs_of(module: str) -> Any:
+    """The module of a room's config tables, beside its specs."""
+    return importlib.import_module(module.rpartition(".")[0] + ".configs")

@@ -1,7 +1,9 @@
 """The sampling benchmark: it compares before it claims, and its table and JSON agree."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +11,10 @@ import torch
 from bench import generate, results
 from fastgpt.inference import decode
 from fastgpt.model.gpt import GPT
+from fastgpt.model.ops import Choice
 from fastgpt.weights.hugging_face import shape_of_size
 from fastgpt_kernels import reference
+from fastgpt_kernels.record import Record
 
 FEW = ["--device=cpu", "--dtype=float32", "--new=12", "--prompt=3"]
 
@@ -34,7 +38,14 @@ def test_fused_linear_layers_are_held_against_pytorchs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With the reference in the kernel's place: it takes the same way through the decoder."""
-    monkeypatch.setattr(decode, "choose_linear", lambda *_: reference.decode_linear)
+    choose_one = decode.choose_one
+
+    def choose(op: Record, *rest: Any) -> tuple[Choice, Callable[..., Any]]:
+        if op.name == "decode_linear":
+            return Choice(op.name, "triton", "fake"), reference.decode_linear
+        return choose_one(op, *rest)
+
+    monkeypatch.setattr(decode, "choose_one", choose)
     assert generate.main([*FEW, "--rounds=2", "--every=1"]) == 0
     said = capsys.readouterr().out
     row = json.loads(said.splitlines()[-1])

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastgpt.inference import decode
-from fastgpt.inference.decode import Decoder, cached_attention
+from fastgpt.inference.decode import Decoder
 from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt.model.ops import attention
+from fastgpt_kernels.record import record
 from tests.model.test_ops import interpreted
 
 
@@ -78,7 +77,7 @@ def test_reduced_precision_is_that_of_the_model():
 def test_cached_attention_is_the_last_row_of_attention():
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(3, 9, 3 * 32, generator=generator)
-    want = attention(qkv, 4)
+    want, cached_attention = record("attention").eager(qkv, 4), record("decode_attention").eager
     k_cache, v_cache = torch.full((2, 3, 4, 16, 8), 7.0).unbind(0)
     for t in range(9):
         got = cached_attention(qkv[:, t], k_cache, v_cache, torch.full((3,), t))
@@ -99,38 +98,17 @@ def test_a_cache_longer_than_the_positions():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="chosen by itself on a GPU")
 @pytest.mark.parametrize(("bias", "gelu"), [(True, "tanh"), (False, "erf")])
-def test_fused_linear_layers_change_nothing_but_rounding(bias, gelu, monkeypatch):
-    from fastgpt_kernels import decode_linear
+def test_the_kernels_change_nothing_but_rounding(bias, gelu, monkeypatch):
+    from fastgpt_kernels import decode_attention, decode_linear
 
-    model = lively(shape(bias, gelu))  # on eager ops: only the linear layers are in question
-    interpreted(monkeypatch)
+    model = lively(shape(bias, gelu))  # on eager ops: only those of decoding are in question
     prompts, tokens = [[3, 1, 4], [1, 5]], torch.tensor([[9, 2], [6, 5], [3, 5]])
     plain = Decoder(model, 2, 24)
-    monkeypatch.setattr(decode, "choose_linear", lambda *_: decode_linear)
+    interpreted(monkeypatch)
     fused = Decoder(model, 2, 24)
-    assert plain.linear is None and fused.linear is decode_linear
+    assert plain.linear is None
+    assert (fused.linear, fused.attend) == (decode_linear, decode_attention)
     for decoder in (plain, fused):
         decoder.prefill(prompts)
     for token in tokens:
         torch.testing.assert_close(fused.step(token), plain.step(token), rtol=1e-4, atol=1e-4)
-
-
-def test_a_fused_layer_that_is_wrong_is_found(monkeypatch):
-    from fastgpt_kernels import decode_linear
-
-    interpreted(monkeypatch)
-    cpu = torch.device("cpu")
-    for rows in (1, 3, 8):
-        assert decode.linear_disagreement(decode_linear, cpu, torch.float32, rows) == ""
-
-    def off(*args, **kwargs):
-        return decode_linear(*args, **kwargs) * 1.01
-
-    assert "is off by 0.01" in decode.linear_disagreement(off, cpu, torch.float32, 1)
-
-    def broken(*args, **kwargs):
-        raise RuntimeError("no such device\nand more")
-
-    says = decode.linear_disagreement(broken, cpu, torch.float32, 1)
-    assert says == "does not run here (no such device)"
-    assert decode.choose_linear(cpu, torch.float32, 1) is None

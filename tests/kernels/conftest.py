@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from fastgpt_kernels import _host
+from fastgpt_kernels import host
 from tests.kernels import helpers
 
 # The same examples in every run: a failure is the change's, never the draw's.
@@ -26,7 +26,7 @@ def run_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors go to the interpreted kernel here, not to the reference."""
     if not HAS_CUDA:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-        monkeypatch.setattr(_host, "INTERPRETED", True)
+        monkeypatch.setattr(host, "INTERPRETED", True)
 
 
 @pytest.fixture(autouse=True)

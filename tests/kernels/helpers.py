@@ -143,3 +143,8 @@ def check_op(
         for i, (x, y, z) in enumerate(zip(ours[part], same[part], oracle[part], strict=True)):
             label = f"{kind} {i} {tuple(z.shape)}"
             assert_accurate(x, y, z, factor, label, [run[part][i] for run in runs])
+
+
+def registered(name: str) -> Any:
+    """The op as PyTorch has it, for `torch.library.opcheck`."""
+    return getattr(torch.ops.fastgpt, name).default

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt_kernels import AdamWTensors, _host, adamw_step, reference
+from fastgpt_kernels import AdamWTensors, adamw_step, host, reference
 from fastgpt_kernels.configs import Config
 from tests.kernels.helpers import assert_accurate
 
@@ -173,7 +173,7 @@ def test_reference_is_pytorch(device: torch.device, monkeypatch: pytest.MonkeyPa
     """Where no kernel runs: exactly torch.optim.AdamW, bf16 copies included."""
     if device.type != "cpu":
         pytest.skip("on a GPU the kernel runs")
-    monkeypatch.setattr(_host, "INTERPRETED", False)
+    monkeypatch.setattr(host, "INTERPRETED", False)
     problem = Problem(device, copy_dtype=torch.bfloat16)
     problem.steps(3)
     problem.check()

@@ -31,19 +31,19 @@ def python(*arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_every_kernel_fits_every_architecture(capfd: pytest.CaptureFixture[str]) -> None:
     """No spills, shared memory within the device's, wgmma where wanted, no more than before."""
-    done = python("-m", "fastgpt_kernels.aot", "--baseline", str(BASELINE), timeout=900)
+    done = python("-m", "fastgpt_kernels.tools.aot", "--baseline", str(BASELINE), timeout=900)
     with capfd.disabled():
         print("\n" + done.stdout)
     assert done.returncode == 0, (
         f"{done.stdout}\n{done.stderr}\nwhere the change is meant: "
-        f"python -m fastgpt_kernels.aot --baseline {BASELINE.relative_to(ROOT)} --update"
+        f"python -m fastgpt_kernels.tools.aot --baseline {BASELINE.relative_to(ROOT)} --update"
     )
 
 
 INSPECT_SAMPLES = """
 import json
 from dataclasses import asdict
-from fastgpt_kernels.aot import inspect_all
+from fastgpt_kernels.tools.aot import inspect_all
 if __name__ == "__main__":
     usages = inspect_all(["tests.kernels.aot_samples"], ["sm_90", "gfx942"], jobs=2, timeout=8)
     print(json.dumps([asdict(usage) for usage in usages]))
@@ -71,7 +71,7 @@ def test_harness_names_each_fault(tmp_path: Path) -> None:
 
 
 COMPARE = """
-from fastgpt_kernels.aot import Usage, compare
+from fastgpt_kernels.tools.aot import Usage, compare
 known = {"sm_90": {"a": [100, 4096], "b": [100, 4096], "c": [100, 4096], "d": [100, 4096]}}
 usages = [
     Usage("a", "sm_90", 108, 5120), Usage("b", "sm_90", 109, 0), Usage("c", "sm_90", 1, 5121),
@@ -91,7 +91,9 @@ def test_regressions_against_the_baseline_are_found() -> None:
 
 
 def test_interpreted_kernels_are_refused() -> None:
-    command = "import os; os.environ['TRITON_INTERPRET'] = '1'; from fastgpt_kernels import aot; "
+    command = (
+        "import os; os.environ['TRITON_INTERPRET'] = '1'; from fastgpt_kernels.tools import aot; "
+    )
     done = python("-c", command + "raise SystemExit(aot.main([]))", timeout=120)
     assert done.returncode == 2
     assert "unset TRITON_INTERPRET" in done.stderr

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgpt_kernels import _host, attention, configs, reference
-from fastgpt_kernels.attention import attention_backward_op, attention_op
+from fastgpt_kernels import attention, host, reference
 from fastgpt_kernels.configs import Config
+from fastgpt_kernels.ops.attention import configs
 from tests.kernels.attention_cases import check_attention, random_qkv, torch_attention
+from tests.kernels.helpers import registered
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FULL, CAUSAL = False, True
@@ -76,7 +77,7 @@ def test_any_tile_gives_the_same(m: int, n: int, monkeypatch: pytest.MonkeyPatch
         if name in ("BACKWARD", "KEY_VALUE"):
             blocks["TMA_REDUCE"] = 0
         table = {"default": {128: Config(blocks, num_warps=4, num_stages=1)}}
-        monkeypatch.setattr(configs, f"ATTENTION_{name}_FP32", table)
+        monkeypatch.setattr(configs, f"{name}_FP32", table)
     qkv = random_qkv(1, 75, 1, 32, torch.float32, DEVICE)
     check_attention(qkv, 1, causal=CAUSAL, dropout_p=0.2, seed=3)
     check_attention(qkv, 1, causal=CAUSAL, dropout_p=0.2, seed=3, deterministic=True)
@@ -212,8 +213,8 @@ def test_deterministic_follows_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         chosen.append(args[-1])
         return torch.zeros_like(args[1])
 
-    module = importlib.import_module("fastgpt_kernels.attention")
-    monkeypatch.setattr(module, "launch_backward", record)
+    module = importlib.import_module("fastgpt_kernels.ops.attention.op")
+    monkeypatch.setattr(module._op.backward, "forward", record)
     qkv = random_qkv(1, 4, 1, 32, torch.float32, DEVICE).requires_grad_()
     attention(qkv, 1).sum().backward()
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
@@ -231,11 +232,13 @@ def operands(dropout_p: float) -> tuple[Tensor, int, bool, float, Tensor | None,
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_opcheck(dropout_p: float) -> None:
     args = operands(dropout_p)
-    torch.library.opcheck(attention_op, args)
+    qkv, *sizes, seed, scale, deterministic = args
+    torch.library.opcheck(registered("attention"), args)
     with torch.no_grad():
-        y, lse = attention_op(*args)
+        y, lse = registered("attention")(*args)
         torch.library.opcheck(
-            attention_backward_op, (torch.randn_like(y), args[0].detach(), y, lse, *args[1:])
+            registered("attention_backward"),
+            (torch.randn_like(y), qkv.detach(), y, lse, seed, *sizes, scale, deterministic),
         )
 
 
@@ -291,10 +294,9 @@ def test_flops_are_counted_as_for_sdpa(causal: bool) -> None:
     """Causal attention counts in full, as torch counts its own; seen without running anything."""
     with torch.device("meta"):
         qkv = torch.randn(2, 48, 3 * 64, requires_grad=True)
-    args = (2, causal, 0.0, None, 1.0, False)
     with FlopCounterMode(display=False) as counter:
-        y, lse = attention_op(qkv, *args)
-        attention_backward_op(y, qkv, y, lse, *args)
+        y, lse = registered("attention")(qkv, 2, causal, 0.0, None, 1.0, False)
+        registered("attention_backward")(y, qkv, y, lse, None, 2, causal, 0.0, 1.0, False)
     product = 2 * (2 * 2) * 48 * 48 * 32  # multiply-adds of one T x T x D product, every head
     assert counter.get_total_flops() == (2 + 5) * product
 
@@ -308,7 +310,7 @@ def test_flop_counter_sees_the_public_function() -> None:
 
 def test_cpu_tensors_run_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU and without the interpreter, in bf16 too."""
-    monkeypatch.setattr(_host, "INTERPRETED", False)
+    monkeypatch.setattr(host, "INTERPRETED", False)
     qkv = random_qkv(1, 12, 2, 32, torch.bfloat16, torch.device("cpu")).requires_grad_()
     y = attention(qkv, 2, dropout_p=0.5, seed=1)
     assert torch.equal(y, reference.attention(qkv, 2, dropout_p=0.5, seed=1))

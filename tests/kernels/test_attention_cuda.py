@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from fastgpt_kernels import attention, reference
-from fastgpt_kernels.attention_backward import launch_backward
-from fastgpt_kernels.attention_forward import launch_forward
+from fastgpt_kernels.ops.attention.backward import launch_backward
+from fastgpt_kernels.ops.attention.forward import launch_forward
 from tests.kernels.attention_cases import check_attention, random_qkv
 
 pytestmark = pytest.mark.cuda

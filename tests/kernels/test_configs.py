@@ -2,8 +2,8 @@
 
 import pytest
 
-from fastgpt_kernels import configs
 from fastgpt_kernels.configs import Config, lookup
+from fastgpt_kernels.specs import configs_of, spec_modules
 
 SMALL, LARGE, HOPPER = Config({"B": 1}, 1), Config({"B": 2}, 2), Config({"B": 3}, 4, 2)
 TABLE = {"default": {64: SMALL, 128: LARGE}, "sm_90": {64: HOPPER}}
@@ -29,9 +29,11 @@ def test_config_kwargs() -> None:
 
 
 def test_every_table_is_well_formed() -> None:
-    tables = [n for n in dir(configs) if n[0].isupper() and type(getattr(configs, n)) is dict]
-    for name in tables:
-        table = getattr(configs, name)
+    modules = map(configs_of, spec_modules())
+    named = ((f"{m.__name__}.{n}", t) for m in modules for n, t in vars(m).items())
+    tables = {n: t for n, t in named if isinstance(t, dict) and n.rpartition(".")[2][0].isupper()}
+    assert len(tables) > 20
+    for name, table in tables.items():
         assert "default" in table, name
         for arch, entries in table.items():
             keys = list(entries)

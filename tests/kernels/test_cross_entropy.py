@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgpt_kernels import _host, cross_entropy, cross_entropy_kernels, reference
-from fastgpt_kernels.configs import ARCHITECTURES, CROSS_ENTROPY, Config, entries
-from fastgpt_kernels.cross_entropy import _gradient_op, _losses_op
-from tests.kernels.helpers import assert_accurate, check_op, forward_backward
+from fastgpt_kernels import cross_entropy, host, reference
+from fastgpt_kernels.configs import ARCHITECTURES, Config, entries
+from fastgpt_kernels.ops.loss import kernels
+from fastgpt_kernels.ops.loss.configs import CROSS_ENTROPY
+from tests.kernels.helpers import assert_accurate, check_op, forward_backward, registered
 
 # Tiles small enough for small rows to have several: one tile, four in registers, walked twice.
 SMALL = {
@@ -29,7 +30,7 @@ REDUCTIONS = ["mean", "sum", "none"]
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy_kernels, "CROSS_ENTROPY", SMALL)
+    monkeypatch.setattr(kernels, "CROSS_ENTROPY", SMALL)
 
 
 def problem(
@@ -337,9 +338,13 @@ def test_compiled_keeps_the_logits(device: torch.device, small_tiles: None) -> N
 
 def test_opcheck(device: torch.device, small_tiles: None) -> None:
     logits, targets = problem(4, 150, torch.float32, device, 140)
-    torch.library.opcheck(_losses_op, (logits.clone().requires_grad_(), targets, -1, 140))
+    torch.library.opcheck(
+        registered("cross_entropy"), (logits.clone().requires_grad_(), targets, -1, 140)
+    )
     for dlosses in (torch.randn(4, device=device), torch.randn(1, device=device).expand(4)):
-        torch.library.opcheck(_gradient_op, (dlosses, logits, targets, -1, 140))
+        torch.library.opcheck(
+            registered("cross_entropy_backward"), (dlosses, logits, targets, -1, 140)
+        )
 
 
 def test_under_a_dispatch_mode(device: torch.device, small_tiles: None) -> None:
@@ -382,7 +387,7 @@ def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], messa
 
 
 def test_on_the_cpu_it_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_host, "INTERPRETED", False)
+    monkeypatch.setattr(host, "INTERPRETED", False)
     logits, targets = problem(5, 30, torch.bfloat16, torch.device("cpu"))
     logits.requires_grad_()
     loss = cross_entropy(logits * 1, targets)
@@ -408,4 +413,4 @@ def test_configs_fit_the_kernel(arch: str) -> None:
         threads = lanes * config.num_warps
         assert threads <= 1024, bound
         assert config.blocks["BLOCK"] % (threads * (4 if lanes == 64 else 8)) == 0, bound
-    assert cross_entropy_kernels.config_for(torch.empty(1, 50304, dtype=torch.float16)) is not None
+    assert kernels.config_for(torch.empty(1, 50304, dtype=torch.float16)) is not None

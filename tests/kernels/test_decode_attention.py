@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgpt_kernels import attention, configs, decode_attention, reference
+from fastgpt_kernels import attention, decode_attention, reference
 from fastgpt_kernels.configs import Config
-from fastgpt_kernels.decode_attention import chunk_size, decode_attention_op, launch
-from tests.kernels.helpers import assert_accurate
+from fastgpt_kernels.ops.decode import configs
+from fastgpt_kernels.ops.decode.kernels import chunk_size, launch_attention
+from tests.kernels.helpers import assert_accurate, registered
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -65,7 +66,7 @@ def test_rows_of_all_lengths_in_any_number_of_chunks(
     chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Empty caches, full ones, and positions on either side of the edges of tiles and chunks."""
-    module = importlib.import_module("fastgpt_kernels.decode_attention")
+    module = importlib.import_module("fastgpt_kernels.ops.decode.kernels")
     monkeypatch.setattr(module, "chunk_size", lambda *args: chunk)
     positions = [0, 1, 63, 64, 65, 127, 128, 199]
     check(*case(len(positions), 1, 200, 32, positions, dtype))
@@ -74,7 +75,7 @@ def test_rows_of_all_lengths_in_any_number_of_chunks(
 @pytest.mark.parametrize("block", [16, 32, 128])
 def test_any_tile_gives_the_same(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     table = {"default": {256: Config({"BLOCK_N": block}, num_warps=4)}}
-    monkeypatch.setattr(configs, "DECODE_ATTENTION", table)
+    monkeypatch.setattr(configs, "ATTENTION", table)
     check(*case(2, 2, 90, 32, [89, 17], torch.float32))
 
 
@@ -130,7 +131,7 @@ def test_the_reference_is_the_oracle() -> None:
 def test_the_registered_op(dtype: torch.dtype) -> None:
     qkv, k_cache, v_cache, positions = case(2, 2, 40, 32, [30, 39], dtype)
     k_cache.nan_to_num_(), v_cache.nan_to_num_()
-    torch.library.opcheck(decode_attention_op, (qkv, k_cache, v_cache, positions, 0.2))
+    torch.library.opcheck(registered("decode_attention"), (qkv, k_cache, v_cache, positions, 0.2))
 
 
 def test_compiled_in_one_graph() -> None:
@@ -185,11 +186,11 @@ def test_a_graph_follows_the_positions(B: int) -> None:
     S, H, D = 1024, 12, 64
     positions = torch.zeros(B, dtype=torch.int64, device="cuda")
     qkv, k_cache, v_cache, _ = case(B, H, S, D, [0] * B, torch.bfloat16)
-    launch(qkv, k_cache, v_cache, positions, D**-0.5)
+    launch_attention(qkv, k_cache, v_cache, positions, D**-0.5)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = launch(qkv, k_cache, v_cache, positions, D**-0.5)
+        y = launch_attention(qkv, k_cache, v_cache, positions, D**-0.5)
     k_cache.normal_(), v_cache.normal_()
     for t in (0, 1, 63, 64, 500, 1023):
         positions.fill_(t)

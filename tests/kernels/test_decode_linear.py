@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastgpt_kernels import decode_linear, reference
-from fastgpt_kernels.decode_linear import decode_linear_op
-from tests.kernels.helpers import NUDGED_RUNS, assert_accurate, nudged, poison_empty
+from tests.kernels.helpers import NUDGED_RUNS, assert_accurate, nudged, poison_empty, registered
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FULL = {"bias", "norm_weight", "norm_bias", "residual"}
@@ -89,7 +88,7 @@ def test_registered_op() -> None:
         1e-5,
     )
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(decode_linear_op, arguments, test_utils=tests)
+    torch.library.opcheck(registered("decode_linear"), arguments, test_utils=tests)
     plain = decode_linear(**t, activation="tanh")
     compiled = torch.compile(decode_linear, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(**t, activation="tanh"), plain)

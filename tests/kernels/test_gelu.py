@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastgpt_kernels import _host, bias_gelu, reference
-from fastgpt_kernels.gelu import _backward_op, _op
-from tests.kernels.helpers import check_op, forward_backward
+from fastgpt_kernels import bias_gelu, host, reference
+from tests.kernels.helpers import check_op, forward_backward, registered
 
 # Sizes one, odd, prime, powers of two and one off; more rows than one step of the backward's loop.
 SHAPES = [(1, 1), (700, 3), (2, 3, 31), (65, 64), (9, 127), (33, 257), (7, 768), (1, 1023)]
@@ -125,9 +124,10 @@ def test_no_rows(device: torch.device) -> None:
 def test_opcheck(has_bias: bool, approximate: str, device: torch.device) -> None:
     x, bias, dy = tensors((3, 5, 24), torch.float32, device)
     args = (x, bias if has_bias else None, approximate == "tanh")
-    torch.library.opcheck(_backward_op, (dy, *args))
+    torch.library.opcheck(registered("bias_gelu_backward"), (dy, *args))
     torch.library.opcheck(
-        _op, tuple(a.requires_grad_() if isinstance(a, Tensor) else a for a in args)
+        registered("bias_gelu"),
+        tuple(a.requires_grad_() if isinstance(a, Tensor) else a for a in args),
     )
 
 
@@ -142,7 +142,7 @@ def test_compiled_equals_eager(device: torch.device) -> None:
 
 
 def test_runs_the_reference_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_host, "INTERPRETED", False)
+    monkeypatch.setattr(host, "INTERPRETED", False)
     x, bias, dy = tensors((4, 20), torch.bfloat16, torch.device("cpu"))
     ours = forward_backward(bias_gelu, (x, bias), (dy,))
     wanted = forward_backward(reference.bias_gelu, (x, bias), (dy,))

@@ -5,8 +5,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgpt_kernels import _host, bias_gelu, layer_norm
-from fastgpt_kernels._host import call_directly, check_tensor, row_view
+from fastgpt_kernels import bias_gelu, host, layer_norm
+from fastgpt_kernels.host import check_tensor, row_view
+from fastgpt_kernels.register import call_directly
 
 X = torch.randn(4, 8)
 
@@ -40,7 +41,7 @@ def test_fake_tensors_get_fake_results(op: str) -> None:
 def test_autocast_does_not_change_the_dtype(
     interpreted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_host, "INTERPRETED", interpreted)
+    monkeypatch.setattr(host, "INTERPRETED", interpreted)
     with torch.autocast("cpu", torch.bfloat16):
         for dtype in (torch.float16, torch.float32):
             assert layer_norm(X.to(dtype), torch.ones(8)).dtype is dtype

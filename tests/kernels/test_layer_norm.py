@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastgpt_kernels import _host, add_layer_norm, layer_norm, reference
-from fastgpt_kernels.layer_norm import MAX_WIDTH, _backward_op, _op
-from tests.kernels.helpers import check_op, errors, forward_backward
+from fastgpt_kernels import add_layer_norm, host, layer_norm, reference
+from fastgpt_kernels.ops.norm.op import MAX_WIDTH
+from tests.kernels.helpers import check_op, errors, forward_backward, registered
 
 # Sizes one, odd, prime, powers of two and one off; more rows than one step of the backward's loop.
 SHAPES = [(1, 1), (5, 2), (3, 7), (2, 3, 31), (37, 64), (9, 127), (19, 257), (7, 768), (2, 1025)]
@@ -143,10 +143,13 @@ def test_opcheck(fused: bool, bias: bool, device: torch.device) -> None:
         t.requires_grad_() for t in tensors((3, 5, 24), torch.float32, device)
     )
     args = (x, residual if fused else None, weight, b if bias else None, 1e-5)
-    torch.library.opcheck(_op, args)
+    torch.library.opcheck(registered("layer_norm"), args)
     args = tuple(t.detach() if isinstance(t, Tensor) else t for t in args)
-    y, _, stats = _op(*args)
-    torch.library.opcheck(_backward_op, (y, y if fused else None, y, *args[2:4], stats))
+    y, _, stats = registered("layer_norm")(*args)
+    torch.library.opcheck(
+        registered("layer_norm_backward"),
+        (y, y if fused else None, y, *args[2:4], stats),
+    )
 
 
 def test_compiled_equals_eager(device: torch.device) -> None:
@@ -164,7 +167,7 @@ def test_compiled_equals_eager(device: torch.device) -> None:
 
 
 def test_runs_the_reference_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_host, "INTERPRETED", False)
+    monkeypatch.setattr(host, "INTERPRETED", False)
     inputs = tensors((4, 3, 20), torch.bfloat16, torch.device("cpu"))
     dys = [torch.randn_like(inputs[0]) for _ in range(2)]
     wanted = forward_backward(reference.add_layer_norm, inputs, dys)

@@ -9,17 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgpt_kernels import _host, linear, mlp, reference
-from fastgpt_kernels.linear import _backward_op as linear_backward_op
-from fastgpt_kernels.linear import _op as linear_registered
-from fastgpt_kernels.matmul_kernels import runs_on
-from fastgpt_kernels.mlp import _backward_op as mlp_backward_op
-from fastgpt_kernels.mlp import _op as mlp_registered
-from tests.kernels.helpers import check_op, forward_backward
+from fastgpt_kernels import host, linear, mlp, reference
+from fastgpt_kernels.ops.matmul.configs import runs_on
+from tests.kernels.helpers import check_op, forward_backward, registered
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 needs_tma = pytest.mark.skipif(
-    not runs_on(_host.arch_of(torch.empty(0, device=DEVICE))), reason="a GPU without TMA"
+    not runs_on(host.arch_of(torch.empty(0, device=DEVICE))), reason="a GPU without TMA"
 )
 BOTH = pytest.mark.parametrize("approximate", ["tanh", "none"])
 MASTERS = pytest.mark.parametrize("masters", [True, False], ids=["fp32 weights", "same dtype"])
@@ -130,22 +126,24 @@ def test_opcheck(has_bias: bool, masters: bool) -> None:
     (x, weight, bias), dy = layer((24,), 16, 32, dtype, masters)
     bias_dtype = parameters if has_bias else None
     torch.library.opcheck(
-        linear_backward_op, (dy, x, weight.to(dtype), parameters, bias_dtype, True, True)
+        registered("linear_backward"),
+        (dy, x, weight.to(dtype), parameters, bias_dtype, [True] * 3),
     )
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    torch.library.opcheck(linear_registered, (*leaves[:2], leaves[2] if has_bias else None))
+    torch.library.opcheck(registered("linear"), (*leaves[:2], leaves[2] if has_bias else None))
 
     (x, fc, fc_bias, proj, proj_bias), dy = block((24,), 16, 32, dtype, masters)
     z, a = (torch.randn(24, 32, device=DEVICE).to(dtype) for _ in range(2))
     saved = (dy, x, z, a, fc.to(dtype), proj.to(dtype))
     torch.library.opcheck(
-        mlp_backward_op, (*saved, parameters, bias_dtype, parameters, bias_dtype, True)
+        registered("mlp_backward"),
+        (*saved, parameters, bias_dtype, parameters, bias_dtype, True),
     )
     x, fc, fc_bias, proj, proj_bias = (
         t.requires_grad_() for t in (x, fc, fc_bias, proj, proj_bias)
     )
     biases = (fc_bias, proj_bias) if has_bias else (None, None)
-    torch.library.opcheck(mlp_registered, (x, fc, biases[0], proj, biases[1], True))
+    torch.library.opcheck(registered("mlp"), (x, fc, biases[0], proj, biases[1], True))
 
 
 @needs_tma
@@ -162,7 +160,7 @@ def test_compiled_equals_eager(op: Callable) -> None:
 
 
 def test_runs_the_reference_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_host, "INTERPRETED", False)
+    monkeypatch.setattr(host, "INTERPRETED", False)
     for op, wanted_op, make in ((linear, reference.linear, layer), (mlp, reference.mlp, block)):
         inputs, dy = make((4,), 20, 12, torch.bfloat16)
         inputs, dy = [t.cpu() for t in inputs], dy.cpu()
@@ -206,13 +204,13 @@ def test_bad_arguments(
     op: Callable, args: tuple[Any, ...], error: type[Exception], message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(_host, "INTERPRETED", True)
+    monkeypatch.setattr(host, "INTERPRETED", True)
     with pytest.raises(error, match=f"^{message}"):
         op(*args)
 
 
 def test_a_gpu_without_tma_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["fastgpt_kernels.linear"]  # by its name it is the op
+    module = sys.modules["fastgpt_kernels.ops.matmul.linear"]  # by its name it is the op
     monkeypatch.setattr(module, "arch_of", lambda x: "sm_80")
     monkeypatch.setattr(module, "use_kernel", lambda x: True)
     with pytest.raises(ValueError, match=r"linear: needs a GPU with TMA .*, this is sm_80"):

@@ -11,15 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgpt_kernels import _host, cross_entropy_kernels, linear_cross_entropy, reference
+from fastgpt_kernels import host, linear_cross_entropy, reference
 from fastgpt_kernels.configs import Config
-from fastgpt_kernels.linear_cross_entropy import (
-    _rows_gradient_op,
-    _rows_op,
-    _total_op,
+from fastgpt_kernels.ops.loss import kernels
+from fastgpt_kernels.ops.loss.linear import (
     chunk_rows,
 )
-from tests.kernels.helpers import check_op, forward_backward
+from tests.kernels.helpers import check_op, forward_backward, registered
 
 REDUCTIONS = ["mean", "sum", "none"]
 
@@ -32,7 +30,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
             1 << 31: Config({"BLOCK": 64, "TILES": 2}, num_warps=1),
         }
     }
-    monkeypatch.setattr(cross_entropy_kernels, "CROSS_ENTROPY", table)
+    monkeypatch.setattr(kernels, "CROSS_ENTROPY", table)
 
 
 def problem(
@@ -195,7 +193,7 @@ def test_only_what_is_needed(
 
 def linear_module() -> Any:
     """The op's file, whose name in the package is the op's."""
-    return sys.modules["fastgpt_kernels.linear_cross_entropy"]
+    return sys.modules["fastgpt_kernels.ops.loss.linear"]
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -261,12 +259,13 @@ def test_opcheck(device: torch.device) -> None:
         if need_dx:
             utils += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
         arguments = (*leaves, targets, -1, 45, 3, need_dw, need_dx, need_dw)
-        torch.library.opcheck(_total_op, arguments, test_utils=utils)
+        torch.library.opcheck(registered("linear_cross_entropy"), arguments, test_utils=utils)
     leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    torch.library.opcheck(_rows_op, (*leaves, targets, -1, 45, None))
+    torch.library.opcheck(registered("linear_cross_entropy_rows"), (*leaves, targets, -1, 45, None))
     dlosses = torch.randn(4, device=device)
     torch.library.opcheck(
-        _rows_gradient_op, (dlosses, x, weight, targets, -1, 45, None, True, False)
+        registered("linear_cross_entropy_rows_backward"),
+        (dlosses, x, weight, targets, -1, 45, None, [True, False]),
     )
 
 
@@ -319,7 +318,7 @@ def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], messa
 
 
 def test_on_the_cpu_it_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_host, "INTERPRETED", False)
+    monkeypatch.setattr(host, "INTERPRETED", False)
     x, weight, targets = problem(5, 8, 30, torch.bfloat16, torch.device("cpu"))
     loss = linear_cross_entropy(x, weight, targets, chunk_tokens=2)
     wanted = F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fastgpt_kernels import linear_cross_entropy, reference
-from fastgpt_kernels.linear_cross_entropy import chunk_rows
+from fastgpt_kernels.ops.loss.linear import chunk_rows
 from tests.kernels.helpers import assert_accurate
 
 pytestmark = pytest.mark.cuda

@@ -5,15 +5,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt_kernels import _host, configs
+from fastgpt_kernels import host
 from fastgpt_kernels.configs import Config
-from fastgpt_kernels.matmul_kernels import aligned, launch_matmul, n_splits, runs_on
+from fastgpt_kernels.ops.matmul import configs
+from fastgpt_kernels.ops.matmul.configs import runs_on
+from fastgpt_kernels.ops.matmul.kernels import aligned, launch_matmul, n_splits
 from tests.kernels.helpers import assert_accurate
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 DTYPES = [torch.float16, torch.bfloat16 if DEVICE.type == "cuda" else torch.float32]
 pytestmark = pytest.mark.skipif(
-    not runs_on(_host.arch_of(torch.empty(0, device=DEVICE))), reason="TMA"
+    not runs_on(host.arch_of(torch.empty(0, device=DEVICE))), reason="TMA"
 )
 
 # Less than a tile, whole tiles, a little more; several bands of GROUP_M; K less than a step.
@@ -134,7 +136,7 @@ def test_rows_that_tma_cannot_read_are_copied(dtype: torch.dtype) -> None:
 def test_splits_fill_the_device(
     M: int, N: int, K: int, wanted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastgpt_kernels.matmul_kernels.multiprocessors", lambda x: 132)
+    monkeypatch.setattr("fastgpt_kernels.ops.matmul.kernels.multiprocessors", lambda x: 132)
     config: Config = configs.matmul(128, 256, 64, 8, 3, 1, 2)
     assert n_splits(M, N, K, config, torch.empty(0)) == wanted
 

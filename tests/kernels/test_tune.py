@@ -5,12 +5,13 @@ import importlib
 import pytest
 import torch
 
-from fastgpt_kernels import configs, tune
-from fastgpt_kernels._host import arch_of
-from fastgpt_kernels._workers import Worker
+from fastgpt_kernels import configs
 from fastgpt_kernels.configs import Config
-from fastgpt_kernels.specs import op_modules
-from fastgpt_kernels.tune import Trial, choose, entry, report, search
+from fastgpt_kernels.host import arch_of
+from fastgpt_kernels.specs import configs_of, spec_modules
+from fastgpt_kernels.tools import tune
+from fastgpt_kernels.tools.tune import Trial, choose, entry, report, search
+from fastgpt_kernels.tools.workers import Worker
 from tests.kernels import tune_samples
 
 
@@ -69,11 +70,11 @@ def test_without_a_gpu_it_says_so(
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
 def test_tunables_name_real_tables_and_their_entries(arch: str) -> None:
-    modules = op_modules("tunables")
+    modules = spec_modules()
     assert modules
     for module in modules:
         for tunable in importlib.import_module(module).tunables(arch):
-            table = getattr(configs, tunable.table)
+            table = getattr(configs_of(module), tunable.table)
             present = configs.lookup(table, arch, tunable.key)
             assert tunable.key in configs.entries(table, arch), f"{tunable.table} {tunable.key}"
             for config in tunable.candidates:
@@ -85,9 +86,9 @@ def test_tunables_name_real_tables_and_their_entries(arch: str) -> None:
 def test_present_entries_agree_with_the_reference(device: torch.device) -> None:
     """Every entry of this GPU's tables, at the size it is tuned at."""
     arch = arch_of(torch.empty(0, device=device))
-    for module in op_modules("tunables"):
+    for module in spec_modules():
         for index, tunable in enumerate(importlib.import_module(module).tunables(arch)):
-            present = configs.lookup(getattr(configs, tunable.table), arch, tunable.key)
+            present = configs.lookup(getattr(configs_of(module), tunable.table), arch, tunable.key)
             problem = tune._check_task(str(device), module, arch, index, present)
             assert not problem, f"{tunable.table} {tunable.key}: {problem}"
             tune._problem.cache_clear()

@@ -1,8 +1,9 @@
-"""The eager row of the op table against formulas in fp64."""
+"""The eager implementations against formulas in fp64, and how an implementation is chosen."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,24 @@ from torch.nn import functional as F
 
 from fastgpt.errors import UserError
 from fastgpt.model import ops
+from fastgpt.model.ops import Wish
+from fastgpt.train import optim
+from fastgpt_kernels import OPS
+from fastgpt_kernels.ops.matmul import record as matmul_records
+from fastgpt_kernels.record import Sizes, record, records
+
+PARTS = {"attention", "head", "linear", "memory", "optimizer"}
+
+
+def eager(op: str):
+    return record(op).eager
+
+
+def test_every_op_has_its_record_and_the_implementations_that_flags_name():
+    for name, entry in OPS.items():
+        op = record(name)
+        assert op.name == name and op.part in PARTS and op.kernels
+        assert set(op.implementations) == set(entry.choices)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -21,14 +40,14 @@ def test_attention(causal, scale):
     if causal:
         scores = scores.masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), -torch.inf)
     want = (scores.softmax(-1) @ v).transpose(1, 2).flatten(-2)
-    torch.testing.assert_close(ops.attention(qkv, 3, causal=causal, scale=scale), want)
+    torch.testing.assert_close(eager("attention")(qkv, 3, causal=causal, scale=scale), want)
 
 
 def test_add_layer_norm_is_add_and_layer_norm():
     x, r, w, b = (torch.randn(*s, dtype=torch.float64) for s in ((2, 8), (2, 8), (8,), (8,)))
-    y, out = ops.add_layer_norm(x, r, w, b)
+    y, out = eager("add_layer_norm")(x, r, w, b)
     assert torch.equal(out, x + r)
-    assert torch.equal(y, ops.layer_norm(out, w, b))
+    assert torch.equal(y, eager("layer_norm")(out, w, b))
     want = (out - out.mean(-1, keepdim=True)) / (
         out.var(-1, correction=0, keepdim=True) + 1e-5
     ) ** 0.5
@@ -38,64 +57,73 @@ def test_add_layer_norm_is_add_and_layer_norm():
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
 def test_bias_gelu(approximate):
     x, b = torch.randn(3, 8), torch.randn(8)
-    assert torch.equal(ops.bias_gelu(x, b, approximate), F.gelu(x + b, approximate=approximate))
-    assert torch.equal(ops.bias_gelu(x, None, approximate), F.gelu(x, approximate=approximate))
+    assert torch.equal(
+        eager("bias_gelu")(x, b, approximate), F.gelu(x + b, approximate=approximate)
+    )
+    assert torch.equal(eager("bias_gelu")(x, None, approximate), F.gelu(x, approximate=approximate))
 
 
 def test_linear_cross_entropy_leaves_padding_out():
     x, w = torch.randn(6, 8), torch.randn(10, 8)
     targets = torch.tensor([0, 3, 6, -1, 2, 5])
     want = F.cross_entropy(x @ w[:7].T, targets, ignore_index=-1)
-    got = ops.linear_cross_entropy(x, w, targets, vocab_size=7)
+    got = eager("linear_cross_entropy")(x, w, targets, vocab_size=7)
     torch.testing.assert_close(got, want)
-    assert ops.linear_cross_entropy(x.bfloat16(), w.bfloat16(), targets).dtype == torch.float32
+    assert eager("linear_cross_entropy")(x.bfloat16(), w.bfloat16(), targets).dtype == torch.float32
 
 
 def test_table_gives_a_reason_for_every_op():
     table = ops.choose(torch.device("cpu"))
-    assert {c.op for c in table.choices} == set(table.__dict__) - {"choices"}
+    assert {c.op for c in table.choices} == set(vars(table)) - {"choices"}
+    assert {c.op for c in table.choices} == {op.name for op in records("model")}
     assert all(c.implementation == "eager" and c.reason for c in table.choices)
-    assert table.describe().startswith("eager (no GPU): attention, ")
+    assert ops.describe(table.choices).startswith("eager (no GPU): attention, ")
 
 
 CPU = torch.device("cpu")
 
 
+def choices(wish: Wish | None = None, sizes: Sizes | None = None) -> dict[str, ops.Choice]:
+    """By op, the optimizer among them."""
+    found = (*ops.choose(CPU, sizes=sizes, wish=wish).choices, optim.choose(CPU, wish)[0])
+    return {c.op: c for c in found}
+
+
 @pytest.mark.parametrize(
-    ("kwargs", "message"),
+    ("wish", "message"),
     [
-        ({"kernels": "triton"}, "--kernels=triton: no GPU"),
-        ({"overrides": {"attention": "cudnn"}}, "--op.attention=cudnn: no GPU"),
-        ({"overrides": {"bias_gelu": "triton"}}, "--op.bias_gelu=triton: no GPU"),
-        ({"overrides": {"adamw": "triton"}}, "--op.adamw=triton: no GPU"),
+        (Wish("triton"), "--kernels=triton: no GPU"),
+        (Wish(ops={"attention": "cudnn"}), "--op.attention=cudnn: no GPU"),
+        (Wish(ops={"bias_gelu": "triton"}), "--op.bias_gelu=triton: no GPU"),
+        (Wish(ops={"adamw": "triton"}), "--op.adamw=triton: no GPU"),
     ],
+    ids=str,
 )
-def test_what_cannot_run_here_is_refused(kwargs, message):
+def test_what_cannot_run_here_is_refused(wish, message):
     with pytest.raises(UserError, match=message):
-        ops.choose(CPU, **kwargs)
+        choices(wish)
 
 
 def test_asking_for_eager_is_the_reason():
-    table = ops.choose(CPU, kernels="eager", overrides={"attention": "eager"})
-    reasons = {c.op: c.reason for c in table.choices}
-    assert reasons["attention"] == "--op.attention=eager"
-    assert reasons["layer_norm"] == "--kernels=eager"
+    chosen = choices(Wish("eager", {"attention": "eager"}))
+    assert chosen["attention"].reason == "--op.attention=eager"
+    assert chosen["layer_norm"].reason == "--kernels=eager"
 
 
 def interpreted(monkeypatch) -> None:
-    from fastgpt_kernels import _host
+    from fastgpt_kernels import host
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(_host, "INTERPRETED", True)
+    monkeypatch.setattr(host, "INTERPRETED", True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run for real here")
 def test_the_shapes_decide_too(monkeypatch):
     interpreted(monkeypatch)
-    chosen = {c.op: c for c in ops.choose(CPU, head_dim=48, width=9000).choices}
+    chosen = choices(sizes=Sizes(n_head=188, n_embd=48 * 188))
     assert chosen["attention"].implementation == "eager"
     assert "head dim 48 is none of 32, 64" in chosen["attention"].reason
-    assert "width 9000 is more than 8192" in chosen["add_layer_norm"].reason
+    assert "width 9024 is more than 8192" in chosen["add_layer_norm"].reason
     assert chosen["bias_gelu"].implementation == "triton"
 
 
@@ -103,19 +131,20 @@ def test_the_shapes_decide_too(monkeypatch):
 def test_libraries_are_left_only_where_measured(monkeypatch):
     interpreted(monkeypatch)
     for kernels in ("auto", "triton"):
-        chosen = {c.op: c for c in ops.choose(CPU, kernels=kernels).choices}
+        chosen = choices(Wish(kernels))
         assert chosen["linear"].implementation == chosen["mlp"].implementation == "eager"
         assert chosen["linear"].reason == "nothing measured faster than cuBLAS"
         assert chosen["adamw"].reason == "nothing measured faster than PyTorch's fused AdamW"
         assert chosen["bias_gelu"].implementation == "triton"
-    monkeypatch.setitem(ops.MEASURED_FASTER, "linear", ("sm_90", "cpu"))
-    chosen = {c.op: c for c in ops.choose(CPU).choices}
+    measured = replace(record("linear"), measured_faster=("sm_90", "cpu"))
+    monkeypatch.setitem(matmul_records.RECORDS, "linear", measured)
+    chosen = choices()
     assert chosen["linear"].implementation == "triton"
     assert chosen["mlp"].implementation == "eager"
-    chosen = {c.op: c for c in ops.choose(CPU, overrides={"mlp": "triton"}).choices}
+    chosen = choices(Wish(ops={"mlp": "triton"}))
     assert (chosen["mlp"].implementation, chosen["mlp"].reason) == ("triton", "--op.mlp=triton")
-    with pytest.raises(UserError, match="--op.mlp=triton: width 36 is not a multiple of 8"):
-        ops.choose(CPU, width=36, overrides={"mlp": "triton"})
+    with pytest.raises(UserError, match="--op.mlp=triton: width 38 is not a multiple of 4"):
+        choices(Wish(ops={"mlp": "triton"}), Sizes(n_head=1, n_embd=38))
 
 
 def test_the_eager_mlp_is_made_of_the_tables_ops():
@@ -129,8 +158,8 @@ def test_the_eager_mlp_is_made_of_the_tables_ops():
 
 def test_fp32_weights_with_bf16_activations():
     x, w, b = torch.randn(4, 8).bfloat16(), torch.randn(8), torch.randn(8)
-    y = ops.layer_norm(x, w, b)
+    y = eager("layer_norm")(x, w, b)
     assert y.dtype == torch.bfloat16
     want = F.layer_norm(x.float(), (8,), w, b)
     torch.testing.assert_close(y, want.bfloat16())
-    assert ops.bias_gelu(x, b).dtype == torch.bfloat16
+    assert eager("bias_gelu")(x, b).dtype == torch.bfloat16

@@ -19,15 +19,18 @@ from fastgpt.config.schema import OptimConfig
 from fastgpt.errors import UserError
 from fastgpt.model import ops
 from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.model.ops import Wish
 from fastgpt.train import optim
 from fastgpt.train.adamw import FusedAdamW
 from fastgpt.train.step import Trainer
+from fastgpt_kernels.record import record
 from tests import runs
 from tests.model.test_ops import interpreted
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(33, 70), (5000,), (1,), (8, 3, 5)]
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95)}
+torch_adamw = record("adamw").eager
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +59,7 @@ def gradients(params: list[Tensor], step: int) -> None:
 
 def both() -> list[tuple[list[Tensor], torch.optim.AdamW]]:
     made = []
-    for kind in (ops.adamw, FusedAdamW):
+    for kind in (torch_adamw, FusedAdamW):
         params = parameters()
         made.append((params, kind(groups(params), **OPTIONS)))
     return made
@@ -120,12 +123,12 @@ def test_parameters_without_a_gradient_are_left_alone():
 
 
 def small() -> GPT:
-    table = ops.choose(DEVICE, kernels="eager")
+    table = ops.choose(DEVICE, wish=Wish("eager"))
     return GPT(ModelShape(1, 2, 16, 8, 20, bias=True), 0.0, table).init_weights(0).to(DEVICE)
 
 
 @pytest.mark.parametrize(
-    "order", [(ops.adamw, FusedAdamW), (FusedAdamW, ops.adamw)], ids=["to", "from"]
+    "order", [(torch_adamw, FusedAdamW), (FusedAdamW, torch_adamw)], ids=["to", "from"]
 )
 def test_either_goes_on_from_the_others_state(order):
     idx = torch.randint(20, (2, 8), device=DEVICE)
@@ -170,7 +173,7 @@ def test_loading_after_a_step_takes_effect():
 
 
 @pytest.mark.parametrize(
-    "kinds", [(ops.adamw, FusedAdamW), (FusedAdamW, ops.adamw)], ids=["to", "from"]
+    "kinds", [(torch_adamw, FusedAdamW), (FusedAdamW, torch_adamw)], ids=["to", "from"]
 )
 def test_either_goes_on_from_the_others_state_dict(kinds):
     straight, first, second = (
@@ -229,7 +232,8 @@ def trainer(kind: str, device: torch.device, dtype: str = "float32") -> Trainer:
     config = laptop()
     config.system.dtype, config.system.compile = dtype, False
     config.optim = OptimConfig(batch_size=2, learning_rate=1e-2, warmup_iters=2, grad_clip=0.5)
-    table = ops.choose(device, kernels="eager", overrides={"adamw": kind})
+    config.system.kernels, config.op.adamw = "eager", kind
+    table = ops.choose(device, wish=Wish("eager"))
     model = GPT(ModelShape(2, 2, 16, 8, 20, bias=True), 0.0, table).init_weights(0).to(device)
     return Trainer(model, config, device)
 

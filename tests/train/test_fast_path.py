@@ -10,9 +10,12 @@ import torch
 from torch._dynamo.utils import counters
 
 from fastgpt.config.presets import laptop
+from fastgpt.config.schema import OpConfig
 from fastgpt.model import ops
 from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.model.ops import Wish
 from fastgpt.train.step import Trainer
+from fastgpt_kernels.record import records
 from tests.model.test_ops import interpreted
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -26,6 +29,7 @@ def kernels_run(monkeypatch):
 
 
 # On a GPU fp32 products are cuBLAS's; `test_products_in_16_bits` has ours there.
+LIBRARY = [op.name for op in records() if op.library]
 PRODUCTS = pytest.mark.parametrize("products", ["eager"] + ["triton"] * (DEVICE.type == "cpu"))
 
 
@@ -37,13 +41,16 @@ def trainer(
     config.optim.batch_size, config.optim.warmup_iters = 1, 2
     config.optim.learning_rate = 1e-2
     config.model.dropout = dropout
-    by_op = dict.fromkeys(ops.LIBRARY, products)
-    table = ops.choose(DEVICE, head_dim=32, width=32, kernels=kernels, overrides=by_op)
-    chosen = {c.op: c.implementation for c in table.choices}
-    assert chosen == {**dict.fromkeys(chosen, kernels), **by_op}
+    by_op = dict.fromkeys(LIBRARY, products)
+    config.system.kernels = kernels
+    config.op = OpConfig(**by_op)
     shape = ModelShape(**{**SHAPE.__dict__, "bias": bias})
+    table = ops.choose(DEVICE, sizes=shape.sizes(1, dropout), wish=Wish(kernels, by_op))
     model = GPT(shape, dropout, table).init_weights(0).to(DEVICE)
-    return Trainer(model, config, DEVICE)
+    trainer = Trainer(model, config, DEVICE)
+    chosen = {c.op: c.implementation for c in trainer.choices}
+    assert chosen == {**dict.fromkeys(chosen, kernels), **by_op}
+    return trainer
 
 
 def tokens(step: int) -> torch.Tensor:
@@ -123,10 +130,10 @@ def test_checkpointing_traces_without_a_break():
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")
 def test_products_in_16_bits():
     """The model on our matrix products, compiled: as near to fp32 as on cuBLAS's."""
-    from fastgpt_kernels import _host
-    from fastgpt_kernels.matmul_kernels import runs_on
+    from fastgpt_kernels import host
+    from fastgpt_kernels.ops.matmul.configs import runs_on
 
-    if not runs_on(_host.arch(0)):
+    if not runs_on(host.arch(0)):
         pytest.skip("a GPU without TMA")
     shape, results = ModelShape(2, 4, 256, 128, 1000, bias=True), {}
     inputs = torch.randint(1000, (4, 129), generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -135,9 +142,9 @@ def test_products_in_16_bits():
         ("eager", torch.bfloat16),
         ("triton", torch.bfloat16),
     ):
-        products = dict.fromkeys(ops.LIBRARY, "triton" if name == "triton" else "eager")
-        kernels = "eager" if name == "exact" else "triton"
-        table = ops.choose(DEVICE, dtype, width=256, kernels=kernels, overrides=products)
+        products = dict.fromkeys(LIBRARY, "triton" if name == "triton" else "eager")
+        wish = Wish("eager" if name == "exact" else "triton", products)
+        table = ops.choose(DEVICE, dtype, shape.sizes(4), wish)
         model = GPT(shape, 0.0, table, dtype).init_weights(0).to(DEVICE)
         torch._dynamo.reset()
         loss = torch.compile(model, fullgraph=True)(inputs[:, :-1], inputs[:, 1:])

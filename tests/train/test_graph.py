@@ -67,8 +67,8 @@ def test_graphed_steps_are_the_plain_ones(compile, dropout):
         config.system.dtype, config.system.compile = "bfloat16", compile
         config.optim.batch_size, config.optim.gradient_accumulation_steps = 8, 2
         config.model.dropout = dropout
-        table = ops.choose(CUDA, torch.bfloat16, head_dim=64, width=128)
         shape = ModelShape(2, 2, 128, 64, 97, bias=True)
+        table = ops.choose(CUDA, torch.bfloat16, shape.sizes(8))
         model = GPT(shape, dropout, table, torch.bfloat16).init_weights(0).to(CUDA)
         t = Trainer(model, config, CUDA)
         generator = torch.Generator().manual_seed(0)
@@ -90,9 +90,10 @@ def test_a_step_never_waits_for_the_device(graphed, adamw):
     config = shakespeare_char()
     config.system.dtype, config.system.compile = "bfloat16", True
     config.optim.batch_size = 4
-    given = {"adamw": adamw}
-    table = ops.choose(CUDA, torch.bfloat16, head_dim=64, width=128, overrides=given)
-    model = GPT(ModelShape(2, 2, 128, 64, 97, bias=True), 0.1, table, torch.bfloat16)
+    config.op.adamw = adamw
+    shape = ModelShape(2, 2, 128, 64, 97, bias=True)
+    table = ops.choose(CUDA, torch.bfloat16, shape.sizes(4))
+    model = GPT(shape, 0.1, table, torch.bfloat16)
     t = Trainer(model.init_weights(0).to(CUDA), config, CUDA)
     tokens = torch.randint(97, (4, 65), device=CUDA)
     t.warm_up(0, tokens)

@@ -178,7 +178,7 @@ def test_estimate_against_the_real_peak(checkpointing):
     config = gpt2()
     config.system.dtype, config.system.compile = "bfloat16", False
     config.optim.batch_size = 16
-    table = ops.choose(device, torch.bfloat16, head_dim=64, width=768)
+    table = ops.choose(device, torch.bfloat16)
     model = GPT(shape, 0.0, table, torch.bfloat16).init_weights(0).to(device)
     model.checkpointing = checkpointing
     t = Trainer(model, config, device)

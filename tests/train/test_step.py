@@ -14,6 +14,7 @@ from fastgpt.config.presets import laptop
 from fastgpt.errors import UserError
 from fastgpt.model import ops
 from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.model.ops import Wish
 from fastgpt.train import optim
 from fastgpt.train.step import NonFinite, Trainer, dropout_seed
 from tests.model.test_ops import interpreted
@@ -43,7 +44,8 @@ def trainer(
     changes = {"batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
     config.optim = dataclasses.replace(config.optim, **changes, **optim_changes)
     config.model.dropout = dropout
-    table = ops.choose(CPU, kernels="eager", overrides={"adamw": adamw})
+    config.system.kernels, config.op.adamw = "eager", adamw
+    table = ops.choose(CPU, wish=Wish("eager"))
     model = GPT(ModelShape(2, 2, 32, 16, 50, bias=True), dropout, table, dtype).init_weights(0)
     return Trainer(model, config, CPU)
 

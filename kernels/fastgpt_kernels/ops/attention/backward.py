@@ -1,0 +1,377 @@
+"""Attention, backward kernels: the gradient of packed qkv, written straight into one tensor.
+
+With P = softmax(scale * q k^T) recomputed from the saved log-sum-exp, dO the gradient of y and Z
+the dropout mask over its keep rate (1 without dropout), per head (Dao et al. 2022, appendix B.4):
+
+    dv = (Z * P)^T dO          dP = Z * (dO v^T)        delta = rowsum(dO * y) = rowsum(P * dP)
+    dS = P * (dP - delta)      dk = scale * dS^T q      dq = scale * dS k
+
+Five products of T x T x D against two in the forward pass: this is where attention's time is.
+
+- `prepare` computes delta, one number a row, and zeroes the fp32 sum of dq.
+- `key_value` owns BLOCK_N keys of a head and walks the query rows. Scores are computed transposed
+  (keys x rows), so that P^T and dS^T, fresh in registers, are the left operands of dv and dk as
+  they stand; only dq needs dS through shared memory. Its addends go to an fp32 sum in memory by
+  TMA reduction (one instruction a tile, added in the L2) or by vectorised atomics: one pass, five
+  products, and a dq whose last bits depend on the order of arrival. `finish` scales and rounds it.
+- Deterministic: `key_value` without dq, and `query`, which owns BLOCK_M rows and walks the keys:
+  seven products, every sum in a fixed order.
+
+Registers (16-bit, D = 64, sm_90, 64 rows x 128 keys, 8 warps): dk and dv take 32 a thread each, the
+scores and dP 32 each, dq's addend 16, lse and delta 16 each (a thread holds every fourth row), the
+16-bit operands made of P and dS 16 each: 192, and 223 in all with addresses. 4 warps would need
+twice that. D = 128 doubles dk, dv and dq, so a tile has 32 rows. Dropout's mask is worth some 30
+more, hence smaller tiles again in the tables with dropout.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastgpt_kernels.configs import Config, lookup
+from fastgpt_kernels.host import arch_of, on_device
+from fastgpt_kernels.ops.attention import configs
+from fastgpt_kernels.ops.attention.forward import (
+    EVEN_T,
+    LOG2_E,
+    heads_together,
+    pick,
+    read_in_place,
+)
+from fastgpt_kernels.ops.attention.tiles import head_offset, kept, load_tile, locate, store_tile
+from fastgpt_kernels.reference import dropout_threshold
+
+SCALARS = ["T", "n_head", "head_count", "group", "threshold"]
+
+
+@triton.jit(do_not_specialize=["T", "n_head"])
+def attention_prepare_kernel(
+    y,  # (B, T, C) contiguous
+    grad_y,  # (B, T, C), strides (stride_gb, stride_gt, 1)
+    delta,  # (B * H, T) fp32, out
+    dq_sum,  # (B * H, T, HEAD) fp32, out: zeros; or None
+    stride_gb, stride_gt, T, n_head,
+    HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    CHECK_HEAD: tl.constexpr = HEAD if HEAD_PAD != HEAD else 0
+    row = tl.program_id(1) * BLOCK_T
+    batch_head = tl.program_id(0)
+    C = n_head * HEAD
+    rows = row + tl.arange(0, BLOCK_T)
+    columns = tl.arange(0, HEAD_PAD)
+    local = tl.arange(0, BLOCK_T)[:, None]
+    start = row.to(tl.int64)
+    y_base = y + head_offset(batch_head, n_head, T.to(tl.int64) * C, HEAD) + start * C
+    grad_base = grad_y + head_offset(batch_head, n_head, stride_gb, HEAD) + start * stride_gt
+    out = load_tile(y_base + local * C + columns[None, :], rows, columns, T, True, CHECK_HEAD)
+    grad = load_tile(
+        grad_base + local * stride_gt + columns[None, :], rows, columns, T, True, CHECK_HEAD
+    )
+    dot = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    head_row = batch_head.to(tl.int64) * T
+    tl.store(delta + head_row + rows, dot, mask=rows < T)
+    if dq_sum is not None:
+        dq_pointers = dq_sum + (head_row + start) * HEAD + local * HEAD + columns[None, :]
+        zero = tl.zeros([BLOCK_T, HEAD_PAD], tl.float32)
+        store_tile(dq_pointers, zero, rows, columns, T, True, CHECK_HEAD)
+
+
+@triton.jit
+def _walk_rows(
+    dk, dv, k, v, q_base, grad_base, lse, delta, dq_sum, stride_t, stride_gt, lo, hi, key, T,
+    scale_log2, keep_scale, seed, batch_head, threshold,
+    HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    MASK: tl.constexpr, CHECK_T: tl.constexpr, PRECISION: tl.constexpr,
+    TMA_REDUCE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Add what rows [lo, hi) give to dk and dv [N, D] of the keys from `key` on, and to dq_sum."""
+    CHECK_HEAD: tl.constexpr = HEAD if HEAD_PAD != HEAD else 0
+    columns = tl.arange(0, HEAD_PAD)
+    local = tl.arange(0, BLOCK_M)
+    keys = key + tl.arange(0, BLOCK_N)
+    q_offsets = local[:, None] * stride_t + columns[None, :]
+    grad_offsets = local[:, None] * stride_gt + columns[None, :]
+    dq_offsets = local[:, None] * HEAD + columns[None, :]
+    q_base += lo.to(tl.int64) * stride_t
+    grad_base += lo.to(tl.int64) * stride_gt
+    for m in range(lo, hi, BLOCK_M):
+        m = tl.multiple_of(m, BLOCK_M)
+        rows = m + local
+        q = load_tile(q_base + q_offsets, rows, columns, T, CHECK_T, CHECK_HEAD)
+        if CHECK_T:  # rows past the end: p = exp2(0 - inf) = 0
+            row_lse = tl.load(lse + rows, mask=rows < T, other=float("inf"))
+            row_delta = tl.load(delta + rows, mask=rows < T, other=0.0)
+        else:
+            row_lse = tl.load(lse + rows)
+            row_delta = tl.load(delta + rows)
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [N, M]
+        p = tl.exp2(scores * scale_log2 - row_lse[None, :])
+        if MASK:
+            visible = rows[None, :] >= keys[:, None] if CAUSAL else (keys < T)[:, None]
+            p = tl.where(visible, p, 0.0)
+        grad = load_tile(grad_base + grad_offsets, rows, columns, T, CHECK_T, CHECK_HEAD)
+        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)  # [N, M]
+        if DROPOUT:
+            keep = tl.trans(kept(seed, batch_head, m, key, threshold, BLOCK_M, BLOCK_N))
+            p_kept = tl.where(keep, p, 0.0)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
+        else:
+            p_kept = p
+        dv = tl.dot(p_kept.to(grad.dtype), grad, dv, input_precision=PRECISION)
+        ds = (p * (dp - row_delta[None, :])).to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+        if dq_sum is not None:
+            dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)  # [M, D]
+            if TMA_REDUCE:  # the descriptor leaves out what lies past T and HEAD
+                dq_sum.atomic_add([batch_head, m, 0], dq.reshape(1, BLOCK_M, HEAD_PAD))
+            else:
+                pointers = dq_sum + m.to(tl.int64) * HEAD + dq_offsets
+                if CHECK_T or CHECK_HEAD:
+                    inside = (rows < T)[:, None] & (columns < HEAD)[None, :]
+                    tl.atomic_add(pointers, dq, mask=inside, sem="relaxed")
+                else:
+                    tl.atomic_add(pointers, dq, sem="relaxed")
+        q_base += BLOCK_M * stride_t
+        grad_base += BLOCK_M * stride_gt
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def attention_key_value_kernel(
+    qkv,  # (B, T, 3 * C), strides (stride_b, stride_t, 1)
+    grad_y,  # (B, T, C), strides (stride_gb, stride_gt, 1)
+    lse, delta,  # (B * H, T) fp32
+    dq_sum,  # (B * H, T, HEAD) fp32, added to: a pointer, with TMA_REDUCE a descriptor; or None
+    dqkv,  # (B, T, 3 * C) contiguous, out: its k and v columns
+    seed_pointer,  # one int64; read only with DROPOUT
+    stride_b, stride_t, stride_gb, stride_gt, T, n_head, head_count, group,
+    scale, scale_log2, keep_scale, threshold,
+    HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, TMA_REDUCE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    CHECK_HEAD: tl.constexpr = HEAD if HEAD_PAD != HEAD else 0
+    rank, batch_head = locate(tl.cdiv(T, BLOCK_N), head_count, group)
+    key = tl.multiple_of(rank * BLOCK_N, BLOCK_N)  # the first keys are seen by the most rows
+    C = n_head * HEAD
+    keys = key + tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, HEAD_PAD)
+    local = tl.arange(0, BLOCK_N)[:, None]
+    start = key.to(tl.int64)
+
+    q_base = qkv + head_offset(batch_head, n_head, stride_b, HEAD)
+    grad_base = grad_y + head_offset(batch_head, n_head, stride_gb, HEAD)
+    k_pointers = q_base + C + start * stride_t + local * stride_t + columns[None, :]
+    k = load_tile(k_pointers, keys, columns, T, not EVEN, CHECK_HEAD)
+    v = load_tile(k_pointers + C, keys, columns, T, not EVEN, CHECK_HEAD)
+    seed = tl.load(seed_pointer) if DROPOUT else 0
+    head_row = batch_head.to(tl.int64) * T
+    lse += head_row
+    delta += head_row
+    if dq_sum is not None and not TMA_REDUCE:
+        dq_sum += head_row * HEAD
+
+    dk = tl.zeros([BLOCK_N, HEAD_PAD], tl.float32)
+    dv = tl.zeros([BLOCK_N, HEAD_PAD], tl.float32)
+    lo = key * 0
+    if CAUSAL:  # rows on the diagonal, from the tile with row = key to the one past the last key
+        lo = key // BLOCK_M * BLOCK_M
+        diagonal_end = min(tl.cdiv(key + BLOCK_N, BLOCK_M) * BLOCK_M, T)
+        dk, dv = _walk_rows(
+            dk, dv, k, v, q_base, grad_base, lse, delta, dq_sum, stride_t, stride_gt,
+            lo, diagonal_end, key, T, scale_log2, keep_scale, seed, batch_head, threshold,
+            HEAD, HEAD_PAD, CAUSAL, DROPOUT, True, not EVEN, PRECISION, TMA_REDUCE,
+            BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        lo = diagonal_end
+    # Causal tiles below the diagonal hold no key past T; full ones may, and must not add it to dq.
+    dk, dv = _walk_rows(
+        dk, dv, k, v, q_base, grad_base, lse, delta, dq_sum, stride_t, stride_gt,
+        lo, T, key, T, scale_log2, keep_scale, seed, batch_head, threshold,
+        HEAD, HEAD_PAD, CAUSAL, DROPOUT, not CAUSAL and not EVEN, not EVEN, PRECISION, TMA_REDUCE,
+        BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+
+    out_base = dqkv + head_offset(batch_head, n_head, T.to(tl.int64) * (3 * C), HEAD)
+    dk_pointers = out_base + C + start * (3 * C) + local * (3 * C) + columns[None, :]
+    store_tile(dk_pointers, dk * scale, keys, columns, T, not EVEN, CHECK_HEAD)
+    store_tile(dk_pointers + C, dv * keep_scale, keys, columns, T, not EVEN, CHECK_HEAD)
+
+
+@triton.jit
+def _walk_keys(
+    dq, q, grad, row_lse, row_delta, k_base, C, stride_t, rows, columns, lo, hi, T,
+    scale_log2, keep_scale, seed, batch_head, row, threshold,
+    HEAD: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr,
+    CHECK_T: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Add what keys [lo, hi) give to dq [M, D]."""
+    CHECK_HEAD: tl.constexpr = HEAD if columns.shape[0] != HEAD else 0
+    offsets = tl.arange(0, BLOCK_N)[:, None] * stride_t + columns[None, :]
+    k_base += lo.to(tl.int64) * stride_t
+    for n in range(lo, hi, BLOCK_N):
+        n = tl.multiple_of(n, BLOCK_N)
+        keys = n + tl.arange(0, BLOCK_N)
+        k = load_tile(k_base + offsets, keys, columns, T, CHECK_T, CHECK_HEAD)
+        v = load_tile(k_base + C + offsets, keys, columns, T, CHECK_T, CHECK_HEAD)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]
+        p = tl.exp2(scores * scale_log2 - row_lse[:, None])
+        if MASK:
+            visible = rows[:, None] >= keys[None, :] if CAUSAL else (keys < T)[None, :]
+            p = tl.where(visible, p, 0.0)
+        dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        if DROPOUT:
+            keep = kept(seed, batch_head, row, n, threshold, BLOCK_M, BLOCK_N)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
+        ds = (p * (dp - row_delta[:, None])).to(k.dtype)
+        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+        k_base += BLOCK_N * stride_t
+    return dq
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def attention_query_kernel(
+    qkv,  # (B, T, 3 * C), strides (stride_b, stride_t, 1)
+    grad_y,  # (B, T, C), strides (stride_gb, stride_gt, 1)
+    lse, delta,  # (B * H, T) fp32
+    dqkv,  # (B, T, 3 * C) contiguous, out: its q columns
+    seed_pointer,  # one int64; read only with DROPOUT
+    stride_b, stride_t, stride_gb, stride_gt, T, n_head, head_count, group,
+    scale, scale_log2, keep_scale, threshold,
+    HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    CHECK_HEAD: tl.constexpr = HEAD if HEAD_PAD != HEAD else 0
+    tile_count = tl.cdiv(T, BLOCK_M)
+    rank, batch_head = locate(tile_count, head_count, group)
+    row = tl.multiple_of((tile_count - 1 - rank) * BLOCK_M, BLOCK_M)
+    C = n_head * HEAD
+    rows = row + tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, HEAD_PAD)
+    local = tl.arange(0, BLOCK_M)[:, None]
+    start = row.to(tl.int64)
+
+    q_base = qkv + head_offset(batch_head, n_head, stride_b, HEAD)
+    q_pointers = q_base + start * stride_t + local * stride_t + columns[None, :]
+    q = load_tile(q_pointers, rows, columns, T, not EVEN, CHECK_HEAD)
+    grad_base = grad_y + head_offset(batch_head, n_head, stride_gb, HEAD) + start * stride_gt
+    grad_pointers = grad_base + local * stride_gt + columns[None, :]
+    grad = load_tile(grad_pointers, rows, columns, T, not EVEN, CHECK_HEAD)
+    head_row = batch_head.to(tl.int64) * T
+    row_lse = tl.load(lse + head_row + rows, mask=rows < T, other=float("inf"))
+    row_delta = tl.load(delta + head_row + rows, mask=rows < T, other=0.0)
+    seed = tl.load(seed_pointer) if DROPOUT else 0
+
+    dq = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
+    full = row // BLOCK_N * BLOCK_N if CAUSAL else T // BLOCK_N * BLOCK_N
+    dq = _walk_keys(
+        dq, q, grad, row_lse, row_delta, q_base + C, C, stride_t, rows, columns, full * 0, full, T,
+        scale_log2, keep_scale, seed, batch_head, row, threshold,
+        HEAD, CAUSAL, DROPOUT, False, False, PRECISION, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    if CAUSAL or not EVEN:
+        end = min(row + BLOCK_M, T) if CAUSAL else T
+        dq = _walk_keys(
+            dq, q, grad, row_lse, row_delta, q_base + C, C, stride_t, rows, columns, full, end, T,
+            scale_log2, keep_scale, seed, batch_head, row, threshold,
+            HEAD, CAUSAL, DROPOUT, True, not EVEN, PRECISION, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    out_base = dqkv + head_offset(batch_head, n_head, T.to(tl.int64) * (3 * C), HEAD)
+    dq_pointers = out_base + start * (3 * C) + local * (3 * C) + columns[None, :]
+    store_tile(dq_pointers, dq * scale, rows, columns, T, not EVEN, CHECK_HEAD)
+
+
+@triton.jit(do_not_specialize=["T", "n_head"])
+def attention_finish_kernel(
+    dq_sum,  # (B * H, T, HEAD) fp32
+    dqkv,  # (B, T, 3 * C) contiguous, out: its q columns
+    scale, T, n_head,
+    HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    CHECK_HEAD: tl.constexpr = HEAD if HEAD_PAD != HEAD else 0
+    row = tl.program_id(1) * BLOCK_T
+    batch_head = tl.program_id(0)
+    C = n_head * HEAD
+    rows = row + tl.arange(0, BLOCK_T)
+    columns = tl.arange(0, HEAD_PAD)
+    local = tl.arange(0, BLOCK_T)[:, None]
+    start = row.to(tl.int64)
+    sum_base = dq_sum + (batch_head.to(tl.int64) * T + start) * HEAD
+    dq = load_tile(sum_base + local * HEAD + columns[None, :], rows, columns, T, True, CHECK_HEAD)
+    out_base = dqkv + head_offset(batch_head, n_head, T.to(tl.int64) * (3 * C), HEAD)
+    dq_pointers = out_base + start * (3 * C) + local * (3 * C) + columns[None, :]
+    store_tile(dq_pointers, dq * scale, rows, columns, T, True, CHECK_HEAD)
+
+
+def launch_backward(
+    grad_y: torch.Tensor,
+    qkv: torch.Tensor,
+    y: torch.Tensor,
+    lse: torch.Tensor,
+    seed: torch.Tensor | None,
+    n_head: int,
+    causal: bool,
+    dropout_p: float,
+    scale: float,
+    deterministic: bool,
+    config: Config | None = None,
+    query_config: Config | None = None,
+) -> torch.Tensor:
+    """grad_y (B, T, C) and what the forward pass saved -> dqkv (B, T, 3*C), contiguous.
+
+    `config` is for the key_value kernel, `query_config` for the query kernel (deterministic only).
+    """
+    qkv, grad_y = read_in_place(qkv), read_in_place(grad_y)
+    batch, T, width = qkv.shape
+    head_dim, head_count = width // (3 * n_head), batch * n_head
+    dqkv = torch.empty((batch, T, width), dtype=qkv.dtype, device=qkv.device)
+    if dqkv.numel() == 0:
+        return dqkv
+    threshold, keep_scale = dropout_threshold(dropout_p)
+    dropout = threshold > 0
+    kernel = "KEY_VALUE" if deterministic else "BACKWARD"
+    config = config or pick(kernel, qkv, head_dim, dropout)
+    rows = lookup(configs.ROWS, arch_of(qkv), head_dim)
+    row_grid = (head_count, triton.cdiv(T, rows.blocks["BLOCK_T"]))
+
+    delta = torch.empty_like(lse)
+    dq_sum = None
+    if not deterministic:
+        dq_sum = torch.empty((head_count, T, head_dim), dtype=torch.float32, device=qkv.device)
+    target = dq_sum
+    if config.blocks.get("TMA_REDUCE"):
+        box = [1, config.blocks["BLOCK_M"], triton.next_power_of_2(head_dim)]
+        target = TensorDescriptor.from_tensor(dq_sum, box)
+
+    # What the programs of a head share: q, k, v, dO, and dq's fp32 sum.
+    shared_bytes = T * head_dim * (4 * qkv.element_size() + (0 if deterministic else 4))
+    inputs = (qkv, grad_y, lse, delta)
+    scalars = (
+        lse if seed is None else seed,
+        qkv.stride(0), qkv.stride(1), grad_y.stride(0), grad_y.stride(1),
+        T, n_head, head_count, heads_together(shared_bytes),
+        scale, scale * LOG2_E, keep_scale, threshold,
+    )  # fmt: skip
+    head = {"HEAD": head_dim, "HEAD_PAD": triton.next_power_of_2(head_dim)}
+    flags = dict(head, CAUSAL=causal, DROPOUT=dropout, EVEN=T % EVEN_T == 0, PRECISION="ieee")
+    with on_device(qkv):
+        attention_prepare_kernel[row_grid](
+            y, grad_y, delta, dq_sum, grad_y.stride(0), grad_y.stride(1), T, n_head,
+            **head, **rows.kwargs(),
+        )  # fmt: skip
+        grid = (triton.cdiv(T, config.blocks["BLOCK_N"]) * head_count,)
+        attention_key_value_kernel[grid](
+            *inputs, target, dqkv, *scalars, **flags, **config.kwargs()
+        )
+        if dq_sum is not None:
+            attention_finish_kernel[row_grid](
+                dq_sum, dqkv, scale, T, n_head, **head, **rows.kwargs()
+            )
+        else:
+            config = query_config or pick("QUERY", qkv, head_dim, dropout)
+            grid = (triton.cdiv(T, config.blocks["BLOCK_M"]) * head_count,)
+            attention_query_kernel[grid](*inputs, dqkv, *scalars, **flags, **config.kwargs())
+    return dqkv

@@ -1,0 +1,84 @@
+"""Launch configs of attention."""
+
+from __future__ import annotations
+
+from fastgpt_kernels.configs import Config, Table
+
+
+def _attention(m: int, n: int, warps: int, stages: int = 1, tma: int | None = None) -> Config:
+    """BLOCK_M query rows by BLOCK_N keys; `tma`: dq summed by TMA reduction rather than atomics."""
+    blocks = {"BLOCK_M": m, "BLOCK_N": n}
+    return Config(blocks if tma is None else {**blocks, "TMA_REDUCE": tma}, warps, stages)
+
+
+# Attention. Key: the head dim. Not measured: by register count, the largest tiles with which no
+# variant (causal or full, ragged T, padded head dim) spills with Triton 3.6 or 3.7. Dropout and
+# fp32 have tables of their own (`attention_forward.pick`).
+FORWARD: Table = {
+    "default": {64: _attention(128, 64, 8, 3), 128: _attention(128, 32, 8, 3)},
+    "sm_90": {64: _attention(128, 64, 4, 3), 128: _attention(128, 64, 8, 3)},
+    "sm_100": {64: _attention(128, 64, 4, 3), 128: _attention(128, 64, 8, 2)},
+    "gfx942": {64: _attention(128, 64, 4), 128: _attention(128, 32, 4)},
+}
+FORWARD_DROPOUT: Table = {
+    "default": {64: _attention(128, 64, 8, 3), 128: _attention(128, 32, 8, 3)},
+    "sm_90": {64: _attention(128, 64, 8, 3), 128: _attention(128, 64, 8, 3)},
+    "sm_100": {64: _attention(128, 64, 8, 3), 128: _attention(128, 64, 8, 2)},
+    "gfx942": {64: _attention(64, 64, 4), 128: _attention(128, 32, 4)},
+}
+# dk, dv and dq in one pass.
+BACKWARD: Table = {
+    "default": {64: _attention(32, 128, 8, 2, tma=0), 128: _attention(32, 64, 8, 2, tma=0)},
+    "sm_90": {64: _attention(64, 128, 8, 2, tma=1), 128: _attention(32, 128, 8, 2, tma=1)},
+    "sm_100": {64: _attention(64, 128, 8, 2, tma=1), 128: _attention(32, 128, 8, 2, tma=1)},
+    "gfx942": {64: _attention(64, 64, 4, tma=0), 128: _attention(32, 64, 4, tma=0)},
+}
+BACKWARD_DROPOUT: Table = {
+    "default": {64: _attention(32, 64, 8, 2, tma=0), 128: _attention(32, 64, 8, 2, tma=0)},
+    "sm_90": {64: _attention(32, 128, 8, 2, tma=1), 128: _attention(32, 64, 8, 2, tma=1)},
+    "sm_100": {64: _attention(64, 128, 8, 2, tma=1), 128: _attention(32, 128, 8, 2, tma=1)},
+    "gfx942": {64: _attention(32, 64, 4, tma=0), 128: _attention(32, 32, 4, tma=0)},
+}
+# The deterministic pair: dk and dv, then dq.
+KEY_VALUE: Table = {
+    "default": {64: _attention(32, 128, 8, 2, tma=0), 128: _attention(32, 64, 8, 2, tma=0)},
+    "sm_90": {64: _attention(64, 128, 8, 2, tma=0), 128: _attention(32, 128, 8, 2, tma=0)},
+    "sm_100": {64: _attention(64, 128, 8, 2, tma=0), 128: _attention(32, 128, 8, 2, tma=0)},
+    "gfx942": {64: _attention(64, 64, 4, tma=0), 128: _attention(32, 64, 4, tma=0)},
+}
+KEY_VALUE_DROPOUT: Table = {
+    "default": {64: _attention(32, 64, 4, 2, tma=0), 128: _attention(32, 64, 8, 2, tma=0)},
+    "sm_90": {64: _attention(32, 128, 8, 2, tma=0), 128: _attention(32, 128, 8, 2, tma=0)},
+    "sm_100": {64: _attention(64, 128, 8, 2, tma=0), 128: _attention(32, 128, 8, 2, tma=0)},
+    "gfx942": {64: _attention(32, 64, 4, tma=0), 128: _attention(32, 32, 4, tma=0)},
+}
+QUERY: Table = {
+    "default": {64: _attention(128, 64, 8, 2), 128: _attention(128, 32, 8, 2)},
+    "sm_90": {64: _attention(128, 64, 8, 2), 128: _attention(128, 64, 8, 2)},
+    "sm_100": {64: _attention(128, 64, 8, 2), 128: _attention(128, 64, 8, 2)},
+    "gfx942": {64: _attention(128, 32, 4), 128: _attention(64, 32, 4)},
+}
+QUERY_DROPOUT: Table = {
+    "default": {64: _attention(128, 32, 8, 2), 128: _attention(128, 32, 8, 2)},
+    "sm_90": {64: _attention(128, 64, 8, 2), 128: _attention(128, 64, 8, 2)},
+    "sm_100": {64: _attention(128, 64, 8, 2), 128: _attention(128, 64, 8, 2)},
+    "gfx942": {64: _attention(64, 32, 4), 128: _attention(64, 32, 4)},
+}
+# True fp32 products do not run on tensor cores: Triton loads whole rows of both operands into
+# registers. At 64 nothing spills; at 128 the backward kernels do, by a few hundred bytes a thread.
+FORWARD_FP32: Table = {
+    "default": {64: _attention(32, 32, 8), 128: _attention(16, 32, 8)},
+}
+BACKWARD_FP32: Table = {
+    "default": {64: _attention(32, 32, 8, tma=0), 128: _attention(16, 32, 8, tma=0)},
+}
+KEY_VALUE_FP32: Table = {
+    "default": {64: _attention(32, 32, 8, tma=0), 128: _attention(16, 32, 8, tma=0)},
+}
+QUERY_FP32: Table = {
+    "default": {64: _attention(32, 32, 8), 128: _attention(16, 32, 8)},
+}
+# delta and dq's zeros before the backward pass, dq's rounding after it: bound by memory.
+ROWS: Table = {
+    "default": {64: Config({"BLOCK_T": 64}, 4), 128: Config({"BLOCK_T": 32}, 4)},
+}

@@ -1,0 +1,75 @@
+"""What attention tells the rest of the program."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastgpt_kernels.ops.attention.op import HEAD_DIMS, attention
+from fastgpt_kernels.record import Case, Random, Record, Sizes, Work
+
+
+def eager(
+    qkv: Tensor,
+    n_head: int,
+    *,
+    causal: bool = True,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Multi-head attention of a packed projection: qkv (B, T, 3*C) -> (B, T, C).
+
+    Dropout draws from PyTorch's generator; `seed` is for kernels that draw their own.
+    """
+    B, T, C3 = qkv.shape
+    q, k, v = qkv.view(B, T, 3, n_head, C3 // (3 * n_head)).permute(2, 0, 3, 1, 4).unbind(0)
+    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal, scale=scale)
+    return y.transpose(1, 2).reshape(B, T, C3 // 3)
+
+
+def _sdpa(backend: SDPBackend, *args, **kwargs) -> Tensor:
+    with sdpa_kernel([backend]):
+        return eager(*args, **kwargs)
+
+
+def _limits(s: Sizes, dtype: torch.dtype, arch: str) -> str:
+    if s.head_dim in HEAD_DIMS:
+        return ""
+    return f"head dim {s.head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
+
+
+def _case(s: Sizes, random: Random) -> Case:
+    return Case([random(s.batch_size, s.block_size, 3 * s.n_embd)], {"n_head": s.n_head})
+
+
+def _work(s: Sizes, itemsize: int) -> dict[str, Work]:
+    """Two products of T x T x D a head forward, five backward, of which causal needs half."""
+    product = 1.0 * s.batch_size * s.block_size**2 * s.n_embd
+    moved = 1.0 * s.tokens * s.n_embd * itemsize
+    return {"forward": Work(2 * product, 4 * moved), "backward": Work(5 * product, 8 * moved)}
+
+
+RECORDS = {
+    "attention": Record(
+        "attention",
+        {
+            "eager": eager,
+            "triton": attention,
+            "cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
+            "flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION),
+        },
+        _case,
+        _work,
+        kernels=tuple(
+            f"attention_{part}_kernel"
+            for part in ("forward", "prepare", "key_value", "query", "finish")
+        ),
+        part="attention",
+        limits=_limits,
+    )
+}

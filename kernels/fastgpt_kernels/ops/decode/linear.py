@@ -1,0 +1,98 @@
+"""A linear layer on a few rows, with the norm before it and what comes after it, for generation.
+
+    y = act(norm(x) @ weight.T + bias) + residual
+
+    x (B, K), B up to 8; weight (N, K); bias (N,); residual and y (B, N)
+    norm is a layer norm over K or nothing, act is GELU (tanh or erf) or nothing
+
+One new token makes every matmul of a model a matrix-vector product: each weight is read once and
+used B times, so that the time is that of reading weights. Launches are the rest of it, so norm,
+bias, GELU and residual ride along, and a layer takes four of these and one decode_attention.
+
+A program makes BLOCK_N outputs: it walks K in steps of BLOCK_K, weights [BLOCK_N, BLOCK_K] times x
+[B, BLOCK_K] summed up in fp32 by plain multiply-adds; tensor cores would idle. Rows of weight are
+contiguous, so every load is a full line. With a norm each program takes the statistics of the B
+rows for itself: x is a few kilobytes that all programs share in the L2, and a launch is saved. What
+that is worth on a GPU, `python -m bench generate` shows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgpt_kernels import reference
+from fastgpt_kernels.host import (
+    FLOAT_DTYPES,
+    HAS_TRITON,
+    check_tensor,
+    refuse_interpreted_bf16,
+    use_kernel,
+)
+from fastgpt_kernels.register import Op
+
+MAX_ROWS = 8
+ACTIVATIONS = ("none", "tanh", "erf")
+
+if HAS_TRITON:
+    from fastgpt_kernels.ops.decode.kernels import launch_linear
+
+    _op = Op(
+        "decode_linear",
+        launch_linear,
+        lambda x, weight, *_: x.new_empty((x.shape[0], weight.shape[0])),
+    )
+
+
+def decode_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    eps: float = 1e-5,
+) -> Tensor:
+    """act(norm(x) @ weight.T + bias) + residual for a few rows, as one launch.
+
+    x            (B, K), 1 <= B <= 8, bf16, fp16 or fp32
+    weight       (N, K), x's dtype
+    bias         (N,), any of these dtypes
+    norm_weight  (K,), any of these dtypes: layer-normalise x first, with norm_bias where given
+    residual     (B, N), x's dtype, added at the end
+    activation   "none", or GELU: "tanh" or "erf"
+
+    Returns y (B, N), contiguous, x's dtype; sums are fp32. For inference: not differentiable. On a
+    CPU tensor `reference.decode_linear` runs. Raises TypeError/ValueError naming the argument.
+    """
+    _check(x, weight, bias, norm_weight, norm_bias, residual, activation)
+    arguments = {"norm_weight": norm_weight, "norm_bias": norm_bias, "residual": residual}
+    if not use_kernel(x):
+        return reference.decode_linear(x, weight, bias, activation=activation, eps=eps, **arguments)
+    refuse_interpreted_bf16("decode_linear", x)
+    return _op(x, weight, bias, norm_weight, norm_bias, residual, activation, eps)
+
+
+def _check(x, weight, bias, norm_weight, norm_bias, residual, activation) -> None:
+    op = "decode_linear"
+    dtypes = FLOAT_DTYPES if use_kernel(x) else (*FLOAT_DTYPES, torch.float64)
+    check_tensor(op, "x", x, ndim=2, dtypes=dtypes)
+    B, K = x.shape
+    if not 1 <= B <= MAX_ROWS:
+        raise ValueError(f"{op}: x must have 1 to {MAX_ROWS} rows, got {B}")
+    check_tensor(op, "weight", weight, ndim=2, dtypes=(x.dtype,), device=x.device)
+    N = weight.shape[0]
+    check_tensor(op, "weight", weight, shape=(N, K))
+    for name, vector, size in (
+        ("bias", bias, N), ("norm_weight", norm_weight, K), ("norm_bias", norm_bias, K),
+    ):  # fmt: skip
+        if vector is not None:
+            check_tensor(op, name, vector, shape=(size,), dtypes=dtypes, device=x.device)
+    if norm_bias is not None and norm_weight is None:
+        raise ValueError(f"{op}: norm_bias needs norm_weight")
+    if residual is not None:
+        check_tensor(op, "residual", residual, shape=(B, N), dtypes=(x.dtype,), device=x.device)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")

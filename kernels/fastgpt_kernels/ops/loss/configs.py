@@ -1,0 +1,38 @@
+"""Launch configs of the cross entropy."""
+
+from __future__ import annotations
+
+from fastgpt_kernels.configs import Config, Table
+
+# Key: the row's width in 2-byte elements (an fp32 row counts double). BLOCK is in the same unit:
+# 8 elements, 128 bits, a thread. A row of up to BLOCK * TILES stays in registers, one of more is
+# walked twice by TILES tiles at a time. Not measured, by register count: ptxas keeps every element
+# in a register of its own, 200 of 255 a thread for GPT-2's vocabulary with 8 warps, which is all
+# that an SM has, and 100 KB of loads in flight. (16 warps by 13 tiles of 4096 leave 24 of 128 for
+# all else and spill with one of Triton 3.6 and 3.7.) On sm_100 and gfx942 both spill: they walk
+# twice, with 126 and 256 MB of cache behind the second time.
+_CROSS_ENTROPY_NARROW = {
+    256: Config({"BLOCK": 256, "TILES": 1}, num_warps=1),
+    1024: Config({"BLOCK": 1024, "TILES": 1}, num_warps=4),
+    4096: Config({"BLOCK": 1024, "TILES": 4}, num_warps=4),
+    16384: Config({"BLOCK": 2048, "TILES": 8}, num_warps=8),
+}
+_CROSS_ENTROPY_WALK = Config({"BLOCK": 8192, "TILES": 2}, num_warps=32)
+CROSS_ENTROPY: Table = {
+    "default": {
+        **_CROSS_ENTROPY_NARROW,
+        51200: Config({"BLOCK": 2048, "TILES": 25}, num_warps=8),
+        1 << 31: _CROSS_ENTROPY_WALK,
+    },
+    "sm_100": {
+        **_CROSS_ENTROPY_NARROW,
+        51200: _CROSS_ENTROPY_WALK,
+        1 << 31: _CROSS_ENTROPY_WALK,
+    },
+    # 16 warps of 64 lanes are the most a program can have.
+    "gfx942": {
+        **_CROSS_ENTROPY_NARROW,
+        51200: Config({"BLOCK": 8192, "TILES": 2}, num_warps=16),
+        1 << 31: Config({"BLOCK": 8192, "TILES": 2}, num_warps=16),
+    },
+}

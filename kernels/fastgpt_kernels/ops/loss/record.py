@@ -1,0 +1,92 @@
+"""What the losses tell the rest of the program."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastgpt_kernels.ops.loss.cross_entropy import cross_entropy
+from fastgpt_kernels.ops.loss.linear import linear_cross_entropy
+from fastgpt_kernels.record import Case, Random, Record, Sizes, Work
+
+KERNELS = ("cross_entropy_kernel", "cross_entropy_scale_kernel")
+
+
+def eager_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    vocab_size: int | None = None,
+) -> Tensor:
+    """Cross entropy in fp32 of logits (M, V); columns past vocab_size are padding."""
+    logits = logits if vocab_size is None else logits[:, :vocab_size]
+    return F.cross_entropy(logits.float(), targets, ignore_index=ignore_index, reduction=reduction)
+
+
+def eager(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+    vocab_size: int | None = None,
+) -> Tensor:
+    """Cross entropy of softmax(x @ weight.T) with targets; x (M, C), weight (V, C), targets (M,).
+
+    Rows of weight past vocab_size are padding: they take no part, so they get no probability and no
+    gradient. The loss is fp32 whatever x is.
+    """
+    logits = F.linear(x, weight if vocab_size is None else weight[:vocab_size])
+    return eager_cross_entropy(logits, targets, ignore_index, reduction)
+
+
+def _targets(s: Sizes, device: torch.device) -> dict[str, object]:
+    """Random classes, with one row that does not count."""
+    generator = torch.Generator().manual_seed(1)
+    targets = torch.randint(s.vocab_size, (s.tokens,), generator=generator)
+    targets[s.tokens // 2] = -1
+    return {"targets": targets.to(device), "vocab_size": s.vocab_size}
+
+
+def _case(s: Sizes, random: Random) -> Case:
+    x, weight = random(s.tokens, s.n_embd), random(s.padded_vocab_size, s.n_embd) * 0.1
+    return Case([x, weight], _targets(s, x.device))
+
+
+def _cross_entropy_case(s: Sizes, random: Random) -> Case:
+    logits = random(s.tokens, s.padded_vocab_size)
+    return Case([logits], _targets(s, logits.device))
+
+
+def _work(s: Sizes, itemsize: int) -> dict[str, Work]:
+    """Three products; the logits written, read, overwritten by their gradient, and read twice."""
+    logits = 1.0 * s.tokens * s.padded_vocab_size
+    return {"both": Work(6 * logits * s.n_embd, 5 * logits * itemsize)}
+
+
+def _cross_entropy_work(s: Sizes, itemsize: int) -> dict[str, Work]:
+    return {"both": Work(0, 2.0 * s.tokens * s.padded_vocab_size * itemsize)}
+
+
+RECORDS = {
+    "linear_cross_entropy": Record(
+        "linear_cross_entropy",
+        {"eager": eager, "triton": linear_cross_entropy},
+        _case,
+        _work,
+        kernels=KERNELS,
+        part="head",
+        item="cross entropy",
+    ),
+    "cross_entropy": Record(
+        "cross_entropy",
+        {"eager": eager_cross_entropy, "triton": cross_entropy},
+        _cross_entropy_case,
+        _cross_entropy_work,
+        kernels=KERNELS,
+        part="head",
+        item="cross entropy",
+    ),
+}

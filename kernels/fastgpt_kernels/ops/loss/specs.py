@@ -1,0 +1,93 @@
+"""The cross entropy for the tools."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fastgpt_kernels import reference
+from fastgpt_kernels.configs import Config, entries
+from fastgpt_kernels.ops.loss.configs import CROSS_ENTROPY
+from fastgpt_kernels.ops.loss.kernels import (
+    SCALE_BLOCK,
+    SCALE_WARPS,
+    cross_entropy_kernel,
+    cross_entropy_scale_kernel,
+    launch_cross_entropy,
+    tiling,
+)
+from fastgpt_kernels.specs import AotSpec, Tunable
+
+
+def aot_specs(arch: str) -> Iterator[AotSpec]:
+    """Every config at the widest row it is for; the wide ones for all that changes registers."""
+    aligned = ("n_cols", "vocab_size", "stride", "gradient_stride")
+    for bound, config in entries(CROSS_ENTROPY, arch).items():
+        # Whose gradient: of the mean; of losses by row, in the backward; as linear_cross_entropy's.
+        cases: list[tuple[str, str, tuple[str, ...]]] = [("bf16", "mean", aligned)]
+        if bound > 16384:
+            cases += [("bf16", "rows", aligned), ("bf16", "linear", aligned)]
+            cases += [("bf16", "mean", ()), ("fp32", "mean", aligned)]
+        for dtype, scale, divisible in cases:
+            size = 4 if dtype == "fp32" else 2
+            n_cols = min(bound, 1 << 18) * 2 // size
+            block, tiles = tiling(config, n_cols, size)
+            types = {"targets_ptr": "*i64", "losses_ptr": "*fp32"}
+            types |= dict.fromkeys(("logits_ptr", "gradient_ptr"), f"*{dtype}")
+            types |= {"scale_ptr": "*i64" if scale == "mean" else "*fp32"}
+            constexprs: dict[str, object] = {
+                "BLOCK": block,
+                "TILES": tiles,
+                "STEPS": triton.cdiv(n_cols, block * tiles),
+                "COUNT": scale == "mean",
+            }
+            if scale != "mean":
+                constexprs["losses_ptr" if scale == "rows" else "scale_ptr"] = None
+            name = f"cross_entropy V<={bound} {dtype} {scale}{'' if divisible else ' unaligned'}"
+            yield AotSpec.of(
+                name, cross_entropy_kernel, config, types, constexprs, aligned=divisible
+            )
+    for name, x, in_place in (("in place", "bf16", True), ("dW", "fp32", False)):
+        types = {"x_ptr": f"*{x}", "out_ptr": "*bf16", "scale_ptr": "*fp32", "n_cols": "i64"}
+        yield AotSpec.of(
+            f"cross_entropy scale {name}", cross_entropy_scale_kernel, Config({}, SCALE_WARPS),
+            types, {"BLOCK": SCALE_BLOCK, "STEPS": 1024, "IN_PLACE": in_place},
+            aligned=("n_cols", "stride"),
+        )  # fmt: skip
+
+
+def tunables(arch: str) -> Iterator[Tunable]:
+    """Loss and gradient, at the widest row of each entry: 1 GiB of logits, GPT-2's vocabulary."""
+    candidates = [
+        Config({"BLOCK": 256 * warps, "TILES": tiles}, warps)
+        for warps in (1, 2, 4, 8, 16, 32)
+        for tiles in (1, 2, 4, 8, 13, 25)
+    ]
+
+    def run(tensors: tuple[Any, ...], config: Config) -> tuple[Tensor, ...]:
+        logits, targets = tensors
+        losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+        gradient = torch.empty_like(logits)
+        n_cols = logits.shape[1]
+        launch_cross_entropy(logits, targets, -1, n_cols, losses, gradient, config=config)
+        return losses, gradient
+
+    def oracle(tensors: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        logits, targets = tensors[0].float().requires_grad_(), tensors[1]
+        losses = reference.cross_entropy(logits, targets, reduction="none")
+        (gradient,) = torch.autograd.grad(losses.sum(), logits)
+        return losses.detach(), gradient
+
+    for key in entries(CROSS_ENTROPY, arch):
+        n_cols = {51200: 50304, 1 << 31: 128256}.get(key, key)
+
+        def inputs(device: torch.device, n_cols: int = n_cols) -> tuple[Tensor, Tensor]:
+            n_rows = min(65536, (1 << 29) // n_cols)
+            logits = torch.randn(n_rows, n_cols, device=device, dtype=torch.bfloat16)
+            return logits, torch.randint(n_cols, (n_rows,), device=device)
+
+        yield Tunable("CROSS_ENTROPY", key, candidates, inputs, run, oracle)

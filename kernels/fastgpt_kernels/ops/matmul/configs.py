@@ -1,0 +1,37 @@
+"""Launch configs of the matrix products."""
+
+from __future__ import annotations
+
+from fastgpt_kernels.configs import Config, Table
+
+ALIGNMENT = 16  # bytes: what TMA wants of addresses and row pitches
+
+
+def runs_on(arch: str) -> bool:
+    """Whether the kernel is for this architecture: one with TMA, or the interpreter ("cpu").
+
+    Elsewhere Triton turns descriptors into addresses, one for each element, which spill.
+    """
+    return arch == "cpu" or arch.startswith("sm_") and int(arch[3:]) >= 90
+
+
+def matmul(m: int, n: int, k: int, warps: int, stages: int, per_sm: int, halves: int) -> Config:
+    """Tiles of m x n, k at a time, `per_sm` programs an SM, the epilogue in `halves` parts."""
+    blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8}
+    return Config({**blocks, "SUBTILES": halves, "PROGRAMS_PER_SM": per_sm}, warps, stages)
+
+
+# Key: the output's width N. Not measured: 128 x 256 is the tile with the fewest bytes a product
+# that the sums leave registers for (128 a thread of 8 warps), and three stages of 48 KB leave
+# shared memory for half of the epilogue. REDUCE is dW, where K is the tokens. For the interpreter,
+# which is "default" as no GPU is, tiles are small, so that tests see many.
+MATMUL: Table = {
+    "default": {1 << 31: matmul(32, 64, 32, 4, 1, 1, 2)},
+    "sm_90": {1 << 31: matmul(128, 256, 64, 8, 3, 1, 2)},
+    "sm_100": {1 << 31: matmul(128, 256, 64, 8, 3, 1, 2)},
+}
+MATMUL_REDUCE: Table = {
+    "default": {1 << 31: matmul(32, 32, 16, 4, 1, 1, 1)},
+    "sm_90": {1 << 31: matmul(128, 256, 64, 8, 3, 1, 2)},
+    "sm_100": {1 << 31: matmul(128, 256, 64, 8, 3, 1, 2)},
+}

@@ -1,0 +1,97 @@
+"""What the matrix products tell the rest of the program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastgpt_kernels.ops.gelu.record import eager as eager_bias_gelu
+from fastgpt_kernels.ops.matmul.configs import ALIGNMENT, runs_on
+from fastgpt_kernels.ops.matmul.linear import linear
+from fastgpt_kernels.ops.matmul.mlp import mlp
+from fastgpt_kernels.record import Case, Random, Record, Sizes, Work
+
+
+def eager_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., K), weight (N, K), bias (N,) or None -> x W^T + bias (..., N), in x's dtype.
+
+    fp32 masters are rounded on the way in; their gradients come back fp32.
+    """
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def eager_mlp(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    approximate: str = "tanh",
+    *,
+    linear: Callable[..., Tensor] = eager_linear,
+    bias_gelu: Callable[..., Tensor] = eager_bias_gelu,
+) -> Tensor:
+    """gelu(x fc_weight^T + fc_bias) proj_weight^T + proj_bias, made of two other ops.
+
+    The first bias is left to the GELU op, which reads the activation anyway.
+    """
+    h = bias_gelu(linear(x, fc_weight), fc_bias, approximate)
+    return linear(h, proj_weight, proj_bias)
+
+
+def _limits(s: Sizes, dtype: torch.dtype, arch: str) -> str:
+    if s.n_embd * dtype.itemsize % ALIGNMENT:
+        return f"width {s.n_embd} is not a multiple of {ALIGNMENT // dtype.itemsize}"
+    if arch != "cpu" and dtype == torch.float32:
+        return "float32 has no tensor-core products"
+    return "" if runs_on(arch) else f"{arch} has no TMA, sm_90 and later have"
+
+
+def _linear_case(s: Sizes, random: Random) -> Case:
+    C = s.n_embd
+    return Case([random(s.tokens, C), random(3 * C, C) / C**0.5, random(3 * C)])
+
+
+def _mlp_case(s: Sizes, random: Random) -> Case:
+    C, H = s.n_embd, 4 * s.n_embd
+    fc, proj = random(H, C) / C**0.5, random(C, H) / H**0.5
+    return Case([random(s.tokens, C), fc, random(H), proj, random(C)])
+
+
+def _work(layers: int) -> Callable[[Sizes, int], dict[str, Work]]:
+    """Of a product of `layers` times C x C weights."""
+
+    def work(s: Sizes, itemsize: int) -> dict[str, Work]:
+        flops = 2.0 * s.tokens * layers * s.n_embd**2
+        moved = itemsize * (s.tokens * (1 + layers) * s.n_embd + layers * s.n_embd**2)
+        return {"forward": Work(flops, moved), "backward": Work(2 * flops, 2.0 * moved)}
+
+    return work
+
+
+RECORDS = {
+    "linear": Record(
+        "linear",
+        {"eager": eager_linear, "triton": linear},
+        _linear_case,
+        _work(3),
+        kernels=("matmul_kernel",),
+        part="linear",
+        limits=_limits,
+        library="cuBLAS",
+    ),
+    "mlp": Record(
+        "mlp",
+        {"eager": eager_mlp, "triton": mlp},
+        _mlp_case,
+        _work(8),
+        kernels=("matmul_kernel",),
+        part="linear",
+        limits=_limits,
+        library="cuBLAS",
+        made_of=("linear", "bias_gelu"),
+    ),
+}

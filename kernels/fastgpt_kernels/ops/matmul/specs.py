@@ -1,0 +1,132 @@
+"""The matrix products for the tools."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt_kernels.configs import Config, entries
+from fastgpt_kernels.ops.matmul import configs
+from fastgpt_kernels.ops.matmul.configs import MATMUL, MATMUL_REDUCE, runs_on
+from fastgpt_kernels.ops.matmul.kernels import ONES, launch_matmul, matmul_kernel
+from fastgpt_kernels.specs import AotSpec, Tunable
+
+# What a launch may be: (transposed operands, flags, pointers that are there, dtype written).
+VARIANTS: dict[str, dict[str, Any]] = {
+    "y": {"bias": True},
+    "y gelu": {"bias": True, "gelu": True},
+    "dx": {"b_transposed": True},
+    "dx slope": {"b_transposed": True, "slope": True},
+    "dW": {"a_transposed": True, "b_transposed": True, "out": "fp32", "column_sums": True},
+    "dW split": {
+        "a_transposed": True, "b_transposed": True, "out": "fp32", "column_sums": True,
+        "split": True,
+    },
+}  # fmt: skip
+
+
+def _spec(name: str, config: Config, given: dict[str, Any], dtype: str = "bf16") -> AotSpec:
+    def flag(key: str) -> bool:
+        return bool(given.get(key))
+
+    blocks = dict(config.blocks)
+    blocks.pop("PROGRAMS_PER_SM")
+    m, n, k = blocks["BLOCK_M"], blocks["BLOCK_N"], blocks["BLOCK_K"]
+    box = f"{m},{n // blocks['SUBTILES']}"
+    optional = {
+        "bias_ptr": ("*fp32", flag("bias")),
+        "z": (f"tensordesc<{dtype}[{box}]>", flag("gelu") or flag("slope")),
+        "partials_ptr": ("*fp32", flag("slope")),
+        "column_sums_ptr": ("*fp32", flag("column_sums")),
+    }
+    types = {
+        "a": f"tensordesc<{dtype}[{f'{k},{m}' if flag('a_transposed') else f'{m},{k}'}]>",
+        "b": f"tensordesc<{dtype}[{f'{k},{n}' if flag('b_transposed') else f'{n},{k}'}]>",
+        "out": f"tensordesc<{given.get('out', dtype)}[{box}]>",
+        **{name: kind for name, (kind, _) in optional.items()},
+    }
+    flags = {
+        **{name: None for name, (_, there) in optional.items() if not there},
+        "A_TRANSPOSED": flag("a_transposed"),
+        "B_TRANSPOSED": flag("b_transposed"),
+        "SPLIT": flag("split"),
+        "GELU": flag("gelu"),
+        "SLOPE": flag("slope"),
+        "TANH": True,
+        "PRECISION": "tf32",
+        "ONES": ONES,
+        **blocks,
+    }
+    name = f"matmul {name} {m}x{n}x{k}"
+    return AotSpec.of(name, matmul_kernel, config, types, flags, aligned="MNK", expect_wgmma=True)
+
+
+def aot_specs(arch: str) -> Iterator[AotSpec]:
+    """The three products, with and without what an epilogue adds, on every config."""
+    if not runs_on(arch):
+        return
+    for name, given in VARIANTS.items():
+        table = MATMUL_REDUCE if given.get("a_transposed") else MATMUL
+        for config in entries(table, arch).values():
+            yield _spec(name, config, given)
+
+
+def tunables(arch: str) -> Iterator[Tunable]:
+    """GPT-2's c_fc: y for MATMUL, dW for MATMUL_REDUCE, of 65,536 tokens.
+
+    N = 768, where tiles are fewest, is tuned by itself only once the tables have an entry for it.
+    """
+    if not runs_on(arch):
+        return
+    candidates = [
+        configs.matmul(m, n, 64, warps, stages, per_sm, halves)
+        for m, n, warps, stages, per_sm in (
+            (128, 256, 8, 3, 1),
+            (128, 256, 8, 4, 1),
+            (256, 128, 8, 3, 1),
+            (256, 128, 8, 4, 1),
+            (128, 128, 4, 3, 2),
+            (128, 128, 4, 2, 2),
+            (128, 128, 8, 3, 2),
+            (128, 128, 8, 4, 1),
+            (64, 256, 4, 3, 2),
+        )
+        for halves in (1, 2)
+    ]
+    M, K = 65536, 768
+
+    def inputs(device: torch.device, N: int) -> tuple[Tensor, Tensor, Tensor]:
+        shapes = ((M, K), (N, K), (M, N))
+        x, weight, dy = (torch.randn(s, device=device).bfloat16() for s in shapes)
+        return x, weight / K**0.5, dy
+
+    def product(given: tuple[Tensor, ...], config: Config) -> tuple[Tensor, ...]:
+        return (launch_matmul(given[0], given[1], config=config)[0],)
+
+    def reduction(given: tuple[Tensor, ...], config: Config) -> tuple[Tensor, ...]:
+        x, _, dy = given
+        dw, db = launch_matmul(
+            dy, x, a_transposed=True, b_transposed=True, dtype=torch.float32, column_sums=True,
+            config=config,
+        )  # fmt: skip
+        assert db is not None
+        return dw, db
+
+    def exact(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (given[0].float() @ given[1].float().t(),)
+
+    def exact_reduction(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, _, dy = (t.float() for t in given)
+        return dy.t() @ x, dy.sum(0)
+
+    for table, run, reference in (
+        ("MATMUL", product, exact),
+        ("MATMUL_REDUCE", reduction, exact_reduction),
+    ):
+        for key in entries(getattr(configs, table), arch):
+            make = functools.partial(inputs, N=min(key, 3072))
+            yield Tunable(table, key, candidates, make, run, reference)

@@ -1,0 +1,110 @@
+"""The layer norms for the tools."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fastgpt_kernels import partials, reference
+from fastgpt_kernels.configs import Config, entries, lookup
+from fastgpt_kernels.ops.norm import configs
+from fastgpt_kernels.ops.norm.kernels import (
+    launch_backward,
+    launch_forward,
+    layer_norm_backward_kernel,
+    layer_norm_forward_kernel,
+    layer_norm_sum_kernel,
+)
+from fastgpt_kernels.specs import AotSpec, Tunable
+
+_BF16 = ("x_ptr", "residual_ptr", "y_ptr", "sum_ptr", "dy_ptr", "d_sum_ptr", "s_ptr", "dx_ptr")
+_FP32 = ("weight_ptr", "bias_ptr", "stats_ptr", "partials_ptr")
+_TYPES = dict.fromkeys(_BF16, "*bf16") | dict.fromkeys(_FP32, "*fp32") | {"eps": "fp32"}
+_ALIGNED = ("x_stride", "residual_stride", "dy_stride", "d_sum_stride", "s_stride", "M")
+
+
+def aot_specs(arch: str) -> Iterator[AotSpec]:
+    """Both kernels at a width of every config; bf16 activations, fp32 parameters.
+
+    The fused ones hold the most registers and so stand for the plain ones, except at GPT-2's 768.
+    And the sum of partial gradients, for parameters in fp32 and in bf16.
+    """
+    for dtype in ("fp32", "bf16"):
+        types = {"partials_ptr": "*fp32", "out0_ptr": f"*{dtype}", "out1_ptr": f"*{dtype}"}
+        config = Config({}, partials.NUM_WARPS)
+        blocks = {"BLOCK_P": partials.BLOCK_P, "BLOCK_C": partials.BLOCK_C}
+        name = f"sum_partials {dtype}"
+        yield AotSpec.of(name, layer_norm_sum_kernel, config, types, blocks, aligned="C")
+    for C, fused in ((256, 1), (512, 1), (768, 0), (768, 1), (1600, 1), (4096, 1), (8192, 1)):
+        name = f"{'add_' if fused else ''}layer_norm {{}} C={C}"
+        sizes: dict[str, object] = {"C": C, "BLOCK_C": triton.next_power_of_2(C)}
+        config = lookup(configs.FORWARD, arch, C)
+        absent = {} if fused else {"residual_ptr": None, "sum_ptr": None}
+        yield AotSpec.of(
+            name.format("forward"), layer_norm_forward_kernel, config, _TYPES,
+            sizes | dict(config.blocks) | absent, aligned=_ALIGNED,
+        )  # fmt: skip
+        config = lookup(configs.BACKWARD, arch, C)
+        flags = {"ROWS": config.blocks["ROWS"], "HAS_BIAS": True, "STAGES": config.num_stages}
+        yield AotSpec.of(
+            name.format("backward"), layer_norm_backward_kernel, config, _TYPES,
+            sizes | flags | ({} if fused else {"d_sum_ptr": None}), aligned=_ALIGNED,
+        )  # fmt: skip
+
+
+def tunables(arch: str) -> Iterator[Tunable]:
+    """Both tables, with the residual addition: 50 million elements in bf16, fp32 parameters."""
+
+    def forward(x: tuple[Any, ...], config: Config) -> tuple[Tensor, ...]:
+        y, residual_out, _ = launch_forward(x[0], x[1], x[2], x[3], 1e-5, config)
+        assert residual_out is not None
+        return y, residual_out
+
+    def forward_reference(x: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        return reference.add_layer_norm(*x[:4])
+
+    def backward(x: tuple[Any, ...], config: Config) -> tuple[Tensor, ...]:
+        dy, d_residual_out, weight, bias, s, stats = x
+        ds, dweight, dbias = launch_backward(dy, d_residual_out, s, weight, bias, stats, config)
+        assert dbias is not None
+        return ds, dweight, dbias
+
+    def backward_reference(x: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        dy, d_residual_out, *leaves = x[0].float(), x[1].float(), x[4].float(), x[2], x[3]
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        y = reference.layer_norm(*leaves)
+        ds, dweight, dbias = torch.autograd.grad(y, leaves, dy)
+        return ds + d_residual_out, dweight, dbias
+
+    for key in entries(configs.FORWARD, arch):
+        C = {1024: 768, 2048: 1600}.get(key, key)
+
+        def inputs(device: torch.device, C: int = C) -> tuple[Tensor, ...]:
+            """x and residual, or the gradients of both results; parameters; what forward saves."""
+            rows = (50 << 20) // C
+            x, residual = torch.randn((2, rows, C), device=device).bfloat16()
+            weight, bias = torch.randn((2, C), device=device)
+            _, s, stats = launch_forward(x, residual, weight, bias, 1e-5)
+            assert s is not None
+            return x, residual, weight, bias, s, stats
+
+        candidates = [
+            Config({"ROWS": rows}, warps)
+            for rows in (1, 2, 4, 8, 16, 32)
+            for warps in (1, 2, 4, 8, 16)
+            if 4 <= rows * key // (32 * warps) <= 64
+        ]
+        yield Tunable("FORWARD", key, candidates, inputs, forward, forward_reference)
+        candidates = [
+            Config({"ROWS": rows, "PROGRAMS_PER_SM": programs}, warps, stages)
+            for rows in (1, 2, 4, 8)
+            for warps in (1, 2, 4, 8, 16)
+            for programs in (1, 2, 4, 6, 8, 12, 16)
+            for stages in (1, 2)
+            if 8 <= rows * key // (32 * warps) <= 32 and 12 <= warps * programs <= 32
+        ]
+        yield Tunable("BACKWARD", key, candidates, inputs, backward, backward_reference)

@@ -1,0 +1,160 @@
+"""One declaration makes a launcher a PyTorch op: custom op, fake, autograd, FLOPs, eager path.
+
+    gelu = Op("bias_gelu", forward, shapes, saves=..., backward=gelu_backward, gradients=(0, 1))
+    y = gelu(x, bias, True)
+
+What is declared is what the op computes; what PyTorch wants to know of it is derived here.
+
+- Whatever looks at ops instead of running them (torch.compile, fake tensors, dispatch modes such as
+  the FLOP counter, functorch, tensor subclasses) gets a registered op, `torch.ops.fastgpt.NAME`.
+  Such an op returns tensors only: a result that is None becomes an empty tensor there.
+- Plain eager mode calls the launcher inside an autograd.Function, which costs about 60 us less.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+Saved = tuple[Sequence[Tensor | None], Sequence[Any]]
+
+
+def call_directly(*inputs: Any) -> bool:
+    """True in plain eager mode: nobody looks at ops, and every tensor is a plain one."""
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(
+            type(t) in (Tensor, torch.nn.Parameter) for t in inputs if isinstance(t, torch.Tensor)
+        )
+    )
+
+
+class Op:
+    """A launcher as a PyTorch op; call it like the launcher.
+
+    name       the registered op is `fastgpt::name`
+    forward    the launcher, annotated; returns a tensor or a tuple of tensors, some of which may be
+               None. Its arguments with a default (launch configs) are not the op's
+    shapes     the same on tensors without data: new tensors of the results' shapes and dtypes
+    public     how many of the results callers get; the others are for the backward pass
+    mutates    names of the arguments that the launcher changes in place
+    flops      FLOPs of a call, from the arguments with shapes in place of tensors
+    saves      (arguments, results) -> (tensors, other values) that the backward pass needs; in the
+               registered op a result that is None is an empty tensor
+    backward   (gradients of the public results, saved tensors, saved values) -> gradients: another
+               Op, or a plain function of differentiable PyTorch ops. A gradient of a result that
+               nobody used is None
+    gradients  for each of the first arguments the number of its gradient among these
+    needs      backward is also given which of these arguments need a gradient, as a list of bools
+    direct     an autograd.Function that eager mode takes instead, if it can do better
+    """
+
+    def __init__(
+        self,
+        name: str,
+        forward: Callable[..., Any],
+        shapes: Callable[..., Any],
+        *,
+        public: int = 1,
+        mutates: Sequence[str] = (),
+        flops: Callable[..., int] | None = None,
+        saves: Callable[[tuple[Any, ...], Any], Saved] | None = None,
+        backward: Callable[..., Any] | None = None,
+        gradients: Sequence[int] = (),
+        needs: bool = False,
+        direct: type[torch.autograd.Function] | None = None,
+    ):
+        self.name, self.forward, self.public = name, forward, public
+        self.saves, self.backward = saves, backward
+        self.gradients, self.needs = tuple(gradients), needs
+        self.direct = direct or (self._direct() if backward else None)
+        op = torch.library.custom_op(
+            f"fastgpt::{name}", _tensors_only(forward), mutates_args=mutates
+        )
+        op.register_fake(_tensors_only(shapes))
+        if backward is not None:
+            op.register_autograd(self._gradients, setup_context=self._remember)
+        self.registered = getattr(torch.ops.fastgpt, name).default
+        if flops is not None:
+            register_flop_formula(getattr(torch.ops.fastgpt, name))(flops)
+
+    def __call__(self, *inputs: Any) -> Any:
+        if call_directly(*inputs):
+            return self.forward(*inputs) if self.direct is None else self.direct.apply(*inputs)
+        results = self.registered(*inputs)
+        if self.backward is None or not isinstance(results, tuple):
+            return results
+        return results[0] if self.public == 1 else results[: self.public]
+
+    def _remember(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        assert self.saves is not None
+        tensors, ctx.values = self.saves(inputs, output)
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        ctx.n_inputs = len(inputs)
+
+    def _gradients(self, ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        assert self.backward is not None
+        first, *others = dys[: self.public]  # of which others may stand for None
+        given = [first, *(None if dy is None or dy.shape == (0,) else dy for dy in others)]
+        if all(dy is None for dy in given):
+            return (None,) * ctx.n_inputs
+        needs = ctx.needs_input_grad[: len(self.gradients)]
+        extra = [list(needs)] if self.needs else []
+        found = self.backward(*given, *ctx.saved_tensors, *ctx.values, *extra)
+        found = found if isinstance(found, tuple) else (found,)
+        wanted = [found[k] if need else None for k, need in zip(self.gradients, needs, strict=True)]
+        return *wanted, *(None,) * (ctx.n_inputs - len(wanted))
+
+    def _direct(self) -> type[torch.autograd.Function]:
+        """The same without the dispatcher; named so that a profile tells which op it is."""
+
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            results = self.forward(*inputs)
+            self._remember(ctx, inputs, results)
+            if not isinstance(results, tuple):
+                return results
+            return results[0] if self.public == 1 else results[: self.public]
+
+        body = {
+            "forward": staticmethod(forward),
+            "backward": staticmethod(once_differentiable(self._gradients)),
+        }
+        return type(f"fastgpt::{self.name}", (torch.autograd.Function,), body)
+
+
+def _tensors_only(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` as a registered op wants it: annotated with tensors alone, and returning those."""
+
+    def tensors_only(*inputs: Any) -> Any:
+        results = function(*inputs)
+        if not isinstance(results, tuple):
+            return results
+        like = next(t for t in results if t is not None)
+        return tuple(like.new_empty(0) if t is None else t for t in results)
+
+    hints = typing.get_type_hints(function)
+    if "return" in hints:  # a launcher; shapes need no annotations
+        signature = inspect.signature(function)
+        parameters = [
+            p.replace(annotation=hints[name])
+            for name, p in signature.parameters.items()
+            if p.default is inspect.Parameter.empty
+        ]
+        returned = hints["return"]
+        if typing.get_origin(returned) is tuple:
+            returned = tuple[(Tensor,) * len(typing.get_args(returned))]  # type: ignore[misc]
+        tensors_only.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=parameters, return_annotation=returned
+        )
+    return tensors_only
