@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt_kernels import OPS
-from fastgpt_kernels.configs import Config
+from fastgpt_kernels import OPS, reference
+from fastgpt_kernels.configs import Config, entries
+from fastgpt_kernels.record import Record, Sizes, normal
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,57 @@ class Tunable:
     inputs: Callable[[torch.device], tuple[Any, ...]]
     run: Callable[[tuple[Any, ...], Config], tuple[Tensor, ...]]
     reference: Callable[[tuple[Any, ...]], tuple[Tensor, ...]]
+
+
+def tunable(
+    op: Record,
+    arch: str,
+    table: str,
+    key: int,
+    sizes: Sizes,
+    candidates: Sequence[Config],
+    *,
+    backward: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    **arguments: Any,
+) -> Tunable:
+    """An entry of a table that a pass of an op reads, on activations of these sizes."""
+    tables = getattr(importlib.import_module(f"{OPS[op.name].room}.configs"), table)
+
+    def inputs(device: torch.device) -> tuple[Any, ...]:
+        """The leaves; for the backward pass the results and their gradients too."""
+        case = op.case(sizes, normal(device))
+        case.arguments.update(arguments)
+        leaves = [x.to(dtype) if x.ndim > 1 else x for x in case.inputs]
+        leaves = [x.requires_grad_() for x in leaves]
+        outs = _tuple(op.ours(*leaves, **case.arguments)) if backward else ()
+        return leaves, case.arguments, outs, [normal(device, 1)(*o.shape).to(o) for o in outs]
+
+    def run(given: tuple[Any, ...], config: Config) -> tuple[Tensor, ...]:
+        leaves, options, outs, dys = given
+        before = tables.get(arch)
+        tables[arch] = {**entries(tables, arch), key: config}
+        try:
+            if backward:
+                return torch.autograd.grad(outs, leaves, dys, retain_graph=True)
+            return _tuple(op.ours(*leaves, **options))
+        finally:
+            if before is None:
+                del tables[arch]
+            else:
+                tables[arch] = before
+
+    def exact(given: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        leaves, options, _, dys = given
+        leaves = [x.detach().float().requires_grad_(backward) for x in leaves]
+        outs = _tuple(getattr(reference, op.name)(*leaves, **options))
+        return torch.autograd.grad(outs, leaves, [dy.float() for dy in dys]) if backward else outs
+
+    return Tunable(table, key, candidates, inputs, run, exact)
+
+
+def _tuple(results: Any) -> tuple[Any, ...]:
+    return results if isinstance(results, tuple) else (results,)
 
 
 def spec_modules(only: Iterable[str] = ()) -> list[str]:

@@ -5,10 +5,12 @@ import importlib
 import pytest
 import torch
 
-from fastgpt_kernels import configs
+from fastgpt_kernels import OPS, configs
 from fastgpt_kernels.configs import Config
 from fastgpt_kernels.host import arch_of
+from fastgpt_kernels.record import Sizes, record
 from fastgpt_kernels.specs import configs_of, spec_modules
+from fastgpt_kernels.specs import tunable as make_tunable
 from fastgpt_kernels.tools import tune
 from fastgpt_kernels.tools.tune import Trial, choose, entry, report, search
 from fastgpt_kernels.tools.workers import Worker
@@ -79,6 +81,41 @@ def test_tunables_name_real_tables_and_their_entries(arch: str) -> None:
             assert tunable.key in configs.entries(table, arch), f"{tunable.table} {tunable.key}"
             for config in tunable.candidates:
                 assert config.blocks.keys() == present.blocks.keys(), f"{tunable.table}: {config}"
+
+
+SMALL = Sizes(2, 32, 2, 64, 50, 64)
+HALF = Config({"ROWS": 2, "PROGRAMS_PER_SM": 1}, 4)
+
+
+@pytest.mark.parametrize(
+    ("op", "table", "key", "config", "options"),
+    [
+        ("attention", "FORWARD", 64, Config({"BLOCK_M": 16, "BLOCK_N": 32}, 4), {}),
+        (
+            "attention",
+            "BACKWARD_DROPOUT",
+            64,
+            Config({"BLOCK_M": 16, "BLOCK_N": 32, "TMA_REDUCE": 0}, 4),
+            {"backward": True, "dropout_p": 0.5, "seed": 3},
+        ),
+        ("add_layer_norm", "FORWARD", 256, Config({"ROWS": 2}, 4), {}),
+        ("add_layer_norm", "BACKWARD", 256, HALF, {"backward": True}),
+        ("cross_entropy", "CROSS_ENTROPY", 256, Config({"BLOCK": 32, "TILES": 2}, 4), {}),
+    ],
+)
+def test_a_candidate_is_what_runs(op, table, key, config, options, device) -> None:
+    """In place of the entry, while it runs, and with the reference's result."""
+    arch = arch_of(torch.empty(0, device=device))
+    made = make_tunable(
+        record(op), arch, table, key, SMALL, [config], dtype=torch.float16, **options
+    )  # fmt: skip
+    tables = getattr(configs_of(f"{OPS[op].room}.specs"), table)
+    before = dict(configs.entries(tables, arch))
+    given = made.inputs(device)
+    assert tune.check(made.run(given, config), made.reference(given)) == ""
+    with pytest.raises(Exception, match="BLOCK|ROWS|KeyError"):
+        made.run(given, Config({}, 4))  # it does look at the config
+    assert dict(configs.entries(tables, arch)) == before
 
 
 @pytest.mark.cuda

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
+from typing import Any
 
-import torch
 import triton
 
-from fastgpt_kernels import reference
 from fastgpt_kernels.configs import Config, lookup
 from fastgpt_kernels.ops.attention import configs
 from fastgpt_kernels.ops.attention.backward import (
@@ -16,10 +14,11 @@ from fastgpt_kernels.ops.attention.backward import (
     attention_key_value_kernel,
     attention_prepare_kernel,
     attention_query_kernel,
-    launch_backward,
 )
-from fastgpt_kernels.ops.attention.forward import attention_forward_kernel, launch_forward
-from fastgpt_kernels.specs import AotSpec, Tunable
+from fastgpt_kernels.ops.attention.forward import attention_forward_kernel
+from fastgpt_kernels.ops.attention.record import RECORDS
+from fastgpt_kernels.record import Sizes
+from fastgpt_kernels.specs import AotSpec, Tunable, tunable
 
 KERNELS = {
     "FORWARD": attention_forward_kernel,
@@ -96,53 +95,18 @@ def _candidates(tma: tuple[int | None, ...]) -> list[Config]:
 
 def tunables(arch: str) -> Iterator[Tunable]:
     """The 16-bit tables without and with dropout, causal, at (8, 1024, 12 heads)."""
-    batch, T, n_head, seed = 8, 1024, 12, 1234
-    tma_reduce = (0, 1) if arch.startswith("sm_") and int(arch[3:]) >= 90 else (0,)
+    tma = (0, 1) if arch.startswith("sm_") and int(arch[3:]) >= 90 else (0,)
+    passes: tuple[tuple[str, tuple[int | None, ...], dict[str, Any]], ...] = (
+        ("FORWARD", (None,), {"backward": False}),
+        ("BACKWARD", tma, {"backward": True, "deterministic": False}),
+        ("KEY_VALUE", (0,), {"backward": True, "deterministic": True}),
+        ("QUERY", (None,), {"backward": True, "deterministic": True}),
+    )
     for dropout_p in (0.0, 0.2):
         for head in (64, 128):
-            scale = 1 / math.sqrt(head)
-            suffix = "_DROPOUT" if dropout_p else ""
-
-            def inputs(device, head=head, scale=scale, p=dropout_p):
-                """qkv, the gradient of y, the seed, and what the forward pass saves."""
-                qkv = torch.randn(batch, T, 3 * n_head * head, device=device, dtype=torch.bfloat16)
-                grad_y = torch.randn(batch, T, n_head * head, device=device, dtype=torch.bfloat16)
-                seed_tensor = reference.seed_tensor(seed, device)
-                saved = launch_forward(qkv, n_head, True, p, seed_tensor, scale)
-                return qkv, grad_y, seed_tensor, *saved
-
-            def forward(x, config, scale=scale, p=dropout_p):
-                return launch_forward(x[0], n_head, True, p, x[2], scale, config)[:1]
-
-            def backward(x, config, query=None, deterministic=False, scale=scale, p=dropout_p):
-                qkv, grad_y, seed_tensor, y, lse = x
-                return (
-                    launch_backward(
-                        grad_y, qkv, y, lse, seed_tensor, n_head, True, p, scale, deterministic,
-                        config, query,
-                    ),
+            for name, reductions, options in passes:
+                yield tunable(
+                    RECORDS["attention"], arch, name + ("_DROPOUT" if dropout_p else ""), head,
+                    Sizes(8, 1024, 12, 12 * head), _candidates(reductions),
+                    dropout_p=dropout_p, seed=1234, **options,
                 )  # fmt: skip
-
-            def key_value(x, config, backward=backward):
-                return backward(x, config, deterministic=True)
-
-            def query(x, config, backward=backward):
-                return backward(x, None, query=config, deterministic=True)
-
-            def forward_reference(x, p=dropout_p):
-                with torch.no_grad():
-                    return (reference.attention(x[0].float(), n_head, dropout_p=p, seed=seed),)
-
-            def backward_reference(x, p=dropout_p):
-                qkv = x[0].float().requires_grad_()
-                y = reference.attention(qkv, n_head, dropout_p=p, seed=seed)
-                return torch.autograd.grad(y, qkv, x[1].float())
-
-            for op, run, wanted, tma in (
-                ("FORWARD", forward, forward_reference, (None,)),
-                ("BACKWARD", backward, backward_reference, tma_reduce),
-                ("KEY_VALUE", key_value, backward_reference, (0,)),
-                ("QUERY", query, backward_reference, (None,)),
-            ):
-                name = f"{op}{suffix}"
-                yield Tunable(name, head, _candidates(tma), inputs, run, wanted)

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from fastgpt_kernels import reference
 from fastgpt_kernels.configs import Config, entries, lookup
 from fastgpt_kernels.ops.gelu import configs
 from fastgpt_kernels.ops.gelu.kernels import (
     bias_gelu_backward_kernel,
     bias_gelu_forward_kernel,
-    launch_backward,
-    launch_forward,
 )
-from fastgpt_kernels.specs import AotSpec, Tunable
+from fastgpt_kernels.ops.gelu.record import RECORDS
+from fastgpt_kernels.record import Sizes
+from fastgpt_kernels.specs import AotSpec, Tunable, tunable
 
 _TYPES = dict.fromkeys(("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "bias_ptr"), "*bf16")
 _TYPES |= {"partials_ptr": "*fp32"}
@@ -45,28 +40,8 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
 
 
 def tunables(arch: str) -> Iterator[Tunable]:
-    """Both tables at GPT-2's 4 * 768, 65,536 tokens in bf16, tanh, a bf16 bias."""
-    C = 3072
-
-    def inputs(device: torch.device) -> tuple[Tensor, ...]:
-        x, dy = torch.randn((2, 65536, C), device=device, dtype=torch.bfloat16)
-        return x, torch.randn(C, device=device, dtype=torch.bfloat16), dy
-
-    def forward(x: tuple[Any, ...], config: Config) -> tuple[Tensor, ...]:
-        return (launch_forward(x[0], x[1], True, config),)
-
-    def backward(x: tuple[Any, ...], config: Config) -> tuple[Tensor, ...]:
-        dx, dbias = launch_backward(x[2], x[0], x[1], True, config)
-        assert dbias is not None
-        return dx, dbias
-
-    def forward_reference(x: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        return (reference.bias_gelu(x[0], x[1]),)
-
-    def backward_reference(x: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        leaves = [leaf.float().requires_grad_() for leaf in x[:2]]
-        return torch.autograd.grad(reference.bias_gelu(*leaves), leaves, x[2].float())
-
+    """Both tables at GPT-2's 4 * 768, 65,536 tokens in bf16, tanh."""
+    op, sizes = RECORDS["bias_gelu"], Sizes(64, 1024)
     tiles = [
         (rows, columns, warps)
         for rows in (1, 2, 4, 8, 16, 32)
@@ -76,7 +51,7 @@ def tunables(arch: str) -> Iterator[Tunable]:
     ]
     for key in entries(configs.FORWARD, arch):
         candidates = [Config({"ROWS": r, "BLOCK_C": c}, warps) for r, c, warps in tiles]
-        yield Tunable("FORWARD", key, candidates, inputs, forward, forward_reference)
+        yield tunable(op, arch, "FORWARD", key, sizes, candidates)
         candidates = [
             Config({"ROWS": r, "BLOCK_C": c, "PROGRAMS_PER_SM": programs}, warps, stages)
             for r, c, warps in tiles
@@ -84,4 +59,4 @@ def tunables(arch: str) -> Iterator[Tunable]:
             for stages in (1, 2)
             if 16 <= warps * programs <= 32
         ]
-        yield Tunable("BACKWARD", key, candidates, inputs, backward, backward_reference)
+        yield tunable(op, arch, "BACKWARD", key, sizes, candidates, backward=True)

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-import torch
 import triton
-from torch import Tensor
 
-from fastgpt_kernels import reference
 from fastgpt_kernels.configs import Config, entries
 from fastgpt_kernels.ops.loss.configs import CROSS_ENTROPY
 from fastgpt_kernels.ops.loss.kernels import (
@@ -17,10 +13,11 @@ from fastgpt_kernels.ops.loss.kernels import (
     SCALE_WARPS,
     cross_entropy_kernel,
     cross_entropy_scale_kernel,
-    launch_cross_entropy,
     tiling,
 )
-from fastgpt_kernels.specs import AotSpec, Tunable
+from fastgpt_kernels.ops.loss.record import RECORDS
+from fastgpt_kernels.record import Sizes
+from fastgpt_kernels.specs import AotSpec, Tunable, tunable
 
 
 def aot_specs(arch: str) -> Iterator[AotSpec]:
@@ -67,27 +64,7 @@ def tunables(arch: str) -> Iterator[Tunable]:
         for warps in (1, 2, 4, 8, 16, 32)
         for tiles in (1, 2, 4, 8, 13, 25)
     ]
-
-    def run(tensors: tuple[Any, ...], config: Config) -> tuple[Tensor, ...]:
-        logits, targets = tensors
-        losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-        gradient = torch.empty_like(logits)
-        n_cols = logits.shape[1]
-        launch_cross_entropy(logits, targets, -1, n_cols, losses, gradient, config=config)
-        return losses, gradient
-
-    def oracle(tensors: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        logits, targets = tensors[0].float().requires_grad_(), tensors[1]
-        losses = reference.cross_entropy(logits, targets, reduction="none")
-        (gradient,) = torch.autograd.grad(losses.sum(), logits)
-        return losses.detach(), gradient
-
     for key in entries(CROSS_ENTROPY, arch):
-        n_cols = {51200: 50304, 1 << 31: 128256}.get(key, key)
-
-        def inputs(device: torch.device, n_cols: int = n_cols) -> tuple[Tensor, Tensor]:
-            n_rows = min(65536, (1 << 29) // n_cols)
-            logits = torch.randn(n_rows, n_cols, device=device, dtype=torch.bfloat16)
-            return logits, torch.randint(n_cols, (n_rows,), device=device)
-
-        yield Tunable("CROSS_ENTROPY", key, candidates, inputs, run, oracle)
+        V = {51200: 50304, 1 << 31: 128256}.get(key, key)
+        sizes = Sizes(1, min(65536, (1 << 29) // V), vocab_size=V, padded_vocab_size=V)
+        yield tunable(RECORDS["cross_entropy"], arch, "CROSS_ENTROPY", key, sizes, candidates)

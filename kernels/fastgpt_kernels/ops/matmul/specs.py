@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from fastgpt_kernels.configs import Config, entries
 from fastgpt_kernels.ops.matmul import configs
 from fastgpt_kernels.ops.matmul.configs import MATMUL, MATMUL_REDUCE, runs_on
-from fastgpt_kernels.ops.matmul.kernels import ONES, launch_matmul, matmul_kernel
-from fastgpt_kernels.specs import AotSpec, Tunable
+from fastgpt_kernels.ops.matmul.kernels import ONES, matmul_kernel
+from fastgpt_kernels.ops.matmul.record import RECORDS
+from fastgpt_kernels.record import Sizes
+from fastgpt_kernels.specs import AotSpec, Tunable, tunable
 
 # What a launch may be: (transposed operands, flags, pointers that are there, dtype written).
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -76,9 +74,9 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
 
 
 def tunables(arch: str) -> Iterator[Tunable]:
-    """GPT-2's c_fc: y for MATMUL, dW for MATMUL_REDUCE, of 65,536 tokens.
+    """GPT-2's c_attn, of 65,536 tokens: y for MATMUL, dx and dW for MATMUL_REDUCE.
 
-    N = 768, where tiles are fewest, is tuned by itself only once the tables have an entry for it.
+    N = 768, which has the fewest tiles, is tuned by itself once the tables have an entry for it.
     """
     if not runs_on(arch):
         return
@@ -97,36 +95,8 @@ def tunables(arch: str) -> Iterator[Tunable]:
         )
         for halves in (1, 2)
     ]
-    M, K = 65536, 768
-
-    def inputs(device: torch.device, N: int) -> tuple[Tensor, Tensor, Tensor]:
-        shapes = ((M, K), (N, K), (M, N))
-        x, weight, dy = (torch.randn(s, device=device).bfloat16() for s in shapes)
-        return x, weight / K**0.5, dy
-
-    def product(given: tuple[Tensor, ...], config: Config) -> tuple[Tensor, ...]:
-        return (launch_matmul(given[0], given[1], config=config)[0],)
-
-    def reduction(given: tuple[Tensor, ...], config: Config) -> tuple[Tensor, ...]:
-        x, _, dy = given
-        dw, db = launch_matmul(
-            dy, x, a_transposed=True, b_transposed=True, dtype=torch.float32, column_sums=True,
-            config=config,
-        )  # fmt: skip
-        assert db is not None
-        return dw, db
-
-    def exact(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (given[0].float() @ given[1].float().t(),)
-
-    def exact_reduction(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x, _, dy = (t.float() for t in given)
-        return dy.t() @ x, dy.sum(0)
-
-    for table, run, reference in (
-        ("MATMUL", product, exact),
-        ("MATMUL_REDUCE", reduction, exact_reduction),
-    ):
+    for table, backward in (("MATMUL", False), ("MATMUL_REDUCE", True)):
         for key in entries(getattr(configs, table), arch):
-            make = functools.partial(inputs, N=min(key, 3072))
-            yield Tunable(table, key, candidates, make, run, reference)
+            yield tunable(
+                RECORDS["linear"], arch, table, key, Sizes(64, 1024), candidates, backward=backward
+            )

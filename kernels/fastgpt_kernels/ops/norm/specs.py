@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-import torch
 import triton
-from torch import Tensor
 
-from fastgpt_kernels import partials, reference
+from fastgpt_kernels import partials
 from fastgpt_kernels.configs import Config, entries, lookup
 from fastgpt_kernels.ops.norm import configs
 from fastgpt_kernels.ops.norm.kernels import (
-    launch_backward,
-    launch_forward,
     layer_norm_backward_kernel,
     layer_norm_forward_kernel,
     layer_norm_sum_kernel,
 )
-from fastgpt_kernels.specs import AotSpec, Tunable
+from fastgpt_kernels.ops.norm.record import RECORDS
+from fastgpt_kernels.record import Sizes
+from fastgpt_kernels.specs import AotSpec, Tunable, tunable
 
 _BF16 = ("x_ptr", "residual_ptr", "y_ptr", "sum_ptr", "dy_ptr", "d_sum_ptr", "s_ptr", "dx_ptr")
 _FP32 = ("weight_ptr", "bias_ptr", "stats_ptr", "partials_ptr")
@@ -58,47 +55,17 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
 
 def tunables(arch: str) -> Iterator[Tunable]:
     """Both tables, with the residual addition: 50 million elements in bf16, fp32 parameters."""
-
-    def forward(x: tuple[Any, ...], config: Config) -> tuple[Tensor, ...]:
-        y, residual_out, _ = launch_forward(x[0], x[1], x[2], x[3], 1e-5, config)
-        assert residual_out is not None
-        return y, residual_out
-
-    def forward_reference(x: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        return reference.add_layer_norm(*x[:4])
-
-    def backward(x: tuple[Any, ...], config: Config) -> tuple[Tensor, ...]:
-        dy, d_residual_out, weight, bias, s, stats = x
-        ds, dweight, dbias = launch_backward(dy, d_residual_out, s, weight, bias, stats, config)
-        assert dbias is not None
-        return ds, dweight, dbias
-
-    def backward_reference(x: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        dy, d_residual_out, *leaves = x[0].float(), x[1].float(), x[4].float(), x[2], x[3]
-        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-        y = reference.layer_norm(*leaves)
-        ds, dweight, dbias = torch.autograd.grad(y, leaves, dy)
-        return ds + d_residual_out, dweight, dbias
-
+    op = RECORDS["add_layer_norm"]
     for key in entries(configs.FORWARD, arch):
         C = {1024: 768, 2048: 1600}.get(key, key)
-
-        def inputs(device: torch.device, C: int = C) -> tuple[Tensor, ...]:
-            """x and residual, or the gradients of both results; parameters; what forward saves."""
-            rows = (50 << 20) // C
-            x, residual = torch.randn((2, rows, C), device=device).bfloat16()
-            weight, bias = torch.randn((2, C), device=device)
-            _, s, stats = launch_forward(x, residual, weight, bias, 1e-5)
-            assert s is not None
-            return x, residual, weight, bias, s, stats
-
+        sizes = Sizes(1, (50 << 20) // C, 1, C)
         candidates = [
             Config({"ROWS": rows}, warps)
             for rows in (1, 2, 4, 8, 16, 32)
             for warps in (1, 2, 4, 8, 16)
             if 4 <= rows * key // (32 * warps) <= 64
         ]
-        yield Tunable("FORWARD", key, candidates, inputs, forward, forward_reference)
+        yield tunable(op, arch, "FORWARD", key, sizes, candidates)
         candidates = [
             Config({"ROWS": rows, "PROGRAMS_PER_SM": programs}, warps, stages)
             for rows in (1, 2, 4, 8)
@@ -107,4 +74,4 @@ def tunables(arch: str) -> Iterator[Tunable]:
             for stages in (1, 2)
             if 8 <= rows * key // (32 * warps) <= 32 and 12 <= warps * programs <= 32
         ]
-        yield Tunable("BACKWARD", key, candidates, inputs, backward, backward_reference)
+        yield tunable(op, arch, "BACKWARD", key, sizes, candidates, backward=True)
