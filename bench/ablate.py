@@ -16,8 +16,6 @@ from bench import results, setup, step, turns
 from bench.variants import Variant
 from fastgpt.errors import UserError
 from fastgpt.model import ops
-from fastgpt.model.device import DTYPES
-from fastgpt.train import mfu
 from fastgpt_kernels import _host
 from fastgpt_kernels.matmul_kernels import runs_on
 
@@ -59,8 +57,8 @@ def main(argv: list[str]) -> int:
     result = results.Result("ablate", argv, {"rounds": args.rounds, "flags": flags})
     try:
         config, vocab_size = setup.configure(args.preset, flags)
-        device, dtype = torch.device(config.system.device), DTYPES[config.system.dtype]
-        peak = mfu.device_peak(device, dtype, config.system.peak_tflops)
+        machine = setup.machine_of(config)
+        peak = machine.peak
     except UserError as e:
         parser.error(str(e))
     result.data["settings"]["peak"] = str(peak)
@@ -74,7 +72,7 @@ def main(argv: list[str]) -> int:
         result.save(args.out)
 
     found = turns.measure(
-        contenders(_host.arch(device.index or 0) if gpu else ""),
+        contenders(_host.arch(machine.device.index or 0) if gpu else ""),
         config,
         vocab_size,
         rounds=args.rounds,

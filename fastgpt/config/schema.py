@@ -42,7 +42,7 @@ Seed = Annotated[int, Range(ge=0, lt=2**63)]
 Pretrained = Literal["weights", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunConfig:
     out_dir: str = ""
     """Folder of the run; empty: a new one under runs/."""
@@ -59,7 +59,7 @@ class RunConfig:
     """Initial weights, batches and dropout all follow from it."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataConfig:
     dataset: str = "openwebtext"
     """python_stdlib, shakespeare_char, shakespeare, openwebtext, fineweb10B, or a token folder."""
@@ -81,7 +81,7 @@ class DataConfig:
     """random: windows with replacement, as nanoGPT; epochs: each window once an epoch, shuffled."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelConfig:
     n_layer: Count = 12
     """Transformer blocks."""
@@ -101,7 +101,7 @@ class ModelConfig:
     """Token ids the model knows; 0: those of the data, or of the weights it starts from."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimConfig:
     batch_size: Count = 12
     """Sequences in one micro-batch; auto: the largest that fits, at the same global batch."""
@@ -134,7 +134,7 @@ class OptimConfig:
         return self.batch_size * self.gradient_accumulation_steps
 
 
-@dataclass
+@dataclass(frozen=True)
 class LogConfig:
     eval_interval: Count = 2000
     """Steps between evaluations (and checkpoints)."""
@@ -160,7 +160,7 @@ class LogConfig:
     """Write TensorBoard events into the run folder (extra [log])."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class SystemConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
@@ -192,7 +192,7 @@ class SystemConfig:
     """torch.distributed backend of GPUs under torchrun; CPUs always use gloo."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class OpConfig:
     """Single ops, where they should differ from --kernels; flags are --op.NAME."""
 
@@ -214,7 +214,7 @@ class OpConfig:
     """The optimizer; eager is PyTorch's fused one, and auto where nothing was measured faster."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
     """A training run."""
 
@@ -227,7 +227,7 @@ class Config:
     op: OpConfig = field(default_factory=OpConfig)
 
 
-@dataclass
+@dataclass(frozen=True)
 class PrepareConfig(DataConfig):
     """Turn a corpus into token files."""
 
@@ -237,7 +237,7 @@ class PrepareConfig(DataConfig):
     """Make the token files anew where they exist."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class SourceConfig:
     """Which trained model."""
 
@@ -251,7 +251,7 @@ class SourceConfig:
     """Hugging Face GPT-2 folder or safetensors file, in place of a download."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class SampleConfig(SourceConfig):
     """Generate text from a trained model."""
 
@@ -285,7 +285,7 @@ class SampleConfig(SourceConfig):
     """torch.compile the step that makes a token."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvalConfig(SourceConfig):
     """Measure a trained model on a whole token file, or on HellaSwag."""
 
@@ -314,7 +314,7 @@ class EvalConfig(SourceConfig):
     """As in training."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class ExportConfig(SourceConfig):
     """Write a model as a Hugging Face GPT-2 folder."""
 
@@ -322,7 +322,7 @@ class ExportConfig(SourceConfig):
     """The new folder."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class ImportConfig:
     """Make nanoGPT's ckpt.pt a run that can be resumed and sampled."""
 

@@ -277,7 +277,7 @@ def _implementation(op: str, name: str) -> Callable:
     if name in SDPA:
         return partial(_sdpa_attention, SDPA[name])
     if op == "adamw":
-        from fastgpt.train.adamw import FusedAdamW
+        from fastgpt.model.adamw import FusedAdamW
 
         return FusedAdamW
     import fastgpt_kernels

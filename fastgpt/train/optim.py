@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastgpt.config.schema import OptimConfig
 from fastgpt.model.gpt import GPT
-from fastgpt.train.parallel import like, whole
+from fastgpt.train.sharding import like, whole
 
 
 def learning_rate(step: int, c: OptimConfig) -> float:
@@ -77,7 +77,7 @@ def load_state_tensors(
 ) -> None:
     """The inverse of `state_tensors`; every parameter's state comes from `tensors`.
 
-    Raises UserError where the optimizer cannot go on from it.
+    Raises UserError if the optimizer cannot go on from it.
     """
     params = dict(model.named_parameters())
     for full_name, value in tensors.items():

@@ -10,7 +10,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from fastgpt.config.presets import laptop
+from fastgpt.config.settings import replace
 from fastgpt.model import ops
+from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.train.step import Trainer
 from tests.model.test_ops import interpreted
@@ -32,18 +34,14 @@ PRODUCTS = pytest.mark.parametrize("products", ["eager"] + ["triton"] * (DEVICE.
 def trainer(
     kernels: str, dropout: float = 0.0, bias: bool = True, products: str = "eager"
 ) -> Trainer:
-    config = laptop()
-    config.system.dtype, config.system.compile = "float32", False
-    config.optim.batch_size, config.optim.warmup_iters = 1, 2
-    config.optim.learning_rate = 1e-2
-    config.model.dropout = dropout
+    config = replace(laptop(), batch_size=1, warmup_iters=2, learning_rate=1e-2, dropout=dropout)
     by_op = dict.fromkeys(ops.LIBRARY, products)
     table = ops.choose(DEVICE, head_dim=32, width=32, kernels=kernels, overrides=by_op)
     chosen = {c.op: c.implementation for c in table.choices}
     assert chosen == {**dict.fromkeys(chosen, kernels), **by_op}
     shape = ModelShape(**{**SHAPE.__dict__, "bias": bias})
     model = GPT(shape, dropout, table).init_weights(0).to(DEVICE)
-    return Trainer(model, config, DEVICE)
+    return Trainer(model, config, Machine(DEVICE))
 
 
 def tokens(step: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ Without a GPU the kernel runs in Triton's interpreter.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import weakref
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from fastgpt.config.presets import laptop
 from fastgpt.config.schema import OptimConfig
 from fastgpt.errors import UserError
 from fastgpt.model import ops
+from fastgpt.model.adamw import FusedAdamW
+from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.train import optim
-from fastgpt.train.adamw import FusedAdamW
 from fastgpt.train.step import Trainer
 from tests import runs
 from tests.model.test_ops import interpreted
@@ -226,12 +228,11 @@ def test_freed_gradients_are_freed():
 
 
 def trainer(kind: str, device: torch.device, dtype: str = "float32") -> Trainer:
-    config = laptop()
-    config.system.dtype, config.system.compile = dtype, False
-    config.optim = OptimConfig(batch_size=2, learning_rate=1e-2, warmup_iters=2, grad_clip=0.5)
+    o = OptimConfig(batch_size=2, learning_rate=1e-2, warmup_iters=2, grad_clip=0.5)
+    config = dataclasses.replace(laptop(), optim=o)
     table = ops.choose(device, kernels="eager", overrides={"adamw": kind})
     model = GPT(ModelShape(2, 2, 16, 8, 20, bias=True), 0.0, table).init_weights(0).to(device)
-    return Trainer(model, config, device)
+    return Trainer(model, config, Machine(device, dtype))
 
 
 def tokens(step: int) -> Tensor:
