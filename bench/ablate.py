@@ -15,8 +15,6 @@ import torch
 from bench import results, setup, step, turns
 from bench.variants import Variant
 from fastgpt.errors import UserError
-from fastgpt.model.device import DTYPES
-from fastgpt.train import mfu
 from fastgpt_kernels import host
 from fastgpt_kernels.record import Record, Sizes, records
 
@@ -65,8 +63,8 @@ def main(argv: list[str]) -> int:
     result = results.Result("ablate", argv, {"rounds": args.rounds, "flags": flags})
     try:
         config, vocab_size = setup.configure(args.preset, flags)
-        device, dtype = torch.device(config.system.device), DTYPES[config.system.dtype]
-        peak = mfu.device_peak(device, dtype, config.system.peak_tflops)
+        machine = setup.machine_of(config)
+        peak = machine.peak
     except UserError as e:
         parser.error(str(e))
     result.data["settings"]["peak"] = str(peak)
@@ -80,7 +78,7 @@ def main(argv: list[str]) -> int:
         result.save(args.out)
 
     found = turns.measure(
-        contenders(host.arch(device.index or 0) if gpu else ""),
+        contenders(host.arch(machine.device.index or 0) if gpu else ""),
         config,
         vocab_size,
         rounds=args.rounds,

@@ -21,10 +21,12 @@ import torch
 from bench import results, roof, setup
 from bench.stats import summarize
 from bench.tables import table
+from fastgpt.config.schema import Config
+from fastgpt.config.settings import replace
 from fastgpt.errors import UserError
 from fastgpt.inference.generate import BatchGenerator, Sampling
-from fastgpt.model import ops
-from fastgpt.model.device import DTYPES, resolve_device, resolve_dtype, synchronize
+from fastgpt.model.build import build
+from fastgpt.model.device import Machine, synchronize
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.weights.hugging_face import SIZES, shape_of_size
 
@@ -33,11 +35,10 @@ GREEDY = Sampling(temperature=0)
 WARM_UP = 8  # tokens
 
 
-def make(shape: ModelShape, device: torch.device, dtype: str) -> GPT:
+def make(shape: ModelShape, machine: Machine) -> GPT:
     """Random weights; norms of either sign, or the likeliest token would be the last one again."""
-    table = ops.choose(device, DTYPES[dtype], shape.sizes(1))
-    model = GPT(shape, table=table, dtype=DTYPES[dtype]).to(device)
-    generator = torch.Generator(device).manual_seed(0)
+    model = build(replace(Config(), **vars(shape)), shape.vocab_size, machine)
+    generator = torch.Generator(machine.device).manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(0.0, 0.05 if p.ndim > 1 else 1.0, generator=generator)
@@ -124,18 +125,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="folder of the result file")
     args = parser.parse_args(argv)
     try:
-        device = resolve_device(args.device)
-        dtype = resolve_dtype(args.dtype, device)
+        machine = Machine.of(args.device, args.dtype)
     except UserError as e:
         parser.error(str(e))
     if min(args.batch, args.prompt, args.new - 1, args.every, args.rounds) < 1:
         parser.error("--batch, --prompt, --every and --rounds must be at least 1, --new 2")
     shape = SMALL if args.size == "small" else shape_of_size(args.size)
-    settings = {k: v for k, v in vars(args).items() if k != "out"} | {"dtype": dtype}
+    settings = {k: v for k, v in vars(args).items() if k != "out"} | {"dtype": machine.dtype}
     result = results.Result("generate", argv, settings)
-    row = measure(args, shape, device, dtype)
+    row = measure(args, shape, machine)
     result.rows.append(row)
-    folder = args.out or (results.FOLDER if device.type == "cuda" else None)
+    folder = args.out or (results.FOLDER if machine.device.type == "cuda" else None)
     path = result.finish(folder)
     if path:
         print(f"written to {path}")
@@ -144,11 +144,9 @@ def main(argv: list[str]) -> int:
     return 1 if row["problem"] else 0
 
 
-def measure(
-    args: argparse.Namespace, shape: ModelShape, device: torch.device, dtype: str
-) -> dict[str, Any]:
+def measure(args: argparse.Namespace, shape: ModelShape, machine: Machine) -> dict[str, Any]:
     """Measure, print the table, and return the result's row."""
-    model = make(shape, device, dtype)
+    model, device, dtype = make(shape, machine), machine.device, machine.dtype
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(shape.vocab_size, (args.batch, args.prompt), generator=generator)
 

@@ -78,8 +78,7 @@ class Step:
 
 def job(preset: str) -> Job:
     m, o = PRESETS[preset]().model, PRESETS[preset]().optim
-    shape = ModelShape(m.n_layer, m.n_head, m.n_embd, m.block_size, VOCAB_SIZE, m.bias)
-    parameters = memory.n_parameters(shape)
+    parameters = memory.n_parameters(ModelShape.of(m, VOCAB_SIZE))
     counted = parameters - m.block_size * m.n_embd  # 6N counts no position embeddings
     flops = 6.0 * counted + 12.0 * m.n_layer * m.n_embd * m.block_size
     rows = o.rows

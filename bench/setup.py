@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -16,7 +15,7 @@ from fastgpt.config import settings
 from fastgpt.config.presets import PRESETS
 from fastgpt.config.schema import Config
 from fastgpt.errors import UserError
-from fastgpt.model.device import resolve_device, resolve_dtype
+from fastgpt.model.device import Machine, resolve_device
 
 VOCAB_SIZES = {"laptop": 256, "desktop": 256, "shakespeare_char": 65}
 GPT2_VOCAB = 50257
@@ -81,11 +80,15 @@ def configure(preset: str, flags: dict[str, str]) -> tuple[Config, int]:
     given = {**once, **(SMALL if small else {}), **flags}
     config = settings.apply_flags(PRESETS[preset](), given)
     settings.check(config)
-    system = config.system
-    system.device = str(device)
-    system.dtype = cast(Any, resolve_dtype(system.dtype, device))
+    dtype = machine_of(config).dtype
     vocab_size = VOCAB_SIZES.get(preset, SMALL_VOCAB if small else GPT2_VOCAB)
-    return config, vocab_size
+    return settings.replace(config, device=str(device), dtype=dtype), vocab_size
+
+
+def machine_of(config: Config) -> Machine:
+    """The machine that the config asks for. Raises UserError if it is not here."""
+    s = config.system
+    return Machine.of(s.device, s.dtype, s.compile, s.peak_tflops)
 
 
 @contextlib.contextmanager
@@ -119,11 +122,8 @@ def say_small() -> None:
 
 def with_values(config: Config, values: dict[str, Any]) -> Config:
     """A copy with settings of these flat names changed; names it does not know are left out."""
-    config, table = copy.deepcopy(config), settings.leaves(Config)
-    for name, value in values.items():
-        if name in table:
-            settings.put(config, table[name], value)
-    return config
+    known = settings.leaves(Config)
+    return settings.replace(config, **{k: v for k, v in values.items() if k in known})
 
 
 def at_least(least: int) -> Callable[[str], int]:

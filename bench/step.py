@@ -29,8 +29,8 @@ from bench.turns import Measured
 from bench.variants import HF, PEER, Variant
 from fastgpt.config.schema import Config
 from fastgpt.errors import UserError
-from fastgpt.model.device import DTYPES
 from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.model.peaks import Peak
 from fastgpt.train import mfu
 
 # Relative difference from the reference that rounding explains, and dropout's other random numbers.
@@ -112,7 +112,7 @@ def rows_of(
     preset: str,
     config: Config,
     vocab_size: int,
-    peak: mfu.Peak,
+    peak: Peak,
     **more: Any,
 ) -> list[dict[str, Any]]:
     """Result rows; ratios are of each variant's time to the first sound one's."""
@@ -156,10 +156,8 @@ def rows_of(
 
 def sizes_only(config: Config, vocab_size: int) -> GPT:
     """The model without memory: nothing is drawn or stored."""
-    m = config.model
-    shape = ModelShape(m.n_layer, m.n_head, m.n_embd, m.block_size, vocab_size, m.bias, m.gelu)
     with torch.device("meta"):
-        return GPT(shape)
+        return GPT(ModelShape.of(config.model, vocab_size))
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
@@ -235,9 +233,7 @@ def main(argv: list[str]) -> int:
         variants, skipped = contenders(args.variants, args.peer_path, gpu)
         for preset in args.presets or ["gpt2", "shakespeare_char"]:
             config, vocab_size = setup.configure(preset, flags)
-            device = torch.device(config.system.device)
-            dtype = DTYPES[config.system.dtype]
-            peak = mfu.device_peak(device, dtype, config.system.peak_tflops)
+            peak = setup.machine_of(config).peak
             points: list[tuple[dict[str, str], dict[str, int]]] = [(flags, {})]
             if args.sweep:
                 values = sweep_values(args.sweep, config, args.values, gpu)
@@ -276,7 +272,7 @@ def main(argv: list[str]) -> int:
 def _keep(
     result: results.Result,
     before: int,
-    where: tuple[str, Config, int, mfu.Peak, dict[str, int]],
+    where: tuple[str, Config, int, Peak, dict[str, int]],
     out: Path | None,
     found: Sequence[Measured],
 ) -> Path | None:

@@ -6,9 +6,11 @@ The others get the training loop that their own users write: autocast, clipping,
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,19 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench import setup
+from fastgpt.config import settings
 from fastgpt.config.schema import Config
 from fastgpt.errors import UserError
-from fastgpt.model import ops
-from fastgpt.model.device import DTYPES, autocast, synchronize
+from fastgpt.model.build import build as build_model
+from fastgpt.model.device import DTYPES, synchronize
 from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt.train import mfu, optim
+from fastgpt.train import graph, optim
 from fastgpt.train.step import Trainer
-
-graph: Any
-try:
-    from fastgpt.train import graph
-except ImportError:  # `compare` measures commits from before there were graphs
-    graph = None
 
 PEER, HF = "peer", "hf"
 
@@ -63,51 +61,46 @@ class Stepper(Protocol):
     def evaluate(self, tokens: Tensor) -> Tensor: ...
 
 
-def our_shape(config: Config, vocab_size: int) -> ModelShape:
-    m = config.model
-    return ModelShape(m.n_layer, m.n_head, m.n_embd, m.block_size, vocab_size, m.bias, m.gelu)
+def first_weights(config: Config, vocab_size: int) -> dict[str, Tensor]:
+    """What our model starts with, on the CPU."""
+    model = GPT(ModelShape.of(config.model, vocab_size))
+    return model.init_weights(config.run.seed).state_dict()
 
 
-def our_model(config: Config, vocab_size: int, table: ops.OpTable | None = None) -> GPT:
-    shape = our_shape(config, vocab_size)
-    model = GPT(shape, config.model.dropout, table, DTYPES[config.system.dtype])
-    return model.init_weights(config.run.seed)
+def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
+    """Mixed precision for the forward pass; nothing for float32."""
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, DTYPES[dtype])
 
 
 class Ours:
     """fastgpt.train.step.Trainer."""
 
     def __init__(self, variant: Variant, config: Config, vocab_size: int):
-        system, m = config.system, config.model
-        device = torch.device(system.device)
-        system.compile = variant.compile
-        system.kernels = variant.kernels  # type: ignore[assignment]
-        for op, implementation in variant.overrides.items():
-            setattr(config.op, op, implementation)
-        table = ops.choose(
-            device,
-            DTYPES[system.dtype],
-            our_shape(config, vocab_size).sizes(config.optim.batch_size, m.dropout),
-            ops.Wish(system.kernels, vars(config.op)),
+        overrides = {f"op.{op}": to for op, to in variant.overrides.items()}
+        config = settings.replace(
+            config, kernels=variant.kernels, compile=variant.compile, **overrides
         )
-        self.trainer = Trainer(our_model(config, vocab_size, table).to(device), config, device)
+        machine = setup.machine_of(config)
+        model = build_model(config, vocab_size, machine)
+        self.trainer = Trainer(model, config, machine)
         self.choices = [f"{c.op}: {c.implementation} ({c.reason})" for c in self.trainer.choices]
         self.may_graph, self.graphed = variant.graph, False
 
     def warm_up(self, tokens: Tensor) -> None:
         micro_batch = tokens[: self.trainer.config.optim.batch_size]
         self.trainer.warm_up(0, micro_batch)
-        if self.may_graph and graph is not None:
+        if self.may_graph:
             self._capture(micro_batch)
 
     def _capture(self, micro_batch: Tensor) -> None:
-        """As fastgpt.loop: a graph where that pays; without one where it cannot be had."""
-        trainer, system = self.trainer, self.trainer.config.system
-        peak = mfu.device_peak(trainer.device, DTYPES[system.dtype], system.peak_tflops)
-        wanted, why = graph.wanted(trainer.config, trainer.model, trainer.device, peak.flops)
+        """As fastgpt.train.loop: a graph if that pays; without one if it cannot be had."""
+        t = self.trainer
+        wanted, why = graph.wanted(t.config.system, t.model, t.machine, t.batch_size)
         if wanted:
             try:
-                trainer.capture(0, micro_batch)
+                t.capture(0, micro_batch)
                 self.graphed = True
             except torch.OutOfMemoryError:
                 raise
@@ -187,7 +180,7 @@ class NanoGPT(Peer):
 
     def __init__(self, variant: Variant, config: Config, vocab_size: int):
         module = _import_model(Path(variant.path))
-        m, ours = config.model, our_model(config, vocab_size)
+        m, weights = config.model, first_weights(config, vocab_size)
         # Its train.py takes 50304 for GPT-2's vocabulary and a data set's own otherwise.
         rows = 50304 if vocab_size == 50257 else vocab_size
         with_sizes = module.GPTConfig(
@@ -200,7 +193,6 @@ class NanoGPT(Peer):
             bias=m.bias,
         )
         model = module.GPT(with_sizes)
-        weights = ours.state_dict()
         weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:rows]
         missing, unexpected = model.load_state_dict(weights, strict=False)
         left = [k for k in missing if k != "lm_head.weight" and not k.endswith("attn.bias")]
@@ -219,7 +211,7 @@ class HuggingFace(Peer):
     def __init__(self, variant: Variant, config: Config, vocab_size: int):
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        m, ours = config.model, our_model(config, vocab_size)
+        m, weights = config.model, first_weights(config, vocab_size)
         model = GPT2LMHeadModel(
             GPT2Config(
                 vocab_size=vocab_size,
@@ -236,7 +228,6 @@ class HuggingFace(Peer):
                 eos_token_id=None,
             )
         )
-        weights = ours.state_dict()
         weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:vocab_size]
         for name, p in model.named_parameters():
             if name in weights:

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,16 +45,9 @@ from fastgpt.data.tokens import TokenSplit, TokenWriter
 from fastgpt.data.vocabulary import GPT2_VOCAB
 from fastgpt.errors import UserError
 from fastgpt.model import ops
-from fastgpt.model.device import (
-    DTYPES,
-    resolve_compile,
-    resolve_device,
-    resolve_dtype,
-    set_matmul_precision,
-    synchronize,
-)
-from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt.train import mfu
+from fastgpt.model.build import build
+from fastgpt.model.device import synchronize
+from fastgpt.model.peaks import Peak, measured_peak, table_peak
 from fastgpt.train.step import Trainer
 
 # Of the corpora that are not made of GPT-2's tokens.
@@ -102,14 +95,10 @@ def parse(argv: Sequence[str]) -> tuple[Config, str, dict[str, str]]:
             raise UserError(f"--{key}={own[key]}: wanted a number above 0, at most 3600")
     config = settings.apply_flags(PRESETS[name](), flags)
     settings.check(config)
-    system = config.system
-    device = resolve_device(system.device)
-    if device.type == "mps":
+    machine = setup.machine_of(config)
+    if machine.device.type == "mps":
         raise UserError("--device=mps: traces of it hold no kernels; pass --device=cpu")
-    system.device = str(device)
-    system.dtype = cast(Any, resolve_dtype(system.dtype, device))
-    system.compile = resolve_compile(system.compile, device)
-    return config, name, own
+    return settings.replace(config, **machine.settings), name, own
 
 
 def run(config: Config, name: str, own: dict[str, str], argv: Sequence[str]) -> int:
@@ -166,25 +155,13 @@ class Steps:
     """The trainer's steps, one after another, as the training loop runs them. A context manager."""
 
     def __init__(self, config: Config):
-        self.config, self.device = config, torch.device(config.system.device)
-        self.step = 0
+        self.config, self.machine = config, setup.machine_of(config)
+        self.device, self.step = self.machine.device, 0
         m, o = config.model, config.optim
         self.tokens = o.rows * m.block_size
         vocab_size = VOCABULARIES.get(config.data.dataset, GPT2_VOCAB)
-        shape = ModelShape(
-            m.n_layer, m.n_head, m.n_embd, m.block_size, vocab_size, m.bias, m.gelu
-        )  # fmt: skip
-        system = config.system
-        set_matmul_precision(exact=system.dtype == "float32" and not system.tf32)
-        dtype = DTYPES[config.system.dtype]
-        table = ops.choose(
-            self.device,
-            dtype,
-            shape.sizes(o.batch_size, m.dropout),
-            ops.Wish(system.kernels, vars(config.op)),
-        )
-        model = GPT(shape, m.dropout, table, dtype).init_weights(config.run.seed)
-        self.trainer = Trainer(model.to(self.device), config, self.device)
+        model = build(config, vocab_size, self.machine)
+        self.trainer = Trainer(model, config, self.machine)
         self.sizes = Sizes(
             batch_size=o.batch_size,
             block_size=m.block_size,
@@ -192,7 +169,7 @@ class Steps:
             n_head=m.n_head,
             n_embd=m.n_embd,
             vocab_size=vocab_size,
-            padded_vocab_size=shape.padded_vocab_size,
+            padded_vocab_size=model.shape.padded_vocab_size,
             bias=m.bias,
             dropout=m.dropout,
             micro_batches=o.gradient_accumulation_steps,
@@ -218,7 +195,7 @@ class Steps:
                 rows = torch.from_numpy(batches.tokens(0, slice(c.optim.batch_size)))
                 self.trainer.warm_up(0, rows.to(self.device))
             self.prefetcher = stack.enter_context(Prefetcher(batches, self.device))
-            gc.freeze()  # as fastgpt.loop: no collector's pause in a step
+            gc.freeze()  # as fastgpt.train.loop: no collector's pause in a step
             gc.disable()
             stack.callback(gc.enable)
             stack.callback(gc.unfreeze)
@@ -256,12 +233,11 @@ def _ms(a: Any, b: Any) -> float:
 
 def measure(steps: Steps, seconds: float, traced_steps: int) -> tuple[ladder.Ladder, list[float]]:
     """The ladder of the step, and the ms of every step timed without the profiler."""
-    device, model = steps.device, steps.trainer.model
-    dtype = DTYPES[steps.config.system.dtype]
+    model, dtype = steps.trainer.model, steps.machine.torch_dtype
     one = statistics.median(steps.run(3))
     count = int(min(max(seconds * 1e3 / 4 / one, 5), 200))
     samples = steps.run(count)
-    base = peaks(device, dtype, steps.config.system.peak_tflops)
+    base = peaks(steps.device, dtype, steps.machine.peak_tflops)
     work = ladder.count_work(
         steps.sizes,
         model.n_params(),
@@ -305,10 +281,10 @@ def peaks(device: torch.device, dtype: torch.dtype, override_tflops: float) -> l
 
     `step_ms` and `traced_ms` are left at 0.
     """
-    sheet = mfu.table_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    sheet = table_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if override_tflops:
-        sheet = mfu.Peak(override_tflops * 1e12, "--peak_tflops")
-    matmul = mfu.measured_peak(device, dtype)
+        sheet = Peak(override_tflops * 1e12, "--peak_tflops")
+    matmul = measured_peak(device, dtype)
     return ladder.Measured(
         step_ms=0.0,
         traced_ms=0.0,

@@ -1,7 +1,7 @@
 """The command line: fastgpt prepare | train | sample | eval | export | import | doctor.
 
-Everything heavy is imported inside the command that needs it, so that `--help` and mistakes answer
-at once.
+A command's module is imported once its arguments are known to be good: `--help` and mistakes answer
+at once, without PyTorch, which takes a second to load.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastgpt import __version__
 from fastgpt.config import settings
@@ -25,6 +25,7 @@ from fastgpt.config.schema import (
     ImportConfig,
     PrepareConfig,
     SampleConfig,
+    SourceConfig,
 )
 from fastgpt.errors import RankError, UserError
 from fastgpt.storage import run
@@ -46,6 +47,8 @@ corpora   python_stdlib  shakespeare_char  shakespeare  openwebtext  fineweb10B
 
 `fastgpt COMMAND --help` lists all settings of a command.
 """
+
+C = TypeVar("C", bound=SourceConfig)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -137,6 +140,7 @@ def _train(args: list[str]) -> int:
     if len(positional) > 1:
         raise UserError(f"{' '.join(positional)}: one preset or TOML file is wanted")
     flags = _weights_alone(flags)
+    settings.apply_flags(Config(), flags)  # names and values first: the preset may ask PyTorch
     config, name = _base(positional[0] if positional else None, flags)
     config = settings.apply_flags(config, flags)
     settings.check(config)
@@ -168,12 +172,16 @@ def _base(source: str | None, flags: dict[str, str]) -> tuple[Config, str]:
     raise settings.unknown_key(source, list(PRESETS), "", what="preset")
 
 
-def _flags(config: Any, args: list[str], positional_hint: str) -> Any:
-    """The config with the flags of a command that takes nothing else."""
+def _flags(config: C, args: list[str], positional_hint: str) -> C:
+    """The config of a command that takes nothing but flags and works on a trained model."""
     positional, flags = settings.split_flags(args)
     if positional:
         raise UserError(f"{positional[0]}: not a flag{positional_hint}")
-    return settings.apply_flags(config, _weights_alone(flags))
+    config = settings.apply_flags(config, _weights_alone(flags))
+    settings.check(config)
+    if config.init_from == "resume":
+        run.find(config.out_dir)
+    return config
 
 
 def _weights_alone(flags: dict[str, str]) -> dict[str, str]:

@@ -17,9 +17,9 @@ from fastgpt.config.presets import default_name
 from fastgpt.data.tokens import open_dataset
 from fastgpt.errors import UserError
 from fastgpt.model import ops
-from fastgpt.model.device import DTYPES, resolve_device, resolve_dtype
+from fastgpt.model.device import Machine
 from fastgpt.storage import run
-from fastgpt.train import mfu, optim
+from fastgpt.train import optim
 
 
 def _version(package: str) -> str:
@@ -58,17 +58,14 @@ def _runs() -> str:
         return str(e)
 
 
-def _choices(device: torch.device) -> tuple[ops.Choice, ...]:
-    return (*ops.choose(device).choices, optim.choose(device)[0])
-
-
 def doctor() -> None:
     """Print the screen."""
-    device = resolve_device("auto")
-    dtype = resolve_dtype("auto", device)
+    machine = Machine.of()
+    device = machine.device
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     free = shutil.disk_usage(".").free / 2**30
     bf16 = "yes" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "not used here"
+    choices = (*ops.choose(device, machine.torch_dtype).choices, optim.choose(device)[0])
     table = Table.grid(padding=(0, 2))
     rows = {
         "fastgpt": f"{__version__}, Python {platform.python_version()}, {platform.system()} "
@@ -76,9 +73,9 @@ def doctor() -> None:
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}",
         "triton": _version("triton"),
         "GPU": _gpus(),
-        "precision": f"{dtype}; bf16 on a GPU: {bf16}",
-        "peak": str(mfu.device_peak(device, DTYPES[dtype])),
-        "ops": "\n".join(f"{c.op}: {c.implementation} ({c.reason})" for c in _choices(device)),
+        "precision": f"{machine.dtype}; bf16 on a GPU: {bf16}",
+        "peak": str(machine.peak),
+        "ops": "\n".join(f"{c.op}: {c.implementation} ({c.reason})" for c in choices),
         "disk": f"{free:.1f} GiB free in {Path.cwd()}",
         "data": _data_folders(),
         "runs": _runs(),

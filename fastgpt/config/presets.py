@@ -2,56 +2,73 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
+from pathlib import Path
 
 from fastgpt.config.schema import Config
+from fastgpt.config.settings import replace
 
 
 def laptop() -> Config:
     """0.8M parameters, 12 x 64 tokens a step: nanoGPT's CPU size, a few minutes on two cores."""
-    c = shakespeare_char()
-    c.data.dataset = "python_stdlib"
-    c.model.n_layer, c.model.n_head, c.model.n_embd = 4, 4, 128
-    c.model.block_size, c.model.dropout = 64, 0.0
-    c.optim.batch_size = 12
-    c.run.max_iters = c.optim.lr_decay_iters = 2000
-    c.log.eval_iters = 20
-    c.log.always_save_checkpoint = True
-    return c
+    return replace(
+        desktop(),
+        n_layer=4,
+        n_head=4,
+        n_embd=128,
+        block_size=64,
+        dropout=0.0,
+        batch_size=12,
+        max_iters=2000,
+        lr_decay_iters=2000,
+        eval_iters=20,
+    )
 
 
 def desktop() -> Config:
     """10.7M parameters, 64 x 256 tokens a step, on the same text: minutes on one GPU."""
-    c = shakespeare_char()
-    c.data.dataset = "python_stdlib"
-    c.log.always_save_checkpoint = True
-    return c
+    return replace(shakespeare_char(), dataset="python_stdlib", always_save_checkpoint=True)
 
 
 def shakespeare_char() -> Config:
     """nanoGPT's character-level Shakespeare: 10.7M parameters, 64 x 256 tokens a step."""
-    c = Config()
-    c.model.gelu = "erf"  # as nanoGPT's, for the same curve; the GPT-2 sizes have GPT-2's tanh
-    c.data.dataset = "shakespeare_char"
-    c.model.n_layer, c.model.n_head, c.model.n_embd = 6, 6, 384
-    c.model.block_size, c.model.dropout = 256, 0.2
-    c.optim.batch_size, c.optim.gradient_accumulation_steps = 64, 1
-    c.optim.learning_rate, c.optim.min_lr = 1e-3, 1e-4
-    c.optim.beta2, c.optim.warmup_iters = 0.99, 100
-    c.run.max_iters = c.optim.lr_decay_iters = 5000
-    c.log.eval_interval, c.log.eval_iters, c.log.log_interval = 250, 200, 10
-    c.log.always_save_checkpoint = False
-    return c
+    return replace(
+        Config(),
+        gelu="erf",  # as nanoGPT's, for the same curve; the GPT-2 sizes have GPT-2's tanh
+        dataset="shakespeare_char",
+        n_layer=6,
+        n_head=6,
+        n_embd=384,
+        block_size=256,
+        dropout=0.2,
+        batch_size=64,
+        gradient_accumulation_steps=1,
+        learning_rate=1e-3,
+        min_lr=1e-4,
+        beta2=0.99,
+        warmup_iters=100,
+        max_iters=5000,
+        lr_decay_iters=5000,
+        eval_interval=250,
+        eval_iters=200,
+        log_interval=10,
+        always_save_checkpoint=False,
+    )
 
 
 def _gpt2(n_layer: int, n_head: int, n_embd: int, batch_size: int) -> Config:
     """GPT-2's shapes with nanoGPT's recipe: 480 sequences of 1,024 tokens a step."""
-    c = Config()
-    c.model.n_layer, c.model.n_head, c.model.n_embd = n_layer, n_head, n_embd
-    c.optim.batch_size = batch_size
-    c.optim.gradient_accumulation_steps = 480 // batch_size
-    c.log.eval_interval, c.log.log_interval = 1000, 10
-    return c
+    return replace(
+        Config(),
+        n_layer=n_layer,
+        n_head=n_head,
+        n_embd=n_embd,
+        batch_size=batch_size,
+        gradient_accumulation_steps=480 // batch_size,
+        eval_interval=1000,
+        log_interval=10,
+    )
 
 
 def gpt2() -> Config:
@@ -76,15 +93,19 @@ def gpt2_xl() -> Config:
 
 def finetune_shakespeare() -> Config:
     """nanoGPT's finetuning: GPT-2 XL on Shakespeare, 32 x 1,024 tokens a step, 20 steps."""
-    c = Config()
-    c.run.init_from = "gpt2-xl"
-    c.data.dataset = "shakespeare"
-    c.optim.batch_size, c.optim.gradient_accumulation_steps = 1, 32
-    c.optim.learning_rate, c.optim.decay_lr = 3e-5, False
-    c.run.max_iters = 20
-    c.log.eval_interval, c.log.eval_iters = 5, 40
-    c.log.always_save_checkpoint = False
-    return c
+    return replace(
+        Config(),
+        init_from="gpt2-xl",
+        dataset="shakespeare",
+        batch_size=1,
+        gradient_accumulation_steps=32,
+        learning_rate=3e-5,
+        decay_lr=False,
+        max_iters=20,
+        eval_interval=5,
+        eval_iters=40,
+        always_save_checkpoint=False,
+    )
 
 
 PRESETS: dict[str, Callable[[], Config]] = {
@@ -104,8 +125,19 @@ PRESETS: dict[str, Callable[[], Config]] = {
 
 def default_name() -> str:
     """The preset that fits this machine: `desktop` on a GPU with 4 GB or more, else `laptop`."""
+    if not _driver():
+        return "laptop"
     import torch
 
     if torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory >= 4e9:
         return "desktop"
     return "laptop"
+
+
+def _driver() -> bool:
+    """Whether a GPU's driver is installed; without one, PyTorch need not be loaded and asked."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+        return True
+    except OSError:
+        return any(Path(p).exists() for p in ("/dev/nvidiactl", "/dev/kfd"))

@@ -46,7 +46,7 @@ Seed = Annotated[int, Range(ge=0, lt=2**63)]
 Pretrained = Literal["weights", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunConfig:
     out_dir: str = ""
     """Folder of the run; empty: a new one under runs/."""
@@ -63,7 +63,7 @@ class RunConfig:
     """Initial weights, batches and dropout all follow from it."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataConfig:
     dataset: str = "openwebtext"
     """python_stdlib, shakespeare_char, shakespeare, openwebtext, fineweb10B, or a token folder."""
@@ -85,7 +85,7 @@ class DataConfig:
     """random: windows with replacement, as nanoGPT; epochs: each window once an epoch, shuffled."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelConfig:
     n_layer: Count = 12
     """Transformer blocks."""
@@ -105,7 +105,7 @@ class ModelConfig:
     """Token ids the model knows; 0: those of the data, or of the weights it starts from."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimConfig:
     batch_size: Count = 12
     """Sequences in one micro-batch; auto: the largest that fits, at the same global batch."""
@@ -138,7 +138,7 @@ class OptimConfig:
         return self.batch_size * self.gradient_accumulation_steps
 
 
-@dataclass
+@dataclass(frozen=True)
 class LogConfig:
     eval_interval: Count = 2000
     """Steps between evaluations (and checkpoints)."""
@@ -164,7 +164,7 @@ class LogConfig:
     """Write TensorBoard events into the run folder (extra [log])."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class SystemConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
@@ -204,13 +204,13 @@ def _op_config() -> type:
             kind = Literal[("auto", *op.choices)]  # type: ignore[valid-type]
             fields.append((name, Annotated[kind, Doc(op.about)], field(default="auto")))
     doc = "Single ops, if they should differ from --kernels; flags are --op.NAME."
-    return make_dataclass("OpConfig", fields, namespace={"__doc__": doc})
+    return make_dataclass("OpConfig", fields, namespace={"__doc__": doc}, frozen=True)
 
 
 OpConfig: Any = _op_config()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
     """A training run."""
 
@@ -223,7 +223,7 @@ class Config:
     op: OpConfig = field(default_factory=OpConfig)
 
 
-@dataclass
+@dataclass(frozen=True)
 class PrepareConfig(DataConfig):
     """Turn a corpus into token files."""
 
@@ -233,7 +233,7 @@ class PrepareConfig(DataConfig):
     """Make the token files anew where they exist."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class SourceConfig:
     """Which trained model."""
 
@@ -247,7 +247,7 @@ class SourceConfig:
     """Hugging Face GPT-2 folder or safetensors file, in place of a download."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class SampleConfig(SourceConfig):
     """Generate text from a trained model."""
 
@@ -281,7 +281,7 @@ class SampleConfig(SourceConfig):
     """torch.compile the step that makes a token."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvalConfig(SourceConfig):
     """Measure a trained model on a whole token file, or on HellaSwag."""
 
@@ -310,7 +310,7 @@ class EvalConfig(SourceConfig):
     """As in training."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class ExportConfig(SourceConfig):
     """Write a model as a Hugging Face GPT-2 folder."""
 
@@ -318,7 +318,7 @@ class ExportConfig(SourceConfig):
     """The new folder."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class ImportConfig:
     """Make nanoGPT's ckpt.pt a run that can be resumed and sampled."""
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import difflib
 import math
+import re
 import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from fastgpt.config.schema import Config, Range
+from fastgpt.config.schema import Config, Range, SourceConfig
 from fastgpt.errors import UserError
+
+C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,19 @@ def get(config: Any, leaf: Leaf) -> Any:
     return getattr(getattr(config, leaf.section) if leaf.section else config, leaf.field)
 
 
-def put(config: Any, leaf: Leaf, value: Any) -> None:
-    setattr(getattr(config, leaf.section) if leaf.section else config, leaf.field, value)
+def replace(config: C, **values: Any) -> C:
+    """A new config with other values, by their flat names ("op.attention" too), unchecked.
+
+    A name that the config does not have raises KeyError.
+    """
+    table = leaves(type(config))
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        leaf = table[name]
+        parts.setdefault(leaf.section, {})[leaf.field] = value
+    top = parts.pop("", {})
+    top |= {s: dataclasses.replace(getattr(config, s), **new) for s, new in parts.items()}
+    return dataclasses.replace(config, **top)  # type: ignore[type-var]
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -132,8 +145,21 @@ def unknown_key(key: str, names: Sequence[str], where: str, what: str = "setting
     return UserError(f"{where}{key}: no such {what}; {hint}")
 
 
-def check(config: Config) -> None:
-    """What no single value shows. Raises UserError."""
+def check(config: Any) -> None:
+    """What the type and bounds of a single value do not show. Raises UserError."""
+    flat = to_dict(config)
+    if not re.fullmatch(r"auto|(cpu|mps)(:0)?|cuda(:\d+)?", flat.get("device", "auto")):
+        raise UserError(f"--device={flat['device']}: wanted auto, cpu, cuda, cuda:N or mps")
+    if flat.get("init_from") == "weights" and not flat["weights"]:
+        raise UserError("--init_from=weights: which? name a folder with --weights=PATH")
+    if isinstance(config, SourceConfig) and config.init_from == "resume" and config.weights:
+        raise UserError("--weights: goes with --init_from=weights or gpt2..., not with resume")
+    if flat.get("to") == "":
+        raise UserError("--to: where to? name a new folder, as --to FOLDER")
+    if flat.get("task") == "hellaswag" and not flat["input"]:
+        raise UserError("--task=hellaswag: needs its file: --input=hellaswag_val.jsonl")
+    if not isinstance(config, Config):
+        return
     m, o = config.model, config.optim
     if m.n_embd % m.n_head:
         divisors = [h for h in range(1, m.n_embd + 1) if m.n_embd % h == 0]
@@ -171,18 +197,18 @@ def split_flags(args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     return positional, flags
 
 
-def apply_flags(config: Any, flags: Mapping[str, str]) -> Any:
-    """A copy of the config with the flags' values. Raises UserError for the first bad one."""
-    config = copy.deepcopy(config)
+def apply_flags(config: C, flags: Mapping[str, str]) -> C:
+    """A new config with the flags' values. Raises UserError for the first bad one."""
     table = leaves(type(config))
     if "auto_batch_size" in table and flags.get("batch_size") == "auto":
         # The configured batch size stays: with the accumulation it says what the global batch is.
         flags = {"auto_batch_size": "True", **{k: v for k, v in flags.items() if k != "batch_size"}}
+    values = {}
     for key, text in flags.items():
         if key not in table:
             raise unknown_key(key, list(table), "--")
-        put(config, table[key], check_value(table[key], _parse(table[key], text), "--"))
-    return config
+        values[key] = check_value(table[key], _parse(table[key], text), "--")
+    return replace(config, **values)
 
 
 def load_toml(path: Path) -> Config:
@@ -194,7 +220,7 @@ def load_toml(path: Path) -> Config:
         raise UserError(f"{path}: cannot be read: {e.strerror}") from e
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
         raise UserError(f"{path}: not a TOML file: {e}") from e
-    config, table = Config(), leaves(Config)
+    table, values = leaves(Config), {}
     sections = {leaf.section for leaf in table.values()}
     for key, value in tree.items():
         group = value.items() if isinstance(value, dict) and key in sections else [(key, value)]
@@ -202,8 +228,8 @@ def load_toml(path: Path) -> Config:
             name = f"op.{name}" if key == "op" else name
             if name not in table:
                 raise unknown_key(name, list(table), f"{path}: ")
-            put(config, table[name], check_value(table[name], v, f"{path}: "))
-    return config
+            values[name] = check_value(table[name], v, f"{path}: ")
+    return replace(Config(), **values)
 
 
 def to_toml(config: Config) -> str:

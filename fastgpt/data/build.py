@@ -20,10 +20,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from fastgpt.config.schema import PrepareConfig
 from fastgpt.data import pieces, token_files
 from fastgpt.data.corpora import Shard
 from fastgpt.data.download import fetch
-from fastgpt.data.plan import DataSettings, Plan
+from fastgpt.data.plan import Plan
 from fastgpt.data.progress import progress
 from fastgpt.data.sources import Source
 from fastgpt.data.token_files import Scan, TokenWriter
@@ -40,7 +41,7 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 
-def build(partial: Path, plan: Plan, cfg: DataSettings, *, cache: Path, network: bool) -> None:
+def build(partial: Path, plan: Plan, cfg: PrepareConfig, *, cache: Path, network: bool) -> None:
     """Fill the folder `partial` with a whole dataset, going on from what a killed run left."""
     if plan.corpus.shards:
         _download(partial, plan, cfg, plan.corpus.shards(cfg.shards), cache)
@@ -230,7 +231,7 @@ def _training_texts(source: Source, spec: str) -> Iterator[str]:
 
 
 def _download(
-    partial: Path, plan: Plan, cfg: DataSettings, shards: list[Shard], cache: Path
+    partial: Path, plan: Plan, cfg: PrepareConfig, shards: list[Shard], cache: Path
 ) -> None:
     """Fetch ready-made shards into `partial`, linking those that a sibling dataset has."""
     partial.mkdir(parents=True, exist_ok=True)

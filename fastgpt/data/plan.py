@@ -3,24 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from fastgpt.data.corpora import Corpus
 from fastgpt.data.sources import Source
-
-
-class DataSettings(Protocol):
-    """What `prepare` and `ensure` read of a configuration; empty or 0 means the default."""
-
-    dataset: str
-    input: str
-    tokenizer: str
-    vocab_file: str
-    data_dir: str
-    val_fraction: float
-    shards: int
-    workers: int
-    overwrite: bool
 
 
 @dataclass(frozen=True)

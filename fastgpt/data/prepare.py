@@ -20,9 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fastgpt.config.schema import PrepareConfig
 from fastgpt.data import build
 from fastgpt.data.corpora import CORPORA, INPUT
-from fastgpt.data.plan import DataSettings, Plan
+from fastgpt.data.plan import Plan
 from fastgpt.data.sources import TextFiles, open_input
 from fastgpt.data.tokenizers import parse_spec
 from fastgpt.data.tokens import DATASET_JSON, has_tokens, open_dataset
@@ -32,7 +33,7 @@ from fastgpt.storage.files import explain_os_error, fsync_dir, sha256_file
 DEFAULT_SHARDS = 10
 
 
-def prepare(cfg: DataSettings) -> Path:
+def prepare(cfg: PrepareConfig) -> Path:
     """Make the dataset that `cfg` describes, unless it is there and whole. Returns its folder."""
     if folder := _ready_made(cfg):
         print(f"{open_dataset(folder).describe()}: already there", flush=True)
@@ -40,7 +41,7 @@ def prepare(cfg: DataSettings) -> Path:
     return _obtain(cfg, _plan(cfg), network=True)
 
 
-def ensure(cfg: DataSettings) -> Path:
+def ensure(cfg: PrepareConfig) -> Path:
     """The dataset folder for training with `cfg`, made first if that takes no network.
 
     UserError with the `fastgpt prepare` command to run if it does.
@@ -59,7 +60,7 @@ def ensure(cfg: DataSettings) -> Path:
     return _obtain(cfg, plan, network=False)
 
 
-def _ready_made(cfg: DataSettings) -> Path | None:
+def _ready_made(cfg: PrepareConfig) -> Path | None:
     """The folder of token files that --dataset names, if it names one and not a corpus."""
     if cfg.input:
         return None
@@ -81,7 +82,7 @@ def _ready_made(cfg: DataSettings) -> Path | None:
     return under if plain and foreign else None  # made by nanoGPT's own prepare.py
 
 
-def _plan(cfg: DataSettings) -> Plan:
+def _plan(cfg: PrepareConfig) -> Plan:
     corpus = CORPORA.get(cfg.dataset, INPUT)
     if cfg.input and not corpus.sha256:  # a corpus that is one file may come from --input itself
         corpus = dataclasses.replace(INPUT, tokenizer=corpus.tokenizer)
@@ -131,13 +132,13 @@ def _open_input(given: str, val_fraction: float, data_dir: str) -> TextFiles:
     return open_input(path, val_fraction, memory=Path(data_dir) / ".cache" / "inputs.json")
 
 
-def _folder_name(cfg: DataSettings) -> str:
+def _folder_name(cfg: PrepareConfig) -> str:
     path = Path(cfg.input).expanduser().resolve()
     name = cfg.dataset if cfg.dataset not in CORPORA else path.stem
     return re.sub(r"[^\w.-]+", "_", name).strip("._") or "input"
 
 
-def _command(cfg: DataSettings) -> str:
+def _command(cfg: PrepareConfig) -> str:
     parts = ["fastgpt prepare", cfg.dataset]
     parts += [f"--tokenizer={cfg.tokenizer}"] * bool(cfg.tokenizer)
     parts += [f"--vocab_file={cfg.vocab_file}"] * bool(cfg.vocab_file)
@@ -163,7 +164,7 @@ def _locate(data_dir: Path, plan: Plan) -> tuple[Path, bool]:
     raise UserError(f"{folder} holds other data: move it away or name another --data_dir")
 
 
-def _obtain(cfg: DataSettings, plan: Plan, *, network: bool) -> Path:
+def _obtain(cfg: PrepareConfig, plan: Plan, *, network: bool) -> Path:
     data_dir = Path(cfg.data_dir)
     folder, there = _locate(data_dir, plan)
     if there and not cfg.overwrite and _whole(folder):

@@ -1,7 +1,7 @@
 """`fastgpt eval`: the loss on every token of a file, and HellaSwag.
 
 The loss is not sampled: a window slides over the file so that each token but the first is predicted
-once, with at least block_size - stride tokens before it wherever the file has them.
+once, with at least block_size - stride tokens before it if the file has them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastgpt.data.token_files import TokenFile
 from fastgpt.data.tokenizers import Tokenizer
 from fastgpt.data.tokens import open_dataset
 from fastgpt.errors import UserError
-from fastgpt.model.device import resolve_device, resolve_dtype
+from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT
 from fastgpt.storage import run
 from fastgpt.weights.source import Source, open_source
@@ -43,7 +43,7 @@ class Window:
 def windows(n: int, block_size: int, stride: int) -> Iterator[Window]:
     """Windows over n tokens that score each of positions 1 .. n - 1 exactly once.
 
-    The last one is moved back so that it too is full, where the file is that long.
+    The last one is moved back so that it too is full, if the file is long enough.
     """
     done = 1  # positions below it are scored; the first token has nothing before it
     while done < n:
@@ -92,8 +92,7 @@ def total_loss(
 
 def evaluate(config: EvalConfig) -> int:
     """Print the figures for people, and one line of JSON last. Returns the exit code."""
-    device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device)
+    machine = Machine.of(config.device, config.dtype)
     source = open_source(config)
     longest = source.shape.block_size
     block_size = config.block_size or longest
@@ -105,12 +104,12 @@ def evaluate(config: EvalConfig) -> int:
     print(source.about)
     if config.task == "hellaswag":
         questions = read_hellaswag(config, source)
-        figures = hellaswag(source.model(device, dtype), questions, config.batch_size)
+        figures = hellaswag(source.model(machine), questions, config.batch_size)
         print(f"{figures['questions']:,} questions of {config.input}")
         print(f"acc {figures['acc']:.4f}, acc_norm {figures['acc_norm']:.4f}")
     else:
         files = _token_files(config, source)
-        model = source.model(device, dtype)
+        model = source.model(machine)
         total, count, left = 0.0, 0, config.limit or None
         for file in files:
             tokens = file.open()[:left]
@@ -130,7 +129,8 @@ def evaluate(config: EvalConfig) -> int:
         )
         figures = {"tokens": count, "loss": loss, "perplexity": perplexity}
         figures |= {"block_size": block_size, "stride": stride}
-    print(json.dumps({"task": config.task, **figures, "device": str(device), "dtype": dtype}))
+    where = {"device": str(machine.device), "dtype": machine.dtype}
+    print(json.dumps({"task": config.task, **figures, **where}))
     return 0
 
 
@@ -177,8 +177,6 @@ def read_hellaswag(config: EvalConfig, source: Source) -> list[Question]:
 
     As for GPT-2 an ending is scored as its own tokens behind one blank.
     """
-    if not config.input:
-        raise UserError("--task=hellaswag: needs its file: --input=hellaswag_val.jsonl")
     path, tokenizer = Path(config.input), source.tokenizer
     if tokenizer is None:
         raise UserError("--task=hellaswag: the model's tokenizer is not known")

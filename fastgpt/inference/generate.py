@@ -77,7 +77,7 @@ class BatchGenerator:
     compiled    torch.compile the decode step
     graph       replay the decode step as one CUDA graph; None: on a GPU
 
-    The same seed gives the same text wherever the logits agree.
+    The same seed gives the same text if the logits agree.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class BatchGenerator:
         stop_token: int | None = None,
         ended: set[int] | None = None,
     ) -> Iterator[list[int | None]]:
-        """Yield the next token of every row until all have ended; None where a row has ended.
+        """Yield the next token of every row until all have ended; None if a row has ended.
 
         A row ends before its stop_token, after max_new_tokens, or once the caller has put its
         number into `ended`.
@@ -256,7 +256,7 @@ def generate(
 ) -> Iterator[int]:
     """Yield up to max_new_tokens ids that continue one prompt (at least one id).
 
-    The model sees the last block_size tokens. Ends before stop_token where one is given.
+    The model sees the last block_size tokens. Ends before stop_token if one is given.
     """
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     batch = BatchGenerator(model, 1, len(prompt) + max_new_tokens, sampling)

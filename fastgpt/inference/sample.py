@@ -12,7 +12,7 @@ from fastgpt.config.schema import SampleConfig
 from fastgpt.data.tokenizers import Tokenizer
 from fastgpt.errors import UserError
 from fastgpt.inference.generate import BatchGenerator, Sampling
-from fastgpt.model.device import resolve_compile, resolve_device, resolve_dtype
+from fastgpt.model.device import Machine
 from fastgpt.weights.source import open_source
 
 RULE = "---------------"
@@ -49,7 +49,7 @@ class TextStream:
     """One text as its tokens come: whole characters only, and nothing from a stop string on.
 
     `feed` returns what can be shown by now: not the beginning of a character or of a stop string.
-    `stopped` is set where a stop string came. The prompt is shown as it is.
+    `stopped` is set once a stop string came. The prompt is shown as it is.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Iterable[int], stop_strings: Sequence[str]):
@@ -90,8 +90,7 @@ class TextStream:
 
 def sample(config: SampleConfig) -> int:
     """Print num_samples texts a prompt, the first of a batch as it is made. The exit code."""
-    device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device)
+    machine = Machine.of(config.device, config.dtype, config.compile)
     source = open_source(config)
     tokenizer = source.tokenizer
     if tokenizer is None:
@@ -107,18 +106,18 @@ def sample(config: SampleConfig) -> int:
     tasks = [(p, config.seed + k) for p in prompts for k in range(config.num_samples)]
     rows = min(config.batch_size, len(tasks))
     batch = BatchGenerator(
-        source.model(device, dtype),
+        source.model(machine),
         rows,
         max(map(len, prompts)) + config.max_new_tokens,
         Sampling(config.temperature, config.top_k, config.top_p, config.repetition_penalty),
-        compiled=resolve_compile(config.compile, device),
+        compiled=machine.compile,
     )
     print(source.about, file=sys.stderr)
     started, made = time.perf_counter(), 0
     for first in range(0, len(tasks), rows):
         made += _show(batch, tasks[first : first + rows], tokenizer, config)
     seconds = time.perf_counter() - started
-    rate = f"{made / seconds:,.1f} tokens/s, {rows} at a time, {device} {dtype}"
+    rate = f"{made / seconds:,.1f} tokens/s, {rows} at a time, {machine.device} {machine.dtype}"
     print(f"{made:,} tokens in {seconds:.1f}s: {rate}", file=sys.stderr)
     return 0
 

@@ -1,19 +1,66 @@
-"""Which device and which precision a run gets."""
+"""The machine that a command computes on: device, precision, compilation and peak."""
 
 from __future__ import annotations
 
-import contextlib
-from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 
 from fastgpt.errors import UserError
+from fastgpt.model.peaks import Peak, device_peak, synchronize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What --device, --dtype and --compile mean here; resolved once by a command, then fixed."""
+
+    device: torch.device
+    dtype: str = "float32"
+    """Of activations: float32, bfloat16 or float16."""
+    compile: bool = False
+    peak_tflops: float = 0.0
+    """The user's figure for `peak`; 0: none."""
+
+    @classmethod
+    def of(
+        cls,
+        device: str = "auto",
+        dtype: str = "auto",
+        compile: str | bool = False,
+        peak_tflops: float = 0.0,
+    ) -> Machine:
+        """From the settings. Raises UserError if this machine cannot do what they ask for."""
+        found = resolve_device(device)
+        on_gpu = found.type == "cuda"
+        return cls(
+            found, _dtype(dtype, found), on_gpu if compile == "auto" else bool(compile), peak_tflops
+        )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @cached_property
+    def peak(self) -> Peak:
+        """What MFU is taken against; measured at the first use if no table has the device."""
+        return device_peak(self.device, self.torch_dtype, self.peak_tflops)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that were resolved, by their names."""
+        return {"device": str(self.device), "dtype": self.dtype, "compile": self.compile}
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all it was given."""
+        synchronize(self.device)
+
+
 def resolve_device(name: str) -> torch.device:
-    """The torch device for `--device`. Raises UserError where this machine does not have it."""
+    """The torch device for `--device`. Raises UserError if this machine does not have it."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -34,7 +81,7 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def resolve_dtype(name: str, device: torch.device) -> str:
+def _dtype(name: str, device: torch.device) -> str:
     """float32, bfloat16 or float16 for `--dtype` on this device."""
     if name == "auto":
         if device.type != "cuda":
@@ -43,28 +90,3 @@ def resolve_dtype(name: str, device: torch.device) -> str:
     if name == "float16" and device.type != "cuda":
         raise UserError("--dtype=float16: needs a GPU (loss scaling); pass bfloat16 or float32")
     return name
-
-
-def resolve_compile(wish: str | bool, device: torch.device) -> bool:
-    """Whether to torch.compile: asked for, or by itself on a GPU."""
-    return device.type == "cuda" if wish == "auto" else bool(wish)
-
-
-def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
-    """Mixed precision for the forward pass; nothing for float32."""
-    if dtype == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, DTYPES[dtype])
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device, where there is something to wait for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def set_matmul_precision(*, exact: bool) -> None:
-    """How fp32 matrices are multiplied on a GPU: as fp32, or with inputs rounded to TF32."""
-    torch.set_float32_matmul_precision("highest" if exact else "high")

@@ -8,7 +8,7 @@ so one op reads the stream once.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import cast
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from fastgpt.config.schema import ModelConfig
 from fastgpt.model import ops
 from fastgpt_kernels.record import Sizes
 
@@ -33,6 +34,16 @@ class ModelShape:
     vocab_size: int
     bias: bool
     gelu: str = "tanh"
+
+    @classmethod
+    def of(cls, model: ModelConfig, vocab_size: int) -> ModelShape:
+        """What a config asks for. The way back: `settings.replace(config, **vars(shape))`."""
+        asked = {f.name: getattr(model, f.name) for f in fields(cls)}
+        return cls(**asked | {"vocab_size": vocab_size})
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
 
     @property
     def padded_vocab_size(self) -> int:

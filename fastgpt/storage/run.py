@@ -6,7 +6,6 @@ RUN/config.toml  metrics.jsonl  loss.png  tokenizer.json  checkpoints/
 from __future__ import annotations
 
 import contextlib
-import copy
 import fcntl
 import os
 import re
@@ -26,7 +25,7 @@ _OWN_FOLDERS = ("checkpoints", "nonfinite", "tensorboard")
 
 
 def newest() -> Path:
-    """The run under runs/ that saved last. Raises UserError where none has."""
+    """The run under runs/ that saved last. Raises UserError if none has."""
     found = list(RUNS.glob("*/checkpoints/latest"))
     if not found:
         raise UserError(
@@ -50,28 +49,22 @@ def find(out_dir: str) -> Path:
 
 def load_config(run_dir: Path) -> Config:
     """The run's own config, with its folder filled in."""
-    config = settings.load_toml(run_dir / "config.toml")
-    config.run.out_dir = str(run_dir)
-    return config
+    return settings.replace(settings.load_toml(run_dir / "config.toml"), out_dir=str(run_dir))
 
 
 def save_config(run_dir: Path, config: Config) -> None:
     """Write config.toml so that `fastgpt train RUN/config.toml` repeats the run in a new folder."""
-    config = copy.deepcopy(config)
-    config.run.out_dir, config.run.overwrite = "", False
-    if config.run.init_from == "resume":
-        # What it began from is in the file that is about to be replaced.
-        before = run_dir / "config.toml"
-        config.run.init_from = (
-            settings.load_toml(before).run.init_from if before.is_file() else "scratch"
-        )
-    write_text(run_dir / "config.toml", settings.to_toml(config))
+    path, init_from = run_dir / "config.toml", config.run.init_from
+    if init_from == "resume":  # what it began from is in the file that is about to be replaced
+        init_from = settings.load_toml(path).run.init_from if path.is_file() else "scratch"
+    config = settings.replace(config, out_dir="", overwrite=False, init_from=init_from)
+    write_text(path, settings.to_toml(config))
 
 
 def create(out_dir: str, name: str, overwrite: bool) -> Path:
     """An empty folder for a new run: --out_dir, or runs/<time>-<name>.
 
-    Raises UserError where a run or other files stand there already; with `overwrite` the old run's
+    Raises UserError if a run or other files stand there already; with `overwrite` the old run's
     own files are removed, and nothing else.
     """
     try:

@@ -13,18 +13,22 @@ import torch
 from torch import Tensor
 
 from fastgpt.errors import UserError
-from fastgpt.train.parallel import local
 from fastgpt_kernels import AdamWTensors, adamw_step
+
+
+def _local(t: Tensor) -> Tensor:
+    """This rank's part of a DTensor; any other tensor as it is."""
+    return t.to_local() if hasattr(t, "to_local") else t
 
 
 class FusedAdamW(torch.optim.AdamW):
     """`torch.optim.AdamW(fused=True)` on our kernel; all groups have one lr, betas and eps.
 
-    Parameters and state fp32, contiguous, on one device, or DTensors, of which each rank updates
-    its part. The state is PyTorch's, but `step` is the same tensor for all parameters. As PyTorch's
-    it skips parameters without a gradient, divides gradients by the tensor `grad_scale` and does
-    nothing where the tensor `found_inf` is not 0, where these attributes are set. The gradients
-    themselves are not changed.
+    Parameters and state are fp32, contiguous and on one device, or DTensors, of which each rank
+    updates its part. The state is PyTorch's, but `step` is the same tensor for all parameters. Like
+    PyTorch's it skips parameters without a gradient. If these attributes are set, it divides
+    gradients by the tensor `grad_scale` and does nothing if the tensor `found_inf` is not 0. The
+    gradients themselves are not changed.
     """
 
     def __init__(self, groups: Any, **options: Any):
@@ -35,7 +39,7 @@ class FusedAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update; waits for the device only where it is the first with these parameters."""
+        """One update; waits for the device only if it is the first with these parameters."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -78,7 +82,7 @@ class FusedAdamW(torch.optim.AdamW):
                 self.state[p]["step"] = torch.zeros((), device=p.device)
                 for key in ("exp_avg", "exp_avg_sq"):
                     self.state[p][key] = torch.zeros_like(p)
-        grads = [local(p.grad) for p in params if p.grad is not None]
+        grads = [_local(p.grad) for p in params if p.grad is not None]
         sources = self._sources(params)
         if (
             self._tensors is not None
@@ -89,8 +93,8 @@ class FusedAdamW(torch.optim.AdamW):
             self._tensors.set_gradients(grads)
             return self._tensors
         self.share_step(params)
-        m, v = ([local(self.state[p][k]) for p in params] for k in ("exp_avg", "exp_avg_sq"))
-        self._tensors = AdamWTensors([local(p) for p in params], grads, m, v, weight_decay=decays)
+        m, v = ([_local(self.state[p][k]) for p in params] for k in ("exp_avg", "exp_avg_sq"))
+        self._tensors = AdamWTensors([_local(p) for p in params], grads, m, v, weight_decay=decays)
         self._made_from = self._sources(params)
         self._lr = torch.zeros((), device=self._tensors.device)
         return self._tensors
@@ -102,7 +106,7 @@ class FusedAdamW(torch.optim.AdamW):
     def share_step(self, params: list[Tensor]) -> None:
         """Make the step count of these parameters one new tensor, which is no others'.
 
-        Waits for the device. Raises UserError where they have been updated a different number of
+        Waits for the device. Raises UserError if they have been updated a different number of
         times: then PyTorch's AdamW, which counts for each, has to go on.
         """
         steps = {id(t): t for t in (self.state[p]["step"] for p in params)}

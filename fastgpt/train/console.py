@@ -19,28 +19,26 @@ from fastgpt.train.loop import Loop
 from fastgpt.train.step import Trainer
 
 
-def introduce(config: Config, trainer: Trainer, dataset: Dataset, run_dir: Path) -> None:
+def introduce(trainer: Trainer, dataset: Dataset, run_dir: Path) -> None:
     """Say once what runs, on what, and why."""
-    section = ""
+    config, section = trainer.resolved, ""
     for leaf in settings.leaves(Config).values():
         if leaf.section != section:
             section = leaf.section
             print(f"\n{section + ':':8}" if section != "run" else f"{section + ':':8}", end="")
         print(f"{leaf.name}={settings.get(config, leaf)}", end=" ")
-    o, m = config.optim, config.model
-    per_step = o.rows * m.block_size
-    device = trainer.device
+    machine, device = trainer.machine, trainer.device
     gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     print(f"\n\ndata {dataset.describe()}")
-    print(f"tokens per iteration will be: {per_step:,}")
+    print(f"tokens per iteration will be: {config.optim.rows * config.model.block_size:,}")
     print(f"number of parameters: {trainer.model.n_params() / 1e6:.2f}M")
     if trainer.layout:
         kind = {"ddp": "DDP", "fsdp": "FSDP2"}[trainer.layout]
-        rows = f"{trainer.ranks.micro_batch(o)} rows a micro-batch"
+        rows = f"{trainer.micro_batch} rows a micro-batch"
         print(f"ranks {trainer.ranks.size} with {kind}, {rows}")
-    print(f"device {device}{gpu}, {config.system.dtype}, compile {config.system.compile}")
+    print(f"device {device}{gpu}, {machine.dtype}, compile {machine.compile}")
     if device.type == "cuda":
-        print(f"memory, by estimate: {memory.of_model(trainer.model, o.batch_size)}")
+        print(f"memory, by estimate: {memory.of_model(trainer.model, trainer.batch_size)}")
     print(f"ops {ops.describe(trainer.choices)}")
     print(f"run {run_dir}", flush=True)
 

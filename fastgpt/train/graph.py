@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastgpt.config.schema import Config
+from fastgpt.config.schema import SystemConfig
 from fastgpt.errors import UserError
+from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT
 from fastgpt.train import mfu
 
@@ -50,35 +51,35 @@ class MicroStepGraph:
         return self.loss
 
 
-def obstacle(config: Config, device: torch.device) -> str:
-    """Why a micro-step cannot be one graph here; empty where it can."""
-    if device.type != "cuda":
+def obstacle(system: SystemConfig, machine: Machine) -> str:
+    """Why a micro-step cannot be one graph here; empty if it can."""
+    if machine.device.type != "cuda":
         return "no GPU"
     if dist.is_initialized():
         return "several ranks exchange gradients inside the micro-step"
-    if config.system.dtype == "float16":
+    if machine.dtype == "float16":
         return "float16's loss scale changes from step to step"
-    if config.system.activation_checkpointing:
+    if system.activation_checkpointing:
         return "activation checkpointing reads the generator's state on the host"
     return ""
 
 
-def check(config: Config, device: torch.device) -> None:
-    """Raise UserError where --cuda_graph=True cannot be had."""
-    if config.system.cuda_graph is True and (why_not := obstacle(config, device)):
+def check(system: SystemConfig, machine: Machine) -> None:
+    """Raise UserError if --cuda_graph=True is asked for and cannot be had."""
+    if system.cuda_graph is True and (why_not := obstacle(system, machine)):
         raise UserError(f"--cuda_graph=True: {why_not}; leave the flag out")
 
 
-def wanted(config: Config, model: GPT, device: torch.device, peak: float) -> tuple[bool, str]:
-    """(whether the micro-step should be a graph, why); `peak` is the device's in FLOP/s.
+def wanted(system: SystemConfig, model: GPT, machine: Machine, batch_size: int) -> tuple[bool, str]:
+    """(whether the micro-step should be a graph, why).
 
-    By itself where launching takes longer than computing at peak would.
+    With --cuda_graph=auto it should if launching takes longer than computing at peak would.
     """
-    asked, why_not = config.system.cuda_graph, obstacle(config, device)
+    asked, why_not = system.cuda_graph, obstacle(system, machine)
     if asked != "auto" or why_not:
         return asked is True, why_not or f"--cuda_graph={asked}"
-    tokens = config.optim.batch_size * config.model.block_size
-    compute = tokens * mfu.flops_per_token(model).mfu / peak
+    tokens = batch_size * model.shape.block_size
+    compute = tokens * mfu.flops_per_token(model).mfu / machine.peak.flops
     launch = model.shape.n_layer * LAUNCHES_PER_LAYER * SECONDS_PER_LAUNCH
     figures = f"{compute * 1e3:.1f} ms of compute at peak, about {launch * 1e3:.1f} ms of launches"
     return launch > compute, figures

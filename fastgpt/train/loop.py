@@ -16,9 +16,8 @@ from fastgpt.data.batches import Batches, eval_batches
 from fastgpt.data.prefetch import Prefetcher
 from fastgpt.data.tokens import Dataset, TokenSplit
 from fastgpt.errors import SharedError, UserError
-from fastgpt.model.device import DTYPES
 from fastgpt.storage import checkpoint
-from fastgpt.train import graph, memory, metrics, mfu, optim, parallel, resume
+from fastgpt.train import graph, memory, metrics, mfu, optim, resume, sharding
 from fastgpt.train.resume import Progress
 from fastgpt.train.signals import StopRequest
 from fastgpt.train.step import NonFinite, Trainer
@@ -44,7 +43,7 @@ class StepClock:
 
 
 class Loop:
-    """A run from where it stands to its end, or to a signal; `progress` says where it is."""
+    """A run from the step in `progress`, which it moves on, to its end or to a signal."""
 
     def __init__(self, trainer: Trainer, dataset: Dataset, run_dir: Path, progress: Progress):
         self.trainer, self.dataset, self.run_dir = trainer, dataset, run_dir
@@ -66,19 +65,18 @@ class Loop:
 
     def run(self, stack: ExitStack) -> int:
         """From progress.step to max_iters. Returns the exit code."""
-        c, device = self.config, self.trainer.device
-        self.peak = mfu.device_peak(device, DTYPES[c.system.dtype], c.system.peak_tflops)
-        self.flops = mfu.flops_per_token(self.trainer.model)
-        print(f"MFU against {self.peak}", flush=True)
-        rows = self.ranks.rows(c.optim)
-        start = self.progress.step
-        self.prefetcher = Prefetcher(self.batches, device, start_step=start, row_slice=rows)
+        c, trainer, start = self.config, self.trainer, self.progress.step
+        self.flops = mfu.flops_per_token(trainer.model)
+        print(f"MFU against {trainer.machine.peak}", flush=True)
+        rows = self.ranks.rows(self.rows)
+        self.prefetcher = Prefetcher(self.batches, trainer.device, start_step=start, row_slice=rows)
         stack.callback(self.prefetcher.close)
+        voice = metrics.Metrics if self.ranks.first else metrics.Silent
         self.metrics = stack.enter_context(
-            (metrics.Metrics if self.ranks.first else metrics.Silent)(
+            voice(
                 self.run_dir,
-                c,
-                start_step=self.progress.step,
+                trainer.resolved,
+                start_step=start,
                 tokens_per_step=self.tokens_per_step,
             )
         )
@@ -90,7 +88,7 @@ class Loop:
         stack.callback(gc.enable)
         stack.callback(gc.unfreeze)
         try:
-            if c.system.compile:
+            if trainer.machine.compile:
                 self._compile()
             self._capture()
             self._steps()
@@ -98,7 +96,8 @@ class Loop:
         except NonFinite as e:
             raise self.non_finite(e.step) from e
         except torch.OutOfMemoryError as e:
-            raise UserError(memory.out_of_memory(c, self.trainer.model, device)) from e
+            said = memory.out_of_memory(c, trainer.model, trainer.device, trainer.batch_size)
+            raise UserError(said) from e
         if self._stopping() and self.stopped and not c.log.eval_only:
             at = self.progress
             self.metrics.say(f"{self.stopped.name}: stopping after step {at.step}")
@@ -109,8 +108,8 @@ class Loop:
     def _stopping(self) -> bool:
         """Whether to stop, the same answer on all ranks: a signal may not have reached them all.
 
-        Several ranks go by the answer to the question before, a step or a batch ago: it came while
-        they computed, so that no host waits for the slowest one at every step.
+        Several ranks go by what they asked each other a step (or an evaluation batch) earlier: the
+        answer came while they computed, so that no host waits for the slowest one at every step.
         """
         answer = self.ranks.largest(self.stop.signal or 0)
         if self.ranks.size > 1:
@@ -146,7 +145,8 @@ class Loop:
                 }
                 trainer.check()
                 seconds = clock.lap()
-                rate = self.tokens_per_step / seconds / (self.peak.flops * self.ranks.size)
+                peak = trainer.machine.peak.flops * self.ranks.size
+                rate = self.tokens_per_step / seconds / peak
                 record |= {k: v * rate for k, v in vars(self.flops).items()}
                 record |= self._skew(seconds)
                 self.metrics.train(step, seconds, record)
@@ -158,14 +158,17 @@ class Loop:
         self.metrics.say(f"compiled in {time.perf_counter() - started:.1f}s")
 
     def _micro_batch(self) -> torch.Tensor:
-        rows = slice(self.ranks.micro_batch(self.config.optim))
+        rows = slice(self.trainer.micro_batch)
         tokens = torch.from_numpy(self.batches.tokens(self.progress.step, rows))
         return tokens.to(self.trainer.device)
 
     def _capture(self) -> None:
-        """Make the micro-step one CUDA graph where that pays; go on without where it cannot be."""
-        trainer = self.trainer
-        yes, why = graph.wanted(self.config, trainer.model, trainer.device, self.peak.flops)
+        """Make the micro-step one CUDA graph if that pays; if it cannot be captured, go on without.
+
+        Raises UserError if --cuda_graph=True asked for it.
+        """
+        trainer, system = self.trainer, self.config.system
+        yes, why = graph.wanted(system, trainer.model, trainer.machine, trainer.batch_size)
         if not yes:
             return
         try:
@@ -175,7 +178,7 @@ class Loop:
             raise
         except RuntimeError as e:
             line = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            if self.config.system.cuda_graph is True:
+            if system.cuda_graph is True:
                 raise UserError(f"--cuda_graph=True: {line}; leave the flag out") from e
             self.metrics.say(f"no CUDA graph: {line}")
 
@@ -217,12 +220,12 @@ class Loop:
         return True
 
     def _eval_tokens(self, split: TokenSplit) -> Iterator[tuple[int, torch.Tensor]]:
-        """(index, tokens) of this rank's batches; as many on each rank, past the end where odd."""
+        """(index, tokens) of this rank's batches: as many on each rank, some past the last one."""
         c, ranks = self.config, self.ranks
         windows = eval_batches(
             split,
             n_batches=-(-c.log.eval_iters // ranks.size) * ranks.size,
-            batch_size=c.optim.batch_size,
+            batch_size=self.trainer.batch_size,
             block_size=c.model.block_size,
             seed=c.run.seed,
         )
@@ -231,7 +234,7 @@ class Loop:
                 yield k, torch.from_numpy(window).to(self.trainer.device, non_blocking=True)
 
     def save_after_evaluation(self, step: int) -> None:
-        """nanoGPT's rule: where the validation loss improved, or always; and at the end."""
+        """nanoGPT's rule: if the validation loss improved, or always; and at the end."""
         at, c = self.progress, self.config
         best = at.val_loss < at.best_val_loss
         at.best_val_loss = min(at.val_loss, at.best_val_loss)
@@ -251,9 +254,9 @@ class Loop:
         """Write what is needed to look at the bad step: weights before it, batch, norms."""
         trainer = self.trainer
         tokens = torch.from_numpy(self.batches.tokens(step))
-        mine = tokens[self.ranks.rows(self.config.optim)]
+        mine = tokens[self.ranks.rows(self.rows)]
         report = trainer.diagnose(step, mine.to(trainer.device))
-        model = parallel.whole_on_first(trainer.model.state_dict(), self.ranks)
+        model = sharding.whole_on_first(trainer.model.state_dict(), self.ranks)
         folder = self.run_dir / "nonfinite" / checkpoint.name_of(step)
         if self.ranks.first:
             groups = {"model": model, "batch": {"tokens": tokens}}

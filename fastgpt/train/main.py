@@ -3,109 +3,129 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
 
-import torch
+from torch import Tensor
 
+from fastgpt.config import settings
 from fastgpt.config.schema import Config, PrepareConfig
 from fastgpt.data.prepare import ensure
-from fastgpt.data.tokens import open_dataset
+from fastgpt.data.tokens import Dataset, open_dataset
 from fastgpt.errors import UserError
-from fastgpt.model import ops
-from fastgpt.model.device import (
-    DTYPES,
-    resolve_compile,
-    resolve_device,
-    resolve_dtype,
-    set_matmul_precision,
-)
-from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt.model.ops import Wish
+from fastgpt.model.build import build
+from fastgpt.model.device import Machine
 from fastgpt.storage import checkpoint, run
-from fastgpt.train import console, graph, memory, parallel, resume
+from fastgpt.train import console, graph, memory, resume
 from fastgpt.train.loop import Loop
-from fastgpt.train.parallel import Ranks
+from fastgpt.train.ranks import Ranks, check_launch, join, local_device, restarted
 from fastgpt.train.resume import Progress
 from fastgpt.train.step import Trainer
-from fastgpt.weights import source
+from fastgpt.weights import hf_tokenizer
+from fastgpt.weights.source import pretrained
 
 
 def train(config: Config, name: str) -> int:
     """Run a training run to its end, or to a signal. Returns the process's exit code.
 
-    `config` is changed to what was resolved (device, dtype, compile); `name` ends up in the name
-    of a new run's folder. Raises UserError where the run cannot be done as asked.
+    `name` ends up in the name of a new run's folder. Raises UserError if the run cannot be done as
+    asked.
     """
     system = config.system
-    parallel.check_launch(config)
-    device = parallel.local_device(resolve_device(system.device))
-    with parallel.join(config, device) as ranks:
-        return _train(config, name, device, ranks)
+    check_launch(config)
+    device = local_device(system.device)
+    machine = Machine.of(device, system.dtype, system.compile, system.peak_tflops)
+    if system.max_autotune and not machine.compile:
+        raise UserError("--max_autotune=True: is torch.compile's; give --compile=True with it")
+    with join(config, machine.device) as ranks:
+        return _train(config, name, machine, ranks)
 
 
-def _train(config: Config, name: str, device: torch.device, ranks: Ranks) -> int:
+def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> int:
     """`train` on one of the ranks."""
-    system, resuming = config.system, config.run.init_from == "resume"
-    system.device = str(device)
     with ranks.together():
-        system.dtype = cast(Any, resolve_dtype(system.dtype, device))
-        system.compile = resolve_compile(system.compile, device)
-        graph.check(config, device)
-        if system.max_autotune and not system.compile:
-            raise UserError("--max_autotune=True: is torch.compile's; give --compile=True with it")
+        graph.check(config.system, machine)
         folder = ensure(PrepareConfig(**vars(config.data))) if ranks.first else Path()
     folder = ranks.gather(folder)[0]
     with ranks.together():
         dataset = open_dataset(folder)
-        given = source.start_from(config, dataset)
+        config, weights = _start_from(config, dataset)
         for split in (dataset.train, dataset.val):
             split.require(config.model.block_size)
-        vocab_size = source.vocabulary(config, dataset)
-    m = config.model
-    shape = ModelShape(m.n_layer, m.n_head, m.n_embd, m.block_size, vocab_size, m.bias, m.gelu)
-    set_matmul_precision(exact=system.dtype == "float32" and not system.tf32)
-    dtype = DTYPES[system.dtype]
-    sizes = shape.sizes(config.optim.batch_size, m.dropout)
-    table = ops.choose(device, dtype, sizes, Wish(system.kernels, vars(config.op)))
-    model = GPT(shape, m.dropout, table, dtype).init_weights(config.run.seed)
-    if given is not None:
-        model.load_state_dict(given.tensors)
-        del given
-    model.to(device)
-    model.checkpointing = system.activation_checkpointing
+        vocab_size = _vocab_size(config, dataset)
+    model = build(config, vocab_size, machine, weights)
+    del weights
 
-    trainer = Trainer(model, config, device, ranks)
-
-    resuming = resuming or parallel.restarted() and bool(checkpoint.names(Path(config.run.out_dir)))
+    r, again = config.run, restarted()
+    resuming = r.init_from == "resume" or again and bool(checkpoint.names(Path(r.out_dir)))
+    batch_size = config.optim.batch_size
+    if config.optim.auto_batch_size and not resuming:
+        batch_size = memory.fit_batch_size(model, config, machine)
+    trainer = Trainer(model, config, machine, ranks, batch_size)
     with ExitStack() as stack:
         run_dir = Path()
         with ranks.together():
             if ranks.first:
                 if resuming:
-                    run_dir = run.find(config.run.out_dir)
+                    run_dir = run.find(r.out_dir)
                 else:
-                    overwrite = config.run.overwrite or parallel.restarted()
-                    run_dir = run.create(config.run.out_dir, name, overwrite)
+                    run_dir = run.create(r.out_dir, name, r.overwrite or again)
                 stack.enter_context(run.lock(run_dir))
         run_dir = ranks.gather(run_dir)[0]
         with ranks.together():
             start = resume.load(trainer, dataset, run_dir) if resuming else Progress()
-            if start.step >= config.run.max_iters and not config.log.eval_only:
+            if start.step >= r.max_iters and not config.log.eval_only:
                 raise UserError(
-                    f"{run_dir}: already at step {start.step} of "
-                    f"--max_iters={config.run.max_iters}; give more to go on"
+                    f"{run_dir}: already at step {start.step} of --max_iters={r.max_iters}; give "
+                    "more to go on"
                 )
-        if config.optim.auto_batch_size and not resuming:
-            print(memory.fit_batch_size(trainer, config, config.optim.rows))
         with ranks.together():
             if ranks.first:
-                run.save_config(run_dir, config)
+                run.save_config(run_dir, trainer.resolved)
                 if dataset.tokenizer is not None:
                     dataset.tokenizer.save(run_dir)
-        console.introduce(config, trainer, dataset, run_dir)
+        console.introduce(trainer, dataset, run_dir)
         loop = Loop(trainer, dataset, run_dir, start)
         code = loop.run(stack)
     if ranks.first:
         console.farewell(loop, dataset, run_dir)
     return code
+
+
+def _start_from(config: Config, dataset: Dataset) -> tuple[Config, dict[str, Tensor] | None]:
+    """The weights that a new run starts from, with a config of their shape; None: new weights.
+
+    As in nanoGPT a smaller --block_size drops the last positions. Says so if the data has another
+    tokenizer. Raises UserError if the weights have fewer positions than asked for.
+    """
+    if config.run.init_from in ("scratch", "resume"):
+        return config, None
+    found = pretrained(config.run.init_from, config.run.weights)
+    tensors, block_size = found.tensors, config.model.block_size
+    if block_size > found.shape.block_size:
+        raise UserError(
+            f"--block_size={block_size}: {found.source} has {found.shape.block_size} positions; "
+            f"pass --block_size={found.shape.block_size} or less"
+        )
+    wpe = tensors["transformer.wpe.weight"]
+    tensors["transformer.wpe.weight"] = wpe[:block_size].contiguous()
+    shape = replace(found.shape, block_size=block_size)
+    print(f"weights from {found.source}: {shape}")
+    theirs, data = hf_tokenizer.read(found.folder), dataset.tokenizer
+    if theirs and data and theirs.fingerprint != data.fingerprint:
+        print(
+            f"warning: these weights know the ids of {theirs.name}, the data in {dataset.folder} "
+            f"is in {data.name}: the text means nothing to them"
+        )
+    return settings.replace(config, **vars(shape)), tensors
+
+
+def _vocab_size(config: Config, dataset: Dataset) -> int:
+    """The model's vocabulary: as given, else the data's. UserError if the data has more ids."""
+    given = config.model.vocab_size
+    if given and given < dataset.vocab_size:
+        raise UserError(
+            f"--vocab_size={given}: the data in {dataset.folder} has a vocabulary of "
+            f"{dataset.vocab_size:,}; it needs weights made for it, or other data"
+        )
+    return given or dataset.vocab_size

@@ -10,8 +10,8 @@ and the log-sum-exp of each head's rows and two statistics of each norm's, in fp
 with T squared, and logits are there for one chunk of rows at a time. The eager ops keep more: the
 norm's input in fp32, a copy of attention's output, and all logits, once in fp32.
 
-`tests/test_memory.py` holds these formulas against what autograd saves, and on a GPU the total
-against the peak that the allocator saw.
+`tests/train/test_memory.py` holds these formulas against what autograd saves, and on a GPU the
+total against the peak that the allocator saw.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from torch import Tensor
 
 from fastgpt.config.schema import Config
 from fastgpt.errors import UserError
-from fastgpt.model.device import synchronize
+from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt.train.step import Trainer
 from fastgpt_kernels.ops.loss.linear import chunk_rows
 from fastgpt_kernels.record import record
 
@@ -124,32 +123,29 @@ def micro_batches(rows: int) -> Iterator[int]:
     yield from (b for b in range(rows, 0, -1) if rows % b == 0)
 
 
-def fit_batch_size(trainer: Trainer, config: Config, rows: int) -> str:
-    """Set batch_size to the largest micro-batch that fits; the rows of a step stay as they are.
+def fit_batch_size(model: GPT, config: Config, machine: Machine) -> int:
+    """The largest micro-batch that fits and cuts the rows of a step evenly; says which it is.
 
-    `rows` are those of one step on this device. Candidates that the estimate rules out by far are
-    passed over, the others are tried: forward and backward, uncompiled, with room taken for the
-    optimizer's moments. Returns what to tell the user. Raises UserError where not even one sequence
-    fits. On a CPU larger micro-batches gain nothing, and the config's stays.
+    Candidates that the estimate rules out by far are passed over, the others are tried: forward and
+    backward, uncompiled, with room taken for the optimizer's moments. Raises UserError if not even
+    one sequence fits. On a CPU larger micro-batches gain nothing, and it is the config's.
     """
-    o, device = config.optim, trainer.device
+    o, device = config.optim, machine.device
     if device.type != "cuda":
-        return f"batch_size {o.batch_size}: as configured, for a search needs a GPU's memory"
+        print(f"batch_size {o.batch_size}: as configured, for a search needs a GPU's memory")
+        return o.batch_size
     free = _free(device)
-    for size in micro_batches(rows):
-        expected = of_model(trainer.model, size)
-        unallocated = expected.total - expected.weights
-        if unallocated > 1.3 * free:
-            continue
-        if _fits(trainer, size):
-            o.batch_size, o.gradient_accumulation_steps = size, rows // size
-            return (
-                f"batch_size {size} x {rows // size} micro-batches: the largest that fits "
+    for size in micro_batches(o.rows):
+        expected = of_model(model, size)
+        if expected.total - expected.weights <= 1.3 * free and _fits(model, machine, size):
+            print(
+                f"batch_size {size} x {o.rows // size} micro-batches: the largest that fits "
                 f"{free / 2**30:.1f} GiB free"
             )
+            return size
     raise UserError(
         f"--batch_size=auto: not one sequence of --block_size={config.model.block_size} fits the "
-        f"{free / 2**30:.1f} GiB that are free; {_ways_out(config)}"
+        f"{free / 2**30:.1f} GiB that are free; {_ways_out(config, 1)}"
     )
 
 
@@ -159,49 +155,43 @@ def _free(device: torch.device) -> int:
     return driver + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def _fits(trainer: Trainer, batch_size: int) -> bool:
-    model, device = trainer.model, trainer.device
-    tokens = torch.randint(
-        model.shape.vocab_size, (batch_size, model.shape.block_size + 1), device=device
-    )
-    kept: list[Tensor] = []
-    compiled, trainer.forward = trainer.forward, model
+def _fits(model: GPT, machine: Machine, batch_size: int) -> bool:
+    size = (batch_size, model.shape.block_size + 1)
+    tokens = torch.randint(model.shape.vocab_size, size, device=machine.device)
+    moments: list[Tensor] = []
     try:
-        if not trainer.optimizer.state:
-            kept = [torch.empty(2, *p.shape, device=device) for p in model.parameters()]
+        moments += [torch.empty(2, *p.shape, device=p.device) for p in model.parameters()]
         for _ in range(2):  # the second one has gradients to add to
-            trainer.micro_step(tokens, 1)
-        synchronize(device)
+            model(tokens[:, :-1], tokens[:, 1:]).backward()
+        machine.synchronize()
         return True
     except torch.OutOfMemoryError:
         return False
     finally:
-        trainer.forward = compiled
-        trainer.optimizer.zero_grad(set_to_none=True)
-        kept.clear()
+        model.zero_grad(set_to_none=True)
+        moments.clear()
         torch.cuda.empty_cache()
 
 
-def _ways_out(config: Config) -> str:
+def _ways_out(config: Config, batch_size: int) -> str:
     ways = ["--batch_size=auto", "--activation_checkpointing=True", "a smaller --block_size"]
     if config.system.activation_checkpointing:
         ways.remove("--activation_checkpointing=True")
-    if config.optim.auto_batch_size or config.optim.batch_size == 1:
+    if config.optim.auto_batch_size or batch_size == 1:
         ways.remove("--batch_size=auto")
     return "what helps: " + ", ".join(ways)
 
 
-def out_of_memory(config: Config, model: GPT, device: torch.device) -> str:
+def out_of_memory(config: Config, model: GPT, device: torch.device, batch_size: int) -> str:
     """What was tried, what it needs by the estimate, what was free, and which flags help."""
-    o, m = config.optim, config.model
     room = ""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         others = total - torch.cuda.mem_get_info(device)[0] - torch.cuda.memory_reserved(device)
         room = f", {(total - others) / 2**30:.1f} of {total / 2**30:.1f} GiB were free for it"
     return (
-        f"out of memory at --batch_size={o.batch_size} x --block_size={m.block_size}: by estimate "
-        f"it takes {of_model(model, o.batch_size).total / 2**30:.1f} GiB{room}; "
-        f"{_ways_out(config)}; the training stays the same at any --batch_size if "
-        f"--gradient_accumulation_steps ({o.gradient_accumulation_steps}) grows as it shrinks"
+        f"out of memory at --batch_size={batch_size} x --block_size={config.model.block_size}: by "
+        f"estimate it takes {of_model(model, batch_size).total / 2**30:.1f} GiB{room}; "
+        f"{_ways_out(config, batch_size)}; the training stays the same at any --batch_size if "
+        f"--gradient_accumulation_steps ({config.optim.rows // batch_size}) grows as it shrinks"
     )

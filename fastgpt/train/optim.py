@@ -13,7 +13,7 @@ from fastgpt.config.schema import OptimConfig
 from fastgpt.model.gpt import GPT
 from fastgpt.model.ops import Choice, Wish, choose_one
 from fastgpt.train.adamw import FusedAdamW
-from fastgpt.train.parallel import like, whole
+from fastgpt.train.sharding import like, whole
 from fastgpt_kernels.record import Sizes, record
 
 

@@ -14,7 +14,7 @@ from fastgpt.config import settings
 from fastgpt.data.tokens import Dataset
 from fastgpt.errors import UserError
 from fastgpt.storage import checkpoint
-from fastgpt.train import optim, parallel
+from fastgpt.train import optim, sharding
 from fastgpt.train.step import Trainer
 
 
@@ -33,7 +33,7 @@ def save(
 ) -> Path:
     """Write a checkpoint of the next step; all ranks take part. Returns its folder.
 
-    Raises UserError on all ranks where it cannot be written.
+    Raises UserError on all ranks if it cannot be written.
     """
     ranks = trainer.ranks
     weights = {k: v.detach() for k, v in trainer.model.state_dict().items()}
@@ -46,11 +46,11 @@ def save(
         with ranks.together():
             if ranks.first:
                 shutil.rmtree(shards, ignore_errors=True)
-        model = parallel.write_shards(weights, shards / "model")
-        optimizer = parallel.write_shards(moments, shards / "optimizer")
+        model = sharding.write_shards(weights, shards / "model")
+        optimizer = sharding.write_shards(moments, shards / "optimizer")
     else:
-        model = parallel.whole_on_first(weights, ranks)
-        optimizer = parallel.whole_on_first(moments, ranks)
+        model = sharding.whole_on_first(weights, ranks)
+        optimizer = sharding.whole_on_first(moments, ranks)
     document = {
         "format": checkpoint.FORMAT,
         "model": trainer.model.shape.__dict__,
@@ -58,7 +58,7 @@ def save(
         "val_loss": progress.val_loss,
         "best_val_loss": progress.best_val_loss,
         "data": dataset.fingerprint,
-        "config": settings.to_dict(trainer.config),
+        "config": settings.to_dict(trainer.resolved),
         "ops": [c.__dict__ for c in trainer.choices],
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         **trainer.state_dict(),
@@ -73,7 +73,7 @@ def save(
 
 
 def load(trainer: Trainer, dataset: Dataset, run_dir: Path) -> Progress:
-    """Load the newest good checkpoint into the trainer. Raises UserError where it does not fit."""
+    """Load the newest good checkpoint into the trainer. Raises UserError if it does not fit."""
     saved = checkpoint.load(run_dir)
     document, shape = saved.state, trainer.model.shape
     for key, was in document["model"].items():

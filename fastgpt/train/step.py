@@ -12,16 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 
+from fastgpt.config import settings
 from fastgpt.config.schema import Config
 from fastgpt.errors import UserError
-from fastgpt.model.device import synchronize
+from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT
 from fastgpt.model.ops import Wish
-from fastgpt.train import optim, parallel
+from fastgpt.train import optim, sharding
 from fastgpt.train.graph import MicroStepGraph
-from fastgpt.train.parallel import Ranks, like, whole
+from fastgpt.train.ranks import Ranks
+from fastgpt.train.sharding import like, whole
 
 
 class NonFinite(Exception):
@@ -43,32 +44,53 @@ def dropout_seed(seed: int, step: int) -> int:
 class Trainer:
     """The model, its optimizer and all that a step changes.
 
-    `step` runs one; `losses` evaluates; `check` raises NonFinite where a step since the last call
+    `step` runs one; `losses` evaluates; `check` raises NonFinite if a step since the last call
     went wrong. On a GPU nothing here waits for the device but `check`.
+
+    A `batch_size` that is not the config's cuts the rows of a step, whose number stays, into other
+    micro-batches; `micro_batch` is how many rows this rank takes at a time.
     """
 
     def __init__(
-        self, model: GPT, config: Config, device: torch.device, ranks: Ranks | None = None
+        self,
+        model: GPT,
+        config: Config,
+        machine: Machine,
+        ranks: Ranks | None = None,
+        batch_size: int = 0,
     ):
-        system = config.system
-        self.model, self.config, self.device = model, config, device
-        self.ranks = ranks or Ranks()
+        system, rows = config.system, config.optim.rows
+        self.model, self.config, self.machine = model, config, machine
+        self.device, self.ranks = machine.device, ranks or Ranks()
+        self.batch_size = batch_size or config.optim.batch_size
+        self.micro_batch = self.ranks.micro_batch(rows, self.batch_size)
         with self.ranks.together():
-            self.wrapped, self.layout = parallel.wrap(model, config, device)
+            self.wrapped, self.layout = sharding.wrap(model, system, machine)
         wish = Wish(system.kernels, vars(config.op))
         self.optimizer, choice = optim.make_optimizer(model, config.optim, wish)
         self.choices = (*model.ops.choices, choice)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=system.dtype == "float16")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=machine.dtype == "float16")
         mode = "max-autotune-no-cudagraphs" if system.max_autotune else None
         self.forward: Callable[..., Any] = self.wrapped
-        if system.compile and self.layout != "fsdp":  # whose parts are compiled one by one
-            # DDP cuts the graph where a bucket is full, so that its reduction can begin.
+        if machine.compile and self.layout != "fsdp":  # whose parts are compiled one by one
+            # DDP cuts the graph at the end of a bucket, so that its reduction can begin.
             self.forward = torch.compile(self.wrapped, fullgraph=self.layout == "", mode=mode)
         # The first step whose loss or gradient norm was not finite; -1: none. From then on every
         # update is called off on the device, until `check` looks.
-        self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-        self._guard_on_device = device.type == "cuda"
+        self._bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+        self._guard_on_device = self.device.type == "cuda"
         self._graph: MicroStepGraph | None = None
+
+    @property
+    def resolved(self) -> Config:
+        """The config with what was found in place of each `auto`: what a run stores and shows."""
+        accumulation = self.config.optim.rows // self.batch_size
+        return settings.replace(
+            self.config,
+            **self.machine.settings,
+            batch_size=self.batch_size,
+            gradient_accumulation_steps=accumulation,
+        )
 
     def _loss(self, tokens: Tensor) -> Tensor:
         """Mean loss of windows (B, T + 1): inputs and targets one token apart."""
@@ -85,10 +107,10 @@ class Trainer:
         if self.config.model.dropout:
             seed = dropout_seed(self.config.run.seed, step)
             torch.manual_seed(dropout_seed(seed, self.ranks.rank) if self.ranks.rank else seed)
-        micro_batches = tokens.split(self.ranks.micro_batch(self.config.optim))
+        micro_batches = tokens.split(self.micro_batch)
         total = torch.zeros((), device=self.device)
         for i, micro_batch in enumerate(micro_batches, 1):
-            with parallel.reducing(self.wrapped, last=i == len(micro_batches)):
+            with sharding.reducing(self.wrapped, last=i == len(micro_batches)):
                 if self._graph is None:
                     total += self.micro_step(micro_batch, len(micro_batches))
                 else:
@@ -123,23 +145,25 @@ class Trainer:
     def warm_up(self, step: int, micro_batch: Tensor) -> None:
         """Compile forward and backward on one micro-batch; changes no weight.
 
-        Raises UserError where torch.compile cannot work here.
+        Raises UserError if torch.compile cannot work here.
         """
+        from torch._dynamo.exc import TorchDynamoException  # half a second, if nothing is compiled
+
         try:
             self._backward(step, micro_batch)
         except TorchDynamoException as e:
             why = str(e).strip().splitlines()[0]
             raise UserError(f"torch.compile failed ({why}); --compile=False goes without") from e
         self.optimizer.zero_grad(set_to_none=True)
-        synchronize(self.device)
+        self.machine.synchronize()
 
     def capture(self, step: int, micro_batch: Tensor) -> None:
         """From now on run micro-batches of this shape as one CUDA graph; changes no weight.
 
         Its loss and gradient norm are held against those of a plain micro-step. Raises RuntimeError
-        where they differ, or where something in the step cannot be captured; steps go on without.
+        if they differ, or if something in the step cannot be captured; steps go on without.
         """
-        n = self.config.optim.gradient_accumulation_steps
+        n = self.config.optim.rows // self.batch_size
         seed = dropout_seed(self.config.run.seed, step)
         results = []
         try:
@@ -206,7 +230,7 @@ class Trainer:
         return {"scaler": self.scaler.state_dict()}
 
     def load(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict) -> None:
-        """Continue from a checkpoint's tensors. Raises UserError where they are another model's."""
+        """Continue from a checkpoint's tensors. Raises UserError if they are another model's."""
         try:
             own = self.model.state_dict()
             self.model.load_state_dict({k: like(v, own.get(k, v)) for k, v in model.items()})

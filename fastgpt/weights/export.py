@@ -14,9 +14,7 @@ from fastgpt.weights.source import open_source
 
 
 def export(config: ExportConfig) -> int:
-    """Write --to. Returns the exit code; UserError where the folder is there and not empty."""
-    if not config.to:
-        raise UserError("--to: where to? name a new folder, as --to FOLDER")
+    """Write --to. Returns the exit code; UserError if the folder is there and not empty."""
     folder = Path(config.to)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--to={folder}: is not empty; name a new folder")

@@ -183,13 +183,11 @@ def optimizer_of(
 
 def config_of(path: Path, data: Mapping[str, Any], shape: ModelShape) -> Config:
     """The run's settings as far as they are ours too; the rest are defaults."""
-    config, table = Config(), settings.leaves(Config)
-    saved = data.get("config")
+    table, saved = settings.leaves(Config), data.get("config")
     given = dict(saved) if isinstance(saved, dict) else {}
-    given = {k: v for k, v in given.items() if k in table and k not in _NOT_TAKEN}
-    for key, value in (given | vars(shape)).items():
-        settings.put(config, table[key], settings.check_value(table[key], value, f"{path}: "))
-    return config
+    given = {k: v for k, v in given.items() if k in table and k not in _NOT_TAKEN} | vars(shape)
+    values = {k: settings.check_value(table[k], v, f"{path}: ") for k, v in given.items()}
+    return settings.replace(Config(), **values)
 
 
 def find_tokenizer(config: Config, vocab_size: int) -> Tokenizer | None:
@@ -214,8 +212,8 @@ def import_checkpoint(source: str, options: ImportConfig) -> int:
     shape, tensors, order = model_of(path, data, options.gelu)
     optimizer = optimizer_of(path, data, shape, order)
     config = config_of(path, data, shape)
-    config.data.dataset = options.dataset or config.data.dataset
-    config.data.data_dir = options.data_dir
+    dataset = options.dataset or config.data.dataset
+    config = settings.replace(config, dataset=dataset, data_dir=options.data_dir)
     step, best = data.get("iter_num", 0), data.get("best_val_loss", float("inf"))
     if type(step) is not int or not 0 <= step < 1 << 53:
         raise UserError(f"{path}: iter_num is {step!r}, wanted a whole number >= 0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -132,8 +133,7 @@ def test_presets_are_valid_and_survive_toml(name, tmp_path: Path):
 
 @pytest.mark.parametrize("text", ['say "hi"', "back\\slash", "tab\tnew\nline", "Zoë \x7f 東京"])
 def test_toml_keeps_any_text(text, tmp_path: Path):
-    config = Config()
-    config.data.input = text
+    config = settings.replace(Config(), input=text)
     path = tmp_path / "c.toml"
     path.write_text(settings.to_toml(config))
     assert settings.load_toml(path).data.input == text
@@ -180,6 +180,18 @@ def test_other_config_trees_have_flat_names_too():
     assert "dataset" in table and table["overwrite"].section == ""
     c = settings.apply_flags(PrepareConfig(), {"dataset": "x", "overwrite": "True"})
     assert (c.dataset, c.overwrite) == ("x", True)
+
+
+def test_replace_makes_a_new_config_and_knows_its_names():
+    before = Config()
+    after = settings.replace(before, n_layer=3, **{"op.attention": "flash"})
+    assert (after.model.n_layer, after.op.attention) == (3, "flash") and before == Config()
+    assert settings.replace(PrepareConfig(), dataset="x").dataset == "x"
+    for name in ("n_layr", "attention", "model"):
+        with pytest.raises(KeyError, match=name):
+            settings.replace(before, **{name: 3})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        before.model.n_layer = 3  # type: ignore[misc]
 
 
 def test_range_says_itself():

@@ -6,11 +6,12 @@ import hashlib
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from fastgpt.config.schema import PrepareConfig
 from fastgpt.data import vocabulary
 from fastgpt.data.vocabulary import dump_ranks, train_ranks
 
@@ -23,27 +24,12 @@ Größe, naïve façade, 世界、こんにちは。 Привет, мир! 🙂�
 """
 
 
-@dataclass
-class Settings:
-    """What `prepare` reads of a configuration."""
-
-    dataset: str = "python_stdlib"
-    input: str = ""
-    tokenizer: str = ""
-    vocab_file: str = ""
-    data_dir: str = "data"
-    val_fraction: float = 0.0
-    shards: int = 10
-    workers: int = 1
-    overwrite: bool = False
-
-
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
     """Settings for a fresh data folder; nothing is remembered outside of it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
-    base = Settings(data_dir=str(tmp_path / "data"))
+    base = PrepareConfig(data_dir=str(tmp_path / "data"), workers=1)
     return lambda **changes: replace(base, **changes)
 
 

@@ -8,50 +8,59 @@ import pytest
 import torch
 
 from fastgpt.errors import UserError
-from fastgpt.model import device
+from fastgpt.model import peaks
+from fastgpt.model.device import Machine
+from fastgpt.model.peaks import Peak
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_cpu():
-    assert device.resolve_device("cpu") == CPU
-    assert device.resolve_dtype("auto", CPU) == "float32"
-    assert device.resolve_dtype("bfloat16", CPU) == "bfloat16"
-    assert device.resolve_compile("auto", CPU) is False
-    assert device.resolve_compile(True, CPU) is True
+    assert Machine.of("cpu") == Machine(CPU, "float32", False)
+    assert Machine.of("cpu", "bfloat16").torch_dtype == torch.bfloat16
+    assert Machine.of("cpu", compile="auto").compile is False
+    assert Machine.of("cpu", compile=True).compile is True
 
 
 def test_cuda_by_itself_when_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    assert device.resolve_device("auto") == CUDA
-    assert device.resolve_device("cuda:1") == torch.device("cuda:1")
-    assert device.resolve_dtype("auto", CUDA) == "bfloat16"
-    assert device.resolve_compile("auto", CUDA) is True
+    assert Machine.of(compile="auto") == Machine(CUDA, "bfloat16", True)
+    assert Machine.of("cuda:1").settings == {
+        "device": "cuda:1",
+        "dtype": "bfloat16",
+        "compile": False,
+    }
     with pytest.raises(UserError, match="cuda:2: there are 2, cuda:0 to cuda:1"):
-        device.resolve_device("cuda:2")
+        Machine.of("cuda:2")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
-    assert device.resolve_dtype("auto", CUDA) == "float16"
-    assert device.resolve_dtype("float16", CUDA) == "float16"
+    assert Machine.of().dtype == Machine.of(dtype="float16").dtype == "float16"
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "", "meta", "xla"])
 def test_names_that_mean_nothing(name):
     with pytest.raises(UserError, match="wanted auto, cpu, cuda, cuda:N or mps"):
-        device.resolve_device(name)
+        Machine.of(name)
 
 
 def test_float16_needs_loss_scaling():
     with pytest.raises(UserError, match="--dtype=float16: needs a GPU"):
-        device.resolve_dtype("float16", CPU)
+        Machine.of("cpu", "float16")
 
 
-def test_autocast():
-    with device.autocast(CPU, "bfloat16"):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
-    with device.autocast(CPU, "float32"):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+def test_the_peak_is_found_once(monkeypatch):
+    asked = []
+
+    def measured(device, dtype):
+        asked.append(dtype)
+        return Peak(1e12, "measured")
+
+    monkeypatch.setattr(peaks, "measured_peak", measured)
+    machine = Machine.of("cpu", "bfloat16")
+    assert asked == [], "nobody has wanted it yet"
+    assert machine.peak == machine.peak == Peak(1e12, "measured") and asked == [torch.bfloat16]
+    assert Machine.of("cpu", peak_tflops=2).peak.flops == 2e12 and len(asked) == 1
 
 
 @pytest.mark.parametrize(

@@ -76,9 +76,9 @@ def test_a_folder_of_other_things_is_not_touched():
 
 
 def test_config_comes_back_and_repeats_in_a_new_folder():
-    config = Config()
-    config.model.n_layer, config.run.out_dir, config.run.init_from = 3, "out", "resume"
-    config.run.overwrite = True
+    config = settings.replace(
+        Config(), n_layer=3, out_dir="out", init_from="resume", overwrite=True
+    )
     make_dir = Path("out")
     run.save_config(make_dir, config)
     again = settings.load_toml(make_dir / "config.toml")

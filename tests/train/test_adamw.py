@@ -6,6 +6,7 @@ Without a GPU the kernel runs in Triton's interpreter.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import weakref
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from torch import Tensor
 from fastgpt import cli
 from fastgpt.config.presets import laptop
 from fastgpt.config.schema import OptimConfig
+from fastgpt.config.settings import replace
 from fastgpt.errors import UserError
 from fastgpt.model import ops
+from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.model.ops import Wish
 from fastgpt.train import optim
@@ -229,13 +232,12 @@ def test_freed_gradients_are_freed():
 
 
 def trainer(kind: str, device: torch.device, dtype: str = "float32") -> Trainer:
-    config = laptop()
-    config.system.dtype, config.system.compile = dtype, False
-    config.optim = OptimConfig(batch_size=2, learning_rate=1e-2, warmup_iters=2, grad_clip=0.5)
-    config.system.kernels, config.op.adamw = "eager", kind
+    o = OptimConfig(batch_size=2, learning_rate=1e-2, warmup_iters=2, grad_clip=0.5)
+    config = dataclasses.replace(laptop(), optim=o)
+    config = replace(config, **{"kernels": "eager", "op.adamw": kind})
     table = ops.choose(device, wish=Wish("eager"))
     model = GPT(ModelShape(2, 2, 16, 8, 20, bias=True), 0.0, table).init_weights(0).to(device)
-    return Trainer(model, config, device)
+    return Trainer(model, config, Machine(device, dtype))
 
 
 def tokens(step: int) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from fastgpt.config.presets import laptop
-from fastgpt.config.schema import OpConfig
+from fastgpt.config.settings import replace
 from fastgpt.model import ops
+from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.model.ops import Wish
 from fastgpt.train.step import Trainer
@@ -36,18 +37,15 @@ PRODUCTS = pytest.mark.parametrize("products", ["eager"] + ["triton"] * (DEVICE.
 def trainer(
     kernels: str, dropout: float = 0.0, bias: bool = True, products: str = "eager"
 ) -> Trainer:
-    config = laptop()
-    config.system.dtype, config.system.compile = "float32", False
-    config.optim.batch_size, config.optim.warmup_iters = 1, 2
-    config.optim.learning_rate = 1e-2
-    config.model.dropout = dropout
     by_op = dict.fromkeys(LIBRARY, products)
-    config.system.kernels = kernels
-    config.op = OpConfig(**by_op)
+    config = replace(
+        laptop(), batch_size=1, warmup_iters=2, learning_rate=1e-2, dropout=dropout,
+        kernels=kernels, **{f"op.{op}": to for op, to in by_op.items()},
+    )  # fmt: skip
     shape = ModelShape(**{**SHAPE.__dict__, "bias": bias})
     table = ops.choose(DEVICE, sizes=shape.sizes(1, dropout), wish=Wish(kernels, by_op))
     model = GPT(shape, dropout, table).init_weights(0).to(DEVICE)
-    trainer = Trainer(model, config, DEVICE)
+    trainer = Trainer(model, config, Machine(DEVICE))
     chosen = {c.op: c.implementation for c in trainer.choices}
     assert chosen == {**dict.fromkeys(chosen, kernels), **by_op}
     return trainer

@@ -6,20 +6,26 @@ import pytest
 import torch
 
 from fastgpt.config.presets import PRESETS, shakespeare_char
-from fastgpt.config.schema import Config
+from fastgpt.config.schema import Config, SystemConfig
+from fastgpt.config.settings import replace
 from fastgpt.errors import UserError
-from fastgpt.model import ops
+from fastgpt.model.build import build
+from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.train import graph
 from fastgpt.train.step import Trainer
 
 CUDA = torch.device("cuda")
+H200 = Machine(CUDA, "bfloat16", peak_tflops=989.4)
+SMALL = replace(
+    shakespeare_char(), n_layer=2, n_head=2, n_embd=128, block_size=64, bias=True, gelu="tanh"
+)
 
 
 def model_of(config: Config) -> GPT:
-    m, vocab_size = config.model, 65 if config.data.dataset == "shakespeare_char" else 50257
+    vocab_size = 65 if config.data.dataset == "shakespeare_char" else 50257
     with torch.device("meta"):
-        return GPT(ModelShape(m.n_layer, m.n_head, m.n_embd, m.block_size, vocab_size, m.bias))
+        return GPT(ModelShape.of(config.model, vocab_size))
 
 
 @pytest.fixture(autouse=True)
@@ -33,27 +39,23 @@ def nothing_to_initialise(monkeypatch):
 )
 def test_by_itself_only_where_launching_is_slow(preset, yes):
     config = PRESETS[preset]()
-    config.system.dtype = "bfloat16"
-    decided, why = graph.wanted(config, model_of(config), CUDA, 989.4e12)
+    size = config.optim.batch_size
+    decided, why = graph.wanted(config.system, model_of(config), H200, size)
     assert decided is yes and "ms of compute" in why
 
 
 def test_asked_for_and_not_to_be_had():
-    config = shakespeare_char()
-    model, cpu = model_of(config), torch.device("cpu")
-    assert graph.wanted(config, model, cpu, 1e12) == (False, "no GPU")
-    config.system.cuda_graph = False
-    assert not graph.wanted(config, model, CUDA, 989.4e12)[0]
-    config.system.cuda_graph = True
-    graph.check(config, CUDA)
+    model, cpu = model_of(shakespeare_char()), Machine(torch.device("cpu"))
+    assert graph.wanted(SystemConfig(), model, cpu, 64) == (False, "no GPU")
+    assert not graph.wanted(SystemConfig(cuda_graph=False), model, H200, 64)[0]
+    asked = SystemConfig(cuda_graph=True)
+    graph.check(asked, H200)
     with pytest.raises(UserError, match="--cuda_graph=True: no GPU"):
-        graph.check(config, cpu)
-    config.system.activation_checkpointing = True
+        graph.check(asked, cpu)
     with pytest.raises(UserError, match="activation checkpointing"):
-        graph.check(config, CUDA)
-    config.system.activation_checkpointing, config.system.dtype = False, "float16"
+        graph.check(SystemConfig(cuda_graph=True, activation_checkpointing=True), H200)
     with pytest.raises(UserError, match="loss scale"):
-        graph.check(config, CUDA)
+        graph.check(asked, Machine(CUDA, "float16"))
 
 
 @pytest.mark.cuda
@@ -63,14 +65,10 @@ def test_asked_for_and_not_to_be_had():
 def test_graphed_steps_are_the_plain_ones(compile, dropout):
     losses = []
     for graphed in (False, True):
-        config = shakespeare_char()
-        config.system.dtype, config.system.compile = "bfloat16", compile
-        config.optim.batch_size, config.optim.gradient_accumulation_steps = 8, 2
-        config.model.dropout = dropout
-        shape = ModelShape(2, 2, 128, 64, 97, bias=True)
-        table = ops.choose(CUDA, torch.bfloat16, shape.sizes(8))
-        model = GPT(shape, dropout, table, torch.bfloat16).init_weights(0).to(CUDA)
-        t = Trainer(model, config, CUDA)
+        config = replace(SMALL, batch_size=8, gradient_accumulation_steps=2, dropout=dropout)
+        machine = Machine(CUDA, "bfloat16", compile)
+        model = build(config, 97, machine)
+        t = Trainer(model, config, machine)
         generator = torch.Generator().manual_seed(0)
         batches = torch.randint(97, (10, 16, 65), generator=generator).to(CUDA)
         t.warm_up(0, batches[0][:8])
@@ -87,14 +85,9 @@ def test_graphed_steps_are_the_plain_ones(compile, dropout):
 @pytest.mark.parametrize("adamw", ["eager", "triton"])
 @pytest.mark.parametrize("graphed", [False, True])
 def test_a_step_never_waits_for_the_device(graphed, adamw):
-    config = shakespeare_char()
-    config.system.dtype, config.system.compile = "bfloat16", True
-    config.optim.batch_size = 4
-    config.op.adamw = adamw
-    shape = ModelShape(2, 2, 128, 64, 97, bias=True)
-    table = ops.choose(CUDA, torch.bfloat16, shape.sizes(4))
-    model = GPT(shape, 0.1, table, torch.bfloat16)
-    t = Trainer(model.init_weights(0).to(CUDA), config, CUDA)
+    config = replace(SMALL, batch_size=4, dropout=0.1, **{"op.adamw": adamw})
+    machine = Machine(CUDA, "bfloat16", compile=True)
+    t = Trainer(build(config, 97, machine), config, machine)
     tokens = torch.randint(97, (4, 65), device=CUDA)
     t.warm_up(0, tokens)
     if graphed:

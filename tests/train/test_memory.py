@@ -9,8 +9,10 @@ import torch
 
 from fastgpt.config import settings
 from fastgpt.config.presets import PRESETS, gpt2, laptop
+from fastgpt.config.schema import Config
 from fastgpt.errors import UserError
-from fastgpt.model import ops
+from fastgpt.model.build import build
+from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.train import memory
 from fastgpt.train.step import Trainer
@@ -21,8 +23,7 @@ GPT2_SIZES = ("gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl")
 
 
 def shape_of(preset: str, bias: bool = False) -> ModelShape:
-    m = PRESETS[preset]().model
-    return ModelShape(m.n_layer, m.n_head, m.n_embd, m.block_size, 50257, bias, m.gelu)
+    return ModelShape.of(settings.replace(PRESETS[preset](), bias=bias).model, 50257)
 
 
 def kept(model: GPT, batch_size: int) -> dict[str, int]:
@@ -116,12 +117,12 @@ def test_micro_batches_cut_the_rows_evenly():
     assert list(memory.micro_batches(12)) == [12, 6, 4, 3, 2, 1]
 
 
-def tiny(device: str = "cpu", **optim) -> Trainer:
-    config = laptop()
-    config.system.dtype, config.system.compile = "float32", False
-    config.optim = dataclasses.replace(config.optim, **optim)
-    model = GPT(ModelShape(2, 2, 64, 32, 61, bias=True)).init_weights(0).to(device)
-    return Trainer(model, config, torch.device(device))
+GPU = Machine(torch.device("cuda"))
+
+
+def tiny(**values) -> tuple[GPT, Config]:
+    config = settings.replace(laptop(), n_layer=2, n_head=2, n_embd=64, **values)
+    return build(config, 61, Machine(torch.device("cpu"))), config
 
 
 def test_auto_batch_size_is_a_flag_that_leaves_the_global_batch():
@@ -132,41 +133,43 @@ def test_auto_batch_size_is_a_flag_that_leaves_the_global_batch():
         settings.apply_flags(gpt2(), {"batch_size": "all"})
 
 
-def test_auto_batch_size_on_a_cpu_stays_and_says_why():
-    t = tiny(batch_size=3, gradient_accumulation_steps=4)
-    assert "needs a GPU" in memory.fit_batch_size(t, t.config, 12)
-    assert (t.config.optim.batch_size, t.config.optim.gradient_accumulation_steps) == (3, 4)
+def test_auto_batch_size_on_a_cpu_stays_and_says_why(capsys):
+    model, config = tiny(batch_size=3, gradient_accumulation_steps=4)
+    assert memory.fit_batch_size(model, config, Machine(torch.device("cpu"))) == 3
+    assert "needs a GPU" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("room", "size"), [(12, 12), (5, 4), (1, 1)])
-def test_the_largest_micro_batch_that_runs_is_taken(room, size, monkeypatch):
+def test_the_largest_micro_batch_that_runs_is_taken(room, size, monkeypatch, capsys):
     """The search alone: a device on which more than `room` sequences run out of memory."""
-    t = tiny(batch_size=2, gradient_accumulation_steps=6)
-    monkeypatch.setattr(t, "device", torch.device("cuda"))
+    model, config = tiny(batch_size=2, gradient_accumulation_steps=6)
     monkeypatch.setattr(memory, "_free", lambda device: 1 << 40)
-    monkeypatch.setattr(memory, "_fits", lambda trainer, n: n <= room)
-    assert f"batch_size {size} x {12 // size}" in memory.fit_batch_size(t, t.config, 12)
-    o = t.config.optim
+    monkeypatch.setattr(memory, "_fits", lambda model, machine, n: n <= room)
+    assert memory.fit_batch_size(model, config, GPU) == size
+    assert f"batch_size {size} x {12 // size}" in capsys.readouterr().out
+    t = Trainer(model, config, Machine(torch.device("cpu")), batch_size=size)
+    assert t.micro_batch == size
+    o = t.resolved.optim
     assert (o.batch_size, o.gradient_accumulation_steps) == (size, 12 // size)
 
 
 def test_not_even_one_sequence(monkeypatch):
-    t = tiny(auto_batch_size=True)
-    monkeypatch.setattr(t, "device", torch.device("cuda"))
+    model, config = tiny(auto_batch_size=True)
     monkeypatch.setattr(memory, "_free", lambda device: 1 << 40)
-    monkeypatch.setattr(memory, "_fits", lambda trainer, n: False)
+    monkeypatch.setattr(memory, "_fits", lambda model, machine, n: False)
     with pytest.raises(UserError, match="not one sequence of --block_size=64") as e:
-        memory.fit_batch_size(t, t.config, 12)
+        memory.fit_batch_size(model, config, GPU)
     assert "--activation_checkpointing=True" in str(e.value)
 
 
 def test_out_of_memory_names_what_was_tried_and_what_helps():
-    t = tiny(batch_size=8)
-    line = memory.out_of_memory(t.config, t.model, t.device)
+    (model, config), cpu = tiny(batch_size=4, gradient_accumulation_steps=2), torch.device("cpu")
+    line = memory.out_of_memory(config, model, cpu, 8)
     assert "--batch_size=8 x --block_size=64" in line and "GiB" in line
     assert "--batch_size=auto" in line and "--activation_checkpointing=True" in line
-    t.config.system.activation_checkpointing = t.config.optim.auto_batch_size = True
-    line = memory.out_of_memory(t.config, t.model, t.device)
+    assert "--gradient_accumulation_steps (1)" in line
+    config = settings.replace(config, activation_checkpointing=True, auto_batch_size=True)
+    line = memory.out_of_memory(config, model, cpu, 8)
     assert "checkpointing" not in line and "--batch_size=auto" not in line
 
 
@@ -174,15 +177,11 @@ def test_out_of_memory_names_what_was_tried_and_what_helps():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_estimate_against_the_real_peak(checkpointing):
-    device, shape = torch.device("cuda"), shape_of("gpt2")
-    config = gpt2()
-    config.system.dtype, config.system.compile = "bfloat16", False
-    config.optim.batch_size = 16
-    table = ops.choose(device, torch.bfloat16)
-    model = GPT(shape, 0.0, table, torch.bfloat16).init_weights(0).to(device)
-    model.checkpointing = checkpointing
-    t = Trainer(model, config, device)
-    tokens = torch.randint(50257, (32, 1025), device=device)  # two micro-batches
+    config = settings.replace(gpt2(), batch_size=16, activation_checkpointing=checkpointing)
+    machine = Machine(torch.device("cuda"), "bfloat16")
+    model = build(config, 50257, machine)
+    t = Trainer(model, config, machine)
+    tokens = torch.randint(50257, (32, 1025), device=t.device)  # two micro-batches
     t.step(0, tokens)
     torch.cuda.reset_peak_memory_stats()
     t.step(1, tokens)
@@ -193,7 +192,7 @@ def test_estimate_against_the_real_peak(checkpointing):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_auto_batch_size_on_a_gpu_runs_and_keeps_the_rows():
-    t = tiny("cuda", batch_size=2, gradient_accumulation_steps=6)
-    memory.fit_batch_size(t, t.config, 12)
-    assert t.config.optim.batch_size == 12 and t.config.optim.gradient_accumulation_steps == 1
-    assert all(p.grad is None for p in t.model.parameters())
+    config = tiny(batch_size=2, gradient_accumulation_steps=6)[1]
+    model = build(config, 61, GPU)
+    assert memory.fit_batch_size(model, config, GPU) == 12
+    assert all(p.grad is None for p in model.parameters())

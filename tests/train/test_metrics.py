@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastgpt.config.schema import Config
+from fastgpt.config.settings import replace
 from fastgpt.errors import UserError
 from fastgpt.train import metrics, plot
 
@@ -82,8 +83,7 @@ def test_a_missing_tracker_is_named(flag, tmp_path: Path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    config = Config()
-    setattr(config.log, flag, True)
+    config = replace(Config(), **{flag: True})
     with pytest.raises(UserError, match=rf"--{flag}=True: .* is not installed; pip install"):
         metrics.Metrics(tmp_path, config, start_step=0, tokens_per_step=1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ import torch
 from fastgpt.config.presets import laptop
 from fastgpt.data.tokens import Dataset
 from fastgpt.errors import UserError
+from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.train import optim, resume
 from fastgpt.train.resume import Progress
@@ -19,10 +20,8 @@ from fastgpt.train.step import Trainer
 
 
 def trainer(seed: int, dtype: str = "float32", n_embd: int = 16) -> Trainer:
-    config = laptop()
-    config.system.dtype, config.system.compile = cast(Any, dtype), False
     model = GPT(ModelShape(1, 2, n_embd, 8, 50, bias=True)).init_weights(seed)
-    return Trainer(model, config, torch.device("cpu"))
+    return Trainer(model, laptop(), Machine(torch.device("cpu"), dtype))
 
 
 def dataset(fingerprint: str = "abc") -> Dataset:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 
 import pytest
@@ -11,8 +10,10 @@ import torch
 import torch._inductor.config
 
 from fastgpt.config.presets import laptop
+from fastgpt.config.settings import replace
 from fastgpt.errors import UserError
 from fastgpt.model import ops
+from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.model.ops import Wish
 from fastgpt.train import optim
@@ -27,7 +28,7 @@ def adamw(request, monkeypatch) -> str:
     """Both implementations; the kernel in the interpreter."""
     if request.param == "triton":
         if torch.cuda.is_available():
-            pytest.skip("on a GPU the kernel runs for real: tests/test_fused_adamw.py")
+            pytest.skip("on a GPU the kernel runs for real: tests/model/test_adamw.py")
         interpreted(monkeypatch)
     return request.param
 
@@ -39,15 +40,12 @@ def trainer(
     adamw: str = "eager",
     **optim_changes,
 ) -> Trainer:
-    config = laptop()
-    config.system.dtype, config.system.compile = "float32", False
     changes = {"batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
-    config.optim = dataclasses.replace(config.optim, **changes, **optim_changes)
-    config.model.dropout = dropout
-    config.system.kernels, config.op.adamw = "eager", adamw
+    changes |= {"kernels": "eager", "op.adamw": adamw}
+    config = replace(laptop(), dropout=dropout, **changes, **optim_changes)
     table = ops.choose(CPU, wish=Wish("eager"))
     model = GPT(ModelShape(2, 2, 32, 16, 50, bias=True), dropout, table, dtype).init_weights(0)
-    return Trainer(model, config, CPU)
+    return Trainer(model, config, Machine(CPU))
 
 
 def tokens(step: int = 0) -> torch.Tensor:

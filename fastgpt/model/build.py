@@ -1,0 +1,40 @@
+"""From a config to a model that can be trained or asked: the only place that puts one together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fastgpt.config.schema import Config
+from fastgpt.model import ops
+from fastgpt.model.device import Machine
+from fastgpt.model.gpt import GPT, ModelShape
+
+
+def build(
+    config: Config,
+    vocab_size: int,
+    machine: Machine,
+    weights: Mapping[str, Tensor] | None = None,
+) -> GPT:
+    """The model on its device, with `weights` (a state dict), else drawn from --seed.
+
+    Also sets, for the whole process, how fp32 matrices are multiplied. Raises UserError if an op
+    that was asked for cannot run here.
+    """
+    system, shape = config.system, ModelShape.of(config.model, vocab_size)
+    # In float32 products are exact unless TF32 is asked for: it is what others are held against.
+    exact = machine.dtype == "float32" and not system.tf32
+    torch.set_float32_matmul_precision("highest" if exact else "high")
+    sizes = shape.sizes(config.optim.batch_size, config.model.dropout)
+    wish = ops.Wish(system.kernels, vars(config.op))
+    table = ops.choose(machine.device, machine.torch_dtype, sizes, wish)
+    model = GPT(shape, config.model.dropout, table, machine.torch_dtype)
+    if weights is None:
+        model.init_weights(config.run.seed)
+    else:
+        model.load_state_dict(weights)
+    model.checkpointing = system.activation_checkpointing
+    return model.to(machine.device)

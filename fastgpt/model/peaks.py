@@ -1,0 +1,99 @@
+"""The peak that a device's MFU is taken against: from a table of data sheets, or measured."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What MFU is taken against, and where the figure is from."""
+
+    flops: float
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.flops / 1e12:.4g} TFLOP/s ({self.source})"
+
+
+# Dense bf16 tensor-core peaks in TFLOP/s with fp32 accumulation, from the vendors' data sheets
+# (half of the figure if a sheet gives it with sparsity). The first matching pattern counts.
+_GEFORCE = r"GeForce RTX {}$"
+PEAKS: tuple[tuple[str, float, str], ...] = (
+    (r"GB200", 2500.0, "NVIDIA GB200 NVL72 data sheet"),
+    (r"B200", 2250.0, "NVIDIA HGX B200 data sheet"),
+    (r"H200 NVL", 835.5, "NVIDIA H200 data sheet"),
+    (r"GH200|H200", 989.4, "NVIDIA H200 data sheet"),
+    (r"H100 NVL", 835.5, "NVIDIA H100 data sheet"),
+    (r"H100 PCIe", 756.0, "NVIDIA H100 data sheet"),
+    (r"H100|H800", 989.4, "NVIDIA H100 data sheet"),
+    (r"A100|A800", 312.0, "NVIDIA A100 data sheet"),
+    (r"L40S", 362.05, "NVIDIA L40S data sheet"),
+    (r"L40\b", 181.05, "NVIDIA L40 data sheet"),
+    (r"L4\b", 121.0, "NVIDIA L4 data sheet"),
+    (r"A40\b", 149.7, "NVIDIA A40 data sheet"),
+    (r"A30\b", 165.0, "NVIDIA A30 data sheet"),
+    (r"A10\b", 125.0, "NVIDIA A10 data sheet"),
+    (r"RTX 6000 Ada", 364.25, "NVIDIA RTX 6000 Ada data sheet"),
+    (r"RTX A6000", 154.8, "NVIDIA RTX A6000 data sheet"),
+    (_GEFORCE.format("5090"), 209.5, "NVIDIA RTX Blackwell architecture paper"),
+    (_GEFORCE.format("4090"), 165.2, "NVIDIA Ada architecture paper"),
+    (_GEFORCE.format("4080"), 97.5, "NVIDIA Ada architecture paper"),
+    (_GEFORCE.format("3090 Ti"), 80.0, "NVIDIA Ampere GA102 architecture paper"),
+    (_GEFORCE.format("3090"), 71.0, "NVIDIA Ampere GA102 architecture paper"),
+    (_GEFORCE.format("3080"), 59.5, "NVIDIA Ampere GA102 architecture paper"),
+    (r"MI300X|MI325X", 1307.4, "AMD CDNA 3 data sheet"),
+)
+
+
+def table_peak(device_name: str) -> Peak | None:
+    """The data-sheet peak for a device's name, or None if the table has no such device."""
+    for pattern, tflops, source in PEAKS:
+        if re.search(pattern, device_name):
+            return Peak(tflops * 1e12, source)
+    return None
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype) -> Peak:
+    """The best of several square matmuls on random data.
+
+    Takes half a second on a GPU, whose clocks have to rise first, and a tenth on a CPU.
+    """
+    on_cpu = device.type == "cpu"
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    a @ b
+    best, end = float("inf"), time.perf_counter() + (0.1 if on_cpu else 0.5)
+    rounds = 0
+    while time.perf_counter() < end or rounds < 5:
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+        rounds += 1
+    name = str(dtype).removeprefix("torch.")
+    return Peak(2.0 * size**3 / best, f"measured: {size} x {size} {name} matmul")
+
+
+def device_peak(device: torch.device, dtype: torch.dtype, override_tflops: float = 0.0) -> Peak:
+    """The peak for a run: the user's figure, else the table's, else one measured here."""
+    if override_tflops:
+        return Peak(override_tflops * 1e12, "--peak_tflops")
+    if device.type == "cuda":
+        peak = table_peak(torch.cuda.get_device_name(device))
+        if peak is not None:
+            return peak
+    return measured_peak(device, dtype)
