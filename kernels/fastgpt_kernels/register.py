@@ -25,17 +25,17 @@ from torch.utils.flop_counter import register_flop_formula
 
 Saved = tuple[Sequence[Tensor | None], Sequence[Any]]
 
+# What an argument is in plain eager mode. Fake tensors and other subclasses are not among these.
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, torch.dtype}
+
 
 def call_directly(*inputs: Any) -> bool:
     """True in plain eager mode: nobody looks at ops, and every tensor is a plain one."""
-    if torch.compiler.is_compiling():
-        return False
     return (
-        torch._C._len_torch_dispatch_stack() == 0
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and all(
-            type(t) in (Tensor, torch.nn.Parameter) for t in inputs if isinstance(t, torch.Tensor)
-        )
+        and _PLAIN.issuperset(map(type, inputs))
     )
 
 
@@ -75,9 +75,8 @@ class Op:
         direct: type[torch.autograd.Function] | None = None,
     ):
         self.name, self.forward, self.public = name, forward, public
-        self.saves, self.backward = saves, backward
-        self.gradients, self.needs = tuple(gradients), needs
-        self.direct = direct or (self._direct() if backward else None)
+        self.saves, self.backward, self.needs = saves, backward, needs
+        self.gradients = tuple(gradients)
         op = torch.library.custom_op(
             f"fastgpt::{name}", _tensors_only(forward), mutates_args=mutates
         )
@@ -87,6 +86,9 @@ class Op:
         self.registered = getattr(torch.ops.fastgpt, name).default
         if flops is not None:
             register_flop_formula(getattr(torch.ops.fastgpt, name))(flops)
+        # Arguments past those with a gradient have none.
+        self._rest = (None,) * (len(self.registered._schema.arguments) - len(self.gradients))
+        self.direct = direct or (self._direct() if backward else None)
 
     def __call__(self, *inputs: Any) -> Any:
         if call_directly(*inputs):
@@ -97,34 +99,38 @@ class Op:
         return results[0] if self.public == 1 else results[: self.public]
 
     def _remember(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        assert self.saves is not None
-        tensors, ctx.values = self.saves(inputs, output)
+        tensors, ctx.values = self.saves(inputs, output)  # type: ignore[misc]
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        ctx.n_inputs = len(inputs)
 
     def _gradients(self, ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        assert self.backward is not None
-        first, *others = dys[: self.public]  # of which others may stand for None
-        given = [first, *(None if dy is None or dy.shape == (0,) else dy for dy in others)]
-        if all(dy is None for dy in given):
-            return (None,) * ctx.n_inputs
+        given = dys[: self.public]
+        if self.public > 1:  # results but the first may stand for None
+            others = (None if dy is None or dy.shape == (0,) else dy for dy in given[1:])
+            given = (given[0], *others)
         needs = ctx.needs_input_grad[: len(self.gradients)]
-        extra = [list(needs)] if self.needs else []
-        found = self.backward(*given, *ctx.saved_tensors, *ctx.values, *extra)
-        found = found if isinstance(found, tuple) else (found,)
-        wanted = [found[k] if need else None for k, need in zip(self.gradients, needs, strict=True)]
-        return *wanted, *(None,) * (ctx.n_inputs - len(wanted))
+        if given[0] is None and all(dy is None for dy in given):
+            return (None,) * len(needs) + self._rest
+        extra = (list(needs),) if self.needs else ()
+        found = self.backward(*given, *ctx.saved_tensors, *ctx.values, *extra)  # type: ignore[misc]
+        if not isinstance(found, tuple):
+            found = (found,)
+        wanted = [found[k] if need else None for k, need in zip(self.gradients, needs)]  # noqa: B905
+        return *wanted, *self._rest
 
     def _direct(self) -> type[torch.autograd.Function]:
         """The same without the dispatcher; named so that a profile tells which op it is."""
 
+        public, saves = self.public, self.saves
+
         def forward(ctx: Any, *inputs: Any) -> Any:
             results = self.forward(*inputs)
-            self._remember(ctx, inputs, results)
-            if not isinstance(results, tuple):
-                return results
-            return results[0] if self.public == 1 else results[: self.public]
+            tensors, ctx.values = saves(inputs, results)  # type: ignore[misc]
+            ctx.save_for_backward(*tensors)
+            if public > 1:
+                ctx.set_materialize_grads(False)
+                return results[:public]
+            return results[0] if isinstance(results, tuple) else results
 
         body = {
             "forward": staticmethod(forward),
