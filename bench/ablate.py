@@ -7,36 +7,26 @@ leaves to libraries, are switched the other way, to Triton. Flags of `fastgpt tr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from bench import results, setup, step, turns
-from bench.variants import Variant
-from fastgpt.errors import UserError
+from bench import results, setup, step
+from bench.variants import FAST, Variant
 from fastgpt.model import ops
-from fastgpt.model.device import DTYPES
-from fastgpt.train import mfu
-from fastgpt_kernels import _host
 from fastgpt_kernels.matmul_kernels import runs_on
-
-FAST = "kernels+compile"
 
 
 def contenders(arch: str = "") -> list[Variant]:
     """The fast path first. Without a GPU (`arch` "sm_90" or so) it is eager, as are all others."""
     if not arch:
-        names = ("eager", *(f"{op} eager" for op in ops.EAGER))
-        return [Variant(name, kernels="eager") for name in names]
-    fast: dict[str, Any] = {"kernels": "triton", "compile": True, "graph": True}
+        return [Variant(name) for name in ("eager", *(f"{op} eager" for op in ops.EAGER))]
     # First what is not decided yet, in case that time runs out.
     switched = {op: "triton" for op in ops.LIBRARY if arch not in ops.MEASURED_FASTER[op]}
     switched |= {op: "eager" for op in ops.EAGER if op not in switched}
     if not runs_on(arch):
         switched = {op: to for op, to in switched.items() if op not in ("linear", "mlp")}
-    others = [Variant(f"{op} {to}", overrides={op: to}, **fast) for op, to in switched.items()]
-    return [Variant(FAST, **fast), *others]
+    return [Variant("kernels+compile", FAST, graph=True)] + [
+        Variant(f"{op} {to}", FAST | {f"op.{op}": to}, graph=True) for op, to in switched.items()
+    ]
 
 
 def worth(row: dict[str, Any], base_ms: float) -> list[float]:
@@ -47,50 +37,27 @@ def worth(row: dict[str, Any], base_ms: float) -> list[float]:
     return [(ratio[k] - 1) * base_ms for k in ("ratio", "low", "high")]
 
 
+def add_worth(rows: step.Rows) -> None:
+    for row in rows[1:]:
+        if row.get("ratio", {}).get("low"):
+            row["worth_ms"] = worth(row, rows[0]["median_ms"])
+
+
 def main(argv: list[str]) -> int:
-    parser = setup.parser("ablate", __doc__)
+    parser = setup.Parser("ablate", __doc__)
     parser.add_argument("preset", nargs="?", default="gpt2")
     step.add_measuring_arguments(parser)
-    args, flags = setup.parse(parser, argv)
-    gpu = torch.cuda.is_available() and flags.get("device") != "cpu"
+    args, flags = parser.parse(argv)
     setup.say_small()
-    if not gpu:
-        print("every op is eager here: all ratios should be 1")
     result = results.Result("ablate", argv, {"rounds": args.rounds, "flags": flags})
-    try:
-        config, vocab_size = setup.configure(args.preset, flags)
-        device, dtype = torch.device(config.system.device), DTYPES[config.system.dtype]
-        peak = mfu.device_peak(device, dtype, config.system.peak_tflops)
-    except UserError as e:
-        parser.error(str(e))
-    result.data["settings"]["peak"] = str(peak)
-    print(f"\n{args.preset}: {setup.describe(config, vocab_size)}; peak {peak}", flush=True)
-
-    def keep(done: Sequence[turns.Measured]) -> None:
-        result.rows[:] = step.rows_of(done, args.preset, config, vocab_size, peak)
-        for row in result.rows[1:]:
-            if row.get("ratio", {}).get("low"):
-                row["worth_ms"] = worth(row, result.rows[0]["median_ms"])
-        result.save(args.out)
-
-    found = turns.measure(
-        contenders(_host.arch(device.index or 0) if gpu else ""),
-        config,
-        vocab_size,
-        rounds=args.rounds,
-        turn_s=args.turn_seconds,
-        alive=args.alive,
-        builders=args.builders,
-        judge=step.judge(config.model.dropout),
-        progress=keep,
-    )
-    keep(found)
-    step.show(result.rows)
-    for row in result.rows:
+    with parser.user_errors():
+        arch = setup.arch(setup.device_of(flags))
+        if not arch:
+            print("every op is eager here: all ratios should be 1")
+        rows = step.measure(result, contenders(arch), args.preset, flags, args, add_worth)
+    for row in rows:
         if "worth_ms" in row:
             saved, low, high = row["worth_ms"]
             op = row["variant"].split()[0]
             print(f"  {op}: its kernel is worth {saved:+.3f} ms [{low:+.3f}, {high:+.3f}] a step")
-    if path := result.finish(args.out):
-        print(f"written: {path}")
-    return 1 if any(row["problem"] for row in result.rows) else 0
+    return result.end(args.out)

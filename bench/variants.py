@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,35 +17,70 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench import setup
 from fastgpt.config.schema import Config
 from fastgpt.errors import UserError
-from fastgpt.model import ops
-from fastgpt.model.device import DTYPES, autocast, synchronize
-from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt.train import mfu, optim
+from fastgpt.model.device import autocast, set_matmul_precision, synchronize
+from fastgpt.train import graph, optim
 from fastgpt.train.step import Trainer
 
-graph: Any
-try:
-    from fastgpt.train import graph
-except ImportError:  # `compare` measures commits from before there were graphs
-    graph = None
-
 PEER, HF = "peer", "hf"
+EAGER = {"kernels": "eager", "compile": False}
+COMPILED = {"kernels": "eager", "compile": True}
+FAST = {"kernels": "triton", "compile": True}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One contender. `kind` is ours, peer or hf; `overrides` as --op.NAME; `path` is the peer's."""
+    """One contender. `kind` is ours, peer or hf; `settings` by flat name, over the run's own."""
 
     name: str
+    settings: Mapping[str, Any] = field(default_factory=EAGER.copy)
     kind: str = "ours"
-    compile: bool = False
-    kernels: str = "eager"
-    graph: bool = False  # one CUDA graph a micro-step, where `fastgpt train` would make one
-    overrides: dict[str, str] = field(default_factory=dict)
-    path: str = ""
+    graph: bool = False  # one CUDA graph a micro-step, if `fastgpt train` would make one
+    path: str = ""  # a peer's checkout
     root: str = ""  # another checkout, whose fastgpt and kernels are measured; empty: this one
+
+
+def contenders(names: str, peer_path: str, gpu: bool) -> tuple[list[Variant], dict[str, str]]:
+    """The variants asked for, and why others are not there. Raises UserError."""
+    peer = str(Path(peer_path).expanduser().resolve()) if peer_path else ""
+    peer_name = Path(peer).name or "peer"
+    if peer and not Path(peer, "model.py").is_file():
+        raise UserError(f"--peer-path={peer_path}: there is no model.py in it")
+    known = {
+        "eager": Variant("eager"),
+        "compile": Variant("compile", COMPILED),
+        "kernels": Variant("kernels", {"kernels": "triton", "compile": False}),
+        "kernels+compile": Variant("kernels+compile", FAST, graph=True),
+        "peer": Variant(f"{peer_name}, eager", kind=PEER, path=peer),
+        "peer+compile": Variant(f"{peer_name}, compile", COMPILED, PEER, path=peer),
+        "hf": Variant("transformers, eager", kind=HF),
+        "hf+compile": Variant("transformers, compile", COMPILED, HF),
+    }
+    if names:
+        chosen = names.split(",")
+        for name in chosen:
+            if name not in known:
+                raise UserError(f"--variants: no {name!r}; there are {', '.join(known)}")
+            if name.startswith("peer") and not peer:
+                raise UserError(f"--variants: {name} needs --peer-path")
+        return [known[n] for n in chosen], {}
+    skipped = {}
+    chosen = ["eager", "compile", "kernels", "kernels+compile", "peer+compile", "hf+compile"]
+    if not gpu:
+        chosen = ["eager", "peer", "hf"]
+        skipped = {
+            "compile": "not built without a GPU unless --variants names it",
+            "kernels": "no GPU",
+            "kernels+compile": "no GPU",
+        }
+    if not peer:
+        chosen = [c for c in chosen if not c.startswith("peer")]
+    if importlib.util.find_spec("transformers") is None:
+        chosen = [c for c in chosen if not c.startswith("hf")]
+        skipped["transformers"] = "not installed"
+    return [known[n] for n in chosen], skipped
 
 
 class Stepper(Protocol):
@@ -63,43 +98,27 @@ class Stepper(Protocol):
     def evaluate(self, tokens: Tensor) -> Tensor: ...
 
 
-def our_model(config: Config, vocab_size: int, table: ops.OpTable | None = None) -> GPT:
-    m = config.model
-    shape = ModelShape(m.n_layer, m.n_head, m.n_embd, m.block_size, vocab_size, m.bias, m.gelu)
-    model = GPT(shape, m.dropout, table, DTYPES[config.system.dtype])
-    return model.init_weights(config.run.seed)
-
-
 class Ours:
     """fastgpt.train.step.Trainer."""
 
     def __init__(self, variant: Variant, config: Config, vocab_size: int):
-        system, m = config.system, config.model
-        device = torch.device(system.device)
-        system.compile = variant.compile
-        table = ops.choose(
-            device,
-            DTYPES[system.dtype],
-            head_dim=m.n_embd // m.n_head,
-            width=m.n_embd,
-            kernels=variant.kernels,
-            overrides=vars(config.op) | variant.overrides,
-        )
-        self.trainer = Trainer(our_model(config, vocab_size, table).to(device), config, device)
-        self.choices = [f"{c.op}: {c.implementation} ({c.reason})" for c in table.choices]
+        model = setup.model(config, vocab_size)
+        self.trainer = Trainer(model, config, torch.device(config.system.device))
+        self.choices = [f"{c.op}: {c.implementation} ({c.reason})" for c in model.ops.choices]
         self.may_graph, self.graphed = variant.graph, False
+        self.step, self.evaluate = self.trainer.step, self.trainer.losses
 
     def warm_up(self, tokens: Tensor) -> None:
         micro_batch = tokens[: self.trainer.config.optim.batch_size]
         self.trainer.warm_up(0, micro_batch)
-        if self.may_graph and graph is not None:
+        if self.may_graph:
             self._capture(micro_batch)
 
     def _capture(self, micro_batch: Tensor) -> None:
-        """As fastgpt.loop: a graph where that pays; without one where it cannot be had."""
-        trainer, system = self.trainer, self.trainer.config.system
-        peak = mfu.device_peak(trainer.device, DTYPES[system.dtype], system.peak_tflops)
-        wanted, why = graph.wanted(trainer.config, trainer.model, trainer.device, peak.flops)
+        """As fastgpt.train.loop: a graph if that pays; without one if it cannot be had."""
+        trainer = self.trainer
+        peak = setup.peak(trainer.config).flops
+        wanted, why = graph.wanted(trainer.config, trainer.model, trainer.device, peak)
         if wanted:
             try:
                 trainer.capture(0, micro_batch)
@@ -110,33 +129,26 @@ class Ours:
                 why = f"not captured: {e}".splitlines()[0]
         self.choices.append(f"CUDA graph: {'yes' if self.graphed else 'no'} ({why})")
 
-    def step(self, step: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        return self.trainer.step(step, tokens)
-
-    def evaluate(self, tokens: Tensor) -> Tensor:
-        return self.trainer.losses(tokens)
-
 
 class Peer:
     """Another project's model in the loop that its own users run."""
 
-    def __init__(self, model: nn.Module, variant: Variant, config: Config):
+    def __init__(self, model: nn.Module, config: Config):
         self.config, self.device = config, torch.device(config.system.device)
         self.model = model.to(self.device).train()
-        params = [p for p in self.model.parameters() if p.requires_grad]
+        self.params = [p for p in self.model.parameters() if p.requires_grad]
         o = config.optim
         groups = [
-            {"params": [p for p in params if p.ndim >= 2], "weight_decay": o.weight_decay},
-            {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in self.params if p.ndim >= 2], "weight_decay": o.weight_decay},
+            {"params": [p for p in self.params if p.ndim < 2], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(
             groups, lr=o.learning_rate, betas=(o.beta1, o.beta2), fused=True
         )
-        self.params = params
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=config.system.dtype == "float16"
         )
-        self.forward = torch.compile(self.loss) if variant.compile else self.loss
+        self.forward = torch.compile(self.loss) if config.system.compile else self.loss
         self.choices, self.graphed = ["its own model, autocast, fused AdamW"], False
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
@@ -182,7 +194,7 @@ class NanoGPT(Peer):
 
     def __init__(self, variant: Variant, config: Config, vocab_size: int):
         module = _import_model(Path(variant.path))
-        m, ours = config.model, our_model(config, vocab_size)
+        m = config.model
         # Its train.py takes 50304 for GPT-2's vocabulary and a data set's own otherwise.
         rows = 50304 if vocab_size == 50257 else vocab_size
         with_sizes = module.GPTConfig(
@@ -195,13 +207,13 @@ class NanoGPT(Peer):
             bias=m.bias,
         )
         model = module.GPT(with_sizes)
-        weights = ours.state_dict()
+        weights = setup.first_weights(config, vocab_size)
         weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:rows]
         missing, unexpected = model.load_state_dict(weights, strict=False)
         left = [k for k in missing if k != "lm_head.weight" and not k.endswith("attn.bias")]
         if left or unexpected:
             raise UserError(f"{variant.path}: not nanoGPT's model: {(left + unexpected)[0]}")
-        super().__init__(model, variant, config)
+        super().__init__(model, config)
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         # Its targets are viewed, not reshaped: they have to be contiguous, as its loader's are.
@@ -209,12 +221,12 @@ class NanoGPT(Peer):
 
 
 class HuggingFace(Peer):
-    """transformers' GPT2LMHeadModel with our weights; where we have no biases, its are frozen."""
+    """transformers' GPT2LMHeadModel with our weights; biases that ours lacks are frozen at zero."""
 
     def __init__(self, variant: Variant, config: Config, vocab_size: int):
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        m, ours = config.model, our_model(config, vocab_size)
+        m = config.model
         model = GPT2LMHeadModel(
             GPT2Config(
                 vocab_size=vocab_size,
@@ -231,7 +243,7 @@ class HuggingFace(Peer):
                 eos_token_id=None,
             )
         )
-        weights = ours.state_dict()
+        weights = setup.first_weights(config, vocab_size)
         weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:vocab_size]
         for name, p in model.named_parameters():
             if name in weights:
@@ -240,7 +252,7 @@ class HuggingFace(Peer):
             else:
                 p.data.zero_()
                 p.requires_grad_(False)
-        super().__init__(model, variant, config)
+        super().__init__(model, config)
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         logits = self.model(input_ids=idx).logits
@@ -265,8 +277,9 @@ def _import_model(folder: Path) -> Any:
 
 def build(variant: Variant, config: Config, vocab_size: int) -> Stepper:
     """The variant's model and optimizer on the config's device. Raises UserError."""
-    exact = config.system.dtype == "float32" and not getattr(config.system, "tf32", True)
-    torch.set_float32_matmul_precision("highest" if exact else "high")  # peers' too
+    config = setup.with_values(config, dict(variant.settings))
+    system = config.system
+    set_matmul_precision(exact=system.dtype == "float32" and not system.tf32)  # peers' too
     torch.manual_seed(config.run.seed)
     kinds: dict[str, Callable[..., Stepper]] = {"ours": Ours, PEER: NanoGPT, HF: HuggingFace}
     return kinds[variant.kind](variant, config, vocab_size)
