@@ -65,7 +65,7 @@ def parts(gpu: bool, peer_path: str) -> list[Part]:
 
     step = ("gpt2", "shakespeare_char") if gpu else ("shakespeare_char",)
     waterfall = ("gpt2",) if gpu else ("laptop", "--seconds=2")
-    found = [
+    return [
         Part(TESTS, tests, 0.25),
         Part("step", bench("step", *step, *turns, *peer), 0.4),
         Part("waterfall", bench("waterfall", *waterfall), 0.3),
@@ -75,7 +75,6 @@ def parts(gpu: bool, peer_path: str) -> list[Part]:
         Part("generate", bench("generate"), 0.5),
         Part("convergence", bench("convergence", *peer), 1.0),
     ]
-    return [p for p in found if p.command[1] != "bench" or (ROOT / f"bench/{p.name}.py").exists()]
 
 
 def run(part: Part, seconds: float, log: IO[str]) -> tuple[int | None, float]:
@@ -167,15 +166,14 @@ def _numbers(row: dict) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    parser = setup.parser("all", __doc__)
+    parser = setup.Parser("all", __doc__)
     parser.add_argument("--budget", type=float, default=540.0, help="seconds, all in all")
     gpu = torch.cuda.is_available()
-    parser.add_argument("--out", type=Path, default=results.FOLDER if gpu else Path("out/bench"))
     parser.add_argument("--peer-path", default="", help="a nanoGPT checkout to compare with")
     parser.add_argument("--parts", default="", help="only these, comma-separated")
     args = parser.parse_args(argv)
     end = time.monotonic() + args.budget - CLOSING_S
-    out: Path = args.out.resolve()
+    out: Path = (args.out or Path("out/bench")).resolve()
     out.mkdir(parents=True, exist_ok=True)
     before = set(results.files(out))
     if not gpu:

@@ -27,20 +27,20 @@ PIECE = 1 << 26  # values of a tensor that fp64 has in memory at a time
 
 @dataclass
 class Case:
-    """One op at one size; `op` is called with `inputs`, of which the last `shared` are weights that
+    """One op at one size. It is called with `inputs`, of which the last `shared` are weights that
     all rows have in common, and `extras`. `work` is FLOPs or bytes by pass: forward, backward or,
     for a loss, both together.
     """
 
     op: str  # of fastgpt_kernels
-    size: str
+    size: str  # in words; the dtype is added
     inputs: Tensors  # floating-point ones that need gradients
     dys: Tensors  # one gradient an output
-    eager: Callable[..., Any]  # of inputs and extras
-    unit: str  # "TFLOP/s" or "GB/s"
     work: dict[str, float]
+    unit: str = "TFLOP/s"  # or "GB/s"
     shared: int = 0
     extras: tuple[Any, ...] = ()  # tensors among them have a row a row
+    eager: Callable[..., Any] | None = None  # of inputs and extras; None: the op table's
     kept: Sequence[int] | None = None  # rows that the truth speaks of; None: all
     exact: Tensors | None = None  # the truth's inputs, if they are not `inputs`
     owned: bool = False  # inputs are handed over as results of an op, fresh for every call
@@ -50,9 +50,9 @@ class Case:
 
     def __post_init__(self) -> None:
         self.name = self.name or self.op
-        kept = range(len(self.inputs[0])) if self.kept is None else self.kept
+        self.size += f" {str(self.inputs[0].dtype).removeprefix('torch.')}"
         self.keep = torch.zeros(len(self.inputs[0]), dtype=torch.bool)
-        self.keep[list(kept)] = True
+        self.keep[slice(None) if self.kept is None else list(self.kept)] = True
 
     @property
     def device(self) -> torch.device:
@@ -62,8 +62,9 @@ class Case:
     def is_loss(self) -> bool:
         return self.dys[0].ndim == 0
 
-    def bound(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """`fn`, a function with the op's signature, of the inputs alone."""
+    def bound(self, fn: Callable[..., Any] | None = None) -> Callable[..., Any]:
+        """`fn`, a function with the op's signature (default: eager), of the inputs alone."""
+        fn = fn or self.eager or ops.EAGER[self.op]
         return lambda *inputs: fn(*inputs, *self.extras)
 
     def pick(self, results: Tensors) -> Tensors:
@@ -115,7 +116,7 @@ def complete(case: Case, without: str = "") -> Case:
         case.skipped["fastgpt"] = f"{arch} has no TMA" if arch else "needs a GPU"
     else:
         case.providers.append(Provider("fastgpt", case.bound(fn)))
-    case.providers.append(Provider("eager", case.bound(case.eager)))
+    case.providers.append(Provider("eager", case.bound()))
     rivals.add(case)
     if without:
         case.skipped[without] = "left out"
@@ -123,10 +124,7 @@ def complete(case: Case, without: str = "") -> Case:
     return case
 
 
-def sizes(device: torch.device, gpu: tuple[int, ...], cpu: tuple[int, ...], size: int) -> list[int]:
-    """The sizes of a case here, the last of them `size` unless that is 0."""
-    usual = gpu if device.type == "cuda" else cpu
-    return [*usual[:-1], size or usual[-1]]
+# --- the ops -------------------------------------------------------------------------------------
 
 
 def random(device: torch.device, *shapes: tuple[int, ...]) -> Tensors:
@@ -135,112 +133,110 @@ def random(device: torch.device, *shapes: tuple[int, ...]) -> Tensors:
     return [torch.randn(shape, device=device).to(dtype) for shape in shapes]
 
 
-def dtype_of(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
-
-
 def attention(device: torch.device, size: int = 0) -> Case:
     """Packed qkv in, (B, T, C) out, causal. `size` is T, at an equal number of tokens."""
     B, T, H, D = (64, 1024, 12, 64) if device.type == "cuda" else (2, 64, 2, 32)
     B, T, C = (max(2, B * T // size), size, H * D) if size else (B, T, H * D)
     qkv, dy = random(device, (B, T, 3 * C), (B, T, C))
-
-    def eager(qkv: Tensor, n_head: int) -> Tensor:
-        """Single ops, as nanoGPT without flash attention."""
-        q, k, v = qkv.view(-1, T, 3, n_head, D).permute(2, 0, 3, 1, 4)
-        hidden = torch.ones(T, T, dtype=torch.bool, device=qkv.device).triu(1)
-        p = ((q @ k.transpose(-2, -1)) / D**0.5).masked_fill(hidden, float("-inf")).softmax(-1)
-        return (p @ v).transpose(1, 2).reshape(-1, T, C)
-
-    flops = 2.0 * B * T * T * C
+    flops, kept = 2.0 * B * T * T * C, (0, B - 1)
     work = {"forward": flops, "backward": 2.5 * flops}
-    label = f"B={B} T={T} {H}x{D} causal {dtype_of(qkv)}"
+    label = f"B={B} T={T} {H}x{D} causal"
+    # The op table's eager row is PyTorch's fused one: a rival here.
     return Case(
-        "attention", label, [qkv], [dy], eager, "TFLOP/s", work, extras=(H,), kept=[0, B - 1]
-    )
-
-
-def layer_norm(device: torch.device, size: int = 0) -> Case:
-    M, C = sizes(device, (65536, 768), (64, 96), size)
-    x, dy, *weights = random(device, (M, C), (M, C), (C,), (C,))
-    work = {"forward": 2.0 * x.nbytes, "backward": 3.0 * x.nbytes}
-    label = f"{M} x {C} {dtype_of(x)}"
-    return Case("layer_norm", label, [x, *weights], [dy], ops.layer_norm, "GB/s", work, shared=2)
-
-
-def add_layer_norm(device: torch.device, size: int = 0) -> Case:
-    """In the truth the sum is rounded, as all round it: what they add to that is compared."""
-    M, C = sizes(device, (65536, 768), (64, 96), size)
-    x, residual, *dys = random(device, *[(M, C)] * 4)
-    weights = random(device, (C,), (C,))
-    inputs = [x, residual, *weights]
-    exact = [x + residual, torch.zeros_like(x), *weights]
-    work = {"forward": 4.0 * x.nbytes, "backward": 4.0 * x.nbytes}
-    label, eager = f"{M} x {C} {dtype_of(x)}", ops.add_layer_norm
-    return Case(
-        "add_layer_norm", label, inputs, dys, eager, "GB/s", work, shared=2, exact=exact
+        "attention", label, [qkv], [dy], work, extras=(H,), eager=single_ops, kept=kept
     )  # fmt: skip
 
 
-def bias_gelu(device: torch.device, size: int = 0) -> Case:
-    M, C = sizes(device, (65536, 3072), (64, 384), size)
-    x, dy, bias = random(device, (M, C), (M, C), (C,))
-    work = {"forward": 2.0 * x.nbytes, "backward": 3.0 * x.nbytes}
-    label = f"{M} x {C} {dtype_of(x)}"
-    return Case("bias_gelu", label, [x, bias], [dy], ops.bias_gelu, "GB/s", work, shared=1)
+def single_ops(qkv: Tensor, n_head: int) -> Tensor:
+    """Causal attention as nanoGPT has it without flash attention."""
+    B, T, C3 = qkv.shape
+    q, k, v = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)
+    hidden = torch.ones(T, T, dtype=torch.bool, device=qkv.device).triu(1)
+    p = (
+        (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5)
+        .masked_fill(hidden, float("-inf"))
+        .softmax(-1)
+    )
+    return (p @ v).transpose(1, 2).reshape(B, T, C3 // 3)
+
+
+def on_rows(
+    op: str, wide: int, streams: int, shared: int, moved: tuple[float, float]
+) -> Callable[..., Case]:
+    """The case of an op that has `streams` inputs (M, C) and outputs, and weights (C,).
+
+    It reads and writes (M, C) `moved` times, forward and backward; `size` is C.
+    """
+
+    def make(device: torch.device, size: int = 0) -> Case:
+        M, C = (65536, size or wide) if device.type == "cuda" else (64, size or wide // 8)
+        streamed, dys = (random(device, *[(M, C)] * streams) for _ in range(2))
+        weights = random(device, *[(C,)] * shared)
+        work = dict(zip(("forward", "backward"), (n * dys[0].nbytes for n in moved), strict=True))
+        # If there is a sum, all round it: what they add to that error is compared.
+        exact = [torch.stack(streamed).sum(0), *map(torch.zeros_like, streamed[1:]), *weights]
+        return Case(
+            op, f"{M} x {C}", [*streamed, *weights], dys, work, "GB/s", shared, exact=exact
+        )  # fmt: skip
+
+    return make
 
 
 def cross_entropy(device: torch.device, size: int = 0) -> Case:
     """Loss and gradient together: when the gradient is computed is each provider's business."""
-    M, V = sizes(device, (65536, 50304), (64, 500), size)
-    (logits,), one = random(device, (M, V)), torch.ones((), device=device)
-    extras, kept = (torch.randint(V, (M,), device=device),), [0, 1, M // 2, M - 1]
-    work, label = {"both": 2.0 * logits.nbytes}, f"{M} x {V} {dtype_of(logits)}"
+    M, V = (65536, size or 50304) if device.type == "cuda" else (64, size or 500)
+    (logits,), targets = random(device, (M, V)), torch.randint(V, (M,), device=device)
     return Case(
-        "cross_entropy", label, [logits], [one], F.cross_entropy, "GB/s", work,
-        extras=extras, kept=kept, owned=True,
-    )  # fmt: skip
+        "cross_entropy",
+        f"{M} x {V}",
+        [logits],
+        [torch.ones((), device=device)],
+        {"both": 2.0 * logits.nbytes},
+        "GB/s",
+        extras=(targets,),
+        eager=F.cross_entropy,
+        kept=(0, 1, M // 2, M - 1),
+        owned=True,
+    )
 
 
 def linear_cross_entropy(device: torch.device, size: int = 0) -> Case:
     """Loss and both gradients together; `size` is the vocabulary."""
-    M, C, V = sizes(device, (32768, 768, 50304), (64, 32, 500), size)
+    M, C, V = (32768, 768, size or 50304) if device.type == "cuda" else (64, 32, size or 500)
     x, weight = random(device, (M, C), (V, C))
-    inputs, one = [x, weight / C**0.5], torch.ones((), device=device)
-    extras = (torch.randint(V, (M,), device=device),)
-    work, label = {"both": 6.0 * M * C * V}, f"{M} x {C} -> {V} {dtype_of(x)}"
+    one, targets = torch.ones((), device=device), torch.randint(V, (M,), device=device)
+    inputs, work = [x, weight / C**0.5], {"both": 6.0 * M * C * V}
+    label = f"{M} x {C} -> {V}"
     return Case(
-        "linear_cross_entropy", label, inputs, [one], ops.linear_cross_entropy, "TFLOP/s", work,
-        shared=1, extras=extras,
+        "linear_cross_entropy", label, inputs, [one], work, shared=1, extras=(targets,)
     )  # fmt: skip
 
 
-def linear(device: torch.device, M: int, K: int, N: int, name: str = "linear") -> Case:
+def linear(device: torch.device, name: str, M: int, K: int, N: int) -> Case:
     """y (M, N) = x (M, K) @ weight (N, K).T; of large ones the truth has the first rows."""
     x, weight, dy = random(device, (M, K), (N, K), (M, N))
-    flops = 2.0 * M * K * N
+    inputs, flops = [x, weight / K**0.5], 2.0 * M * K * N
     work = {"forward": flops, "backward": 2 * flops}
-    label, kept = f"{M} x {K} -> {N} {dtype_of(x)}", None if M * N <= 1 << 22 else range(512)
+    kept = None if M * N <= 1 << 22 else range(512)
     return Case(
-        "linear", label, [x, weight / K**0.5], [dy], ops.linear, "TFLOP/s", work,
-        shared=1, kept=kept, name=name,
+        "linear", f"{M} x {K} -> {N}", inputs, [dy], work, shared=1, kept=kept, name=name
     )  # fmt: skip
 
 
 def mlp(device: torch.device, M: int, C: int) -> Case:
     """The MLP (M, C) -> (M, C), GELU and biases included, all gradients."""
     H = 4 * C
-    x, fc, fc_bias, proj, proj_bias, dy = random(device, (M, C), (H, C), (H,), (C, H), (C,), (M, C))
-    inputs = [x, fc / C**0.5, fc_bias, proj / H**0.5, proj_bias]
-    flops = 4.0 * M * C * H
+    x, dy, fc, fc_bias, proj, bias = random(device, (M, C), (M, C), (H, C), (H,), (C, H), (C,))
+    inputs, flops = [x, fc / C**0.5, fc_bias, proj / H**0.5, bias], 4.0 * M * C * H
     work = {"forward": flops, "backward": 2 * flops}
-    label = f"{M} x {C} -> {H} -> {C} {dtype_of(x)}"
-    return Case("mlp", label, inputs, [dy], ops.mlp, "TFLOP/s", work, shared=4)
+    return Case("mlp", f"{M} x {C} -> {H} -> {C}", inputs, [dy], work, shared=4)
 
 
 CASES: dict[str, Callable[..., Case]] = {
-    f.__name__: f
-    for f in (
-        attention, layer_norm, add_layer_norm, bias_gelu, cross_entropy, linear_cross_entropy,
-    )
-}  # fmt: skip
+    "attention": attention,
+    "layer_norm": on_rows("layer_norm", 768, streams=1, shared=2, moved=(2, 3)),
+    "add_layer_norm": on_rows("add_layer_norm", 768, streams=2, shared=2, moved=(4, 4)),
+    "bias_gelu": on_rows("bias_gelu", 3072, streams=1, shared=1, moved=(2, 3)),
+    "cross_entropy": cross_entropy,
+    "linear_cross_entropy": linear_cross_entropy,
+}

@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
         session = kernels.Session("gemms", argv, args.rounds, device, args.out)
         for size in args.sizes or SIZES[:1]:
             shapes = layers(PRESETS[size](), small=not gpu)
-            makes = [partial(cases.linear, device, *MKN, n) for n, (*MKN, _) in shapes.items()]
+            makes = [partial(cases.linear, device, n, *MKN[:3]) for n, MKN in shapes.items()]
             makes.append(partial(cases.mlp, device, *shapes["c_fc"][:2]))
             rows: Rows = []
             key, without = ("preset", "op", "pass", "provider"), AUTOTUNE * args.without_autotune

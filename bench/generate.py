@@ -21,10 +21,9 @@ import torch
 from bench import results, roof, setup
 from bench.stats import summarize
 from bench.tables import table
-from fastgpt.errors import UserError
+from fastgpt.config.schema import Config
 from fastgpt.inference.generate import BatchGenerator, Sampling
-from fastgpt.model import ops
-from fastgpt.model.device import DTYPES, resolve_device, resolve_dtype, synchronize
+from fastgpt.model.device import resolve_device, resolve_dtype, synchronize
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.weights.hugging_face import SIZES, shape_of_size
 
@@ -35,10 +34,8 @@ WARM_UP = 8  # tokens
 
 def make(shape: ModelShape, device: torch.device, dtype: str) -> GPT:
     """Random weights; norms of either sign, or the likeliest token would be the last one again."""
-    table = ops.choose(
-        device, DTYPES[dtype], head_dim=shape.n_embd // shape.n_head, width=shape.n_embd
-    )
-    model = GPT(shape, table=table, dtype=DTYPES[dtype]).to(device)
+    config = setup.with_values(Config(), vars(shape) | {"device": str(device), "dtype": dtype})
+    model = setup.model(config, shape.vocab_size, init=False)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -111,7 +108,7 @@ def weight_bytes(model: GPT) -> int:
 
 def main(argv: list[str]) -> int:
     gpu = torch.cuda.is_available()
-    parser = setup.parser("generate", __doc__)
+    parser = setup.Parser("generate", __doc__, out=False)
     sizes = ["small", *SIZES]
     parser.add_argument("--size", choices=sizes, default="gpt2" if gpu else "small")
     parser.add_argument("--batch", type=int, default=1, help="texts at a time")
@@ -125,11 +122,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", type=Path, help="folder of the result file")
     args = parser.parse_args(argv)
-    try:
+    with parser.user_errors():
         device = resolve_device(args.device)
         dtype = resolve_dtype(args.dtype, device)
-    except UserError as e:
-        parser.error(str(e))
     if min(args.batch, args.prompt, args.new - 1, args.every, args.rounds) < 1:
         parser.error("--batch, --prompt, --every and --rounds must be at least 1, --new 2")
     shape = SMALL if args.size == "small" else shape_of_size(args.size)
@@ -154,14 +149,12 @@ def measure(
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(shape.vocab_size, (args.batch, args.prompt), generator=generator)
 
+    graph = False if args.no_graph else None
+    longest = args.prompt + args.new
+
     def generator_of() -> BatchGenerator:
         return BatchGenerator(
-            model,
-            args.batch,
-            args.prompt + args.new,
-            GREEDY,
-            compiled=args.compile,
-            graph=False if args.no_graph else None,
+            model, args.batch, longest, GREEDY, compiled=args.compile, graph=graph
         )
 
     batches = [generator_of()]
@@ -212,7 +205,7 @@ def measure(
         speed = f"{1e3 * args.batch / plain:,.1f}"
         lines.insert(1, ["cache, PyTorch's", f"{plain:.3f}", speed, f"{plain / ms:.2f}"])
     if device.type == "cuda":
-        copy = roof.measure(device)["GB/s"] * 1e9
+        copy = roof.copy_bandwidth(device)
         row["weight_bytes"], row["copy_bytes_per_second"] = weight_bytes(model), copy
         least = 1e3 * row["weight_bytes"] / copy
         row["share_of_weight_roof"] = least / ms

@@ -191,7 +191,7 @@ class Session:
     def __init__(
         self, name: str, argv: list[str], rounds: int, device: torch.device, out: Path | None
     ):
-        self.rounds, self.device, self.out, self.roofs = rounds, device, out, roof.measure(device)
+        self.rounds, self.out, self.roofs = rounds, out, roof.measure(device)
         self.result = results.Result(name, argv, {"rounds": rounds, "roofs": self.roofs})
         roofs = [f"{v:,.1f} {k}" for k, v in self.roofs.items()]
         print(" · ".join([provenance.device_name(), *roofs]))
@@ -202,7 +202,7 @@ class Session:
     ) -> Rows:
         """`key` names the columns whose values are a row's key, `labels` are further columns."""
         torch.manual_seed(0)
-        found = [labels | row for row in measure(complete(make(), without), self.rounds)]
+        found: Rows = [labels | row for row in measure(complete(make(), without), self.rounds)]
         for row in found:
             row["key"] = " | ".join(row[k] for k in key)
             if "rate" in row:
@@ -212,8 +212,7 @@ class Session:
         self.result.save(self.out)
         gc.collect()
         torch._dynamo.reset()  # or the recompile limit ends the next op's compiling
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         return found
 
 

@@ -6,6 +6,7 @@ the failure is that rival's own. Rivals need a GPU; the others are listed with t
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,15 @@ if TYPE_CHECKING:
     from bench.cases import Case
 
 Tensors = list[Tensor]
-Make = Callable[["Case"], Callable[..., Any]]  # a function of the case's inputs
+
+
+@dataclass(frozen=True)
+class Rival:
+    """`make(case)` is a function of the case's inputs; `package` must be installed."""
+
+    name: str
+    make: Callable[[Case], Callable[..., Any]]
+    package: str = "torch"
 
 
 @dataclass
@@ -43,21 +52,20 @@ class Provider:
 def add(case: Case) -> None:
     """Add the op's rivals to a case, or to what it skips and why."""
     cuda = case.device.type == "cuda"
+    for rival in RIVALS[case.op]:
+        if importlib.util.find_spec(rival.package) is None:
+            case.skipped[rival.name] = "not installed"
+        elif cuda:
+            case.providers.append(Provider(rival.name, late(partial(rival.make, case))))
+        else:
+            compiled = rival is TORCH_COMPILE
+            case.skipped[rival.name] = "not timed on the CPU" if compiled else "needs a GPU"
     if case.op == "attention":
         deterministic = partial(ours.attention, deterministic=True)
         case.providers.append(Provider("fastgpt, deterministic", case.bound(deterministic)))
+        case.providers += [kernel_alone(case, name) for name in SDPA] if cuda else []
     if case.op == "cross_entropy":
         case.providers.append(Provider("eager, in fp32", case.bound(in_fp32)))
-    for name, (package, make) in RIVALS[case.op].items():
-        if importlib.util.find_spec(package) is None:
-            case.skipped[name] = "not installed"
-        elif not cuda:
-            compiled = name == "torch.compile"
-            case.skipped[name] = "not timed on the CPU" if compiled else "needs a GPU"
-        else:
-            case.providers.append(Provider(name, late(partial(make, case))))
-    if case.op == "attention" and cuda:
-        case.providers += [kernel_alone(case, name) for name in SDPA]
 
 
 def late(make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
@@ -80,13 +88,13 @@ def in_fp32(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def compiled(case: Case) -> Callable[..., Any]:
-    fn = in_fp32 if case.op == "cross_entropy" else case.eager
+    fn = in_fp32 if case.op == "cross_entropy" else None
     return torch.compile(case.bound(fn), fullgraph=True)
 
 
 def autotuned(case: Case) -> Callable[..., Any]:
     mode = "max-autotune-no-cudagraphs"
-    return torch.compile(case.bound(case.eager), fullgraph=True, mode=mode, dynamic=False)
+    return torch.compile(case.bound(), fullgraph=True, mode=mode, dynamic=False)
 
 
 # --- attention -----------------------------------------------------------------------------------
@@ -168,71 +176,61 @@ def _with_library(library: str, product: Callable[[], Any]) -> Any:
 # --- other libraries -----------------------------------------------------------------------------
 
 
-def liger_layer_norm(case: Case) -> Callable[..., Any]:
-    from liger_kernel.ops.layer_norm import (  # type: ignore[import-not-found]
-        LigerLayerNormFunction,
-    )
+def imported(path: str) -> Any:
+    """A library's function or class by its dotted path."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
-    return lambda x, weight, bias: LigerLayerNormFunction.apply(x, weight, bias, 1e-5)
+
+def liger_layer_norm(case: Case) -> Callable[..., Any]:
+    function = imported("liger_kernel.ops.layer_norm.LigerLayerNormFunction")
+    return lambda x, weight, bias: function.apply(x, weight, bias, 1e-5)
 
 
 def liger_cross_entropy(case: Case) -> Callable[..., Any]:
-    from liger_kernel.transformers import (  # type: ignore[import-not-found]
-        LigerCrossEntropyLoss,
-    )
-
-    return case.bound(LigerCrossEntropyLoss())
+    return case.bound(imported("liger_kernel.transformers.LigerCrossEntropyLoss")())
 
 
 def quack_cross_entropy(case: Case) -> Callable[..., Any]:
-    from quack.cross_entropy import cross_entropy  # type: ignore[import-not-found]
-
-    return case.bound(partial(cross_entropy, reduction="mean"))
+    return case.bound(partial(imported("quack.cross_entropy.cross_entropy"), reduction="mean"))
 
 
 def liger_linear_cross_entropy(case: Case) -> Callable[..., Any]:
-    from liger_kernel.transformers import (  # type: ignore[import-not-found]
-        LigerFusedLinearCrossEntropyLoss,
-    )
-
-    loss = LigerFusedLinearCrossEntropyLoss()
+    loss = imported("liger_kernel.transformers.LigerFusedLinearCrossEntropyLoss")()
     return case.bound(lambda x, weight, targets: loss(weight, x, targets))
 
 
 def cut_cross_entropy(case: Case) -> Callable[..., Any]:
-    from cut_cross_entropy import linear_cross_entropy  # type: ignore[import-not-found]
-
-    return case.bound(linear_cross_entropy)
+    return case.bound(imported("cut_cross_entropy.linear_cross_entropy"))
 
 
 AUTOTUNE = "max-autotune"
-COMPILED: dict[str, tuple[str, Make]] = {"torch.compile": ("torch", compiled)}
-# By op and name: the package that must be installed, and who makes the function.
-RIVALS: dict[str, dict[str, tuple[str, Make]]] = {
-    "attention": {
-        "SDPA flash": ("torch", lambda case: packed(partial(sdpa, "flash"), *case.extras)),
-        "SDPA cuDNN": ("torch", lambda case: packed(partial(sdpa, "cuDNN"), *case.extras)),
-        "FlexAttention": ("torch", flex_attention),
-    },
-    "layer_norm": COMPILED | {"liger-kernel": ("liger_kernel", liger_layer_norm)},
-    "add_layer_norm": COMPILED,
-    "bias_gelu": COMPILED,
-    "cross_entropy": COMPILED
-    | {
-        "quack": ("quack", quack_cross_entropy),
-        "liger-kernel": ("liger_kernel", liger_cross_entropy),
-    },
-    "linear_cross_entropy": COMPILED
-    | {
-        "liger-kernel": ("liger_kernel", liger_linear_cross_entropy),
-        "cut-cross-entropy": ("cut_cross_entropy", cut_cross_entropy),
-    },
-    "linear": {
-        "cuBLASLt": ("torch", lambda case: lambda x, w: _OnLibrary.apply(x, w, "cublaslt")),
-        AUTOTUNE: ("torch", autotuned),
-    },
-    "mlp": {
-        "cuBLAS, fused GELU": ("torch", lambda case: partial(ops.mlp, bias_gelu=ours.bias_gelu)),
-        AUTOTUNE: ("torch", autotuned),
-    },
+TORCH_COMPILE = Rival("torch.compile", compiled)
+RIVALS: dict[str, list[Rival]] = {
+    "attention": [
+        Rival("SDPA flash", lambda case: packed(partial(sdpa, "flash"), *case.extras)),
+        Rival("SDPA cuDNN", lambda case: packed(partial(sdpa, "cuDNN"), *case.extras)),
+        Rival("FlexAttention", flex_attention),
+    ],
+    "layer_norm": [TORCH_COMPILE, Rival("liger-kernel", liger_layer_norm, "liger_kernel")],
+    "add_layer_norm": [TORCH_COMPILE],
+    "bias_gelu": [TORCH_COMPILE],
+    "cross_entropy": [
+        TORCH_COMPILE,
+        Rival("quack", quack_cross_entropy, "quack"),
+        Rival("liger-kernel", liger_cross_entropy, "liger_kernel"),
+    ],
+    "linear_cross_entropy": [
+        TORCH_COMPILE,
+        Rival("liger-kernel", liger_linear_cross_entropy, "liger_kernel"),
+        Rival("cut-cross-entropy", cut_cross_entropy, "cut_cross_entropy"),
+    ],
+    "linear": [
+        Rival("cuBLASLt", lambda case: lambda x, w: _OnLibrary.apply(x, w, "cublaslt")),
+        Rival(AUTOTUNE, autotuned),
+    ],
+    "mlp": [
+        Rival("cuBLAS, fused GELU", lambda case: partial(ops.mlp, bias_gelu=ours.bias_gelu)),
+        Rival(AUTOTUNE, autotuned),
+    ],
 }

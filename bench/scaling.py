@@ -141,7 +141,7 @@ def advice(job: Job, cluster: Cluster, counts: Sequence[int], limit: float) -> s
 
 
 def main(argv: list[str]) -> int:
-    parser = setup.parser("scaling", __doc__)
+    parser = setup.Parser("scaling", __doc__, out=False)
     usual = Cluster()
     for field, what in (
         ("peak_tflops", "peak of a GPU, TFLOP/s"),

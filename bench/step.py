@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def measure(
     flags: dict[str, str],
     args: argparse.Namespace,
     amend: Callable[[Rows], object] = lambda rows: None,
-    **more: int,
+    more: Mapping[str, int] = MappingProxyType({}),
 ) -> Rows:
     """Measure a preset's step; print the table, and return the rows, which are in `result` too.
 
@@ -73,7 +74,7 @@ def measure(
     before = len(result.rows)
 
     def keep(found: Sequence[Measured]) -> None:
-        result.rows[before:] = rows_of(found, preset, config, vocab_size, **more)
+        result.rows[before:] = rows_of(found, preset, config, vocab_size, more)
         amend(result.rows[before:])
         result.save(args.out)
 
@@ -83,7 +84,7 @@ def measure(
 
 
 def rows_of(
-    found: Sequence[Measured], preset: str, config: Config, vocab_size: int, **more: int
+    found: Sequence[Measured], preset: str, config: Config, vocab_size: int, more: Mapping[str, int]
 ) -> Rows:
     """Result rows; ratios are of each variant's time to the first sound one's."""
     flops, peak = vars(setup.flops_per_token(config, vocab_size)), setup.peak(config)
@@ -196,7 +197,7 @@ def main(argv: list[str]) -> int:
         variants, skipped = contenders(args.variants, args.peer_path, gpu)
         for preset in args.presets or ["gpt2", "shakespeare_char"]:
             for point, more in list(points(args, preset, flags)):
-                measure(result, variants, preset, point, args, **more)
+                measure(result, variants, preset, point, args, more=more)
     for name, why in skipped.items():
         print(f"  {name}: {why}")
     return result.end(args.out)

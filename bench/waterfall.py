@@ -7,7 +7,7 @@ how long to time steps, --traced_steps=3 how many the profiler looks at. All oth
 of `fastgpt train`; without a preset it is gpt2 on a GPU and laptop elsewhere.
 
 The step is the trainer's own, `Trainer.step` with prefetched batches of random tokens, compiled
- and on the kernels that `fastgpt train` would use; the vocabulary is that of the preset's
+and on the kernels that `fastgpt train` would use; the vocabulary is that of the preset's
 corpus: 256 bytes, 65 characters or GPT-2's 50,257. It is timed without the profiler (device
 events on a GPU, medians) before and after it is traced; reading the loss for a log line is not in
 it, and neither is the CUDA graph that `fastgpt train` makes of a small model's step: a trace does
@@ -33,32 +33,19 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench import ladder, ladder_table, picture, results, setup, trace
+from bench import ladder, ladder_table, picture, results, roof, setup, trace
 from bench.categories import DATA_SCOPE, Sizes
+from bench.variants import Ours, Variant, build
 from fastgpt.config import settings
-from fastgpt.config.presets import PRESETS
 from fastgpt.config.schema import Config
 from fastgpt.data import token_files
 from fastgpt.data.batches import Batches
 from fastgpt.data.prefetch import Prefetcher
 from fastgpt.data.tokens import TokenSplit, TokenWriter
-from fastgpt.data.vocabulary import GPT2_VOCAB
 from fastgpt.errors import UserError
-from fastgpt.model import ops
-from fastgpt.model.device import (
-    DTYPES,
-    resolve_compile,
-    resolve_device,
-    resolve_dtype,
-    set_matmul_precision,
-    synchronize,
-)
-from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.model.device import DTYPES, synchronize
 from fastgpt.train import mfu
-from fastgpt.train.step import Trainer
 
-# Of the corpora that are not made of GPT-2's tokens.
-VOCABULARIES = {"python_stdlib": 256, "shakespeare_char": 65}
 MAX_RESIDUAL = 0.02
 ATTEMPTS = 3
 
@@ -70,17 +57,17 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         config, name, own = parse(argv)
-        try:
-            return run(config, name, own, argv)
-        except torch.OutOfMemoryError as e:
-            o, m = config.optim, config.model
-            raise UserError(
-                f"out of memory at --batch_size={o.batch_size} x --block_size={m.block_size}: "
-                "a smaller --batch_size fits"
-            ) from e
+        return run(config, name, own, argv)
+    except torch.OutOfMemoryError:
+        o, m = config.optim, config.model
+        why = (
+            f"out of memory at --batch_size={o.batch_size} x --block_size={m.block_size}: "
+            "a smaller --batch_size fits"
+        )
     except (UserError, trace.TraceError) as e:
-        print(f"bench waterfall: {e}", file=sys.stderr)
-        return 2
+        why = str(e)
+    print(f"bench waterfall: {why}", file=sys.stderr)
+    return 2
 
 
 def parse(argv: Sequence[str]) -> tuple[Config, str, dict[str, str]]:
@@ -89,8 +76,6 @@ def parse(argv: Sequence[str]) -> tuple[Config, str, dict[str, str]]:
     if len(positional) > 1:
         raise UserError(f"{' '.join(positional)}: one preset is wanted")
     name = positional[0] if positional else ("gpt2" if torch.cuda.is_available() else "laptop")
-    if name not in PRESETS:
-        raise settings.unknown_key(name, list(PRESETS), "", what="preset")
     names: tuple[str, ...] = ("out", "seconds", "traced_steps")
     own = {key: flags.pop(key) for key in names if key in flags}
     for key, kind in (("seconds", float), ("traced_steps", int)):
@@ -100,25 +85,15 @@ def parse(argv: Sequence[str]) -> tuple[Config, str, dict[str, str]]:
             good = False
         if not good:
             raise UserError(f"--{key}={own[key]}: wanted a number above 0, at most 3600")
-    config = settings.apply_flags(PRESETS[name](), flags)
-    settings.check(config)
-    system = config.system
-    device = resolve_device(system.device)
-    if device.type == "mps":
+    config = setup.preset_of(name, flags)
+    if config.system.device == "mps":
         raise UserError("--device=mps: traces of it hold no kernels; pass --device=cpu")
-    system.device = str(device)
-    system.dtype = cast(Any, resolve_dtype(system.dtype, device))
-    system.compile = resolve_compile(system.compile, device)
     return config, name, own
 
 
 def run(config: Config, name: str, own: dict[str, str], argv: Sequence[str]) -> int:
     seconds = float(own.get("seconds", 10))
-    # Where the results went is of this machine, not of the measurement.
-    told = [
-        a for i, a in enumerate(argv) if not (a.startswith("--out") or "--out" in argv[i - 1 : i])
-    ]
-    result = results.Result("waterfall", told, settings.to_dict(config))
+    result = results.Result("waterfall", list(argv), settings.to_dict(config))
     default = Path("out/bench") if config.system.device == "cpu" else results.FOLDER
     out = Path(own["out"]) if "out" in own else default
     result.rows.append({"key": name, "problem": results.NOT_YET})
@@ -140,10 +115,11 @@ def run(config: Config, name: str, own: dict[str, str], argv: Sequence[str]) -> 
         print(f"bench waterfall: {missed}; is something else running here?", file=sys.stderr)
     path = result.finish(out)
     assert path is not None
+    compiled = "compiled" if config.system.compile else "not compiled"
     footer = " · ".join(
         [
             where["device"],
-            f"{config.system.dtype}, {'compiled' if config.system.compile else 'not compiled'}",
+            f"{config.system.dtype}, {compiled}",
             f"{steps.tokens:,} tokens a step",
             f"torch {where['torch']}",
             result.data["date"][:10],
@@ -152,13 +128,12 @@ def run(config: Config, name: str, own: dict[str, str], argv: Sequence[str]) -> 
         ]
     )
     title = f"{name}, {steps.trainer.model.n_params() / 1e6:.3g}M parameters, on {where['device']}"
-    note = "CPU picture" if on_cpu else ""
-    pictures = [path.with_suffix(f".{kind}") for kind in picture.FORMATS]
-    if importlib.util.find_spec("matplotlib") is None:
-        print(f"written: {path}; no picture: matplotlib is not installed")
-    else:
-        picture.draw(found, title, footer, pictures, note)
-        print(f"written: {path}, .png and .svg")
+    also = "; no picture: matplotlib is not installed"
+    if importlib.util.find_spec("matplotlib") is not None:
+        pictures = [path.with_suffix(f".{kind}") for kind in picture.FORMATS]
+        picture.draw(found, title, footer, pictures, "CPU picture" if on_cpu else "")
+        also = ", .png and .svg"
+    print(f"written: {path}{also}")
     return 0 if whole else 1
 
 
@@ -168,25 +143,12 @@ class Steps:
     def __init__(self, config: Config):
         self.config, self.device = config, torch.device(config.system.device)
         self.step = 0
-        m, o = config.model, config.optim
+        m, o, system = config.model, config.optim, config.system
         self.tokens = o.rows * m.block_size
-        vocab_size = VOCABULARIES.get(config.data.dataset, GPT2_VOCAB)
-        shape = ModelShape(
-            m.n_layer, m.n_head, m.n_embd, m.block_size, vocab_size, m.bias, m.gelu
-        )  # fmt: skip
-        system = config.system
-        set_matmul_precision(exact=system.dtype == "float32" and not system.tf32)
-        dtype = DTYPES[config.system.dtype]
-        table = ops.choose(
-            self.device,
-            dtype,
-            head_dim=m.n_embd // m.n_head,
-            width=m.n_embd,
-            kernels=config.system.kernels,
-            overrides=vars(config.op),
-        )
-        model = GPT(shape, m.dropout, table, dtype).init_weights(config.run.seed)
-        self.trainer = Trainer(model.to(self.device), config, self.device)
+        vocab_size = setup.vocabulary(config)
+        as_trained = {"kernels": system.kernels, "compile": system.compile}
+        stepper = build(Variant("as trained", as_trained), config, vocab_size)
+        self.trainer = cast(Ours, stepper).trainer
         self.sizes = Sizes(
             batch_size=o.batch_size,
             block_size=m.block_size,
@@ -194,7 +156,7 @@ class Steps:
             n_head=m.n_head,
             n_embd=m.n_embd,
             vocab_size=vocab_size,
-            padded_vocab_size=shape.padded_vocab_size,
+            padded_vocab_size=self.trainer.model.shape.padded_vocab_size,
             bias=m.bias,
             dropout=m.dropout,
             micro_batches=o.gradient_accumulation_steps,
@@ -220,7 +182,7 @@ class Steps:
                 rows = torch.from_numpy(batches.tokens(0, slice(c.optim.batch_size)))
                 self.trainer.warm_up(0, rows.to(self.device))
             self.prefetcher = stack.enter_context(Prefetcher(batches, self.device))
-            gc.freeze()  # as fastgpt.loop: no collector's pause in a step
+            gc.freeze()  # as fastgpt.train.loop: no collector's pause in a step
             gc.disable()
             stack.callback(gc.enable)
             stack.callback(gc.unfreeze)
@@ -303,7 +265,7 @@ def traced(steps: Steps, count: int) -> tuple[trace.Breakdown, float]:
 
 
 def peaks(device: torch.device, dtype: torch.dtype, override_tflops: float) -> ladder.Measured:
-    """Matmul peak and copy bandwidth measured here, and the data sheet's figure where there is one.
+    """Matmul peak and copy bandwidth measured here, and the data sheet's figure if there is one.
 
     `step_ms` and `traced_ms` are left at 0.
     """
@@ -316,21 +278,7 @@ def peaks(device: torch.device, dtype: torch.dtype, override_tflops: float) -> l
         traced_ms=0.0,
         matmul_flops=matmul.flops,
         matmul_source=matmul.source,
-        copy_bytes=copy_bandwidth(device),
+        copy_bytes=roof.copy_bandwidth(device),
         datasheet_flops=sheet.flops if sheet else None,
         datasheet_source=sheet.source if sheet else "",
     )
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes/s, reads plus writes, of a copy much larger than the caches; the best of several."""
-    n_bytes = 1 << (30 if device.type == "cuda" else 26)
-    a, b = (torch.empty(n_bytes, dtype=torch.uint8, device=device).random_() for _ in range(2))
-    best = float("inf")
-    for _ in range(10):
-        synchronize(device)
-        start = time.perf_counter()
-        b.copy_(a)
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * n_bytes / best
