@@ -201,16 +201,15 @@ def with_ratios(rows: Rows) -> Rows:
     return rows
 
 
-def open_data(flags: dict[str, str]) -> tuple[Path, str]:
-    """The token folder and the corpus's name: what flags name, shakespeare_char, or local text."""
+def open_data(flags: dict[str, str]) -> tuple[Config, Path]:
+    """The run and its token folder: what flags name, shakespeare_char, or local text."""
     named = {"dataset", "input"} & set(flags)
-    for name in (None,) if named else (PRESET, "python_stdlib"):
-        given = {"dataset": name} if name else {}
-        config = setup.preset_of(PRESET, given | flags)
+    for given in [{}] if named else [{"dataset": PRESET}, {"dataset": "python_stdlib"}]:
+        config, _ = setup.configure(PRESET, given | flags)
         try:
-            return ensure(PrepareConfig(**vars(config.data))), config.data.dataset
+            return config, ensure(PrepareConfig(**vars(config.data)))
         except UserError:
-            if name != PRESET:
+            if given.get("dataset") != PRESET:
                 raise
             print("shakespeare_char is not prepared here: Python's standard library instead")
     raise AssertionError("the loop returns or raises")
@@ -242,8 +241,8 @@ def convergence(argv: list[str]) -> int:
         if args.peer_path and "peer" not in names:
             names += ",peer+compile" if gpu else ",peer"
         variants, _ = contenders(names, args.peer_path, gpu)
-        folder, corpus = open_data(flags)
-        config, _ = setup.configure(PRESET, flags)
+        config, folder = open_data(flags)
+    corpus = config.data.dataset
     target = args.target or (TARGET if gpu else SMALL_TARGET)
     result = results.Result("convergence", argv, {"target": target, "corpus": corpus})
     result.data["settings"] |= provenance.peer(args.peer_path)
