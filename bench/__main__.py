@@ -1,4 +1,4 @@
-"""python -m bench NAME [ARGS]: one command a module of this package; NAME --help tells more."""
+"""python -m bench NAME [ARGS]: NAME --help tells more."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ COMMANDS = {
     "check": "which committed results are older than the sources they measured",
     "report": "committed results as bench/RESULTS.md and plots",
 }
+# A command is its module's `main`, unless it shares a module with another one.
+SHARED = {"convergence": "whole_runs", "curves": "whole_runs"}
 
 
 def main(argv: list[str]) -> int:
@@ -33,10 +35,11 @@ def main(argv: list[str]) -> int:
         print(__doc__, *(f"{name:12} {what}" for name, what in COMMANDS.items()), sep="\n")
         return 0 if argv else 2
     name, *rest = argv
-    if name not in COMMANDS or importlib.util.find_spec(f"bench.{name}") is None:
+    if name not in COMMANDS:
         print(f"bench: {name}: no such benchmark; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return importlib.import_module(f"bench.{name}").main(rest)
+    module = importlib.import_module(f"bench.{SHARED.get(name, name)}")
+    return getattr(module, name if name in SHARED else "main")(rest)
 
 
 if __name__ == "__main__":

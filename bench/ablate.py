@@ -7,40 +7,28 @@ leaves to libraries, are switched the other way, to Triton. Flags of `fastgpt tr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from bench import results, setup, step, turns
-from bench.variants import Variant
-from fastgpt.errors import UserError
-from fastgpt_kernels import host
-from fastgpt_kernels.record import Record, Sizes, records
-
-FAST = "kernels+compile"
-
-
-def with_flags() -> list[Record]:
-    return [*records("model"), *records("train")]
+from bench import results, setup, step
+from bench.variants import FAST, Variant
+from fastgpt_kernels.record import Sizes, records
 
 
 def contenders(arch: str = "") -> list[Variant]:
     """The fast path first. Without a GPU (`arch` "sm_90" or so) it is eager, as are all others."""
+    ops = [*records("model"), *records("train")]
     if not arch:
-        names = ("eager", *(f"{op.name} eager" for op in with_flags()))
-        return [Variant(name, kernels="eager") for name in names]
-    fast: dict[str, Any] = {"kernels": "triton", "compile": True, "graph": True}
+        return [Variant(name) for name in ("eager", *(f"{op.name} eager" for op in ops))]
+    ops = [op for op in ops if not op.limits(Sizes(), torch.bfloat16, arch)]
+    to = {op.name: "eager" for op in ops}
+    to |= {op.name: "triton" for op in ops if op.library and arch not in op.measured_faster}
     # First what is not decided yet, in case that time runs out.
-    switched = {
-        op.name: "triton" for op in with_flags() if op.library and arch not in op.measured_faster
-    }
-    switched |= {op.name: "eager" for op in with_flags() if op.name not in switched}
-    for op in with_flags():
-        if op.limits(Sizes(), torch.bfloat16, arch):
-            del switched[op.name]
-    others = [Variant(f"{op} {to}", overrides={op: to}, **fast) for op, to in switched.items()]
-    return [Variant(FAST, **fast), *others]
+    switched = sorted(to.items(), key=lambda item: item[1] != "triton")
+    return [Variant("kernels+compile", FAST, graph=True)] + [
+        Variant(f"{op} {kind}", FAST | {f"op.{op}": kind}, graph=True) for op, kind in switched
+    ]
 
 
 def worth(row: dict[str, Any], base_ms: float) -> list[float]:
@@ -51,50 +39,27 @@ def worth(row: dict[str, Any], base_ms: float) -> list[float]:
     return [(ratio[k] - 1) * base_ms for k in ("ratio", "low", "high")]
 
 
+def add_worth(rows: step.Rows) -> None:
+    for row in rows[1:]:
+        if row.get("ratio", {}).get("low"):
+            row["worth_ms"] = worth(row, rows[0]["median_ms"])
+
+
 def main(argv: list[str]) -> int:
-    parser = setup.parser("ablate", __doc__)
+    parser = setup.Parser("ablate", __doc__)
     parser.add_argument("preset", nargs="?", default="gpt2")
     step.add_measuring_arguments(parser)
-    args, flags = setup.parse(parser, argv)
-    gpu = torch.cuda.is_available() and flags.get("device") != "cpu"
+    args, flags = parser.parse(argv)
     setup.say_small()
-    if not gpu:
-        print("every op is eager here: all ratios should be 1")
     result = results.Result("ablate", argv, {"rounds": args.rounds, "flags": flags})
-    try:
-        config, vocab_size = setup.configure(args.preset, flags)
-        machine = setup.machine_of(config)
-        peak = machine.peak
-    except UserError as e:
-        parser.error(str(e))
-    result.data["settings"]["peak"] = str(peak)
-    print(f"\n{args.preset}: {setup.describe(config, vocab_size)}; peak {peak}", flush=True)
-
-    def keep(done: Sequence[turns.Measured]) -> None:
-        result.rows[:] = step.rows_of(done, args.preset, config, vocab_size, peak)
-        for row in result.rows[1:]:
-            if row.get("ratio", {}).get("low"):
-                row["worth_ms"] = worth(row, result.rows[0]["median_ms"])
-        result.save(args.out)
-
-    found = turns.measure(
-        contenders(host.arch(machine.device.index or 0) if gpu else ""),
-        config,
-        vocab_size,
-        rounds=args.rounds,
-        turn_s=args.turn_seconds,
-        alive=args.alive,
-        builders=args.builders,
-        judge=step.judge(config.model.dropout),
-        progress=keep,
-    )
-    keep(found)
-    step.show(result.rows)
-    for row in result.rows:
+    with parser.user_errors():
+        arch = setup.arch(setup.device_of(flags))
+        if not arch:
+            print("every op is eager here: all ratios should be 1")
+        rows = step.measure(result, contenders(arch), args.preset, flags, args, add_worth)
+    for row in rows:
         if "worth_ms" in row:
             saved, low, high = row["worth_ms"]
             op = row["variant"].split()[0]
             print(f"  {op}: its kernel is worth {saved:+.3f} ms [{low:+.3f}, {high:+.3f}] a step")
-    if path := result.finish(args.out):
-        print(f"written: {path}")
-    return 1 if any(row["problem"] for row in result.rows) else 0
+    return result.end(args.out)

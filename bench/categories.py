@@ -8,8 +8,11 @@ gets a rung of its own and is never spread over the rest.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
+
+from fastgpt_kernels.record import records
 
 # In order of precedence where two of them run at once: what computes counts before what moves.
 CATEGORIES = ("linear", "attention", "head", "memory", "optimizer", "other", "data", "gaps")
@@ -57,26 +60,28 @@ class Named:
     after_backward: bool = False  # between the last gradient and the end of the step
 
 
-def _rule(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern)
+_rule = re.compile
 
-
-# Matrix products, and where their operands a, b are among the inputs; `out=` may come after them.
+SCOPE_ENDS = ("", "_backward", "Backward")
+# Our own ops by what a trace calls them: their kernels, registered ops and autograd functions.
+OURS = {
+    name: op
+    for op in records()
+    for name in (*op.kernels, *(f"fastgpt::{op.name}{end}" for end in SCOPE_ENDS))
+}
+# Matrix products, and the place of their operands a, b among the inputs; `out=` may follow.
 GEMM_OPS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1}
 _GEMM = _rule(
     r"^aten::(mm|addmm|matmul|linear|addmv|mv)$|(Mm|Addmm|Linear)Backward\d*$"
     r"|gemm|gemv|nvjet|xmma|cutlass|cublas|splitK|triton_tem_fused.*mm|^mkldnn_linear|Cijk_"
-    r"|^matmul_kernel$|^fastgpt::(linear|mlp)(_backward|Backward)?$"
 )
 _ATTENTION = _rule(
-    r"scaled_dot_product|ScaledDotProduct|fastgpt::attention"
+    r"scaled_dot_product|ScaledDotProduct"
     r"|flash_(fwd|bwd|attention)|fmha|_efficient_attention|cudnn.*sdpa|sdpa_sm|flex_attention"
     r"|_softmax|SoftmaxBackward|^aten::(bmm|baddbmm)$|BmmBackward"  # SDPA in single ops
-    r"|^attention_(forward|prepare|key_value|query|finish)_kernel"
 )
 _HEAD = _rule(
     r"cross_entropy|log_softmax|LogSoftmax|nll_loss|NllLoss|CrossEntropy|SoftMax(For|Back)ward"
-    r"|\b_GradientIn(For|Back)ward"
 )
 _CAST = _rule(
     r"^aten::_to_copy$|^triton_poi_fused__to_copy(_(t|view|permute|transpose|mm))*_\d+$|ToCopyBackward"
@@ -133,19 +138,23 @@ def categorize(work: Named, sizes: Sizes, *, host: bool) -> tuple[str, str]:
         if has(_rule("[aA]dam")):
             return "optimizer", "AdamW"
         return "optimizer", "clipping" if has(_CLIPPING) else "rest"
-    if has(_OPTIMIZER):
+    ours = next((OURS[name] for name in names if name in OURS), None)
+    part = ours.part if ours else ""
+    if has(_OPTIMIZER) or part == "optimizer":
         accumulates = any("AccumulateGrad" in name for name in names)
         return "optimizer", "gradient accumulation" if accumulates else "AdamW"
-    if has(_HEAD):
+    if has(_HEAD) or part == "head":
         return "head", "GEMMs" if work.gemm or has(_GEMM) else "cross entropy"
-    if has(_ATTENTION):
+    if has(_ATTENTION) or part == "attention":
         return "attention", "backward" if work.backward else "forward"
-    if has(_GEMM):
+    if has(_GEMM) or part == "linear":
         if _has_size(work.gemm, sizes.head_sizes):
             return "head", "GEMMs"
         return "linear", gemm_pass(work, sizes)
     if has(_CAST) and not _is_activation(work.dims, sizes):
         return "optimizer", "casts of weights"
+    if ours and part == "memory":
+        return "memory", ours.item
     for item, rule in _MEMORY:
         if has(rule):
             return "memory", item
@@ -187,7 +196,5 @@ def _is_activation(dims: Dims, sizes: Sizes) -> bool:
     """Whether the first operand has a row a token."""
     if not dims or len(dims[0]) < 2:
         return False
-    rows = 1
-    for size in dims[0][:-1]:
-        rows *= size
+    rows = math.prod(dims[0][:-1])
     return rows == sizes.tokens or dims[0][:2] == (sizes.batch_size, sizes.block_size)

@@ -11,7 +11,6 @@ too few samples to say.
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from bench.tables import table
 def compare_files(a: Path, b: Path) -> tuple[list[tuple[str, Ratio]], list[str]]:
     """Ratios b / a of the rows that both have, and what makes the comparison doubtful.
 
-    Raises ValueError where they cannot be compared.
+    Raises ValueError if they cannot be compared.
     """
     old, new = results.load(a), results.load(b)
     if old["name"] != new["name"]:
@@ -44,8 +43,7 @@ def compare_files(a: Path, b: Path) -> tuple[list[tuple[str, Ratio]], list[str]]
     if not both:
         raise ValueError(f"{a} and {b} have no measured row in common")
     for d, path in ((old, a), (new, b)):
-        problems = [f"{path}: {r['key']}: {r['problem']}" for r in d["rows"] if r["problem"]]
-        warnings += problems
+        warnings += [f"{path}: {r['key']}: {r['problem']}" for r in d["rows"] if r["problem"]]
     return [(k, ratio_of_independent_medians(times[1][k], times[0][k])) for k in both], warnings
 
 
@@ -76,31 +74,24 @@ def compare_refs(a: str, b: str, argv: list[str]) -> tuple[list[tuple[str, Ratio
     import torch
 
     from bench import setup, step, turns
+    from bench.variants import contenders
     from fastgpt.errors import UserError
 
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(prog="python -m bench compare REF REF")
+    parser = setup.Parser("compare REF REF", __doc__, out=False)
     parser.add_argument("preset", nargs="?", default="gpt2")
     parser.add_argument("--variant", default="kernels+compile" if gpu else "eager")
     step.add_measuring_arguments(parser)
-    args, flags = setup.parse(parser, argv)
+    args, flags = parser.parse(argv)
     setup.say_small()
     try:
-        (variant,), _ = step.contenders(args.variant, "", gpu)
+        (variant,), _ = contenders(args.variant, "", gpu)
         config, vocab_size = setup.configure(args.preset, flags)
     except UserError as e:
         raise ValueError(str(e)) from e
     with checkouts([a, b]) as places:
-        found = turns.measure(
-            [replace(variant, name=n, root=p) for n, p in zip((a, b), places, strict=True)],
-            config,
-            vocab_size,
-            rounds=args.rounds,
-            turn_s=args.turn_seconds,
-            alive=args.alive,
-            builders=args.builders,
-            judge=step.judge(config.model.dropout),
-        )
+        pair = [replace(variant, name=n, root=p) for n, p in zip((a, b), places, strict=True)]
+        found = turns.measure(pair, config, vocab_size, **step.turn_arguments(args))
     problems = [f"{m.variant.name}: {m.problem}" for m in found if m.problem]
     if problems:
         raise ValueError("; ".join(problems))

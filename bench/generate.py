@@ -21,13 +21,13 @@ import torch
 from bench import results, roof, setup
 from bench.stats import summarize
 from bench.tables import table
+from fastgpt.config import settings
 from fastgpt.config.schema import Config
-from fastgpt.config.settings import replace
-from fastgpt.errors import UserError
 from fastgpt.inference.generate import BatchGenerator, Sampling
 from fastgpt.model.build import build
-from fastgpt.model.device import Machine, synchronize
+from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.model.peaks import synchronize
 from fastgpt.weights.hugging_face import SIZES, shape_of_size
 
 SMALL = ModelShape(2, 2, 64, 256, 512, bias=True)
@@ -37,7 +37,7 @@ WARM_UP = 8  # tokens
 
 def make(shape: ModelShape, machine: Machine) -> GPT:
     """Random weights; norms of either sign, or the likeliest token would be the last one again."""
-    model = build(replace(Config(), **vars(shape)), shape.vocab_size, machine)
+    model = build(settings.replace(Config(), **vars(shape)), shape.vocab_size, machine)
     generator = torch.Generator(machine.device).manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -46,20 +46,16 @@ def make(shape: ModelShape, machine: Machine) -> GPT:
 
 
 def cached(
-    batch: BatchGenerator, prompts: list[list[int]], n: int, rounds: int, device: torch.device
-) -> tuple[list[list[int]], list[float], list[float]]:
-    """(texts, seconds of the decoding of each round, seconds until the first token).
+    batch: BatchGenerator, prompts: list[list[int]], n: int, device: torch.device
+) -> tuple[list[list[int]], float, float]:
+    """(texts, seconds of the decoding, seconds until the first token), after a short warm-up.
 
     Decoding is all tokens but the first, which comes from the prompt's own forward pass.
     """
-    texts: list[list[int]] = []
-    decoding, first = [], []
-    for r in range(rounds + 1):
+    for new in (min(n, WARM_UP), n):  # the first time compiles and captures
         texts = [list(p) for p in prompts]
         synchronize(device)
-        started = time.perf_counter()
-        began = started
-        new = n if r else min(n, WARM_UP)
+        started = began = time.perf_counter()
         for i, tokens in enumerate(batch.stream(prompts, new, seeds=[0] * len(prompts))):
             if i == 0:
                 began = time.perf_counter()
@@ -67,10 +63,7 @@ def cached(
                 assert token is not None
                 text.append(token)
         synchronize(device)
-        if r:  # the first round compiles, captures and warms up
-            decoding.append(time.perf_counter() - began)
-            first.append(began - started)
-    return texts, decoding, first
+    return texts, time.perf_counter() - began, began - started
 
 
 @torch.no_grad()
@@ -78,7 +71,7 @@ def cache_free(
     model: GPT, text: list[int], n_prompt: int, every: int, device: torch.device
 ) -> tuple[float, int, int, float]:
     """(seconds for the whole text, tokens compared, how many differ, smallest gap of the two
-    likeliest tokens where they differ). The text's own beginning is given at every length."""
+    likeliest tokens when they differ). The text's own beginning is given at every length."""
     ids = torch.tensor([text], device=device)
     lengths = list(range(n_prompt, len(text), every))
     model.logits(model.hidden(ids[:, :n_prompt])[:, -1])
@@ -110,7 +103,7 @@ def weight_bytes(model: GPT) -> int:
 
 def main(argv: list[str]) -> int:
     gpu = torch.cuda.is_available()
-    parser = setup.parser("generate", __doc__)
+    parser = setup.Parser("generate", __doc__, out=False)
     sizes = ["small", *SIZES]
     parser.add_argument("--size", choices=sizes, default="gpt2" if gpu else "small")
     parser.add_argument("--batch", type=int, default=1, help="texts at a time")
@@ -124,15 +117,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", type=Path, help="folder of the result file")
     args = parser.parse_args(argv)
-    try:
+    with parser.user_errors():
         machine = Machine.of(args.device, args.dtype)
-    except UserError as e:
-        parser.error(str(e))
     if min(args.batch, args.prompt, args.new - 1, args.every, args.rounds) < 1:
         parser.error("--batch, --prompt, --every and --rounds must be at least 1, --new 2")
     shape = SMALL if args.size == "small" else shape_of_size(args.size)
-    settings = {k: v for k, v in vars(args).items() if k != "out"} | {"dtype": machine.dtype}
-    result = results.Result("generate", argv, settings)
+    options = {k: v for k, v in vars(args).items() if k != "out"} | {"dtype": machine.dtype}
+    result = results.Result("generate", argv, options)
     row = measure(args, shape, machine)
     result.rows.append(row)
     folder = args.out or (results.FOLDER if machine.device.type == "cuda" else None)
@@ -149,15 +140,12 @@ def measure(args: argparse.Namespace, shape: ModelShape, machine: Machine) -> di
     model, device, dtype = make(shape, machine), machine.device, machine.dtype
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(shape.vocab_size, (args.batch, args.prompt), generator=generator)
+    graph = False if args.no_graph else None
 
     def generator_of() -> BatchGenerator:
+        longest = args.prompt + args.new
         return BatchGenerator(
-            model,
-            args.batch,
-            args.prompt + args.new,
-            GREEDY,
-            compiled=args.compile,
-            graph=False if args.no_graph else None,
+            model, args.batch, longest, GREEDY, compiled=args.compile, graph=graph
         )
 
     batches = [generator_of()]
@@ -165,16 +153,17 @@ def measure(args: argparse.Namespace, shape: ModelShape, machine: Machine) -> di
     if fused:
         batches.append(generator_of())
         batches[1].decoder.linear = None
-    texts: list[list[int]] = []
-    decoding, first, without = [], [], []
-    for _ in range(args.rounds):  # in turn, so that both meet the same clocks
-        texts, steps, begun = cached(batches[0], prompts.tolist(), args.new, 1, device)
-        decoding += steps
-        first += begun
-        if fused:
-            without += cached(batches[1], prompts.tolist(), args.new, 1, device)[1]
+    # In turn, so that both meet the same clocks.
+    rounds = [
+        [cached(batch, prompts.tolist(), args.new, device) for batch in batches]
+        for _ in range(args.rounds)
+    ]
+    (texts, *_), *_ = rounds[-1]
+    step_ms, *without = (
+        [1e3 * r[1] / (args.new - 1) for r in path] for path in zip(*rounds, strict=True)
+    )
+    first = [path[0][2] for path in rounds]
     seconds, compared, differ, gap = cache_free(model, texts[0], args.prompt, args.every, device)
-    step_ms = [1e3 * s / (args.new - 1) for s in decoding]
     ms = summarize(step_ms).median
     whole = ms * 1e-3 * (args.new - 1) + summarize(first).median
     key = f"{args.size} batch={args.batch} prompt={args.prompt} new={args.new} {dtype}"
@@ -192,27 +181,23 @@ def measure(args: argparse.Namespace, shape: ModelShape, machine: Machine) -> di
         "different_tokens_in_the_text": len(set(texts[0])),
         "fused_linears": fused,
     }
-    name = "cache, fused linear layers" if fused else "cache"
-    lines = [
-        [name, f"{ms:.3f}", f"{row['tokens_per_second']:,.1f}", "1"],
-        [
-            "no cache, one text" + ("" if args.every == 1 else f" (each {args.every}th length)"),
-            f"{1e3 * seconds / args.new:.3f}",
-            f"{row['cache_free_tokens_per_second']:,.1f}",
-            f"{row['speedup']:.2f}",
-        ],
-    ]
+    lines: list[list[str]] = []
+
+    def add(path: str, ms: float, texts: int, ratio: str) -> None:
+        lines.append([path, f"{ms:.3f}", f"{1e3 * texts / ms:,.1f}", ratio])
+
+    add("cache, fused linear layers" if fused else "cache", ms, args.batch, "1")
     if fused:
-        plain = 1e3 * summarize(without).median / (args.new - 1)
-        row["without_fused_linears_ms"] = plain
-        speed = f"{1e3 * args.batch / plain:,.1f}"
-        lines.insert(1, ["cache, PyTorch's", f"{plain:.3f}", speed, f"{plain / ms:.2f}"])
+        row["without_fused_linears_ms"] = plain = summarize(without[0]).median
+        add("cache, PyTorch's", plain, args.batch, f"{plain / ms:.2f}")
+    some = "" if args.every == 1 else f" (each {args.every}th length)"
+    add(f"no cache, one text{some}", 1e3 * seconds / args.new, 1, f"{row['speedup']:.2f}")
     if device.type == "cuda":
-        copy = roof.measure(device)["GB/s"] * 1e9
+        copy = roof.copy_bandwidth(device)
         row["weight_bytes"], row["copy_bytes_per_second"] = weight_bytes(model), copy
         least = 1e3 * row["weight_bytes"] / copy
         row["share_of_weight_roof"] = least / ms
-        lines.append(["reading the weights once", f"{least:.3f}", f"{1e3 / least:,.1f}", ""])
+        add("reading the weights once", least, 1, "")
     print(f"{key}, {device}: {args.new} new tokens, greedy, random weights")
     print(table(["path", "ms a token", "tokens/s", "time ratio"], lines))
     print(f"{compared - differ} of {compared} tokens compared are the same", end="")

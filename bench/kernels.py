@@ -10,24 +10,23 @@ Without a GPU it runs a tiny size on the CPU, to show that it runs; those times 
 
 from __future__ import annotations
 
-import argparse
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import kernel_cases, provenance, results, roof, setup
-from bench.kernel_cases import Case, Provider
-from bench.kernel_heads import linear_cross_entropy
-from bench.setup import at_least
-from bench.stats import MIN_ROUNDS, Ratio, ratio_of_medians, summarize
-from fastgpt.model.device import synchronize
+from bench import provenance, results, roof, setup
+from bench.cases import CASES, Case, complete
+from bench.rivals import Provider
+from bench.stats import MIN_ROUNDS, Ratio, ratio_of_medians
+from fastgpt.model.peaks import synchronize
 from fastgpt_kernels.tools.timing import interleaved
 
 OURS = "fastgpt"
-CASES = kernel_cases.CASES | {"linear_cross_entropy": linear_cross_entropy}
 WIDTHS, VOCABULARIES = (1024, 1280, 1600, 4096), (8192, 32768, 128256)
 SWEEPS = {
     "attention": (512, 2048, 4096),
@@ -37,7 +36,8 @@ SWEEPS = {
     "cross_entropy": VOCABULARIES,
     "linear_cross_entropy": VOCABULARIES,
 }
-SMALL_SWEEPS = {op: (32, 128) for op in SWEEPS}
+SMALL_SWEEP = (32, 128)
+Rows = list[dict[str, Any]]
 
 
 class Handed(torch.autograd.Function):
@@ -53,7 +53,8 @@ class Handed(torch.autograd.Function):
 
 
 class Pass:
-    """How one provider's pass is prepared, before the clock starts, and run."""
+    """How one provider's pass (forward, backward or both) is prepared, before the clock starts,
+    and run."""
 
     def __init__(self, case: Case, provider: Provider, kind: str) -> None:
         self.case, self.provider, self.kind = case, provider, kind
@@ -67,50 +68,59 @@ class Pass:
         y = self.provider.forward(*inputs)
         return list(y) if isinstance(y, tuple) else [y]
 
-    def gradients(self, inputs: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
-        return list(torch.autograd.grad(outputs, inputs, self.dys))
-
     def prepare(self) -> tuple[list[Tensor], list[Tensor]]:
         inputs = self.inputs()
         return inputs, self.outputs(inputs) if self.kind == "backward" else []
 
-    def run(self, prepared: tuple[list[Tensor], list[Tensor]]) -> None:
+    def run(self, prepared: tuple[list[Tensor], list[Tensor]]) -> tuple[list[Tensor], ...]:
+        """(outputs, gradients); none of a forward pass."""
         inputs, outputs = prepared
-        if self.kind != "backward":
-            outputs = self.outputs(inputs)
-        if self.kind != "forward":
-            self.gradients(inputs, outputs)
+        outputs = outputs or self.outputs(inputs)
+        if self.kind == "forward":
+            return outputs, []
+        return outputs, list(torch.autograd.grad(outputs, inputs, self.dys))
 
-    def results(self) -> list[Tensor]:
-        """What the oracle speaks of: outputs and gradients."""
-        inputs = self.inputs()
-        outputs = self.outputs(inputs)
-        gradients = self.gradients(inputs, outputs)
-        return self.case.pick(self.provider.collect([y.detach() for y in outputs], gradients))
+    def rehearse(self) -> None:
+        self.run(self.prepare())
+        synchronize(self.case.device)
+
+    def peak_memory(self) -> int:
+        """Bytes that the pass takes besides its inputs; 0 on a CPU, which does not count."""
+        if self.case.device.type != "cuda":
+            return 0
+        given = self.prepare()
+        torch.cuda.reset_peak_memory_stats(self.case.device)
+        before = torch.cuda.memory_allocated(self.case.device)
+        self.run(given)
+        return torch.cuda.max_memory_allocated(self.case.device) - before
 
 
-def relative_errors(results: Sequence[Tensor], oracle: Sequence[Tensor]) -> list[float]:
-    """Relative Frobenius error of each output and gradient."""
-    return [
-        ((x.double() - y).norm() / y.norm().clamp(min=1e-300)).item()
-        for x, y in zip(results, oracle, strict=True)
+def errors_of(
+    case: Case, provider: Provider, truth: Sequence[Tensor]
+) -> tuple[list[float], list[float]]:
+    """Relative Frobenius error of each output and gradient, and the unit of its dtype."""
+    one = Pass(case, provider, "both")
+    y, gradients = one.run(one.prepare())
+    found = case.pick(provider.collect([x.detach() for x in y], gradients))
+    errors = [
+        ((x.double() - t).norm() / t.norm().clamp(min=1e-300)).item()
+        for x, t in zip(found, truth, strict=True)
     ]
+    return errors, [torch.finfo(x.dtype).eps for x in found]
 
 
 def judge(case: Case) -> dict[str, dict[str, Any]]:
-    """By provider its errors, and a problem where it fails or errs over twice what eager does."""
-    oracle = case.oracle()
+    """By provider its errors, and a problem if it fails or errs over twice what eager does."""
+    truth = case.truth()
     found: dict[str, dict[str, Any]] = {}
     for provider in sorted(case.providers, key=lambda p: p.name != "eager"):
-        try:
-            results = Pass(case, provider, "both").results()
-        except Exception as error:  # another library's failure is that row's result
-            found[provider.name] = {"problem": reason(error)}
+        made, problem = attempt(errors_of, case, provider, truth)
+        if made is None:
+            found[provider.name] = {"problem": problem}
             continue
-        errors = relative_errors(results, oracle)
+        errors, eps = made
         found[provider.name] = {"errors": errors, "problem": ""}
-        eps = [torch.finfo(x.dtype).eps for x in results]
-        # Where eager itself fails (no memory), its errors are taken to be of rounding alone.
+        # If eager itself fails (no memory), its errors are taken to be of rounding alone.
         eager = found["eager"].get("errors", eps)
         allowed = [2 * e + u for e, u in zip(eager, eps, strict=True)]
         if not all(e <= a for e, a in zip(errors, allowed, strict=True)):  # NaN fails
@@ -119,60 +129,42 @@ def judge(case: Case) -> dict[str, dict[str, Any]]:
     return found
 
 
-def measure(case: Case, device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    """One row a provider and pass."""
+def measure(case: Case, rounds: int) -> Rows:
+    """One row a provider and pass, fastest first."""
     judged = judge(case)
-    rows: list[dict[str, Any]] = []
+    rows: Rows = []
     for kind, work in case.work.items():
-        sound = [p for p in case.providers if not judged[p.name]["problem"]]
-        passes, failed = rehearse([Pass(case, provider, kind) for provider in sound], device)
-        memory = {p.provider.name: peak_memory(p, device) for p in passes}
-        times = interleaved(
-            [p.run for p in passes], device, rounds, prepare=[p.prepare for p in passes]
-        )
-        by_name = {p.provider.name: t for p, t in zip(passes, times, strict=True)}
+        sound = [Pass(case, p, kind) for p in case.providers if not judged[p.name]["problem"]]
+        # A pass may fail when it is run by itself.
+        failed = {p.provider.name: attempt(p.rehearse)[1] for p in sound}
+        passes = [p for p in sound if not failed[p.provider.name]]
+        memory = [p.peak_memory() for p in passes]
+        runs, prepare = [p.run for p in passes], [p.prepare for p in passes]
+        times = interleaved(runs, case.device, rounds, prepare=prepare)
+        measured = {
+            p.provider.name: {**results.timed(t), "unit": case.unit, "peak_memory_bytes": bytes_}
+            for p, t, bytes_ in zip(passes, times, memory, strict=True)
+        }
         for name, verdict in judged.items():
-            verdict = verdict | ({"problem": failed[name]} if name in failed else {})
-            row = {"op": case.name, "size": case.size, "pass": kind, "provider": name, **verdict}
-            if name in by_name:
-                s = summarize(by_name[name])
+            row = verdict | {"problem": verdict["problem"] or failed[name]}
+            if mine := measured.get(name):
                 scale = 1e12 if case.unit == "TFLOP/s" else 1e9
-                row |= {
-                    "median_ms": s.median,
-                    "q1_ms": s.q1,
-                    "q3_ms": s.q3,
-                    "samples_ms": by_name[name],
-                    "rate": work / (s.median * 1e-3) / scale,
-                    "unit": case.unit,
-                    "peak_memory_bytes": memory[name],
-                }
-                if OURS in by_name and name != OURS:
-                    r = ratio_of_medians(by_name[OURS], by_name[name])
+                row |= mine | {"rate": work / (mine["median_ms"] * 1e-3) / scale}
+                if OURS in measured and name != OURS:
+                    r = ratio_of_medians(measured[OURS]["samples_ms"], mine["samples_ms"])
                     row |= {"ours_over_it": [r.ratio, r.low, r.high], "ours_is": r.verdict}
-            rows.append(row)
-        rows += [
-            {"op": case.name, "size": case.size, "pass": kind, "provider": n, "problem": why}
-            for n, why in case.skipped.items()
-        ]
+            rows.append({"pass": kind, "provider": name, **row})
+        rows += [{"pass": kind, "provider": n, "problem": w} for n, w in case.skipped.items()]
+    rows = [{"op": case.name, "size": case.size, **row} for row in rows]
     return sorted(rows, key=lambda row: (row["pass"], row.get("median_ms", float("inf"))))
 
 
-def rehearse(passes: list[Pass], device: torch.device) -> tuple[list[Pass], dict[str, str]]:
-    """The passes that can be run by themselves, and why the others cannot, by provider."""
-    fit, failed = [], {}
-    for one in passes:
-        try:
-            one.run(one.prepare())
-            synchronize(device)
-            fit.append(one)
-        except Exception as error:  # as in `judge`
-            failed[one.provider.name] = reason(error)
-    return fit, failed
-
-
-def reason(error: Exception) -> str:
-    """A row's problem: the kind of error and its first line."""
-    return f"{type(error).__name__}: {error}".split("\n")[0]
+def attempt(do: Callable[..., Any], *args: Any) -> tuple[Any, str]:
+    """What came of it; or None, and the error's kind and first line: the row's problem."""
+    try:
+        return do(*args), ""
+    except Exception as error:  # another library's failure is that row's result
+        return None, f"{type(error).__name__}: {error}".split("\n")[0]
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
@@ -181,74 +173,73 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         here = [row for row in rows if row["pass"] == kind]
         print(f"\n{here[0]['op']} {kind}, {here[0]['size']}")
         for row in here:
-            if "median_ms" not in row:
-                print(f"  {row['provider']:28} -- {row['problem']}")
-                continue
-            text = f"{row['median_ms']:9.4f} ms [{row['q1_ms']:.4f}, {row['q3_ms']:.4f}]"
-            text += f" {row['rate']:7.1f} {row['unit']}"
-            if "share_of_roof" in row:
-                text += f" ({row['share_of_roof']:.0%} of the roof)"
-            text += f"  error {max(row['errors']):.1e}"
-            if "ours_is" in row:
-                text += f"  fastgpt/it {Ratio(*row['ours_over_it'])}"
+            text = f"-- {row['problem']}"
+            if "median_ms" in row:
+                text = f"{row['median_ms']:9.4f} ms [{row['q1_ms']:.4f}, {row['q3_ms']:.4f}]"
+                text += f" {row['rate']:7.1f} {row['unit']}"
+                if "share_of_roof" in row:
+                    text += f" ({row['share_of_roof']:.0%} of the roof)"
+                text += f"  error {max(row['errors']):.1e}"
+                if "ours_is" in row:
+                    text += f"  fastgpt/it {Ratio(*row['ours_over_it'])}"
             print(f"  {row['provider']:28} {text}")
 
 
-def peak_memory(prepared: Pass, device: torch.device) -> int:
-    """Bytes that a pass takes besides its inputs; 0 on a CPU, where nobody counts."""
-    if device.type != "cuda":
-        return 0
-    given = prepared.prepare()
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    prepared.run(given)
-    return torch.cuda.max_memory_allocated(device) - before
+class Session:
+    """A run of cases: their rows against this device's roofs, shown and kept as they come."""
+
+    def __init__(
+        self, name: str, argv: list[str], rounds: int, device: torch.device, out: Path | None
+    ):
+        self.rounds, self.out, self.roofs = rounds, out, roof.measure(device)
+        self.result = results.Result(name, argv, {"rounds": rounds, "roofs": self.roofs})
+        roofs = [f"{v:,.1f} {k}" for k, v in self.roofs.items()]
+        print(" · ".join([provenance.device_name(), *roofs]))
+        self.result.save(out)
+
+    def measure(
+        self, make: Callable[[], Case], *key: str, without: str = "", **labels: str
+    ) -> Rows:
+        """`key` names the columns whose values are a row's key, `labels` are further columns."""
+        torch.manual_seed(0)
+        found: Rows = [labels | row for row in measure(complete(make(), without), self.rounds)]
+        for row in found:
+            row["key"] = " | ".join(row[k] for k in key)
+            if "rate" in row:
+                row["share_of_roof"] = row["rate"] / self.roofs[row["unit"]]
+        show(found)
+        self.result.rows.extend(found)
+        self.result.save(self.out)
+        gc.collect()
+        torch._dynamo.reset()  # or the recompile limit ends the next op's compiling
+        torch.cuda.empty_cache()
+        return found
+
+
+def add_rounds(parser: setup.Parser) -> None:
+    kind = setup.at_least(MIN_ROUNDS)
+    parser.add_argument("--rounds", type=kind, default=30, help="timings of each provider")
 
 
 def main(argv: list[str]) -> int:
-    parser = setup.parser("kernels", __doc__)
+    parser = setup.Parser("kernels", __doc__)
     parser.add_argument("ops", nargs="*", help=f"of {', '.join(CASES)}; default: all")
-    parser.add_argument(
-        "--rounds", type=at_least(MIN_ROUNDS), default=30, help="timings of each provider"
-    )
+    add_rounds(parser)
     parser.add_argument("--sweep", action="store_true", help="over T, width and vocabulary too")
-    gpu = torch.cuda.is_available()
-    setup.add_out(parser)
     args = parser.parse_args(argv)
     if unknown := [op for op in args.ops if op not in CASES]:
         parser.error(f"no op {unknown[0]!r}: there are {', '.join(CASES)}")
+    gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     if not gpu:
         print("no GPU: tiny sizes on the CPU, where fastgpt runs plain PyTorch; times mean nothing")
     with setup.one_thread(device):
-        return run(args, device, argv)
-
-
-def run(args: argparse.Namespace, device: torch.device, argv: list[str]) -> int:
-    """Measure, show and save what `main` was asked for. 1: one of our own kernels is wrong."""
-    gpu = device.type == "cuda"
-    roofs = roof.measure(device)
-    result = results.Result("kernels", argv, {"rounds": args.rounds, "roofs": roofs})
-    print(" · ".join([provenance.device_name(), *(f"{v:,.1f} {k}" for k, v in roofs.items())]))
-    result.save(args.out)
-    for op in args.ops or CASES:
-        for size in (0, *(SWEEPS[op] if gpu else SMALL_SWEEPS[op])) if args.sweep else (0,):
-            torch.manual_seed(0)
-            case = CASES[op](device, size)
-            found = measure(case, device, args.rounds)
-            for row in found:
-                row["key"] = " | ".join(row[k] for k in ("op", "size", "pass", "provider"))
-                if "rate" in row:
-                    row["share_of_roof"] = row["rate"] / roofs[row["unit"]]
-            show(found)
-            result.rows.extend(found)
-            result.save(args.out)
-            del case
-            gc.collect()
-            torch._dynamo.reset()  # or the recompile limit ends the next op's compiling
-            if gpu:
-                torch.cuda.empty_cache()
-    if path := result.finish(args.out):
-        print(f"written: {path}")
-    ours_wrong = [r for r in result.rows if r["provider"].startswith(OURS) and r["problem"]]
-    return 1 if ours_wrong else 0
+        session = Session("kernels", argv, args.rounds, device, args.out)
+        for op in args.ops or CASES:
+            swept = (SWEEPS[op] if gpu else SMALL_SWEEP) if args.sweep else ()
+            for size in (0, *swept):
+                session.measure(partial(CASES[op], device, size), "op", "size", "pass", "provider")
+    session.result.end(args.out)
+    # Only our own kernels' failures are this command's.
+    mine = [row for row in session.result.rows if row["provider"].startswith(OURS)]
+    return 1 if any(row["problem"] for row in mine) else 0

@@ -13,15 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # What a result depends on: every module of these packages, so that no new one is forgotten.
 PACKAGES = ("fastgpt", "kernels/fastgpt_kernels", "bench")
-_QUERY = (
-    "name",
-    "driver_version",
-    "clocks.sm",
-    "clocks.mem",
-    "power.draw",
-    "power.limit",
-    "temperature.gpu",
-)
+_CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
+_QUERY = ("name", "driver_version", *_CLOCKS)
 # What drivers since 535 and those before call the same bits.
 _THROTTLING = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
 
@@ -54,12 +47,17 @@ def output_of(*command: str, cwd: Path = ROOT) -> str:
 
 
 def commit(folder: Path = ROOT) -> str:
-    """The commit checked out in a folder, with "-dirty" where tracked files differ from it."""
+    """The commit checked out in a folder, with "-dirty" if tracked files differ from it."""
     name = output_of("git", "rev-parse", "--short=10", "HEAD", cwd=folder)
     if not re.fullmatch(r"[0-9a-f]{7,40}", name):
         return "unknown"
     changed = output_of("git", "status", "--porcelain", "--untracked-files=no", cwd=folder)
     return name if changed == "unknown" else f"{name}-dirty"
+
+
+def peer(path: str) -> dict[str, str]:
+    """The setting that says which commit of another project took part; {} without one."""
+    return {"peer_commit": commit(Path(path).expanduser())} if path else {}
 
 
 def gpu_state() -> dict[str, str]:

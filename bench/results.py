@@ -12,22 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from bench import provenance
-from bench.stats import Ratio
+from bench.stats import Ratio, summarize
 
 SCHEMA = 1
 NOT_YET = "the run was cut short before this was measured"
 FOLDER = Path(__file__).parent / "results"
-_WANTED = {
+_WANTED: dict[str, type] = {
     "schema": int,
-    "name": str,
-    "command": str,
-    "date": str,
-    "environment": dict,
-    "gpu_before": dict,
-    "gpu_after": dict,
-    "settings": dict,
-    "rows": list,
-    "problems": list,
+    **dict.fromkeys(("name", "command", "date"), str),
+    **dict.fromkeys(("environment", "gpu_before", "gpu_after", "settings"), dict),
+    **dict.fromkeys(("rows", "problems"), list),
     "complete": bool,
 }
 
@@ -62,17 +56,14 @@ class Result:
     def problems(self) -> list[str]:
         return self.data["problems"]
 
-    def save(self, folder: Path | None, also: str = "") -> Path | None:
-        """Write `<folder>/<gpu>/<date>-<commit>-<name>[-also].json`; None: nowhere.
-
-        Where there is a GPU and no folder was asked for, callers give `FOLDER`.
-        """
+    def save(self, folder: Path | None) -> Path | None:
+        """Write `<folder>/<gpu>/<date>-<commit>-<name>.json`; None: nowhere."""
         if folder is None:
             return None
         self.data["gpu_after"] = provenance.gpu_state()
         environment = self.data["environment"]
         stamp = re.sub(r"[-:]", "", self.data["date"]).replace("T", "-").rstrip("Z")
-        name = f"{stamp}-{environment['commit']}-{self.data['name']}{also and '-' + also}.json"
+        name = f"{stamp}-{environment['commit']}-{self.data['name']}.json"
         path = folder / slug(environment["device"]) / name
         write(path, self.data)
         return path
@@ -82,15 +73,37 @@ class Result:
         self.data["complete"] = True
         return self.save(folder)
 
+    def end(self, folder: Path | None, also: str = "") -> int:
+        """`finish`, and say where. The command's exit code: 1 if any row has a problem."""
+        if path := self.finish(folder):
+            print(f"written: {path}{also}")
+        return 1 if any(row["problem"] for row in self.rows) else 0
+
 
 def _command(name: str, argv: Sequence[str]) -> str:
-    """What to type for the same again; where the results go and the checkout lies is left out."""
+    """What to type for the same again, without the places of the results and of the checkout."""
     words, skip = ["python", "-m", "bench", name], False
     for word in argv:
         if not skip and word.split("=")[0] != "--out":
             words.append(word.replace(f"{provenance.ROOT}/", ""))
         skip = word == "--out"
     return shlex.join(words)
+
+
+def timed(samples: list[float]) -> dict[str, Any]:
+    """What a row says of its samples, in ms."""
+    s = summarize(samples)
+    return {"samples_ms": samples, "median_ms": s.median, "q1_ms": s.q1, "q3_ms": s.q3}
+
+
+def median_ms(row: dict[str, Any]) -> float:
+    return row.get("median_ms") or summarize(row["samples_ms"]).median
+
+
+def said(row: dict[str, Any]) -> str:
+    """A row's ratio in words; empty if it has none."""
+    r = row.get("ratio")
+    return str(Ratio(r["ratio"], r["low"], r["high"])) if r else ""
 
 
 def ratio(to: str, r: Ratio) -> dict[str, Any]:
@@ -113,7 +126,7 @@ def write(path: Path, data: dict[str, Any]) -> None:
 
 
 def check(data: Any, where: str) -> None:
-    """Raise ValueError where `data` is not a result of this schema."""
+    """Raise ValueError if `data` is not a result of this schema."""
     if not isinstance(data, dict):
         raise ValueError(f"{where}: not a result: not a JSON object")
     for key, kind in _WANTED.items():

@@ -7,15 +7,17 @@ import torch
 from fastgpt.model.peaks import measured_peak
 from fastgpt_kernels.tools.timing import interleaved
 
-COPY_BYTES = 1 << 30
-
 
 def measure(device: torch.device) -> dict[str, float]:
     """{"TFLOP/s": bf16 matmul (CPU: fp32), "GB/s": copy, reads and writes counted}."""
-    cuda = device.type == "cuda"
-    matmul = measured_peak(device, torch.bfloat16 if cuda else torch.float32).flops
-    n = (COPY_BYTES if cuda else COPY_BYTES >> 5) // 4
-    source = torch.randn(n, device=device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    matmul = measured_peak(device, dtype).flops
+    return {"TFLOP/s": matmul / 1e12, "GB/s": copy_bandwidth(device) / 1e9}
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes/s, reads plus writes, of a copy much larger than the caches; the best of several."""
+    source = torch.randn(1 << (28 if device.type == "cuda" else 24), device=device)
     target = torch.empty_like(source)
-    times = interleaved([lambda: target.copy_(source)], device, rounds=10)[0]
-    return {"TFLOP/s": matmul / 1e12, "GB/s": 8 * n / (min(times) * 1e-3) / 1e9}
+    (times,) = interleaved([lambda: target.copy_(source)], device, rounds=10)
+    return 2 * source.nbytes / (min(times) * 1e-3)

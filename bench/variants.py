@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,30 +20,65 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench import setup
-from fastgpt.config import settings
 from fastgpt.config.schema import Config
 from fastgpt.errors import UserError
 from fastgpt.model.build import build as build_model
-from fastgpt.model.device import DTYPES, synchronize
-from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.model.device import DTYPES
+from fastgpt.model.peaks import synchronize
 from fastgpt.train import graph, optim
 from fastgpt.train.step import Trainer
 
 PEER, HF = "peer", "hf"
+EAGER = {"kernels": "eager", "compile": False}
+COMPILED = {"kernels": "eager", "compile": True}
+FAST = {"kernels": "triton", "compile": True}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One contender. `kind` is ours, peer or hf; `overrides` as --op.NAME; `path` is the peer's."""
+    """One contender. `kind` is ours, peer or hf; `settings` by flat name, over the run's own."""
 
     name: str
+    settings: Mapping[str, Any] = field(default_factory=EAGER.copy)
     kind: str = "ours"
-    compile: bool = False
-    kernels: str = "eager"
-    graph: bool = False  # one CUDA graph a micro-step, where `fastgpt train` would make one
-    overrides: dict[str, str] = field(default_factory=dict)
-    path: str = ""
+    graph: bool = False  # one CUDA graph a micro-step, if `fastgpt train` would make one
+    path: str = ""  # a peer's checkout
     root: str = ""  # another checkout, whose fastgpt and kernels are measured; empty: this one
+
+
+def contenders(names: str, peer_path: str, gpu: bool) -> tuple[list[Variant], dict[str, str]]:
+    """The variants asked for, and why others are not there. Raises UserError."""
+    peer = str(Path(peer_path).expanduser().resolve()) if peer_path else ""
+    peer_name = Path(peer).name or "peer"
+    if peer and not Path(peer, "model.py").is_file():
+        raise UserError(f"--peer-path={peer_path}: there is no model.py in it")
+    known = {
+        "eager": Variant("eager"),
+        "compile": Variant("compile", COMPILED),
+        "kernels": Variant("kernels", {"kernels": "triton", "compile": False}),
+        "kernels+compile": Variant("kernels+compile", FAST, graph=True),
+        "peer": Variant(f"{peer_name}, eager", kind=PEER, path=peer),
+        "peer+compile": Variant(f"{peer_name}, compile", COMPILED, PEER, path=peer),
+        "hf": Variant("transformers, eager", kind=HF),
+        "hf+compile": Variant("transformers, compile", COMPILED, HF),
+    }
+    if names:
+        chosen = names.split(",")
+        for name in chosen:
+            if name not in known:
+                raise UserError(f"--variants: no {name!r}; there are {', '.join(known)}")
+            if name.startswith("peer") and not peer:
+                raise UserError(f"--variants: {name} needs --peer-path")
+        return [known[n] for n in chosen], {}
+    ours = ["eager", "compile", "kernels", "kernels+compile"] if gpu else ["eager"]
+    skipped = {} if gpu else {"compile": "not built without a GPU unless --variants names it"}
+    skipped |= {} if gpu else {"kernels": "no GPU", "kernels+compile": "no GPU"}
+    others = ["peer"] if peer else []
+    if importlib.util.find_spec("transformers") is None:
+        skipped["transformers"] = "not installed"
+    else:
+        others.append("hf")
+    return [known[n] for n in (*ours, *(f"{o}+compile" if gpu else o for o in others))], skipped
 
 
 class Stepper(Protocol):
@@ -61,12 +96,6 @@ class Stepper(Protocol):
     def evaluate(self, tokens: Tensor) -> Tensor: ...
 
 
-def first_weights(config: Config, vocab_size: int) -> dict[str, Tensor]:
-    """What our model starts with, on the CPU."""
-    model = GPT(ModelShape.of(config.model, vocab_size))
-    return model.init_weights(config.run.seed).state_dict()
-
-
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
     """Mixed precision for the forward pass; nothing for float32."""
     if dtype == "float32":
@@ -78,18 +107,15 @@ class Ours:
     """fastgpt.train.step.Trainer."""
 
     def __init__(self, variant: Variant, config: Config, vocab_size: int):
-        overrides = {f"op.{op}": to for op, to in variant.overrides.items()}
-        config = settings.replace(
-            config, kernels=variant.kernels, compile=variant.compile, **overrides
-        )
-        machine = setup.machine_of(config)
-        model = build_model(config, vocab_size, machine)
-        self.trainer = Trainer(model, config, machine)
-        self.choices = [f"{c.op}: {c.implementation} ({c.reason})" for c in self.trainer.choices]
+        machine = setup.machine(config)
+        self.trainer = Trainer(build_model(config, vocab_size, machine), config, machine)
+        choices = self.trainer.choices
+        self.choices = [f"{c.op}: {c.implementation} ({c.reason})" for c in choices]
         self.may_graph, self.graphed = variant.graph, False
+        self.step, self.evaluate = self.trainer.step, self.trainer.losses
 
     def warm_up(self, tokens: Tensor) -> None:
-        micro_batch = tokens[: self.trainer.config.optim.batch_size]
+        micro_batch = tokens[: self.trainer.batch_size]
         self.trainer.warm_up(0, micro_batch)
         if self.may_graph:
             self._capture(micro_batch)
@@ -108,33 +134,26 @@ class Ours:
                 why = f"not captured: {e}".splitlines()[0]
         self.choices.append(f"CUDA graph: {'yes' if self.graphed else 'no'} ({why})")
 
-    def step(self, step: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        return self.trainer.step(step, tokens)
-
-    def evaluate(self, tokens: Tensor) -> Tensor:
-        return self.trainer.losses(tokens)
-
 
 class Peer:
     """Another project's model in the loop that its own users run."""
 
-    def __init__(self, model: nn.Module, variant: Variant, config: Config):
+    def __init__(self, model: nn.Module, config: Config):
         self.config, self.device = config, torch.device(config.system.device)
         self.model = model.to(self.device).train()
-        params = [p for p in self.model.parameters() if p.requires_grad]
+        self.params = [p for p in self.model.parameters() if p.requires_grad]
         o = config.optim
         groups = [
-            {"params": [p for p in params if p.ndim >= 2], "weight_decay": o.weight_decay},
-            {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in self.params if p.ndim >= 2], "weight_decay": o.weight_decay},
+            {"params": [p for p in self.params if p.ndim < 2], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(
             groups, lr=o.learning_rate, betas=(o.beta1, o.beta2), fused=True
         )
-        self.params = params
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=config.system.dtype == "float16"
         )
-        self.forward = torch.compile(self.loss) if variant.compile else self.loss
+        self.forward = torch.compile(self.loss) if config.system.compile else self.loss
         self.choices, self.graphed = ["its own model, autocast, fused AdamW"], False
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
@@ -180,25 +199,18 @@ class NanoGPT(Peer):
 
     def __init__(self, variant: Variant, config: Config, vocab_size: int):
         module = _import_model(Path(variant.path))
-        m, weights = config.model, first_weights(config, vocab_size)
         # Its train.py takes 50304 for GPT-2's vocabulary and a data set's own otherwise.
         rows = 50304 if vocab_size == 50257 else vocab_size
-        with_sizes = module.GPTConfig(
-            block_size=m.block_size,
-            vocab_size=rows,
-            n_layer=m.n_layer,
-            n_head=m.n_head,
-            n_embd=m.n_embd,
-            dropout=m.dropout,
-            bias=m.bias,
-        )
-        model = module.GPT(with_sizes)
+        same = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+        sizes = {name: getattr(config.model, name) for name in same}
+        model = module.GPT(module.GPTConfig(vocab_size=rows, **sizes))
+        weights = setup.first_weights(config, vocab_size)
         weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:rows]
         missing, unexpected = model.load_state_dict(weights, strict=False)
         left = [k for k in missing if k != "lm_head.weight" and not k.endswith("attn.bias")]
         if left or unexpected:
             raise UserError(f"{variant.path}: not nanoGPT's model: {(left + unexpected)[0]}")
-        super().__init__(model, variant, config)
+        super().__init__(model, config)
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         # Its targets are viewed, not reshaped: they have to be contiguous, as its loader's are.
@@ -206,46 +218,34 @@ class NanoGPT(Peer):
 
 
 class HuggingFace(Peer):
-    """transformers' GPT2LMHeadModel with our weights; where we have no biases, its are frozen."""
+    """transformers' GPT2LMHeadModel with our weights; biases that ours lacks are frozen at zero."""
 
     def __init__(self, variant: Variant, config: Config, vocab_size: int):
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        m, weights = config.model, first_weights(config, vocab_size)
-        model = GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=vocab_size,
-                n_positions=m.block_size,
-                n_embd=m.n_embd,
-                n_layer=m.n_layer,
-                n_head=m.n_head,
-                activation_function="gelu" if m.gelu == "erf" else "gelu_new",
-                resid_pdrop=m.dropout,
-                embd_pdrop=m.dropout,
-                attn_pdrop=m.dropout,
-                use_cache=False,
-                bos_token_id=None,
-                eos_token_id=None,
-            )
-        )
+        m = config.model
+        sizes = {"n_positions": m.block_size, "vocab_size": vocab_size}
+        sizes |= {"n_embd": m.n_embd, "n_layer": m.n_layer, "n_head": m.n_head}
+        without: dict[str, Any] = {"use_cache": False, "bos_token_id": None, "eos_token_id": None}
+        gelu = "gelu" if m.gelu == "erf" else "gelu_new"
+        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), m.dropout)
+        settings = GPT2Config(**sizes, **dropout, **without, activation_function=gelu)
+        model = GPT2LMHeadModel(settings)
+        weights = setup.first_weights(config, vocab_size)
         weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:vocab_size]
         for name, p in model.named_parameters():
             if name in weights:
-                w = weights[name]
-                p.data.copy_(w.T if _is_conv1d(name) else w)
+                # transformers keeps these (in, out), as GPT-2's first code did.
+                turned = name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
+                p.data.copy_(weights[name].T if turned else weights[name])
             else:
                 p.data.zero_()
                 p.requires_grad_(False)
-        super().__init__(model, variant, config)
+        super().__init__(model, config)
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         logits = self.model(input_ids=idx).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-
-def _is_conv1d(name: str) -> bool:
-    """transformers keeps these (in, out), as GPT-2's first code did."""
-    return name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
 
 
 def _import_model(folder: Path) -> Any:
@@ -261,7 +261,8 @@ def _import_model(folder: Path) -> Any:
 
 def build(variant: Variant, config: Config, vocab_size: int) -> Stepper:
     """The variant's model and optimizer on the config's device. Raises UserError."""
-    exact = config.system.dtype == "float32" and not getattr(config.system, "tf32", True)
+    config = setup.with_values(config, dict(variant.settings))
+    exact = config.system.dtype == "float32" and not config.system.tf32
     torch.set_float32_matmul_precision("highest" if exact else "high")  # peers' too
     torch.manual_seed(config.run.seed)
     kinds: dict[str, Callable[..., Stepper]] = {"ours": Ours, PEER: NanoGPT, HF: HuggingFace}

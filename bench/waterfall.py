@@ -7,7 +7,7 @@ how long to time steps, --traced_steps=3 how many the profiler looks at. All oth
 of `fastgpt train`; without a preset it is gpt2 on a GPU and laptop elsewhere.
 
 The step is the trainer's own, `Trainer.step` with prefetched batches of random tokens, compiled
- and on the kernels that `fastgpt train` would use; the vocabulary is that of the preset's
+and on the kernels that `fastgpt train` would use; the vocabulary is that of the preset's
 corpus: 256 bytes, 65 characters or GPT-2's 50,257. It is timed without the profiler (device
 events on a GPU, medians) before and after it is traced; reading the loss for a log line is not in
 it, and neither is the CUDA graph that `fastgpt train` makes of a small model's step: a trace does
@@ -17,41 +17,36 @@ file, whose one row has the rungs (schema: bench/ladder.py), a PNG and an SVG.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib.util
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench import ladder, ladder_table, picture, results, setup, trace
+from bench import ladder, ladder_table, picture, results, roof, setup, trace
 from bench.categories import DATA_SCOPE, Sizes
+from bench.turns import mark, ms_between
+from bench.variants import Ours, Variant, build
 from fastgpt.config import settings
-from fastgpt.config.presets import PRESETS
 from fastgpt.config.schema import Config
 from fastgpt.data import token_files
 from fastgpt.data.batches import Batches
 from fastgpt.data.prefetch import Prefetcher
 from fastgpt.data.tokens import TokenSplit, TokenWriter
-from fastgpt.data.vocabulary import GPT2_VOCAB
 from fastgpt.errors import UserError
 from fastgpt.model import ops
-from fastgpt.model.build import build
-from fastgpt.model.device import synchronize
-from fastgpt.model.peaks import Peak, measured_peak, table_peak
-from fastgpt.train.step import Trainer
+from fastgpt.model.peaks import measured_peak, synchronize
 
-# Of the corpora that are not made of GPT-2's tokens.
-VOCABULARIES = {"python_stdlib": 256, "shakespeare_char": 65}
 MAX_RESIDUAL = 0.02
 ATTEMPTS = 3
 
@@ -63,17 +58,17 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         config, name, own = parse(argv)
-        try:
-            return run(config, name, own, argv)
-        except torch.OutOfMemoryError as e:
-            o, m = config.optim, config.model
-            raise UserError(
-                f"out of memory at --batch_size={o.batch_size} x --block_size={m.block_size}: "
-                "a smaller --batch_size fits"
-            ) from e
+        return run(config, name, own, argv)
+    except torch.OutOfMemoryError:
+        o, m = config.optim, config.model
+        why = (
+            f"out of memory at --batch_size={o.batch_size} x --block_size={m.block_size}: "
+            "a smaller --batch_size fits"
+        )
     except (UserError, trace.TraceError) as e:
-        print(f"bench waterfall: {e}", file=sys.stderr)
-        return 2
+        why = str(e)
+    print(f"bench waterfall: {why}", file=sys.stderr)
+    return 2
 
 
 def parse(argv: Sequence[str]) -> tuple[Config, str, dict[str, str]]:
@@ -82,8 +77,6 @@ def parse(argv: Sequence[str]) -> tuple[Config, str, dict[str, str]]:
     if len(positional) > 1:
         raise UserError(f"{' '.join(positional)}: one preset is wanted")
     name = positional[0] if positional else ("gpt2" if torch.cuda.is_available() else "laptop")
-    if name not in PRESETS:
-        raise settings.unknown_key(name, list(PRESETS), "", what="preset")
     names: tuple[str, ...] = ("out", "seconds", "traced_steps")
     own = {key: flags.pop(key) for key in names if key in flags}
     for key, kind in (("seconds", float), ("traced_steps", int)):
@@ -93,21 +86,15 @@ def parse(argv: Sequence[str]) -> tuple[Config, str, dict[str, str]]:
             good = False
         if not good:
             raise UserError(f"--{key}={own[key]}: wanted a number above 0, at most 3600")
-    config = settings.apply_flags(PRESETS[name](), flags)
-    settings.check(config)
-    machine = setup.machine_of(config)
-    if machine.device.type == "mps":
+    config = setup.preset_of(name, flags)
+    if config.system.device == "mps":
         raise UserError("--device=mps: traces of it hold no kernels; pass --device=cpu")
-    return settings.replace(config, **machine.settings), name, own
+    return config, name, own
 
 
 def run(config: Config, name: str, own: dict[str, str], argv: Sequence[str]) -> int:
     seconds = float(own.get("seconds", 10))
-    # Where the results went is of this machine, not of the measurement.
-    told = [
-        a for i, a in enumerate(argv) if not (a.startswith("--out") or "--out" in argv[i - 1 : i])
-    ]
-    result = results.Result("waterfall", told, settings.to_dict(config))
+    result = results.Result("waterfall", list(argv), settings.to_dict(config))
     default = Path("out/bench") if config.system.device == "cpu" else results.FOLDER
     out = Path(own["out"]) if "out" in own else default
     result.rows.append({"key": name, "problem": results.NOT_YET})
@@ -129,10 +116,11 @@ def run(config: Config, name: str, own: dict[str, str], argv: Sequence[str]) -> 
         print(f"bench waterfall: {missed}; is something else running here?", file=sys.stderr)
     path = result.finish(out)
     assert path is not None
+    compiled = "compiled" if config.system.compile else "not compiled"
     footer = " · ".join(
         [
             where["device"],
-            f"{config.system.dtype}, {'compiled' if config.system.compile else 'not compiled'}",
+            f"{config.system.dtype}, {compiled}",
             f"{steps.tokens:,} tokens a step",
             f"torch {where['torch']}",
             result.data["date"][:10],
@@ -141,13 +129,12 @@ def run(config: Config, name: str, own: dict[str, str], argv: Sequence[str]) -> 
         ]
     )
     title = f"{name}, {steps.trainer.model.n_params() / 1e6:.3g}M parameters, on {where['device']}"
-    note = "CPU picture" if on_cpu else ""
-    pictures = [path.with_suffix(f".{kind}") for kind in picture.FORMATS]
-    if importlib.util.find_spec("matplotlib") is None:
-        print(f"written: {path}; no picture: matplotlib is not installed")
-    else:
-        picture.draw(found, title, footer, pictures, note)
-        print(f"written: {path}, .png and .svg")
+    also = "; no picture: matplotlib is not installed"
+    if importlib.util.find_spec("matplotlib") is not None:
+        pictures = [path.with_suffix(f".{kind}") for kind in picture.FORMATS]
+        picture.draw(found, title, footer, pictures, "CPU picture" if on_cpu else "")
+        also = ", .png and .svg"
+    print(f"written: {path}{also}")
     return 0 if whole else 1
 
 
@@ -155,25 +142,19 @@ class Steps:
     """The trainer's steps, one after another, as the training loop runs them. A context manager."""
 
     def __init__(self, config: Config):
-        self.config, self.machine = config, setup.machine_of(config)
-        self.device, self.step = self.machine.device, 0
-        m, o = config.model, config.optim
+        self.config, self.device = config, torch.device(config.system.device)
+        self.step = 0
+        m, o, system = config.model, config.optim, config.system
         self.tokens = o.rows * m.block_size
-        vocab_size = VOCABULARIES.get(config.data.dataset, GPT2_VOCAB)
-        model = build(config, vocab_size, self.machine)
-        self.trainer = Trainer(model, config, self.machine)
-        self.sizes = Sizes(
-            batch_size=o.batch_size,
-            block_size=m.block_size,
-            n_layer=m.n_layer,
-            n_head=m.n_head,
-            n_embd=m.n_embd,
-            vocab_size=vocab_size,
-            padded_vocab_size=model.shape.padded_vocab_size,
-            bias=m.bias,
-            dropout=m.dropout,
-            micro_batches=o.gradient_accumulation_steps,
-        )
+        vocab_size = setup.vocabulary(config)
+        as_trained = {"kernels": system.kernels, "compile": system.compile}
+        stepper = build(Variant("as trained", as_trained), config, vocab_size)
+        self.trainer = cast(Ours, stepper).trainer
+        shape = self.trainer.model.shape
+        names = [f.name for f in dataclasses.fields(Sizes)]
+        known = settings.to_dict(config) | {"padded_vocab_size": shape.padded_vocab_size}
+        known |= {"vocab_size": vocab_size, "micro_batches": o.gradient_accumulation_steps}
+        self.sizes = Sizes(**{name: known[name] for name in names})
 
     def __enter__(self) -> Steps:
         with ExitStack() as stack:
@@ -209,7 +190,7 @@ class Steps:
         """Run `count` + 1 steps. ms from the beginning of each to that of the next: `count`."""
         marks = []
         for _ in range(count + 1):
-            marks.append(self._mark())
+            marks.append(mark(self.device))
             with record_function(trace.STEP_SCOPE):
                 with record_function(DATA_SCOPE):
                     tokens = self.prefetcher.get(self.step)
@@ -217,27 +198,16 @@ class Steps:
             self.step += 1
         synchronize(self.device)
         self.trainer.check()
-        return [_ms(a, b) for a, b in zip(marks, marks[1:], strict=False)]
-
-    def _mark(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
-
-
-def _ms(a: Any, b: Any) -> float:
-    return (b - a) * 1e3 if isinstance(a, float) else a.elapsed_time(b)
+        return [ms_between(a, b) for a, b in zip(marks, marks[1:], strict=False)]
 
 
 def measure(steps: Steps, seconds: float, traced_steps: int) -> tuple[ladder.Ladder, list[float]]:
     """The ladder of the step, and the ms of every step timed without the profiler."""
-    model, dtype = steps.trainer.model, steps.machine.torch_dtype
+    model, dtype = steps.trainer.model, steps.trainer.machine.torch_dtype
     one = statistics.median(steps.run(3))
     count = int(min(max(seconds * 1e3 / 4 / one, 5), 200))
     samples = steps.run(count)
-    base = peaks(steps.device, dtype, steps.machine.peak_tflops)
+    base = peaks(steps.config)
     work = ladder.count_work(
         steps.sizes,
         model.n_params(),
@@ -276,35 +246,20 @@ def traced(steps: Steps, count: int) -> tuple[trace.Breakdown, float]:
     return parts, statistics.fmean(times[1:])
 
 
-def peaks(device: torch.device, dtype: torch.dtype, override_tflops: float) -> ladder.Measured:
-    """Matmul peak and copy bandwidth measured here, and the data sheet's figure where there is one.
+def peaks(config: Config) -> ladder.Measured:
+    """Matmul peak and copy bandwidth measured here, and the data sheet's figure if there is one.
 
     `step_ms` and `traced_ms` are left at 0.
     """
-    sheet = table_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    if override_tflops:
-        sheet = Peak(override_tflops * 1e12, "--peak_tflops")
-    matmul = measured_peak(device, dtype)
+    machine = setup.machine(config)
+    matmul, peak = measured_peak(machine.device, machine.torch_dtype), machine.peak
+    sheet = peak if peak.source != matmul.source else None  # the peak is measured without one
     return ladder.Measured(
         step_ms=0.0,
         traced_ms=0.0,
         matmul_flops=matmul.flops,
         matmul_source=matmul.source,
-        copy_bytes=copy_bandwidth(device),
+        copy_bytes=roof.copy_bandwidth(machine.device),
         datasheet_flops=sheet.flops if sheet else None,
         datasheet_source=sheet.source if sheet else "",
     )
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes/s, reads plus writes, of a copy much larger than the caches; the best of several."""
-    n_bytes = 1 << (30 if device.type == "cuda" else 26)
-    a, b = (torch.empty(n_bytes, dtype=torch.uint8, device=device).random_() for _ in range(2))
-    best = float("inf")
-    for _ in range(10):
-        synchronize(device)
-        start = time.perf_counter()
-        b.copy_(a)
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * n_bytes / best

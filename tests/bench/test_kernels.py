@@ -8,10 +8,8 @@ import pytest
 import torch
 
 from bench import kernels, results
-from bench.kernel_cases import Case, Provider, late
-from bench.kernels import CASES
-
-CPU = torch.device("cpu")
+from bench.cases import CASES, Case
+from bench.rivals import Provider, late
 
 
 def test_runs_on_a_cpu_and_writes_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,7 +28,12 @@ def test_runs_on_a_cpu_and_writes_json(tmp_path: Path, monkeypatch: pytest.Monke
             assert row["problem"] and "median_ms" not in row
 
 
-def doubled(device: torch.device, size: int = 0) -> Case:
+class Doubled(Case):
+    def truth(self) -> list[torch.Tensor]:
+        return [self.inputs[0].double() * 2, self.dys[0].double() * 2]
+
+
+def doubled() -> Case:
     """y = 2 x, by four providers of which two are at fault."""
     x, dy = torch.randn(2, 50)
 
@@ -43,12 +46,11 @@ def doubled(device: torch.device, size: int = 0) -> Case:
         Provider("nearly", lambda x: x * 2.001),
         Provider("broken", broken),
     ]
-    oracle = [x.double() * 2, dy.double() * 2]
-    return Case("doubled", "50", [x], [dy], providers, lambda: oracle, "GB/s", {"forward": 400.0})
+    return Doubled("doubled", "50", [x], [dy], {"forward": 400.0}, "GB/s", providers=providers)
 
 
 def test_no_time_for_a_wrong_provider(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = kernels.measure(doubled(CPU), CPU, rounds=6)
+    rows = kernels.measure(doubled(), rounds=6)
     by_name = {row["provider"]: row for row in rows}
     assert by_name["nearly"]["problem"].startswith("wrong: relative errors 5.0e-04")
     assert by_name["broken"]["problem"] == "RuntimeError: no such engine"
@@ -62,12 +64,13 @@ def test_no_time_for_a_wrong_provider(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_wrong_kernel_of_ours_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(device: torch.device, size: int = 0) -> Case:
-        case = doubled(device)
+        case = doubled()
         case.providers[0] = Provider("fastgpt", lambda x: x * 3)
         return case
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(CASES, "doubled", wrong)
+    monkeypatch.setattr(kernels, "complete", lambda case, without: case)
     assert kernels.main(["doubled", "--rounds", "6"]) == 1
 
 
@@ -105,9 +108,9 @@ def test_another_librarys_failures_are_its_own(monkeypatch: pytest.MonkeyPatch) 
         def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
             return dy * 2
 
-    case = doubled(CPU)
+    case = doubled()
     case.providers += [Provider("absent", late(no_import)), Provider("once", OnlyOnce.apply)]
-    rows = {row["provider"]: row for row in kernels.measure(case, CPU, rounds=6)}
+    rows = {row["provider"]: row for row in kernels.measure(case, rounds=6)}
     assert rows["absent"]["problem"].startswith("ImportError: libnothing.so")
     assert rows["once"]["problem"] == "RuntimeError: out of something"
     assert "median_ms" not in rows["absent"] and "median_ms" not in rows["once"]
@@ -116,13 +119,13 @@ def test_another_librarys_failures_are_its_own(monkeypatch: pytest.MonkeyPatch) 
 
 def test_eager_itself_may_fail() -> None:
     """Then the others are held against rounding alone."""
-    case = doubled(CPU)
+    case = doubled()
     (eager,) = [p for p in case.providers if p.name == "eager"]
 
     def no_memory(x: torch.Tensor) -> torch.Tensor:
         raise torch.OutOfMemoryError("no memory")
 
     eager.forward = no_memory
-    rows = {row["provider"]: row for row in kernels.measure(case, CPU, rounds=6)}
+    rows = {row["provider"]: row for row in kernels.measure(case, rounds=6)}
     assert rows["eager"]["problem"] == "OutOfMemoryError: no memory"
     assert rows["fastgpt"]["median_ms"] > 0 and rows["nearly"]["problem"].startswith("wrong")

@@ -7,13 +7,10 @@ from typing import Any
 
 import pytest
 
-from bench import ablate, convergence, results, setup, step, turns
-from bench.stats import TOO_FEW
+from bench import ablate, results, setup, step, turns
 from bench.turns import Measured
-from bench.variants import PEER, Variant, build
+from bench.variants import FAST, PEER, Variant, build
 from fastgpt.errors import UserError
-from fastgpt.train import mfu
-from tests.runs import write_text
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--n_layer=1", "--n_embd=32", "--block_size=16", "--device=cpu", "--peak_tflops=1"]
@@ -78,14 +75,13 @@ def test_real_steps_take_turns(tmp_path: Path) -> None:
         rounds=2,
         turn_s=0.01,
         builders=2,
-        judge=step.judge(0.0),
         progress=lambda found: seen.append([len(m.samples) for m in found]),
     )
     assert not ours.problem and not elsewhere.problem and not peer.problem
     assert ours.built["source"] == str(ROOT / "fastgpt/__init__.py")
     assert elsewhere.built["source"] == str(other / "fastgpt/__init__.py")
     assert ours.built["losses"] == elsewhere.built["losses"]
-    assert step.apart(peer.built["losses"], ours.built["losses"]) < 1e-5
+    assert turns.apart(peer.built["losses"], ours.built["losses"]) < 1e-5
     assert ours.built["losses"][-1] < ours.built["losses"][0] - 0.05  # it does learn
     assert seen == [[0] * 4, [0] * 4, [1, 1, 1, 0], [2, 2, 2, 0]]
     assert all(ms > 0 for ms in ours.samples)
@@ -131,7 +127,7 @@ def test_judge(losses: list[float], norms: list[float], right: bool) -> None:
         Measured(Variant("eager"), BUILT),
         Measured(Variant("kernels"), BUILT | {"losses": losses, "grad_norms": norms}),
     ]
-    step.judge(dropout=0.0)(found)
+    turns.judge(found, dropout=0.0)
     assert not found[0].problem and bool(found[1].problem) != right
 
 
@@ -159,7 +155,7 @@ def test_numbers_of_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert compiled["ratio"]["ratio"] == pytest.approx(10.5 / 20)
     config, vocab_size = setup.configure("gpt2", dict(f[2:].split("=") for f in TINY))
     rate = 4 * 16 / 20e-3
-    flops = mfu.flops_per_token(step.sizes_only(config, vocab_size))
+    flops = setup.flops_per_token(config, vocab_size)
     assert eager["tokens_per_second"] == pytest.approx(rate)
     assert eager["mfu"] == pytest.approx(flops.mfu * rate / 1e12)
     assert eager["mfu"] > eager["mfu_causal"] > eager["mfu_6n"] > 0
@@ -181,8 +177,9 @@ def test_ablation_of_known_worth(
 def test_ablation_switches_what_the_fast_path_leaves_to_libraries() -> None:
     def overrides(arch: str) -> dict[str, str]:
         fast, *others = ablate.contenders(arch)
-        assert not fast.overrides
-        return {op: to for v in others for op, to in v.overrides.items()}
+        assert fast.settings == FAST
+        changed = [v.settings.items() - FAST.items() for v in others]
+        return {op.removeprefix("op."): to for ((op, to),) in changed}
 
     hopper = overrides("sm_90")
     assert hopper["attention"] == "eager" and hopper["linear"] == hopper["adamw"] == "triton"
@@ -224,47 +221,6 @@ def test_bad_arguments(args: list[str], message: str, capsys: pytest.CaptureFixt
 def test_what_cannot_be_built(tmp_path: Path) -> None:
     config, vocab_size = setup.configure("gpt2", dict(f[2:].split("=") for f in TINY))
     with pytest.raises(UserError, match="no GPU"):
-        build(Variant("kernels", kernels="triton"), config, vocab_size)
+        build(Variant("kernels", {"kernels": "triton"}), config, vocab_size)
     with pytest.raises(UserError, match="there is no model.py"):
         build(Variant("peer", kind=PEER, path=str(tmp_path)), config, vocab_size)
-
-
-def test_convergence(tmp_path: Path) -> None:
-    """Real runs to a loss that they meet."""
-    text = write_text(tmp_path)
-    peer = write_peer(tmp_path / "peer", 1.0)
-    data = [f"--input={text}", "--tokenizer=byte", f"--data_dir={tmp_path}/data"]
-    common = [*TINY, *data, "--max_iters=60", "--eval_iters=2", f"--out={tmp_path}/out"]
-    assert convergence.main([*common, "--target=5.4", f"--peer-path={peer}"]) == 0
-    (path,) = results.files(tmp_path / "out")
-    ours, other = results.load(path)["rows"]
-    for row in (ours, other):
-        (run,) = row["runs"]
-        assert run["reached"] and run["curve"][-1][2] <= 5.4 < run["curve"][-2][2]
-        assert 0 < run["seconds"] == run["curve"][-1][0] and "under_way" not in row
-    assert other["ratio"]["verdict"] == TOO_FEW  # one seed
-    assert ours["runs"][0]["steps"] == other["runs"][0]["steps"]
-
-
-def test_convergence_that_is_cut_short_keeps_its_curve(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def run(race: Any, course: Any, progress: Any) -> dict[str, Any]:
-        progress({"seconds": 1.0, "steps": 20, "curve": [[1.0, 20, 5.5]], "reached": False})
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(convergence, "one_run", run)
-    text = write_text(tmp_path)
-    data = [f"--input={text}", "--tokenizer=byte", f"--data_dir={tmp_path}/data"]
-    with pytest.raises(KeyboardInterrupt):
-        convergence.main([*TINY, *data, f"--out={tmp_path}/out"])
-    (path,) = results.files(tmp_path / "out")
-    (row,) = results.load(path)["rows"]
-    assert row["problem"] == results.NOT_YET and row["under_way"]["curve"] == [[1.0, 20, 5.5]]
-
-
-def test_a_target_that_was_not_met() -> None:
-    run = {"reached": False, "steps": 60, "curve": [[1.0, 30, 2.6], [2.0, 60, 2.5]]}
-    row = convergence.row_of(Variant("eager"), [run], "", target=0.1)
-    assert row["problem"] == "best loss 2.500 after 60 steps, target 0.1"
-    assert "samples_ms" not in row

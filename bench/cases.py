@@ -1,0 +1,241 @@
+"""What bench.kernels compares: an op at a size, who computes it, and the fp64 truth.
+
+A case has an op of `fastgpt_kernels`, random inputs, the op in eager PyTorch and the work of each
+pass. The truth is the op's reference in fp64; who else computes the op is in `bench/rivals.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import rivals, setup
+from bench.rivals import Provider, Tensors
+from fastgpt_kernels import reference
+from fastgpt_kernels.record import Sizes, record
+
+PIECE = 1 << 26  # values of a tensor that fp64 has in memory at a time
+
+
+@dataclass
+class Case:
+    """One op at one size. It is called with `inputs`, of which the last `shared` are weights that
+    all rows have in common, and `extras`. `work` is FLOPs or bytes by pass: forward, backward or,
+    for a loss, both together.
+    """
+
+    op: str  # of fastgpt_kernels
+    size: str  # in words; the dtype is added
+    inputs: Tensors  # floating-point ones that need gradients
+    dys: Tensors  # one gradient an output
+    work: dict[str, float]
+    unit: str = "TFLOP/s"  # or "GB/s"
+    shared: int = 0
+    extras: tuple[Any, ...] = ()  # tensors among them have a row a row
+    eager: Callable[..., Any] | None = None  # of inputs and extras; None: the op table's
+    kept: Sequence[int] | None = None  # rows that the truth speaks of; None: all
+    exact: Tensors | None = None  # the truth's inputs, if they are not `inputs`
+    owned: bool = False  # inputs are handed over as results of an op, fresh for every call
+    name: str = ""  # of the result's rows; "": op
+    providers: list[Provider] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)  # provider -> why it is not here
+
+    def __post_init__(self) -> None:
+        self.name = self.name or self.op
+        self.size += f" {str(self.inputs[0].dtype).removeprefix('torch.')}"
+        self.keep = torch.zeros(len(self.inputs[0]), dtype=torch.bool)
+        self.keep[slice(None) if self.kept is None else list(self.kept)] = True
+
+    @property
+    def device(self) -> torch.device:
+        return self.inputs[0].device
+
+    @property
+    def is_loss(self) -> bool:
+        return self.dys[0].ndim == 0
+
+    def bound(self, fn: Callable[..., Any] | None = None) -> Callable[..., Any]:
+        """`fn`, a function with the op's signature (default: eager), of the inputs alone."""
+        fn = fn or self.eager or record(self.op).eager
+        return lambda *inputs: fn(*inputs, *self.extras)
+
+    def pick(self, results: Tensors) -> Tensors:
+        """Of outputs and gradients, what the truth speaks of."""
+        keep = self.keep.to(self.device)
+        return [t[keep] if rows else t for t, rows in zip(results, self._by_row(), strict=True)]
+
+    def _by_row(self) -> list[bool]:
+        """Whether outputs and gradients have a row a row; others are sums over the rows."""
+        rows = len(self.inputs) - self.shared
+        return [not self.is_loss] * len(self.dys) + [True] * rows + [False] * self.shared
+
+    def truth(self) -> Tensors:
+        """Outputs and gradients in fp64, as `pick` has them.
+
+        In pieces of rows, which do not depend on each other: fp64 of all may not fit in memory.
+        """
+        options = {"reduction": "sum"} if self.is_loss else {}
+        fn = partial(getattr(reference, self.op), **options)
+        inputs, M, by_row = self.exact or self.inputs, len(self.keep), self._by_row()
+        found: list[Tensors] = [[] for _ in by_row]
+        split = len(inputs) - self.shared
+        widest = max(inputs[0][0].numel(), *(len(w) for w in inputs[split:]), 1)
+        sums = self.is_loss or self.shared  # over all rows
+        rows = torch.arange(M) if sums else self.keep.nonzero().flatten()
+        for some in rows.split(max(1, PIECE // widest)):
+            here, keep = some.to(self.device), self.keep[some].to(self.device)
+            leaves = [x[here] for x in inputs[:split]] + inputs[split:]
+            leaves = [x.detach().double().requires_grad_() for x in leaves]
+            y = fn(*leaves, *(x[here] if isinstance(x, Tensor) else x for x in self.extras))
+            y = list(y) if isinstance(y, tuple) else [y / M if self.is_loss else y]
+            dys = [dy.double() if self.is_loss else dy[here].double() for dy in self.dys]
+            both = [*(x.detach() for x in y), *torch.autograd.grad(y, leaves, dys)]
+            for t, row, held in zip(both, by_row, found, strict=True):
+                if row:
+                    held.append(t[keep])
+                else:
+                    held[:] = [held[0] + t if held else t]
+        return [
+            torch.cat(held) if row else held[0] for row, held in zip(by_row, found, strict=True)
+        ]
+
+
+def complete(case: Case, without: str = "") -> Case:
+    """The case with all who compute it here: fastgpt, eager PyTorch and the op's rivals, of which
+    one can be left out."""
+    op, arch = record(case.op), setup.arch(case.device)
+    obstacle = op.limits(Sizes(), torch.bfloat16, arch) if arch else "needs a GPU"
+    if obstacle and op.library:
+        case.skipped["fastgpt"] = obstacle
+    else:
+        case.providers.append(Provider("fastgpt", case.bound(op.ours)))
+    case.providers.append(Provider("eager", case.bound()))
+    rivals.add(case)
+    if without:
+        case.skipped[without] = "left out"
+        case.providers = [p for p in case.providers if p.name != without]
+    return case
+
+
+# --- the ops -------------------------------------------------------------------------------------
+
+
+def random(device: torch.device, *shapes: tuple[int, ...]) -> Tensors:
+    """Normal values in the dtype of measurements: bf16, on a CPU fp32."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+
+
+def attention(device: torch.device, size: int = 0) -> Case:
+    """Packed qkv in, (B, T, C) out, causal. `size` is T, at an equal number of tokens."""
+    B, T, H, D = (64, 1024, 12, 64) if device.type == "cuda" else (2, 64, 2, 32)
+    B, T, C = (max(2, B * T // size), size, H * D) if size else (B, T, H * D)
+    qkv, dy = random(device, (B, T, 3 * C), (B, T, C))
+    flops, kept = 2.0 * B * T * T * C, (0, B - 1)
+    work = {"forward": flops, "backward": 2.5 * flops}
+    label = f"B={B} T={T} {H}x{D} causal"
+    # The op table's eager row is PyTorch's fused one: a rival here.
+    return Case(
+        "attention", label, [qkv], [dy], work, extras=(H,), eager=single_ops, kept=kept
+    )  # fmt: skip
+
+
+def single_ops(qkv: Tensor, n_head: int) -> Tensor:
+    """Causal attention as nanoGPT has it without flash attention."""
+    B, T, C3 = qkv.shape
+    q, k, v = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)
+    hidden = torch.ones(T, T, dtype=torch.bool, device=qkv.device).triu(1)
+    p = (
+        (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5)
+        .masked_fill(hidden, float("-inf"))
+        .softmax(-1)
+    )
+    return (p @ v).transpose(1, 2).reshape(B, T, C3 // 3)
+
+
+def on_rows(
+    op: str, wide: int, streams: int, shared: int, moved: tuple[float, float]
+) -> Callable[..., Case]:
+    """The case of an op that has `streams` inputs (M, C) and outputs, and weights (C,).
+
+    It reads and writes (M, C) `moved` times, forward and backward; `size` is C.
+    """
+
+    def make(device: torch.device, size: int = 0) -> Case:
+        M, C = (65536, size or wide) if device.type == "cuda" else (64, size or wide // 8)
+        streamed, dys = (random(device, *[(M, C)] * streams) for _ in range(2))
+        weights = random(device, *[(C,)] * shared)
+        work = dict(zip(("forward", "backward"), (n * dys[0].nbytes for n in moved), strict=True))
+        # If there is a sum, all round it: what they add to that error is compared.
+        exact = [torch.stack(streamed).sum(0), *map(torch.zeros_like, streamed[1:]), *weights]
+        return Case(
+            op, f"{M} x {C}", [*streamed, *weights], dys, work, "GB/s", shared, exact=exact
+        )  # fmt: skip
+
+    return make
+
+
+def cross_entropy(device: torch.device, size: int = 0) -> Case:
+    """Loss and gradient together: when the gradient is computed is each provider's business."""
+    M, V = (65536, size or 50304) if device.type == "cuda" else (64, size or 500)
+    (logits,), targets = random(device, (M, V)), torch.randint(V, (M,), device=device)
+    return Case(
+        "cross_entropy",
+        f"{M} x {V}",
+        [logits],
+        [torch.ones((), device=device)],
+        {"both": 2.0 * logits.nbytes},
+        "GB/s",
+        extras=(targets,),
+        eager=F.cross_entropy,
+        kept=(0, 1, M // 2, M - 1),
+        owned=True,
+    )
+
+
+def linear_cross_entropy(device: torch.device, size: int = 0) -> Case:
+    """Loss and both gradients together; `size` is the vocabulary."""
+    M, C, V = (32768, 768, size or 50304) if device.type == "cuda" else (64, 32, size or 500)
+    x, weight = random(device, (M, C), (V, C))
+    one, targets = torch.ones((), device=device), torch.randint(V, (M,), device=device)
+    inputs, work = [x, weight / C**0.5], {"both": 6.0 * M * C * V}
+    label = f"{M} x {C} -> {V}"
+    return Case(
+        "linear_cross_entropy", label, inputs, [one], work, shared=1, extras=(targets,)
+    )  # fmt: skip
+
+
+def linear(device: torch.device, name: str, M: int, K: int, N: int) -> Case:
+    """y (M, N) = x (M, K) @ weight (N, K).T; of large ones the truth has the first rows."""
+    x, weight, dy = random(device, (M, K), (N, K), (M, N))
+    inputs, flops = [x, weight / K**0.5], 2.0 * M * K * N
+    work = {"forward": flops, "backward": 2 * flops}
+    kept = None if M * N <= 1 << 22 else range(512)
+    return Case(
+        "linear", f"{M} x {K} -> {N}", inputs, [dy], work, shared=1, kept=kept, name=name
+    )  # fmt: skip
+
+
+def mlp(device: torch.device, M: int, C: int) -> Case:
+    """The MLP (M, C) -> (M, C), GELU and biases included, all gradients."""
+    H = 4 * C
+    x, dy, fc, fc_bias, proj, bias = random(device, (M, C), (M, C), (H, C), (H,), (C, H), (C,))
+    inputs, flops = [x, fc / C**0.5, fc_bias, proj / H**0.5, bias], 4.0 * M * C * H
+    work = {"forward": flops, "backward": 2 * flops}
+    return Case("mlp", f"{M} x {C} -> {H} -> {C}", inputs, [dy], work, shared=4)
+
+
+CASES: dict[str, Callable[..., Case]] = {
+    "attention": attention,
+    "layer_norm": on_rows("layer_norm", 768, streams=1, shared=2, moved=(2, 3)),
+    "add_layer_norm": on_rows("add_layer_norm", 768, streams=2, shared=2, moved=(4, 4)),
+    "bias_gelu": on_rows("bias_gelu", 3072, streams=1, shared=1, moved=(2, 3)),
+    "cross_entropy": cross_entropy,
+    "linear_cross_entropy": linear_cross_entropy,
+}

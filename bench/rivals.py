@@ -1,0 +1,236 @@
+"""Who else computes the ops: PyTorch's other ways and other libraries, by op.
+
+A rival's function is made at its first call: another library's import can fail in any way, and then
+the failure is that rival's own. Rivals need a GPU; the others are listed with the reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fastgpt_kernels as ours
+from fastgpt_kernels.record import record
+
+if TYPE_CHECKING:
+    from bench.cases import Case
+
+Tensors = list[Tensor]
+
+
+@dataclass(frozen=True)
+class Rival:
+    """`make(case)` is a function of the case's inputs; `package` must be installed."""
+
+    name: str
+    make: Callable[[Case], Callable[..., Any]]
+    package: str = "torch"
+
+
+@dataclass
+class Provider:
+    """forward(*leaves) -> outputs. If it takes other leaves than the case's inputs, `leaves` makes
+    them, `dys` the gradients of its outputs, and `collect` brings results back to the op's form.
+    """
+
+    name: str
+    forward: Callable[..., Any]
+    leaves: Callable[[Tensors], Tensors] = lambda inputs: inputs
+    dys: Callable[[Tensors], Tensors] = lambda dys: dys
+    collect: Callable[[Tensors, Tensors], Tensors] = lambda outputs, grads: [*outputs, *grads]
+
+
+def add(case: Case) -> None:
+    """Add the op's rivals to a case, or to what it skips and why."""
+    cuda = case.device.type == "cuda"
+    for rival in RIVALS[case.op]:
+        if importlib.util.find_spec(rival.package) is None:
+            case.skipped[rival.name] = "not installed"
+        elif cuda:
+            case.providers.append(Provider(rival.name, late(partial(rival.make, case))))
+        else:
+            compiled = rival is TORCH_COMPILE
+            case.skipped[rival.name] = "not timed on the CPU" if compiled else "needs a GPU"
+    if case.op == "attention":
+        deterministic = partial(ours.attention, deterministic=True)
+        case.providers.append(Provider("fastgpt, deterministic", case.bound(deterministic)))
+        case.providers += [kernel_alone(case, name) for name in SDPA] if cuda else []
+    if case.op == "cross_entropy":
+        case.providers.append(Provider("eager, in fp32", case.bound(in_fp32)))
+
+
+def late(make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    """The function that `make` returns, made at its first call."""
+    made: list[Callable[..., Any]] = []
+
+    def forward(*leaves: Tensor) -> Any:
+        if not made:
+            made.append(make())
+        return made[0](*leaves)
+
+    return forward
+
+
+# --- torch.compile -------------------------------------------------------------------------------
+
+
+def in_fp32(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), targets)
+
+
+def compiled(case: Case) -> Callable[..., Any]:
+    fn = in_fp32 if case.op == "cross_entropy" else None
+    return torch.compile(case.bound(fn), fullgraph=True)
+
+
+def autotuned(case: Case) -> Callable[..., Any]:
+    mode = "max-autotune-no-cudagraphs"
+    return torch.compile(case.bound(), fullgraph=True, mode=mode, dynamic=False)
+
+
+# --- attention -----------------------------------------------------------------------------------
+
+SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+
+
+def heads(x: Tensor, n_head: int) -> Tensor:
+    """(B, T, C) -> (B, H, T, D)."""
+    return x.unflatten(-1, (n_head, -1)).transpose(1, 2)
+
+
+def flat(x: Tensor) -> Tensor:
+    """(B, H, T, D) -> (B, T, C)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def sdpa(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel([SDPA[backend]]):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def packed(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], n_head: int
+) -> Callable[[Tensor], Tensor]:
+    """Of packed qkv, from an attention on separate q, k and v."""
+    return lambda qkv: flat(attend(*(heads(x, n_head) for x in qkv.chunk(3, dim=2))))
+
+
+def kernel_alone(case: Case, backend: str) -> Provider:
+    """SDPA on separate q, k, v that lie as it likes them."""
+    (n_head,) = case.extras
+    return Provider(
+        f"SDPA {backend}, kernel alone",
+        partial(sdpa, backend),
+        leaves=lambda inputs: [heads(x, n_head).contiguous() for x in inputs[0].chunk(3, dim=2)],
+        dys=lambda dys: [heads(dys[0], n_head).contiguous()],
+        collect=lambda y, grads: [flat(y[0]), torch.cat([flat(g) for g in grads], 2)],
+    )
+
+
+def flex_attention(case: Case) -> Callable[..., Any]:
+    """PyTorch's FlexAttention with a causal block mask, compiled as it wants to be."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    T = case.inputs[0].shape[1]
+    mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, T, T, device="cuda")
+    return torch.compile(packed(partial(flex_attention, block_mask=mask), case.extras[0]))
+
+
+# --- matrix products -----------------------------------------------------------------------------
+
+
+class _OnLibrary(torch.autograd.Function):
+    """F.linear with PyTorch's choice of BLAS library set around each product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, library: str) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.library = library
+        return _with_library(library, lambda: F.linear(x, weight))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        dx, dw = _with_library(ctx.library, lambda: (dy @ weight, dy.t() @ x))
+        return dx, dw, None
+
+
+def _with_library(library: str, product: Callable[[], Any]) -> Any:
+    before = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library(library)
+    try:
+        return product()
+    finally:
+        torch.backends.cuda.preferred_blas_library(before)
+
+
+# --- other libraries -----------------------------------------------------------------------------
+
+
+def imported(path: str) -> Any:
+    """A library's function or class by its dotted path."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def liger_layer_norm(case: Case) -> Callable[..., Any]:
+    function = imported("liger_kernel.ops.layer_norm.LigerLayerNormFunction")
+    return lambda x, weight, bias: function.apply(x, weight, bias, 1e-5)
+
+
+def liger_cross_entropy(case: Case) -> Callable[..., Any]:
+    return case.bound(imported("liger_kernel.transformers.LigerCrossEntropyLoss")())
+
+
+def quack_cross_entropy(case: Case) -> Callable[..., Any]:
+    return case.bound(partial(imported("quack.cross_entropy.cross_entropy"), reduction="mean"))
+
+
+def liger_linear_cross_entropy(case: Case) -> Callable[..., Any]:
+    loss = imported("liger_kernel.transformers.LigerFusedLinearCrossEntropyLoss")()
+    return case.bound(lambda x, weight, targets: loss(weight, x, targets))
+
+
+def cut_cross_entropy(case: Case) -> Callable[..., Any]:
+    return case.bound(imported("cut_cross_entropy.linear_cross_entropy"))
+
+
+AUTOTUNE, EAGER_MLP = "max-autotune", record("mlp").eager
+TORCH_COMPILE = Rival("torch.compile", compiled)
+RIVALS: dict[str, list[Rival]] = {
+    "attention": [
+        Rival("SDPA flash", lambda case: packed(partial(sdpa, "flash"), *case.extras)),
+        Rival("SDPA cuDNN", lambda case: packed(partial(sdpa, "cuDNN"), *case.extras)),
+        Rival("FlexAttention", flex_attention),
+    ],
+    "layer_norm": [TORCH_COMPILE, Rival("liger-kernel", liger_layer_norm, "liger_kernel")],
+    "add_layer_norm": [TORCH_COMPILE],
+    "bias_gelu": [TORCH_COMPILE],
+    "cross_entropy": [
+        TORCH_COMPILE,
+        Rival("quack", quack_cross_entropy, "quack"),
+        Rival("liger-kernel", liger_cross_entropy, "liger_kernel"),
+    ],
+    "linear_cross_entropy": [
+        TORCH_COMPILE,
+        Rival("liger-kernel", liger_linear_cross_entropy, "liger_kernel"),
+        Rival("cut-cross-entropy", cut_cross_entropy, "cut_cross_entropy"),
+    ],
+    "linear": [
+        Rival("cuBLASLt", lambda case: lambda x, w: _OnLibrary.apply(x, w, "cublaslt")),
+        Rival(AUTOTUNE, autotuned),
+    ],
+    "mlp": [
+        Rival("cuBLAS, fused GELU", lambda case: partial(EAGER_MLP, bias_gelu=ours.bias_gelu)),
+        Rival(AUTOTUNE, autotuned),
+    ],
+}

@@ -1,0 +1,61 @@
+"""The cases of the kernel comparison: the truth is the reference's, whole or in pieces."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import fastgpt_kernels as ours
+from bench import cases
+from bench.cases import CASES
+from fastgpt_kernels import reference
+
+CPU = torch.device("cpu")
+MAKE = CASES | {
+    "linear": partial(cases.linear, name="layer", M=40, K=24, N=16),
+    "mlp": partial(cases.mlp, M=40, C=8),
+}
+
+
+@pytest.mark.parametrize("op", MAKE)
+@pytest.mark.parametrize("piece", [1, 3000, 1 << 26])
+def test_truth(op: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As autograd finds it for all rows at once; in fp32 inputs and sums are not rounded again."""
+    monkeypatch.setattr(cases, "PIECE", piece)
+    torch.manual_seed(0)
+    case = MAKE[op](CPU)
+    leaves = [x.double().requires_grad_() for x in case.inputs]
+    y = getattr(reference, op)(*leaves, *case.extras)
+    outputs = list(y) if isinstance(y, tuple) else [y]
+    gradients = torch.autograd.grad(outputs, leaves, [dy.double() for dy in case.dys])
+    whole = case.pick([*(x.detach() for x in outputs), *gradients])
+    # add_layer_norm's sum is rounded to fp32 in the truth.
+    tolerance = 1e-5 if op == "add_layer_norm" else 1e-11
+    found = case.truth()
+    assert len(found) == len(whole) == len(outputs) + len(leaves)
+    for x, want in zip(found, whole, strict=True):
+        assert x.dtype == torch.float64 and x.shape == want.shape
+        torch.testing.assert_close(x, want, atol=tolerance, rtol=tolerance)
+
+
+def test_rows_that_are_kept() -> None:
+    torch.manual_seed(0)
+    case = CASES["cross_entropy"](CPU)
+    loss, gradient = case.truth()
+    assert loss.ndim == 0 and gradient.shape == (4, 500)
+    x = case.inputs[0].double().requires_grad_()
+    (whole,) = torch.autograd.grad(torch.nn.functional.cross_entropy(x, *case.extras), x)
+    torch.testing.assert_close(gradient, whole[[0, 1, 32, 63]])
+
+
+def test_who_computes_an_op() -> None:
+    """On a CPU: fastgpt and eager, and of the others a reason."""
+    case = cases.complete(CASES["layer_norm"](CPU))
+    assert [p.name for p in case.providers] == ["fastgpt", "eager"]
+    assert case.skipped["torch.compile"] == "not timed on the CPU"
+    y = [p.forward(*case.inputs) for p in case.providers]
+    torch.testing.assert_close(y[0], y[1])
+    torch.testing.assert_close(y[0], ours.layer_norm(*case.inputs))
+    product = cases.complete(MAKE["linear"](CPU), without="cuBLASLt")
+    assert [p.name for p in product.providers] == ["eager"]
+    assert product.skipped["cuBLASLt"] == "left out" and "fastgpt" in product.skipped
