@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -79,16 +79,15 @@ def parts(gpu: bool, peer_path: str) -> list[Part]:
 
 def run(part: Part, seconds: float, log: IO[str]) -> tuple[int | None, float]:
     """The exit code (None: stopped at its time) and the seconds it took. Output goes to the log."""
-    environment = dict(os.environ)
-    paths = [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
-    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(filter(None, paths))
     log.write(f"\n=== {part.name}: python {' '.join(part.command)}\n")
     log.flush()
     started = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, *part.command],
         cwd=ROOT,
-        env=environment,
+        env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,  # so that its workers end with it
@@ -130,7 +129,7 @@ def missing(modules: Mapping[str, str] = NEEDED) -> list[str]:
 
 
 def closing(folder: Path, since: set[Path]) -> list[str]:
-    """One line a measured row, best first by file; cut to fit."""
+    """A table of one line a measured row of the files that came since."""
     lines: list[list[str]] = []
     for path in results.files(folder):
         if path in since:
@@ -140,29 +139,18 @@ def closing(folder: Path, since: set[Path]) -> list[str]:
         except ValueError as e:
             lines.append(["?", str(e)[:60], "", "", ""])
             continue
+        name = data["name"] if data["complete"] else f"{data['name']}, cut short"
         for row in data["rows"]:
-            if row.get("problem") or data["name"] == "all":
+            others = data["name"] == "kernels" and row.get("provider") != "fastgpt"
+            if row.get("problem") or others or data["name"] == "all":
                 continue
-            if data["name"] == "kernels" and row.get("provider") != "fastgpt":
-                continue
-            name = data["name"] if data["complete"] else f"{data['name']}, cut short"
-            lines.append([name, row["key"][:60], *_numbers(row)])
+            ratio, ms = row.get("ratio"), results.median_ms(row)
+            mfu = f"{100 * row['mfu']:.1f}" if "mfu" in row else ""
+            against = f"{ratio['ratio']:.3f} {ratio['verdict']}" if ratio else ""
+            lines.append([name, row["key"][:60], f"{ms:.3f}", mfu, against])
     if not lines:
         return []
     return table(["part", "what", "ms", "MFU %", "against, ratio"], lines).splitlines()
-
-
-def _numbers(row: dict) -> list[str]:
-    median = row.get("median_ms")
-    if median is None:
-        ordered = sorted(row["samples_ms"])
-        median = ordered[len(ordered) // 2]
-    ratio = row.get("ratio")
-    return [
-        f"{median:.3f}",
-        f"{100 * row['mfu']:.1f}" if "mfu" in row else "",
-        f"{ratio['ratio']:.3f} {ratio['verdict']}" if ratio else "",
-    ]
 
 
 def main(argv: list[str]) -> int:
@@ -180,13 +168,11 @@ def main(argv: list[str]) -> int:
         print("no GPU here: small sizes on the CPU show that this runs; the times say nothing")
     peer = str(Path(args.peer_path).expanduser().resolve()) if args.peer_path else ""
     chosen = parts(gpu, peer)
-    if args.parts:
-        wanted = args.parts.split(",")
-        if unknown := [w for w in wanted if w not in [p.name for p in chosen]]:
-            parser.error(
-                f"--parts: no {unknown[0]!r}; there are {', '.join(p.name for p in chosen)}"
-            )
-        chosen = [p for p in chosen if p.name in wanted]
+    names = [p.name for p in chosen]
+    wanted = args.parts.split(",") if args.parts else names
+    if unknown := [w for w in wanted if w not in names]:
+        parser.error(f"--parts: no {unknown[0]!r}; there are {', '.join(names)}")
+    chosen = [p for p in chosen if p.name in wanted]
     if absent := missing():
         print(f"not installed here: {', '.join(absent)}", flush=True)
     result = results.Result("all", argv, {"budget_s": args.budget, "missing": absent})
@@ -208,7 +194,7 @@ def main(argv: list[str]) -> int:
                 failed += 1
                 continue
             if part.command[1] == "bench":
-                part = Part(part.name, (*part.command, f"--out={out}"), part.share)
+                part = replace(part, command=(*part.command, f"--out={out}"))
             place = log.tell()
             # The first parts keep to their share; the last takes what is left.
             seconds = left if part is chosen[-1] else max(5.0, left * part.share)

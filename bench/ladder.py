@@ -1,8 +1,8 @@
 """The waterfall's arithmetic: from a peak, a trace's breakdown and a measured step to its rungs.
 
-MFU counts F = 6N + 12 L C T FLOPs a token (fastgpt.mfu). F falls into parts: linear layers, head,
-attention and a rest (norm and bias parameters, 0.03 %). Before any loss the step takes F / peak;
-each rung adds the time that its part takes beyond its own FLOPs at the matmul peak measured here:
+MFU counts F = 6N + 12 L C T FLOPs a token (fastgpt.train.mfu). F falls into parts: linear layers,
+head, attention and a rest (norm and bias parameters, 0.03 %). Before any loss the step takes F /
+peak; each rung adds the time that its part takes beyond its own FLOPs at the matmul peak measured here:
 
     F / datasheet peak                                        100 % MFU
     + matmul peak      F / measured peak - F / datasheet peak
@@ -142,18 +142,12 @@ class Ladder:
         """Schema: the fields of Ladder, Rung, Gemm, Measured and Work by name; times in ms."""
         return {"format": FORMAT, "version": VERSION, **asdict(self)}
 
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Ladder:
-        """The inverse of `to_json`. Raises ValueError for anything else."""
-        kind = data.get("format"), data.get("version")
-        if kind != (FORMAT, VERSION):
-            raise ValueError(f"wanted {FORMAT} version {VERSION}, got {kind[0]} {kind[1]}")
-        values = {k: v for k, v in data.items() if k not in ("format", "version")}
-        values["rungs"] = [Rung(**r) for r in data["rungs"]]
-        values["gemms"] = [Gemm(**g) for g in data["gemms"]]
-        values["measured"] = Measured(**data["measured"])
-        values["work"] = Work(**data["work"])
-        return cls(**values)
+    @property
+    def peak(self) -> str:
+        """What 100 % MFU is."""
+        m = self.measured
+        flops, source = m.datasheet_flops or m.matmul_flops, m.datasheet_source or m.matmul_source
+        return f"{flops / 1e12:.4g} TFLOP/s ({source})"
 
 
 def build(parts: Breakdown, work: Work, m: Measured) -> Ladder:
@@ -174,25 +168,16 @@ def build(parts: Breakdown, work: Work, m: Measured) -> Ladder:
 
     def part(name: str, key: str, credit: float, bound: float, how: str, advice: str) -> Rung:
         items = {k: v * scale for k, v in parts.items(key).items()}
-        return Rung(
-            name, ms[key] - credit, 0, 0, ms[key], credit, bound, how, advice, items
-        )  # fmt: skip
+        return Rung(name, ms[key] - credit, 0, 0, ms[key], credit, bound, how, advice, items)
 
     ideal = work.total_flops / peak * 1e3
-    rate = f"{m.copy_bytes / 1e9:,.0f} GB/s"
+    rate = f"at {m.copy_bytes / 1e9:,.0f} GB/s"
     credit = at_peak(work.attention_flops / 2)
     rungs = [Rung("ideal", ideal, takes_ms=ideal, bound=f"{_tera(work.total_flops)} (6N + 12LCT)")]
     if m.datasheet_flops:
         lost = at_peak(work.total_flops) - ideal
-        rungs.append(
-            Rung(
-                "matmul peak",
-                lost,
-                bound_ms=lost,
-                bound=m.matmul_source,
-                help="power and clocks set it",
-            )  # fmt: skip
-        )
+        why = "power and clocks set it"
+        rungs.append(Rung("matmul peak", lost, bound_ms=lost, bound=m.matmul_source, help=why))
     rungs += [
         part(
             "linear layers", "linear", at_peak(work.linear_flops), at_peak(work.linear_flops),
@@ -208,18 +193,17 @@ def build(parts: Breakdown, work: Work, m: Measured) -> Ladder:
         part(
             "head and loss", "head", at_peak(work.head_flops),
             at_peak(work.head_flops) + moved(work.loss_bytes),
-            f"{_tera(work.head_flops)} at the matmul peak, logits' {_giga(work.loss_bytes)} at "
-            f"{rate}",
+            f"{_tera(work.head_flops)} at the matmul peak, logits' {_giga(work.loss_bytes)} {rate}",
             "gradient in place of the logits, one pass: --op.linear_cross_entropy=triton",
         ),
         part(
             "memory-bound ops", "memory", at_peak(work.rest_flops), moved(work.memory_bytes),
-            f"{_giga(work.memory_bytes)} at {rate}, the copy bandwidth here",
+            f"{_giga(work.memory_bytes)} {rate}, the copy bandwidth here",
             "fuse what stands alone: fewer passes over the activations",
         ),
         part(
             "optimizer and casts", "optimizer", 0.0, moved(work.optimizer_bytes),
-            f"{_giga(work.optimizer_bytes)} at {rate}",
+            f"{_giga(work.optimizer_bytes)} {rate}",
             "fused clipping and update; more tokens a step share it",
         ),
     ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -40,26 +41,22 @@ def draw(
         r for r in ladder.rungs if r.name != "residual" or abs(r.ms) >= 0.0005 * ladder.step_ms
     ]
     with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(12, 2.2 + 0.56 * (len(rungs) + 1)), facecolor="white")
-        top = 1 - 1.3 / figure.get_figheight()
-        bottom = 0.72 / figure.get_figheight()
-        axes = figure.add_axes((0.17, bottom, 0.68, top - bottom))
-        _bars(axes, rungs, ladder)
-        figure.text(0.015, 1 - 0.36 / figure.get_figheight(), title, size=17, weight="bold",
-                    color=_INK, va="center")  # fmt: skip
-        lost = 100 - ladder.mfu
+        height = 2.2 + 0.56 * (len(rungs) + 1)
+        figure = Figure(figsize=(12, height), facecolor="white")
+        top, bottom = 1 - 1.3 / height, 0.72 / height
+        _bars(figure.add_axes((0.17, bottom, 0.68, top - bottom)), rungs, ladder)
         subtitle = (
             f"{ladder.step_ms:.4g} ms a step, {ladder.mfu:.1f} % MFU: "
-            f"where the other {lost:.1f} points go. 100 % is {_peak(ladder)}"
+            f"where the other {100 - ladder.mfu:.1f} points go. 100 % is {ladder.peak}"
         )
-        figure.text(0.015, 1 - 0.72 / figure.get_figheight(), subtitle, size=12, color=_SOFT,
-                    va="center")  # fmt: skip
+        head = 1 - 0.36 / height
+        figure.text(0.015, head, title, size=17, weight="bold", color=_INK, va="center")
+        figure.text(0.015, 1 - 0.72 / height, subtitle, size=12, color=_SOFT, va="center")
         if note:
-            figure.text(0.985, 1 - 0.36 / figure.get_figheight(), note, size=11, weight="bold",
-                        color="white", ha="right", va="center",
-                        bbox={"boxstyle": "round,pad=0.4", "fc": "#b3541e", "ec": "none"},
-                        )  # fmt: skip
-        figure.text(0.015, 0.2 / figure.get_figheight(), footer, size=8.5, color=_SOFT, va="center")
+            box = {"boxstyle": "round,pad=0.4", "fc": "#b3541e", "ec": "none"}
+            style: Any = {"size": 11, "weight": "bold", "color": "white", "bbox": box}
+            figure.text(0.985, head, note, ha="right", va="center", **style)
+        figure.text(0.015, 0.2 / height, footer, size=8.5, color=_SOFT, va="center")
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, dpi=160, format=path.suffix.lstrip("."))
@@ -68,7 +65,7 @@ def draw(
 
 def _bars(axes: Any, rungs: list[Rung], ladder: Ladder) -> None:
     """One row a rung, top down; each bar starts where the one above ended."""
-    width = max(ladder.step_ms, max(_ends(rungs)))
+    width = max(ladder.step_ms, *accumulate(rung.ms for rung in rungs))
     at = 0.0
     for row, rung in enumerate(rungs):
         end = at + rung.ms
@@ -84,13 +81,12 @@ def _bars(axes: Any, rungs: list[Rung], ladder: Ladder) -> None:
         at = end
     last = len(rungs)
     axes.barh(last, ladder.step_ms, color=_INK, height=0.62)
-    axes.text(ladder.step_ms + 0.008 * width, last, f"{ladder.step_ms:.4g} ms", va="center",
-              size=11, weight="bold", color=_INK)  # fmt: skip
+    beside, measured = ladder.step_ms + 0.008 * width, f"{ladder.step_ms:.4g} ms"
+    axes.text(beside, last, measured, va="center", size=11, weight="bold", color=_INK)
     _margins(axes, last, Rung("measured step", 0), f"{ladder.mfu:.1f} %", bold=True)
-    axes.text(1.0, -0.85, "MFU so far", transform=axes.get_yaxis_transform(), size=9, color=_SOFT)
-    axes.text(1.1, -0.85, "bound / time", transform=axes.get_yaxis_transform(), size=9, color=_SOFT)
     legend = "solid: still to win · pale: the least that this part costs on this device, its bound"
-    axes.text(0.0, -0.85, legend, transform=axes.get_yaxis_transform(), size=9, color=_SOFT)
+    for x, text in ((0.0, legend), (1.0, "MFU so far"), (1.1, "bound / time")):
+        axes.text(x, -0.85, text, transform=axes.get_yaxis_transform(), size=9, color=_SOFT)
     axes.set_xlim(0, width * 1.24)
     axes.set_ylim(last + 0.6, -0.6)
     axes.set_yticks([])
@@ -121,17 +117,3 @@ def _margins(axes: Any, row: int, rung: Rung, mfu: str, bold: bool = False) -> N
     axes.text(1.0, row, mfu, ha="left", size=11, weight=weight, **where)
     if rung.bound_ms and rung.takes_ms:
         axes.text(1.1, row, f"{rung.bound_ms / rung.takes_ms:.0%}", size=10, **where)
-
-
-def _peak(ladder: Ladder) -> str:
-    m = ladder.measured
-    flops = m.datasheet_flops or m.matmul_flops
-    return f"{flops / 1e12:.4g} TFLOP/s ({m.datasheet_source or m.matmul_source})"
-
-
-def _ends(rungs: list[Rung]) -> list[float]:
-    ends, at = [], 0.0
-    for rung in rungs:
-        at += rung.ms
-        ends.append(at)
-    return ends

@@ -17,7 +17,6 @@ from typing import Any
 from bench import results
 from bench.check import shortly, stale
 from bench.provenance import sources
-from bench.stats import Ratio
 from bench.tables import table
 
 COLOURS = {"fastgpt": "#1f77b4", "kernels+compile": "#1f77b4", "kernels": "#6baed6"}
@@ -51,8 +50,7 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
     if row.get("peak_memory_bytes"):
         out["GiB"] = f"{row['peak_memory_bytes'] / 2**30:.2f}"
     if "ratio" in row:
-        r = row["ratio"]
-        out["time against"] = f"{r['to']}: {Ratio(r['ratio'], r['low'], r['high'])}"
+        out["time against"] = f"{row['ratio']['to']}: {results.said(row)}"
     return out
 
 

@@ -102,6 +102,16 @@ def timed(samples: list[float]) -> dict[str, Any]:
     return {"samples_ms": samples, "median_ms": s.median, "q1_ms": s.q1, "q3_ms": s.q3}
 
 
+def median_ms(row: dict[str, Any]) -> float:
+    return row.get("median_ms") or summarize(row["samples_ms"]).median
+
+
+def said(row: dict[str, Any]) -> str:
+    """A row's ratio in words; empty if it has none."""
+    r = row.get("ratio")
+    return str(Ratio(r["ratio"], r["low"], r["high"])) if r else ""
+
+
 def ratio(to: str, r: Ratio) -> dict[str, Any]:
     """A row's `ratio`: its time over that of `to`; from too few rounds `low`, `high` are null."""
     return {"to": to, "ratio": r.ratio, "low": r.low, "high": r.high, "verdict": r.verdict}

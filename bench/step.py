@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from bench import provenance, results, setup, turns
 from bench.setup import at_least
-from bench.stats import MIN_ROUNDS, Ratio, ratio_of_medians
+from bench.stats import MIN_ROUNDS, ratio_of_medians
 from bench.tables import table
 from bench.turns import Measured
 from bench.variants import Variant, contenders
@@ -37,7 +36,8 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
     gpu = torch.cuda.is_available()
     least = at_least(MIN_ROUNDS)
     parser.add_argument("--rounds", type=least, default=15 if gpu else 8, help="turns each")
-    parser.add_argument("--turn-seconds", type=float, default=1.0 if gpu else 0.1)
+    seconds = 1.0 if gpu else 0.1
+    parser.add_argument("--turn-seconds", type=float, default=seconds, dest="turn_s")
     parser.add_argument(
         "--alive",
         choices=["all", "one"],
@@ -50,8 +50,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def turn_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    shared = {"rounds": args.rounds, "alive": args.alive, "builders": args.builders}
-    return {**shared, "turn_s": args.turn_seconds}
+    return {name: getattr(args, name) for name in ("rounds", "turn_s", "alive", "builders")}
 
 
 def measure(
@@ -61,7 +60,7 @@ def measure(
     flags: dict[str, str],
     args: argparse.Namespace,
     amend: Callable[[Rows], object] = lambda rows: None,
-    more: Mapping[str, int] = MappingProxyType({}),
+    more: dict[str, int] | None = None,
 ) -> Rows:
     """Measure a preset's step; print the table, and return the rows, which are in `result` too.
 
@@ -74,7 +73,7 @@ def measure(
     before = len(result.rows)
 
     def keep(found: Sequence[Measured]) -> None:
-        result.rows[before:] = rows_of(found, preset, config, vocab_size, more)
+        result.rows[before:] = rows_of(found, preset, config, vocab_size, more or {})
         amend(result.rows[before:])
         result.save(args.out)
 
@@ -84,7 +83,7 @@ def measure(
 
 
 def rows_of(
-    found: Sequence[Measured], preset: str, config: Config, vocab_size: int, more: Mapping[str, int]
+    found: Sequence[Measured], preset: str, config: Config, vocab_size: int, more: dict[str, int]
 ) -> Rows:
     """Result rows; ratios are of each variant's time to the first sound one's."""
     flops, peak = vars(setup.flops_per_token(config, vocab_size)), setup.peak(config)
@@ -126,7 +125,6 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     for row in sorted(rows, key=lambda r: r.get("median_ms", math.inf)):
         if row["problem"]:
             continue
-        r = row.get("ratio")
         lines.append(
             [
                 row["variant"],
@@ -136,7 +134,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
                 f"{row['peak_memory_bytes'] / 2**30:.2f}",
                 f"{row['warm_up_s']:.1f}",
                 f"{row['losses'][0]:.4f} -> {row['losses'][-1]:.4f}",
-                str(Ratio(r["ratio"], r["low"], r["high"])) if r else "1",
+                results.said(row) or "1",
             ]
         )
     head = ["variant", "ms a step", "tokens/s", "MFU / causal / 6N, %", "GiB", "warm-up s"]

@@ -19,6 +19,7 @@ from __future__ import annotations
 import gzip
 import heapq
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -46,7 +47,7 @@ class Op:
     start: float
     end: float
     index: int
-    dims: tuple[tuple[int, ...], ...] = ()
+    dims: Dims = ()
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def load(path: Path) -> list[dict[str, Any]]:
 
 
 def breakdown(events: Iterable[dict[str, Any]], sizes: Sizes) -> Breakdown:
-    """Attribute the traced steps. Raises TraceError where fewer than three steps are marked."""
+    """Attribute the traced steps. Raises TraceError if fewer than three steps are marked."""
     events = list(events)
     marks = sorted(
         (e["ts"], e["ts"] + e["dur"])
@@ -111,7 +112,7 @@ def breakdown(events: Iterable[dict[str, Any]], sizes: Sizes) -> Breakdown:
     if len(marks) < 3:
         raise TraceError(f"{len(marks)} steps marked {STEP_SCOPE!r} in the trace, 3 are needed")
     on_gpu = any(e.get("cat") in _DEVICE for e in events)
-    pieces = list(_device_pieces(events) if on_gpu else _host_pieces(events))
+    pieces = list((_device_pieces if on_gpu else _host_pieces)(events))
     start, end = (_first_of(pieces, mark) if on_gpu else mark[0] for mark in (marks[1], marks[-1]))
     steps = len(marks) - 2
     backward_ends = [_backward_end(events, mark) for mark in marks]
@@ -174,10 +175,8 @@ def _threads(events: Iterable[dict[str, Any]]) -> list[list[Op]]:
     threads: dict[Any, list[Op]] = defaultdict(list)
     for index, e in enumerate(events):
         if e.get("cat") in _HOST:
-            args = e.get("args", {})
-            dims = tuple(
-                tuple(d) for d in args.get("Input Dims", ()) if d and isinstance(d[0], int)
-            )
+            given = e.get("args", {}).get("Input Dims", ())
+            dims = tuple(tuple(d) for d in given if d and isinstance(d[0], int))
             op = Op(e["name"], e["ts"], e["ts"] + e["dur"], index, dims)
             threads[e["pid"], e["tid"]].append(op)
     return [sorted(ops, key=lambda op: (op.start, -op.end, op.index)) for ops in threads.values()]
@@ -227,26 +226,19 @@ def _device_pieces(events: Sequence[dict[str, Any]]) -> Iterator[Piece]:
         index = by_correlation.get(args.get("correlation", -1), -1)
         if index not in stacks:
             index = by_external_id.get(args.get("External id", -1), -1)
-        stack = stacks.get(index, ())
         launched = events[index]["ts"] if index >= 0 else e["ts"]
-        yield Piece(e["ts"], e["ts"] + e["dur"], stack, e["name"], launched)
+        yield Piece(e["ts"], e["ts"] + e["dur"], stacks.get(index, ()), e["name"], launched)
 
 
 def _first_of(pieces: Sequence[Piece], mark: tuple[float, float]) -> float:
-    """When the device began with the work launched by one thread within `mark`."""
-    mine = [p.start for p in pieces if any(op.name == STEP_SCOPE for op in p.stack)]
-    inside = [
-        p.start
-        for p in pieces
-        if mark[0] <= p.launched < mark[1] and (not mine or _in_step(p, mark))
-    ]
+    """When the device began with the work launched in `mark`, by its thread if that is known."""
+    inside = [p for p in pieces if mark[0] <= p.launched < mark[1]]
+    if any(op.name == STEP_SCOPE for p in pieces for op in p.stack):
+        scope = (STEP_SCOPE, mark[0])
+        inside = [p for p in inside if any((op.name, op.start) == scope for op in p.stack)]
     if not inside:
         raise TraceError("a traced step launched no kernel: was the GPU traced?")
-    return min(inside)
-
-
-def _in_step(piece: Piece, mark: tuple[float, float]) -> bool:
-    return any(op.name == STEP_SCOPE and op.start == mark[0] for op in piece.stack)
+    return min(p.start for p in inside)
 
 
 def _backward_end(events: Sequence[dict[str, Any]], mark: tuple[float, float]) -> float:
@@ -294,7 +286,7 @@ def _gemms(
     steps: int,
 ) -> list[Gemm]:
     """Matrix products of the linear layers and the head by shape, where the trace has shapes."""
-    us: dict[tuple, float] = defaultdict(float)
+    us: dict[tuple[str, int, int, int], float] = defaultdict(float)
     calls: dict[tuple, set[int]] = defaultdict(set)
     batches: dict[tuple, int] = {}
     for piece, (category, item), share in zip(pieces, found, shares, strict=True):
@@ -309,10 +301,12 @@ def _gemms(
         us[key] += share
         calls[key].add(op.index)
         batches[key] = batch
-    out = []
-    for key, time in sorted(us.items(), key=lambda pair: -pair[1]):
-        part, m, n, k = key
-        count = len(calls[key]) / steps
-        flops = 2.0 * m * n * k * batches[key] * count
-        out.append(Gemm(part, m, n, k, count=count, ms=time / 1000 / steps, flops=flops))
-    return out
+    return [
+        Gemm(
+            *key,
+            count=(count := len(calls[key]) / steps),
+            ms=time / 1000 / steps,
+            flops=2.0 * math.prod(key[1:]) * batches[key] * count,
+        )
+        for key, time in sorted(us.items(), key=lambda pair: -pair[1])
+    ]

@@ -17,6 +17,7 @@ file, whose one row has the rungs (schema: bench/ladder.py), a PNG and an SVG.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib.util
 import statistics
@@ -149,18 +150,11 @@ class Steps:
         as_trained = {"kernels": system.kernels, "compile": system.compile}
         stepper = build(Variant("as trained", as_trained), config, vocab_size)
         self.trainer = cast(Ours, stepper).trainer
-        self.sizes = Sizes(
-            batch_size=o.batch_size,
-            block_size=m.block_size,
-            n_layer=m.n_layer,
-            n_head=m.n_head,
-            n_embd=m.n_embd,
-            vocab_size=vocab_size,
-            padded_vocab_size=self.trainer.model.shape.padded_vocab_size,
-            bias=m.bias,
-            dropout=m.dropout,
-            micro_batches=o.gradient_accumulation_steps,
-        )
+        shape = self.trainer.model.shape
+        names = [f.name for f in dataclasses.fields(Sizes)]
+        known = settings.to_dict(config) | {"padded_vocab_size": shape.padded_vocab_size}
+        known |= {"vocab_size": vocab_size, "micro_batches": o.gradient_accumulation_steps}
+        self.sizes = Sizes(**{name: known[name] for name in names})
 
     def __enter__(self) -> Steps:
         with ExitStack() as stack:
@@ -220,12 +214,11 @@ def _ms(a: Any, b: Any) -> float:
 
 def measure(steps: Steps, seconds: float, traced_steps: int) -> tuple[ladder.Ladder, list[float]]:
     """The ladder of the step, and the ms of every step timed without the profiler."""
-    device, model = steps.device, steps.trainer.model
-    dtype = DTYPES[steps.config.system.dtype]
+    model, dtype = steps.trainer.model, DTYPES[steps.config.system.dtype]
     one = statistics.median(steps.run(3))
     count = int(min(max(seconds * 1e3 / 4 / one, 5), 200))
     samples = steps.run(count)
-    base = peaks(device, dtype, steps.config.system.peak_tflops)
+    base = peaks(steps.config)
     work = ladder.count_work(
         steps.sizes,
         model.n_params(),
@@ -264,15 +257,14 @@ def traced(steps: Steps, count: int) -> tuple[trace.Breakdown, float]:
     return parts, statistics.fmean(times[1:])
 
 
-def peaks(device: torch.device, dtype: torch.dtype, override_tflops: float) -> ladder.Measured:
+def peaks(config: Config) -> ladder.Measured:
     """Matmul peak and copy bandwidth measured here, and the data sheet's figure if there is one.
 
     `step_ms` and `traced_ms` are left at 0.
     """
-    sheet = mfu.table_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    if override_tflops:
-        sheet = mfu.Peak(override_tflops * 1e12, "--peak_tflops")
-    matmul = mfu.measured_peak(device, dtype)
+    device, dtype = torch.device(config.system.device), DTYPES[config.system.dtype]
+    matmul, peak = mfu.measured_peak(device, dtype), setup.peak(config)
+    sheet = peak if peak.source != matmul.source else None  # the peak is measured without one
     return ladder.Measured(
         step_ms=0.0,
         traced_ms=0.0,

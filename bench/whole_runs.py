@@ -21,7 +21,7 @@ import torch
 
 from bench import provenance, results, setup
 from bench.setup import at_least
-from bench.stats import Ratio, ratio_of_medians, summarize
+from bench.stats import ratio_of_medians, summarize
 from bench.tables import table
 from bench.turns import quietly_built, serve
 from bench.variants import Variant, contenders
@@ -276,15 +276,15 @@ def show_times(rows: Rows) -> None:
         if row["problem"]:
             print(f"  {row['variant']}: {row['problem']}")
             continue
-        r, seconds = row.get("ratio"), [run["seconds"] for run in row["runs"]]
-        steps, warm_up = ([run[k] for run in row["runs"]] for k in ("steps", "warm_up_s"))
+        columns = ("seconds", "steps", "warm_up_s")
+        seconds, steps, warm_up = ([run[k] for run in row["runs"]] for k in columns)
         lines.append(
             [
                 row["variant"],
                 f"{statistics.median(seconds):.2f} [{min(seconds):.2f}, {max(seconds):.2f}]",
                 f"{statistics.median(steps):.0f}",
                 f"{statistics.median(warm_up):.1f}",
-                str(Ratio(r["ratio"], r["low"], r["high"])) if r else "",
+                results.said(row),
             ]
         )
     print(table(["variant", "seconds [range]", "steps", "compiling s", "time ratio"], lines))
