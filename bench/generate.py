@@ -44,20 +44,16 @@ def make(shape: ModelShape, device: torch.device, dtype: str) -> GPT:
 
 
 def cached(
-    batch: BatchGenerator, prompts: list[list[int]], n: int, rounds: int, device: torch.device
-) -> tuple[list[list[int]], list[float], list[float]]:
-    """(texts, seconds of the decoding of each round, seconds until the first token).
+    batch: BatchGenerator, prompts: list[list[int]], n: int, device: torch.device
+) -> tuple[list[list[int]], float, float]:
+    """(texts, seconds of the decoding, seconds until the first token), after a short warm-up.
 
     Decoding is all tokens but the first, which comes from the prompt's own forward pass.
     """
-    texts: list[list[int]] = []
-    decoding, first = [], []
-    for r in range(rounds + 1):
+    for new in (min(n, WARM_UP), n):  # the first time compiles and captures
         texts = [list(p) for p in prompts]
         synchronize(device)
-        started = time.perf_counter()
-        began = started
-        new = n if r else min(n, WARM_UP)
+        started = began = time.perf_counter()
         for i, tokens in enumerate(batch.stream(prompts, new, seeds=[0] * len(prompts))):
             if i == 0:
                 began = time.perf_counter()
@@ -65,10 +61,7 @@ def cached(
                 assert token is not None
                 text.append(token)
         synchronize(device)
-        if r:  # the first round compiles, captures and warms up
-            decoding.append(time.perf_counter() - began)
-            first.append(began - started)
-    return texts, decoding, first
+    return texts, time.perf_counter() - began, began - started
 
 
 @torch.no_grad()
@@ -148,11 +141,10 @@ def measure(
     model = make(shape, device, dtype)
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(shape.vocab_size, (args.batch, args.prompt), generator=generator)
-
     graph = False if args.no_graph else None
-    longest = args.prompt + args.new
 
     def generator_of() -> BatchGenerator:
+        longest = args.prompt + args.new
         return BatchGenerator(
             model, args.batch, longest, GREEDY, compiled=args.compile, graph=graph
         )
@@ -162,16 +154,17 @@ def measure(
     if fused:
         batches.append(generator_of())
         batches[1].decoder.linear = None
-    texts: list[list[int]] = []
-    decoding, first, without = [], [], []
-    for _ in range(args.rounds):  # in turn, so that both meet the same clocks
-        texts, steps, begun = cached(batches[0], prompts.tolist(), args.new, 1, device)
-        decoding += steps
-        first += begun
-        if fused:
-            without += cached(batches[1], prompts.tolist(), args.new, 1, device)[1]
+    # In turn, so that both meet the same clocks.
+    rounds = [
+        [cached(batch, prompts.tolist(), args.new, device) for batch in batches]
+        for _ in range(args.rounds)
+    ]
+    (texts, *_), *_ = rounds[-1]
+    step_ms, *without = (
+        [1e3 * r[1] / (args.new - 1) for r in path] for path in zip(*rounds, strict=True)
+    )
+    first = [path[0][2] for path in rounds]
     seconds, compared, differ, gap = cache_free(model, texts[0], args.prompt, args.every, device)
-    step_ms = [1e3 * s / (args.new - 1) for s in decoding]
     ms = summarize(step_ms).median
     whole = ms * 1e-3 * (args.new - 1) + summarize(first).median
     key = f"{args.size} batch={args.batch} prompt={args.prompt} new={args.new} {dtype}"
@@ -189,27 +182,23 @@ def measure(
         "different_tokens_in_the_text": len(set(texts[0])),
         "fused_linears": fused,
     }
-    name = "cache, fused linear layers" if fused else "cache"
-    lines = [
-        [name, f"{ms:.3f}", f"{row['tokens_per_second']:,.1f}", "1"],
-        [
-            "no cache, one text" + ("" if args.every == 1 else f" (each {args.every}th length)"),
-            f"{1e3 * seconds / args.new:.3f}",
-            f"{row['cache_free_tokens_per_second']:,.1f}",
-            f"{row['speedup']:.2f}",
-        ],
-    ]
+    lines: list[list[str]] = []
+
+    def add(path: str, ms: float, texts: int, ratio: str) -> None:
+        lines.append([path, f"{ms:.3f}", f"{1e3 * texts / ms:,.1f}", ratio])
+
+    add("cache, fused linear layers" if fused else "cache", ms, args.batch, "1")
     if fused:
-        plain = 1e3 * summarize(without).median / (args.new - 1)
-        row["without_fused_linears_ms"] = plain
-        speed = f"{1e3 * args.batch / plain:,.1f}"
-        lines.insert(1, ["cache, PyTorch's", f"{plain:.3f}", speed, f"{plain / ms:.2f}"])
+        row["without_fused_linears_ms"] = plain = summarize(without[0]).median
+        add("cache, PyTorch's", plain, args.batch, f"{plain / ms:.2f}")
+    some = "" if args.every == 1 else f" (each {args.every}th length)"
+    add(f"no cache, one text{some}", 1e3 * seconds / args.new, 1, f"{row['speedup']:.2f}")
     if device.type == "cuda":
         copy = roof.copy_bandwidth(device)
         row["weight_bytes"], row["copy_bytes_per_second"] = weight_bytes(model), copy
         least = 1e3 * row["weight_bytes"] / copy
         row["share_of_weight_roof"] = least / ms
-        lines.append(["reading the weights once", f"{least:.3f}", f"{1e3 / least:,.1f}", ""])
+        add("reading the weights once", least, 1, "")
     print(f"{key}, {device}: {args.new} new tokens, greedy, random weights")
     print(table(["path", "ms a token", "tokens/s", "time ratio"], lines))
     print(f"{compared - differ} of {compared} tokens compared are the same", end="")

@@ -25,11 +25,9 @@ from dataclasses import dataclass, replace
 from bench import setup
 from bench.tables import table
 from fastgpt.config.presets import PRESETS
-from fastgpt.model.gpt import ModelShape
 from fastgpt.train import memory
 
 NODE = 8
-VOCAB_SIZE = 50257
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,16 @@ class Cluster:
     link_gbs: float = 50.0 * 0.8
     latency_us: float = 15.0
     bucket_mb: float = 25.0
+
+
+ASSUMED = {
+    "peak_tflops": "peak of a GPU, TFLOP/s",
+    "mfu": "MFU of one GPU by itself",
+    "nvlink_gbs": "GB/s a GPU reaches inside a node, one direction",
+    "link_gbs": "GB/s a GPU reaches between nodes, one direction",
+    "latency_us": "microseconds a bucket and hop",
+    "bucket_mb": "MB in a bucket",
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Step:
-    """Milliseconds of a step on `gpus`; `problem` where the batch cannot be shared."""
+    """Milliseconds of a step on `gpus`; `problem`: why the batch cannot be shared."""
 
     gpus: int
     compute: float = 0.0
@@ -77,13 +85,10 @@ class Step:
 
 
 def job(preset: str) -> Job:
-    m, o = PRESETS[preset]().model, PRESETS[preset]().optim
-    shape = ModelShape(m.n_layer, m.n_head, m.n_embd, m.block_size, VOCAB_SIZE, m.bias)
-    parameters = memory.n_parameters(shape)
-    counted = parameters - m.block_size * m.n_embd  # 6N counts no position embeddings
-    flops = 6.0 * counted + 12.0 * m.n_layer * m.n_embd * m.block_size
-    rows = o.rows
-    return Job(preset, parameters, flops, rows, m.block_size, o.batch_size)
+    config = PRESETS[preset]()
+    o, flops = config.optim, setup.flops_per_token(config, setup.GPT2_VOCAB).mfu
+    parameters = memory.n_parameters(setup.shape(config, setup.GPT2_VOCAB))
+    return Job(preset, parameters, flops, o.rows, config.model.block_size, o.batch_size)
 
 
 def ring_ms(volume: float, cluster: Cluster, gpus: int, passes: float) -> float:
@@ -142,57 +147,35 @@ def advice(job: Job, cluster: Cluster, counts: Sequence[int], limit: float) -> s
 
 def main(argv: list[str]) -> int:
     parser = setup.Parser("scaling", __doc__, out=False)
-    usual = Cluster()
-    for field, what in (
-        ("peak_tflops", "peak of a GPU, TFLOP/s"),
-        ("mfu", "MFU of one GPU by itself"),
-        ("nvlink_gbs", "GB/s a GPU reaches inside a node, one direction"),
-        ("link_gbs", "GB/s a GPU reaches between nodes, one direction"),
-        ("latency_us", "microseconds a bucket and hop"),
-        ("bucket_mb", "MB in a bucket"),
-    ):
-        name = "--" + field.replace("_", "-")
-        parser.add_argument(name, type=float, default=getattr(usual, field), help=what)
+    usual = vars(Cluster())
+    for name, value in usual.items():
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=float, default=value, help=ASSUMED[name])
     parser.add_argument("--limit", type=float, default=0.9, help="least share that must compute")
     args = parser.parse_args(argv)
-    given = {f: getattr(args, f) for f in vars(usual)}
+    given = {name: getattr(args, name) for name in usual}
     if bad := next((f for f, v in given.items() if not v > 0), None):
         parser.error(f"--{bad.replace('_', '-')} must be more than 0, got {given[bad]:g}")
     cluster = Cluster(**given)
     print("a model on paper, not a measurement; assumed: ", end="")
     print(", ".join(f"{f} {v:g}" for f, v in given.items()))
     counts = [1, 2, 4, 8, *(NODE * n for n in (2, 4, 8, 16, 32, 64))]
+    heads = ["GPUs", "rows each", "compute ms", "all-reduce ms", "step ms"]
+    heads += ["computing", "bf16 reduce", "fsdp", "tokens/s"]
     notes = []
     for preset in ("gpt2", "gpt2_xl"):
-        work = job(preset)
         # 480 sequences do not divide by every count here: whole nodes of 8 want 512.
-        work = replace(work, rows=512)
+        work = replace(job(preset), rows=512)
         lines = []
         for n in counts:
-            ddp, half, sharded = (
-                step(work, cluster, n),
-                step(work, cluster, n, grad_bytes=2),
-                step(work, cluster, n, fsdp=True),
-            )
-            tokens = work.rows * work.block_size
-            lines.append(
-                [
-                    f"{n}",
-                    f"{work.rows // n}",
-                    f"{ddp.compute:.1f}",
-                    f"{ddp.communication:.1f}",
-                    f"{ddp.total:.1f}",
-                    f"{ddp.efficiency:.0%}",
-                    f"{half.efficiency:.0%}",
-                    f"{sharded.efficiency:.0%}",
-                    f"{tokens / ddp.total / 1e3:.2f}M",
-                ]
-            )
-        print(
-            f"\n{preset}: {work.parameters / 1e6:.0f}M parameters, 512 x {work.block_size} tokens"
-        )
-        heads = ["GPUs", "rows each", "compute ms", "all-reduce ms", "step ms"]
-        heads += ["computing", "bf16 reduce", "fsdp", "tokens/s"]
+            ddp, half = step(work, cluster, n), step(work, cluster, n, grad_bytes=2)
+            sharded = step(work, cluster, n, fsdp=True)
+            times = [f"{ms:.1f}" for ms in (ddp.compute, ddp.communication, ddp.total)]
+            shares = [f"{s.efficiency:.0%}" for s in (ddp, half, sharded)]
+            rate = f"{work.rows * work.block_size / ddp.total / 1e3:.2f}M"
+            lines.append([f"{n}", f"{work.rows // n}", *times, *shares, rate])
+        size = f"{work.parameters / 1e6:.0f}M parameters, 512 x {work.block_size} tokens"
+        print(f"\n{preset}: {size}")
         print(table(heads, lines))
         notes.append(advice(work, cluster, counts, args.limit))
     print("\n" + "\n".join(notes))

@@ -66,21 +66,15 @@ def contenders(names: str, peer_path: str, gpu: bool) -> tuple[list[Variant], di
             if name.startswith("peer") and not peer:
                 raise UserError(f"--variants: {name} needs --peer-path")
         return [known[n] for n in chosen], {}
-    skipped = {}
-    chosen = ["eager", "compile", "kernels", "kernels+compile", "peer+compile", "hf+compile"]
-    if not gpu:
-        chosen = ["eager", "peer", "hf"]
-        skipped = {
-            "compile": "not built without a GPU unless --variants names it",
-            "kernels": "no GPU",
-            "kernels+compile": "no GPU",
-        }
-    if not peer:
-        chosen = [c for c in chosen if not c.startswith("peer")]
+    ours = ["eager", "compile", "kernels", "kernels+compile"] if gpu else ["eager"]
+    skipped = {} if gpu else {"compile": "not built without a GPU unless --variants names it"}
+    skipped |= {} if gpu else {"kernels": "no GPU", "kernels+compile": "no GPU"}
+    others = ["peer"] if peer else []
     if importlib.util.find_spec("transformers") is None:
-        chosen = [c for c in chosen if not c.startswith("hf")]
         skipped["transformers"] = "not installed"
-    return [known[n] for n in chosen], skipped
+    else:
+        others.append("hf")
+    return [known[n] for n in (*ours, *(f"{o}+compile" if gpu else o for o in others))], skipped
 
 
 class Stepper(Protocol):
@@ -194,19 +188,11 @@ class NanoGPT(Peer):
 
     def __init__(self, variant: Variant, config: Config, vocab_size: int):
         module = _import_model(Path(variant.path))
-        m = config.model
         # Its train.py takes 50304 for GPT-2's vocabulary and a data set's own otherwise.
         rows = 50304 if vocab_size == 50257 else vocab_size
-        with_sizes = module.GPTConfig(
-            block_size=m.block_size,
-            vocab_size=rows,
-            n_layer=m.n_layer,
-            n_head=m.n_head,
-            n_embd=m.n_embd,
-            dropout=m.dropout,
-            bias=m.bias,
-        )
-        model = module.GPT(with_sizes)
+        same = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+        sizes = {name: getattr(config.model, name) for name in same}
+        model = module.GPT(module.GPTConfig(vocab_size=rows, **sizes))
         weights = setup.first_weights(config, vocab_size)
         weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:rows]
         missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -227,28 +213,20 @@ class HuggingFace(Peer):
         from transformers import GPT2Config, GPT2LMHeadModel
 
         m = config.model
-        model = GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=vocab_size,
-                n_positions=m.block_size,
-                n_embd=m.n_embd,
-                n_layer=m.n_layer,
-                n_head=m.n_head,
-                activation_function="gelu" if m.gelu == "erf" else "gelu_new",
-                resid_pdrop=m.dropout,
-                embd_pdrop=m.dropout,
-                attn_pdrop=m.dropout,
-                use_cache=False,
-                bos_token_id=None,
-                eos_token_id=None,
-            )
-        )
+        sizes = {"n_positions": m.block_size, "vocab_size": vocab_size}
+        sizes |= {"n_embd": m.n_embd, "n_layer": m.n_layer, "n_head": m.n_head}
+        without: dict[str, Any] = {"use_cache": False, "bos_token_id": None, "eos_token_id": None}
+        gelu = "gelu" if m.gelu == "erf" else "gelu_new"
+        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), m.dropout)
+        settings = GPT2Config(**sizes, **dropout, **without, activation_function=gelu)
+        model = GPT2LMHeadModel(settings)
         weights = setup.first_weights(config, vocab_size)
         weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:vocab_size]
         for name, p in model.named_parameters():
             if name in weights:
-                w = weights[name]
-                p.data.copy_(w.T if _is_conv1d(name) else w)
+                # transformers keeps these (in, out), as GPT-2's first code did.
+                turned = name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
+                p.data.copy_(weights[name].T if turned else weights[name])
             else:
                 p.data.zero_()
                 p.requires_grad_(False)
@@ -257,11 +235,6 @@ class HuggingFace(Peer):
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         logits = self.model(input_ids=idx).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-
-def _is_conv1d(name: str) -> bool:
-    """transformers keeps these (in, out), as GPT-2's first code did."""
-    return name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
 
 
 def _import_model(folder: Path) -> Any:
