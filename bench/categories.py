@@ -8,6 +8,7 @@ gets a rung of its own and is never spread over the rest.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -57,26 +58,32 @@ class Named:
     after_backward: bool = False  # between the last gradient and the end of the step
 
 
-def _rule(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern)
+_rule = re.compile
 
-
-# Matrix products, and where their operands a, b are among the inputs; `out=` may come after them.
+# Our own ops, autograd functions and kernels, by what they are part of.
+OURS = {
+    "linear": r"^matmul_kernel$|^fastgpt::(linear|mlp)(_backward)?$",
+    "attention": r"fastgpt::attention|\b_Attention(Backward)?$"
+    r"|^(attention_forward|prepare|key_value|query|finish)_kernel",
+    "head": r"\b_(Total|Rows)(Backward)?$|^_scale_kernel|_cross_entropy_kernel",
+    "norms or GELU": r"^(forward|backward)_kernel|_sum_partials",
+}
+# Matrix products, and the place of their operands a, b among the inputs; `out=` may follow.
 GEMM_OPS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1}
 _GEMM = _rule(
     r"^aten::(mm|addmm|matmul|linear|addmv|mv)$|(Mm|Addmm|Linear)Backward\d*$"
-    r"|gemm|gemv|nvjet|xmma|cutlass|cublas|splitK|triton_tem_fused.*mm|^mkldnn_linear|Cijk_"
-    r"|^matmul_kernel$|^fastgpt::(linear|mlp)(_backward)?$"
+    r"|gemm|gemv|nvjet|xmma|cutlass|cublas|splitK|triton_tem_fused.*mm|^mkldnn_linear|Cijk_|"
+    + OURS["linear"]
 )
 _ATTENTION = _rule(
-    r"scaled_dot_product|ScaledDotProduct|fastgpt::attention|\b_Attention(Backward)?$"
+    r"scaled_dot_product|ScaledDotProduct"
     r"|flash_(fwd|bwd|attention)|fmha|_efficient_attention|cudnn.*sdpa|sdpa_sm|flex_attention"
-    r"|_softmax|SoftmaxBackward|^aten::(bmm|baddbmm)$|BmmBackward"  # SDPA in single ops
-    r"|^(attention_forward|prepare|key_value|query|finish)_kernel"
+    r"|_softmax|SoftmaxBackward|^aten::(bmm|baddbmm)$|BmmBackward|"  # SDPA in single ops
+    + OURS["attention"]
 )
 _HEAD = _rule(
-    r"cross_entropy|log_softmax|LogSoftmax|nll_loss|NllLoss|CrossEntropy|SoftMax(For|Back)ward"
-    r"|\b_(Total|Rows)(Backward)?$|^_scale_kernel|_cross_entropy_kernel"
+    r"cross_entropy|log_softmax|LogSoftmax|nll_loss|NllLoss|CrossEntropy|SoftMax(For|Back)ward|"
+    + OURS["head"]
 )
 _CAST = _rule(
     r"^aten::_to_copy$|^triton_poi_fused__to_copy(_(t|view|permute|transpose|mm))*_\d+$|ToCopyBackward"
@@ -91,7 +98,7 @@ _MEMORY: tuple[tuple[str, re.Pattern[str]], ...] = (
         ),
     ),
     ("dropout", _rule(r"dropout|Dropout|bernoulli|distribution_elementwise")),
-    ("norms or GELU", _rule(r"^(forward|backward)_kernel|_sum_partials")),
+    ("norms or GELU", _rule(OURS["norms or GELU"])),
 )
 _MOVES = _rule(
     r"^aten::(copy_|clone|contiguous|cat|stack|fill_|zero_|zeros|zeros_like|slice_backward"
@@ -188,7 +195,5 @@ def _is_activation(dims: Dims, sizes: Sizes) -> bool:
     """Whether the first operand has a row a token."""
     if not dims or len(dims[0]) < 2:
         return False
-    rows = 1
-    for size in dims[0][:-1]:
-        rows *= size
+    rows = math.prod(dims[0][:-1])
     return rows == sizes.tokens or dims[0][:2] == (sizes.batch_size, sizes.block_size)

@@ -80,15 +80,9 @@ class Pass:
             return outputs, []
         return outputs, list(torch.autograd.grad(outputs, inputs, self.dys))
 
-    def errors(self, truth: Sequence[Tensor]) -> tuple[list[float], list[float]]:
-        """Relative Frobenius error of each output and gradient, and the unit of its dtype."""
-        y, gradients = self.run(self.prepare())
-        found = self.case.pick(self.provider.collect([x.detach() for x in y], gradients))
-        errors = [
-            ((x.double() - t).norm() / t.norm().clamp(min=1e-300)).item()
-            for x, t in zip(found, truth, strict=True)
-        ]
-        return errors, [torch.finfo(x.dtype).eps for x in found]
+    def rehearse(self) -> None:
+        self.run(self.prepare())
+        synchronize(self.case.device)
 
     def peak_memory(self) -> int:
         """Bytes that the pass takes besides its inputs; 0 on a CPU, where nobody counts."""
@@ -101,16 +95,30 @@ class Pass:
         return torch.cuda.max_memory_allocated(self.case.device) - before
 
 
+def errors_of(
+    case: Case, provider: Provider, truth: Sequence[Tensor]
+) -> tuple[list[float], list[float]]:
+    """Relative Frobenius error of each output and gradient, and the unit of its dtype."""
+    one = Pass(case, provider, "both")
+    y, gradients = one.run(one.prepare())
+    found = case.pick(provider.collect([x.detach() for x in y], gradients))
+    errors = [
+        ((x.double() - t).norm() / t.norm().clamp(min=1e-300)).item()
+        for x, t in zip(found, truth, strict=True)
+    ]
+    return errors, [torch.finfo(x.dtype).eps for x in found]
+
+
 def judge(case: Case) -> dict[str, dict[str, Any]]:
     """By provider its errors, and a problem if it fails or errs over twice what eager does."""
     truth = case.truth()
     found: dict[str, dict[str, Any]] = {}
     for provider in sorted(case.providers, key=lambda p: p.name != "eager"):
-        try:
-            errors, eps = Pass(case, provider, "both").errors(truth)
-        except Exception as error:  # another library's failure is that row's result
-            found[provider.name] = {"problem": reason(error)}
+        made, problem = attempt(errors_of, case, provider, truth)
+        if made is None:
+            found[provider.name] = {"problem": problem}
             continue
+        errors, eps = made
         found[provider.name] = {"errors": errors, "problem": ""}
         # If eager itself fails (no memory), its errors are taken to be of rounding alone.
         eager = found["eager"].get("errors", eps)
@@ -126,8 +134,10 @@ def measure(case: Case, rounds: int) -> Rows:
     judged = judge(case)
     rows: Rows = []
     for kind, work in case.work.items():
-        sound = [p for p in case.providers if not judged[p.name]["problem"]]
-        passes, failed = rehearse([Pass(case, provider, kind) for provider in sound])
+        sound = [Pass(case, p, kind) for p in case.providers if not judged[p.name]["problem"]]
+        # A pass may fail when it is run by itself.
+        failed = {p.provider.name: attempt(p.rehearse)[1] for p in sound}
+        passes = [p for p in sound if not failed[p.provider.name]]
         memory = [p.peak_memory() for p in passes]
         runs, prepare = [p.run for p in passes], [p.prepare for p in passes]
         times = interleaved(runs, case.device, rounds, prepare=prepare)
@@ -136,7 +146,7 @@ def measure(case: Case, rounds: int) -> Rows:
             for p, t, bytes_ in zip(passes, times, memory, strict=True)
         }
         for name, verdict in judged.items():
-            row = {**verdict, **({"problem": failed[name]} if name in failed else {})}
+            row = verdict | {"problem": verdict["problem"] or failed[name]}
             if mine := measured.get(name):
                 scale = 1e12 if case.unit == "TFLOP/s" else 1e9
                 row |= mine | {"rate": work / (mine["median_ms"] * 1e-3) / scale}
@@ -149,22 +159,12 @@ def measure(case: Case, rounds: int) -> Rows:
     return sorted(rows, key=lambda row: (row["pass"], row.get("median_ms", float("inf"))))
 
 
-def rehearse(passes: list[Pass]) -> tuple[list[Pass], dict[str, str]]:
-    """The passes that can be run by themselves, and why the others cannot, by provider."""
-    fit, failed = [], {}
-    for one in passes:
-        try:
-            one.run(one.prepare())
-            synchronize(one.case.device)
-            fit.append(one)
-        except Exception as error:  # as in `judge`
-            failed[one.provider.name] = reason(error)
-    return fit, failed
-
-
-def reason(error: Exception) -> str:
-    """A row's problem: the kind of error and its first line."""
-    return f"{type(error).__name__}: {error}".split("\n")[0]
+def attempt(do: Callable[..., Any], *args: Any) -> tuple[Any, str]:
+    """What came of it; or None, and the error's kind and first line: the row's problem."""
+    try:
+        return do(*args), ""
+    except Exception as error:  # another library's failure is that row's result
+        return None, f"{type(error).__name__}: {error}".split("\n")[0]
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:

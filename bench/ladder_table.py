@@ -1,12 +1,11 @@
-"""The waterfall on the console: a table with rich, plain text in a pipe."""
+"""The waterfall on the console."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
-from bench import tables
 from bench.ladder import Ladder
+from bench.tables import table
 
 COLUMNS = ("", "adds ms", "points", "MFU", "takes ms", "bound ms", "of bound")
 
@@ -14,10 +13,7 @@ COLUMNS = ("", "adds ms", "points", "MFU", "takes ms", "bound ms", "of bound")
 def show(ladder: Ladder) -> None:
     """Print the rungs, then each one's bound and what would help."""
     print(peaks(ladder))
-    if sys.stdout.isatty():
-        _show_rich(ladder)
-    else:
-        print(tables.table(COLUMNS, list(rows(ladder))))
+    print(table(COLUMNS, list(rows(ladder))))
     print("\n".join(details(ladder)), flush=True)
 
 
@@ -57,18 +53,3 @@ def details(ladder: Ladder) -> Iterator[str]:
 
 def _ms(ms: float) -> str:
     return f"{ms:.3f}" if abs(ms) < 100 else f"{ms:.1f}"
-
-
-def _show_rich(ladder: Ladder) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, padding=0, header_style="dim", pad_edge=False)
-    for i, name in enumerate(COLUMNS):
-        table.add_column(name, justify="right" if i else "left", no_wrap=True, min_width=8)
-    ends = {0: "green", len(ladder.rungs): "bold"}
-    for i, row in enumerate(rows(ladder)):
-        table.add_row(*row, style=ends.get(i))
-    console = Console()
-    console.print(table, width=max(console.width, 80), crop=False)

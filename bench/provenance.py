@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # What a result depends on: every module of these packages, so that no new one is forgotten.
 PACKAGES = ("fastgpt", "kernels/fastgpt_kernels", "bench")
-_QUERY = "name driver_version clocks.sm clocks.mem power.draw power.limit temperature.gpu".split()
+_CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
+_QUERY = ("name", "driver_version", *_CLOCKS)
 # What drivers since 535 and those before call the same bits.
 _THROTTLING = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
 
@@ -72,7 +73,7 @@ def gpu_state() -> dict[str, str]:
             )
             values = [v.strip() for v in line.splitlines()[0].split(",")]
             if len(values) == len(_QUERY) + 1:
-                return dict(zip([*_QUERY, "throttling"], values, strict=True))
+                return dict(zip((*_QUERY, "throttling"), values, strict=True))
             if "FileNotFoundError" in line:
                 return {}
     return {}

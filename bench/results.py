@@ -17,17 +17,11 @@ from bench.stats import Ratio, summarize
 SCHEMA = 1
 NOT_YET = "the run was cut short before this was measured"
 FOLDER = Path(__file__).parent / "results"
-_WANTED = {
+_WANTED: dict[str, type] = {
     "schema": int,
-    "name": str,
-    "command": str,
-    "date": str,
-    "environment": dict,
-    "gpu_before": dict,
-    "gpu_after": dict,
-    "settings": dict,
-    "rows": list,
-    "problems": list,
+    **dict.fromkeys(("name", "command", "date"), str),
+    **dict.fromkeys(("environment", "gpu_before", "gpu_after", "settings"), dict),
+    **dict.fromkeys(("rows", "problems"), list),
     "complete": bool,
 }
 

@@ -20,7 +20,8 @@ these are assumptions, each with a flag; what a cluster does is for `fastgpt tra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from bench import setup
 from bench.tables import table
@@ -30,26 +31,20 @@ from fastgpt.train import memory
 NODE = 8
 
 
+def _assumed(value: float, what: str) -> Any:
+    return field(default=value, metadata={"help": what})
+
+
 @dataclass(frozen=True)
 class Cluster:
     """What the model assumes of the machines; speeds a GPU and direction."""
 
-    peak_tflops: float = 989.4
-    mfu: float = 0.5
-    nvlink_gbs: float = 450.0 * 0.8
-    link_gbs: float = 50.0 * 0.8
-    latency_us: float = 15.0
-    bucket_mb: float = 25.0
-
-
-ASSUMED = {
-    "peak_tflops": "peak of a GPU, TFLOP/s",
-    "mfu": "MFU of one GPU by itself",
-    "nvlink_gbs": "GB/s a GPU reaches inside a node, one direction",
-    "link_gbs": "GB/s a GPU reaches between nodes, one direction",
-    "latency_us": "microseconds a bucket and hop",
-    "bucket_mb": "MB in a bucket",
-}
+    peak_tflops: float = _assumed(989.4, "peak of a GPU, TFLOP/s")
+    mfu: float = _assumed(0.5, "MFU of one GPU by itself")
+    nvlink_gbs: float = _assumed(450.0 * 0.8, "GB/s a GPU reaches inside a node, one direction")
+    link_gbs: float = _assumed(50.0 * 0.8, "GB/s a GPU reaches between nodes, one direction")
+    latency_us: float = _assumed(15.0, "microseconds a bucket and hop")
+    bucket_mb: float = _assumed(25.0, "MB in a bucket")
 
 
 @dataclass(frozen=True)
@@ -147,13 +142,12 @@ def advice(job: Job, cluster: Cluster, counts: Sequence[int], limit: float) -> s
 
 def main(argv: list[str]) -> int:
     parser = setup.Parser("scaling", __doc__, out=False)
-    usual = vars(Cluster())
-    for name, value in usual.items():
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=float, default=value, help=ASSUMED[name])
+    for f in fields(Cluster):
+        flag = "--" + f.name.replace("_", "-")
+        parser.add_argument(flag, type=float, default=f.default, help=f.metadata["help"])
     parser.add_argument("--limit", type=float, default=0.9, help="least share that must compute")
     args = parser.parse_args(argv)
-    given = {name: getattr(args, name) for name in usual}
+    given = {name: getattr(args, name) for name in vars(Cluster())}
     if bad := next((f for f, v in given.items() if not v > 0), None):
         parser.error(f"--{bad.replace('_', '-')} must be more than 0, got {given[bad]:g}")
     cluster = Cluster(**given)

@@ -45,9 +45,8 @@ DROPOUT_FACTOR = 4
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def quietly_built(variant: Variant, values: dict[str, Any], vocab_size: int) -> Stepper:
-    """In a worker process: the variant of a config's flat values."""
-    config = setup.with_values(Config(), values)
+def quietly_built(variant: Variant, config: Config, vocab_size: int) -> Stepper:
+    """`build` in a worker process."""
     device = torch.device(config.system.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # events are recorded on the current one
@@ -60,6 +59,19 @@ def quietly_built(variant: Variant, values: dict[str, Any], vocab_size: int) -> 
 def serve(seat: Any, command: str, *args: Any) -> Any:
     """What a worker process answers to `ask(command, *args)`: the seat's method."""
     return getattr(seat, command)(*args)
+
+
+def mark(device: torch.device) -> Any:
+    """A moment among the device's work: an event, on a CPU the time."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def ms_between(a: Any, b: Any) -> float:
+    return (b - a) * 1e3 if isinstance(a, float) else a.elapsed_time(b)
 
 
 class Seat:
@@ -78,7 +90,7 @@ class Seat:
         generator = torch.Generator().manual_seed(0)
         size = (POOL, config.optim.rows, config.model.block_size + 1)
         self.batches = torch.randint(self.vocab_size, size, generator=generator).to(self.device)
-        self.stepper = quietly_built(self.variant, self.values, self.vocab_size)
+        self.stepper = quietly_built(self.variant, config, self.vocab_size)
         started = time.perf_counter()
         self.stepper.warm_up(self.batches[0])
         warm_up_s = time.perf_counter() - started
@@ -107,22 +119,19 @@ class Seat:
         synchronize(self.device)
         if cuda:
             self._steps(1)  # the clock starts with work queued, as in the middle of a run
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            before.record()
-            self._steps(steps)
-            after.record()
-            synchronize(self.device)
-            ms = before.elapsed_time(after) / steps
+        before = mark(self.device)
+        self._steps(steps)
+        after = mark(self.device)
+        synchronize(self.device)
+        if cuda:
             reserved = torch.cuda.max_memory_reserved(self.device)
             # What a graph's replay uses was allocated when it was captured.
             allocated = torch.cuda.max_memory_allocated(self.device)
             peak = reserved if self.stepper.graphed else allocated
         else:
-            start = time.perf_counter()
-            self._steps(steps)
-            ms = 1e3 * (time.perf_counter() - start) / steps
             peak = reserved = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self.park()
+        ms = ms_between(before, after) / steps
         return {"ms": ms, "peak_bytes": peak, "reserved_bytes": reserved}
 
     def park(self) -> None:

@@ -23,12 +23,11 @@ import importlib.util
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -36,6 +35,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench import ladder, ladder_table, picture, results, roof, setup, trace
 from bench.categories import DATA_SCOPE, Sizes
+from bench.turns import mark, ms_between
 from bench.variants import Ours, Variant, build
 from fastgpt.config import settings
 from fastgpt.config.schema import Config
@@ -190,7 +190,7 @@ class Steps:
         """Run `count` + 1 steps. ms from the beginning of each to that of the next: `count`."""
         marks = []
         for _ in range(count + 1):
-            marks.append(self._mark())
+            marks.append(mark(self.device))
             with record_function(trace.STEP_SCOPE):
                 with record_function(DATA_SCOPE):
                     tokens = self.prefetcher.get(self.step)
@@ -198,18 +198,7 @@ class Steps:
             self.step += 1
         synchronize(self.device)
         self.trainer.check()
-        return [_ms(a, b) for a, b in zip(marks, marks[1:], strict=False)]
-
-    def _mark(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
-
-
-def _ms(a: Any, b: Any) -> float:
-    return (b - a) * 1e3 if isinstance(a, float) else a.elapsed_time(b)
+        return [ms_between(a, b) for a, b in zip(marks, marks[1:], strict=False)]
 
 
 def measure(steps: Steps, seconds: float, traced_steps: int) -> tuple[ladder.Ladder, list[float]]:

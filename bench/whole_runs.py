@@ -60,7 +60,7 @@ class Race:
         rows, n = c.optim.batch_size, c.log.eval_iters
         windows = eval_batches(data.val, n_batches=n, batch_size=rows, block_size=T, seed=0)
         self.held_out = [torch.from_numpy(w).to(self.device) for w in windows]
-        self.stepper = quietly_built(self.variant, self.values, data.vocab_size)
+        self.stepper = quietly_built(self.variant, c, data.vocab_size)
         started = time.perf_counter()
         self.stepper.warm_up(torch.from_numpy(self.batches.tokens(0)).to(self.device))
         self.stepper.evaluate(self.held_out[0])  # compiles too
