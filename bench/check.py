@@ -1,7 +1,7 @@
 """python -m bench check [FOLDER]: which results no longer match the sources they measured.
 
-Silent, exit code 0, where all do. A line a result, exit code 1, where sources changed since, or a
-file is not a result.
+Silent, exit code 0, if all do. A line a result, exit code 1, if sources changed since or a file is
+not a result.
 """
 
 from __future__ import annotations

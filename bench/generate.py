@@ -69,7 +69,7 @@ def cache_free(
     model: GPT, text: list[int], n_prompt: int, every: int, device: torch.device
 ) -> tuple[float, int, int, float]:
     """(seconds for the whole text, tokens compared, how many differ, smallest gap of the two
-    likeliest tokens where they differ). The text's own beginning is given at every length."""
+    likeliest tokens when they differ). The text's own beginning is given at every length."""
     ids = torch.tensor([text], device=device)
     lengths = list(range(n_prompt, len(text), every))
     model.logits(model.hidden(ids[:, :n_prompt])[:, -1])

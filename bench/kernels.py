@@ -85,7 +85,7 @@ class Pass:
         synchronize(self.case.device)
 
     def peak_memory(self) -> int:
-        """Bytes that the pass takes besides its inputs; 0 on a CPU, where nobody counts."""
+        """Bytes that the pass takes besides its inputs; 0 on a CPU, which does not count."""
         if self.case.device.type != "cuda":
             return 0
         given = self.prepare()

@@ -113,7 +113,7 @@ class Rung:
 
     name: str
     ms: float
-    mfu_points: float = 0.0  # lost; negative where the rung is a gain
+    mfu_points: float = 0.0  # lost; negative if the rung is a gain
     mfu_after: float = 0.0  # % once this rung is counted
     takes_ms: float | None = None
     credit_ms: float = 0.0

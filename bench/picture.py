@@ -30,8 +30,8 @@ def draw(
 ) -> list[Path]:
     """Write the picture to every path, in the format of its suffix. Returns the paths.
 
-    `title` names model and device; `footer` says where the numbers come from; `note` is put in the
-    picture where it must not be overlooked.
+    `title` names model and device; `footer` says what was measured and when; `note` is put in a
+    corner, in colour, not to be overlooked.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -111,9 +111,9 @@ def _split_bar(axes: Any, row: int, at: float, rung: Rung, colour: str) -> None:
 def _margins(axes: Any, row: int, rung: Rung, mfu: str, bold: bool = False) -> None:
     """The rung's name on the left and the MFU so far on the right."""
     weight = "bold" if bold else "normal"
-    where = {"transform": axes.get_yaxis_transform(), "va": "center", "color": _INK}
+    style = {"transform": axes.get_yaxis_transform(), "va": "center", "color": _INK}
     name = "100 % of the peak" if rung.name == "ideal" else rung.name
-    axes.text(-0.015, row, name, ha="right", size=10.5, weight=weight, **where)
-    axes.text(1.0, row, mfu, ha="left", size=11, weight=weight, **where)
+    axes.text(-0.015, row, name, ha="right", size=10.5, weight=weight, **style)
+    axes.text(1.0, row, mfu, ha="left", size=11, weight=weight, **style)
     if rung.bound_ms and rung.takes_ms:
-        axes.text(1.1, row, f"{rung.bound_ms / rung.takes_ms:.0%}", size=10, **where)
+        axes.text(1.1, row, f"{rung.bound_ms / rung.takes_ms:.0%}", size=10, **style)

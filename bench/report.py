@@ -80,7 +80,7 @@ def section(path: Path, data: dict[str, Any], now: dict[str, str], below: Path) 
 
 
 def plot(path: Path, data: dict[str, Any]) -> Path:
-    """A picture beside the result, where its kind has one. Returns its path, there or not."""
+    """A picture beside the result, if its kind has one. Returns its path, there or not."""
     picture = path.with_suffix(".svg")
     rows = [r for r in data["rows"] if not r["problem"]]
     draw = {"step": plot_steps, "ablate": plot_steps, "kernels": plot_kernels}.get(data["name"])

@@ -4,7 +4,7 @@ An interval is a bootstrap's (Efron, 1979), widened for what a plain bootstrap m
 few rounds (Student's t for the normal quantile, n/(n-1) for the variance) and rounds that resemble
 their neighbours, which carry less evidence than as many independent ones (n / f^2 of them, with
 f^2 = (1 + r)/(1 - r) for a correlation r of neighbours). On synthetic sessions without a difference
-that makes 1 to 4 wrong verdicts in 100, at six rounds as at forty, where the plain bootstrap makes
+that makes 1 to 4 wrong verdicts in 100, at six rounds as at forty; the plain bootstrap makes
 20 once neighbours correlate by 0.5; tests hold that.
 """
 

@@ -4,10 +4,10 @@ Every instant of the traced window belongs to exactly one piece of work, or to n
 parts add up to the window whatever overlaps:
 
 - On a GPU the pieces are kernels, copies and sets, each with the ops and scopes around its launch
-  (the trace links them by correlation id). Where several streams work at once the instant goes to
+  (the trace links them by correlation id). If several streams work at once the instant goes to
   the first of `CATEGORIES` among them: a copy beside a kernel costs nothing.
 - On a CPU they are the ops' own times, without those of the ops inside them. Main thread and
-  autograd thread work in turn; where they do overlap, the instant counts once.
+  autograd thread work in turn; if they do overlap, the instant counts once.
 
 The traced loop marks each step with the scope `bench.step`, and reading its batch with
 `bench.data`. The first and the last marked step only bound the window: it runs from the first
@@ -145,7 +145,7 @@ def exclusive(
 ) -> list[float]:
     """The time of [start, end) that each span gets when every instant counts once.
 
-    Where spans overlap the one of the lowest rank gets the instant, of equals the earlier one.
+    If spans overlap the one of the lowest rank gets the instant, of equals the earlier one.
     """
     order = sorted(range(len(spans)), key=lambda i: spans[i][0])
     shares = [0.0] * len(spans)
@@ -285,7 +285,7 @@ def _gemms(
     window: tuple[float, float],
     steps: int,
 ) -> list[Gemm]:
-    """Matrix products of the linear layers and the head by shape, where the trace has shapes."""
+    """Matrix products of the linear layers and the head by shape, if the trace has shapes."""
     us: dict[tuple[str, int, int, int], float] = defaultdict(float)
     calls: dict[tuple, set[int]] = defaultdict(set)
     batches: dict[tuple, int] = {}
