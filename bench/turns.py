@@ -206,8 +206,8 @@ def measure(
 ) -> list[Measured]:
     """Build, judge, then `rounds` turns of about `turn_s` each.
 
-    `progress` sees all variants before and after building and after each round, so that what there
-    is can be kept. Those that have neither samples nor a problem were not measured yet.
+    `progress` sees all variants before and after building and after each round of all, so that what
+    there is can be kept. Those that have neither samples nor a problem were not measured yet.
     """
     values = settings.to_dict(config)
     found = [Measured(v) for v in variants]
@@ -252,12 +252,13 @@ def measure(
             progress(found)
             sound = [i for i in group if not found[i].problem]
             counts = {i: max(2, min(50, round(turn_s * 1e3 / (turn(i, 2) or 1e9)))) for i in sound}
-            for _ in range(rounds):
+            for r in range(1, rounds + 1):
                 sound = [i for i in sound if not found[i].problem]
                 for i in order.sample(sound, len(sound)):
                     if ms := turn(i, counts[i]):
                         found[i].samples.append(ms)
-                progress(found)
+                if r == rounds or alive == "all":  # ratios are of as many rounds
+                    progress(found)
             for i in group:
                 workers[i].close()
     finally:

@@ -90,6 +90,23 @@ def test_real_steps_take_turns(tmp_path: Path) -> None:
     assert not wrong.samples
 
 
+def test_one_at_a_time() -> None:
+    """Each gets all its turns before the next is built; rows can be made of what there is."""
+    config, vocab_size = setup.configure("gpt2", dict(f[2:].split("=") for f in TINY))
+    seen = []
+
+    def progress(found: Any) -> None:
+        seen.append([len(m.samples) for m in found])
+        step.rows_of(found, "gpt2", config, vocab_size, {})
+
+    variants = [Variant("eager"), Variant("again")]
+    found = turns.measure(
+        variants, config, vocab_size, rounds=3, turn_s=0.01, alive="one", progress=progress
+    )
+    assert seen == [[0, 0], [0, 0], [3, 0], [3, 0], [3, 3]]
+    assert not any(m.problem for m in found)
+
+
 def test_a_step_that_is_cut_short_keeps_its_rounds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
