@@ -26,6 +26,7 @@ from typing import Any
 from bench import setup
 from bench.tables import table
 from fastgpt.config.presets import PRESETS
+from fastgpt.model.gpt import ModelShape
 from fastgpt.train import memory
 
 NODE = 8
