@@ -80,14 +80,14 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _command(args: list[str]) -> int:
-    commands: dict[str, Callable[[list[str]], int]] = {
-        "train": _train,
-        "sample": _sample,
-        "eval": _eval,
-        "export": _export,
-        "import": _import,
-        "prepare": _prepare,
-        "doctor": _doctor,
+    commands: dict[str, tuple[Callable[[], Any], str, Callable[[list[str]], int]]] = {
+        "train": (PRESETS["laptop"], "[PRESET | FILE.toml]", _train),
+        "sample": (SampleConfig, "", _sample),
+        "eval": (EvalConfig, "", _eval),
+        "export": (ExportConfig, "", _export),
+        "import": (ImportConfig, "CKPT.pt", _import),
+        "prepare": (PrepareConfig, "CORPUS", _prepare),
+        "doctor": (dict, "", _doctor),
     }
     if not args or args[0] in ("-h", "--help", "help"):
         presets = textwrap.fill("  ".join(PRESETS), 88, subsequent_indent=" " * 10)
@@ -96,9 +96,18 @@ def _command(args: list[str]) -> int:
     if args[0] == "--version":
         print(f"fastgpt {__version__}")
         return 0
-    if args[0] not in commands:
-        raise settings.unknown_key(args[0], list(commands), "fastgpt ", what="command")
-    return commands[args[0]](args[1:])
+    name, *rest = args
+    if name not in commands:
+        raise settings.unknown_key(name, list(commands), "fastgpt ", what="command")
+    defaults, positional, command = commands[name]
+    if "--help" not in rest and "-h" not in rest:
+        return command(rest)
+    if name == "doctor":
+        print("fastgpt doctor: Python, torch, triton, GPU and peak, disk, data, ops; no settings")
+        return 0
+    if name == "train":
+        defaults = PRESETS.get(rest[0], defaults)
+    return _help(defaults(), name, positional)
 
 
 def _help(config: Any, command: str, positional: str) -> int:
@@ -128,14 +137,7 @@ def _help(config: Any, command: str, positional: str) -> int:
     return 0
 
 
-def _wants_help(args: list[str]) -> bool:
-    return "--help" in args or "-h" in args
-
-
 def _train(args: list[str]) -> int:
-    if _wants_help(args):
-        base = PRESETS[args[0]]() if args[0] in PRESETS else PRESETS["laptop"]()
-        return _help(base, "train", "[PRESET | FILE.toml]")
     positional, flags = settings.split_flags(args)
     if len(positional) > 1:
         raise UserError(f"{' '.join(positional)}: one preset or TOML file is wanted")
@@ -190,8 +192,6 @@ def _weights_alone(flags: dict[str, str]) -> dict[str, str]:
 
 
 def _sample(args: list[str]) -> int:
-    if _wants_help(args):
-        return _help(SampleConfig(), "sample", "")
     config = _flags(SampleConfig(), args, "; the prompt is given as --start=TEXT")
     from fastgpt.inference.sample import sample
 
@@ -199,8 +199,6 @@ def _sample(args: list[str]) -> int:
 
 
 def _eval(args: list[str]) -> int:
-    if _wants_help(args):
-        return _help(EvalConfig(), "eval", "")
     config = _flags(EvalConfig(), args, "; the file is given as --input=FILE")
     from fastgpt.inference.evaluate import evaluate
 
@@ -208,8 +206,6 @@ def _eval(args: list[str]) -> int:
 
 
 def _export(args: list[str]) -> int:
-    if _wants_help(args):
-        return _help(ExportConfig(), "export", "")
     config = _flags(ExportConfig(), args, "; the new folder is given as --to=FOLDER")
     from fastgpt.weights.export import export
 
@@ -217,8 +213,6 @@ def _export(args: list[str]) -> int:
 
 
 def _import(args: list[str]) -> int:
-    if _wants_help(args):
-        return _help(ImportConfig(), "import", "CKPT.pt")
     positional, flags = settings.split_flags(args)
     if len(positional) != 1:
         raise UserError(f"import: one checkpoint is wanted, {len(positional)} given")
@@ -229,8 +223,6 @@ def _import(args: list[str]) -> int:
 
 
 def _prepare(args: list[str]) -> int:
-    if _wants_help(args):
-        return _help(PrepareConfig(), "prepare", "CORPUS")
     positional, flags = settings.split_flags(args)
     if len(positional) > 1:
         raise UserError(f"{' '.join(positional)}: one corpus is wanted")
@@ -246,9 +238,6 @@ def _prepare(args: list[str]) -> int:
 
 
 def _doctor(args: list[str]) -> int:
-    if _wants_help(args):
-        print("fastgpt doctor: Python, torch, triton, GPU and peak, disk, data, ops; no settings")
-        return 0
     if args:
         raise UserError(f"{args[0]}: doctor takes no settings")
     from fastgpt.doctor import doctor

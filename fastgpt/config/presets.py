@@ -12,18 +12,8 @@ from fastgpt.config.settings import replace
 
 def laptop() -> Config:
     """0.8M parameters, 12 x 64 tokens a step: nanoGPT's CPU size, a few minutes on two cores."""
-    return replace(
-        desktop(),
-        n_layer=4,
-        n_head=4,
-        n_embd=128,
-        block_size=64,
-        dropout=0.0,
-        batch_size=12,
-        max_iters=2000,
-        lr_decay_iters=2000,
-        eval_iters=20,
-    )
+    c = replace(desktop(), n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.0)
+    return replace(c, batch_size=12, max_iters=2000, lr_decay_iters=2000, eval_iters=20)
 
 
 def desktop() -> Config:
@@ -33,42 +23,20 @@ def desktop() -> Config:
 
 def shakespeare_char() -> Config:
     """nanoGPT's character-level Shakespeare: 10.7M parameters, 64 x 256 tokens a step."""
-    return replace(
-        Config(),
-        gelu="erf",  # as nanoGPT's, for the same curve; the GPT-2 sizes have GPT-2's tanh
-        dataset="shakespeare_char",
-        n_layer=6,
-        n_head=6,
-        n_embd=384,
-        block_size=256,
-        dropout=0.2,
-        batch_size=64,
-        gradient_accumulation_steps=1,
-        learning_rate=1e-3,
-        min_lr=1e-4,
-        beta2=0.99,
-        warmup_iters=100,
-        max_iters=5000,
-        lr_decay_iters=5000,
-        eval_interval=250,
-        eval_iters=200,
-        log_interval=10,
-        always_save_checkpoint=False,
-    )
+    c = replace(Config(), dataset="shakespeare_char", max_iters=5000, lr_decay_iters=5000)
+    c = replace(c, n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2)
+    c = replace(c, gelu="erf")  # nanoGPT's, for the same curve; the GPT-2 sizes have GPT-2's tanh
+    c = replace(c, batch_size=64, gradient_accumulation_steps=1)
+    c = replace(c, learning_rate=1e-3, min_lr=1e-4, beta2=0.99, warmup_iters=100)
+    c = replace(c, eval_interval=250, eval_iters=200, log_interval=10)
+    return replace(c, always_save_checkpoint=False)
 
 
 def _gpt2(n_layer: int, n_head: int, n_embd: int, batch_size: int) -> Config:
     """GPT-2's shapes with nanoGPT's recipe: 480 sequences of 1,024 tokens a step."""
-    return replace(
-        Config(),
-        n_layer=n_layer,
-        n_head=n_head,
-        n_embd=n_embd,
-        batch_size=batch_size,
-        gradient_accumulation_steps=480 // batch_size,
-        eval_interval=1000,
-        log_interval=10,
-    )
+    c = replace(Config(), n_layer=n_layer, n_head=n_head, n_embd=n_embd, batch_size=batch_size)
+    c = replace(c, gradient_accumulation_steps=480 // batch_size)
+    return replace(c, eval_interval=1000, log_interval=10)
 
 
 def gpt2() -> Config:
@@ -93,34 +61,14 @@ def gpt2_xl() -> Config:
 
 def finetune_shakespeare() -> Config:
     """nanoGPT's finetuning: GPT-2 XL on Shakespeare, 32 x 1,024 tokens a step, 20 steps."""
-    return replace(
-        Config(),
-        init_from="gpt2-xl",
-        dataset="shakespeare",
-        batch_size=1,
-        gradient_accumulation_steps=32,
-        learning_rate=3e-5,
-        decay_lr=False,
-        max_iters=20,
-        eval_interval=5,
-        eval_iters=40,
-        always_save_checkpoint=False,
-    )
+    c = replace(Config(), init_from="gpt2-xl", dataset="shakespeare", max_iters=20)
+    c = replace(c, batch_size=1, gradient_accumulation_steps=32, learning_rate=3e-5, decay_lr=False)
+    return replace(c, eval_interval=5, eval_iters=40, always_save_checkpoint=False)
 
 
-PRESETS: dict[str, Callable[[], Config]] = {
-    f.__name__: f
-    for f in (
-        laptop,
-        desktop,
-        shakespeare_char,
-        gpt2,
-        gpt2_medium,
-        gpt2_large,
-        gpt2_xl,
-        finetune_shakespeare,
-    )  # fmt: skip
-}
+_GPT2 = (gpt2, gpt2_medium, gpt2_large, gpt2_xl)
+_ALL = (laptop, desktop, shakespeare_char, *_GPT2, finetune_shakespeare)
+PRESETS: dict[str, Callable[[], Config]] = {f.__name__: f for f in _ALL}
 
 
 def default_name() -> str:

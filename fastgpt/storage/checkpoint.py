@@ -17,7 +17,6 @@ that does is used. There is no pickle anywhere.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -88,7 +87,7 @@ def write_folder(
 
     Tensors that several ranks wrote come as the path of their file, which is moved here.
     A folder that is already there is replaced. On any error `target` stays as it was and nothing
-    is left behind. Raises UserError where the disk is full or not writable.
+    is left behind. Raises UserError if the disk is full or not writable.
     """
     parent = target.parent
     tmp, old = parent / f".tmp-{target.name}-{os.getpid()}", parent / f".old-{target.name}"
@@ -115,11 +114,7 @@ def write_folder(
         os.replace(tmp, target)
         fsync_dir(parent)
         shutil.rmtree(old, ignore_errors=True)
-    except SafetensorError as e:
-        # Its writer reports the system's error as text: "... (os error 28)".
-        code = re.search(r"os error (\d+)", str(e))
-        raise explain_os_error(OSError(int(code[1]) if code else errno.EIO, str(e)), target) from e
-    except OSError as e:
+    except (OSError, SafetensorError) as e:
         raise explain_os_error(e, target) from e
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -135,7 +130,7 @@ def save(
     best: bool,
     keep: int,
 ) -> Path:
-    """Save a checkpoint, move `best` (where it is one) and `latest`, remove the oldest ones."""
+    """Save a checkpoint, move `best` (if it is that) and `latest`, remove the oldest ones."""
     folder = root(run_dir)
     target = folder / name_of(step)
     _remove_leftovers(folder)
@@ -177,7 +172,7 @@ def _prune(run_dir: Path, step: int, keep: int) -> None:
 
 
 def pointer(run_dir: Path, which: str) -> str | None:
-    """The checkpoint that `latest` or `best` names, or None where it names none."""
+    """The checkpoint that `latest` or `best` names, or None if it names none."""
     try:
         name = (root(run_dir) / which).read_bytes().decode("ascii", "replace").removesuffix("\n")
     except FileNotFoundError:
@@ -186,7 +181,7 @@ def pointer(run_dir: Path, which: str) -> str | None:
 
 
 def fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, naming the file; None where nothing is."""
+    """What is wrong with a checkpoint's files, naming the file; None if nothing is."""
     try:
         body, _, digest = (
             (folder / _MANIFEST).read_bytes().decode().removesuffix("\n").rpartition("\n")
@@ -213,7 +208,7 @@ def load(run_dir: Path, which: str = "latest", warn: Callable[[str], None] = pri
     """The checkpoint that `which` names: latest, best, or a folder's name under checkpoints/.
 
     A damaged one is named through `warn` and the newest good one is used in its place; a folder
-    asked for by name has no substitute. Raises UserError where nothing usable is left.
+    asked for by name has no substitute. Raises UserError if nothing usable is left.
     """
     available = names(run_dir)
     if which not in ("latest", "best"):

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +40,7 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     """Open a temporary file beside `path`; on success fsync it and rename it onto `path`.
 
     On any exception the temporary file is removed and `path` stays as it was.
-    Raises UserError where the disk is full or the folder cannot be written.
+    Raises UserError if the disk is full or the folder cannot be written.
     """
     path = Path(path)
     tmp = None
@@ -68,8 +69,14 @@ def write_text(path: Path, text: str) -> None:
         f.write(text.encode())
 
 
-def explain_os_error(e: OSError, path: Path) -> Exception:
-    """The UserError that says what an OSError on `path` means for the user, or the error itself."""
+def explain_os_error(e: Exception, path: Path) -> Exception:
+    """The UserError that says what a failed write to `path` means for the user, or the error.
+
+    It is an OSError, or safetensors's own, which has the system's as text: "... (os error 28)".
+    """
+    if not isinstance(e, OSError):
+        code = re.search(r"os error (\d+)", str(e))
+        e = OSError(int(code[1]) if code else errno.EIO, str(e))
     where = Path(path).parent if not Path(path).is_dir() else Path(path)
     if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(

@@ -71,13 +71,13 @@ class Loop:
         rows = self.ranks.rows(self.rows)
         self.prefetcher = Prefetcher(self.batches, trainer.device, start_step=start, row_slice=rows)
         stack.callback(self.prefetcher.close)
-        voice = metrics.Metrics if self.ranks.first else metrics.Silent
         self.metrics = stack.enter_context(
-            voice(
+            metrics.Metrics(
                 self.run_dir,
                 trainer.resolved,
                 start_step=start,
                 tokens_per_step=self.tokens_per_step,
+                keeps=self.ranks.first,
             )
         )
         self.stop = stack.enter_context(StopRequest())
@@ -197,22 +197,17 @@ class Loop:
 
     def evaluate(self, step: int) -> bool:
         """Both mean losses on the fixed batches, shared by the ranks. False: a signal came."""
-        means = {}
-        total = 2 * self.config.log.eval_iters
-        for i, (name, split) in enumerate(
-            (("train", self.dataset.train), ("val", self.dataset.val))
-        ):
-            losses = torch.zeros(
-                self.config.log.eval_iters, dtype=torch.float64, device=self.trainer.device
-            )
+        means, n = {}, self.config.log.eval_iters
+        splits = {"train": self.dataset.train, "val": self.dataset.val}
+        for i, (name, split) in enumerate(splits.items()):
+            losses = torch.zeros(n, dtype=torch.float64, device=self.trainer.device)
             for k, tokens in self._eval_tokens(split):
                 if self._stopping():
                     return False
                 loss = self.trainer.losses(tokens)  # on all ranks: FSDP gathers weights for it
-                if k < len(losses):
+                if k < n:
                     losses[k] = loss
-                done = i * self.config.log.eval_iters + min(k + 1, len(losses))
-                self.metrics.working(f"evaluating {name}", step, done, total)
+                self.metrics.working(f"evaluating {name}", step, i * n + min(k + 1, n), 2 * n)
             means[name] = self.ranks.sum(losses).mean().item()
         at = self.progress
         at.last_eval, at.val_loss = step, means["val"]

@@ -15,13 +15,10 @@ import json
 import os
 import sys
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-
 from fastgpt.config.schema import Config
+from fastgpt.config.settings import to_dict
 from fastgpt.errors import UserError
 from fastgpt.storage.files import explain_os_error, write_text
 
@@ -60,18 +57,33 @@ def count(n: float) -> str:
 
 
 class Metrics:
-    """The run's voice; a context manager, so that files and the progress bar are always closed."""
+    """The run's voice; a context manager, so that files and the progress bar are always closed.
 
-    def __init__(self, run_dir: Path, config: Config, *, start_step: int, tokens_per_step: int):
-        self.path = run_dir / "metrics.jsonl"
+    `keeps` is False for ranks that are not the first: they write nothing, and their stdout goes
+    nowhere.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        *,
+        start_step: int,
+        tokens_per_step: int,
+        keeps: bool = True,
+    ):
+        self.path, self._keeps = run_dir / "metrics.jsonl" if keeps else Path(os.devnull), keeps
         self._tokens_per_step, self._max_iters = tokens_per_step, config.run.max_iters
-        # A resumed run writes the steps after its checkpoint anew.
-        kept = [r for r in read(self.path) if r["step"] < start_step + (r["kind"] == "eval")]
-        write_text(self.path, "".join(json.dumps(r) + "\n" for r in kept))
+        if keeps:  # a resumed run writes the steps after its checkpoint anew
+            kept = [r for r in read(self.path) if r["step"] < start_step + (r["kind"] == "eval")]
+            write_text(self.path, "".join(json.dumps(r) + "\n" for r in kept))
         self._file: IO[str] = open(self.path, "a")  # noqa: SIM115 - closed in __exit__
-        self._trackers = _trackers(run_dir, config)
-        self._progress: Progress | None = None
+        self._trackers = _trackers(run_dir, config) if keeps else []
+        self._progress: Any = None  # of rich
         if sys.stdout.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
             columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"))
             self._progress = Progress(*columns, console=Console(highlight=False), transient=True)
             self._task = self._progress.add_task("", total=self._max_iters, completed=start_step)
@@ -82,9 +94,7 @@ class Metrics:
             self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         if self._progress:
             self._progress.stop()
         self._file.close()
@@ -92,7 +102,7 @@ class Metrics:
             tracker.close()
 
     def say(self, line: str) -> None:
-        """Print a line, above the progress bar where there is one."""
+        """Print a line, above the progress bar if there is one."""
         if self._progress:
             self._progress.console.print(line, markup=False, soft_wrap=True)
         else:
@@ -151,42 +161,13 @@ class Metrics:
 
     def sync(self) -> None:
         """Make what was written survive a power cut; called with every checkpoint."""
-        os.fsync(self._file.fileno())
-
-
-class Silent(Metrics):
-    """Of the ranks that are not the first: says and writes nothing."""
-
-    def __init__(self, run_dir: Path, config: Config, *, start_step: int, tokens_per_step: int):
-        pass
-
-    def __enter__(self) -> Silent:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        pass
-
-    def say(self, line: str) -> None:
-        pass
-
-    def train(self, step: int, seconds: float, record: dict[str, float]) -> None:
-        pass
-
-    def evaluation(self, step: int, train_loss: float, val_loss: float) -> None:
-        pass
-
-    def working(self, what: str, step: int, done: int, total: int) -> None:
-        pass
-
-    def sync(self) -> None:
-        pass
+        if self._keeps:
+            os.fsync(self._file.fileno())
 
 
 class _Wandb:
     def __init__(self, run_dir: Path, config: Config):
         import wandb
-
-        from fastgpt.config.settings import to_dict
 
         name = config.log.wandb_run_name or run_dir.name
         self._run = wandb.init(

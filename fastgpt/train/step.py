@@ -63,6 +63,7 @@ class Trainer:
         self.model, self.config, self.machine = model, config, machine
         self.device, self.ranks = machine.device, ranks or Ranks()
         self.batch_size = batch_size or config.optim.batch_size
+        self.accumulation = rows // self.batch_size
         self.micro_batch = self.ranks.micro_batch(rows, self.batch_size)
         with self.ranks.together():
             self.wrapped, self.layout = sharding.wrap(model, system, machine)
@@ -84,13 +85,8 @@ class Trainer:
     @property
     def resolved(self) -> Config:
         """The config with what was found in place of each `auto`: what a run stores and shows."""
-        accumulation = self.config.optim.rows // self.batch_size
-        return settings.replace(
-            self.config,
-            **self.machine.settings,
-            batch_size=self.batch_size,
-            gradient_accumulation_steps=accumulation,
-        )
+        cut = {"batch_size": self.batch_size, "gradient_accumulation_steps": self.accumulation}
+        return settings.replace(self.config, **self.machine.settings, **cut)
 
     def _loss(self, tokens: Tensor) -> Tensor:
         """Mean loss of windows (B, T + 1): inputs and targets one token apart."""
@@ -163,7 +159,7 @@ class Trainer:
         Its loss and gradient norm are held against those of a plain micro-step. Raises RuntimeError
         if they differ, or if something in the step cannot be captured; steps go on without.
         """
-        n = self.config.optim.rows // self.batch_size
+        n = self.accumulation
         seed = dropout_seed(self.config.run.seed, step)
         results = []
         try:

@@ -8,7 +8,6 @@ embedding. Files from before 2020 name tensors without "transformer." and hold a
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 from collections.abc import Mapping
@@ -130,7 +129,7 @@ def read(path: Path, size: str | None = None) -> Weights:
 
 
 def read_config(path: Path) -> tuple[ModelShape, bool]:
-    """(shape, whether fastgpt's model had biases) of a config.json; UserError where it is not ours.
+    """(shape, whether fastgpt's model had biases) of a config.json; UserError if it is not ours.
 
     The shape always has biases, as the tensors have.
     """
@@ -210,7 +209,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _headers(path: Path) -> dict[str, _Stored]:
-    """What a safetensors file holds; UserError where it is cut off, naming the tensor."""
+    """What a safetensors file holds; UserError if it is cut off, naming the tensor."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as f:
@@ -341,9 +340,6 @@ def write(
         save_file(ready, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / WEIGHTS).chmod(0o644)
     except SafetensorError as e:
-        # Its writer reports the system's error as text: "... (os error 28)".
-        code = re.search(r"os error (\d+)", str(e))
-        error = OSError(int(code[1]) if code else errno.EIO, str(e))
-        raise explain_os_error(error, folder / WEIGHTS) from e
+        raise explain_os_error(e, folder / WEIGHTS) from e
     write_text(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
     write_text(folder / "config.json", json.dumps(config_json(shape, eot), indent=2) + "\n")
