@@ -18,7 +18,7 @@ from torch import Tensor
 from bench import rivals, setup
 from bench.rivals import Provider, Tensors
 from fastgpt_kernels import reference
-from fastgpt_kernels.record import Sizes, record
+from fastgpt_kernels.record import Sizes, normal, record
 
 PIECE = 1 << 26  # values of a tensor that fp64 has in memory at a time
 
@@ -132,17 +132,28 @@ def random(device: torch.device, *shapes: tuple[int, ...]) -> Tensors:
     return [torch.randn(shape, device=device).to(dtype) for shape in shapes]
 
 
+def of(op: str, sizes: Sizes, device: torch.device, label: str, dys: Tensors, **more: Any) -> Case:
+    """The op's own inputs at a model's sizes, and the work that its record says this is."""
+    known, (like,) = record(op), random(device, ())
+    made = known.case(sizes, normal(device))
+    inputs = [x.to(like) for x in made.inputs]
+    shared = sum(len(x) != len(inputs[0]) for x in inputs)
+    work = known.work(sizes, like.itemsize)
+    unit = "TFLOP/s" if any(w.flops for w in work.values()) else "GB/s"
+    return Case(
+        op, label, inputs, dys, {kind: w.flops or w.bytes for kind, w in work.items()}, unit,
+        shared, **{"extras": tuple(made.arguments.values())[:1], **more},
+    )  # fmt: skip
+
+
 def attention(device: torch.device, size: int = 0) -> Case:
     """Packed qkv in, (B, T, C) out, causal. `size` is T, at an equal number of tokens."""
     B, T, H, D = (64, 1024, 12, 64) if device.type == "cuda" else (2, 64, 2, 32)
     B, T, C = (max(2, B * T // size), size, H * D) if size else (B, T, H * D)
-    qkv, dy = random(device, (B, T, 3 * C), (B, T, C))
-    flops, kept = 2.0 * B * T * T * C, (0, B - 1)
-    work = {"forward": flops, "backward": 2.5 * flops}
-    label = f"B={B} T={T} {H}x{D} causal"
-    # The op table's eager row is PyTorch's fused one: a rival here.
-    return Case(
-        "attention", label, [qkv], [dy], work, extras=(H,), eager=single_ops, kept=kept
+    # The op table's eager implementation is PyTorch's fused one: a rival here.
+    return of(
+        "attention", Sizes(B, T, H, C), device, f"B={B} T={T} {H}x{D} causal",
+        random(device, (B, T, C)), eager=single_ops, kept=(0, B - 1),
     )  # fmt: skip
 
 
@@ -159,56 +170,30 @@ def single_ops(qkv: Tensor, n_head: int) -> Tensor:
     return (p @ v).transpose(1, 2).reshape(B, T, C3 // 3)
 
 
-def on_rows(
-    op: str, wide: int, streams: int, shared: int, moved: tuple[float, float]
-) -> Callable[..., Case]:
-    """The case of an op that has `streams` inputs (M, C) and outputs, and weights (C,).
+def on_rows(op: str, device: torch.device, size: int = 0) -> Case:
+    """An op on rows of width `size`: the norms and GELU, which has four times the model's."""
+    gpu, wider = device.type == "cuda", 4 if op == "bias_gelu" else 1
+    M, C = (65536, size or 768 * wider) if gpu else (64, size or 96 * wider)
+    dys = random(device, *[(M, C)] * (2 if op == "add_layer_norm" else 1))
+    case = of(op, Sizes(1, M, 1, C // wider), device, f"{M} x {C}", dys)
+    if len(dys) > 1:  # all round the sum: what they add to that error is compared
+        x, residual, *weights = case.inputs
+        case.exact = [x + residual, torch.zeros_like(x), *weights]
+    return case
 
-    It reads and writes (M, C) `moved` times, forward and backward; `size` is C.
+
+def loss(op: str, device: torch.device, size: int = 0) -> Case:
+    """Loss and gradients together: when a gradient is computed is each provider's business.
+
+    `size` is the vocabulary. Every row counts.
     """
-
-    def make(device: torch.device, size: int = 0) -> Case:
-        M, C = (65536, size or wide) if device.type == "cuda" else (64, size or wide // 8)
-        streamed, dys = (random(device, *[(M, C)] * streams) for _ in range(2))
-        weights = random(device, *[(C,)] * shared)
-        work = dict(zip(("forward", "backward"), (n * dys[0].nbytes for n in moved), strict=True))
-        # If there is a sum, all round it: what they add to that error is compared.
-        exact = [torch.stack(streamed).sum(0), *map(torch.zeros_like, streamed[1:]), *weights]
-        return Case(
-            op, f"{M} x {C}", [*streamed, *weights], dys, work, "GB/s", shared, exact=exact
-        )  # fmt: skip
-
-    return make
-
-
-def cross_entropy(device: torch.device, size: int = 0) -> Case:
-    """Loss and gradient together: when the gradient is computed is each provider's business."""
-    M, V = (65536, size or 50304) if device.type == "cuda" else (64, size or 500)
-    (logits,), targets = random(device, (M, V)), torch.randint(V, (M,), device=device)
-    return Case(
-        "cross_entropy",
-        f"{M} x {V}",
-        [logits],
-        [torch.ones((), device=device)],
-        {"both": 2.0 * logits.nbytes},
-        "GB/s",
-        extras=(targets,),
-        eager=F.cross_entropy,
-        kept=(0, 1, M // 2, M - 1),
-        owned=True,
-    )
-
-
-def linear_cross_entropy(device: torch.device, size: int = 0) -> Case:
-    """Loss and both gradients together; `size` is the vocabulary."""
-    M, C, V = (32768, 768, size or 50304) if device.type == "cuda" else (64, 32, size or 500)
-    x, weight = random(device, (M, C), (V, C))
-    one, targets = torch.ones((), device=device), torch.randint(V, (M,), device=device)
-    inputs, work = [x, weight / C**0.5], {"both": 6.0 * M * C * V}
-    label = f"{M} x {C} -> {V}"
-    return Case(
-        "linear_cross_entropy", label, inputs, [one], work, shared=1, extras=(targets,)
-    )  # fmt: skip
+    gpu, alone = device.type == "cuda", op == "cross_entropy"
+    M, C, V = (65536 if alone else 32768, 768, size or 50304) if gpu else (64, 32, size or 500)
+    sizes, one = Sizes(1, M, 1, C, V, V), torch.ones((), device=device)
+    more = {"eager": F.cross_entropy, "kept": (0, 1, M // 2, M - 1), "owned": True} if alone else {}
+    case = of(op, sizes, device, f"{M} x {V}" if alone else f"{M} x {C} -> {V}", [one], **more)
+    case.extras = (case.extras[0].clamp(min=0),)
+    return case
 
 
 def linear(device: torch.device, name: str, M: int, K: int, N: int) -> Case:
@@ -224,18 +209,12 @@ def linear(device: torch.device, name: str, M: int, K: int, N: int) -> Case:
 
 def mlp(device: torch.device, M: int, C: int) -> Case:
     """The MLP (M, C) -> (M, C), GELU and biases included, all gradients."""
-    H = 4 * C
-    x, dy, fc, fc_bias, proj, bias = random(device, (M, C), (M, C), (H, C), (H,), (C, H), (C,))
-    inputs, flops = [x, fc / C**0.5, fc_bias, proj / H**0.5, bias], 4.0 * M * C * H
-    work = {"forward": flops, "backward": 2 * flops}
-    return Case("mlp", f"{M} x {C} -> {H} -> {C}", inputs, [dy], work, shared=4)
+    label = f"{M} x {C} -> {4 * C} -> {C}"
+    return of("mlp", Sizes(1, M, 1, C), device, label, random(device, (M, C)))
 
 
 CASES: dict[str, Callable[..., Case]] = {
     "attention": attention,
-    "layer_norm": on_rows("layer_norm", 768, streams=1, shared=2, moved=(2, 3)),
-    "add_layer_norm": on_rows("add_layer_norm", 768, streams=2, shared=2, moved=(4, 4)),
-    "bias_gelu": on_rows("bias_gelu", 3072, streams=1, shared=1, moved=(2, 3)),
-    "cross_entropy": cross_entropy,
-    "linear_cross_entropy": linear_cross_entropy,
+    **{op: partial(on_rows, op) for op in ("layer_norm", "add_layer_norm", "bias_gelu")},
+    **{op: partial(loss, op) for op in ("cross_entropy", "linear_cross_entropy")},
 }
