@@ -217,6 +217,8 @@ def _import(args: list[str]) -> int:
     if len(positional) != 1:
         raise UserError(f"import: one checkpoint is wanted, {len(positional)} given")
     config = settings.apply_flags(ImportConfig(), flags)
+    if not Path(positional[0]).is_file():
+        raise UserError(f"{positional[0]}: cannot be read: there is no such file")
     from fastgpt.weights.nanogpt import import_checkpoint
 
     return import_checkpoint(positional[0], config)

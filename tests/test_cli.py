@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from fastgpt.config.schema import Config, PrepareConfig, SampleConfig
 from tests import runs
 from tests.process import fastgpt
 from tests.runs import TINY
+
+ROOT = Path(__file__).parents[1]
 
 
 def run(capsys, *args: str) -> tuple[int, str, str]:
@@ -86,6 +89,61 @@ def test_mistakes(args, message, capsys):
     assert err.startswith("fastgpt: ") and err.count("\n") == 1 and "Traceback" not in err
 
 
+LIGHT = """
+import sys
+from fastgpt.cli import main
+for args in {args!r}:
+    try:
+        main(args)
+    except SystemExit as e:
+        assert e.code == (0 if "--help" in args else 2), (args, e.code)
+    assert "torch" not in sys.modules, args
+"""
+
+
+def test_help_and_mistakes_do_not_load_torch(tmp_path: Path):
+    """One process for all: what an argument loads stays loaded, so the first that does is named."""
+    (tmp_path / "bad.toml").write_text("n_layr = 3")
+    args = [
+        "--help",
+        "trian",
+        *(f"{c} --help" for c in ("train", "sample", "eval", "export", "import", "prepare")),
+        "doctor --help",
+        "train --n_layerz=3",
+        "train --n_layer=0",
+        "train --n_layer",
+        "train --device=gpu",
+        "train gpt22",
+        "train laptop gpt2",
+        "train no.toml",
+        "train bad.toml",
+        "train laptop --n_head=7",
+        "train laptop --min_lr=1",
+        "train laptop --init_from=weights",
+        "train --init_from=resume",
+        "sample --top_p=3",
+        "sample --device=tpu",
+        "sample --out_dir=none",
+        "sample --init_from=resume --weights=x",
+        "eval --task=hellaswag --weights=x",
+        "eval --stride=x",
+        "export --weights=x",
+        "export --too=x",
+        "import",
+        "import x.pt --gelu=x",
+        "import none.pt",
+        "prepare",
+        "prepare --shards=0",
+        "prepare nope",
+        "doctor x",
+    ]
+    program = LIGHT.format(args=[a.split() for a in args])
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    got = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)
+    assert got.returncode == 0, got.stderr
+    assert got.stderr.count("fastgpt: ") == sum("--help" not in a for a in args)
+
+
 def test_mistakes_leave_nothing_behind(capsys, tmp_path: Path):
     path = runs.write_text(tmp_path, n_lines=3)
     code, _, err = run(capsys, "train", "laptop", f"--input={path}", "--block_size=1024")
@@ -107,9 +165,8 @@ def test_torchrun_does_not_start_as_many_runs(capsys, monkeypatch):
 
 def test_python_dash_m_and_a_reader_that_leaves(tmp_path: Path):
     command = f"{sys.executable} -m fastgpt --help | head -1"
-    root = Path(__file__).parents[1]
     got = subprocess.run(
-        command, shell=True, capture_output=True, text=True, env={"PYTHONPATH": str(root)}
+        command, shell=True, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}
     )
     assert got.stdout.startswith("fastgpt ") and not got.stderr
 
