@@ -7,7 +7,7 @@ pass. The truth is the op's reference in fp64; who else computes the op is in `b
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from bench import rivals, setup
 from bench.rivals import Provider, Tensors
 from fastgpt_kernels import reference
-from fastgpt_kernels.record import Sizes, normal, record
+from fastgpt_kernels.record import Sizes, normal, record, records
 
 PIECE = 1 << 26  # values of a tensor that fp64 has in memory at a time
 
@@ -170,13 +170,16 @@ def single_ops(qkv: Tensor, n_head: int) -> Tensor:
     return (p @ v).transpose(1, 2).reshape(B, T, C3 // 3)
 
 
-def on_rows(op: str, device: torch.device, size: int = 0) -> Case:
-    """An op on rows of width `size`: the norms and GELU, which has four times the model's."""
-    gpu, wider = device.type == "cuda", 4 if op == "bias_gelu" else 1
-    M, C = (65536, size or 768 * wider) if gpu else (64, size or 96 * wider)
-    dys = random(device, *[(M, C)] * (2 if op == "add_layer_norm" else 1))
-    case = of(op, Sizes(1, M, 1, C // wider), device, f"{M} x {C}", dys)
-    if len(dys) > 1:  # all round the sum: what they add to that error is compared
+def plain(op: str, device: torch.device, size: int = 0) -> Case:
+    """Any other op of the model, on 65,536 tokens; `size` is the model's width."""
+    M, C = (65536, size or 768) if device.type == "cuda" else (64, size or 96)
+    case = of(op, Sizes(1, M, 1, C), device, "", [])
+    rows, columns = case.inputs[0].shape
+    with torch.no_grad():
+        y = case.bound()(*case.inputs)
+    y = y if isinstance(y, tuple) else (y,)
+    case = replace(case, size=f"{rows} x {columns}", dys=random(device, *[t.shape for t in y]))
+    if len(y) > 1:  # all round the sum: what they add to that error is compared
         x, residual, *weights = case.inputs
         case.exact = [x + residual, torch.zeros_like(x), *weights]
     return case
@@ -214,7 +217,6 @@ def mlp(device: torch.device, M: int, C: int) -> Case:
 
 
 CASES: dict[str, Callable[..., Case]] = {
-    "attention": attention,
-    **{op: partial(on_rows, op) for op in ("layer_norm", "add_layer_norm", "bias_gelu")},
+    **{op.name: partial(plain, op.name) for op in records("model") if not op.library},
     **{op: partial(loss, op) for op in ("cross_entropy", "linear_cross_entropy")},
-}
+} | {"attention": attention}

@@ -30,12 +30,9 @@ OURS = "fastgpt"
 WIDTHS, VOCABULARIES = (1024, 1280, 1600, 4096), (8192, 32768, 128256)
 SWEEPS = {
     "attention": (512, 2048, 4096),
-    "layer_norm": WIDTHS,
-    "add_layer_norm": WIDTHS,
-    "bias_gelu": tuple(4 * w for w in WIDTHS),
     "cross_entropy": VOCABULARIES,
     "linear_cross_entropy": VOCABULARIES,
-}
+}  # of all others the model's width
 SMALL_SWEEP = (32, 128)
 Rows = list[dict[str, Any]]
 
@@ -236,7 +233,7 @@ def main(argv: list[str]) -> int:
     with setup.one_thread(device):
         session = Session("kernels", argv, args.rounds, device, args.out)
         for op in args.ops or CASES:
-            swept = (SWEEPS[op] if gpu else SMALL_SWEEP) if args.sweep else ()
+            swept = (SWEEPS.get(op, WIDTHS) if gpu else SMALL_SWEEP) if args.sweep else ()
             for size in (0, *swept):
                 session.measure(partial(CASES[op], device, size), "op", "size", "pass", "provider")
     session.result.end(args.out)

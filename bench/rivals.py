@@ -49,10 +49,14 @@ class Provider:
     collect: Callable[[Tensors, Tensors], Tensors] = lambda outputs, grads: [*outputs, *grads]
 
 
+def rivals_of(op: str) -> list[Rival]:
+    return RIVALS.get(op, [TORCH_COMPILE])
+
+
 def add(case: Case) -> None:
     """Add the op's rivals to a case, or to what it skips and why."""
     cuda = case.device.type == "cuda"
-    for rival in RIVALS[case.op]:
+    for rival in rivals_of(case.op):
         if importlib.util.find_spec(rival.package) is None:
             case.skipped[rival.name] = "not installed"
         elif cuda:
@@ -213,8 +217,6 @@ RIVALS: dict[str, list[Rival]] = {
         Rival("FlexAttention", flex_attention),
     ],
     "layer_norm": [TORCH_COMPILE, Rival("liger-kernel", liger_layer_norm, "liger_kernel")],
-    "add_layer_norm": [TORCH_COMPILE],
-    "bias_gelu": [TORCH_COMPILE],
     "cross_entropy": [
         TORCH_COMPILE,
         Rival("quack", quack_cross_entropy, "quack"),

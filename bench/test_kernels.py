@@ -18,7 +18,7 @@ import torch
 from bench import gemms, setup
 from bench.cases import CASES, Case, complete, linear, mlp
 from bench.kernels import Pass, judge
-from bench.rivals import RIVALS, TORCH_COMPILE
+from bench.rivals import TORCH_COMPILE, rivals_of
 from fastgpt.config.presets import PRESETS
 from fastgpt.model.peaks import synchronize
 
@@ -33,7 +33,7 @@ RUNS = [
     (op, kind, who)
     for op in MAKE
     for kind in (("both",) if "cross_entropy" in op else ("forward", "backward"))
-    for who in ("fastgpt", "eager", *[r.name for r in RIVALS[op] if r is TORCH_COMPILE])
+    for who in ("fastgpt", "eager", *["torch.compile"] * (TORCH_COMPILE in rivals_of(op)))
 ]
 
 
