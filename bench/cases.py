@@ -185,18 +185,24 @@ def plain(op: str, device: torch.device, size: int = 0) -> Case:
     return case
 
 
-def loss(op: str, device: torch.device, size: int = 0) -> Case:
+def loss(op: str, device: torch.device, size: int = 0, tokens: int = 32768) -> Case:
     """Loss and gradients together: when a gradient is computed is each provider's business.
 
     `size` is the vocabulary. Every row counts.
     """
-    gpu, alone = device.type == "cuda", op == "cross_entropy"
-    M, C, V = (65536 if alone else 32768, 768, size or 50304) if gpu else (64, 32, size or 500)
-    sizes, one = Sizes(1, M, 1, C, V, V), torch.ones((), device=device)
-    more = {"eager": F.cross_entropy, "kept": (0, 1, M // 2, M - 1), "owned": True} if alone else {}
-    case = of(op, sizes, device, f"{M} x {V}" if alone else f"{M} x {C} -> {V}", [one], **more)
+    M, C, V = (tokens, 768, size or 50304) if device.type == "cuda" else (64, 32, size or 500)
+    one = torch.ones((), device=device)
+    case = of(op, Sizes(1, M, 1, C, V, V), device, f"{M} x {C} -> {V}", [one])
     case.extras = (case.extras[0].clamp(min=0),)
     return case
+
+
+def loss_alone(op: str, device: torch.device, size: int = 0) -> Case:
+    """`loss` of logits, which it may overwrite; the truth has a few rows' gradients."""
+    case = loss(op, device, size, tokens=65536)
+    M, V = case.inputs[0].shape
+    few = (0, 1, M // 2, M - 1)
+    return replace(case, size=f"{M} x {V}", eager=F.cross_entropy, kept=few, owned=True)
 
 
 def linear(device: torch.device, name: str, M: int, K: int, N: int) -> Case:
@@ -218,5 +224,6 @@ def mlp(device: torch.device, M: int, C: int) -> Case:
 
 CASES: dict[str, Callable[..., Case]] = {
     **{op.name: partial(plain, op.name) for op in records("model") if not op.library},
-    **{op: partial(loss, op) for op in ("cross_entropy", "linear_cross_entropy")},
+    "cross_entropy": partial(loss_alone, "cross_entropy"),
+    "linear_cross_entropy": partial(loss, "linear_cross_entropy"),
 } | {"attention": attention}

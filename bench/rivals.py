@@ -64,12 +64,7 @@ def add(case: Case) -> None:
         else:
             compiled = rival is TORCH_COMPILE
             case.skipped[rival.name] = "not timed on the CPU" if compiled else "needs a GPU"
-    if case.op == "attention":
-        deterministic = partial(ours.attention, deterministic=True)
-        case.providers.append(Provider("fastgpt, deterministic", case.bound(deterministic)))
-        case.providers += [kernel_alone(case, name) for name in SDPA] if cuda else []
-    if case.op == "cross_entropy":
-        case.providers.append(Provider("eager, in fp32", case.bound(in_fp32)))
+    case.providers += OTHER_WAYS.get(case.op, lambda case: [])(case)
 
 
 def late(make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
@@ -92,8 +87,8 @@ def in_fp32(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def compiled(case: Case) -> Callable[..., Any]:
-    fn = in_fp32 if case.op == "cross_entropy" else None
-    return torch.compile(case.bound(fn), fullgraph=True)
+    """Of what people compile; of a loss that is the one in fp32."""
+    return torch.compile(case.bound(in_fp32 if case.owned else None), fullgraph=True)
 
 
 def autotuned(case: Case) -> Callable[..., Any]:
@@ -235,4 +230,18 @@ RIVALS: dict[str, list[Rival]] = {
         Rival("cuBLAS, fused GELU", lambda case: partial(EAGER_MLP, bias_gelu=ours.bias_gelu)),
         Rival(AUTOTUNE, autotuned),
     ],
+}
+
+
+def attentions(case: Case) -> list[Provider]:
+    fixed = Provider(
+        "fastgpt, deterministic", case.bound(partial(ours.attention, deterministic=True))
+    )
+    return [fixed, *(kernel_alone(case, name) for name in SDPA if case.device.type == "cuda")]
+
+
+# Further ways of our own and of eager PyTorch.
+OTHER_WAYS: dict[str, Callable[[Case], list[Provider]]] = {
+    "attention": attentions,
+    "cross_entropy": lambda case: [Provider("eager, in fp32", case.bound(in_fp32))],
 }
