@@ -68,7 +68,7 @@ class DataConfig:
     tokenizer: str = ""
     """byte, char, gpt2 or bpe:N; empty: the corpus's own."""
     vocab_file: str = ""
-    """Local rank file for the gpt2 tokenizer, where it cannot be downloaded."""
+    """Local rank file for the gpt2 tokenizer, if it cannot be downloaded."""
     data_dir: str = "data"
     """Where prepared token files live."""
     val_fraction: Fraction = 0.0
@@ -145,7 +145,7 @@ class LogConfig:
     log_interval: Count = 1
     """Steps between log lines."""
     always_save_checkpoint: bool = True
-    """True: a checkpoint after every evaluation; False: only where the validation loss improved."""
+    """True: a checkpoint after every evaluation; False: only if the validation loss improved."""
     keep_checkpoints: Count = 3
     """How many of the newest checkpoints stay; the best one stays besides."""
     sample_tokens: CountOrZero = 300
@@ -165,7 +165,7 @@ class SystemConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: bfloat16 where the GPU has it, float16 on older ones, float32 on a CPU."""
+    """auto: bfloat16 if the GPU has it, float16 on older ones, float32 on a CPU."""
     tf32: bool = False
     """With --dtype=float32: let tensor cores round what they multiply to TF32. Without, float32 is
     the oracle that other precisions are held against."""
@@ -174,16 +174,16 @@ class SystemConfig:
     max_autotune: bool = False
     """Let torch.compile time more matmul kernels, Triton's besides cuBLAS's; minutes, once."""
     kernels: Literal["auto", "triton", "eager"] = "auto"
-    """Which implementation the fused ops use; auto: Triton where a GPU can and it checks out."""
+    """Which implementation the fused ops use; auto: Triton on a GPU if it passes its check."""
     activation_checkpointing: bool = False
     """Keep only what stands between blocks and compute the rest again: less memory, a third more
     compute."""
     cuda_graph: Literal["auto"] | bool = "auto"
-    """Replay forward and backward of a micro-batch as one launch; auto: where launching is slow."""
+    """Replay forward and backward of a micro-batch as one launch; auto: if launching is slow."""
     peak_tflops: NonNegative = 0.0
     """Peak that MFU is taken against, TFLOP/s; 0: from the table, or measured."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """Under torchrun, ddp: a whole model on each GPU; fsdp: a share; auto: ddp where it fits."""
+    """Under torchrun, ddp: a whole model on each GPU; fsdp: a share; auto: ddp if it fits."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which gradients are summed over the ranks."""
     dist_timeout: Positive = 300.0
@@ -194,7 +194,7 @@ class SystemConfig:
 
 @dataclass(frozen=True)
 class OpConfig:
-    """Single ops, where they should differ from --kernels; flags are --op.NAME."""
+    """Single ops, if they should differ from --kernels; flags are --op.NAME."""
 
     attention: Literal["auto", "triton", "eager", "cudnn", "flash"] = "auto"
     """Causal self-attention; cudnn and flash are PyTorch's own."""
@@ -205,13 +205,13 @@ class OpConfig:
     bias_gelu: Literal["auto", "triton", "eager"] = "auto"
     """The MLP's bias and GELU."""
     linear: Literal["auto", "triton", "eager"] = "auto"
-    """Attention's matrix products; eager is cuBLAS, and auto where nothing was measured faster."""
+    """Attention's matrix products; eager, cuBLAS, is auto's unless ours was measured faster."""
     mlp: Literal["auto", "triton", "eager"] = "auto"
     """The MLP as one op, its GELU inside the products; eager is linear and bias_gelu."""
     linear_cross_entropy: Literal["auto", "triton", "eager"] = "auto"
     """The head and the loss."""
     adamw: Literal["auto", "triton", "eager"] = "auto"
-    """The optimizer; eager is PyTorch's fused one, and auto where nothing was measured faster."""
+    """The optimizer; eager, PyTorch's fused one, is auto's unless ours was measured faster."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ class PrepareConfig(DataConfig):
     dataset: str = "python_stdlib"
     """python_stdlib, shakespeare_char, shakespeare, openwebtext or fineweb10B."""
     overwrite: bool = False
-    """Make the token files anew where they exist."""
+    """Make the token files anew if they exist."""
 
 
 @dataclass(frozen=True)
