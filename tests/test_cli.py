@@ -89,6 +89,20 @@ def test_mistakes(args, message, capsys):
     assert err.startswith("fastgpt: ") and err.count("\n") == 1 and "Traceback" not in err
 
 
+def python(program: str) -> str:
+    """What a program in a process of its own says, on both streams."""
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    got = subprocess.run(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=env,
+    )
+    assert got.returncode == 0, got.stdout
+    return got.stdout.strip()
+
+
 LIGHT = """
 import sys
 from fastgpt.cli import main
@@ -138,10 +152,16 @@ def test_help_and_mistakes_do_not_load_torch(tmp_path: Path):
         "doctor x",
     ]
     program = LIGHT.format(args=[a.split() for a in args])
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    got = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)
-    assert got.returncode == 0, got.stderr
-    assert got.stderr.count("fastgpt: ") == sum("--help" not in a for a in args)
+    assert python(program).count("fastgpt: ") == sum("--help" not in a for a in args)
+
+
+def test_training_alone_loads_little():
+    """Neither the compiler nor what only several ranks, a terminal or a picture need."""
+    heavy = ["torch._dynamo", "fastgpt_kernels", "rich", "matplotlib"]
+    heavy += [f"torch.distributed.{m}" for m in ("fsdp", "tensor", "checkpoint")]
+    assert (
+        python(f"import sys, fastgpt.train.main; print(set({heavy}) & {{*sys.modules}})") == "set()"
+    )
 
 
 def test_mistakes_leave_nothing_behind(capsys, tmp_path: Path):

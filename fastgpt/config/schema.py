@@ -72,7 +72,7 @@ class DataConfig:
     tokenizer: str = ""
     """byte, char, gpt2 or bpe:N; empty: the corpus's own."""
     vocab_file: str = ""
-    """Local rank file for the gpt2 tokenizer, where it cannot be downloaded."""
+    """Local rank file for the gpt2 tokenizer, if it cannot be downloaded."""
     data_dir: str = "data"
     """Where prepared token files live."""
     val_fraction: Fraction = 0.0
@@ -149,7 +149,7 @@ class LogConfig:
     log_interval: Count = 1
     """Steps between log lines."""
     always_save_checkpoint: bool = True
-    """True: a checkpoint after every evaluation; False: only where the validation loss improved."""
+    """True: a checkpoint after every evaluation; False: only if the validation loss improved."""
     keep_checkpoints: Count = 3
     """How many of the newest checkpoints stay; the best one stays besides."""
     sample_tokens: CountOrZero = 300
@@ -169,7 +169,7 @@ class SystemConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: bfloat16 where the GPU has it, float16 on older ones, float32 on a CPU."""
+    """auto: bfloat16 if the GPU has it, float16 on older ones, float32 on a CPU."""
     tf32: bool = False
     """With --dtype=float32: let tensor cores round what they multiply to TF32. Without, float32 is
     the oracle that other precisions are held against."""
@@ -178,16 +178,16 @@ class SystemConfig:
     max_autotune: bool = False
     """Let torch.compile time more matmul kernels, Triton's besides cuBLAS's; minutes, once."""
     kernels: Literal["auto", "triton", "eager"] = "auto"
-    """Which implementation the fused ops use; auto: Triton where a GPU can and it checks out."""
+    """Which implementation the fused ops use; auto: Triton on a GPU if it passes its check."""
     activation_checkpointing: bool = False
     """Keep only what stands between blocks and compute the rest again: less memory, a third more
     compute."""
     cuda_graph: Literal["auto"] | bool = "auto"
-    """Replay forward and backward of a micro-batch as one launch; auto: where launching is slow."""
+    """Replay forward and backward of a micro-batch as one launch; auto: if launching is slow."""
     peak_tflops: NonNegative = 0.0
     """Peak that MFU is taken against, TFLOP/s; 0: from the table, or measured."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """Under torchrun, ddp: a whole model on each GPU; fsdp: a share; auto: ddp where it fits."""
+    """Under torchrun, ddp: a whole model on each GPU; fsdp: a share; auto: ddp if it fits."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which gradients are summed over the ranks."""
     dist_timeout: Positive = 300.0
@@ -230,7 +230,7 @@ class PrepareConfig(DataConfig):
     dataset: str = "python_stdlib"
     """python_stdlib, shakespeare_char, shakespeare, openwebtext or fineweb10B."""
     overwrite: bool = False
-    """Make the token files anew where they exist."""
+    """Make the token files anew if they exist."""
 
 
 @dataclass(frozen=True)

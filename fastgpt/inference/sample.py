@@ -89,7 +89,7 @@ class TextStream:
 
 
 def sample(config: SampleConfig) -> int:
-    """Print num_samples texts a prompt, the first of a batch as it is made. The exit code."""
+    """Print num_samples texts a prompt, a batch's first as it is made. Returns the exit code."""
     machine = Machine.of(config.device, config.dtype, config.compile)
     source = open_source(config)
     tokenizer = source.tokenizer
@@ -128,7 +128,7 @@ def _show(
     tokenizer: Tokenizer,
     config: SampleConfig,
 ) -> int:
-    """Generate and print up to a batch of texts; how many tokens there were."""
+    """Generate and print up to a batch of texts. Returns how many tokens there were."""
     n = len(tasks)
     filled = [*tasks, *[tasks[-1]] * (batch.batch_size - n)]  # the last batch may not be full
     ended = set(range(n, batch.batch_size))

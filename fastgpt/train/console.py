@@ -44,7 +44,7 @@ def introduce(trainer: Trainer, dataset: Dataset, run_dir: Path) -> None:
 
 
 def farewell(loop: Loop, dataset: Dataset, run_dir: Path) -> None:
-    """What came of it: losses, the picture, a sample, and the commands to go on."""
+    """Say how it went: losses, the picture, a sample, and the commands to go on."""
     at, c = loop.progress, loop.config
     picture = plot.loss_curve(run_dir)
     if at.last_eval >= 0:

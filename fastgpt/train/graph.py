@@ -29,7 +29,7 @@ class MicroStepGraph:
     """`graph(tokens)` does what `micro_step(tokens)` did when it was captured."""
 
     def __init__(self, micro_step: Callable[[Tensor], Tensor], tokens: Tensor):
-        """Captures; `micro_step` must have run before, so that all it compiles is compiled."""
+        """Capture it; `micro_step` must have run before, so that all of it is compiled."""
         self.tokens = tokens.clone()
         # Warm-up on a side stream, as capture wants it: cuBLAS takes its workspaces, gradients
         # get their place.
@@ -45,7 +45,7 @@ class MicroStepGraph:
             self.loss = micro_step(self.tokens)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Adds to the gradients; the loss that comes back is overwritten by the next call."""
+        """Add to the gradients. The next call overwrites the loss that this one returns."""
         self.tokens.copy_(tokens)
         self.graph.replay()
         return self.loss

@@ -24,7 +24,7 @@ from fastgpt.train.step import NonFinite, Trainer
 
 
 class StepClock:
-    """Mean seconds a step since the last lap, without what was paused for."""
+    """Mean seconds per step since the last lap; pauses do not count."""
 
     def __init__(self) -> None:
         self.steps, self._start = 0, time.perf_counter()
@@ -127,7 +127,7 @@ class Loop:
             last = step == c.run.max_iters
             due = (step % c.log.eval_interval == 0 or last) and step != at.last_eval
             if due or c.log.eval_only:
-                trainer.check()  # waits for the device: what it still has to do is the steps' time
+                trainer.check()  # waits for the device, whose open work is the steps'
                 with clock.paused():
                     if self.evaluate(step):
                         self.save_after_evaluation(step)
@@ -215,7 +215,7 @@ class Loop:
         return True
 
     def _eval_tokens(self, split: TokenSplit) -> Iterator[tuple[int, torch.Tensor]]:
-        """(index, tokens) of this rank's batches: as many on each rank, some past the last one."""
+        """(index, tokens) of this rank's batches; ranks get equally many, a last may not count."""
         c, ranks = self.config, self.ranks
         windows = eval_batches(
             split,

@@ -76,7 +76,7 @@ def saved_by_blocks(
     block = 16 * M * C * itemsize if fused else M * C * (15 * itemsize + 2 * 4)
     block += 4 * M * H + 2 * statistics
     first_norm = 2 * M * C * itemsize if fused else M * C * (itemsize + 4)
-    if checkpointing:  # the stream and its norm at each block's door
+    if checkpointing:  # the stream and its norm as they enter each block
         return L * 2 * M * C * itemsize + (0 if fused else 4 * M * C) + statistics
     return L * block + first_norm + statistics
 
@@ -128,7 +128,7 @@ def fit_batch_size(model: GPT, config: Config, machine: Machine) -> int:
 
     Candidates that the estimate rules out by far are passed over, the others are tried: forward and
     backward, uncompiled, with room taken for the optimizer's moments. Raises UserError if not even
-    one sequence fits. On a CPU larger micro-batches gain nothing, and it is the config's.
+    one sequence fits. On a CPU, which gains nothing from larger ones, returns the config's.
     """
     o, device = config.optim, machine.device
     if device.type != "cuda":

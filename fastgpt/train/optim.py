@@ -62,7 +62,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, model: nn.Module, max_norm:
     """Have the next step scale gradients to a global norm of at most max_norm (0: as they are).
 
     Returns their norm. Scaling is left to the fused optimizer, which reads every gradient anyway;
-    one that is not fused (on mps) finds them scaled.
+    for one that is not fused (on mps) they are scaled here.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     norm = whole(torch.nn.utils.get_total_norm(grads))

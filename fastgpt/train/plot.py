@@ -11,7 +11,7 @@ from fastgpt.train import metrics
 def loss_curve(run_dir: Path) -> Path | None:
     """Draw RUN/loss.png: batch loss and both evaluation losses over the steps, and over tokens.
 
-    Returns its path, or None where the run has logged nothing yet.
+    Returns its path, or None if the run has logged nothing yet.
     """
     records = metrics.read(run_dir / "metrics.jsonl")
     train = [r for r in records if r["kind"] == "train"]

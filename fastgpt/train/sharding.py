@@ -4,8 +4,8 @@ DDP keeps a whole model on each GPU. FSDP2 keeps a share of each tensor: attenti
 gathered in the compute dtype when their turn comes; embeddings, which the head needs again, and
 norms, which the block before reads, form a group of their own that stays gathered, in fp32.
 
-What only FSDP needs of PyTorch is imported by the functions that need it: a run of one process,
-which calls none of them, would wait for it.
+The parts of PyTorch that FSDP alone needs are imported by the functions that use them, so that a
+run of one process does not wait for them.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=machine.dtype == "float16")
         mode = "max-autotune-no-cudagraphs" if system.max_autotune else None
         self.forward: Callable[..., Any] = self.wrapped
-        if machine.compile and self.layout != "fsdp":  # whose parts are compiled one by one
+        if machine.compile and self.layout != "fsdp":  # FSDP's parts are compiled one by one
             # DDP cuts the graph at the end of a bucket, so that its reduction can begin.
             self.forward = torch.compile(self.wrapped, fullgraph=self.layout == "", mode=mode)
         # The first step whose loss or gradient norm was not finite; -1: none. From then on every
@@ -136,14 +136,14 @@ class Trainer:
         return loss, grad_norm
 
     def _zero_grad(self) -> None:
-        self.optimizer.zero_grad(set_to_none=self._graph is None)  # a graph knows their addresses
+        self.optimizer.zero_grad(set_to_none=self._graph is None)  # a graph holds their addresses
 
     def warm_up(self, step: int, micro_batch: Tensor) -> None:
         """Compile forward and backward on one micro-batch; changes no weight.
 
         Raises UserError if torch.compile cannot work here.
         """
-        from torch._dynamo.exc import TorchDynamoException  # half a second, if nothing is compiled
+        from torch._dynamo.exc import TorchDynamoException  # takes a second
 
         try:
             self._backward(step, micro_batch)

@@ -21,7 +21,7 @@ OURS = "fastgpt"  # a folder of its own: both formats call a file tokenizer.json
 
 
 def byte_characters() -> list[str]:
-    """The character that stands for each byte: itself where printable, else U+0100 and up."""
+    """The character that stands for each byte: itself if printable, else U+0100 and up."""
     shown = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [b for b in range(256) if b not in shown]
     return [chr(b) if b in shown else chr(256 + others.index(b)) for b in range(256)]
@@ -41,9 +41,9 @@ def split_token(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
 
 
 def write(folder: Path, tokenizer: Tokenizer) -> list[str]:
-    """Write the tokenizer into `folder`: for Hugging Face where it is byte-pair, and ours.
+    """Write the tokenizer into `folder`: for Hugging Face if it is byte-pair, and ours.
 
-    Returns the names of the files for Hugging Face, none where it has no form for it.
+    Returns the names of the files for Hugging Face, none if it has no form for it.
     """
     (folder / OURS).mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder / OURS)
@@ -83,7 +83,7 @@ def write(folder: Path, tokenizer: Tokenizer) -> list[str]:
 def read(folder: Path) -> Tokenizer | None:
     """The tokenizer of a folder: ours if we wrote it, else of vocab.json and merges.txt, else None.
 
-    UserError where these are damaged; None too where they are no byte-level BPE that ends in
+    UserError if these are damaged; None also if they are no byte-level BPE that ends in
     end-of-text.
     """
     if (folder / OURS / JSON_NAME).is_file():

@@ -48,7 +48,7 @@ def fetch(size: str) -> Path:
 
 def verify(path: Path) -> None:
     """Compare a cached file with its hash: large files are stored under their sha256, small ones
-    under git's sha1 of a blob. UserError where it is another."""
+    under git's sha1 of a blob. UserError if it is another."""
     want = path.resolve().name
     if re.fullmatch(r"[0-9a-f]{64}", want):
         got = sha256_file(path)

@@ -154,7 +154,7 @@ def _tensor(path: Path, stored: Mapping[str, Any], name: str, size: tuple[int, .
 def optimizer_of(
     path: Path, data: Mapping[str, Any], shape: ModelShape, order: list[str]
 ) -> dict[str, Tensor]:
-    """AdamW's state under our names; empty where the checkpoint has none."""
+    """AdamW's state under our names; empty if the checkpoint has none."""
     saved = data.get("optimizer")
     if not isinstance(saved, dict) or not saved.get("state"):
         return {}
@@ -191,7 +191,7 @@ def config_of(path: Path, data: Mapping[str, Any], shape: ModelShape) -> Config:
 
 
 def find_tokenizer(config: Config, vocab_size: int) -> Tokenizer | None:
-    """The data folder's tokenizer where it is at hand; for GPT-2's vocabulary, GPT-2's."""
+    """The data folder's tokenizer if it is at hand; else, for GPT-2's vocabulary, GPT-2's."""
     for folder in (Path(config.data.dataset), Path(config.data.data_dir) / config.data.dataset):
         if has_tokens(folder):
             tokenizer = open_dataset(folder).tokenizer
