@@ -157,7 +157,7 @@ def test_help_and_mistakes_do_not_load_torch(tmp_path: Path):
 
 def test_training_alone_loads_little():
     """Neither the compiler nor what only several ranks, a terminal or a picture need."""
-    heavy = ["torch._dynamo", "fastgpt_kernels", "rich", "matplotlib"]
+    heavy = ["torch._dynamo", "fastgpt_kernels.ops", "triton", "rich", "matplotlib"]
     heavy += [f"torch.distributed.{m}" for m in ("fsdp", "tensor", "checkpoint")]
     assert (
         python(f"import sys, fastgpt.train.main; print(set({heavy}) & {{*sys.modules}})") == "set()"

@@ -27,7 +27,6 @@ from fastgpt.config.schema import Config
 from fastgpt.errors import UserError
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt_kernels.ops.loss.linear import chunk_rows
 from fastgpt_kernels.record import record
 
 
@@ -90,6 +89,8 @@ def estimate(
     checkpointing: bool = False,
 ) -> Estimate:
     """Memory of a training step on micro-batches of batch_size x block_size tokens."""
+    from fastgpt_kernels.ops.loss.linear import chunk_rows
+
     N, C, V, e = n_parameters(shape), shape.n_embd, shape.padded_vocab_size, dtype.itemsize
     M = batch_size * shape.block_size
     matrices = shape.n_layer * 12 * C * C + V * C

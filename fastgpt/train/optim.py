@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from fastgpt.config.schema import OptimConfig
 from fastgpt.model.gpt import GPT
 from fastgpt.model.ops import Choice, Wish, choose_one
-from fastgpt.train.adamw import FusedAdamW
 from fastgpt.train.sharding import like, whole
 from fastgpt_kernels.record import Sizes, record
 
@@ -31,6 +30,8 @@ def learning_rate(step: int, c: OptimConfig) -> float:
 
 def choose(device: torch.device, wish: Wish | None = None) -> tuple[Choice, Callable[..., Any]]:
     """Which AdamW a device gets, and the function that makes it."""
+    from fastgpt.train.adamw import FusedAdamW
+
     op = record("adamw")
     kinds = {"eager": op.eager, "triton": FusedAdamW}
     return choose_one(op, device, torch.float32, Sizes(), wish or Wish(), kinds)

@@ -118,7 +118,7 @@ class AdamWTensors:
         self.addresses = host.to(self.device, non_blocking=True)
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # torch.compiler.disable, but the compiler is loaded at the first call
 @torch.no_grad()
 def adamw_step(
     tensors: AdamWTensors,
