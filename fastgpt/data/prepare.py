@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.config.schema import PrepareConfig
-from fastgpt.data import build
+from fastgpt.data.build import Plan, build
 from fastgpt.data.corpora import CORPORA, INPUT
-from fastgpt.data.plan import Plan
 from fastgpt.data.sources import TextFiles, open_input
 from fastgpt.data.tokenizers import parse_spec
 from fastgpt.data.tokens import DATASET_JSON, has_tokens, open_dataset
@@ -176,7 +175,7 @@ def _obtain(cfg: PrepareConfig, plan: Plan, *, network: bool) -> Path:
             return folder
         partial = folder.with_name(f".{folder.name}.partial")
         try:
-            build.build(partial, plan, cfg, cache=data_dir / ".cache", network=network)
+            build(partial, plan, cfg, cache=data_dir / ".cache", network=network)
             _publish(partial, folder)
         except OSError as e:
             raise explain_os_error(e, folder) from e

@@ -12,10 +12,10 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from io import BufferedRandom
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ MAGIC = 20240520
 HEADER_BYTES = 256 * 4
 DTYPES: dict[int, np.dtype] = {1: np.dtype("<u2"), 2: np.dtype("<u4")}
 SHARD_TOKENS = 100_000_000
-_CHUNK = 8 << 20
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def inspect(path: Path) -> TokenFile:
 
 @dataclass(frozen=True)
 class Scan:
-    """What reading every byte of a file told, and the file's state at that time."""
+    """What reading every byte of a file showed, and the file's state at that time."""
 
     size: int
     mtime_ns: int
@@ -120,7 +120,7 @@ def scan(file: TokenFile, advance=lambda n: None) -> Scan:
 def scan_all(files: list[TokenFile], folder: Path, *, verify: bool = False) -> list[Scan]:
     """`scan` of each file in `folder`; files whose size and mtime are as remembered are not read.
 
-    Remembered in `.fastgpt_scan.json` there or, where the folder is read-only, in the user's cache.
+    Remembered in `.fastgpt_scan.json` there or, if the folder is read-only, in the user's cache.
     """
     known = {} if verify else load_scans(folder)
     result: dict[Path, Scan] = {}
@@ -145,7 +145,7 @@ def _scan_paths(folder: Path) -> tuple[Path, Path]:
 
 
 def load_scans(folder: Path) -> dict[str, Scan]:
-    """Remembered scans by file name; none where there are none or they cannot be read."""
+    """Remembered scans by file name; none if there are none or they cannot be read."""
     for path in _scan_paths(folder):
         try:
             return {name: Scan(**entry) for name, entry in json.loads(path.read_text()).items()}
@@ -169,7 +169,7 @@ class TokenWriter:
     """Streams ids into `<prefix>_000000.bin`, `<prefix>_000001.bin`, ... of at most `shard_tokens`.
 
     A shard has its name only once it is complete and on disk: `shards` lists these, in the form of
-    `dataset.json`. `first` and `finished` go on with a folder that holds some already.
+    `dataset.json`. `finished` lists those that the folder holds already.
     """
 
     def __init__(
@@ -177,48 +177,37 @@ class TokenWriter:
         folder: Path,
         prefix: str,
         dtype: np.dtype,
-        *,
         shard_tokens: int = SHARD_TOKENS,
         finished: Iterable[dict[str, Any]] = (),
     ):
         self.folder, self.prefix, self.dtype = folder, prefix, np.dtype(dtype).newbyteorder("<")
         self.shard_tokens = shard_tokens
         self.shards = list(finished)
-        self._file: BufferedRandom | None = None
-        self._path = folder
-        self._temporary: Path | None = None
-        self._count = self._max = 0
+        self._file: BufferedWriter | None = None
+        self._path = self._temporary = folder
+        self._count = 0
 
     def write(self, ids: np.ndarray) -> int:
         """Append (n,) ids. Returns how many of them are in finished shards now (n: all)."""
         ids = np.ascontiguousarray(ids, self.dtype)
         done = kept = 0
-        try:
+        with self._errors():
             while done < len(ids):
-                if self._file is None:
-                    self._open()
-                assert self._file is not None
+                f = self._file or self._open()
                 part = ids[done : done + self.shard_tokens - self._count]
-                self._file.write(part.data)
-                self._max = max(self._max, int(part.max()))
+                f.write(part.data)
                 self._count += len(part)
                 done += len(part)
                 if self._count == self.shard_tokens:
-                    self._finish()
+                    self._finish(f)
                     kept = done
-        except OSError as e:
-            self.abort()
-            raise explain_os_error(e, self._path) from e
         return kept
 
     def close(self) -> None:
         """Finish the last shard."""
-        try:
+        with self._errors():
             if self._file is not None:
-                self._finish()
-        except OSError as e:
-            self.abort()
-            raise explain_os_error(e, self._path) from e
+                self._finish(self._file)
 
     def abort(self) -> None:
         """Drop the unfinished shard."""
@@ -227,38 +216,42 @@ class TokenWriter:
             with contextlib.suppress(OSError):
                 self._file.close()
             self._file = None
-        if self._temporary is not None:
+        if self._temporary != self.folder:
             self._temporary.unlink(missing_ok=True)
-            self._temporary = None
 
-    def _open(self) -> None:
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            self.abort()
+            raise explain_os_error(e, self._path) from e
+
+    def _open(self) -> BufferedWriter:
         self._path = self.folder / f"{self.prefix}_{len(self.shards):06d}.bin"
         # Known before the file is there: an interrupt may come before `open` has returned it.
         self._temporary = self._path.with_name(f".{self._path.name}.tmp")
-        self._file = open(self._temporary, "wb+")  # noqa: SIM115
+        self._file = open(self._temporary, "wb")  # noqa: SIM115
         self._file.write(header(0, self.dtype))
-        self._count = self._max = 0
+        self._count = 0
+        return self._file
 
-    def _finish(self) -> None:
-        f = self._file
-        assert f is not None and self._temporary is not None
+    def _finish(self, f: BufferedWriter) -> None:
         f.seek(0)
         f.write(header(self._count, self.dtype))
         f.flush()
         os.fsync(f.fileno())
-        f.seek(0)
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
         f.close()
         self._file = None
+        found = scan(TokenFile(self._temporary, HEADER_BYTES, self._count, self.dtype))
         os.replace(self._temporary, self._path)
-        self._temporary = None
         fsync_dir(self.folder)
         self.shards.append(
-            {
-                "file": self._path.name,
-                "tokens": self._count,
-                "bytes": self._path.stat().st_size,
-                "sha256": digest,
-                "max_id": self._max,
-            }
+            dict(
+                file=self._path.name,
+                tokens=self._count,
+                bytes=found.size,
+                sha256=found.sha256,
+                max_id=found.max_id,
+            )
         )
