@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,12 +35,36 @@ def fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Rename `new` to `folder`; what stood there is removed once the new one has its name."""
+    fsync_dir(new)
+    if folder.exists():
+        shutil.rmtree(_old(folder), ignore_errors=True)
+        os.rename(folder, _old(folder))
+    os.rename(new, folder)
+    fsync_dir(folder.parent)
+    shutil.rmtree(_old(folder), ignore_errors=True)
+
+
+def recover_folder(folder: Path) -> None:
+    """Finish a `replace_folder` that a kill interrupted."""
+    old = _old(folder)
+    if old.exists() and not folder.exists():
+        os.rename(old, folder)
+    elif old.exists():
+        shutil.rmtree(old)
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     """Open a temporary file beside `path`; on success fsync it and rename it onto `path`.
 
     On any exception the temporary file is removed and `path` stays as it was.
-    Raises UserError where the disk is full or the folder cannot be written.
+    Raises UserError if the disk is full or the folder cannot be written.
     """
     path = Path(path)
     tmp = None
