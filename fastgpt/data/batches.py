@@ -52,6 +52,7 @@ class Batches:
         self._room = counts - windows * block_size
         self._first = np.cumsum(counts) - counts
         self._ends = np.cumsum(windows)
+        self._before = self._ends - windows
 
     @property
     def rows_per_epoch(self) -> int:
@@ -69,18 +70,14 @@ class Batches:
             return self.split.positions(index, self.block_size)
         row = step * rows + np.arange(rows, dtype=np.int64)
         epoch, place = np.divmod(row, self.rows_per_epoch)
-        out = np.empty(rows, np.int64)
-        for e in range(int(epoch[0]), int(epoch[-1]) + 1):
-            mine = epoch == e
-            out[mine] = self._epoch_starts(e, place[mine])
-        return out
+        epochs = range(int(epoch[0]), int(epoch[-1]) + 1)
+        return np.concatenate([self._epoch_starts(e, place[epoch == e]) for e in epochs])
 
     def _epoch_starts(self, epoch: int, place: np.ndarray) -> np.ndarray:
         window = Permutation(self.rows_per_epoch, self.seed, _ORDER, epoch)(place)
         offset = below(random_words(len(self._room), self.seed, _OFFSETS, epoch), self._room)
         shard = np.searchsorted(self._ends, window, side="right")
-        before = np.concatenate([[0], self._ends[:-1]])
-        in_shard = (window - before[shard]) * self.block_size
+        in_shard = (window - self._before[shard]) * self.block_size
         return self._first[shard] + offset[shard] + in_shard
 
     def tokens(self, step: int, row_slice: slice = slice(None)) -> np.ndarray:

@@ -32,20 +32,18 @@ _GPT2_FIRST = (
 
 def gpt2_ranks(vocab_file: str, cache: Path | None, download: bool) -> dict[bytes, int]:
     """GPT-2's 50,256 ranks, verified; `make_tokenizer` says where they are looked for."""
+    own = cache / GPT2_NAME if cache else None
     if vocab_file:
-        path = Path(vocab_file)
-        return _verified(parse_ranks(read_vocab_file(path), path), path)
-    if cache is not None and (path := cache / GPT2_NAME).is_file():
-        return _verified(parse_ranks(path.read_bytes(), path), path)
-    if (path := _tiktoken_cache(GPT2_URL)).is_file():
-        return _verified(parse_ranks(path.read_bytes(), path), path)
+        return _read_gpt2(Path(vocab_file))
+    for path in (own, _tiktoken_cache(GPT2_URL)):
+        if path and path.is_file():
+            return _read_gpt2(path)
     if all(_tiktoken_cache(url).is_file() for url in _GPT2_FIRST):
         ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
         return _verified(ranks, _tiktoken_cache(_GPT2_FIRST[0]))
-    if cache is not None and download:
+    if own and download:
         hint = f"download it elsewhere and pass --vocab_file={GPT2_NAME}"
-        path = fetch(GPT2_URL, cache / GPT2_NAME, sha256=GPT2_SHA256, hint=hint)
-        return _verified(parse_ranks(path.read_bytes(), path), path)
+        return _read_gpt2(fetch(GPT2_URL, own, sha256=GPT2_SHA256, hint=hint))
     raise UserError(
         "GPT-2's vocabulary is not on this machine: run `fastgpt prepare` with the same options "
         f"where there is network, or pass --vocab_file=FILE with the rank file {GPT2_URL}, or take "
@@ -54,10 +52,13 @@ def gpt2_ranks(vocab_file: str, cache: Path | None, download: bool) -> dict[byte
 
 
 def _tiktoken_cache(url: str) -> Path:
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
-    if folder is None:
-        folder = os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    folder = os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", folder))
     return Path(folder) / hashlib.sha1(url.encode()).hexdigest()
+
+
+def _read_gpt2(path: Path) -> dict[bytes, int]:
+    return _verified(parse_ranks(read_vocab_file(path), path), path)
 
 
 def _verified(ranks: dict[bytes, int], path: Path) -> dict[bytes, int]:
