@@ -14,16 +14,11 @@ from typing import IO
 
 from fastgpt.errors import UserError
 
-_CHUNK = 1 << 20
-
 
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes, read in 1 MiB pieces."""
-    digest = hashlib.sha256()
+    """Hex sha256 of a file's bytes."""
     with open(path, "rb") as f:
-        while chunk := f.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def fsync_dir(path: Path) -> None:
@@ -66,7 +61,6 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     On any exception the temporary file is removed and `path` stays as it was.
     Raises UserError if the disk is full or the folder cannot be written.
     """
-    path = Path(path)
     tmp = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,17 +89,13 @@ def write_text(path: Path, text: str) -> None:
 
 def explain_os_error(e: OSError, path: Path) -> Exception:
     """The UserError that says what an OSError on `path` means for the user, or the error itself."""
-    where = Path(path).parent if not Path(path).is_dir() else Path(path)
+    other = "name another folder (--out_dir for runs, --data_dir for data)"
     if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return UserError(
-            f"cannot write {path}: no space left; free some disk or name another folder "
-            "(--out_dir for runs, --data_dir for data)"
-        )
+        return UserError(f"cannot write {path}: no space left; free some disk or {other}")
     if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UserError(
-            f"cannot write {path}: {os.strerror(e.errno)}; make {where} writable or name another "
-            "folder (--out_dir for runs, --data_dir for data)"
-        )
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        why = os.strerror(e.errno)
+        return UserError(f"cannot write {path}: {why}; make {folder} writable or {other}")
     if e.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
         return UserError(f"cannot write {path}: {os.strerror(e.errno)}; name another folder")
     return e
