@@ -8,6 +8,7 @@ depend on the number of threads, and "job 12, token 345" is a place at which to 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -205,10 +206,9 @@ def ordered_map(function: Callable[[A], B], items: Iterable[A], threads: int) ->
             waiting.append(pool.submit(function, item))
             if len(waiting) >= 2 * threads:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from (future.result() for future in waiting)
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
 
 def _training_texts(source: Source, spec: str) -> Iterator[str]:
@@ -232,9 +232,8 @@ def _download(
 ) -> None:
     """Fetch ready-made shards into `partial`, linking those that a sibling dataset has."""
     partial.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(
-        plan.tokenizer, vocab_file=cfg.vocab_file, cache=cache, download=True
-    )
+    spec = plan.tokenizer
+    tokenizer = make_tokenizer(spec, vocab_file=cfg.vocab_file, cache=cache, download=True)
     missing = [s for s in shards if not _link_from_sibling(partial, plan, s)]
     total = sum(s.bytes for s in missing if not (partial / s.file).exists())
     if total > (free := shutil.disk_usage(partial).free):
@@ -260,11 +259,9 @@ def _link_from_sibling(partial: Path, plan: Plan, shard: Shard) -> bool:
     for folder in partial.parent.glob(f"{plan.corpus.name}*"):
         known = token_files.load_scans(folder).get(shard.file)
         if known and known.sha256 == shard.sha256 and not (partial / shard.file).exists():
-            try:
+            with contextlib.suppress(OSError):  # no such links on this file system: download it
                 os.link(folder / shard.file, partial / shard.file)
                 return True
-            except OSError:
-                return False  # no such links on this file system: download it
     return False
 
 

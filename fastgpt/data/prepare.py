@@ -21,7 +21,7 @@ from typing import Any
 from fastgpt.config.schema import PrepareConfig
 from fastgpt.data.build import Plan, build
 from fastgpt.data.corpora import CORPORA, INPUT
-from fastgpt.data.sources import TextFiles, open_input
+from fastgpt.data.sources import open_input
 from fastgpt.data.tokenizers import parse_spec
 from fastgpt.data.tokens import DATASET_JSON, has_tokens, open_dataset
 from fastgpt.data.vocabulary import read_vocab_file
@@ -105,22 +105,14 @@ def _plan(cfg: PrepareConfig) -> Plan:
     else:
         recipe["val_fraction"] = val_fraction
     if cfg.input:
-        source = _open_input(cfg.input, val_fraction, cfg.data_dir)
+        memory = Path(cfg.data_dir) / ".cache" / "inputs.json"
+        source = open_input(Path(cfg.input).expanduser(), val_fraction, memory)
         sha256 = source.look.sha256
         if sha256 != corpus.sha256:
             recipe["input_sha256"] = sha256
             stem = base if corpus.sha256 else f"{_folder_name(cfg)}-{slug}"
             base = f"{stem}-{sha256[:8]}"
     return Plan(corpus, recipe, base, spec, val_fraction, source)
-
-
-def _open_input(given: str, val_fraction: float, data_dir: str) -> TextFiles:
-    path = Path(given).expanduser()
-    if not path.exists():
-        raise UserError(f"--input={given}: there is no such file or folder")
-    if not (path.is_file() or path.is_dir()):
-        raise UserError(f"--input={given} is neither a file nor a folder")
-    return open_input(path, val_fraction, memory=Path(data_dir) / ".cache" / "inputs.json")
 
 
 def _folder_name(cfg: PrepareConfig) -> str:

@@ -29,6 +29,7 @@ MAGIC = 20240520
 HEADER_BYTES = 256 * 4
 DTYPES: dict[int, np.dtype] = {1: np.dtype("<u2"), 2: np.dtype("<u4")}
 SHARD_TOKENS = 100_000_000
+_AGAIN = "prepare or download it again"
 _CHUNK = 1 << 20
 
 
@@ -64,19 +65,18 @@ def inspect(path: Path) -> TokenFile:
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
     if size == 0:
-        raise UserError(f"{path} is empty: prepare or download it again")
+        raise UserError(f"{path} is empty: {_AGAIN}")
     if head is None or head[0] != MAGIC:
         if size % 2:
             raise UserError(
                 f"{path} has an odd number of bytes ({size:,}), no whole number of 2-byte tokens: "
-                "truncated, or no token file; prepare or download it again"
+                f"truncated, or no token file; {_AGAIN}"
             )
         return TokenFile(path, 0, size // 2, DTYPES[1])
     version, count = int(head[1]), int(head[2])
     if version not in DTYPES:
         raise UserError(
-            f"{path} is a token file of version {version}; versions "
-            f"{' and '.join(map(str, DTYPES))} can be read"
+            f"{path} is a token file of version {version}; versions 1 and 2 can be read"
         )
     dtype = DTYPES[version]
     want = HEADER_BYTES + count * dtype.itemsize
@@ -84,10 +84,10 @@ def inspect(path: Path) -> TokenFile:
         what = "truncated" if size < want else "damaged"
         raise UserError(
             f"{path} is {what}: its header says {count:,} tokens ({want:,} bytes), the file has "
-            f"{size:,} bytes; prepare or download it again"
+            f"{size:,} bytes; {_AGAIN}"
         )
     if count == 0:
-        raise UserError(f"{path} is empty (0 tokens): prepare or download it again")
+        raise UserError(f"{path} is empty (0 tokens): {_AGAIN}")
     return TokenFile(path, HEADER_BYTES, count, dtype)
 
 
@@ -123,19 +123,19 @@ def scan_all(files: list[TokenFile], folder: Path, *, verify: bool = False) -> l
     Remembered in `.fastgpt_scan.json` there or, if the folder is read-only, in the user's cache.
     """
     known = {} if verify else load_scans(folder)
-    result: dict[Path, Scan] = {}
+    result: dict[str, Scan] = {}
     for file in files:
         stat, old = file.path.stat(), known.get(file.path.name)
         if old and (old.size, old.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
-            result[file.path] = old
-    unread = [file for file in files if file.path not in result]
+            result[file.path.name] = old
+    unread = [file for file in files if file.path.name not in result]
     if unread:
         total = sum(file.count * file.dtype.itemsize for file in unread)
         with progress(f"checking {folder.name}", total) as advance, ThreadPoolExecutor(4) as pool:
             scans = pool.map(lambda file: scan(file, advance), unread)
-            result.update(zip((file.path for file in unread), scans, strict=True))
-        save_scans(folder, {path.name: found for path, found in result.items()})
-    return [result[file.path] for file in files]
+            result |= {file.path.name: found for file, found in zip(unread, scans, strict=True)}
+        save_scans(folder, result)
+    return [result[file.path.name] for file in files]
 
 
 def _scan_paths(folder: Path) -> tuple[Path, Path]:

@@ -290,12 +290,13 @@ def make_tokenizer(
     if vocab_file:
         path = Path(vocab_file)
         ranks = parse_ranks(read_vocab_file(path), path)
+        own = f"bpe:{len(ranks) + 1}"
         if size not in (0, len(ranks) + 1):
             raise UserError(
                 f"--tokenizer={spec}: {path} makes a vocabulary of {len(ranks) + 1} with "
-                f"end-of-text; say --tokenizer=bpe:{len(ranks) + 1}"
+                f"end-of-text; say --tokenizer={own}"
             )
-        return BPETokenizer(f"bpe:{len(ranks) + 1}", ranks)
+        return BPETokenizer(own, ranks)
     if not size:
         raise UserError("--tokenizer=bpe needs a size to train (bpe:N) or a --vocab_file")
     parts = (part for text in texts for part in _split_long_runs(text))

@@ -109,7 +109,7 @@ class Dataset:
 
     def describe(self) -> str:
         """One line for people."""
-        shards = len(self.train.shards) + len(self.val.shards)
+        shards = len(self.train.shards + self.val.shards)
         kind = self.tokenizer.name if self.tokenizer else "no tokenizer"
         return (
             f"{self.folder}: {len(self.train):,} train and {len(self.val):,} val tokens in "
@@ -192,20 +192,18 @@ def _listed(folder: Path, info: dict[str, Any]) -> dict[str, list[str]]:
 def _found(folder: Path) -> dict[str, list[str]]:
     """Token files of a folder without dataset.json, by split."""
     names: dict[str, list[str]] = {"train": [], "val": []}
-    single = {"train": False, "val": False}
     for path in sorted(folder.iterdir()):
         if match := _SPLIT_NAME.fullmatch(path.name):
             names[match[1]].append(path.name)
-            single[match[1]] |= match[2] is None
     for split, part in names.items():
         if not part:
-            other = "a train" if split == "val" else "no"
+            found = "; ".join(sorted(names["train"] + names["val"])) or "found none"
+            prepare = f"; run `fastgpt prepare {folder.name}`" if split == "train" else ""
             raise UserError(
                 f"{folder} has no {split} split: expected {split}.bin or files named "
-                f"*_{split}_*.bin ({'; '.join(sorted(sum(names.values(), []))) or 'found none'})"
-                + (f"; run `fastgpt prepare {folder.name}`" if other == "no" else "")
+                f"*_{split}_*.bin ({found}){prepare}"
             )
-        if single[split] and len(part) > 1:
+        if len(part) > 1 and any(name.endswith(f"{split}.bin") for name in part):
             raise UserError(
                 f"{folder} has more than one {split} set ({', '.join(part[:3])}): keep one of them"
             )

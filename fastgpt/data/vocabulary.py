@@ -21,7 +21,6 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 GPT2_VOCAB = 50_257
 GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
-_SPARE = 256
 GPT2_NAME = "gpt2.tiktoken"
 # What tiktoken.get_encoding("gpt2") keeps: the same vocabulary in GPT-2's first file format.
 _GPT2_FIRST = (
@@ -84,12 +83,12 @@ def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
         ) from None
     trainer = rustbpe.Tokenizer()
     # Two merges may spell the same token; tiktoken knows the first only. So train some to spare.
-    trainer.train_from_iterator(iter(texts), size - 1 + _SPARE, pattern=GPT2_PATTERN)
+    trainer.train_from_iterator(iter(texts), size - 1 + 256, pattern=GPT2_PATTERN)
     tokens = dict.fromkeys(bytes(token) for token, _ in trainer.get_mergeable_ranks())
-    if len(tokens) < size - 1:
+    if (most := len(tokens) + 1) < size:
         raise UserError(
-            f"--tokenizer=bpe:{size}: this text has pairs for a vocabulary of {len(tokens) + 1} "
-            f"only; say --tokenizer=bpe:{len(tokens) + 1} or less"
+            f"--tokenizer=bpe:{size}: this text has pairs for a vocabulary of {most} only; "
+            f"say --tokenizer=bpe:{most} or less"
         )
     return {token: rank for rank, token in enumerate(itertools.islice(tokens, size - 1))}
 
@@ -110,13 +109,11 @@ def parse_ranks(data: bytes, where: Path | str) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
-            raise UserError(
-                f"{where}: line {number} is not 'base64 rank': no tiktoken rank file"
-            ) from None
+            what = f"line {number} is not 'base64 rank': no tiktoken rank file"
+            raise UserError(f"{where}: {what}") from None
     if sorted(ranks.values()) != list(range(len(ranks))):
-        raise UserError(
-            f"{where}: ranks are not 0 .. {len(ranks) - 1} once each: damaged rank file"
-        )
+        top = len(ranks) - 1
+        raise UserError(f"{where}: ranks are not 0 .. {top} once each: damaged rank file")
     if missing := [b for b in range(256) if bytes([b]) not in ranks]:
         raise UserError(f"{where}: no token for byte {missing[0]}: damaged rank file")
     return ranks
