@@ -8,6 +8,7 @@ depend on the number of threads, and "job 12, token 345" is a place at which to 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -15,16 +16,16 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from fastgpt.config.schema import PrepareConfig
 from fastgpt.data import pieces, token_files
-from fastgpt.data.corpora import Shard
+from fastgpt.data.corpora import Corpus, Shard
 from fastgpt.data.download import fetch
-from fastgpt.data.plan import Plan
 from fastgpt.data.progress import progress
 from fastgpt.data.sources import Source
 from fastgpt.data.token_files import Scan, TokenWriter
@@ -39,6 +40,19 @@ BPE_TRAIN_BYTES = 256 << 20  # text that a `bpe:N` vocabulary is trained on at m
 
 A = TypeVar("A")
 B = TypeVar("B")
+Shards = dict[str, list[dict[str, Any]]]  # by split, as `dataset.json` lists them
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A dataset to be made or found: equal `recipe` (JSON) means equal data."""
+
+    corpus: Corpus
+    recipe: dict[str, Any]
+    base: str  # the preferred name of its folder
+    tokenizer: str
+    val_fraction: float
+    source: Source | None = None  # set if --input was looked through already
 
 
 def build(partial: Path, plan: Plan, cfg: PrepareConfig, *, cache: Path, network: bool) -> None:
@@ -50,7 +64,7 @@ def build(partial: Path, plan: Plan, cfg: PrepareConfig, *, cache: Path, network
     if source is None:
         assert plan.corpus.text is not None
         source = plan.corpus.text(cache, plan.val_fraction)
-    state = _State.resume(partial, {"recipe": plan.recipe, "source": source.identity})
+    state = _State(partial, {"recipe": plan.recipe, "source": source.identity})
     try:
         tokenizer = make_tokenizer(
             plan.tokenizer,
@@ -61,7 +75,13 @@ def build(partial: Path, plan: Plan, cfg: PrepareConfig, *, cache: Path, network
         )
         tokenizer.save(partial)
         _tokenize(state, source, tokenizer, cfg.workers or _cores())
-        _need_both(state, plan)
+        for split, shards in state.shards.items():
+            if not shards:
+                state.shards = {}  # nothing worth keeping
+                raise UserError(
+                    f"too little text for a {split} split with --val_fraction={plan.val_fraction}: "
+                    "give more text or another fraction"
+                )
     except BaseException:
         if not any(state.shards.values()):
             shutil.rmtree(partial, ignore_errors=True)  # nothing worth going on from
@@ -70,74 +90,52 @@ def build(partial: Path, plan: Plan, cfg: PrepareConfig, *, cache: Path, network
     (partial / STATE).unlink(missing_ok=True)
 
 
-def _need_both(state: _State, plan: Plan) -> None:
-    for split, shards in list(state.shards.items()):
-        if not shards:
-            state.shards = {}  # nothing worth keeping
-            raise UserError(
-                f"too little text for a {split} split with --val_fraction={plan.val_fraction}: "
-                "give more text or another fraction"
-            )
-
-
 class _State:
-    """Where the finished shards of each split end: after `token` tokens of job `job`."""
+    """The finished shards of each split: they end after `token` tokens of job `job`.
+
+    Takes up what is saved in `folder` if it is for the same purpose; all else there is removed.
+    """
 
     def __init__(self, folder: Path, purpose: dict[str, Any]):
         self.folder, self.purpose = folder, purpose
-        self.shards: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
+        self.shards: Shards = {"train": [], "val": []}
         self.job = {"train": 0, "val": 0}
         self.token = {"train": 0, "val": 0}
-
-    @classmethod
-    def resume(cls, folder: Path, purpose: dict[str, Any]) -> _State:
-        """The state saved in `folder` if it is of the same purpose, with all else there removed."""
-        state = cls(folder, purpose)
+        keep = set()
         try:
             saved = json.loads((folder / STATE).read_text())
-            if saved["purpose"] == purpose and cls._intact(folder, saved["shards"]):
-                state.shards, state.job, state.token = saved["shards"], saved["job"], saved["token"]
+            sums = {s["file"]: s["sha256"] for part in saved["shards"].values() for s in part}
+            intact = all(sha256_file(folder / name) == sum for name, sum in sums.items())
+            if saved["purpose"] == purpose and intact:
+                self.shards, self.job, self.token = saved["shards"], saved["job"], saved["token"]
+                keep = set(sums)
         except (OSError, ValueError, KeyError, TypeError):
             pass  # none, or from before a change: from the start
-        keep = {shard["file"] for part in state.shards.values() for shard in part}
         folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.iterdir():
-            if path.name not in keep:
-                path.unlink()
+        _keep_only(folder, keep)
         if keep:
             print(f"going on after {len(keep)} finished files of an interrupted run", flush=True)
-            state.save()
-        return state
-
-    @staticmethod
-    def _intact(folder: Path, shards: dict[str, list[dict[str, Any]]]) -> bool:
-        return all(
-            sha256_file(folder / shard["file"]) == shard["sha256"]
-            for part in shards.values()
-            for shard in part
-        )
+            self.save()
 
     def save(self) -> None:
-        text = json.dumps(
-            {"purpose": self.purpose, "shards": self.shards, "job": self.job, "token": self.token}
-        )
-        write_text(self.folder / STATE, text + "\n")
+        state = dict(purpose=self.purpose, shards=self.shards, job=self.job, token=self.token)
+        write_text(self.folder / STATE, json.dumps(state) + "\n")
 
 
-class _Item(NamedTuple):
-    split: str
-    text: bytes
-    ends: bool  # the end-of-text token follows
+def _keep_only(folder: Path, names: set[str]) -> None:
+    for path in folder.iterdir():
+        if path.name not in names:
+            path.unlink()
+
+
+# (split, text); text None stands for the end-of-text token.
+_Item = tuple[str, bytes | None]
 
 
 def _tokenize(state: _State, source: Source, tokenizer: Tokenizer, workers: int) -> None:
     writers = {
         split: TokenWriter(
-            state.folder,
-            f"tokens_{split}",
-            tokenizer.dtype,
-            shard_tokens=token_files.SHARD_TOKENS,
-            finished=shards,
+            state.folder, f"tokens_{split}", tokenizer.dtype, token_files.SHARD_TOKENS, shards
         )
         for split, shards in state.shards.items()
     }
@@ -145,14 +143,15 @@ def _tokenize(state: _State, source: Source, tokenizer: Tokenizer, workers: int)
     def encode(numbered: tuple[int, list[_Item]]) -> tuple[dict[str, np.ndarray], int]:
         number, job = numbered
         parts: dict[str, list[np.ndarray]] = {}
-        for item in job:
-            if number < state.job[item.split]:
+        for split, text in job:
+            if number < state.job[split]:
                 continue  # in a finished shard
-            part = parts.setdefault(item.split, [])
-            part.append(tokenizer.encode_bytes(item.text))
-            if item.ends and tokenizer.eot is not None:
+            part = parts.setdefault(split, [])
+            if text is not None:
+                part.append(tokenizer.encode_bytes(text))
+            elif tokenizer.eot is not None:
                 part.append(np.array([tokenizer.eot], tokenizer.dtype))
-        n_bytes = sum(len(item.text) for item in job)
+        n_bytes = sum(len(text or b"") for _, text in job)
         return {split: np.concatenate(part) for split, part in parts.items()}, n_bytes
 
     # Byte and character ids are faster made than handed to a thread.
@@ -182,16 +181,15 @@ def _jobs(source: Source) -> Iterator[list[_Item]]:
     job: list[_Item] = []
     size = 0
     for document in source.documents():
-        texts = pieces.cut(document.chunks, JOB_BYTES)
-        text = next(texts, None)
-        while text is not None:
-            following = next(texts, None)
-            job.append(_Item(document.split, text, document.ends and following is None))
-            size += len(text)
+        text = b""
+        for text in pieces.cut(document.chunks, JOB_BYTES):
             if size >= JOB_BYTES:
                 yield job
                 job, size = [], 0
-            text = following
+            job.append((document.split, text))
+            size += len(text)
+        if text and document.ends:  # known only now
+            job.append((document.split, None))
     if job:
         yield job
 
@@ -208,14 +206,13 @@ def ordered_map(function: Callable[[A], B], items: Iterable[A], threads: int) ->
             waiting.append(pool.submit(function, item))
             if len(waiting) >= 2 * threads:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from (future.result() for future in waiting)
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
 
 def _training_texts(source: Source, spec: str) -> Iterator[str]:
-    """All pieces of the text; for BPE, where there is more than enough, evenly spread ones."""
+    """All pieces of the text; for BPE, if there is more than enough, evenly spread ones."""
     texts = itertools.chain.from_iterable(pieces.cut(d.chunks) for d in source.documents())
     if not spec.startswith("bpe"):
         yield from (text.decode() for text in texts)
@@ -235,9 +232,8 @@ def _download(
 ) -> None:
     """Fetch ready-made shards into `partial`, linking those that a sibling dataset has."""
     partial.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(
-        plan.tokenizer, vocab_file=cfg.vocab_file, cache=cache, download=True
-    )
+    spec = plan.tokenizer
+    tokenizer = make_tokenizer(spec, vocab_file=cfg.vocab_file, cache=cache, download=True)
     missing = [s for s in shards if not _link_from_sibling(partial, plan, s)]
     total = sum(s.bytes for s in missing if not (partial / s.file).exists())
     if total > (free := shutil.disk_usage(partial).free):
@@ -247,23 +243,14 @@ def _download(
         )
     for shard in missing:
         fetch(shard.url, partial / shard.file, sha256=shard.sha256, size=shard.bytes)
-    wanted = {s.file for s in shards}
-    for path in partial.iterdir():
-        if path.name not in wanted:
-            path.unlink()
+    _keep_only(partial, {s.file for s in shards})
     tokenizer.save(partial)
-    entries: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
+    entries: Shards = {"train": [], "val": []}
     for s in shards:
         file = token_files.inspect(partial / s.file)
-        found = token_files.scan(file)
+        max_id = token_files.scan(file).max_id
         entries[s.split].append(
-            {
-                "file": s.file,
-                "tokens": file.count,
-                "bytes": s.bytes,
-                "sha256": s.sha256,
-                "max_id": found.max_id,
-            }
+            dict(file=s.file, tokens=file.count, bytes=s.bytes, sha256=s.sha256, max_id=max_id)
         )
     _finish(partial, plan, tokenizer, {"url": shards[0].url.rsplit("/", 1)[0]}, entries)
 
@@ -272,20 +259,14 @@ def _link_from_sibling(partial: Path, plan: Plan, shard: Shard) -> bool:
     for folder in partial.parent.glob(f"{plan.corpus.name}*"):
         known = token_files.load_scans(folder).get(shard.file)
         if known and known.sha256 == shard.sha256 and not (partial / shard.file).exists():
-            try:
+            with contextlib.suppress(OSError):  # no such links on this file system: download it
                 os.link(folder / shard.file, partial / shard.file)
                 return True
-            except OSError:
-                return False  # no such links on this file system: download it
     return False
 
 
 def _finish(
-    folder: Path,
-    plan: Plan,
-    tokenizer: Tokenizer,
-    source: dict[str, Any],
-    shards: dict[str, list[dict[str, Any]]],
+    folder: Path, plan: Plan, tokenizer: Tokenizer, source: dict[str, Any], shards: Shards
 ) -> None:
     """Write `dataset.json`, and remember the files as checked."""
     info = {
@@ -300,10 +281,9 @@ def _finish(
     write_text(folder / DATASET_JSON, json.dumps(info, indent=1) + "\n")
     scans = {}
     for shard in shards["train"] + shards["val"]:
-        status = (folder / shard["file"]).stat()
-        scans[shard["file"]] = Scan(
-            status.st_size, status.st_mtime_ns, shard["sha256"], shard["max_id"]
-        )
+        name = shard["file"]
+        stat = (folder / name).stat()
+        scans[name] = Scan(stat.st_size, stat.st_mtime_ns, shard["sha256"], shard["max_id"])
     token_files.save_scans(folder, scans)
 
 

@@ -1,4 +1,4 @@
-"""The corpora by name: where each one's text comes from, and what it is by default.
+"""The corpora by name: where the text of each comes from, and its defaults.
 
 Only `fastgpt prepare` may use the network; `python_stdlib` and `--input` need none.
 """
@@ -43,13 +43,12 @@ class Corpus:
     """
 
     name: str
-    about: str
     tokenizer: str
     val_fraction: float
-    network: bool
+    network: bool = True
     text: Callable[[Path, float], Source] | None = None
     shards: Callable[[int], list[Shard]] | None = None
-    sha256: str = ""  # of the one text file it is, where it is one
+    sha256: str = ""  # of its text, if that is one file
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def shakespeare(cache: Path, val_fraction: float) -> Source:
 
 
 class OpenWebText:
-    """OpenWebText by the `datasets` library, split as nanoGPT does (about 9 billion tokens)."""
+    """8 million web pages by the `datasets` library, split as nanoGPT does (9 billion tokens)."""
 
     def __init__(self, cache: Path, val_fraction: float):
         try:
@@ -105,11 +104,8 @@ class OpenWebText:
         parts = whole.train_test_split(test_size=val_fraction, seed=2357, shuffle=True)
         self._splits = {"train": parts["train"], "val": parts["test"]}
         self.n_bytes: int | None = None
-        self.identity: dict[str, Any] = {
-            "rows": {name: len(part) for name, part in self._splits.items()},
-            "val_fraction": val_fraction,
-            "seed": 2357,
-        }
+        rows = {name: len(part) for name, part in self._splits.items()}
+        self.identity: dict[str, Any] = dict(rows=rows, val_fraction=val_fraction, seed=2357)
 
     def documents(self) -> Iterator[Document]:
         for name, part in self._splits.items():
@@ -127,15 +123,11 @@ def fineweb_shards(n: int) -> list[Shard]:
     names = {"fineweb_val_000000.bin": "val"}
     names |= {f"fineweb_train_{i:06d}.bin": "train" for i in range(1, n + 1)}
     try:
-        index = {entry["path"]: entry for entry in json.loads(download.get(index_url, BY_INPUT))}
+        listed = json.loads(download.get(index_url, BY_INPUT))
+        index = {entry["path"]: entry.get("lfs") for entry in listed}
+        base = f"{hub}/datasets/{FINEWEB_REPO}/resolve/main"
         return [
-            Shard(
-                split,
-                file,
-                f"{hub}/datasets/{FINEWEB_REPO}/resolve/main/{file}",
-                int(index[file]["lfs"]["size"]),
-                index[file]["lfs"]["oid"],
-            )
+            Shard(split, file, f"{base}/{file}", int(index[file]["size"]), index[file]["oid"])
             for file, split in names.items()
         ]
     except (ValueError, KeyError, TypeError) as e:
@@ -145,50 +137,12 @@ def fineweb_shards(n: int) -> list[Shard]:
 CORPORA = {
     corpus.name: corpus
     for corpus in (
-        Corpus(
-            "python_stdlib",
-            "the Python standard library's own sources; no network",
-            tokenizer="byte",
-            val_fraction=0.05,
-            network=False,
-            text=python_stdlib,
-        ),
-        Corpus(
-            "shakespeare_char",
-            "tiny shakespeare by characters, as nanoGPT's (1.1 MB)",
-            tokenizer="char",
-            val_fraction=0.1,
-            network=True,
-            text=shakespeare,
-            sha256=SHAKESPEARE_SHA256,
-        ),
-        Corpus(
-            "shakespeare",
-            "tiny shakespeare by GPT-2 tokens, as nanoGPT's (1.1 MB)",
-            tokenizer="gpt2",
-            val_fraction=0.1,
-            network=True,
-            text=shakespeare,
-            sha256=SHAKESPEARE_SHA256,
-        ),
-        Corpus(
-            "openwebtext",
-            "8 million web pages, 9 billion GPT-2 tokens, split as nanoGPT's (54 GB of download)",
-            tokenizer="gpt2",
-            val_fraction=0.0005,
-            network=True,
-            text=OpenWebText,
-        ),
-        Corpus(
-            "fineweb10B",
-            "FineWeb in ready-made shards of 100 million GPT-2 tokens (0.2 GB each, --shards)",
-            tokenizer="gpt2",
-            val_fraction=0.0,
-            network=True,
-            shards=fineweb_shards,
-        ),
+        Corpus("python_stdlib", "byte", 0.05, network=False, text=python_stdlib),
+        # Both as nanoGPT prepares them.
+        Corpus("shakespeare_char", "char", 0.1, text=shakespeare, sha256=SHAKESPEARE_SHA256),
+        Corpus("shakespeare", "gpt2", 0.1, text=shakespeare, sha256=SHAKESPEARE_SHA256),
+        Corpus("openwebtext", "gpt2", 0.0005, text=OpenWebText),  # 54 GB of download
+        Corpus("fineweb10B", "gpt2", 0.0, shards=fineweb_shards),
     )
 }
-INPUT = Corpus(
-    "input", "any text file or folder (--input)", tokenizer="byte", val_fraction=0.1, network=False
-)
+INPUT = Corpus("input", "byte", 0.1, network=False)  # the text that --input names

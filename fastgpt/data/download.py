@@ -10,7 +10,6 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import IO
 
 from fastgpt.data.progress import progress
 from fastgpt.errors import UserError
@@ -34,7 +33,12 @@ def fetch(url: str, path: Path, *, sha256: str, size: int | None = None, hint: s
     hint = f"; {hint}" if hint else ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _need_space(path, size)
+        free = shutil.disk_usage(path.parent).free
+        if size is not None and size > free:
+            raise UserError(
+                f"cannot write {path}: it needs {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are "
+                "free; name another folder with --data_dir"
+            )
         for fresh_start in (False, True):
             if fresh_start:  # a resumed file may have begun with another version's bytes
                 part.unlink(missing_ok=True)
@@ -62,7 +66,7 @@ def get(url: str, hint: str = "") -> bytes:
     """A small document (an index), whole. UserError without network."""
     hint = f"; {hint}" if hint else ""
     try:
-        with urllib.request.urlopen(_request(url), timeout=TIMEOUT_S) as reply:
+        with _open(url) as reply:
             return reply.read()
     except (OSError, http.client.HTTPException) as e:
         raise UserError(f"cannot download {url} ({_reason(e)}){hint}") from None
@@ -75,14 +79,16 @@ def _download(url: str, part: Path, size: int | None, hint: str) -> None:
             if _continue(url, part, size):
                 return
             error = "connection cut off"
-        except urllib.error.HTTPError as e:
-            if e.code < 500 and e.code not in (408, 429):
-                raise UserError(f"cannot download {url} ({_reason(e)}){hint}") from None
+        except (
+            urllib.error.URLError,
+            TimeoutError,
+            ConnectionError,
+            http.client.HTTPException,
+        ) as e:
             error = _reason(e)
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as e:
-            error = _reason(e)
-        except http.client.HTTPException as e:
-            error = _reason(e)
+            code = e.code if isinstance(e, urllib.error.HTTPError) else 0
+            if 0 < code < 500 and code not in (408, 429):
+                raise UserError(f"cannot download {url} ({error}){hint}") from None
         if attempt + 1 < TRIES:
             time.sleep(PAUSE_S * 2**attempt)
     have = part.stat().st_size if part.exists() else 0
@@ -96,46 +102,36 @@ def _continue(url: str, part: Path, size: int | None) -> bool:
     if size is not None and have >= size:
         return True
     try:
-        reply = urllib.request.urlopen(_request(url, have), timeout=TIMEOUT_S)
+        reply = _open(url, have)
     except urllib.error.HTTPError as e:
         if e.code != 416:
             raise
         # Nothing beyond what we have: complete, or not the same file. The checksum will tell.
         return True
     with contextlib.closing(reply):
-        if reply.status == 206 and reply.headers.get("Content-Range", "").startswith(
-            f"bytes {have}-"
-        ):
-            mode = "ab"
-        else:
-            mode, have = "wb", 0
+        content_range = reply.headers.get("Content-Range", "")
+        resumed = reply.status == 206 and content_range.startswith(f"bytes {have}-")
+        have = have if resumed else 0
         length = reply.headers.get("Content-Length")
         total = have + int(length) if length is not None else size
-        with open(part, mode) as f, progress(part.stem, total, have) as advance:
-            done = have + _copy(reply, f, advance)
-    return total is None or done >= total
+        with (
+            open(part, "ab" if resumed else "wb") as f,
+            progress(part.stem, total, have) as advance,
+        ):
+            try:
+                while chunk := reply.read(_CHUNK):
+                    have += f.write(chunk)
+                    advance(len(chunk))
+            except http.client.IncompleteRead as e:
+                have += f.write(e.partial)
+    return total is None or have >= total
 
 
-def _copy(reply, f: IO[bytes], advance) -> int:
-    done = 0
-    while True:
-        try:
-            chunk = reply.read(_CHUNK)
-        except http.client.IncompleteRead as e:
-            f.write(e.partial)
-            return done + len(e.partial)
-        if not chunk:
-            return done
-        f.write(chunk)
-        advance(len(chunk))
-        done += len(chunk)
-
-
-def _request(url: str, have: int = 0) -> urllib.request.Request:
+def _open(url: str, have: int = 0) -> http.client.HTTPResponse:
     request = urllib.request.Request(url, headers={"User-Agent": "fastgpt"})
     if have:
         request.add_header("Range", f"bytes={have}-")
-    return request
+    return urllib.request.urlopen(request, timeout=TIMEOUT_S)
 
 
 def _reason(e: Exception) -> str:
@@ -144,12 +140,3 @@ def _reason(e: Exception) -> str:
     reason = getattr(e, "reason", e)
     text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
     return text.strip("<>")
-
-
-def _need_space(path: Path, size: int | None) -> None:
-    free = shutil.disk_usage(path.parent).free
-    if size is not None and size > free:
-        raise UserError(
-            f"cannot write {path}: it needs {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-            "name another folder with --data_dir"
-        )

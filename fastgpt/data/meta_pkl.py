@@ -51,12 +51,11 @@ def read_meta(path: Path) -> tuple[int, Tokenizer | None]:
             "then) or prepare the data again"
         )
     itos = meta.get("itos")
-    if not isinstance(itos, dict) or list(itos) != list(range(vocab_size)):
-        return vocab_size, None
-    chars = list(itos.values())
-    if not all(isinstance(c, str) and len(c) == 1 for c in chars) or len(set(chars)) != len(chars):
-        return vocab_size, None
-    return vocab_size, CharTokenizer(chars)
+    if isinstance(itos, dict) and list(itos) == list(range(vocab_size)):
+        chars = list(itos.values())
+        if all(isinstance(c, str) and len(c) == 1 for c in chars) and len(set(chars)) == vocab_size:
+            return vocab_size, CharTokenizer(chars)
+    return vocab_size, None
 
 
 def _load(path: Path, data: bytes) -> Any:
@@ -68,15 +67,7 @@ def _load(path: Path, data: bytes) -> Any:
             if opcode.name in ("BINPUT", "LONG_BINPUT", "PUT") and int(argument or 0) > n:
                 raise pickle.UnpicklingError(f"it asks for memo slot {argument}")
         return _NoGlobals(io.BytesIO(data)).load()
-    except (
-        pickle.UnpicklingError,
-        ValueError,
-        LookupError,
-        EOFError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-    ) as e:
+    except Exception as e:  # a damaged pickle raises nearly anything
         raise UserError(
             f"{path} is refused, nothing in it was run: {e}; only plain dicts, strings and "
             "numbers are read. Remove it (GPT-2's vocabulary is assumed then) or prepare again"

@@ -34,22 +34,16 @@ def last_cut(text: bytes) -> int:
     while high > 1:
         low = max(0, high - _WINDOW)
         for match in reversed(list(_CANDIDATE.finditer(text, low, high))):
-            if not _char_before(text, match.end() - 1).isspace():
-                return match.end() - 1
+            at = match.end() - 1
+            if not text[_char_boundary(text, at) : at].decode().isspace():
+                return at
         high = low + 1 if low else 0  # one byte of overlap: a candidate is two bytes long
     return 0
 
 
-def _char_before(text: bytes, i: int) -> str:
-    start = i - 1
-    while start > 0 and text[start] & 0xC0 == 0x80:
-        start -= 1
-    return text[start:i].decode()
-
-
-def _char_boundary(text: bytes) -> int:
-    """The last offset of `text` that does not split a character."""
-    i = len(text) - 1
+def _char_boundary(text: bytes, i: int) -> int:
+    """Where the last character of `text` begins whose first byte is before offset `i`."""
+    i -= 1
     while i > 0 and text[i] & 0xC0 == 0x80:
         i -= 1
     return i
@@ -70,7 +64,7 @@ def cut(chunks: Iterable[bytes], size: int = PIECE, forced: int = FORCED) -> Ite
         text = bytes(buffer)
         at = last_cut(text)
         if at == 0 and len(text) >= forced:
-            at = _char_boundary(text)
+            at = _char_boundary(text, len(text))
         # Without a cut, look again only when the buffer has doubled: linear time on odd texts.
         wanted = max(size, size + len(text) - at if at else min(2 * len(text), forced))
         if at:

@@ -10,10 +10,8 @@ batch takes as long to read (0.4 ms for 12 rows of 64) as to take over from a th
 
 from __future__ import annotations
 
-import contextlib
-import queue
-import threading
-from typing import Any
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
@@ -40,18 +38,22 @@ class Prefetcher:
         if depth < 1:
             raise ValueError(f"depth {depth} must be >= 1")
         self.batches, self.device, self.row_slice = batches, torch.device(device), row_slice
-        if self.device.type == "cuda" and self.device.index is None:
+        cuda = self.device.type == "cuda"
+        if cuda and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self._next = start_step
-        self._cuda = self.device.type == "cuda"
-        self._thread: threading.Thread | None = None
-        if self._cuda if background is None else background:
-            self._stop = threading.Event()
-            self._ready: queue.Queue[Any] = queue.Queue(maxsize=depth)
-            self._thread = threading.Thread(
-                target=self._run, args=(start_step, depth), name="prefetch", daemon=True
-            )
-            self._thread.start()
+        self._depth = depth
+        self._copier: _CudaCopier | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._ahead: deque[Future[tuple[torch.Tensor, torch.cuda.Event | None]]] = deque()
+        if cuda if background is None else background:
+            self._pool = ThreadPoolExecutor(1, "prefetch")
+            if cuda:
+                self._copier = _CudaCopier(self.device, depth)
+                # Set per thread; without it, pinning memory would wake the first GPU.
+                self._pool.submit(torch.cuda.set_device, self.device)
+            for step in range(start_step, start_step + depth + 1):  # one more is being read
+                self._ahead.append(self._pool.submit(self._read, step))
 
     def get(self, step: int) -> torch.Tensor:
         """(rows, block_size + 1) int64 tokens of `step` on the device.
@@ -61,16 +63,18 @@ class Prefetcher:
         """
         if step != self._next:
             raise ValueError(f"asked for step {step}, the next one is {self._next}")
-        if self._thread is None:
-            tokens = torch.from_numpy(self.batches.tokens(step, self.row_slice))
-            self._next += 1
-            return tokens.to(self.device)
-        item = self._take()
-        if isinstance(item, BaseException):
-            self.close()
-            raise item
+        if self._pool is None:
+            tokens, copied = self._read(step)
+        elif not self._ahead:
+            raise RuntimeError("the prefetcher is closed")
+        else:
+            self._ahead.append(self._pool.submit(self._read, step + self._depth + 1))
+            try:
+                tokens, copied = self._ahead.popleft().result()
+            except BaseException:
+                self.close()
+                raise
         self._next += 1
-        tokens, copied = item
         if copied is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(copied)
@@ -79,11 +83,9 @@ class Prefetcher:
 
     def close(self) -> None:
         """End the thread. May be called at any time, more than once."""
-        thread = self._thread
-        if thread is None:
-            return
-        self._stop.set()
-        thread.join()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._ahead.clear()
 
     def __enter__(self) -> Prefetcher:
         return self
@@ -91,28 +93,9 @@ class Prefetcher:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _take(self) -> Any:
-        while not self._stop.is_set():
-            with contextlib.suppress(queue.Empty):
-                return self._ready.get(timeout=0.5)
-        raise RuntimeError("the prefetcher is closed")
-
-    def _put(self, item: Any) -> None:
-        while not self._stop.is_set():
-            try:
-                return self._ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def _run(self, step: int, depth: int) -> None:
-        try:
-            copier = _CudaCopier(self.device, depth) if self._cuda else None
-            while not self._stop.is_set():
-                tokens = torch.from_numpy(self.batches.tokens(step, self.row_slice))
-                self._put(copier(tokens) if copier else (tokens, None))
-                step += 1
-        except BaseException as e:  # whatever it is, `get` raises it in the caller's thread
-            self._put(e)
+    def _read(self, step: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        tokens = torch.from_numpy(self.batches.tokens(step, self.row_slice))
+        return self._copier(tokens) if self._copier else (tokens.to(self.device), None)
 
 
 class _CudaCopier:
@@ -120,7 +103,6 @@ class _CudaCopier:
 
     def __init__(self, device: torch.device, n_buffers: int):
         self.device = device
-        torch.cuda.set_device(device)  # per thread; else pinning would wake the first GPU
         self.stream = torch.cuda.Stream(device)
         self.buffers: list[torch.Tensor | None] = [None] * n_buffers
         self.copied = [torch.cuda.Event() for _ in range(n_buffers)]

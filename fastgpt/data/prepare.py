@@ -13,30 +13,26 @@ import difflib
 import fcntl
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fastgpt.config.schema import PrepareConfig
-from fastgpt.data import build
+from fastgpt.data.build import Plan, build
 from fastgpt.data.corpora import CORPORA, INPUT
-from fastgpt.data.plan import Plan
-from fastgpt.data.sources import TextFiles, open_input
+from fastgpt.data.sources import open_input
 from fastgpt.data.tokenizers import parse_spec
 from fastgpt.data.tokens import DATASET_JSON, has_tokens, open_dataset
+from fastgpt.data.vocabulary import read_vocab_file
 from fastgpt.errors import UserError
-from fastgpt.storage.files import explain_os_error, fsync_dir, sha256_file
-
-DEFAULT_SHARDS = 10
+from fastgpt.storage.files import explain_os_error, recover_folder, replace_folder
 
 
 def prepare(cfg: PrepareConfig) -> Path:
     """Make the dataset that `cfg` describes, unless it is there and whole. Returns its folder."""
     if folder := _ready_made(cfg):
-        print(f"{open_dataset(folder).describe()}: already there", flush=True)
+        _say_there(folder)
         return folder
     return _obtain(cfg, _plan(cfg), network=True)
 
@@ -94,12 +90,9 @@ def _plan(cfg: PrepareConfig) -> Plan:
     slug = re.sub(r"[^\w]", "", spec)
     recipe: dict[str, Any] = {"corpus": corpus.name, "tokenizer": spec}
     if cfg.vocab_file:
-        try:
-            recipe["vocab_sha256"] = sha256_file(Path(cfg.vocab_file))
-        except OSError as e:
-            raise UserError(f"--vocab_file={cfg.vocab_file}: {e.strerror}") from None
-        if spec == "gpt2":
-            del recipe["vocab_sha256"]  # only one content is accepted
+        sha256 = hashlib.sha256(read_vocab_file(Path(cfg.vocab_file))).hexdigest()
+        if spec != "gpt2":  # for which only one content is accepted
+            recipe["vocab_sha256"] = sha256
     base, source = corpus.name, None
     if slug != corpus.tokenizer:
         base += f"-{slug}"
@@ -107,29 +100,19 @@ def _plan(cfg: PrepareConfig) -> Plan:
         if spec != corpus.tokenizer:
             raise UserError(f"{corpus.name} is made of {corpus.tokenizer} tokens, not {spec}")
         recipe["shards"] = cfg.shards
-        if cfg.shards != DEFAULT_SHARDS:
+        if cfg.shards != PrepareConfig.shards:
             base += f"-{cfg.shards}shards"
     else:
         recipe["val_fraction"] = val_fraction
     if cfg.input:
-        source = _open_input(cfg.input, val_fraction, cfg.data_dir)
+        memory = Path(cfg.data_dir) / ".cache" / "inputs.json"
+        source = open_input(Path(cfg.input).expanduser(), val_fraction, memory)
         sha256 = source.look.sha256
         if sha256 != corpus.sha256:
             recipe["input_sha256"] = sha256
-            if corpus.sha256:
-                base = f"{base}-{sha256[:8]}"
-            else:
-                base = f"{_folder_name(cfg)}-{slug}-{sha256[:8]}"
+            stem = base if corpus.sha256 else f"{_folder_name(cfg)}-{slug}"
+            base = f"{stem}-{sha256[:8]}"
     return Plan(corpus, recipe, base, spec, val_fraction, source)
-
-
-def _open_input(given: str, val_fraction: float, data_dir: str) -> TextFiles:
-    path = Path(given).expanduser()
-    if not path.exists():
-        raise UserError(f"--input={given}: there is no such file or folder")
-    if not (path.is_file() or path.is_dir()):
-        raise UserError(f"--input={given} is neither a file nor a folder")
-    return open_input(path, val_fraction, memory=Path(data_dir) / ".cache" / "inputs.json")
 
 
 def _folder_name(cfg: PrepareConfig) -> str:
@@ -140,16 +123,14 @@ def _folder_name(cfg: PrepareConfig) -> str:
 
 def _command(cfg: PrepareConfig) -> str:
     parts = ["fastgpt prepare", cfg.dataset]
-    parts += [f"--tokenizer={cfg.tokenizer}"] * bool(cfg.tokenizer)
-    parts += [f"--vocab_file={cfg.vocab_file}"] * bool(cfg.vocab_file)
-    parts += [f"--val_fraction={cfg.val_fraction}"] * bool(cfg.val_fraction)
-    parts += [f"--shards={cfg.shards}"] * (cfg.shards != DEFAULT_SHARDS)
-    parts += [f"--data_dir={cfg.data_dir}"] * (cfg.data_dir != "data")
+    for flag in ("tokenizer", "vocab_file", "val_fraction", "shards", "data_dir"):
+        if (value := getattr(cfg, flag)) != getattr(PrepareConfig, flag):
+            parts.append(f"--{flag}={value}")
     return " ".join(parts)
 
 
 def _locate(data_dir: Path, plan: Plan) -> tuple[Path, bool]:
-    """(folder of this recipe, whether it is there); a second name where the first is taken."""
+    """(folder of this recipe, whether it is there); a second name if the first is taken."""
     text = json.dumps(plan.recipe, sort_keys=True)
     suffix = hashlib.sha256(text.encode()).hexdigest()[:8]
     for folder in (data_dir / plan.base, data_dir / f"{plan.base}-{suffix}"):
@@ -170,24 +151,28 @@ def _obtain(cfg: PrepareConfig, plan: Plan, *, network: bool) -> Path:
     if there and not cfg.overwrite and _whole(folder):
         return folder
     with _lock(data_dir, folder.name):
-        _recover(folder)
+        recover_folder(folder)
         folder, there = _locate(data_dir, plan)  # another process may have made it meanwhile
         if there and not cfg.overwrite and _whole(folder):
             return folder
         partial = folder.with_name(f".{folder.name}.partial")
         try:
-            build.build(partial, plan, cfg, cache=data_dir / ".cache", network=network)
-            _publish(partial, folder)
+            build(partial, plan, cfg, cache=data_dir / ".cache", network=network)
+            replace_folder(partial, folder)
         except OSError as e:
             raise explain_os_error(e, folder) from e
     print(open_dataset(folder).describe(), flush=True)
     return folder
 
 
+def _say_there(folder: Path) -> None:
+    print(f"{open_dataset(folder).describe()}: already there", flush=True)
+
+
 def _whole(folder: Path) -> bool:
     """Whether the dataset can be opened; says what it found."""
     try:
-        print(f"{open_dataset(folder).describe()}: already there", flush=True)
+        _say_there(folder)
         return True
     except UserError as e:
         print(f"making it anew: {e}", flush=True)
@@ -209,26 +194,3 @@ def _lock(data_dir: Path, name: str) -> Iterator[None]:
             yield
     except OSError as e:
         raise explain_os_error(e, path) from e
-
-
-def _old(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    """Put `partial` under its name; a folder that it replaces goes only once it is there."""
-    fsync_dir(partial)
-    if folder.exists():
-        os.rename(folder, _old(folder))
-    os.rename(partial, folder)
-    fsync_dir(folder.parent)
-    shutil.rmtree(_old(folder), ignore_errors=True)
-
-
-def _recover(folder: Path) -> None:
-    """Finish a `_publish` that a kill interrupted."""
-    old = _old(folder)
-    if old.exists() and not folder.exists():
-        os.rename(old, folder)
-    elif old.exists():
-        shutil.rmtree(old)

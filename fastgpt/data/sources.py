@@ -62,12 +62,11 @@ class Look:
     n_files: int
     n_bytes: int
     n_chars: int
-    n_skipped: int
     val_bytes: int
 
 
 class NotText(Exception):
-    """A file is no UTF-8 text; the message says where."""
+    """A file is no UTF-8 text; the message gives the place."""
 
 
 class TextFiles:
@@ -75,9 +74,9 @@ class TextFiles:
 
     A file named alone must be text; it is one document, whose last `val_fraction` of characters
     are the val split and which no end-of-text token follows, all as nanoGPT does it. In a folder,
-    links, hidden entries and files that are no UTF-8 text are skipped and counted. There, a hash
-    of its path puts a document as a whole into one split; where that comes out far from
-    `val_fraction` (few or very uneven files), the split is by characters over all documents.
+    links, hidden entries and files that are no UTF-8 text are skipped. There, a hash of its path
+    puts a document as a whole into one split; if that comes out far from `val_fraction` (few or
+    very uneven files), the split is by characters over all documents.
 
     `sha256` of a file is that of its bytes; of a folder, that of its `sha256  path` lines.
     """
@@ -95,7 +94,6 @@ class TextFiles:
         self.root, self.suffix, self.skip, self.recode = root, suffix, skip, recode
         self.val_fraction = val_fraction
         self.single = not root.is_dir()
-        self._skipped = 0
         self.look = look or self._look()
         if self.look.n_bytes == 0:
             what = "an empty file" if self.single else "a folder without any text file"
@@ -149,54 +147,46 @@ class TextFiles:
                 n_files += 1
                 n_bytes += size
                 val_bytes += size * self._in_val(name)
-        return Look(listing.hexdigest(), n_files, n_bytes, n_chars, self._skipped, val_bytes)
+        return Look(listing.hexdigest(), n_files, n_bytes, n_chars, val_bytes)
 
     def _texts(self, listing) -> Iterator[tuple[str, Iterator[bytes]]]:
         """(name, chunks) of every text; `listing` is fed the content on the way."""
-        self._skipped = 0
         if self.single:
             try:
                 check_text(_read(self.root))
             except NotText as e:
-                raise UserError(
-                    f"{self.root} is no UTF-8 text ({e}): convert it, for instance with "
-                    "iconv -t UTF-8"
-                ) from None
+                fix = "convert it, for instance with iconv -t UTF-8"
+                raise UserError(f"{self.root} is no UTF-8 text ({e}): {fix}") from None
             yield self.root.name, _hashed(_read(self.root), listing)
             return
         for path, name in walk(self.root, self.suffix, self.skip):
-            chunks = None if path is None else self._open(path)
-            if chunks is None:
-                self._skipped += 1
-                continue
-            digest = hashlib.sha256()
-            yield name, _hashed(chunks, digest)
-            listing.update(f"{digest.hexdigest()}  {name}\n".encode())
+            if (chunks := self._open(path)) is not None:
+                digest = hashlib.sha256()
+                yield name, _hashed(chunks, digest)
+                listing.update(f"{digest.hexdigest()}  {name}\n".encode())
 
     def _open(self, path: Path) -> Iterator[bytes] | None:
         """The UTF-8 chunks of a file, or None when it is no text (or empty)."""
         try:
-            if path.stat().st_size > _SMALL:
-                check_text(_read(path))
-                return _read(path)
-            data = b"".join(_read(path))
-            check_text(iter([data]))
+            large = path.stat().st_size > _SMALL
+            data = b"" if large else b"".join(_read(path))
+            check_text(_read(path) if large else iter([data]))
         except NotText:
-            if path.stat().st_size > _SMALL:
-                return None
-            recoded = self.recode(data)
+            recoded = None if large else self.recode(data)
             return None if recoded is None else iter([recoded])
         except FileNotFoundError:
             raise UserError(f"{path} vanished while it was read: run the command again") from None
+        if large:
+            return _read(path)
         return iter([data]) if data else None
 
 
 def walk(
     folder: Path, suffix: str = "", skip: frozenset[str] = frozenset(), prefix: str = ""
-) -> Iterator[tuple[Path | None, str]]:
-    """(path, name below the first folder) of files ending in `suffix`, by name; `skip` is left out.
+) -> Iterator[tuple[Path, str]]:
+    """(path, name below the first folder) of the files ending in `suffix`, by name.
 
-    The path is None for what is never read: links, hidden and special files, hidden folders.
+    Left out are links, special files, and what is hidden, in `skip`, or has no Unicode name.
     """
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -205,14 +195,13 @@ def walk(
         raise UserError(f"cannot read {e.filename or folder}: {e.strerror}") from None
     for entry, mode in zip(entries, modes, strict=True):
         name = prefix + entry.name
-        if entry.name in skip or not (stat.S_ISDIR(mode) or entry.name.endswith(suffix)):
+        encodable = name.encode(errors="ignore").decode() == name
+        if entry.name in skip or entry.name.startswith(".") or not encodable:
             continue
-        if entry.name.startswith(".") or not _encodable(name):
-            yield None, name
-        elif stat.S_ISDIR(mode):
+        if stat.S_ISDIR(mode):
             yield from walk(Path(entry.path), suffix, skip, name + "/")
-        else:
-            yield Path(entry.path) if stat.S_ISREG(mode) else None, name
+        elif stat.S_ISREG(mode) and name.endswith(suffix):
+            yield Path(entry.path), name
 
 
 _REMEMBER = 64 << 20
@@ -221,9 +210,13 @@ _REMEMBER = 64 << 20
 def open_input(root: Path, val_fraction: float, memory: Path) -> TextFiles:
     """`TextFiles` of what --input names; what was found in many bytes is remembered in `memory`.
 
-    So training on 50 GB again does not read them again. Remembered by size and time of change of
-    each file, unless one changed in the last seconds; making a dataset checks the contents anyway.
+    So that training on 50 GB again need not look through them again. It holds while no file's
+    size or time of change differs; making a dataset checks the contents anyway.
     """
+    if not root.exists():
+        raise UserError(f"--input={root}: there is no such file or folder")
+    if not (root.is_file() or root.is_dir()):
+        raise UserError(f"--input={root} is neither a file nor a folder")
     signature, newest = _signature(root)
     key = f"{root.resolve()} {val_fraction}"
     try:
@@ -233,6 +226,7 @@ def open_input(root: Path, val_fraction: float, memory: Path) -> TextFiles:
     except (OSError, ValueError, KeyError, TypeError):
         known = {}
     source = TextFiles(root, val_fraction)
+    # A file that changed just now may change again within the clock's resolution.
     if source.look.n_bytes >= _REMEMBER and time.time() - newest > 2:
         entry = {"signature": signature, "look": dataclasses.asdict(source.look)}
         with contextlib.suppress(OSError, UserError):  # a read-only folder: look again next time
@@ -245,10 +239,9 @@ def _signature(root: Path) -> tuple[str, float]:
     files = walk(root) if root.is_dir() else iter([(root, root.name)])
     digest, newest = hashlib.sha256(), 0
     for path, name in files:
-        if path is not None:
-            status = path.stat()
-            newest = max(newest, status.st_mtime_ns)
-            digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        status = path.stat()
+        newest = max(newest, status.st_mtime_ns)
+        digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest(), newest / 1e9
 
 
@@ -263,7 +256,7 @@ class _Cutter:
 
     def head(self) -> Iterator[bytes]:
         for chunk in self._chunks:
-            starts = char_starts(chunk)
+            starts = np.flatnonzero(char_starts(chunk))
             self.n_chars += len(starts)
             if len(starts) <= self._left:
                 self._left -= len(starts)
@@ -285,13 +278,13 @@ class _Cutter:
 
 
 def char_starts(data: bytes) -> np.ndarray:
-    """Offsets of the bytes that begin a character."""
-    return np.flatnonzero((np.frombuffer(data, np.uint8) & 0xC0) != 0x80)
+    """(len(data),) bool: which bytes begin a character."""
+    return (np.frombuffer(data, np.uint8) & 0xC0) != 0x80
 
 
 def count_chars(data: bytes) -> int:
     """Number of characters that begin in `data`."""
-    return int(np.count_nonzero((np.frombuffer(data, np.uint8) & 0xC0) != 0x80))
+    return int(np.count_nonzero(char_starts(data)))
 
 
 def check_text(chunks: Iterator[bytes]) -> None:
@@ -337,11 +330,3 @@ def _hashed(chunks: Iterator[bytes], digest) -> Iterator[bytes]:
     for chunk in chunks:
         digest.update(chunk)
         yield chunk
-
-
-def _encodable(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -12,10 +12,10 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from io import BufferedRandom
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ MAGIC = 20240520
 HEADER_BYTES = 256 * 4
 DTYPES: dict[int, np.dtype] = {1: np.dtype("<u2"), 2: np.dtype("<u4")}
 SHARD_TOKENS = 100_000_000
-_CHUNK = 8 << 20
+_AGAIN = "prepare or download it again"
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -64,19 +65,18 @@ def inspect(path: Path) -> TokenFile:
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
     if size == 0:
-        raise UserError(f"{path} is empty: prepare or download it again")
+        raise UserError(f"{path} is empty: {_AGAIN}")
     if head is None or head[0] != MAGIC:
         if size % 2:
             raise UserError(
                 f"{path} has an odd number of bytes ({size:,}), no whole number of 2-byte tokens: "
-                "truncated, or no token file; prepare or download it again"
+                f"truncated, or no token file; {_AGAIN}"
             )
         return TokenFile(path, 0, size // 2, DTYPES[1])
     version, count = int(head[1]), int(head[2])
     if version not in DTYPES:
         raise UserError(
-            f"{path} is a token file of version {version}; versions "
-            f"{' and '.join(map(str, DTYPES))} can be read"
+            f"{path} is a token file of version {version}; versions 1 and 2 can be read"
         )
     dtype = DTYPES[version]
     want = HEADER_BYTES + count * dtype.itemsize
@@ -84,16 +84,16 @@ def inspect(path: Path) -> TokenFile:
         what = "truncated" if size < want else "damaged"
         raise UserError(
             f"{path} is {what}: its header says {count:,} tokens ({want:,} bytes), the file has "
-            f"{size:,} bytes; prepare or download it again"
+            f"{size:,} bytes; {_AGAIN}"
         )
     if count == 0:
-        raise UserError(f"{path} is empty (0 tokens): prepare or download it again")
+        raise UserError(f"{path} is empty (0 tokens): {_AGAIN}")
     return TokenFile(path, HEADER_BYTES, count, dtype)
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What reading every byte of a file told, and the file's state at that time."""
+    """What reading every byte of a file showed, and the file's state at that time."""
 
     size: int
     mtime_ns: int
@@ -120,22 +120,22 @@ def scan(file: TokenFile, advance=lambda n: None) -> Scan:
 def scan_all(files: list[TokenFile], folder: Path, *, verify: bool = False) -> list[Scan]:
     """`scan` of each file in `folder`; files whose size and mtime are as remembered are not read.
 
-    Remembered in `.fastgpt_scan.json` there or, where the folder is read-only, in the user's cache.
+    Remembered in `.fastgpt_scan.json` there or, if the folder is read-only, in the user's cache.
     """
     known = {} if verify else load_scans(folder)
-    result: dict[Path, Scan] = {}
+    result: dict[str, Scan] = {}
     for file in files:
         stat, old = file.path.stat(), known.get(file.path.name)
         if old and (old.size, old.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
-            result[file.path] = old
-    unread = [file for file in files if file.path not in result]
+            result[file.path.name] = old
+    unread = [file for file in files if file.path.name not in result]
     if unread:
         total = sum(file.count * file.dtype.itemsize for file in unread)
         with progress(f"checking {folder.name}", total) as advance, ThreadPoolExecutor(4) as pool:
             scans = pool.map(lambda file: scan(file, advance), unread)
-            result.update(zip((file.path for file in unread), scans, strict=True))
-        save_scans(folder, {path.name: found for path, found in result.items()})
-    return [result[file.path] for file in files]
+            result |= {file.path.name: found for file, found in zip(unread, scans, strict=True)}
+        save_scans(folder, result)
+    return [result[file.path.name] for file in files]
 
 
 def _scan_paths(folder: Path) -> tuple[Path, Path]:
@@ -145,7 +145,7 @@ def _scan_paths(folder: Path) -> tuple[Path, Path]:
 
 
 def load_scans(folder: Path) -> dict[str, Scan]:
-    """Remembered scans by file name; none where there are none or they cannot be read."""
+    """Remembered scans by file name; none if there are none or they cannot be read."""
     for path in _scan_paths(folder):
         try:
             return {name: Scan(**entry) for name, entry in json.loads(path.read_text()).items()}
@@ -169,7 +169,7 @@ class TokenWriter:
     """Streams ids into `<prefix>_000000.bin`, `<prefix>_000001.bin`, ... of at most `shard_tokens`.
 
     A shard has its name only once it is complete and on disk: `shards` lists these, in the form of
-    `dataset.json`. `first` and `finished` go on with a folder that holds some already.
+    `dataset.json`. `finished` lists those that the folder holds already.
     """
 
     def __init__(
@@ -177,48 +177,37 @@ class TokenWriter:
         folder: Path,
         prefix: str,
         dtype: np.dtype,
-        *,
         shard_tokens: int = SHARD_TOKENS,
         finished: Iterable[dict[str, Any]] = (),
     ):
         self.folder, self.prefix, self.dtype = folder, prefix, np.dtype(dtype).newbyteorder("<")
         self.shard_tokens = shard_tokens
         self.shards = list(finished)
-        self._file: BufferedRandom | None = None
-        self._path = folder
-        self._temporary: Path | None = None
-        self._count = self._max = 0
+        self._file: BufferedWriter | None = None
+        self._path = self._temporary = folder
+        self._count = 0
 
     def write(self, ids: np.ndarray) -> int:
         """Append (n,) ids. Returns how many of them are in finished shards now (n: all)."""
         ids = np.ascontiguousarray(ids, self.dtype)
         done = kept = 0
-        try:
+        with self._errors():
             while done < len(ids):
-                if self._file is None:
-                    self._open()
-                assert self._file is not None
+                f = self._file or self._open()
                 part = ids[done : done + self.shard_tokens - self._count]
-                self._file.write(part.data)
-                self._max = max(self._max, int(part.max()))
+                f.write(part.data)
                 self._count += len(part)
                 done += len(part)
                 if self._count == self.shard_tokens:
-                    self._finish()
+                    self._finish(f)
                     kept = done
-        except OSError as e:
-            self.abort()
-            raise explain_os_error(e, self._path) from e
         return kept
 
     def close(self) -> None:
         """Finish the last shard."""
-        try:
+        with self._errors():
             if self._file is not None:
-                self._finish()
-        except OSError as e:
-            self.abort()
-            raise explain_os_error(e, self._path) from e
+                self._finish(self._file)
 
     def abort(self) -> None:
         """Drop the unfinished shard."""
@@ -227,38 +216,42 @@ class TokenWriter:
             with contextlib.suppress(OSError):
                 self._file.close()
             self._file = None
-        if self._temporary is not None:
+        if self._temporary != self.folder:
             self._temporary.unlink(missing_ok=True)
-            self._temporary = None
 
-    def _open(self) -> None:
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            self.abort()
+            raise explain_os_error(e, self._path) from e
+
+    def _open(self) -> BufferedWriter:
         self._path = self.folder / f"{self.prefix}_{len(self.shards):06d}.bin"
         # Known before the file is there: an interrupt may come before `open` has returned it.
         self._temporary = self._path.with_name(f".{self._path.name}.tmp")
-        self._file = open(self._temporary, "wb+")  # noqa: SIM115
+        self._file = open(self._temporary, "wb")  # noqa: SIM115
         self._file.write(header(0, self.dtype))
-        self._count = self._max = 0
+        self._count = 0
+        return self._file
 
-    def _finish(self) -> None:
-        f = self._file
-        assert f is not None and self._temporary is not None
+    def _finish(self, f: BufferedWriter) -> None:
         f.seek(0)
         f.write(header(self._count, self.dtype))
         f.flush()
         os.fsync(f.fileno())
-        f.seek(0)
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
         f.close()
         self._file = None
+        found = scan(TokenFile(self._temporary, HEADER_BYTES, self._count, self.dtype))
         os.replace(self._temporary, self._path)
-        self._temporary = None
         fsync_dir(self.folder)
         self.shards.append(
-            {
-                "file": self._path.name,
-                "tokens": self._count,
-                "bytes": self._path.stat().st_size,
-                "sha256": digest,
-                "max_id": self._max,
-            }
+            dict(
+                file=self._path.name,
+                tokens=self._count,
+                bytes=found.size,
+                sha256=found.sha256,
+                max_id=found.max_id,
+            )
         )

@@ -42,8 +42,9 @@ class TokenSplit:
         self.folder = folder
         self.shards = files
         self._arrays = [file.open() for file in files]
-        self._ends = np.cumsum([file.count for file in files], dtype=np.int64)
-        self._first = self._ends - np.array([file.count for file in files], np.int64)
+        counts = np.array([file.count for file in files], np.int64)
+        self._ends = np.cumsum(counts)
+        self._first = self._ends - counts
 
     def __len__(self) -> int:
         """Number of tokens."""
@@ -81,16 +82,12 @@ class TokenSplit:
         """(n, length) tokens, of the files' dtype, from the n positions `starts` on."""
         starts = np.asarray(starts, np.int64)
         out = np.empty((len(starts), length), self.shards[0].dtype)
-        shard = np.searchsorted(self._ends, starts, side="right")
-        if len(starts) and (
-            starts.min() < 0
-            or shard.max() >= len(self.shards)
-            or (starts + length > self._ends[shard]).any()
-        ):
+        shard = np.searchsorted(self._ends[:-1], starts, side="right")
+        if (starts < 0).any() or (starts + length > self._ends[shard]).any():
             raise IndexError(f"windows of {length} tokens do not fit at all of these positions")
-        offsets = (starts - self._first[shard]).tolist() if len(starts) else []
-        for row, (i, at) in enumerate(zip(shard.tolist(), offsets, strict=True)):
-            out[row] = self._arrays[i][at : at + length]
+        offsets = starts - self._first[shard]
+        for row, i, at in zip(out, shard.tolist(), offsets.tolist(), strict=True):
+            row[:] = self._arrays[i][at : at + length]
         return out
 
 
@@ -99,7 +96,7 @@ class Dataset:
     """An opened, checked folder of token files.
 
     `fingerprint` is a hash of the contents of all files, whatever their folder is called.
-    `vocab_size` counts real ids, without padding. `tokenizer` is None where the folder has none.
+    `vocab_size` counts real ids, without padding. `tokenizer` is None if the folder has none.
     """
 
     folder: Path
@@ -112,7 +109,7 @@ class Dataset:
 
     def describe(self) -> str:
         """One line for people."""
-        shards = len(self.train.shards) + len(self.val.shards)
+        shards = len(self.train.shards + self.val.shards)
         kind = self.tokenizer.name if self.tokenizer else "no tokenizer"
         return (
             f"{self.folder}: {len(self.train):,} train and {len(self.val):,} val tokens in "
@@ -132,7 +129,7 @@ def open_dataset(folder: Path, *, verify: bool = False, vocab_size: int | None =
 
     Each file is read whole once, and again when its size or time of change differs (`verify`: in
     any case); for prepared data its sha256 must then be that of `dataset.json`. `vocab_size` is for
-    folders that do not say theirs, which is else taken to be GPT-2's 50,257, as in nanoGPT.
+    folders that do not say theirs; without it GPT-2's 50,257 is assumed, as in nanoGPT.
     UserError, one line that names the file, for whatever cannot be trained on.
     """
     folder = Path(folder)
@@ -154,15 +151,8 @@ def open_dataset(folder: Path, *, verify: bool = False, vocab_size: int | None =
     for (split, file), found in zip(every, scans, strict=True):
         _check(file, found, size, info)
         digest.update(f"{split} {found.sha256}\n".encode())
-    return Dataset(
-        folder,
-        TokenSplit("train", files["train"], folder),
-        TokenSplit("val", files["val"], folder),
-        size,
-        tokenizer,
-        digest.hexdigest(),
-        info or {},
-    )
+    train, val = (TokenSplit(split, files[split], folder) for split in ("train", "val"))
+    return Dataset(folder, train, val, size, tokenizer, digest.hexdigest(), info or {})
 
 
 def _read_json(folder: Path) -> dict[str, Any] | None:
@@ -194,30 +184,26 @@ def _listed(folder: Path, info: dict[str, Any]) -> dict[str, list[str]]:
             raise UserError(f"{folder / DATASET_JSON} lists no {split} file: prepare it again")
         for name in part:
             if Path(name).name != name or not (folder / name).is_file():
-                raise UserError(
-                    f"{folder / name} is missing, though {DATASET_JSON} lists it: prepare the data "
-                    "again"
-                )
+                listed = f"{folder / name} is missing, though {DATASET_JSON} lists it"
+                raise UserError(f"{listed}: prepare the data again")
     return names
 
 
 def _found(folder: Path) -> dict[str, list[str]]:
     """Token files of a folder without dataset.json, by split."""
     names: dict[str, list[str]] = {"train": [], "val": []}
-    single = {"train": False, "val": False}
     for path in sorted(folder.iterdir()):
         if match := _SPLIT_NAME.fullmatch(path.name):
             names[match[1]].append(path.name)
-            single[match[1]] |= match[2] is None
     for split, part in names.items():
         if not part:
-            other = "a train" if split == "val" else "no"
+            found = "; ".join(sorted(names["train"] + names["val"])) or "found none"
+            prepare = f"; run `fastgpt prepare {folder.name}`" if split == "train" else ""
             raise UserError(
                 f"{folder} has no {split} split: expected {split}.bin or files named "
-                f"*_{split}_*.bin ({'; '.join(sorted(sum(names.values(), []))) or 'found none'})"
-                + (f"; run `fastgpt prepare {folder.name}`" if other == "no" else "")
+                f"*_{split}_*.bin ({found}){prepare}"
             )
-        if single[split] and len(part) > 1:
+        if len(part) > 1 and any(name.endswith(f"{split}.bin") for name in part):
             raise UserError(
                 f"{folder} has more than one {split} set ({', '.join(part[:3])}): keep one of them"
             )
@@ -229,16 +215,15 @@ def _vocabulary(
 ) -> tuple[int, Tokenizer | None]:
     meta = folder / "meta.pkl"
     tokenizer: Tokenizer | None = None
-    if info or (folder / JSON_NAME).exists():
-        if (folder / JSON_NAME).exists():
-            tokenizer = load_tokenizer(folder)
-            size = tokenizer.vocab_size
-        else:
-            size = int((info or {})["vocab_size"])
+    if (folder / JSON_NAME).exists():
+        tokenizer = load_tokenizer(folder)
+        size = tokenizer.vocab_size
+    elif info:
+        size = int(info["vocab_size"])
     elif meta.exists():
         size, tokenizer = read_meta(meta)
     else:
-        return asked or GPT2_VOCAB, None
+        size = asked or GPT2_VOCAB
     if tokenizer and info and info["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
         raise UserError(
             f"{folder / JSON_NAME} is not the tokenizer these files were made with: prepare again"

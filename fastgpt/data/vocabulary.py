@@ -21,7 +21,6 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 GPT2_VOCAB = 50_257
 GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
-_SPARE = 256
 GPT2_NAME = "gpt2.tiktoken"
 # What tiktoken.get_encoding("gpt2") keeps: the same vocabulary in GPT-2's first file format.
 _GPT2_FIRST = (
@@ -32,20 +31,18 @@ _GPT2_FIRST = (
 
 def gpt2_ranks(vocab_file: str, cache: Path | None, download: bool) -> dict[bytes, int]:
     """GPT-2's 50,256 ranks, verified; `make_tokenizer` says where they are looked for."""
+    own = cache / GPT2_NAME if cache else None
     if vocab_file:
-        path = Path(vocab_file)
-        return _verified(parse_ranks(read_vocab_file(path), path), path)
-    if cache is not None and (path := cache / GPT2_NAME).is_file():
-        return _verified(parse_ranks(path.read_bytes(), path), path)
-    if (path := _tiktoken_cache(GPT2_URL)).is_file():
-        return _verified(parse_ranks(path.read_bytes(), path), path)
+        return _read_gpt2(Path(vocab_file))
+    for path in (own, _tiktoken_cache(GPT2_URL)):
+        if path and path.is_file():
+            return _read_gpt2(path)
     if all(_tiktoken_cache(url).is_file() for url in _GPT2_FIRST):
         ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
         return _verified(ranks, _tiktoken_cache(_GPT2_FIRST[0]))
-    if cache is not None and download:
+    if own and download:
         hint = f"download it elsewhere and pass --vocab_file={GPT2_NAME}"
-        path = fetch(GPT2_URL, cache / GPT2_NAME, sha256=GPT2_SHA256, hint=hint)
-        return _verified(parse_ranks(path.read_bytes(), path), path)
+        return _read_gpt2(fetch(GPT2_URL, own, sha256=GPT2_SHA256, hint=hint))
     raise UserError(
         "GPT-2's vocabulary is not on this machine: run `fastgpt prepare` with the same options "
         f"where there is network, or pass --vocab_file=FILE with the rank file {GPT2_URL}, or take "
@@ -54,10 +51,13 @@ def gpt2_ranks(vocab_file: str, cache: Path | None, download: bool) -> dict[byte
 
 
 def _tiktoken_cache(url: str) -> Path:
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
-    if folder is None:
-        folder = os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    folder = os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", folder))
     return Path(folder) / hashlib.sha1(url.encode()).hexdigest()
+
+
+def _read_gpt2(path: Path) -> dict[bytes, int]:
+    return _verified(parse_ranks(read_vocab_file(path), path), path)
 
 
 def _verified(ranks: dict[bytes, int], path: Path) -> dict[bytes, int]:
@@ -83,12 +83,12 @@ def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
         ) from None
     trainer = rustbpe.Tokenizer()
     # Two merges may spell the same token; tiktoken knows the first only. So train some to spare.
-    trainer.train_from_iterator(iter(texts), size - 1 + _SPARE, pattern=GPT2_PATTERN)
+    trainer.train_from_iterator(iter(texts), size - 1 + 256, pattern=GPT2_PATTERN)
     tokens = dict.fromkeys(bytes(token) for token, _ in trainer.get_mergeable_ranks())
-    if len(tokens) < size - 1:
+    if (most := len(tokens) + 1) < size:
         raise UserError(
-            f"--tokenizer=bpe:{size}: this text has pairs for a vocabulary of {len(tokens) + 1} "
-            f"only; say --tokenizer=bpe:{len(tokens) + 1} or less"
+            f"--tokenizer=bpe:{size}: this text has pairs for a vocabulary of {most} only; "
+            f"say --tokenizer=bpe:{most} or less"
         )
     return {token: rank for rank, token in enumerate(itertools.islice(tokens, size - 1))}
 
@@ -109,13 +109,11 @@ def parse_ranks(data: bytes, where: Path | str) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
-            raise UserError(
-                f"{where}: line {number} is not 'base64 rank': no tiktoken rank file"
-            ) from None
+            what = f"line {number} is not 'base64 rank': no tiktoken rank file"
+            raise UserError(f"{where}: {what}") from None
     if sorted(ranks.values()) != list(range(len(ranks))):
-        raise UserError(
-            f"{where}: ranks are not 0 .. {len(ranks) - 1} once each: damaged rank file"
-        )
+        top = len(ranks) - 1
+        raise UserError(f"{where}: ranks are not 0 .. {top} once each: damaged rank file")
     if missing := [b for b in range(256) if bytes([b]) not in ranks]:
         raise UserError(f"{where}: no token for byte {missing[0]}: damaged rank file")
     return ranks

@@ -16,7 +16,6 @@ that does is used. There is no pickle anywhere.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -32,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgpt.errors import UserError
-from fastgpt.storage.files import explain_os_error, fsync_dir, sha256_file, write_text
+from fastgpt.storage.files import explain_os_error, replace_folder, sha256_file, write_text
 
 FORMAT = 1
 _NAME = re.compile(r"step_\d{8,}")
@@ -71,11 +70,8 @@ def names(run_dir: Path) -> list[str]:
     return sorted(found, key=lambda n: int(n[5:]), reverse=True)
 
 
-# --- writing -------------------------------------------------------------------------------------
-
-
 def _manifest_text(files: Mapping[str, Mapping[str, Any]]) -> str:
-    """The manifest's only spelling, so that a changed byte in the manifest itself shows too."""
+    """The manifest, ending in its own sha256, so that a changed byte in it shows too."""
     body = json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True)
     return f"{body}\n{hashlib.sha256(body.encode()).hexdigest()}\n"
 
@@ -89,8 +85,7 @@ def write_folder(
     A folder that is already there is replaced. On any error `target` stays as it was and nothing
     is left behind. Raises UserError if the disk is full or not writable.
     """
-    parent = target.parent
-    tmp, old = parent / f".tmp-{target.name}-{os.getpid()}", parent / f".old-{target.name}"
+    tmp = target.parent / f".tmp-{target.name}-{os.getpid()}"
     try:
         tmp.mkdir(parents=True)
         for name, group in tensors.items():
@@ -108,12 +103,7 @@ def write_folder(
                 os.fsync(f.fileno())
             files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         write_text(tmp / _MANIFEST, _manifest_text(files))
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(target, old)
-        os.replace(tmp, target)
-        fsync_dir(parent)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_folder(tmp, target)
     except (OSError, SafetensorError) as e:
         raise explain_os_error(e, target) from e
     finally:
@@ -130,12 +120,12 @@ def save(
     best: bool,
     keep: int,
 ) -> Path:
-    """Save a checkpoint, move `best` (if it is that) and `latest`, remove the oldest ones."""
+    """Save a checkpoint, move `best` (if it is one) and `latest`, remove the oldest ones."""
     folder = root(run_dir)
     target = folder / name_of(step)
     _remove_leftovers(folder)
-    document = {**state, "step": step}
-    write_folder(target, {"model": model, "optimizer": optimizer}, {"state": document})
+    tensors = {"model": model, "optimizer": optimizer}
+    write_folder(target, tensors, {"state": {**state, "step": step}})
     shutil.rmtree(shards(run_dir), ignore_errors=True)  # of this save, or of one that was killed
     if best:
         write_text(folder / "best", target.name + "\n")
@@ -146,13 +136,12 @@ def save(
 
 def _remove_leftovers(folder: Path) -> None:
     """What a killed save left: the run's lock says that no other process is writing here."""
-    for pattern in (".tmp-*", ".old-*", ".*.tmp"):
+    for pattern in (".tmp-*", ".old-*", ".*.tmp", ".*.old"):
         for path in folder.glob(pattern):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
-                with contextlib.suppress(FileNotFoundError):
-                    path.unlink()
+                path.unlink(missing_ok=True)
 
 
 def _prune(run_dir: Path, step: int, keep: int) -> None:
@@ -162,13 +151,9 @@ def _prune(run_dir: Path, step: int, keep: int) -> None:
     for name in names(run_dir):
         if name not in stay:
             # First out of sight by one rename, so that a kill never leaves half of a checkpoint.
-            gone = root(run_dir) / f".old-{name}"
-            shutil.rmtree(gone, ignore_errors=True)
+            gone = root(run_dir) / f".old-{name}"  # not there: `save` removes leftovers first
             os.replace(root(run_dir) / name, gone)
             shutil.rmtree(gone, ignore_errors=True)
-
-
-# --- reading -------------------------------------------------------------------------------------
 
 
 def pointer(run_dir: Path, which: str) -> str | None:
@@ -183,9 +168,8 @@ def pointer(run_dir: Path, which: str) -> str | None:
 def fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, naming the file; None if nothing is."""
     try:
-        body, _, digest = (
-            (folder / _MANIFEST).read_bytes().decode().removesuffix("\n").rpartition("\n")
-        )
+        text = (folder / _MANIFEST).read_bytes().decode()
+        body, _, digest = text.removesuffix("\n").rpartition("\n")
         if hashlib.sha256(body.encode()).hexdigest() != digest:
             return f"{folder / _MANIFEST}: sha256 does not match"
         files = json.loads(body)["files"]
@@ -211,22 +195,21 @@ def load(run_dir: Path, which: str = "latest", warn: Callable[[str], None] = pri
     asked for by name has no substitute. Raises UserError if nothing usable is left.
     """
     available = names(run_dir)
-    if which not in ("latest", "best"):
-        if which not in available:
-            listed = ", ".join(available) or "none"
-            raise UserError(f"--checkpoint={which}: {root(run_dir)} has {listed}")
-        candidates = [which]
-    else:
+    if which in ("latest", "best"):
         first = pointer(run_dir, which)
         if first is None and available and (root(run_dir) / which).exists():
             warn(f"{root(run_dir) / which}: does not name a checkpoint; taking the newest good one")
-        candidates = [first] if first else []
-        candidates += [n for n in available if n != first]
+        # The one it names comes first, then the others from the newest on.
+        candidates = sorted(available, key=lambda name: name != first)
+    elif which in available:
+        candidates = [which]
+    else:
+        listed = ", ".join(available) or "none"
+        raise UserError(f"--checkpoint={which}: {root(run_dir)} has {listed}")
     for i, name in enumerate(candidates):
-        folder = root(run_dir) / name
-        wrong = fault(folder)
+        wrong = fault(root(run_dir) / name)
         if wrong is None:
-            return _read(folder)
+            return _read(root(run_dir) / name)
         another = "; trying the one before" if i + 1 < len(candidates) else ""
         warn(f"damaged checkpoint: {wrong}{another}")
     if not candidates:

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,16 +15,11 @@ from typing import IO
 
 from fastgpt.errors import UserError
 
-_CHUNK = 1 << 20
-
 
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes, read in 1 MiB pieces."""
-    digest = hashlib.sha256()
+    """Hex sha256 of a file's bytes."""
     with open(path, "rb") as f:
-        while chunk := f.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def fsync_dir(path: Path) -> None:
@@ -35,6 +31,30 @@ def fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Rename `new` to `folder`; what stood there is removed once the new one has its name."""
+    fsync_dir(new)
+    if folder.exists():
+        shutil.rmtree(_old(folder), ignore_errors=True)
+        os.rename(folder, _old(folder))
+    os.rename(new, folder)
+    fsync_dir(folder.parent)
+    shutil.rmtree(_old(folder), ignore_errors=True)
+
+
+def recover_folder(folder: Path) -> None:
+    """Finish a `replace_folder` that a kill interrupted."""
+    old = _old(folder)
+    if old.exists() and not folder.exists():
+        os.rename(old, folder)
+    elif old.exists():
+        shutil.rmtree(old)
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     """Open a temporary file beside `path`; on success fsync it and rename it onto `path`.
@@ -42,7 +62,6 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     On any exception the temporary file is removed and `path` stays as it was.
     Raises UserError if the disk is full or the folder cannot be written.
     """
-    path = Path(path)
     tmp = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,17 +96,13 @@ def explain_os_error(e: Exception, path: Path) -> Exception:
     if not isinstance(e, OSError):
         code = re.search(r"os error (\d+)", str(e))
         e = OSError(int(code[1]) if code else errno.EIO, str(e))
-    where = Path(path).parent if not Path(path).is_dir() else Path(path)
+    other = "name another folder (--out_dir for runs, --data_dir for data)"
     if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return UserError(
-            f"cannot write {path}: no space left; free some disk or name another folder "
-            "(--out_dir for runs, --data_dir for data)"
-        )
+        return UserError(f"cannot write {path}: no space left; free some disk or {other}")
     if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UserError(
-            f"cannot write {path}: {os.strerror(e.errno)}; make {where} writable or name another "
-            "folder (--out_dir for runs, --data_dir for data)"
-        )
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        why = os.strerror(e.errno)
+        return UserError(f"cannot write {path}: {why}; make {folder} writable or {other}")
     if e.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
         return UserError(f"cannot write {path}: {os.strerror(e.errno)}; name another folder")
     return e

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 import re
 import shutil
 import time
@@ -28,10 +27,8 @@ def newest() -> Path:
     """The run under runs/ that saved last. Raises UserError if none has."""
     found = list(RUNS.glob("*/checkpoints/latest"))
     if not found:
-        raise UserError(
-            f"no run with a checkpoint under {RUNS}/ yet; start one with: fastgpt train, "
-            "or name --out_dir"
-        )
+        advice = "start one with: fastgpt train, or name --out_dir"
+        raise UserError(f"no run with a checkpoint under {RUNS}/ yet; {advice}")
     return max(found, key=lambda p: (p.stat().st_mtime_ns, p.parts)).parent.parent
 
 
@@ -41,9 +38,8 @@ def find(out_dir: str) -> Path:
         return newest()
     run_dir = Path(out_dir)
     if not (run_dir / "config.toml").is_file():
-        raise UserError(
-            f"--out_dir={out_dir}: no run there (no config.toml); fastgpt train makes one"
-        )
+        advice = "fastgpt train makes one"
+        raise UserError(f"--out_dir={out_dir}: no run there (no config.toml); {advice}")
     return run_dir
 
 
@@ -84,8 +80,7 @@ def create(out_dir: str, name: str, overwrite: bool) -> Path:
             )
         with lock(run_dir):
             for file in _OWN_FILES:
-                with contextlib.suppress(FileNotFoundError):
-                    (run_dir / file).unlink()
+                (run_dir / file).unlink(missing_ok=True)
             for folder in _OWN_FOLDERS:
                 if (run_dir / folder).exists():
                     shutil.rmtree(run_dir / folder)
@@ -108,15 +103,14 @@ def _create_numbered(name: str) -> Path:
 @contextlib.contextmanager
 def lock(run_dir: Path) -> Iterator[None]:
     """Hold the run for this process; the system lets go of it however the process ends."""
+    path = run_dir / ".lock"
     try:
-        fd = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        file = open(path, "a")  # noqa: SIM115
     except OSError as e:
-        raise explain_os_error(e, run_dir / ".lock") from e
-    try:
+        raise explain_os_error(e, path) from e
+    with file:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise UserError(f"{run_dir}: another process is training this run; wait for it") from e
         yield
-    finally:
-        os.close(fd)

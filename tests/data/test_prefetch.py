@@ -31,7 +31,7 @@ class Fake:
 
 
 def alive():
-    return [t for t in threading.enumerate() if t.name == "prefetch"]
+    return [t for t in threading.enumerate() if t.name.startswith("prefetch")]
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastgpt.errors import UserError
-from fastgpt.storage import checkpoint
+from fastgpt.storage import checkpoint, files
 
 
 def save(
@@ -113,7 +113,8 @@ CUTS = [
     "os.fsync",
     "os.replace",
     "write_text",
-    "fsync_dir",
+    "os.rename",
+    "files.fsync_dir",
     "shutil.rmtree",
 ]
 
@@ -126,7 +127,7 @@ class Killed(BaseException):
 def test_a_save_cut_off_anywhere_loses_nothing(cut, tmp_path: Path, monkeypatch):
     """Cut at every call of every kind: the old or the new checkpoint loads, and saving goes on."""
     module, _, name = cut.rpartition(".")
-    place = {"os": os, "shutil": shutil}.get(module, checkpoint)
+    place = {"os": os, "shutil": shutil, "files": files}.get(module, checkpoint)
     real = getattr(place, name)
     for nth in range(1, 20):
         run_dir = tmp_path / f"{nth}"
