@@ -178,7 +178,7 @@ def save(folder: Path, **changes) -> Path:
 def test_logits_are_nanogpt_s(tmp_path: Path, bias: bool, T: int):
     reference = Reference(bias)
     torch.save(reference.checkpoint(0), tmp_path / "ckpt.pt")
-    shape, tensors, _ = model_of(tmp_path, load(tmp_path / "ckpt.pt"), "erf")
+    shape, tensors = model_of(tmp_path, load(tmp_path / "ckpt.pt"), "erf")
     assert shape == ModelShape(**ARGS, bias=bias, gelu="erf")
     model = GPT(shape)
     model.load_state_dict(tensors)
@@ -302,7 +302,7 @@ WTE = "transformer.wte.weight"
         ({"model": changed(**{FC: torch.zeros(64, 16).int()})}, f"{FC} (64, 16) is of dtype int32"),
         (
             {"model": changed(lm_head=torch.zeros(3))},
-            "lm_head (3,) is no part of a GPT of 2 layers",
+            "lm_head (3,) is no part of a GPT-2 of 2 layers",
         ),
         (
             {"model": changed(**{"lm_head.weight": torch.zeros(65, 16)})},
