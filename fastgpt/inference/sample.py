@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastgpt.config.schema import SampleConfig
 from fastgpt.data.tokenizers import Tokenizer
-from fastgpt.errors import UserError
+from fastgpt.errors import UserError, reading
 from fastgpt.inference.generate import BatchGenerator, Sampling
 from fastgpt.model.device import Machine
 from fastgpt.weights.source import open_source
@@ -23,12 +23,8 @@ def prompt_texts(start: str) -> list[str]:
     kind, _, name = start.partition(":")
     if kind not in ("FILE", "LINES") or not name:
         return [start]
-    try:
+    with reading(f"--start={start}", "is not UTF-8 text"):
         text = Path(name).read_text(encoding="utf-8")
-    except OSError as e:
-        raise UserError(f"--start={start}: cannot be read: {e.strerror}") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"--start={start}: is not UTF-8 text") from e
     lines = [line for line in text.splitlines() if line]
     if kind == "LINES" and not lines:
         raise UserError(f"--start={start}: has no lines")
@@ -77,13 +73,9 @@ class TextStream:
         if found:
             text, self._held, self.stopped = self._held[: min(found)], "", True
             return text
-        longest = max((len(s) for s in self._stops), default=1) - 1
-        keep = next(
-            n
-            for n in range(min(longest, len(self._held)), -1, -1)
-            if any(s.startswith(self._held[len(self._held) - n :]) for s in self._stops) or n == 0
-        )
-        cut = len(self._held) - keep
+        # Held back is the longest end of the text that begins a stop string.
+        ends = range(len(self._held) + 1)
+        cut = next(i for i in ends if any(s.startswith(self._held[i:]) for s in [*self._stops, ""]))
         text, self._held = self._held[:cut], self._held[cut:]
         return text
 

@@ -73,7 +73,7 @@ class Stored:
 
 
 def describe(path: Path, tensors: Mapping[str, Any]) -> dict[str, Stored]:
-    """The same of tensors at hand; whatever is no tensor has no shape, and None is left out."""
+    """What is known of `tensors`: other objects have the shape (), and None is left out."""
     out = {}
     for name, t in tensors.items():
         if isinstance(t, Tensor):
@@ -290,7 +290,7 @@ def write(
     """
     sizes = expected(replace(shape, bias=True))
     missing = sizes.keys() - expected(shape).keys()
-    ours = {**tensors, **{name: torch.zeros(sizes[name]) for name in missing}}
+    ours = {name: torch.zeros(sizes[name]) for name in missing} | dict(tensors)
     if _WTE in ours:
         ours[_WTE] = ours[_WTE][: shape.vocab_size]
     check(folder, describe(folder, ours), sizes, shape.n_layer)

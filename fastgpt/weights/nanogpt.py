@@ -137,13 +137,14 @@ def optimizer_of(
         )
     out: dict[str, Tensor] = {}
     for number, name in zip(numbers, names, strict=True):
-        entry = state[number] if isinstance(state[number], dict) else {}
+        entry: dict[str, Any] = state[number] if isinstance(state[number], dict) else {}
         out[f"step.{name}"] = torch.tensor(float(entry.get("step", 0)))
         for key in ("exp_avg", "exp_avg_sq"):
-            label, moment = f"optimizer's {key} of {name}", entry.get(key)
-            check(path, describe(path, {label: moment}), {label: sizes[name]}, shape.n_layer)
+            label = f"optimizer's {key} of {name}"
+            moments: dict[str, Any] = {label: entry.get(key)}
+            check(path, describe(path, moments), {label: sizes[name]}, shape.n_layer)
+            moment = moments[label].float()
             embedding = name == "transformer.wte.weight"
-            moment = moment.float()
             out[f"{key}.{name}"] = pad_vocabulary(moment, shape) if embedding else moment
     return out
 
@@ -158,7 +159,7 @@ def config_of(path: Path, data: Mapping[str, Any], shape: ModelShape) -> Config:
 
 
 def find_tokenizer(config: Config, vocab_size: int) -> Tokenizer | None:
-    """The data folder's tokenizer if there is one, else GPT-2's if the vocabulary is of its size."""
+    """The data folder's tokenizer if it has one, else GPT-2's if the vocabulary has its size."""
     for folder in (Path(config.data.dataset), Path(config.data.data_dir) / config.data.dataset):
         if has_tokens(folder) and (tokenizer := open_dataset(folder).tokenizer) is not None:
             return tokenizer
