@@ -1,7 +1,7 @@
 """`fastgpt eval`: the loss on every token of a file, and HellaSwag.
 
 The loss is not sampled: a window slides over the file so that each token but the first is predicted
-once, with at least block_size - stride tokens before it if the file has them.
+once, with at least block_size - stride tokens before it if the file has that many.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fastgpt.weights.source import Source, open_source
 
 @dataclass(frozen=True)
 class Window:
-    """Inputs begin at `start`; of the targets the last `count` are this window's to score."""
+    """`length` inputs from `start` on; only the last `count` targets are scored here."""
 
     start: int
     length: int
@@ -117,8 +117,8 @@ def evaluate(config: EvalConfig) -> int:
         print(f"loss {loss:.4f}, perplexity {perplexity:.3f}, {bits:.4f} bits a token")
         figures = {"tokens": count, "loss": loss, "perplexity": perplexity}
         figures |= {"block_size": block_size, "stride": stride}
-    where = {"device": str(machine.device), "dtype": machine.dtype}
-    print(json.dumps({"task": config.task, **figures, **where}))
+    ran_on = {"device": str(machine.device), "dtype": machine.dtype}
+    print(json.dumps({"task": config.task, **figures, **ran_on}))
     return 0
 
 
@@ -158,7 +158,7 @@ class Question:
 def read_hellaswag(config: EvalConfig, source: Source) -> list[Question]:
     """Zellers et al. 2019: a file of JSON lines with ctx, endings and label (its val split).
 
-    As for GPT-2 an ending is scored as its own tokens behind one blank.
+    An ending is scored as the tokens of one blank and its text, as for GPT-2.
     """
     path, tokenizer = Path(config.input), source.tokenizer
     if tokenizer is None:
@@ -208,7 +208,7 @@ def ending_losses(model: GPT, questions: list[Question]) -> tuple[Tensor, Tensor
 
 
 def hellaswag(model: GPT, questions: list[Question], batch_size: int) -> dict[str, float]:
-    """acc: the right ending has the least loss; acc_norm: the least loss a token."""
+    """Shares of right answers: by the least loss (acc), by the least loss per token (acc_norm)."""
     right = torch.zeros(2)
     with progress("questions", len(questions)) as advance:
         for first in range(0, len(questions), batch_size):

@@ -1,8 +1,8 @@
 """Text from a model: drawing tokens, many rows at once, with a cache and on a GPU a CUDA graph.
 
-While a text fits block_size a token costs one pass over the weights. A longer one is continued from
-its last block_size tokens, as nanoGPT does. GPT-2's positions are absolute, so each token's window
-then gives every key and value anew: such a token costs a forward pass over the whole window.
+While a text fits block_size, a token costs one pass over the weights. A longer text is continued
+from its last block_size tokens, as nanoGPT does. GPT-2's positions are absolute, so every key and
+value changes as the window moves, and each token costs a forward pass over the whole window.
 """
 
 from __future__ import annotations
@@ -96,16 +96,14 @@ class BatchGenerator:
         self.decoder = Decoder(model, batch_size, min(max_tokens, self.block_size))
         device = self.decoder.wte.device
         self.device, self.max_tokens, self.batch_size = device, max_tokens, batch_size
-        # All that a step reads and writes stays where it is, so that a graph can be replayed.
+        # All that a step reads and writes keeps its address, so that a graph can be replayed.
         self.ids = torch.zeros(batch_size, max_tokens, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.uniform = torch.zeros(batch_size, max_tokens, device=device)
         self.drawn = torch.zeros(1, dtype=torch.int64, device=device)
-        self.seen: Tensor | None = None
-        if self.sampling.repetition_penalty != 1.0:
-            size = (batch_size, self.vocab_size)
-            self.seen = torch.zeros(size, dtype=torch.bool, device=device)
+        penalty, size = self.sampling.repetition_penalty, (batch_size, self.vocab_size)
+        self.seen = torch.zeros(size, dtype=torch.bool, device=device) if penalty != 1.0 else None
         self.compiled, self.graphed = compiled, device.type == "cuda" if graph is None else graph
         self._step = torch.compile(self.decoder.step) if compiled else self.decoder.step
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -137,7 +135,7 @@ class BatchGenerator:
         """Tokens (B,) of every step on the host.
 
         A GPU is given the next step before the last one's tokens are waited for, so that it never
-        idles while the host looks at them; a step for rows that have all ended costs nothing else.
+        idles while the host looks at them. If all rows had ended, that step was for nothing.
         """
         waiting: tuple[Tensor, torch.cuda.Event] | None = None
         for i in range(max_new_tokens):

@@ -44,8 +44,8 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 class TextStream:
     """One text as its tokens come: whole characters only, and nothing from a stop string on.
 
-    `feed` returns what can be shown by now: not the beginning of a character or of a stop string.
-    `stopped` is set once a stop string came. The prompt is shown as it is.
+    `feed` holds back what may be the beginning of a character or of a stop string. `stopped` is
+    set once a stop string came. The prompt is shown as it is.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Iterable[int], stop_strings: Sequence[str]):
@@ -81,13 +81,13 @@ class TextStream:
 
 
 def sample(config: SampleConfig) -> int:
-    """Print num_samples texts a prompt, the first of a batch as it is made. The exit code."""
+    """Print num_samples texts a prompt, each batch's first as it is made. Returns the exit code."""
     machine = Machine.of(config.device, config.dtype, config.compile)
     source = open_source(config)
     tokenizer = source.tokenizer
     if tokenizer is None:
-        where = source.run_dir or config.weights
-        raise UserError(f"{where}: has no tokenizer.json; its data had none, so there is no text")
+        named = source.run_dir or config.weights
+        raise UserError(f"{named}: has no tokenizer.json; its data had none, so there is no text")
     prompts = [prompt_ids(tokenizer, text) for text in prompt_texts(config.start)]
     bad = next((i for p in prompts for i in p if i >= source.shape.vocab_size), None)
     if bad is not None:
@@ -120,7 +120,7 @@ def _show(
     tokenizer: Tokenizer,
     config: SampleConfig,
 ) -> int:
-    """Generate and print up to a batch of texts; how many tokens there were."""
+    """Generate and print up to a batch of texts. Returns the number of tokens."""
     n = len(tasks)
     filled = [*tasks, *[tasks[-1]] * (batch.batch_size - n)]  # the last batch may not be full
     ended = set(range(n, batch.batch_size))

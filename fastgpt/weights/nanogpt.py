@@ -46,9 +46,8 @@ _NOT_TAKEN |= {"wandb_log", "data_dir"}
 
 def load(path: Path) -> dict[str, Any]:
     """What torch.save wrote, tensors on the CPU. UserError, with nothing run, if it is hostile."""
-    refused = "is damaged or refused, nothing in it was run"
     others = (pickle.UnpicklingError, RuntimeError, zipfile.BadZipFile, EOFError)
-    with reading(path, refused, *others):
+    with reading(path, "is damaged or refused, nothing in it was run", *others):
         _inspect(path)
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
@@ -93,8 +92,9 @@ def model_of(
 ) -> tuple[ModelShape, dict[str, Tensor]]:
     """(shape, our tensors in fp32 with the vocabulary padded, in the order of nanoGPT's model)."""
     args = data.get("model_args")
+    args = args if isinstance(args, dict) else {}
     keys = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-    sizes: dict[str, Any] = {k: args.get(k) if isinstance(args, dict) else None for k in keys}
+    sizes: dict[str, Any] = {key: args.get(key) for key in keys}
     for key, value in sizes.items():
         if type(value) is not int or not 1 <= value < 1 << 31:
             raise UserError(f"{path}: model_args has {key} {value!r}, wanted a whole number >= 1")
@@ -186,7 +186,7 @@ def import_checkpoint(source: str, options: ImportConfig) -> int:
     best = float(best)
     state = {"format": checkpoint.FORMAT, "model": vars(shape), "config": settings.to_dict(config)}
     state |= {"last_eval": -1, "val_loss": best, "best_val_loss": best, "scaler": {}}
-    # No "data": nanoGPT does not say which it was, so the run may go on with any.
+    # nanoGPT does not say which data it was, so the run may go on with any.
     state |= {"data": None, "imported_from": path.name}
     tokenizer = find_tokenizer(config, shape.vocab_size)
     run_dir = run.create(options.out_dir, path.stem, options.overwrite)
