@@ -73,14 +73,13 @@ class Stored:
 
 
 def describe(path: Path, tensors: Mapping[str, Any]) -> dict[str, Stored]:
-    """What is known of `tensors`: other objects have the shape (), and None is left out."""
+    """What is known of `tensors`; an object that is no tensor has the shape ()."""
     out = {}
     for name, t in tensors.items():
+        out[name] = Stored(path, name, type(t).__name__, ())
         if isinstance(t, Tensor):
             dtype = _FLOATS.get(t.dtype, str(t.dtype).removeprefix("torch."))
             out[name] = Stored(path, name, dtype, tuple(t.shape))
-        elif t is not None:
-            out[name] = Stored(path, name, type(t).__name__, ())
     return out
 
 
@@ -102,7 +101,8 @@ def check(
         if got.dtype not in _FLOATS.values():
             floats = ", ".join(_FLOATS.values())
             raise UserError(f"{got.path}: {name} {want} is of dtype {got.dtype}, wanted {floats}")
-    for name in sorted(stored.keys() - wanted.keys()):
+    if unknown := stored.keys() - wanted.keys():
+        name = min(unknown)
         got = stored[name]
         raise UserError(f"{got.path}: {name} {got.shape} is no part of a GPT-2 of {n_layer} layers")
 

@@ -141,7 +141,7 @@ def optimizer_of(
         out[f"step.{name}"] = torch.tensor(float(entry.get("step", 0)))
         for key in ("exp_avg", "exp_avg_sq"):
             label = f"optimizer's {key} of {name}"
-            moments: dict[str, Any] = {label: entry.get(key)}
+            moments = {label: entry[key]} if key in entry else {}
             check(path, describe(path, moments), {label: sizes[name]}, shape.n_layer)
             moment = moments[label].float()
             embedding = name == "transformer.wte.weight"
