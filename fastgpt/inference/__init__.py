@@ -1,1 +1,1 @@
-"""What comes out: text, losses, scores."""
+"""What a trained model gives: text, losses, scores."""

@@ -1,9 +1,9 @@
-"""The model one token at a time: keys and values of what was seen are kept, not computed again.
+"""The model one token at a time: a cache keeps the keys and values of the tokens seen so far.
 
-A cache has a fixed number of positions, so every step has the same shapes and can be one CUDA
-graph. Rows are independent: row b holds positions[b] tokens, its next token goes to that position,
-whatever the other rows' lengths are. Prompts are padded on the right, where causal attention keeps
-the padding out of sight, and go through the training attention all at once.
+The cache has a fixed number of positions, so every step has the same shapes and can be one CUDA
+graph. Rows are independent: row b holds positions[b] tokens, and its next token goes to that
+position. Prompts are padded on the right, which causal attention never looks at, and go through the
+training attention all at once.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from fastgpt.model.gpt import GPT, Block, LayerNorm
 from fastgpt.model.ops import Wish, choose_one
@@ -31,7 +32,6 @@ class Layer:
     mlp_norm: LayerNorm
     mlp_in: tuple[Tensor, Tensor | None]
     mlp_out: tuple[Tensor, Tensor | None]
-    approximate: str
 
 
 class Decoder:
@@ -53,8 +53,8 @@ class Decoder:
         self.head = self.wte[: shape.vocab_size].to(dtype)
         self.final_norm = t.ln_f
         self.layers = [self._layer(cast(Block, block)) for block in t.h]
-        device, head_dim = self.wte.device, shape.n_embd // shape.n_head
-        size = (shape.n_layer, 2, batch_size, shape.n_head, max_len, head_dim)
+        device = self.wte.device
+        size = (shape.n_layer, 2, batch_size, shape.n_head, max_len, shape.head_dim)
         self.cache = torch.zeros(size, dtype=dtype, device=device)
         self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
         sizes = replace(shape.sizes(batch_size), block_size=max_len)
@@ -72,36 +72,34 @@ class Decoder:
             return layer.weight.detach().to(self.dtype), bias
 
         attn, mlp = block.attn, block.mlp
-        return Layer(
-            block.ln_1,
-            cast_linear(attn.c_attn),
-            cast_linear(attn.c_proj),
-            block.ln_2,
-            cast_linear(mlp.c_fc),
-            cast_linear(mlp.c_proj),
-            mlp.approximate,
-        )
+        attn_linears = cast_linear(attn.c_attn), cast_linear(attn.c_proj)
+        mlp_linears = cast_linear(mlp.c_fc), cast_linear(mlp.c_proj)
+        return Layer(block.ln_1, *attn_linears, block.ln_2, *mlp_linears)
 
     def _hidden(self, x: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
         """Embeddings (..., C) -> the final norm's output; attend(layer, qkv (..., 3*C)) -> y."""
         ops, layers = self.ops, self.layers
         x = x.to(self.dtype)
+        approximate = "none" if self.shape.gelu == "erf" else "tanh"
         norms = [layer.attn_norm for layer in layers[1:]] + [self.final_norm]
         y = ops.layer_norm(x, layers[0].attn_norm.weight, layers[0].attn_norm.bias)
         for i, (layer, norm) in enumerate(zip(layers, norms, strict=True)):
             branch = F.linear(attend(i, F.linear(y, *layer.attn_in)), *layer.attn_out)
             y, x = ops.add_layer_norm(branch, x, layer.mlp_norm.weight, layer.mlp_norm.bias)
             weight, bias = layer.mlp_in
-            h = ops.bias_gelu(F.linear(y, weight), bias, layer.approximate)
+            h = ops.bias_gelu(F.linear(y, weight), bias, approximate)
             y, x = ops.add_layer_norm(F.linear(h, *layer.mlp_out), x, norm.weight, norm.bias)
         return y
 
-    def _last_logits(self, ids: Tensor, lengths: Tensor, keep: Callable[[int, Tensor], None]):
-        """Logits after the first lengths[b] of ids[b]; keep(layer, qkv) sees every projection."""
+    def _last_logits(self, ids: Tensor, lengths: Tensor, *, keep: bool) -> Tensor:
+        """Logits after the first lengths[b] of ids[b] (B, T); `keep` puts all T in the cache."""
+        (B, T), H, D = ids.shape, self.shape.n_head, self.shape.head_dim
 
         def attend(i: int, qkv: Tensor) -> Tensor:
-            keep(i, qkv)
-            return self.ops.attention(qkv, self.shape.n_head)
+            if keep:
+                keys_values = qkv.view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)[1:]
+                self.cache[i, :, :, :, :T] = keys_values
+            return self.ops.attention(qkv, H)
 
         y = self._hidden(self.wte[ids] + self.wpe[: ids.shape[1]], attend)
         return F.linear(y[torch.arange(len(ids), device=ids.device), lengths - 1], self.head)
@@ -114,27 +112,17 @@ class Decoder:
             raise ValueError(
                 f"prompts of {lengths} tokens: wanted {self.batch_size}, of 1 .. {self.max_len}"
             )
-        ids = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
-        for row, prompt in zip(ids, prompts, strict=True):
-            row[: len(prompt)] = torch.tensor(list(prompt))
+        ids = pad_sequence([torch.tensor(list(p)) for p in prompts], batch_first=True)
         self.positions.copy_(torch.tensor(lengths))
-        B, T = ids.shape
-
-        def keep(i: int, qkv: Tensor) -> None:
-            _, H, _, D = self.cache.shape[2:]
-            _, k, v = qkv.view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)
-            self.cache[i, 0, :, :, :T] = k
-            self.cache[i, 1, :, :, :T] = v
-
-        return self._last_logits(ids.to(self.wte.device), self.positions, keep)
+        return self._last_logits(ids.to(self.wte.device), self.positions, keep=True)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, limit: int | None = None) -> Tensor:
         """Extend row b by tokens[b] (int64, on the device); logits (B, V).
 
         Every position must be below max_len, or the row's cache is spent and its logits mean
-        nothing. `limit` bounds the positions that any row has after this step, where the caller
-        knows it: the CPU then looks at no more of the cache than that.
+        nothing. `limit`, if the caller knows it, bounds the positions that any row has after this
+        step: the CPU then looks at no more of the cache than that.
         """
         S = self.max_len if limit is None else min(limit, self.max_len)
         at = self.positions.clamp(max=self.max_len - 1)
@@ -162,8 +150,7 @@ class Decoder:
         for i, layer in enumerate(self.layers):
             y = attend(i, linear(x, *layer.attn_in, **norm(layer.attn_norm)))
             x = linear(y, *layer.attn_out, residual=x)
-            activation = "tanh" if layer.approximate == "tanh" else "erf"
-            h = linear(x, *layer.mlp_in, **norm(layer.mlp_norm), activation=activation)
+            h = linear(x, *layer.mlp_in, **norm(layer.mlp_norm), activation=self.shape.gelu)
             x = linear(h, *layer.mlp_out, residual=x)
         return linear(x, self.head, **norm(self.final_norm))
 
@@ -171,4 +158,4 @@ class Decoder:
     def windows(self, ids: Tensor) -> Tensor:
         """Logits (rows, V) after full windows ids (rows, T), T <= block_size; no cache."""
         lengths = torch.full((len(ids),), ids.shape[1], device=ids.device)
-        return self._last_logits(ids, lengths, lambda i, qkv: None)
+        return self._last_logits(ids, lengths, keep=False)

@@ -1,7 +1,7 @@
 """`fastgpt eval`: the loss on every token of a file, and HellaSwag.
 
 The loss is not sampled: a window slides over the file so that each token but the first is predicted
-once, with at least block_size - stride tokens before it if the file has them.
+once, with at least block_size - stride tokens before it if the file has that many.
 """
 
 from __future__ import annotations
@@ -10,21 +10,22 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from fastgpt.config.schema import EvalConfig, PrepareConfig
 from fastgpt.data import token_files
 from fastgpt.data.prepare import ensure
 from fastgpt.data.progress import progress
 from fastgpt.data.token_files import TokenFile
-from fastgpt.data.tokenizers import Tokenizer
 from fastgpt.data.tokens import open_dataset
-from fastgpt.errors import UserError
+from fastgpt.errors import UserError, reading
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT
 from fastgpt.storage import run
@@ -33,7 +34,7 @@ from fastgpt.weights.source import Source, open_source
 
 @dataclass(frozen=True)
 class Window:
-    """Inputs begin at `start`; of the targets the last `count` are this window's to score."""
+    """`length` inputs from `start` on; only the last `count` targets are scored here."""
 
     start: int
     length: int
@@ -61,32 +62,20 @@ def total_loss(
     """(sum of the cross entropy in nats, how many tokens) over an array of token ids (n,)."""
     device = next(model.parameters()).device
     total, count = torch.zeros((), dtype=torch.float64), 0
-    batch: list[Window] = []
-
-    def score() -> None:
-        nonlocal total, count
-        width = max(w.length for w in batch)
-        inputs = torch.zeros(len(batch), width, dtype=torch.int64)
-        targets = torch.full((len(batch), width), -1)
-        for row, w in enumerate(batch):
-            text = torch.from_numpy(tokens[w.start : w.start + w.length + 1].astype(np.int64))
-            inputs[row, : w.length] = text[:-1]
-            targets[row, w.length - w.count : w.length] = text[w.length - w.count + 1 :]
-        n = sum(w.count for w in batch)
-        mean = model(inputs.to(device), targets.to(device))
-        total += mean.double().cpu() * n
-        count += n
-        batch.clear()
-
-    whole = len(tokens)
-    with progress("evaluating", whole) as advance:
-        for window in windows(whole, block_size, stride):
-            batch.append(window)
-            advance(window.count)
-            if len(batch) == batch_size:
-                score()
-        if batch:
-            score()
+    todo = windows(len(tokens), block_size, stride)
+    with progress("evaluating", len(tokens)) as advance:
+        while batch := list(islice(todo, batch_size)):
+            inputs, targets = [], []
+            for w in batch:
+                text = torch.from_numpy(tokens[w.start : w.start + w.length + 1].astype(np.int64))
+                inputs.append(text[:-1])
+                targets.append(text[1:].index_fill(0, torch.arange(w.length - w.count), -1))
+            x = pad_sequence(inputs, batch_first=True)
+            y = pad_sequence(targets, batch_first=True, padding_value=-1)
+            n = sum(w.count for w in batch)
+            total += model(x.to(device), y.to(device)).double().cpu() * n
+            count += n
+            advance(n)
     return total.item(), count
 
 
@@ -124,26 +113,23 @@ def evaluate(config: EvalConfig) -> int:
         perplexity = math.exp(loss) if loss < 700 else math.inf
         names = ", ".join(str(f.path) for f in files[:3]) + (", ..." if len(files) > 3 else "")
         print(f"{count:,} tokens of {names}, windows of {block_size} every {stride}")
-        print(
-            f"loss {loss:.4f}, perplexity {perplexity:.3f}, {loss / math.log(2):.4f} bits a token"
-        )
+        bits = loss / math.log(2)
+        print(f"loss {loss:.4f}, perplexity {perplexity:.3f}, {bits:.4f} bits a token")
         figures = {"tokens": count, "loss": loss, "perplexity": perplexity}
         figures |= {"block_size": block_size, "stride": stride}
-    where = {"device": str(machine.device), "dtype": machine.dtype}
-    print(json.dumps({"task": config.task, **figures, **where}))
+    ran_on = {"device": str(machine.device), "dtype": machine.dtype}
+    print(json.dumps({"task": config.task, **figures, **ran_on}))
     return 0
 
 
 def _token_files(config: EvalConfig, source: Source) -> list[TokenFile]:
-    """The files to evaluate on, every id of which the model knows."""
+    """The files to evaluate on; the model knows every id in them."""
+    known = source.shape.vocab_size
+    mismatch = f"the model knows {known:,}: made with another tokenizer"
     if config.input:
         file = token_files.inspect(Path(config.input))
-        found = token_files.scan(file)
-        if found.max_id >= source.shape.vocab_size:
-            raise UserError(
-                f"{file.path}: holds token id {found.max_id:,}, the model knows "
-                f"{source.shape.vocab_size:,}: made with another tokenizer"
-            )
+        if (largest := token_files.scan(file).max_id) >= known:
+            raise UserError(f"{file.path}: holds token id {largest:,}, {mismatch}")
         return [file]
     if config.dataset:
         settings = PrepareConfig(dataset=config.dataset, data_dir=config.data_dir)
@@ -152,11 +138,8 @@ def _token_files(config: EvalConfig, source: Source) -> list[TokenFile]:
     else:
         raise UserError("eval: on what? name a token file with --input, or data with --dataset")
     dataset = open_dataset(ensure(settings))
-    if dataset.vocab_size > source.shape.vocab_size:
-        raise UserError(
-            f"{dataset.folder}: has a vocabulary of {dataset.vocab_size:,}, the model knows "
-            f"{source.shape.vocab_size:,}: made with another tokenizer"
-        )
+    if (size := dataset.vocab_size) > known:
+        raise UserError(f"{dataset.folder}: has a vocabulary of {size:,}, {mismatch}")
     return (dataset.val if config.split == "val" else dataset.train).shards
 
 
@@ -175,46 +158,36 @@ class Question:
 def read_hellaswag(config: EvalConfig, source: Source) -> list[Question]:
     """Zellers et al. 2019: a file of JSON lines with ctx, endings and label (its val split).
 
-    As for GPT-2 an ending is scored as its own tokens behind one blank.
+    An ending is scored as the tokens of one blank and its text, as for GPT-2.
     """
     path, tokenizer = Path(config.input), source.tokenizer
     if tokenizer is None:
         raise UserError("--task=hellaswag: the model's tokenizer is not known")
-    try:
+
+    def ids(text: str) -> list[int]:
+        return [int(i) for i in tokenizer.encode(text)]
+
+    with reading(f"--input={path}", "is not UTF-8 text"):
         lines = path.read_text("utf-8").splitlines()
-    except OSError as e:
-        raise UserError(f"--input={path}: cannot be read: {e.strerror}") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"--input={path}: is not UTF-8 text") from e
     questions: list[Question] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         if config.limit and len(questions) == config.limit:
             break
-        try:
+        with reading(path, f"line {number} is no question with ctx, four endings and a label"):
             entry = json.loads(line)
-            context, endings, label = entry["ctx"], entry["endings"], int(entry["label"])
+            endings, label = entry["endings"], int(entry["label"])
             if len(endings) != 4 or not 0 <= label < 4:
                 raise ValueError(f"{len(endings)} endings, label {label}")
-            questions.append(_question(tokenizer, context, endings, label))
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise UserError(
-                f"{path}: line {number} is no question with ctx, four endings and a label ({e!r})"
-            ) from e
+            endings = [ids(" " + ending) for ending in endings]
+            questions.append(Question(ids(entry["ctx"]), endings, label))
     if not questions:
         raise UserError(f"{path}: has no questions")
     room = source.shape.block_size
     if any(len(e) > room for q in questions for e in q.endings):
         raise UserError(f"{path}: has an ending of more tokens than block_size={room}")
     return questions
-
-
-def _question(tokenizer: Tokenizer, context: str, endings: list[str], label: int) -> Question:
-    def ids(text: str) -> list[int]:
-        return [int(i) for i in tokenizer.encode(text)]
-
-    return Question(ids(context), [ids(" " + ending) for ending in endings], label)
 
 
 @torch.no_grad()
@@ -224,12 +197,10 @@ def ending_losses(model: GPT, questions: list[Question]) -> tuple[Tensor, Tensor
     # The last ending token is a target only; a long beginning loses its first tokens.
     rows = [(q.context + e)[-room - 1 :] for q in questions for e in q.endings]
     lengths = [len(e) for q in questions for e in q.endings]
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-    scored = torch.zeros(len(rows), ids.shape[1] - 1, dtype=torch.bool)
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+    scored = torch.zeros(len(rows), ids.shape[1] - 1, dtype=torch.bool, device=device)
     for r, (row, n) in enumerate(zip(rows, lengths, strict=True)):
-        ids[r, : len(row)] = torch.tensor(row)
         scored[r, max(0, len(row) - 1 - n) : len(row) - 1] = True
-    ids, scored = ids.to(device), scored.to(device)
     logits = model(ids[:, :-1]).float()
     losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     sums = (losses.view(scored.shape) * scored).sum(1)
@@ -237,7 +208,7 @@ def ending_losses(model: GPT, questions: list[Question]) -> tuple[Tensor, Tensor
 
 
 def hellaswag(model: GPT, questions: list[Question], batch_size: int) -> dict[str, float]:
-    """acc: the right ending has the least loss; acc_norm: the least loss a token."""
+    """Shares of right answers: by the least loss (acc), by the least loss per token (acc_norm)."""
     right = torch.zeros(2)
     with progress("questions", len(questions)) as advance:
         for first in range(0, len(questions), batch_size):

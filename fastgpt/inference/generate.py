@@ -1,8 +1,8 @@
 """Text from a model: drawing tokens, many rows at once, with a cache and on a GPU a CUDA graph.
 
-While a text fits block_size a token costs one pass over the weights. A longer one is continued from
-its last block_size tokens, as nanoGPT does. GPT-2's positions are absolute, so each token's window
-then gives every key and value anew: such a token costs a forward pass over the whole window.
+While a text fits block_size, a token costs one pass over the weights. A longer text is continued
+from its last block_size tokens, as nanoGPT does. GPT-2's positions are absolute, so every key and
+value changes as the window moves, and each token costs a forward pass over the whole window.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fastgpt.inference.decode import Decoder
 from fastgpt.model.gpt import GPT
@@ -95,16 +96,14 @@ class BatchGenerator:
         self.decoder = Decoder(model, batch_size, min(max_tokens, self.block_size))
         device = self.decoder.wte.device
         self.device, self.max_tokens, self.batch_size = device, max_tokens, batch_size
-        # All that a step reads and writes stays where it is, so that a graph can be replayed.
+        # All that a step reads and writes keeps its address, so that a graph can be replayed.
         self.ids = torch.zeros(batch_size, max_tokens, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.uniform = torch.zeros(batch_size, max_tokens, device=device)
         self.drawn = torch.zeros(1, dtype=torch.int64, device=device)
-        self.seen: Tensor | None = None
-        if self.sampling.repetition_penalty != 1.0:
-            size = (batch_size, self.vocab_size)
-            self.seen = torch.zeros(size, dtype=torch.bool, device=device)
+        penalty, size = self.sampling.repetition_penalty, (batch_size, self.vocab_size)
+        self.seen = torch.zeros(size, dtype=torch.bool, device=device) if penalty != 1.0 else None
         self.compiled, self.graphed = compiled, device.type == "cuda" if graph is None else graph
         self._step = torch.compile(self.decoder.step) if compiled else self.decoder.step
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -136,12 +135,12 @@ class BatchGenerator:
         """Tokens (B,) of every step on the host.
 
         A GPU is given the next step before the last one's tokens are waited for, so that it never
-        idles while the host looks at them; a step for rows that have all ended costs nothing else.
+        idles while the host looks at them. If all rows had ended, that step was for nothing.
         """
         waiting: tuple[Tensor, torch.cuda.Event] | None = None
         for i in range(max_new_tokens):
-            if i == 0:
-                self._first(prompts)
+            if i == 0:  # of each prompt the model sees the last block_size tokens
+                self._draw(self.decoder.prefill([p[-self.block_size :] for p in prompts]))
             else:
                 self._next([len(p) + i for p in prompts])
             if self.device.type != "cuda":
@@ -167,17 +166,15 @@ class BatchGenerator:
             )
         if longest > self.max_tokens or not all(prompts):
             raise ValueError(f"texts of {longest} tokens: wanted at most {self.max_tokens}")
-        ids = torch.zeros(self.ids.shape, dtype=torch.int64)
-        for row, prompt in zip(ids, prompts, strict=True):
-            row[: len(prompt)] = torch.tensor(list(prompt))
-        self.ids.copy_(ids)
+        texts = pad_sequence([torch.tensor(list(p)) for p in prompts], batch_first=True)
+        self.ids[:, : texts.shape[1]] = texts.to(self.device)
         self.lengths.copy_(torch.tensor([len(p) for p in prompts]))
         self.uniform[:, :max_new_tokens] = uniforms(seeds, max_new_tokens).to(self.device)
         self.drawn.zero_()
         if self.seen is not None:
             self.seen.zero_()
             for row, prompt in enumerate(prompts):
-                self.seen[row, torch.tensor(list(prompt), device=self.device)] = True
+                self.seen[row, self.ids[row, : len(prompt)]] = True
 
     def _draw(self, logits: Tensor) -> None:
         """Draw from logits (B, V), and append to every row."""
@@ -190,33 +187,21 @@ class BatchGenerator:
         self.lengths += 1
         self.drawn += 1
 
-    def _first(self, prompts) -> None:
-        """The token after the prompts, of each of which the last block_size tokens are seen."""
-        self._draw(self.decoder.prefill([list(p)[-self.block_size :] for p in prompts]))
-
     def _next(self, lengths: list[int]) -> None:
         """One more token on every row; `lengths` are those of the texts so far."""
         past = [row for row, n in enumerate(lengths) if n > self.block_size]
         if not past and self.graphed:
-            self._replay()
-            return
+            return self._replay()
         if not past:
-            # Compiled, a bound that grows would be compiled anew for every length.
-            self._draw(self._step(self.tokens, None if self.compiled else max(lengths)))
-            return
-        window = torch.stack(
-            [self.ids[row, lengths[row] - self.block_size : lengths[row]] for row in past]
-        )
-        slid = self.decoder.windows(window)
-        if len(past) == len(lengths):
-            self._draw(slid)
-            return
-        logits = self._step(self.tokens).clone()
-        logits[past] = slid
+            # A compiled step would be compiled again for every value of a bound that grows.
+            return self._draw(self._step(self.tokens, None if self.compiled else max(lengths)))
+        T = self.block_size
+        ids = torch.stack([self.ids[row, lengths[row] - T : lengths[row]] for row in past])
+        logits = self.decoder.windows(ids)
+        if len(past) < len(lengths):
+            slid, logits = logits, self._step(self.tokens).clone()
+            logits[past] = slid
         self._draw(logits)
-
-    def _cached_token(self) -> None:
-        self._draw(self._step(self.tokens))
 
     def _replay(self) -> None:
         """One cached step as a CUDA graph, which is captured the first time."""
@@ -230,13 +215,13 @@ class BatchGenerator:
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(2):
-                    self._cached_token()
+                    self._draw(self._step(self.tokens))
                     for t, value in zip(state, before, strict=True):
                         t.copy_(value)
             torch.cuda.current_stream().wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
-                self._cached_token()
+                self._draw(self._step(self.tokens))
             for t, value in zip(state, before, strict=True):
                 t.copy_(value)
         self._graph.replay()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastgpt.config.schema import SampleConfig
 from fastgpt.data.tokenizers import Tokenizer
-from fastgpt.errors import UserError
+from fastgpt.errors import UserError, reading
 from fastgpt.inference.generate import BatchGenerator, Sampling
 from fastgpt.model.device import Machine
 from fastgpt.weights.source import open_source
@@ -23,12 +23,8 @@ def prompt_texts(start: str) -> list[str]:
     kind, _, name = start.partition(":")
     if kind not in ("FILE", "LINES") or not name:
         return [start]
-    try:
+    with reading(f"--start={start}", "is not UTF-8 text"):
         text = Path(name).read_text(encoding="utf-8")
-    except OSError as e:
-        raise UserError(f"--start={start}: cannot be read: {e.strerror}") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"--start={start}: is not UTF-8 text") from e
     lines = [line for line in text.splitlines() if line]
     if kind == "LINES" and not lines:
         raise UserError(f"--start={start}: has no lines")
@@ -48,8 +44,8 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 class TextStream:
     """One text as its tokens come: whole characters only, and nothing from a stop string on.
 
-    `feed` returns what can be shown by now: not the beginning of a character or of a stop string.
-    `stopped` is set once a stop string came. The prompt is shown as it is.
+    `feed` holds back what may be the beginning of a character or of a stop string. `stopped` is
+    set once a stop string came. The prompt is shown as it is.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Iterable[int], stop_strings: Sequence[str]):
@@ -77,25 +73,21 @@ class TextStream:
         if found:
             text, self._held, self.stopped = self._held[: min(found)], "", True
             return text
-        longest = max((len(s) for s in self._stops), default=1) - 1
-        keep = next(
-            n
-            for n in range(min(longest, len(self._held)), -1, -1)
-            if any(s.startswith(self._held[len(self._held) - n :]) for s in self._stops) or n == 0
-        )
-        cut = len(self._held) - keep
+        # Held back is the longest end of the text that begins a stop string.
+        ends = range(len(self._held) + 1)
+        cut = next(i for i in ends if any(s.startswith(self._held[i:]) for s in [*self._stops, ""]))
         text, self._held = self._held[:cut], self._held[cut:]
         return text
 
 
 def sample(config: SampleConfig) -> int:
-    """Print num_samples texts a prompt, a batch's first as it is made. Returns the exit code."""
+    """Print num_samples texts a prompt, each batch's first as it is made. Returns the exit code."""
     machine = Machine.of(config.device, config.dtype, config.compile)
     source = open_source(config)
     tokenizer = source.tokenizer
     if tokenizer is None:
-        where = source.run_dir or config.weights
-        raise UserError(f"{where}: has no tokenizer.json; its data had none, so there is no text")
+        named = source.run_dir or config.weights
+        raise UserError(f"{named}: has no tokenizer.json; its data had none, so there is no text")
     prompts = [prompt_ids(tokenizer, text) for text in prompt_texts(config.start)]
     bad = next((i for p in prompts for i in p if i >= source.shape.vocab_size), None)
     if bad is not None:
@@ -128,7 +120,7 @@ def _show(
     tokenizer: Tokenizer,
     config: SampleConfig,
 ) -> int:
-    """Generate and print up to a batch of texts. Returns how many tokens there were."""
+    """Generate and print up to a batch of texts. Returns the number of tokens."""
     n = len(tasks)
     filled = [*tasks, *[tasks[-1]] * (batch.batch_size - n)]  # the last batch may not be full
     ended = set(range(n, batch.batch_size))

@@ -1,1 +1,1 @@
-"""What comes from elsewhere and goes there: Hugging Face, nanoGPT, the hub."""
+"""Models read from elsewhere and written for elsewhere: Hugging Face, nanoGPT, the hub."""

@@ -14,28 +14,25 @@ from fastgpt.weights.source import open_source
 
 
 def export(config: ExportConfig) -> int:
-    """Write --to. Returns the exit code; UserError if the folder is there and not empty."""
+    """Write --to. Returns the exit code; UserError if it exists and is not empty."""
     folder = Path(config.to)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--to={folder}: is not empty; name a new folder")
     source = open_source(config)
     tokenizer = source.tokenizer
-    files: list[str] = []
     aside = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     try:
         aside.mkdir(parents=True)
-        if tokenizer is not None:
-            files = hf_tokenizer.write(aside, tokenizer)
-        hugging_face.write(
-            aside, source.shape, source.tensors, tokenizer.eot if tokenizer else None
-        )
+        files = hf_tokenizer.write(aside, tokenizer) if tokenizer else []
+        eot = tokenizer.eot if tokenizer else None
+        hugging_face.write(aside, source.shape, source.tensors, eot)
         os.replace(aside, folder)
     except OSError as e:
         raise explain_os_error(e, folder) from e
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    print(f"{source.about}\nexported to {folder}: {hugging_face.WEIGHTS}, config.json, ", end="")
-    print(", ".join(["generation_config.json", *files]))
+    written = [hugging_face.WEIGHTS, "config.json", "generation_config.json", *files]
+    print(f"{source.about}\nexported to {folder}: {', '.join(written)}")
     if not files:
         kind = f"the {tokenizer.name} tokenizer has none" if tokenizer else "no tokenizer is known"
         print(f"without tokenizer files for Hugging Face: {kind}")

@@ -14,14 +14,14 @@ from pathlib import Path
 
 from fastgpt.data.tokenizers import EOT_TEXT, JSON_NAME, BPETokenizer, Tokenizer, load_tokenizer
 from fastgpt.data.vocabulary import GPT2_SHA256, GPT2_VOCAB, dump_ranks, parse_ranks
-from fastgpt.errors import UserError
+from fastgpt.errors import reading
 from fastgpt.storage.files import write_text
 
 OURS = "fastgpt"  # a folder of its own: both formats call a file tokenizer.json
 
 
 def byte_characters() -> list[str]:
-    """The character that stands for each byte: itself if printable, else U+0100 and up."""
+    """The character that stands for each byte: itself if it is printable, else U+0100 and up."""
     shown = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [b for b in range(256) if b not in shown]
     return [chr(b) if b in shown else chr(256 + others.index(b)) for b in range(256)]
@@ -41,9 +41,9 @@ def split_token(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
 
 
 def write(folder: Path, tokenizer: Tokenizer) -> list[str]:
-    """Write the tokenizer into `folder`: for Hugging Face if it is byte-pair, and ours.
+    """Write the tokenizer into `folder`: in our form, and if it is byte-pair in Hugging Face's.
 
-    Returns the names of the files for Hugging Face, none if it has no form for it.
+    Returns the names of the files for Hugging Face, none if it has no form for this tokenizer.
     """
     (folder / OURS).mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder / OURS)
@@ -63,13 +63,8 @@ def write(folder: Path, tokenizer: Tokenizer) -> list[str]:
                 return []  # not made by merging: vocabularies of other kinds
             merges.append(" ".join(map(spell, parts)))
     vocab = {spell(token): rank for token, rank in ranks.items()} | {EOT_TEXT: tokenizer.eot}
-    config = {
-        "tokenizer_class": "GPT2Tokenizer",
-        "add_prefix_space": False,
-        "bos_token": EOT_TEXT,
-        "eos_token": EOT_TEXT,
-        "unk_token": EOT_TEXT,
-    }
+    config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
+    config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOT_TEXT)
     files = {
         "vocab.json": json.dumps(vocab, ensure_ascii=False),
         "merges.txt": "#version: 0.2\n" + "\n".join(merges) + "\n",
@@ -81,10 +76,10 @@ def write(folder: Path, tokenizer: Tokenizer) -> list[str]:
 
 
 def read(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a folder: ours if we wrote it, else of vocab.json and merges.txt, else None.
+    """The tokenizer of a folder: ours if we wrote it, else that of vocab.json and merges.txt.
 
-    UserError if these are damaged; None also if they are no byte-level BPE that ends in
-    end-of-text.
+    None without these files, or if they are no byte-level BPE whose last token is end-of-text.
+    UserError if they are damaged.
     """
     if (folder / OURS / JSON_NAME).is_file():
         return load_tokenizer(folder / OURS)
@@ -92,17 +87,15 @@ def read(folder: Path) -> Tokenizer | None:
     if not (vocab_file.is_file() and merges_file.is_file()):
         return None
     byte_of = {character: b for b, character in enumerate(byte_characters())}
-    try:
+    with reading(vocab_file, "is damaged, or not GPT-2's kind"):
         vocab = json.loads(vocab_file.read_text("utf-8"))
         eot = vocab.pop(EOT_TEXT, None)
         ranks = {bytes(byte_of[c] for c in text): rank for text, rank in vocab.items()}
         lines = merges_file.read_text("utf-8").split("\n")
         merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         merged = ["".join(pair) for pair in merges]
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as e:
-        raise UserError(f"{vocab_file}: is damaged, or not GPT-2's kind ({e!r})") from e
-    in_order = sorted(vocab, key=vocab.__getitem__)
-    if eot != len(ranks) or list(vocab.values()) == [] or in_order[256:] != merged:
+        in_order = sorted(vocab, key=vocab.__getitem__)
+    if eot != len(ranks) or not ranks or in_order[256:] != merged:
         return None
     data = dump_ranks(ranks)
     parse_ranks(data, vocab_file)

@@ -18,11 +18,10 @@ def fetch(size: str) -> Path:
     """The folder of the downloaded files of gpt2, gpt2-medium, gpt2-large or gpt2-xl.
 
     huggingface_hub shows a progress bar and keeps the files in its cache (HF_HOME). Each is
-    verified against the hash that the hub gives. UserError, one line, without network or package.
+    verified against the hash that the hub gives. UserError without network or package.
     """
-    elsewhere = (
-        f"download {', '.join(FILES)} of {REPOSITORIES[size]} elsewhere and pass --weights FOLDER"
-    )
+    repository = REPOSITORIES[size]
+    elsewhere = f"download {', '.join(FILES)} of {repository} elsewhere and pass --weights FOLDER"
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
@@ -33,13 +32,12 @@ def fetch(size: str) -> Path:
     folder = Path()
     for name in FILES:
         try:
-            path = Path(hf_hub_download(REPOSITORIES[size], name))
-        # Its errors have no base in common over its versions: HTTP, offline, disk, its own.
+            path = Path(hf_hub_download(repository, name))
+        # Its errors (HTTP, offline, disk, its own) have no common base in all of its versions.
         except Exception as e:
             why = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
             raise UserError(
-                f"--init_from={size}: cannot download {name} from {REPOSITORIES[size]} ({why}); "
-                f"{elsewhere}"
+                f"--init_from={size}: cannot download {name} from {repository} ({why}); {elsewhere}"
             ) from e
         verify(path)
         folder = path.parent
@@ -47,8 +45,10 @@ def fetch(size: str) -> Path:
 
 
 def verify(path: Path) -> None:
-    """Compare a cached file with its hash: large files are stored under their sha256, small ones
-    under git's sha1 of a blob. UserError if it is another."""
+    """Raise UserError if a cached file's bytes do not have the hash that it is named by.
+
+    That is sha256 for large files, and git's sha1 of a blob for small ones.
+    """
     want = path.resolve().name
     if re.fullmatch(r"[0-9a-f]{64}", want):
         got = sha256_file(path)

@@ -1,9 +1,9 @@
 """Hugging Face's GPT-2 folders, read and written: config.json and model.safetensors.
 
-Nothing of a folder is used before all of it fits: each tensor's name, shape and dtype against what
-config.json says a GPT-2 has. Its linear layers are stored the other way round (OpenAI's "Conv1D",
-in x out), it always has biases, its vocabulary is not padded, and the output layer is the
-embedding. Files from before 2020 name tensors without "transformer." and hold attention masks.
+Each tensor's name, shape and dtype must be those of the GPT-2 that config.json describes before any
+is loaded. Compared with ours, the weights of linear layers are transposed (OpenAI's "Conv1D", in x
+out), there always are biases, the vocabulary is not padded, and the output layer is the embedding.
+Files from before 2020 name tensors without "transformer." and hold attention masks.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgpt.errors import UserError
+from fastgpt.errors import UserError, reading
 from fastgpt.model.gpt import ModelShape
 from fastgpt.storage.files import explain_os_error, write_text
 
@@ -33,10 +33,11 @@ SIZES = {
     "gpt2-xl": (48, 25, 1600),
 }
 WEIGHTS = "model.safetensors"
+_WTE, _HEAD = "transformer.wte.weight", "lm_head.weight"
 _GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh", "gelu": "erf"}
 _TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 _MASK = re.compile(r"\.attn\.(bias|masked_bias)$")
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def shape_of_size(name: str) -> ModelShape:
@@ -45,21 +46,65 @@ def shape_of_size(name: str) -> ModelShape:
 
 
 def expected(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Our parameter names with their shapes, the vocabulary not padded, biases throughout."""
+    """Our parameter names with their shapes, the vocabulary not padded."""
     C = shape.n_embd
     out: dict[str, tuple[int, ...]] = {
-        "transformer.wte.weight": (shape.vocab_size, C),
+        _WTE: (shape.vocab_size, C),
         "transformer.wpe.weight": (shape.block_size, C),
     }
     linears = {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C)}
     linears |= {"mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
     for i in range(shape.n_layer):
         block = f"transformer.h.{i}."
-        for norm in ("ln_1", "ln_2"):
-            out |= {f"{block}{norm}.weight": (C,), f"{block}{norm}.bias": (C,)}
-        for name, size in linears.items():
-            out |= {f"{block}{name}.weight": size, f"{block}{name}.bias": (size[0],)}
-    return out | {"transformer.ln_f.weight": (C,), "transformer.ln_f.bias": (C,)}
+        for name, size in {"ln_1": (C,), "ln_2": (C,), **linears}.items():
+            out |= {f"{block}{name}.weight": size, f"{block}{name}.bias": size[:1]}
+    out |= {"transformer.ln_f.weight": (C,), "transformer.ln_f.bias": (C,)}
+    return {name: size for name, size in out.items() if shape.bias or not name.endswith(".bias")}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What is known of a tensor before it is used; `key` is its name in the file `path`."""
+
+    path: Path
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def describe(path: Path, tensors: Mapping[str, Any]) -> dict[str, Stored]:
+    """What is known of `tensors`; an object that is no tensor has the shape ()."""
+    out = {}
+    for name, t in tensors.items():
+        out[name] = Stored(path, name, type(t).__name__, ())
+        if isinstance(t, Tensor):
+            dtype = _FLOATS.get(t.dtype, str(t.dtype).removeprefix("torch."))
+            out[name] = Stored(path, name, dtype, tuple(t.shape))
+    return out
+
+
+def check(
+    path: Path, stored: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]], n_layer: int
+) -> None:
+    """Raise UserError for a tensor that is missing, unknown, or of another shape or dtype.
+
+    The output layer may be stored too; `tie` then compares it with the embedding.
+    """
+    if _HEAD in stored:
+        wanted = {**wanted, _HEAD: wanted[_WTE]}
+    for name, want in wanted.items():
+        if name not in stored:
+            raise UserError(f"{path}: {name} is missing, wanted shape {want}")
+        got = stored[name]
+        if got.shape != want:
+            raise UserError(f"{got.path}: {name} has shape {got.shape}, wanted {want}")
+        if got.dtype not in _FLOATS.values():
+            floats = ", ".join(_FLOATS.values())
+            raise UserError(f"{got.path}: {name} {want} is of dtype {got.dtype}, wanted {floats}")
+    if unknown := stored.keys() - wanted.keys():
+        name = min(unknown)
+        got = stored[name]
+        raise UserError(f"{got.path}: {name} {got.shape} is no part of a GPT-2 of {n_layer} layers")
 
 
 def pad_vocabulary(weight: Tensor, shape: ModelShape) -> Tensor:
@@ -67,17 +112,15 @@ def pad_vocabulary(weight: Tensor, shape: ModelShape) -> Tensor:
     return F.pad(weight, (0, 0, 0, shape.padded_vocab_size - weight.shape[0]))
 
 
-def fits(shape: ModelShape, wanted: ModelShape, where: str) -> None:
-    """Raise UserError naming the first tensor in which two models differ, or their GELUs."""
-    ours, theirs = expected(wanted), expected(shape)
-    for name in {**ours, **theirs}:
-        if ours.get(name) != theirs.get(name):
-            got, want = (str(s.get(name, "missing")) for s in (theirs, ours))
-            raise UserError(f"{where}: {name} has shape {got}, wanted {want}")
-    for key in ("n_head", "gelu"):
-        if getattr(shape, key) != getattr(wanted, key):
-            got, want = getattr(shape, key), getattr(wanted, key)
-            raise UserError(f"{where}: config.json says {key} {got}, wanted {want}")
+def tie(path: Path, tensors: dict[str, Tensor], shape: ModelShape) -> None:
+    """Remove the output layer, which must equal the embedding if it is there; pad the embedding."""
+    wte, head = tensors[_WTE], tensors.pop(_HEAD, None)
+    if head is not None and not torch.equal(head, wte):
+        raise UserError(
+            f"{path}: {_HEAD} {tuple(head.shape)} is not the embedding {tuple(wte.shape)}: "
+            "only models with tied embeddings can be read"
+        )
+    tensors[_WTE] = pad_vocabulary(wte, shape)
 
 
 @dataclass
@@ -97,7 +140,7 @@ def read(path: Path, size: str | None = None) -> Weights:
     """The model in a folder, or in a safetensors file with or without a config.json beside it.
 
     `size` names one of SIZES that it must have; a file without config.json needs it. Raises
-    UserError, one line that names the file, and of a bad tensor name and both shapes.
+    UserError, one line that names the file, and for a bad tensor its name and both shapes.
     """
     path = Path(path)
     if not path.exists():
@@ -105,26 +148,24 @@ def read(path: Path, size: str | None = None) -> Weights:
     folder = path if path.is_dir() else path.parent
     config = folder / "config.json"
     if config.is_file():
-        shape, had_bias = read_config(config)
-        if size is not None:
-            fits(shape, shape_of_size(size), str(folder))
+        said, had_bias = read_config(config)
     elif size is not None:
-        shape, had_bias = shape_of_size(size), True
+        said, had_bias = shape_of_size(size), True
     else:
         raise UserError(
             f"{folder}: has no config.json, so the model's size is unknown; add the file, or name "
             f"the size with --init_from={'|'.join(SIZES)}"
         )
-    files = _files(path)
-    stored = _locate(files, shape)
-    tensors = {name: _load(stored[name], name) for name in expected(shape)}
-    _check_head(stored, tensors["transformer.wte.weight"])
-    biases = [name for name in tensors if name.endswith(".bias")]
-    if not had_bias and not any(tensors[name].any() for name in biases):
-        shape = ModelShape(**{**vars(shape), "bias": False})
-        tensors = {name: t for name, t in tensors.items() if name not in biases}
-    wte = tensors["transformer.wte.weight"]
-    tensors["transformer.wte.weight"] = pad_vocabulary(wte, shape)
+    shape = said if size is None else shape_of_size(size)
+    stored = _locate(_files(path), shape)
+    for key, want in vars(shape).items():
+        if (got := getattr(said, key)) != want:
+            raise UserError(f"{folder}: config.json says {key} {got}, wanted {want}")
+    tensors = {name: _load(entry, name) for name, entry in stored.items()}
+    tie(path, tensors, shape)
+    if not had_bias and not any(t.any() for n, t in tensors.items() if n.endswith(".bias")):
+        shape = replace(shape, bias=False)
+        tensors = {name: tensors[name] for name in expected(shape)}
     return Weights(shape, tensors, folder, str(path))
 
 
@@ -133,12 +174,8 @@ def read_config(path: Path) -> tuple[ModelShape, bool]:
 
     The shape always has biases, as the tensors have.
     """
-    try:
+    with reading(path, "is not JSON"):
         config = json.loads(path.read_text())
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}") from e
-    except ValueError as e:
-        raise UserError(f"{path}: is not JSON: {e}") from e
     if not isinstance(config, dict) or config.get("model_type", "gpt2") != "gpt2":
         kind = config.get("model_type") if isinstance(config, dict) else "no object"
         raise UserError(f"{path}: model_type is {kind}, only gpt2 can be read")
@@ -150,46 +187,27 @@ def read_config(path: Path) -> tuple[ModelShape, bool]:
         return value
 
     n_layer, n_head, n_embd = whole("n_layer"), whole("n_head"), whole("n_embd")
+    positions, vocab_size = whole("n_positions", "n_ctx"), whole("vocab_size")
     if n_embd % n_head:
         raise UserError(f"{path}: n_head {n_head} does not divide n_embd {n_embd}")
     activation = config.get("activation_function", "gelu_new")
     if activation not in _GELU:
         known = ", ".join(_GELU)
         raise UserError(f"{path}: activation_function is {activation}, can be {known}")
-    must = {
-        "layer_norm_epsilon": 1e-5,
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
-        "n_inner": (None, 4 * n_embd),
-    }
-    for key, want in must.items():
-        allowed = want if isinstance(want, tuple) else (want,)
-        if config.get(key, allowed[0]) not in allowed:
-            raise UserError(f"{path}: {key} is {config[key]}, only {allowed[-1]} can be read")
-    shape = ModelShape(
-        n_layer,
-        n_head,
-        n_embd,
-        block_size=whole("n_positions", "n_ctx"),
-        vocab_size=whole("vocab_size"),
-        bias=True,
-        gelu=_GELU[activation],
-    )
+    only = {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "add_cross_attention": False}
+    only["scale_attn_by_inverse_layer_idx"] = False
+    if config.get("n_inner") is not None:
+        only["n_inner"] = 4 * n_embd
+    for key, want in only.items():
+        if config.get(key, want) != want:
+            raise UserError(f"{path}: {key} is {config[key]}, only {want} can be read")
+    gelu = _GELU[activation]
+    shape = ModelShape(n_layer, n_head, n_embd, positions, vocab_size, bias=True, gelu=gelu)
     return shape, config.get("fastgpt_bias", True) is not False
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """Where a tensor lies, and what its file's header says of it."""
-
-    path: Path
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
 def _files(path: Path) -> list[Path]:
+    """The safetensors files of a model: one, or the parts that an index lists."""
     if path.is_file():
         return [path]
     if (path / WEIGHTS).is_file():
@@ -198,19 +216,17 @@ def _files(path: Path) -> list[Path]:
     if not index.is_file():
         other = " (only a pickle, which is not opened)" if [*path.glob("*.bin")] else ""
         raise UserError(f"{path}: has no {WEIGHTS}{other}")
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
-        raise UserError(f"{index}: is damaged ({e})") from e
-    for name in names:
-        if Path(name).name != name or not (path / name).is_file():
-            raise UserError(f"{path / name}: missing, though {index.name} lists it")
-    return [path / name for name in names]
+    with reading(index, "is damaged"):
+        files = [path / name for name in set(json.loads(index.read_text())["weight_map"].values())]
+    for file in files:
+        if file.parent != path or not file.is_file():
+            raise UserError(f"{file}: missing, though {index.name} lists it")
+    return sorted(files)
 
 
-def _headers(path: Path) -> dict[str, _Stored]:
+def _headers(path: Path) -> dict[str, Stored]:
     """What a safetensors file holds; UserError if it is cut off, naming the tensor."""
-    try:
+    with reading(path, "is damaged, or no safetensors file", SafetensorError):
         size = path.stat().st_size
         with open(path, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
@@ -225,121 +241,66 @@ def _headers(path: Path) -> dict[str, _Stored]:
                     f"{path}: truncated: {key} {tuple(entry['shape'])} ends at byte {end:,}, the "
                     f"file has {size:,}"
                 )
-        with safe_open(path, "pt"):  # and all else that the format demands
+        with safe_open(path, "pt"):  # safetensors checks all else that the format demands
             pass
-        return {k: _Stored(path, k, e["dtype"], tuple(e["shape"])) for k, e in header.items()}
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}") from e
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
-        raise UserError(f"{path}: is damaged, or no safetensors file ({e})") from e
+        return {k: Stored(path, k, e["dtype"], tuple(e["shape"])) for k, e in header.items()}
 
 
-def _locate(files: list[Path], shape: ModelShape) -> dict[str, _Stored]:
-    """Every tensor by our name; UserError for one missing, unknown, or of another shape or kind."""
-    stored: dict[str, _Stored] = {}
+def _locate(files: list[Path], shape: ModelShape) -> dict[str, Stored]:
+    """Every tensor by our name, checked."""
+    stored: dict[str, Stored] = {}
     for path in files:
         for key, entry in _headers(path).items():
             if not _MASK.search(key):
                 ours = key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
                 stored[ours] = entry
-    wanted = expected(shape)
-    for name, want in wanted.items():
-        on_disk = want[::-1] if _TRANSPOSED.search(name) else want
-        if name not in stored:
-            raise UserError(f"{files[0]}: {name} is missing, wanted shape {on_disk}")
-        entry = stored[name]
-        if entry.shape != on_disk:
-            raise UserError(f"{entry.path}: {name} has shape {entry.shape}, wanted {on_disk}")
-        if entry.dtype not in _FLOATS:
-            raise UserError(
-                f"{entry.path}: {name} {on_disk} is of dtype {entry.dtype}, wanted "
-                f"{', '.join(_FLOATS)}"
-            )
-    unknown = stored.keys() - wanted.keys() - {"lm_head.weight"}
-    if unknown:
-        name = min(unknown)
-        raise UserError(
-            f"{stored[name].path}: {name} {stored[name].shape} is no part of a GPT-2 of "
-            f"{shape.n_layer} layers"
-        )
+    sizes = expected(shape).items()
+    on_disk = {name: size[::-1] if _TRANSPOSED.search(name) else size for name, size in sizes}
+    check(files[0], stored, on_disk, shape.n_layer)
     return stored
 
 
-def _load(entry: _Stored, name: str) -> Tensor:
+def _load(entry: Stored, name: str) -> Tensor:
     with safe_open(entry.path, "pt") as f:
         tensor = f.get_tensor(entry.key).float()
     return tensor.t().contiguous() if _TRANSPOSED.search(name) else tensor
 
 
-def _check_head(stored: Mapping[str, _Stored], wte: Tensor) -> None:
-    """The output layer may be stored besides the embedding, but has to be the same."""
-    head = stored.get("lm_head.weight")
-    if head is not None and (
-        head.shape != tuple(wte.shape) or not torch.equal(_load(head, "lm_head"), wte)
-    ):
-        raise UserError(
-            f"{head.path}: lm_head.weight {head.shape} is not the embedding {tuple(wte.shape)}: "
-            "only models with tied embeddings can be read"
-        )
-
-
 # --- writing -------------------------------------------------------------------------------------
-
-
-def to_hugging_face(shape: ModelShape, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors under GPT2LMHeadModel's names and layouts; missing biases become zeros."""
-    out = {}
-    for name, size in expected(shape).items():
-        t = tensors.get(name)
-        if t is None and name.endswith(".bias") and not shape.bias:
-            t = torch.zeros(size)
-        if t is None:
-            raise UserError(f"{name} is missing, wanted shape {size}")
-        if name == "transformer.wte.weight":
-            t = t[: shape.vocab_size]
-        if tuple(t.shape) != size:
-            raise UserError(f"{name} has shape {tuple(t.shape)}, wanted {size}")
-        out[name] = (t.t() if _TRANSPOSED.search(name) else t).contiguous()
-    return out
 
 
 def config_json(shape: ModelShape, eot: int | None) -> dict[str, Any]:
     """GPT2Config's values for a shape; `eot` is both begin and end of text."""
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "n_layer": shape.n_layer,
-        "n_head": shape.n_head,
-        "n_embd": shape.n_embd,
-        "n_inner": None,
-        "n_positions": shape.block_size,
-        "n_ctx": shape.block_size,
-        "vocab_size": shape.vocab_size,
-        "activation_function": "gelu_new" if shape.gelu == "tanh" else "gelu",
-        "layer_norm_epsilon": 1e-5,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-        "initializer_range": 0.02,
-        "tie_word_embeddings": True,
-        "torch_dtype": "float32",
-        "bos_token_id": eot,
-        "eos_token_id": eot,
-        "fastgpt_bias": shape.bias,
-    }
+    activation = "gelu_new" if shape.gelu == "tanh" else "gelu"
+    out: dict[str, Any] = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
+    out |= {key: getattr(shape, key) for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    out |= {"n_inner": None, "n_positions": shape.block_size, "n_ctx": shape.block_size}
+    out |= {"activation_function": activation, "layer_norm_epsilon": 1e-5}
+    out |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
+    out |= {"initializer_range": 0.02, "tie_word_embeddings": True, "torch_dtype": "float32"}
+    return out | {"bos_token_id": eot, "eos_token_id": eot, "fastgpt_bias": shape.bias}
 
 
 def write(
     folder: Path, shape: ModelShape, tensors: Mapping[str, Tensor], eot: int | None = None
 ) -> None:
-    """Write config.json, generation_config.json and model.safetensors into `folder`."""
-    ready = to_hugging_face(shape, tensors)
+    """Write config.json, generation_config.json and model.safetensors into `folder`.
+
+    `tensors` are ours; biases that the model does not have are written as zeros.
+    """
+    sizes = expected(replace(shape, bias=True))
+    missing = sizes.keys() - expected(shape).keys()
+    ours = {name: torch.zeros(sizes[name]) for name in missing} | dict(tensors)
+    if _WTE in ours:
+        ours[_WTE] = ours[_WTE][: shape.vocab_size]
+    check(folder, describe(folder, ours), sizes, shape.n_layer)
+    ready = {n: (t.t() if _TRANSPOSED.search(n) else t).contiguous() for n, t in ours.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    generation = {"bos_token_id": eot, "eos_token_id": eot, "_from_model_config": True}
     try:
         save_file(ready, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / WEIGHTS).chmod(0o644)
     except SafetensorError as e:
         raise explain_os_error(e, folder / WEIGHTS) from e
+    generation = {"bos_token_id": eot, "eos_token_id": eot, "_from_model_config": True}
     write_text(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
     write_text(folder / "config.json", json.dumps(config_json(shape, eot), indent=2) + "\n")

@@ -1,12 +1,11 @@
 """nanoGPT's ckpt.pt, read without trusting it, and made into a run that goes on here.
 
-A .pt file is a zip of a pickle, which is a program, and of the tensors' bytes. Before anything of
-it is run, the zip has to be a plain one and the pickle may name nothing but what tensors are made
-of; then PyTorch's own restricted unpickler (weights_only) reads it.
+A .pt file is a zip of a pickle, which is a program, and of the tensors' bytes. Before any of it is
+run, the zip must be a plain one and the pickle may name nothing but what tensors are made of. Then
+PyTorch's own restricted unpickler (weights_only) reads it.
 
 nanoGPT counts as we do: iter_num is the number of updates done, and batch_size times
-gradient_accumulation_steps the batch of all GPUs. Its AdamW numbers the parameters: those of two or
-more dimensions in the order of the model, then the others.
+gradient_accumulation_steps is the batch of all GPUs.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from __future__ import annotations
 import pickle
 import pickletools
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -26,10 +25,10 @@ from fastgpt.config.schema import Config, ImportConfig
 from fastgpt.data.tokenizers import Tokenizer, make_tokenizer
 from fastgpt.data.tokens import has_tokens, open_dataset
 from fastgpt.data.vocabulary import GPT2_VOCAB
-from fastgpt.errors import UserError
+from fastgpt.errors import UserError, reading
 from fastgpt.model.gpt import ModelShape
 from fastgpt.storage import checkpoint, run
-from fastgpt.weights.hugging_face import expected, pad_vocabulary
+from fastgpt.weights.hugging_face import check, describe, expected, pad_vocabulary, tie
 
 _STORAGES = ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
 _GLOBALS = {
@@ -40,7 +39,6 @@ _GLOBALS = {
 }
 _CALLS_BY_STACK = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
 _MAX_PICKLE = 64 << 20
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # What depends on the machine or the account rather than on the run.
 _NOT_TAKEN = {"device", "dtype", "compile", "backend", "init_from", "out_dir", "eval_only"}
 _NOT_TAKEN |= {"wandb_log", "data_dir"}
@@ -48,16 +46,10 @@ _NOT_TAKEN |= {"wandb_log", "data_dir"}
 
 def load(path: Path) -> dict[str, Any]:
     """What torch.save wrote, tensors on the CPU. UserError, with nothing run, if it is hostile."""
-    try:
+    others = (pickle.UnpicklingError, RuntimeError, zipfile.BadZipFile, EOFError)
+    with reading(path, "is damaged or refused, nothing in it was run", *others):
         _inspect(path)
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror or e}") from e
-    except (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, TypeError) as e:
-        why = str(e).strip().splitlines()[0][:200]
-        raise UserError(f"{path}: is damaged or refused, nothing in it was run: {why}") from e
-    except (zipfile.BadZipFile, EOFError, AttributeError, NotImplementedError) as e:
-        raise UserError(f"{path}: is damaged, nothing in it was run: {e}") from e
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
         raise UserError(f"{path}: is no checkpoint of nanoGPT's train.py: it has no 'model'")
     return data
@@ -65,102 +57,77 @@ def load(path: Path) -> dict[str, Any]:
 
 def _inspect(path: Path) -> None:
     """Raise UserError unless the file is a plain zip whose pickle names only parts of tensors."""
+
+    def refuse(why: str) -> NoReturn:
+        raise UserError(f"{path}: is refused, nothing in it was run: {why}")
+
     with open(path, "rb") as f:
         if f.read(4) != b"PK\x03\x04":
-            raise UserError(
-                f"{path}: is refused, nothing in it was run: not in the zip format that torch.save "
-                "has had since PyTorch 1.6; load and save it again where it came from"
+            refuse(
+                "not in the zip format that torch.save has had since PyTorch 1.6; load and save it "
+                "again where it came from"
             )
     with zipfile.ZipFile(path) as archive:
         entries = {e.filename: e for e in archive.infolist()}
         pickles = [n for n in entries if n.endswith(".pkl")]
         root = pickles[0].rpartition("/")[0] if pickles else ""
-        wrong = ""
         if len(entries) != len(archive.infolist()):
-            wrong = "two entries have the same name"
-        elif pickles != [f"{root}/data.pkl"]:
-            listed = ", ".join(pickles) or "none"
-            wrong = f"one pickle, data.pkl, is wanted, there is {listed}"
-        elif any(e.compress_type != zipfile.ZIP_STORED for e in entries.values()):
-            wrong = "its entries are compressed, which torch.save never does"
-        elif entries[pickles[0]].file_size > _MAX_PICKLE:
-            wrong = f"its pickle is over {_MAX_PICKLE:,} bytes"
-        if wrong:
-            raise UserError(f"{path}: is refused, nothing in it was run: {wrong}")
+            refuse("two entries have the same name")
+        if pickles != [f"{root}/data.pkl"]:
+            refuse(f"one pickle, data.pkl, is wanted, there is {', '.join(pickles) or 'none'}")
+        if any(e.compress_type != zipfile.ZIP_STORED for e in entries.values()):
+            refuse("its entries are compressed, which torch.save never does")
+        if entries[pickles[0]].file_size > _MAX_PICKLE:
+            refuse(f"its pickle is over {_MAX_PICKLE:,} bytes")
         program = archive.read(pickles[0])
     for opcode, argument, _ in pickletools.genops(program):
         asks = opcode.name == "GLOBAL" and argument not in _GLOBALS
         if asks or opcode.name in _CALLS_BY_STACK:
             what = str(argument or opcode.name).replace(" ", ".")[:80]
-            raise UserError(
-                f"{path}: is refused, nothing in it was run: its pickle asks for {what}, which is "
-                "no part of a tensor"
-            )
+            refuse(f"its pickle asks for {what}, which is no part of a tensor")
 
 
 def model_of(
     path: Path, data: Mapping[str, Any], gelu: str
-) -> tuple[ModelShape, dict[str, Tensor], list[str]]:
-    """(shape, our tensors in fp32 with the vocabulary padded, parameters in nanoGPT's order)."""
+) -> tuple[ModelShape, dict[str, Tensor]]:
+    """(shape, our tensors in fp32 with the vocabulary padded, in the order of nanoGPT's model)."""
     args = data.get("model_args")
+    args = args if isinstance(args, dict) else {}
     keys = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-    sizes: dict[str, Any] = {k: args.get(k) if isinstance(args, dict) else None for k in keys}
+    sizes: dict[str, Any] = {key: args.get(key) for key in keys}
     for key, value in sizes.items():
         if type(value) is not int or not 1 <= value < 1 << 31:
             raise UserError(f"{path}: model_args has {key} {value!r}, wanted a whole number >= 1")
     if sizes["n_embd"] % sizes["n_head"]:
-        raise UserError(
-            f"{path}: n_head {sizes['n_head']} does not divide n_embd {sizes['n_embd']}"
-        )
+        n_head, n_embd = sizes["n_head"], sizes["n_embd"]
+        raise UserError(f"{path}: n_head {n_head} does not divide n_embd {n_embd}")
     stored = {str(k).removeprefix("_orig_mod."): v for k, v in data["model"].items()}
-    head = stored.pop("lm_head.weight", None)
     # Causal masks, which versions without flash attention keep as buffers.
     stored = {
         k: v
         for k, v in stored.items()
         if not (k.endswith(".attn.bias") and isinstance(v, Tensor) and v.ndim == 4)
     }
-    bias = "transformer.ln_f.bias" in stored
-    shape = ModelShape(**sizes, bias=bias, gelu=gelu)
-    wanted = {k: v for k, v in expected(shape).items() if bias or not k.endswith(".bias")}
-    tensors = {name: _tensor(path, stored, name, size) for name, size in wanted.items()}
-    unknown = sorted(stored.keys() - wanted.keys())
-    if unknown:
-        got = tuple(getattr(stored[unknown[0]], "shape", ()))
-        raise UserError(f"{path}: {unknown[0]} {got} is no part of a GPT of {shape.n_layer} layers")
-    wte = tensors["transformer.wte.weight"]
-    if head is not None and not (isinstance(head, Tensor) and torch.equal(head.float(), wte)):
-        raise UserError(
-            f"{path}: lm_head.weight {tuple(getattr(head, 'shape', ()))} is not the embedding "
-            f"{tuple(wte.shape)}: only tied embeddings can be read"
-        )
-    tensors["transformer.wte.weight"] = pad_vocabulary(wte, shape)
-    return shape, tensors, list(stored)
-
-
-def _tensor(path: Path, stored: Mapping[str, Any], name: str, size: tuple[int, ...]) -> Tensor:
-    """stored[name] in fp32, of this size; UserError naming it and both shapes."""
-    t = stored.get(name)
-    if not isinstance(t, Tensor):
-        raise UserError(f"{path}: {name} is missing, wanted shape {size}")
-    if tuple(t.shape) != size:
-        raise UserError(f"{path}: {name} has shape {tuple(t.shape)}, wanted {size}")
-    if t.dtype not in _FLOATS:
-        kind = str(t.dtype).removeprefix("torch.")
-        raise UserError(f"{path}: {name} {size} is of dtype {kind}, wanted float32")
-    return t.float()
+    shape = ModelShape(**sizes, bias="transformer.ln_f.bias" in stored, gelu=gelu)
+    check(path, describe(path, stored), expected(shape), shape.n_layer)
+    tensors = {name: t.float() for name, t in stored.items()}
+    tie(path, tensors, shape)
+    return shape, tensors
 
 
 def optimizer_of(
-    path: Path, data: Mapping[str, Any], shape: ModelShape, order: list[str]
+    path: Path, data: Mapping[str, Any], shape: ModelShape, order: Iterable[str]
 ) -> dict[str, Tensor]:
-    """AdamW's state under our names; empty if the checkpoint has none."""
+    """AdamW's state under our names; empty if the checkpoint has none.
+
+    `order` lists the parameters as the model does. AdamW numbers them by groups: first matrices
+    and embeddings, which decay, then the rest.
+    """
     saved = data.get("optimizer")
     if not isinstance(saved, dict) or not saved.get("state"):
         return {}
     sizes = expected(shape)
-    # The order of its two groups: matrices and embeddings, which decay, then the rest.
-    names = [n for n in order if len(sizes[n]) >= 2] + [n for n in order if len(sizes[n]) < 2]
+    names = sorted(order, key=lambda n: len(sizes[n]) < 2)
     groups, state = saved.get("param_groups"), saved["state"]
     numbers = [n for g in groups or [] if isinstance(g, dict) for n in g.get("params", [])]
     if len(numbers) != len(names) or set(state) != set(numbers):
@@ -170,14 +137,15 @@ def optimizer_of(
         )
     out: dict[str, Tensor] = {}
     for number, name in zip(numbers, names, strict=True):
-        entry = state[number] if isinstance(state[number], dict) else {}
+        entry: dict[str, Any] = state[number] if isinstance(state[number], dict) else {}
         out[f"step.{name}"] = torch.tensor(float(entry.get("step", 0)))
         for key in ("exp_avg", "exp_avg_sq"):
             label = f"optimizer's {key} of {name}"
-            moment = _tensor(path, {label: entry.get(key)}, label, sizes[name])
-            if name == "transformer.wte.weight":
-                moment = pad_vocabulary(moment, shape)
-            out[f"{key}.{name}"] = moment
+            moments = {label: entry[key]} if key in entry else {}
+            check(path, describe(path, moments), {label: sizes[name]}, shape.n_layer)
+            moment = moments[label].float()
+            embedding = name == "transformer.wte.weight"
+            out[f"{key}.{name}"] = pad_vocabulary(moment, shape) if embedding else moment
     return out
 
 
@@ -191,26 +159,24 @@ def config_of(path: Path, data: Mapping[str, Any], shape: ModelShape) -> Config:
 
 
 def find_tokenizer(config: Config, vocab_size: int) -> Tokenizer | None:
-    """The data folder's tokenizer if it is at hand; else, for GPT-2's vocabulary, GPT-2's."""
+    """The data folder's tokenizer if it has one, else GPT-2's if the vocabulary has its size."""
     for folder in (Path(config.data.dataset), Path(config.data.data_dir) / config.data.dataset):
-        if has_tokens(folder):
-            tokenizer = open_dataset(folder).tokenizer
-            if tokenizer is not None:
-                return tokenizer
+        if has_tokens(folder) and (tokenizer := open_dataset(folder).tokenizer) is not None:
+            return tokenizer
     if not GPT2_VOCAB <= vocab_size <= GPT2_VOCAB + 128:
         return None
     try:
         return make_tokenizer("gpt2", cache=Path(config.data.data_dir) / ".cache")
     except UserError:
-        return None  # its merges are not on this machine: the run is whole without them
+        return None  # without its merges the run is still whole
 
 
 def import_checkpoint(source: str, options: ImportConfig) -> int:
     """`fastgpt import CKPT.pt`: make it a run. Returns the exit code."""
     path = Path(source)
     data = load(path)
-    shape, tensors, order = model_of(path, data, options.gelu)
-    optimizer = optimizer_of(path, data, shape, order)
+    shape, tensors = model_of(path, data, options.gelu)
+    optimizer = optimizer_of(path, data, shape, tensors)
     config = config_of(path, data, shape)
     dataset = options.dataset or config.data.dataset
     config = settings.replace(config, dataset=dataset, data_dir=options.data_dir)
@@ -218,17 +184,10 @@ def import_checkpoint(source: str, options: ImportConfig) -> int:
     if type(step) is not int or not 0 <= step < 1 << 53:
         raise UserError(f"{path}: iter_num is {step!r}, wanted a whole number >= 0")
     best = float(best)
-    state = {
-        "format": checkpoint.FORMAT,
-        "model": vars(shape),
-        "last_eval": -1,
-        "val_loss": best,
-        "best_val_loss": best,
-        "data": None,  # nanoGPT does not say which data it was: any goes
-        "config": settings.to_dict(config),
-        "scaler": {},
-        "imported_from": path.name,
-    }
+    state = {"format": checkpoint.FORMAT, "model": vars(shape), "config": settings.to_dict(config)}
+    state |= {"last_eval": -1, "val_loss": best, "best_val_loss": best, "scaler": {}}
+    # nanoGPT does not say which data it was, so the run may go on with any.
+    state |= {"data": None, "imported_from": path.name}
     tokenizer = find_tokenizer(config, shape.vocab_size)
     run_dir = run.create(options.out_dir, path.stem, options.overwrite)
     with run.lock(run_dir):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class Source:
     tensors: dict[str, Tensor]
     tokenizer: Tokenizer | None
     about: str
-    """One line for people: where it is from, and how good it is if that is known."""
+    """One line for people: its origin, and its loss if that is known."""
     run_dir: Path | None = None
 
     def model(self, machine: Machine) -> GPT:
@@ -47,16 +48,11 @@ def open_source(config: SourceConfig) -> Source:
     """What --init_from, --out_dir, --checkpoint and --weights name."""
     if config.init_from != "resume":
         found = pretrained(config.init_from, config.weights)
-        return Source(
-            found.shape,
-            found.tensors,
-            hf_tokenizer.read(found.folder),
-            f"{found.source}: {found.shape}",
-        )
+        tokenizer, about = hf_tokenizer.read(found.folder), f"{found.source}: {found.shape}"
+        return Source(found.shape, found.tensors, tokenizer, about)
     run_dir = run.find(config.out_dir)
-    saved = checkpoint.load(
-        run_dir, config.checkpoint, warn=lambda line: print(line, file=sys.stderr)
-    )
+    warn = partial(print, file=sys.stderr)
+    saved = checkpoint.load(run_dir, config.checkpoint, warn=warn)
     state: dict[str, Any] = saved.state
     tokenizer = load_tokenizer(run_dir) if (run_dir / JSON_NAME).exists() else None
     about = f"{saved.folder}: step {state['step']}, val loss {state['val_loss']:.4f}"

@@ -178,7 +178,7 @@ def save(folder: Path, **changes) -> Path:
 def test_logits_are_nanogpt_s(tmp_path: Path, bias: bool, T: int):
     reference = Reference(bias)
     torch.save(reference.checkpoint(0), tmp_path / "ckpt.pt")
-    shape, tensors, _ = model_of(tmp_path, load(tmp_path / "ckpt.pt"), "erf")
+    shape, tensors = model_of(tmp_path, load(tmp_path / "ckpt.pt"), "erf")
     assert shape == ModelShape(**ARGS, bias=bias, gelu="erf")
     model = GPT(shape)
     model.load_state_dict(tensors)
@@ -302,8 +302,9 @@ WTE = "transformer.wte.weight"
         ({"model": changed(**{FC: torch.zeros(64, 16).int()})}, f"{FC} (64, 16) is of dtype int32"),
         (
             {"model": changed(lm_head=torch.zeros(3))},
-            "lm_head (3,) is no part of a GPT of 2 layers",
+            "lm_head (3,) is no part of a GPT-2 of 2 layers",
         ),
+        ({"model": {**changed(), "x": None}}, "x () is no part of a GPT-2 of 2 layers"),
         (
             {"model": changed(**{"lm_head.weight": torch.zeros(65, 16)})},
             "lm_head.weight (65, 16) is not the embedding (65, 16)",
@@ -328,9 +329,11 @@ def test_an_optimizer_of_another_model(tmp_path: Path):
     reference.step(0, torch.zeros(2, 13, dtype=torch.int64))
     good = reference.checkpoint(1)["optimizer"]
     state = {**good["state"], 0: {**good["state"][0], "exp_avg": torch.zeros(66, 16)}}
+    half = {**good["state"], 0: {"exp_avg": good["state"][0]["exp_avg"]}}
     few = {k: v for k, v in good["state"].items() if k}
     for optimizer, message in (
         ({**good, "state": state}, f"exp_avg of {WTE} has shape (66, 16), wanted (65, 16)"),
+        ({**good, "state": half}, f"exp_avg_sq of {WTE} is missing, wanted shape (65, 16)"),
         (
             {**good, "state": few},
             "its optimizer has 28 parameters and state for 27, the model has 28",
