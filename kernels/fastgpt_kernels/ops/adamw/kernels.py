@@ -41,18 +41,14 @@ def adamw_kernel(
     lr_ptr,  # fp32
     grad_scale_ptr,  # fp32 or None
     found_inf_ptr,  # fp32 or None: not 0 calls the update off
-    n_tensors,
-    log_beta1,
-    log_beta2,
+    n_tensors, log_beta1, log_beta2,
     rest_beta1,  # 1 - beta1, rounded once
-    beta2,
-    rest_beta2,
-    eps,
+    beta2, rest_beta2, eps,
     GRAD_DTYPE: tl.constexpr,
     COPY_DTYPE: tl.constexpr,  # None where no tensor has a copy
     ALIGNED: tl.constexpr,  # every address is a multiple of 16
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     active = True
     if found_inf_ptr is not None:
         active = tl.load(found_inf_ptr) == 0.0
@@ -115,36 +111,18 @@ def adamw_kernel(
 
 
 def launch_adamw(
-    tensors: AdamWTensors,
-    step: Tensor,
-    lr: Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
+    tensors: AdamWTensors, step: Tensor, lr: Tensor, betas: tuple[float, float], eps: float,
+    grad_scale: Tensor | None, found_inf: Tensor | None,
+) -> None:  # fmt: skip
     """One update of everything in `tensors`; `step` is t, counted already."""
     if len(tensors.blocks) == 0:
         return
     log_betas = [math.log(beta) if beta else -math.inf for beta in betas]
     with on_device(step):
         adamw_kernel[(len(tensors.blocks),)](
-            tensors.addresses,
-            tensors.sizes,
-            tensors.decays,
-            tensors.blocks,
-            step,
-            lr,
-            grad_scale,
-            found_inf,
-            len(tensors.params),
-            *log_betas,
-            1 - betas[0],
-            betas[1],
-            1 - betas[1],
-            eps,
+            tensors.addresses, tensors.sizes, tensors.decays, tensors.blocks, step, lr, grad_scale,
+            found_inf, len(tensors.params), *log_betas, 1 - betas[0], betas[1], 1 - betas[1], eps,
             GRAD_DTYPE=TL_DTYPE[tensors.grad_dtype],
             COPY_DTYPE=None if tensors.copy_dtype is None else TL_DTYPE[tensors.copy_dtype],
-            ALIGNED=tensors.aligned,
-            **tensors.config.kwargs(),
-        )
+            ALIGNED=tensors.aligned, **tensors.config.kwargs(),
+        )  # fmt: skip

@@ -307,19 +307,10 @@ def attention_finish_kernel(
 
 
 def launch_backward(
-    grad_y: torch.Tensor,
-    qkv: torch.Tensor,
-    y: torch.Tensor,
-    lse: torch.Tensor,
-    seed: torch.Tensor | None,
-    n_head: int,
-    causal: bool,
-    dropout_p: float,
-    scale: float,
-    deterministic: bool,
-    config: Config | None = None,
-    query_config: Config | None = None,
-) -> torch.Tensor:
+    grad_y: torch.Tensor, qkv: torch.Tensor, y: torch.Tensor, lse: torch.Tensor,
+    seed: torch.Tensor | None, n_head: int, causal: bool, dropout_p: float, scale: float,
+    deterministic: bool, config: Config | None = None, query_config: Config | None = None,
+) -> torch.Tensor:  # fmt: skip
     """grad_y (B, T, C) and what the forward pass saved -> dqkv (B, T, 3*C), contiguous.
 
     `config` is for the key_value kernel, `query_config` for the query kernel (deterministic only).

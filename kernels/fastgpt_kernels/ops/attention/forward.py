@@ -148,14 +148,9 @@ def read_in_place(x: torch.Tensor) -> torch.Tensor:
 
 
 def launch_forward(
-    qkv: torch.Tensor,
-    n_head: int,
-    causal: bool,
-    dropout_p: float,
-    seed: torch.Tensor | None,
-    scale: float,
-    config: Config | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    qkv: torch.Tensor, n_head: int, causal: bool, dropout_p: float, seed: torch.Tensor | None,
+    scale: float, config: Config | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """qkv (B, T, 3*C) -> y (B, T, C), lse (B*H, T) fp32."""
     qkv = read_in_place(qkv)
     batch, T, width = qkv.shape

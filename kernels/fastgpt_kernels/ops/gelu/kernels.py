@@ -46,13 +46,9 @@ def bias_gelu_forward_kernel(
     x_ptr,  # (M, C), rows x_stride apart
     bias_ptr,  # (C,) or None
     y_ptr,  # (M, C) contiguous
-    x_stride,
-    M,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    TANH: tl.constexpr,
-):
+    x_stride, M,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, TANH: tl.constexpr,
+):  # fmt: skip
     column_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     program = tl.program_id(0)
     rows = program // column_blocks * ROWS + tl.arange(0, ROWS)
@@ -75,15 +71,10 @@ def bias_gelu_backward_kernel(
     bias_ptr,  # (C,) or None
     dx_ptr,  # (M, C) contiguous
     partials_ptr,  # (1, programs of a column, C) fp32, or None without bias
-    dy_stride,
-    x_stride,
-    M,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    TANH: tl.constexpr,
+    dy_stride, x_stride, M,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, TANH: tl.constexpr,
     STAGES: tl.constexpr,  # above 1: the loop's loads are copied ahead through shared memory
-):
+):  # fmt: skip
     column_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     program, programs = tl.program_id(0) // column_blocks, tl.num_programs(0) // column_blocks
     columns = tl.program_id(0) % column_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -140,18 +131,10 @@ def launch_forward(
     ROWS, BLOCK_C = _tile(config, C)
     with on_device(x):
         bias_gelu_forward_kernel[(triton.cdiv(M, ROWS) * triton.cdiv(C, BLOCK_C),)](
-            rows,
-            None if bias is None else bias.contiguous(),
-            y,
-            rows.stride(0),
-            M,
-            C,
-            ROWS,
-            BLOCK_C,
-            tanh,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+            rows, None if bias is None else bias.contiguous(), y, rows.stride(0), M, C, ROWS,
+            BLOCK_C, tanh,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
     return y
 
 
@@ -174,22 +157,10 @@ def launch_backward(
         partials = torch.empty((1, programs, C), dtype=torch.float32, device=x.device)
     with on_device(x):
         bias_gelu_backward_kernel[(programs * column_blocks,)](
-            dy_rows,
-            rows,
-            None if bias is None else bias.contiguous(),
-            dx,
-            partials,
-            dy_rows.stride(0),
-            rows.stride(0),
-            M,
-            C,
-            ROWS,
-            BLOCK_C,
-            tanh,
-            config.num_stages,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+            dy_rows, rows, None if bias is None else bias.contiguous(), dx, partials,
+            dy_rows.stride(0), rows.stride(0), M, C, ROWS, BLOCK_C, tanh, config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
     if bias is None or partials is None:
         return dx, None
     return dx, sum_partials(bias_gelu_sum_kernel, partials, bias.dtype)[0]

@@ -49,13 +49,9 @@ def _losses(logits: Tensor, targets: Tensor, ignore_index: int, vocab_size: int)
 
 
 def _gradient(
-    dlosses: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    vocab_size: int,
+    dlosses: Tensor, logits: Tensor, targets: Tensor, ignore_index: int, vocab_size: int,
     out: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     if out is None:
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     rows, targets = _rows(logits), targets.contiguous()
@@ -169,15 +165,9 @@ def check_int(op: str, name: str, value: object) -> None:
 
 
 def check_arguments(
-    op: str,
-    n_rows: int,
-    n_cols: int,
-    device: torch.device,
-    targets: Tensor,
-    ignore_index: int,
-    reduction: str,
-    vocab_size: int | None,
-) -> int:
+    op: str, n_rows: int, n_cols: int, device: torch.device, targets: Tensor, ignore_index: int,
+    reduction: str, vocab_size: int | None,
+) -> int:  # fmt: skip
     """Check what cross_entropy and linear_cross_entropy share; returns the vocabulary size."""
     check_tensor(op, "targets", targets, shape=(n_rows,), dtypes=(torch.int64,), device=device)
     if reduction not in REDUCTIONS:
@@ -237,15 +227,9 @@ def cross_entropy(
     check_tensor("cross_entropy", "logits", logits, ndim=2, dtypes=FLOAT_DTYPES)
     n_rows, n_cols = logits.shape
     vocab_size = check_arguments(
-        "cross_entropy",
-        n_rows,
-        n_cols,
-        logits.device,
-        targets,
-        ignore_index,
-        reduction,
+        "cross_entropy", n_rows, n_cols, logits.device, targets, ignore_index, reduction,
         vocab_size,
-    )
+    )  # fmt: skip
     if not use_kernel(logits):
         check_targets("cross_entropy", targets, ignore_index, vocab_size)
         return reference.cross_entropy(logits, targets, ignore_index, reduction, vocab_size)

@@ -61,16 +61,12 @@ def cross_entropy_kernel(
     gradient_ptr,  # (M, V), rows `gradient_stride` apart, may be logits_ptr; or None
     scale_ptr,  # fp32 per row, `scale_stride` apart; with COUNT one int64, the divisor; or None
     n_cols,  # V
-    vocab_size,
-    stride,
-    gradient_stride,
-    scale_stride,
-    ignore_index,
+    vocab_size, stride, gradient_stride, scale_stride, ignore_index,
     BLOCK: tl.constexpr,  # columns of a tile
     TILES: tl.constexpr,  # tiles in registers at a time
     STEPS: tl.constexpr,  # times TILES to cover a row; 1: the row stays in registers
     COUNT: tl.constexpr,
-):
+):  # fmt: skip
     LOG2E: tl.constexpr = 1.4426950408889634
     LN2: tl.constexpr = 0.6931471805599453
     row = tl.program_id(0).to(tl.int64)
@@ -134,12 +130,9 @@ def cross_entropy_scale_kernel(
     x_ptr,  # rows `stride` apart
     out_ptr,  # likewise, may be x_ptr
     scale_ptr,  # one fp32
-    n_cols,
-    stride,
-    BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-):
+    n_cols, stride,
+    BLOCK: tl.constexpr, STEPS: tl.constexpr, IN_PLACE: tl.constexpr,
+):  # fmt: skip
     scale = tl.load(scale_ptr)
     if (not IN_PLACE) or scale != 1.0:  # known to the GPU only: 1 in a plain `loss.backward()`
         offset = tl.program_id(0).to(tl.int64) * stride
@@ -152,15 +145,10 @@ def cross_entropy_scale_kernel(
 
 
 def launch_cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    vocab_size: int,
-    losses: Tensor | None = None,
-    gradient: Tensor | None = None,
-    scale: Tensor | None = None,
+    logits: Tensor, targets: Tensor, ignore_index: int, vocab_size: int,
+    losses: Tensor | None = None, gradient: Tensor | None = None, scale: Tensor | None = None,
     config: Config | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Fill `losses` (M,) fp32 and `gradient` (M, V), either of which may be None.
 
     `gradient` may be `logits` itself. `scale` multiplies it: fp32 (M,), any stride; or it divides
@@ -174,24 +162,12 @@ def launch_cross_entropy(
     count = scale is not None and scale.dtype == torch.int64
     with on_device(logits):
         cross_entropy_kernel[(n_rows,)](
-            logits,
-            targets,
-            losses,
-            gradient,
-            scale,
-            n_cols,
-            vocab_size,
-            logits.stride(0),
+            logits, targets, losses, gradient, scale, n_cols, vocab_size, logits.stride(0),
             0 if gradient is None else gradient.stride(0),
-            0 if scale is None or count else scale.stride(0),
-            ignore_index,
-            BLOCK=block,
-            TILES=tiles,
-            STEPS=triton.cdiv(n_cols, block * tiles),
-            COUNT=count,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+            0 if scale is None or count else scale.stride(0), ignore_index,
+            BLOCK=block, TILES=tiles, STEPS=triton.cdiv(n_cols, block * tiles), COUNT=count,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
 
 
 def launch_scale(x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
@@ -208,17 +184,9 @@ def launch_scale(x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
     steps = triton.next_power_of_2(triton.cdiv(x.numel(), SCALE_BLOCK * SCALE_PROGRAMS))
     with on_device(x):
         cross_entropy_scale_kernel[(n_rows, triton.cdiv(n_cols, SCALE_BLOCK * steps))](
-            x,
-            out,
-            scale,
-            n_cols,
-            stride,
-            BLOCK=SCALE_BLOCK,
-            STEPS=steps,
-            IN_PLACE=out is x,
-            num_warps=SCALE_WARPS,
-            num_stages=1,
-        )
+            x, out, scale, n_cols, stride,
+            BLOCK=SCALE_BLOCK, STEPS=steps, IN_PLACE=out is x, num_warps=SCALE_WARPS, num_stages=1,
+        )  # fmt: skip
     return out
 
 

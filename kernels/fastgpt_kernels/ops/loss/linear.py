@@ -52,18 +52,11 @@ def chunk_rows(n_rows: int, n_cols: int, element_size: int, chunk_tokens: int | 
 
 
 def _chunks(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    vocab_size: int,
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, vocab_size: int,
     chunk_tokens: int | None,
-    *,
-    losses: Tensor | None = None,
-    need_dx: bool = False,
-    need_dw: bool = False,
+    *, losses: Tensor | None = None, need_dx: bool = False, need_dw: bool = False,
     scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Fill `losses` (M,) and return dx like x and dW (V, C) fp32, or empty tensors for them.
 
     `scale` (M,) fp32 is the upstream gradient of the rows' losses, None for 1.
@@ -81,14 +74,11 @@ def _chunks(
         logits = buffer[: part.stop - start, :n_cols]
         torch.mm(x[part], weight.t(), out=logits)
         launch_cross_entropy(
-            logits,
-            targets[part],
-            ignore_index,
-            vocab_size,
+            logits, targets[part], ignore_index, vocab_size,
             losses=None if losses is None else losses[part],
             gradient=logits if need_dx or need_dw else None,
             scale=None if scale is None else scale[part],
-        )
+        )  # fmt: skip
         if need_dx:
             torch.mm(logits, weight, out=dx[part])
         if need_dw:
@@ -114,16 +104,9 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def _with_gradients(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    vocab_size: int,
-    chunk_tokens: int | None,
-    mean: bool,
-    need_dx: bool,
-    need_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, vocab_size: int,
+    chunk_tokens: int | None, mean: bool, need_dx: bool, need_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss, dx and dW of the losses' sum (None if not needed), and what divides these two."""
     losses = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     targets = targets.contiguous()

@@ -95,24 +95,12 @@ def matmul_kernel(
     z,  # (M, N): written with GELU, read with SLOPE, else None
     partials_ptr,  # (tiles of M, N) fp32: SLOPE's sums over the rows; or None
     column_sums_ptr,  # (splits, M) fp32: a summed over K; or None
-    M,
-    N,
-    K,
-    splits,
-    A_TRANSPOSED: tl.constexpr,
-    B_TRANSPOSED: tl.constexpr,
-    SPLIT: tl.constexpr,
-    GELU: tl.constexpr,
-    SLOPE: tl.constexpr,
-    TANH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ONES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    M, N, K, splits,
+    A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, SPLIT: tl.constexpr, GELU: tl.constexpr,
+    SLOPE: tl.constexpr, TANH: tl.constexpr, PRECISION: tl.constexpr, ONES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SUBTILES: tl.constexpr,  # 2: the epilogue goes half by half, with half the registers
-):
+):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tiles = tiles_m * tiles_n
     steps = tl.cdiv(K, BLOCK_K)
@@ -186,22 +174,12 @@ def n_splits(M: int, N: int, K: int, config: Config, x: Tensor) -> int:
 
 
 def launch_matmul(
-    a: Tensor,
-    b: Tensor,
-    *,
-    a_transposed: bool = False,
-    b_transposed: bool = False,
-    dtype: torch.dtype | None = None,
-    bias: Tensor | None = None,
-    z: Tensor | None = None,
-    gelu: bool = False,
-    slope: bool = False,
-    tanh: bool = True,
-    row_sums: bool = False,
-    column_sums: bool = False,
-    config: Config | None = None,
-    splits: int | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    a: Tensor, b: Tensor,
+    *, a_transposed: bool = False, b_transposed: bool = False, dtype: torch.dtype | None = None,
+    bias: Tensor | None = None, z: Tensor | None = None, gelu: bool = False, slope: bool = False,
+    tanh: bool = True, row_sums: bool = False, column_sums: bool = False,
+    config: Config | None = None, splits: int | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(out, sums): out (M, N) in `dtype` (that of a), and whichever sums were asked for, in fp32.
 
     a is (M, K), transposed (K, M); b (N, K), transposed (K, N). z (M, N) is filled with `gelu` and
@@ -235,27 +213,13 @@ def launch_matmul(
         matmul_kernel[(programs,)](
             TensorDescriptor.from_tensor(a, [k, m] if a_transposed else [m, k]),
             TensorDescriptor.from_tensor(b, [k, n] if b_transposed else [n, k]),
-            TensorDescriptor.from_tensor(target, box),
-            None if bias is None else bias.contiguous(),
-            None if z is None else TensorDescriptor.from_tensor(z, box),
-            partials,
-            sums,
-            M,
-            N,
-            K,
+            TensorDescriptor.from_tensor(target, box), None if bias is None else bias.contiguous(),
+            None if z is None else TensorDescriptor.from_tensor(z, box), partials, sums, M, N, K,
             splits,
-            A_TRANSPOSED=a_transposed,
-            B_TRANSPOSED=b_transposed,
-            SPLIT=splits > 1,
-            GELU=gelu,
-            SLOPE=slope,
-            TANH=tanh,
-            PRECISION="ieee" if a.dtype == torch.float32 else "tf32",
-            ONES=ONES,
-            **blocks,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+            A_TRANSPOSED=a_transposed, B_TRANSPOSED=b_transposed, SPLIT=splits > 1, GELU=gelu,
+            SLOPE=slope, TANH=tanh, PRECISION="ieee" if a.dtype == torch.float32 else "tf32",
+            ONES=ONES, **blocks, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
     if splits > 1:
         target = target.view(splits, -1, N)[:, :M].sum(0).to(dtype)
     if partials is not None:

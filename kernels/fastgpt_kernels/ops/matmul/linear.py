@@ -75,13 +75,10 @@ def weight_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """(dW (N, K), dbias (N,)) of dy (M, N) and x (M, K); no dbias if bias_dtype is None."""
     dw, db = launch_matmul(
-        dy,
-        x,
-        a_transposed=True,
-        b_transposed=True,
-        dtype=weight_dtype,
+        dy, x,
+        a_transposed=True, b_transposed=True, dtype=weight_dtype,
         column_sums=bias_dtype is not None,
-    )
+    )  # fmt: skip
     return dw, None if db is None else db.to(bias_dtype)
 
 
@@ -100,13 +97,9 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
 
 
 def _backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    weight_dtype: torch.dtype,
-    bias_dtype: torch.dtype | None,
-    needs: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dy: Tensor, x: Tensor, weight: Tensor, weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype | None, needs: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(dx, dW, dbias), each None unless it is needed."""
     dy = dy.contiguous()
     dx = launch_matmul(dy, weight, b_transposed=True)[0] if needs[0] else None

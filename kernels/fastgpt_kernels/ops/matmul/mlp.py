@@ -30,13 +30,9 @@ from fastgpt_kernels.register import Op
 
 
 def _forward(
-    x: Tensor,
-    fc_weight: Tensor,
-    fc_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    tanh: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor,
+    proj_bias: Tensor | None, tanh: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(y, z, gelu(z), and both weights in x's dtype if they were not)."""
     fc, proj = in_dtype(fc_weight, x.dtype), in_dtype(proj_weight, x.dtype)
     z = torch.empty(x.shape[0], fc_weight.shape[0], dtype=x.dtype, device=x.device)
@@ -52,18 +48,10 @@ def _shapes(x, fc_weight, fc_bias, proj_weight, proj_bias, tanh):
 
 
 def _backward(
-    dy: Tensor,
-    x: Tensor,
-    z: Tensor,
-    a: Tensor,
-    fc_weight: Tensor,
-    proj_weight: Tensor,
-    fc_dtype: torch.dtype,
-    fc_bias_dtype: torch.dtype | None,
-    proj_dtype: torch.dtype,
-    proj_bias_dtype: torch.dtype | None,
-    tanh: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    dy: Tensor, x: Tensor, z: Tensor, a: Tensor, fc_weight: Tensor, proj_weight: Tensor,
+    fc_dtype: torch.dtype, fc_bias_dtype: torch.dtype | None, proj_dtype: torch.dtype,
+    proj_bias_dtype: torch.dtype | None, tanh: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
     """(dx, dW1, db1, dW2, db2); no gradient of a bias that is not there."""
     dy = dy.contiguous()
     dw2, db2 = weight_gradients(dy, a, proj_dtype, proj_bias_dtype)
