@@ -57,9 +57,9 @@ class AotSpec:
     ) -> AotSpec:
         """The spec for the kernel's own arguments: those without a type are "i32".
 
-        constexprs are the config's tiles, `flags`, which replace tiles of the same name, and pointers
-        that are `absent`. All pointers are aligned, and of the other arguments those that `aligned`
-        names. A type, tile or alignment of what is no argument of this kernel is left out.
+        constexprs are the config's tiles, `flags` (which replace tiles of the same name) and the
+        pointers that are `absent`. All pointers are aligned, and of the other arguments those that
+        `aligned` names. What is no argument of this kernel is left out of all but flags and absent.
         """
         blocks = {n: size for n, size in config.blocks.items() if n in kernel.arg_names}
         constexprs = {**blocks, **flags, **dict.fromkeys(absent)}

@@ -95,9 +95,8 @@ class AdamWTensors:
             if t is None and name == "copies":
                 continue
             wanted = dtypes if dtype is None else (dtype,)
-            check_tensor(
-                "adamw", f"{name}[{i}]", t, shape=p.shape, dtypes=wanted, device=self.device
-            )
+            like = self.params[0]
+            check_tensor("adamw", f"{name}[{i}]", t, shape=p.shape, dtypes=wanted, like=like)
             assert t is not None
             if not t.is_contiguous():
                 raise ValueError(f"adamw: {name}[{i}] must be contiguous, got strides {t.stride()}")
@@ -136,17 +135,11 @@ def adamw_step(
     clip factor over the loss scale); the gradients themselves are not changed. `found_inf`, the
     like, calls the step off where it is not 0, the count too, without the host knowing.
     """
-    for name, t in (
-        ("step", step),
-        ("lr", lr),
-        ("grad_scale", grad_scale),
-        ("found_inf", found_inf),
-    ):
-        if t is None and name in ("grad_scale", "found_inf"):
-            continue
-        check_tensor("adamw", name, t, dtypes=(torch.float32,), device=tensors.device)
-        assert t is not None
-        if t.numel() != 1:
+    scalars = {"step": step, "lr": lr, "grad_scale": grad_scale, "found_inf": found_inf}
+    for name, t in scalars.items():
+        optional = name in ("grad_scale", "found_inf")
+        check_tensor("adamw", name, t, like=tensors.params[0], optional=optional)
+        if t is not None and t.numel() != 1:
             raise ValueError(f"adamw: {name} must have one element, got shape {tuple(t.shape)}")
     for beta in betas:
         if not 0 <= beta < 1:

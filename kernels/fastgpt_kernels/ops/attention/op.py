@@ -30,6 +30,7 @@ from fastgpt_kernels import reference
 from fastgpt_kernels.host import (
     FLOAT_DTYPES,
     HAS_TRITON,
+    check_int,
     check_tensor,
     refuse_interpreted_bf16,
     use_kernel,
@@ -135,10 +136,7 @@ def _check(qkv, n_head, causal, dropout_p, seed, scale, deterministic) -> None:
     check_tensor(op, "qkv", qkv, ndim=3, dtypes=(*FLOAT_DTYPES, torch.float64))
     if use_kernel(qkv):
         check_tensor(op, "qkv", qkv, dtypes=FLOAT_DTYPES)
-    if isinstance(n_head, bool) or not isinstance(n_head, int):
-        raise TypeError(f"{op}: n_head must be an int, got {type(n_head).__name__}")
-    if n_head < 1:
-        raise ValueError(f"{op}: n_head must be at least 1, got {n_head}")
+    check_int(op, "n_head", n_head, least=1)
     T, width = qkv.shape[1:]
     if T < 1:
         raise ValueError(f"{op}: qkv must have at least one position, got {tuple(qkv.shape)}")
@@ -166,7 +164,7 @@ def _check(qkv, n_head, causal, dropout_p, seed, scale, deterministic) -> None:
     if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"{op}: scale must be finite and > 0, got {scale}")
     if isinstance(seed, Tensor):
-        check_tensor(op, "seed", seed, dtypes=(torch.int64,), device=qkv.device)
+        check_tensor(op, "seed", seed, dtypes=(torch.int64,), like=qkv)
         if seed.numel() != 1:
             raise ValueError(f"{op}: seed must have one element, got shape {tuple(seed.shape)}")
     elif isinstance(seed, bool) or not isinstance(seed, int | None):

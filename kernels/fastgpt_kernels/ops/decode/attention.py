@@ -72,17 +72,16 @@ def _check(qkv, k_cache, v_cache, positions, scale) -> None:
     op = "decode_attention"
     dtypes = FLOAT_DTYPES if use_kernel(qkv) else (*FLOAT_DTYPES, torch.float64)
     check_tensor(op, "qkv", qkv, ndim=2, dtypes=dtypes)
-    same = {"dtypes": (qkv.dtype,), "device": qkv.device}
-    check_tensor(op, "k_cache", k_cache, ndim=4, **same)
+    check_tensor(op, "k_cache", k_cache, ndim=4, like=qkv)
     B, H, S, D = k_cache.shape
     if not 1 <= D <= MAX_HEAD_DIM or S < 1:
         raise ValueError(
             f"{op}: k_cache must have shape (B, H, S >= 1, D in 1 .. {MAX_HEAD_DIM}), "
             f"got {tuple(k_cache.shape)}"
         )
-    check_tensor(op, "v_cache", v_cache, shape=k_cache.shape, **same)
+    check_tensor(op, "v_cache", v_cache, shape=k_cache.shape, like=qkv)
     check_tensor(op, "qkv", qkv, shape=(B, 3 * H * D))
-    check_tensor(op, "positions", positions, shape=(B,), dtypes=(torch.int64,), device=qkv.device)
+    check_tensor(op, "positions", positions, shape=(B,), dtypes=(torch.int64,), like=qkv)
     if k_cache.stride() != v_cache.stride() or k_cache.stride(3) != 1:
         raise ValueError(
             f"{op}: k_cache and v_cache must have the same strides, the last 1, "

@@ -60,7 +60,7 @@ def decode_linear(
     x            (B, K), 1 <= B <= 8, bf16, fp16 or fp32
     weight       (N, K), x's dtype
     bias         (N,), any of these dtypes
-    norm_weight  (K,), any of these dtypes: layer-normalise x first, with norm_bias where given
+    norm_weight  (K,), any of these dtypes: layer-normalise x first, with norm_bias if there is one
     residual     (B, N), x's dtype, added at the end
     activation   "none", or GELU: "tanh" or "erf"
 
@@ -82,17 +82,14 @@ def _check(x, weight, bias, norm_weight, norm_bias, residual, activation) -> Non
     B, K = x.shape
     if not 1 <= B <= MAX_ROWS:
         raise ValueError(f"{op}: x must have 1 to {MAX_ROWS} rows, got {B}")
-    check_tensor(op, "weight", weight, ndim=2, dtypes=(x.dtype,), device=x.device)
+    check_tensor(op, "weight", weight, ndim=2, like=x)
     N = weight.shape[0]
     check_tensor(op, "weight", weight, shape=(N, K))
-    for name, vector, size in (
-        ("bias", bias, N), ("norm_weight", norm_weight, K), ("norm_bias", norm_bias, K),
-    ):  # fmt: skip
-        if vector is not None:
-            check_tensor(op, name, vector, shape=(size,), dtypes=dtypes, device=x.device)
+    vectors = {"bias": (bias, N), "norm_weight": (norm_weight, K), "norm_bias": (norm_bias, K)}
+    for name, (vector, size) in vectors.items():
+        check_tensor(op, name, vector, shape=(size,), dtypes=dtypes, like=x, optional=True)
     if norm_bias is not None and norm_weight is None:
         raise ValueError(f"{op}: norm_bias needs norm_weight")
-    if residual is not None:
-        check_tensor(op, "residual", residual, shape=(B, N), dtypes=(x.dtype,), device=x.device)
+    check_tensor(op, "residual", residual, shape=(B, N), like=x, optional=True)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")

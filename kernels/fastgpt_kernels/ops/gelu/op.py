@@ -20,7 +20,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastgpt_kernels import reference
-from fastgpt_kernels.host import FLOAT_DTYPES, HAS_TRITON, check_tensor, use_kernel
+from fastgpt_kernels.host import (
+    FLOAT_DTYPES,
+    HAS_TRITON,
+    check_approximate,
+    check_tensor,
+    use_kernel,
+)
 from fastgpt_kernels.register import Op
 
 if HAS_TRITON:
@@ -54,12 +60,9 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") 
     check_tensor("bias_gelu", "x", x, dtypes=FLOAT_DTYPES)
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"bias_gelu: x must have shape (..., C) with C >= 1, got {tuple(x.shape)}")
-    if bias is not None:
-        check_tensor(
-            "bias_gelu", "bias", bias, shape=x.shape[-1:], dtypes=FLOAT_DTYPES, device=x.device
-        )
-    if approximate not in ("tanh", "none"):
-        raise ValueError(f"bias_gelu: approximate must be 'tanh' or 'none', got {approximate!r}")
+    C = x.shape[-1:]
+    check_tensor("bias_gelu", "bias", bias, shape=C, dtypes=FLOAT_DTYPES, like=x, optional=True)
+    check_approximate("bias_gelu", approximate)
     if not use_kernel(x):
         return reference.bias_gelu(x, bias, approximate)
     return _op(x, bias, approximate == "tanh")

@@ -33,6 +33,7 @@ from fastgpt_kernels import reference
 from fastgpt_kernels.host import (
     FLOAT_DTYPES,
     HAS_TRITON,
+    check_int,
     check_tensor,
     refuse_interpreted_bf16,
     use_kernel,
@@ -158,24 +159,18 @@ def _place_for_gradient(logits: Tensor, rows: Tensor) -> Tensor:
     return logits.detach()
 
 
-def check_int(op: str, name: str, value: object) -> None:
-    """TypeError unless `value` is an int, or None for its default."""
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt | None):
-        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
-
-
 def check_arguments(
-    op: str, n_rows: int, n_cols: int, device: torch.device, targets: Tensor, ignore_index: int,
-    reduction: str, vocab_size: int | None,
+    op: str, x: Tensor, n_cols: int, targets: Tensor, ignore_index: int, reduction: str,
+    vocab_size: int | None,
 ) -> int:  # fmt: skip
-    """Check what cross_entropy and linear_cross_entropy share; returns the vocabulary size."""
-    check_tensor(op, "targets", targets, shape=(n_rows,), dtypes=(torch.int64,), device=device)
+    """Check what both losses take besides (M, ...) x and n_cols classes; returns vocab_size."""
+    check_tensor(op, "targets", targets, shape=x.shape[:1], dtypes=(torch.int64,), like=x)
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
     if ignore_index is None:
         raise TypeError(f"{op}: ignore_index must be an int, got None")
     check_int(op, "ignore_index", ignore_index)
-    check_int(op, "vocab_size", vocab_size)
+    check_int(op, "vocab_size", vocab_size, optional=True)
     if vocab_size is None:
         vocab_size = n_cols
     if not 1 <= vocab_size <= n_cols:
@@ -225,11 +220,9 @@ def cross_entropy(
     Wrong shapes and values raise ValueError, wrong types and dtypes TypeError.
     """
     check_tensor("cross_entropy", "logits", logits, ndim=2, dtypes=FLOAT_DTYPES)
-    n_rows, n_cols = logits.shape
     vocab_size = check_arguments(
-        "cross_entropy", n_rows, n_cols, logits.device, targets, ignore_index, reduction,
-        vocab_size,
-    )  # fmt: skip
+        "cross_entropy", logits, logits.shape[1], targets, ignore_index, reduction, vocab_size
+    )
     if not use_kernel(logits):
         check_targets("cross_entropy", targets, ignore_index, vocab_size)
         return reference.cross_entropy(logits, targets, ignore_index, reduction, vocab_size)

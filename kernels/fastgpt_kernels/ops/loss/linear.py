@@ -27,11 +27,12 @@ from fastgpt_kernels import reference
 from fastgpt_kernels.host import (
     FLOAT_DTYPES,
     HAS_TRITON,
+    check_int,
     check_tensor,
     refuse_interpreted_bf16,
     use_kernel,
 )
-from fastgpt_kernels.ops.loss.cross_entropy import check_arguments, check_int, check_targets
+from fastgpt_kernels.ops.loss.cross_entropy import check_arguments, check_targets
 from fastgpt_kernels.register import Op, call_directly
 
 CHUNK_BYTES = 2 << 30  # of logits, where that is MIN_CHUNK_ROWS or more
@@ -227,14 +228,10 @@ def linear_cross_entropy(
     """
     op = "linear_cross_entropy"
     check_tensor(op, "x", x, ndim=2, dtypes=FLOAT_DTYPES)
-    n_rows, n_features = x.shape
-    check_tensor(op, "weight", weight, shape=(None, n_features), dtypes=(x.dtype,), device=x.device)
-    vocab_size = check_arguments(
-        op, n_rows, weight.shape[0], x.device, targets, ignore_index, reduction, vocab_size
-    )
-    check_int(op, "chunk_tokens", chunk_tokens)
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"{op}: chunk_tokens must be at least 1, got {chunk_tokens}")
+    check_tensor(op, "weight", weight, shape=(None, x.shape[1]), like=x)
+    n_cols = weight.shape[0]
+    vocab_size = check_arguments(op, x, n_cols, targets, ignore_index, reduction, vocab_size)
+    check_int(op, "chunk_tokens", chunk_tokens, least=1, optional=True)
     if not use_kernel(x):
         check_targets(op, targets, ignore_index, vocab_size)
         return reference.linear_cross_entropy(

@@ -20,23 +20,10 @@ from fastgpt_kernels.register import Op
 
 def check_layer(op: str, prefix: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise unless weight (N, x's last size) and bias (N,) make a layer for x."""
-    check_tensor(
-        op,
-        f"{prefix}weight",
-        weight,
-        shape=(None, x.shape[-1]),
-        dtypes=(x.dtype, torch.float32),
-        device=x.device,
-    )
-    if bias is not None:
-        check_tensor(
-            op,
-            f"{prefix}bias",
-            bias,
-            shape=weight.shape[:1],
-            dtypes=(x.dtype, torch.float32),
-            device=x.device,
-        )
+    dtypes = (x.dtype, torch.float32)
+    check_tensor(op, f"{prefix}weight", weight, shape=(None, x.shape[-1]), dtypes=dtypes, like=x)
+    N = weight.shape[:1]
+    check_tensor(op, f"{prefix}bias", bias, shape=N, dtypes=dtypes, like=x, optional=True)
 
 
 def use_matmul(op: str, x: Tensor, *sizes: int) -> bool:

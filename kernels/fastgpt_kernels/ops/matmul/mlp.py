@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgpt_kernels import reference
-from fastgpt_kernels.host import FLOAT_DTYPES, HAS_TRITON, check_tensor
+from fastgpt_kernels.host import FLOAT_DTYPES, HAS_TRITON, check_approximate, check_tensor
 from fastgpt_kernels.ops.matmul.linear import (
     check_layer,
     dtype_of,
@@ -123,8 +123,7 @@ def mlp(
     check_layer("mlp", "fc_", x, fc_weight, fc_bias)
     hidden = x.new_empty(0, fc_weight.shape[0])  # for its size
     check_layer("mlp", "proj_", hidden, proj_weight, proj_bias)
-    if approximate not in ("tanh", "none"):
-        raise ValueError(f"mlp: approximate must be 'tanh' or 'none', got {approximate!r}")
+    check_approximate("mlp", approximate)
     parameters = (fc_weight, fc_bias, proj_weight, proj_bias)
     if not use_matmul("mlp", x, *fc_weight.shape, proj_weight.shape[0]):
         return reference.mlp(x, *parameters, approximate)

@@ -63,11 +63,10 @@ def _check(
         raise ValueError(
             f"{op}: x must have shape (..., C) with 1 <= C <= {MAX_WIDTH}, got {tuple(x.shape)}"
         )
-    if residual is not None:
-        check_tensor(op, "residual", residual, shape=x.shape, dtypes=(x.dtype,), device=x.device)
-    for name, p in (("weight", weight), ("bias", bias)):
-        if p is not None or name == "weight":
-            check_tensor(op, name, p, shape=x.shape[-1:], dtypes=FLOAT_DTYPES, device=x.device)
+    check_tensor(op, "residual", residual, shape=x.shape, like=x, optional=True)
+    C = x.shape[-1:]
+    check_tensor(op, "weight", weight, shape=C, dtypes=FLOAT_DTYPES, like=x)
+    check_tensor(op, "bias", bias, shape=C, dtypes=FLOAT_DTYPES, like=x, optional=True)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
