@@ -15,16 +15,12 @@ from fastgpt_kernels.host import on_device
 if TYPE_CHECKING:
     from fastgpt_kernels.ops.adamw.op import AdamWTensors
 
-TL_DTYPE = {
-    torch.float32: tl.float32,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-}
+TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit
 def _one_minus_power(log_beta, step):
-    """1 - beta^step, by a series where the difference would cancel (1 - 0.999 leaves 13 bits)."""
+    """1 - beta^step, by a series if the difference would cancel (1 - 0.999 leaves 13 bits)."""
     x = step * log_beta
     terms = 1 + x / 6 * (1 + x / 7 * (1 + x / 8))
     series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * terms))))
@@ -37,15 +33,13 @@ def adamw_kernel(
     sizes_ptr,  # (N,) int64, elements
     decays_ptr,  # (N,) fp32, weight decay
     blocks_ptr,  # (programs, 2) int32: which tensor, which block of it
-    step_ptr,  # fp32, t
-    lr_ptr,  # fp32
-    grad_scale_ptr,  # fp32 or None
-    found_inf_ptr,  # fp32 or None: not 0 calls the update off
+    step_ptr, lr_ptr,  # fp32; the step is t
+    grad_scale_ptr, found_inf_ptr,  # fp32 or None; found_inf, if not 0, calls the update off
     n_tensors, log_beta1, log_beta2,
     rest_beta1,  # 1 - beta1, rounded once
     beta2, rest_beta2, eps,
     GRAD_DTYPE: tl.constexpr,
-    COPY_DTYPE: tl.constexpr,  # None where no tensor has a copy
+    COPY_DTYPE: tl.constexpr,  # None if no tensor has a copy
     ALIGNED: tl.constexpr,  # every address is a multiple of 16
     BLOCK: tl.constexpr,
 ):  # fmt: skip

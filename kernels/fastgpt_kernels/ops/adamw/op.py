@@ -12,7 +12,7 @@
 
 and both read g once more for its norm, 4. So 8 to 12 bytes of 42 to 46 are saved, 19 to 26 %; at
 4.3 TB/s 0.23 to 0.35 ms a step of GPT-2 124M and 2.9 to 4.3 ms of 1558M (bytes over bandwidth, not
-measured). Gradients in bf16, where one micro-step is a step, save 2 more. All tensors go in one
+measured). Gradients in bf16, if a step has one micro-batch, save 2 more. All tensors go in one
 launch: a table of their addresses lies on the device. Step count, learning rate and clip factor are
 device tensors, so that a CUDA graph replays it as it is.
 """
@@ -85,7 +85,7 @@ class AdamWTensors:
     def _check(
         self, name: str, tensors: Sequence[Tensor | None], dtypes: tuple[torch.dtype, ...]
     ) -> torch.dtype | None:
-        """The dtype of `tensors`, all of one; None where there are none."""
+        """The dtype of `tensors`, all of one; None if there are none."""
         if len(tensors) != len(self.params):
             raise ValueError(
                 f"adamw: {name} must be {len(self.params)} tensors, got {len(tensors)}"
@@ -133,7 +133,7 @@ def adamw_step(
     step and lr are fp32 tensors of one element on the device of the parameters, so that a captured
     CUDA graph counts and follows a schedule. `grad_scale`, the like, multiplies the gradients (the
     clip factor over the loss scale); the gradients themselves are not changed. `found_inf`, the
-    like, calls the step off where it is not 0, the count too, without the host knowing.
+    like, calls off the step and its count if it is not 0, without the host knowing.
     """
     scalars = {"step": step, "lr": lr, "grad_scale": grad_scale, "found_inf": found_inf}
     for name, t in scalars.items():

@@ -6,7 +6,7 @@ the dropout mask over its keep rate (1 without dropout), per head (Dao et al. 20
     dv = (Z * P)^T dO          dP = Z * (dO v^T)        delta = rowsum(dO * y) = rowsum(P * dP)
     dS = P * (dP - delta)      dk = scale * dS^T q      dq = scale * dS k
 
-Five products of T x T x D against two in the forward pass: this is where attention's time is.
+Five products of T x T x D against two in the forward pass: most of attention's time.
 
 - `prepare` computes delta, one number a row, and zeroes the fp32 sum of dq.
 - `key_value` owns BLOCK_N keys of a head and walks the query rows. Scores are computed transposed
@@ -354,13 +354,11 @@ def launch_backward(
             **head, **rows.kwargs(),
         )  # fmt: skip
         grid = (triton.cdiv(T, config.blocks["BLOCK_N"]) * head_count,)
-        attention_key_value_kernel[grid](
-            *inputs, target, dqkv, *scalars, **flags, **config.kwargs()
-        )
+        key_value = attention_key_value_kernel[grid]
+        key_value(*inputs, target, dqkv, *scalars, **flags, **config.kwargs())
         if dq_sum is not None:
-            attention_finish_kernel[row_grid](
-                dq_sum, dqkv, scale, T, n_head, **head, **rows.kwargs()
-            )
+            finish = attention_finish_kernel[row_grid]
+            finish(dq_sum, dqkv, scale, T, n_head, **head, **rows.kwargs())
         else:
             config = query_config or pick("QUERY", qkv, head_dim, dropout)
             grid = (triton.cdiv(T, config.blocks["BLOCK_M"]) * head_count,)

@@ -7,14 +7,11 @@ For every batch entry and head, with q, k, v (T, D) its columns of qkv (B, T, 3*
 
 q of head h is at columns h*D, k at C + h*D, v at 2*C + h*D; y (B, T, C) has head h at h*D, and the
 gradient of qkv is one tensor laid out like qkv: nothing is transposed, split or concatenated around
-the op. How it works is told where it happens:
+the op. How it works is told in forward.py (online softmax, one program a tile of rows), backward.py
+(dk, dv and dq in one pass, or deterministically in two) and tiles.py (program order, tile loads,
+the dropout mask).
 
-    tiles      program order, tile loads, the dropout mask
-    forward    online softmax, one program a tile of rows
-    backward   dk, dv and dq in one pass, or deterministically in two
-    configs    tile sizes, warps and stages by architecture and head dim
-
-Head dims 32, 64, 80, 96, 128; 80 and 96 are worked on as 128 wide, with zeros that are not loaded.
+Head dims 80 and 96 are worked on as 128 wide, with zeros that are not loaded.
 The matrix products take the dtype of qkv and sum in fp32 (fp32 inputs: true fp32 products, no
 TF32); softmax, log-sum-exp and the dropout scale are fp32.
 """
@@ -69,20 +66,17 @@ if HAS_TRITON:
         return launch_forward(qkv, n_head, causal, dropout_p, seed, scale)
 
     _op = Op(
-        "attention",
-        _forward,
-        _shapes,
+        "attention", _forward, _shapes,
         saves=_save,
         backward=Op(
-            "attention_backward",
-            launch_backward,
+            "attention_backward", launch_backward,
             lambda grad_y, qkv, *_: qkv.new_empty(qkv.shape),
             # Five products, as torch counts; the deterministic kernels do seven.
             flops=lambda grad_shape, qkv_shape, *_, **__: _flops(qkv_shape, 5),
         ),
         gradients=(0,),
         flops=lambda qkv_shape, *_, **__: _flops(qkv_shape, 2),
-    )
+    )  # fmt: skip
 
 
 def attention(

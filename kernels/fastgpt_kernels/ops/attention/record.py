@@ -12,6 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastgpt_kernels.ops.attention.op import HEAD_DIMS, attention
 from fastgpt_kernels.record import Case, Random, Record, Sizes, Work
 
+KERNELS = ("forward", "prepare", "key_value", "query", "finish")
+
 
 def eager(
     qkv: Tensor,
@@ -65,10 +67,7 @@ RECORDS = {
         },
         _case,
         _work,
-        kernels=tuple(
-            f"attention_{part}_kernel"
-            for part in ("forward", "prepare", "key_value", "query", "finish")
-        ),
+        kernels=tuple(f"attention_{kernel}_kernel" for kernel in KERNELS),
         part="attention",
         limits=_limits,
     )

@@ -6,14 +6,13 @@
     norm is a layer norm over K or nothing, act is GELU (tanh or erf) or nothing
 
 One new token makes every matmul of a model a matrix-vector product: each weight is read once and
-used B times, so that the time is that of reading weights. Launches are the rest of it, so norm,
-bias, GELU and residual ride along, and a layer takes four of these and one decode_attention.
+used B times, so that the time is that of reading weights and of launches. That is why norm, bias,
+GELU and residual are in the same launch: a layer takes four of these and one decode_attention.
 
 A program makes BLOCK_N outputs: it walks K in steps of BLOCK_K, weights [BLOCK_N, BLOCK_K] times x
-[B, BLOCK_K] summed up in fp32 by plain multiply-adds; tensor cores would idle. Rows of weight are
-contiguous, so every load is a full line. With a norm each program takes the statistics of the B
-rows for itself: x is a few kilobytes that all programs share in the L2, and a launch is saved. What
-that is worth on a GPU, `python -m bench generate` shows.
+[B, BLOCK_K] summed up in fp32 by plain multiply-adds, since so few rows leave tensor cores idle.
+With a norm each program computes the statistics of the B rows for itself: x is a few kilobytes that
+all programs share in the L2, and a launch is saved. `python -m bench generate` measures it.
 """
 
 from __future__ import annotations
@@ -37,11 +36,10 @@ ACTIVATIONS = ("none", "tanh", "erf")
 if HAS_TRITON:
     from fastgpt_kernels.ops.decode.kernels import launch_linear
 
-    _op = Op(
-        "decode_linear",
-        launch_linear,
-        lambda x, weight, *_: x.new_empty((x.shape[0], weight.shape[0])),
-    )
+    def _shape(x, weight, *_):
+        return x.new_empty((x.shape[0], weight.shape[0]))
+
+    _op = Op("decode_linear", launch_linear, _shape)
 
 
 def decode_linear(

@@ -1,7 +1,7 @@
 """The kernels of bias_gelu; the formulas are in op.py.
 
-dbias, the sum of dx over the rows, is kept in registers by the programs that compute dx, which loop
-over the rows of their columns, see `partials`.
+The programs of the backward pass loop over the rows of their columns and add up dbias, the sum of
+dx over the rows, in registers (see `partials`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def gate_and_slope(z, TANH: tl.constexpr):
     """(gate, dy/dz) of y = z * gate."""
     if TANH:
         # t = exp(-|2u|) as a power of two: the constants are 2 sqrt(2/pi) log2(e), and the same
-        # times 0.044715. t is at most 1, and 1 - s is known to full precision: t r where s is r.
+        # times 0.044715. t is at most 1, so that 1 - s is exact too: t r if s is r.
         square = z * z
         t = tl.exp2(-tl.abs(z) * (2.302208198 + 0.102943240 * square))
         r = 1.0 / (1.0 + t)
@@ -131,9 +131,8 @@ def launch_forward(
     ROWS, BLOCK_C = _tile(config, C)
     with on_device(x):
         bias_gelu_forward_kernel[(triton.cdiv(M, ROWS) * triton.cdiv(C, BLOCK_C),)](
-            rows, None if bias is None else bias.contiguous(), y, rows.stride(0), M, C, ROWS,
-            BLOCK_C, tanh,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            rows, None if bias is None else bias.contiguous(), y, rows.stride(0), M,
+            C, ROWS, BLOCK_C, tanh, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return y
 

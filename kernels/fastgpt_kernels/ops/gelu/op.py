@@ -10,9 +10,8 @@ derivatives are
     none   Phi(z) + z phi(z)                         phi(z) = exp(-z^2 / 2) / sqrt(2 pi)
     tanh   s + z s (1 - s) 2u'                       s = sigmoid(2u), u' = du/dz
 
-x, y (..., C) in one dtype, bias (C,) in any; the arithmetic is fp32.
-Bytes an element, 2-byte dtype: forward 4, backward 6; dbias has no pass of its own. The kernels and
-their launchers are in kernels.py.
+The arithmetic is fp32. Bytes an element, 2-byte dtype: forward 4, backward 6; dbias has no pass of
+its own.
 """
 
 from __future__ import annotations
@@ -41,12 +40,11 @@ if HAS_TRITON:
             "bias_gelu_backward",
             launch_backward,
             lambda dy, x, bias, tanh: (
-                x.new_empty(x.shape),
-                None if bias is None else bias.new_empty(bias.shape),
+                x.new_empty(x.shape), None if bias is None else bias.new_empty(bias.shape)
             ),
         ),
         gradients=(0, 1),
-    )
+    )  # fmt: skip
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Tensor:

@@ -60,10 +60,8 @@ def cross_entropy_kernel(
     losses_ptr,  # (M,) fp32, or None
     gradient_ptr,  # (M, V), rows `gradient_stride` apart, may be logits_ptr; or None
     scale_ptr,  # fp32 per row, `scale_stride` apart; with COUNT one int64, the divisor; or None
-    n_cols,  # V
-    vocab_size, stride, gradient_stride, scale_stride, ignore_index,
-    BLOCK: tl.constexpr,  # columns of a tile
-    TILES: tl.constexpr,  # tiles in registers at a time
+    n_cols, vocab_size, stride, gradient_stride, scale_stride, ignore_index,  # n_cols: V
+    BLOCK: tl.constexpr, TILES: tl.constexpr,  # columns of a tile, tiles in registers at a time
     STEPS: tl.constexpr,  # times TILES to cover a row; 1: the row stays in registers
     COUNT: tl.constexpr,
 ):  # fmt: skip
@@ -127,11 +125,9 @@ def cross_entropy_kernel(
 
 @triton.jit
 def cross_entropy_scale_kernel(
-    x_ptr,  # rows `stride` apart
-    out_ptr,  # likewise, may be x_ptr
+    x_ptr, out_ptr,  # rows `stride` apart; may be the same
     scale_ptr,  # one fp32
-    n_cols, stride,
-    BLOCK: tl.constexpr, STEPS: tl.constexpr, IN_PLACE: tl.constexpr,
+    n_cols, stride, BLOCK: tl.constexpr, STEPS: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
     scale = tl.load(scale_ptr)
     if (not IN_PLACE) or scale != 1.0:  # known to the GPU only: 1 in a plain `loss.backward()`
@@ -157,7 +153,8 @@ def launch_cross_entropy(
     n_rows, n_cols = logits.shape
     if n_rows == 0:
         return
-    config = config or config_for(logits)
+    key = n_cols * logits.element_size() // 2  # the table counts in 2-byte elements
+    config = config or lookup(CROSS_ENTROPY, arch_of(logits), key)
     block, tiles = tiling(config, n_cols, logits.element_size())
     count = scale is not None and scale.dtype == torch.int64
     with on_device(logits):
@@ -171,10 +168,10 @@ def launch_cross_entropy(
 
 
 def launch_scale(x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-    """out = x * scale, one fp32 number; nothing is read where `out` is `x` and the number is 1.
+    """out = x * scale, one fp32 number; nothing is read if `out` is `x` and the number is 1.
 
-    Unlike `torch.mul`, which first rounds a 0-dim factor to the dtype of x. x and out (M, N) are of
-    the same strides.
+    `torch.mul` would first round a 0-dim factor to the dtype of x. x and out (M, N) have the same
+    strides.
     """
     n_rows, n_cols, stride = *x.shape, x.stride(0)
     if x.numel() == 0:
@@ -190,11 +187,7 @@ def launch_scale(x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def config_for(logits: Tensor) -> Config:
-    return lookup(CROSS_ENTROPY, arch_of(logits), logits.shape[1] * logits.element_size() // 2)
-
-
 def tiling(config: Config, n_cols: int, element_size: int) -> tuple[int, int]:
-    """(BLOCK, TILES) for rows of `n_cols`. The table counts in 2-byte elements."""
+    """(BLOCK, TILES) for rows of `n_cols`; BLOCK is in 2-byte elements in the config."""
     block = config.blocks["BLOCK"] * 2 // element_size
     return block, min(config.blocks["TILES"], triton.cdiv(n_cols, block))

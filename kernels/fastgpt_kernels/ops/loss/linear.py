@@ -15,7 +15,7 @@ Work is 6 M V C FLOPs (8 M V C for "none", 2 without gradients). With b bytes an
 moved is 5 M V b (logits written, read, dz written, read twice), and for n chunks 8 (n - 1) V C to
 sum dW in memory and 2 n reads of W. So chunks want to be long: as long as 2 GiB of logits allow and
 never below 4,096 rows. 65,536 rows of 50,304 bf16 logits make 4 chunks of 16,384, 1.65 GB each; at
-C = 768 the sums of dW then add 3 % to the bytes, where chunks of 512 rows would double them.
+C = 768 the sums of dW then add 3 % to the bytes; with chunks of 512 rows they would double them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fastgpt_kernels.host import (
 from fastgpt_kernels.ops.loss.cross_entropy import check_arguments, check_targets
 from fastgpt_kernels.register import Op, call_directly
 
-CHUNK_BYTES = 2 << 30  # of logits, where that is MIN_CHUNK_ROWS or more
+CHUNK_BYTES = 2 << 30  # of logits, if that is MIN_CHUNK_ROWS or more
 MIN_CHUNK_ROWS = 4096
 PITCH = 64  # rows of the chunk start at multiples of this many elements: aligned for any V
 

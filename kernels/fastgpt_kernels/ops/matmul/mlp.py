@@ -6,8 +6,8 @@
 
 x, y, z, a in 16 bits; weights and biases fp32 (rounded on the way in) or the same. With H hidden
 features a GELU of its own moves 4 H bytes a token forward and 6 H backward beyond the products,
-here it is 2 H and 2 H: z written, z read. The products' epilogues take longer for that; whether it
-pays is for `python -m bench gemms` to say. The kernel is in kernels.py.
+here it is 2 H and 2 H: z written, z read. The products' epilogues take longer instead: `python -m
+bench gemms` compares.
 """
 
 from __future__ import annotations
@@ -86,19 +86,15 @@ if HAS_TRITON:
     from fastgpt_kernels.ops.matmul.kernels import launch_matmul
 
     _op = Op(
-        "mlp",
-        _forward,
-        _shapes,
+        "mlp", _forward, _shapes,
         saves=_save,
         backward=Op(
-            "mlp_backward",
-            _backward,
-            _gradient_shapes,
+            "mlp_backward", _backward, _gradient_shapes,
             flops=lambda dy, x, z, a, fc, proj, *_, **__: _flops(x, fc, proj, 2),
         ),
         gradients=(0, 1, 2, 3, 4),
         flops=lambda x, fc, fc_bias, proj, *_, **__: _flops(x, fc, proj, 1),
-    )
+    )  # fmt: skip
 
 
 def mlp(

@@ -63,18 +63,12 @@ def tunables(arch: str) -> Iterator[Tunable]:
     candidates = [
         configs.matmul(m, n, 64, warps, stages, per_sm, halves)
         for m, n, warps, stages, per_sm in (
-            (128, 256, 8, 3, 1),
-            (128, 256, 8, 4, 1),
-            (256, 128, 8, 3, 1),
-            (256, 128, 8, 4, 1),
-            (128, 128, 4, 3, 2),
-            (128, 128, 4, 2, 2),
-            (128, 128, 8, 3, 2),
-            (128, 128, 8, 4, 1),
+            (128, 256, 8, 3, 1), (128, 256, 8, 4, 1), (256, 128, 8, 3, 1), (256, 128, 8, 4, 1),
+            (128, 128, 4, 3, 2), (128, 128, 4, 2, 2), (128, 128, 8, 3, 2), (128, 128, 8, 4, 1),
             (64, 256, 4, 3, 2),
         )
         for halves in (1, 2)
-    ]
+    ]  # fmt: skip
     for table, backward in (("MATMUL", False), ("MATMUL_REDUCE", True)):
         for key in entries(getattr(configs, table), arch):
             yield tunable(

@@ -1,7 +1,7 @@
 """The kernels of layer_norm and add_layer_norm; the formulas are in op.py.
 
-A row stays in registers while its statistics are computed, so every tensor is read once. The
-backward's programs loop over the rows with dweight and dbias in registers, see `partials`.
+A row stays in registers while its statistics are computed, so that every tensor is read once. The
+backward's programs loop over the rows with dweight and dbias in registers (see `partials`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastgpt_kernels.partials import add_partials, sum_partials
 
 @triton.jit
 def _load_rows(ptr, stride, rows, columns, mask):
-    """A tile of rows in fp32, zeros where masked; int64 offsets, for tensors past 2^31 elements."""
+    """A tile of rows in fp32, 0 if masked; offsets are int64, for over 2^31 elements."""
     offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
     return tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
 
@@ -34,15 +34,13 @@ def _load_rows(ptr, stride, rows, columns, mask):
 def layer_norm_forward_kernel(
     x_ptr,  # (M, C), rows x_stride apart
     residual_ptr,  # (M, C), rows residual_stride apart, or None
-    weight_ptr,  # (C,)
-    bias_ptr,  # (C,) or None
+    weight_ptr, bias_ptr,  # (C,), the bias or None
     y_ptr,  # (M, C) contiguous
     sum_ptr,  # (M, C) contiguous: x + residual; None without residual
     stats_ptr,  # (2, M) fp32: mean, rstd
     x_stride, residual_stride, M, eps,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,  # C rounded up to a power of two
-    ROWS: tl.constexpr,  # rows of one program
+    C: tl.constexpr, BLOCK_C: tl.constexpr,  # BLOCK_C: C rounded up to a power of two
+    ROWS: tl.constexpr,  # of one program
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_C)
@@ -83,10 +81,8 @@ def layer_norm_backward_kernel(
     dx_ptr,  # (M, C) contiguous
     partials_ptr,  # (1 or 2, programs, C) fp32: dweight, then dbias
     dy_stride, d_sum_stride, s_stride, M,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,  # C rounded up to a power of two
-    ROWS: tl.constexpr,  # rows of one step of the loop
-    HAS_BIAS: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr,  # BLOCK_C: C rounded up to a power of two
+    ROWS: tl.constexpr, HAS_BIAS: tl.constexpr,  # ROWS: of one step of the loop
     STAGES: tl.constexpr,  # above 1: the loop's loads are copied ahead through shared memory
 ):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)

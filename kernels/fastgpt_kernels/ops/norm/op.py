@@ -10,7 +10,6 @@ With xhat = (s - mean) * rstd and g = dy * weight the gradients are
     dweight = sum over rows of dy * xhat, dbias = sum over rows of dy
 
 Bytes an element, 2-byte dtype: forward 4, with the addition 8; backward 6, with the addition 8.
-Every tensor is read once; the kernels and their launchers are in kernels.py.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from fastgpt_kernels import reference
 from fastgpt_kernels.host import FLOAT_DTYPES, HAS_TRITON, check_tensor, use_kernel
 from fastgpt_kernels.register import Op
 
-MAX_WIDTH = 8192  # a row, and in the backward its share of dweight and dbias, live in registers
+MAX_WIDTH = 8192  # a row, and in the backward pass dweight and dbias, have to fit in registers
 
 
 def _shapes(x, residual, *_):
@@ -45,14 +44,12 @@ if HAS_TRITON:
     from fastgpt_kernels.ops.norm.kernels import launch_backward, launch_forward
 
     _op = Op(
-        "layer_norm",
-        launch_forward,
-        _shapes,
+        "layer_norm", launch_forward, _shapes,
         public=2,
         saves=_save,
         backward=Op("layer_norm_backward", launch_backward, _gradient_shapes),
         gradients=(0, 0, 1, 2),  # x and residual get the same tensor
-    )
+    )  # fmt: skip
 
 
 def _check(
@@ -74,7 +71,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
 
     y has x's shape and dtype (bf16, fp16, fp32), contiguous; statistics are fp32. weight and bias
     may be in another dtype than x, such as fp32 masters; their gradients come in their own dtype.
-    C from 1 to 8192. Raises TypeError or ValueError for arguments that do not fit.
+    C is 1 to 8192. Raises TypeError or ValueError for arguments that do not fit.
     """
     _check("layer_norm", x, None, weight, bias)
     if not use_kernel(x):
@@ -87,9 +84,9 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """(y, residual_out): residual_out = x + residual, y = layer_norm(residual_out), in one pass.
 
-    x and residual (..., C) in the same dtype, which both results have. The backward pass adds the
-    gradients that arrive through y and residual_out in one kernel; x and residual get the same
-    tensor. Everything else as in `layer_norm`.
+    x and residual (..., C) are of one dtype, which both results have. The backward pass adds the
+    gradients of y and residual_out in the same kernel; x and residual get the same tensor as their
+    gradient. All else is as in `layer_norm`.
     """
     check_tensor("add_layer_norm", "residual", residual)
     _check("add_layer_norm", x, residual, weight, bias)

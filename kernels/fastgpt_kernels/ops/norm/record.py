@@ -21,7 +21,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """residual_out = x + residual; (layer_norm(residual_out), residual_out)."""
+    """(layer_norm(residual_out), residual_out) of residual_out = x + residual."""
     residual_out = x + residual
     return layer_norm(residual_out, weight, bias, eps), residual_out
 
