@@ -1,4 +1,4 @@
-"""What every launcher needs on the host: who runs the op, argument errors, the architecture's name.
+"""What every launcher needs on the host: what runs the op, argument errors, architecture names.
 
 Argument errors read `attention: n_head must divide C=770, got 12`: op, argument, wanted, got.
 """
@@ -36,12 +36,12 @@ def arch(device_index: int) -> str:
 
 
 def arch_of(x: torch.Tensor) -> str:
-    """Architecture key for the device of `x`; the interpreter counts as "cpu"."""
+    """Architecture key for the device of `x`; "cpu" for the interpreter."""
     return arch(x.device.index) if x.is_cuda else "cpu"
 
 
 def on_device(x: torch.Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device: make it the one `x` is on."""
+    """Makes the device of `x` the current one, which is where Triton launches."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return nullcontext()
@@ -53,7 +53,7 @@ def _multiprocessors(device_index: int) -> int:
 
 
 def multiprocessors(x: torch.Tensor) -> int:
-    """SMs (CUs) of the device of `x`; the interpreter counts as 2, so that programs do loop."""
+    """SMs (CUs) of the device of `x`; 2 for the interpreter, so that programs loop there too."""
     return _multiprocessors(x.device.index) if x.is_cuda else 2
 
 

@@ -65,10 +65,8 @@ RECORDS = {
             "cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
             "flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION),
         },
-        _case,
-        _work,
+        _case, _work,
         kernels=tuple(f"attention_{kernel}_kernel" for kernel in KERNELS),
-        part="attention",
-        limits=_limits,
+        part="attention", limits=_limits,
     )
-}
+}  # fmt: skip

@@ -16,7 +16,7 @@ from fastgpt_kernels.configs import Config, lookup
 from fastgpt_kernels.host import arch_of, on_device
 from fastgpt_kernels.ops.loss.configs import CROSS_ENTROPY
 
-# The rescaling kernel: programs few enough to be started in microseconds and find nothing to do.
+# The rescaling kernel: so few programs that a launch which finds nothing to do takes microseconds.
 SCALE_PROGRAMS, SCALE_BLOCK, SCALE_WARPS = 2048, 2048, 8
 
 

@@ -8,12 +8,12 @@ cuBLAS writes its logits into one buffer, the cross-entropy kernel turns them in
 cross_entropy.py), and two more products consume them, dW summing up in fp32. For "mean" and "sum"
 every s_i is the same number s, known only in the backward: the forward does all the work for s = 1
 and the backward multiplies dx and dW by s, which also keeps fp16 within its range. For "none" the
-s_i differ and dW cannot be mended afterwards: the forward computes losses only and the backward
+s_i differ and dW cannot be rescaled afterwards: the forward computes losses only and the backward
 computes the logits again, a fourth product.
 
 Work is 6 M V C FLOPs (8 M V C for "none", 2 without gradients). With b bytes an element, memory
 moved is 5 M V b (logits written, read, dz written, read twice), and for n chunks 8 (n - 1) V C to
-sum dW in memory and 2 n reads of W. So chunks want to be long: as long as 2 GiB of logits allow and
+sum dW in memory and 2 n reads of W. So chunks should be long: as long as 2 GiB of logits allow and
 never below 4,096 rows. 65,536 rows of 50,304 bf16 logits make 4 chunks of 16,384, 1.65 GB each; at
 C = 768 the sums of dW then add 3 % to the bytes; with chunks of 512 rows they would double them.
 """

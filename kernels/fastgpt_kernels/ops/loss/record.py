@@ -27,22 +27,22 @@ def eager(
     return reference.cross_entropy(logits, targets, ignore_index, reduction)
 
 
-def _targets(s: Sizes, device: torch.device) -> dict[str, object]:
+def _with_targets(s: Sizes, *inputs: Tensor) -> Case:
     """Random classes, with one row that does not count."""
     generator = torch.Generator().manual_seed(1)
     targets = torch.randint(s.vocab_size, (s.tokens,), generator=generator)
     targets[s.tokens // 2] = -1
-    return {"targets": targets.to(device), "vocab_size": s.vocab_size}
+    arguments = {"targets": targets.to(inputs[0].device), "vocab_size": s.vocab_size}
+    return Case([*inputs], arguments)
 
 
 def _case(s: Sizes, random: Random) -> Case:
     x, weight = random(s.tokens, s.n_embd), random(s.padded_vocab_size, s.n_embd) * 0.1
-    return Case([x, weight], _targets(s, x.device))
+    return _with_targets(s, x, weight)
 
 
 def _cross_entropy_case(s: Sizes, random: Random) -> Case:
-    logits = random(s.tokens, s.padded_vocab_size)
-    return Case([logits], _targets(s, logits.device))
+    return _with_targets(s, random(s.tokens, s.padded_vocab_size))
 
 
 def _work(s: Sizes, itemsize: int) -> dict[str, Work]:
@@ -57,21 +57,12 @@ def _cross_entropy_work(s: Sizes, itemsize: int) -> dict[str, Work]:
 
 RECORDS = {
     "linear_cross_entropy": Record(
-        "linear_cross_entropy",
-        {"eager": eager, "triton": linear_cross_entropy},
-        _case,
-        _work,
-        kernels=KERNELS,
-        part="head",
-        item="cross entropy",
+        "linear_cross_entropy", {"eager": eager, "triton": linear_cross_entropy}, _case, _work,
+        kernels=KERNELS, part="head", item="cross entropy",
     ),
     "cross_entropy": Record(
-        "cross_entropy",
-        {"eager": reference.cross_entropy, "triton": cross_entropy},
-        _cross_entropy_case,
-        _cross_entropy_work,
-        kernels=KERNELS,
-        part="head",
-        item="cross entropy",
+        "cross_entropy", {"eager": reference.cross_entropy, "triton": cross_entropy},
+        _cross_entropy_case, _cross_entropy_work,
+        kernels=KERNELS, part="head", item="cross entropy",
     ),
-}
+}  # fmt: skip

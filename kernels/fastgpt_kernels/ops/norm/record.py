@@ -42,15 +42,10 @@ def _record(name: str, streams: int, tensors: tuple[int, int]) -> Record:
         return {"forward": Work(0, tensors[0] * moved), "backward": Work(0, tensors[1] * moved)}
 
     return Record(
-        name,
-        {"eager": globals()[name], "triton": getattr(op, name)},
-        case,
-        work,
+        name, {"eager": globals()[name], "triton": getattr(op, name)}, case, work,
         kernels=tuple(f"layer_norm_{kernel}_kernel" for kernel in ("forward", "backward", "sum")),
-        part="memory",
-        item="norms",
-        limits=_limits,
-    )
+        part="memory", item="norms", limits=_limits,
+    )  # fmt: skip
 
 
 RECORDS = {
