@@ -116,17 +116,15 @@ def tunable(
 
     def run(given: tuple[Any, ...], config: Config) -> tuple[Tensor, ...]:
         leaves, options, outs, dys = given
-        before = tables.get(arch)
+        before = dict(tables)
         tables[arch] = {**entries(tables, arch), key: config}
         try:
             if backward:
                 return torch.autograd.grad(outs, leaves, dys, retain_graph=True)
             return _tuple(op.ours(*leaves, **options))
         finally:
-            if before is None:
-                del tables[arch]
-            else:
-                tables[arch] = before
+            tables.clear()
+            tables.update(before)
 
     def exact(given: tuple[Any, ...]) -> tuple[Tensor, ...]:
         leaves, options, _, dys = given

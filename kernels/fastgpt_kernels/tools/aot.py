@@ -169,8 +169,7 @@ def inspect_all(
         for index, spec in enumerate(_specs(module, arch))
     ]
     names = [(arch, name) for _, arch, _, name in tasks]
-    if len(set(names)) != len(names):
-        twice = sorted({n for n in names if names.count(n) > 1})
+    if twice := sorted({n for n in names if names.count(n) > 1}):
         raise ValueError(f"specs with the same name: {twice}")
     here = threading.local()  # a worker process a thread
     workers: list[Worker] = []
@@ -194,7 +193,7 @@ def inspect_all(
 
 def table(usages: Sequence[Usage]) -> str:
     """The usages as text, one row a kernel."""
-    width = max([len(usage.name) for usage in usages] + [len("kernel")])
+    width = max(len(name) for name in ["kernel", *(usage.name for usage in usages)])
     lines = [f"{'kernel':{width}}  arch    regs  shared spills ld/st     s"]
     for u in usages:
         lines.append(
@@ -215,15 +214,14 @@ def compare(usages: Sequence[Usage], baseline: dict[str, Any] | None) -> list[Us
         return list(usages)
     judged = []
     for usage in usages:
-        known = baseline.get(usage.arch, {}).get(usage.name)
-        problem = usage.problem
-        if not problem and known is None:
+        known, problem = baseline.get(usage.arch, {}).get(usage.name), ""
+        if known is None:
             problem = "not in the baseline"
-        elif not problem and usage.registers > known[0] + REGISTER_TOLERANCE:
+        elif usage.registers > known[0] + REGISTER_TOLERANCE:
             problem = f"{known[0]} registers in the baseline"
-        elif not problem and usage.shared > known[1] + SHARED_TOLERANCE:
+        elif usage.shared > known[1] + SHARED_TOLERANCE:
             problem = f"{known[1]} bytes of shared memory in the baseline"
-        judged.append(replace(usage, problem=problem))
+        judged.append(replace(usage, problem=usage.problem or problem))
     return judged
 
 

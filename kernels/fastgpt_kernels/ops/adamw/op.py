@@ -130,10 +130,10 @@ def adamw_step(
 ) -> None:
     """One step of AdamW, in place: params, both averages, the copies, and `step` by one.
 
-    step and lr are fp32 tensors of one element on the device of the parameters, so that a captured
-    CUDA graph counts and follows a schedule. `grad_scale`, the like, multiplies the gradients (the
-    clip factor over the loss scale); the gradients themselves are not changed. `found_inf`, the
-    like, calls off the step and its count if it is not 0, without the host knowing.
+    step, lr, grad_scale and found_inf are fp32 tensors of one element on the device of the
+    parameters, so that a captured CUDA graph counts and follows a schedule. The gradients count
+    times `grad_scale` (the clip factor over the loss scale), and are not changed themselves. If
+    `found_inf` is not 0, neither the step nor its count happens; the host does not learn of it.
     """
     scalars = {"step": step, "lr": lr, "grad_scale": grad_scale, "found_inf": found_inf}
     for name, t in scalars.items():

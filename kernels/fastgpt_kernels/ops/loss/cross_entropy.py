@@ -119,8 +119,7 @@ if HAS_TRITON:
             "cross_entropy_backward", _gradient,
             lambda dlosses, logits, *_: logits.new_empty(logits.shape),
         ),
-        gradients=(0,),
-        direct=_GradientInBackward,
+        gradients=(0,), direct=_GradientInBackward,
     )  # fmt: skip
 
 

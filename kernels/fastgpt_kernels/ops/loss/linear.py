@@ -175,36 +175,30 @@ if HAS_TRITON:
     from fastgpt_kernels.ops.loss.kernels import launch_cross_entropy, launch_scale
 
     _total = Op(
-        "linear_cross_entropy",
-        _with_gradients,
+        "linear_cross_entropy", _with_gradients,
         lambda x, weight, targets, ignore, vocab, chunk, mean, need_dx, need_dw: (
             x.new_empty((), dtype=torch.float32),
             *_shapes(x, weight, need_dx, need_dw, torch.float32),
             x.new_empty(() if mean else (0,), dtype=torch.float32),
         ),
         saves=lambda inputs, results: (results[1:], (inputs[1].dtype, inputs[6])),
-        backward=_scaled,
-        gradients=(0, 1),
-        needs=True,
+        backward=_scaled, gradients=(0, 1), needs=True,
         flops=lambda x, w, *rest, **_: _flops(x, w, 1 + rest[5] + rest[6]),
-    )
+    )  # fmt: skip
     _rows = Op(
-        "linear_cross_entropy_rows",
-        _row_losses,
+        "linear_cross_entropy_rows", _row_losses,
         lambda x, *_: x.new_empty(x.shape[0], dtype=torch.float32),
         saves=lambda inputs, losses: (inputs[:3], inputs[3:]),
         backward=Op(
-            "linear_cross_entropy_rows_backward",
-            _row_gradients,
+            "linear_cross_entropy_rows_backward", _row_gradients,
             lambda dlosses, x, weight, targets, ignore, vocab, chunk, needs: _shapes(
                 x, weight, needs[0], needs[1], weight.dtype
             ),
             flops=lambda dlosses, x, w, *rest, **_: _flops(x, w, 1 + sum(rest[4])),
         ),
-        gradients=(0, 1),
-        needs=True,
+        gradients=(0, 1), needs=True,
         flops=lambda x, w, *_, **__: _flops(x, w, 1),
-    )
+    )  # fmt: skip
 
 
 def linear_cross_entropy(

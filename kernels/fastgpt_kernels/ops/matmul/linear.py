@@ -122,8 +122,7 @@ if HAS_TRITON:
             "linear_backward", _backward, _gradient_shapes,
             flops=lambda dy, x, w, *rest, **_: _flops(x, w, rest[2][0] + any(rest[2][1:])),
         ),
-        gradients=(0, 1, 2),
-        needs=True,
+        gradients=(0, 1, 2), needs=True,
         flops=lambda x, w, *_, **__: _flops(x, w, 1),
     )  # fmt: skip
 

@@ -6,8 +6,8 @@
 
 x, y, z, a in 16 bits; weights and biases fp32 (rounded on the way in) or the same. With H hidden
 features a GELU of its own moves 4 H bytes a token forward and 6 H backward beyond the products,
-here it is 2 H and 2 H: z written, z read. The products' epilogues take longer instead: `python -m
-bench gemms` compares.
+here it is 2 H and 2 H: z written, z read. The products' epilogues take longer instead;
+`python -m bench gemms` compares the two.
 """
 
 from __future__ import annotations

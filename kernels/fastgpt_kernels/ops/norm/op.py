@@ -45,8 +45,7 @@ if HAS_TRITON:
 
     _op = Op(
         "layer_norm", launch_forward, _shapes,
-        public=2,
-        saves=_save,
+        public=2, saves=_save,
         backward=Op("layer_norm_backward", launch_backward, _gradient_shapes),
         gradients=(0, 0, 1, 2),  # x and residual get the same tensor
     )  # fmt: skip
