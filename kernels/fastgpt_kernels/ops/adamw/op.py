@@ -92,12 +92,12 @@ class AdamWTensors:
             )
         dtype = None
         for i, (p, t) in enumerate(zip(self.params, tensors, strict=True)):
-            if t is None and name == "copies":
+            check_tensor(
+                "adamw", f"{name}[{i}]", t, shape=p.shape, like=self.params[0],
+                dtypes=dtypes if dtype is None else (dtype,), optional=name == "copies",
+            )  # fmt: skip
+            if t is None:
                 continue
-            wanted = dtypes if dtype is None else (dtype,)
-            like = self.params[0]
-            check_tensor("adamw", f"{name}[{i}]", t, shape=p.shape, dtypes=wanted, like=like)
-            assert t is not None
             if not t.is_contiguous():
                 raise ValueError(f"adamw: {name}[{i}] must be contiguous, got strides {t.stride()}")
             dtype = t.dtype
