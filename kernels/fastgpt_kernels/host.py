@@ -1,4 +1,4 @@
-"""What every launcher needs on the host: who runs the op, argument errors, the architecture's name.
+"""What every launcher needs on the host: what runs the op, argument errors, architecture names.
 
 Argument errors read `attention: n_head must divide C=770, got 12`: op, argument, wanted, got.
 """
@@ -36,12 +36,12 @@ def arch(device_index: int) -> str:
 
 
 def arch_of(x: torch.Tensor) -> str:
-    """Architecture key for the device of `x`; the interpreter counts as "cpu"."""
+    """Architecture key for the device of `x`; "cpu" for the interpreter."""
     return arch(x.device.index) if x.is_cuda else "cpu"
 
 
 def on_device(x: torch.Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device: make it the one `x` is on."""
+    """Makes the device of `x` the current one, which is where Triton launches."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return nullcontext()
@@ -53,12 +53,12 @@ def _multiprocessors(device_index: int) -> int:
 
 
 def multiprocessors(x: torch.Tensor) -> int:
-    """SMs (CUs) of the device of `x`; the interpreter counts as 2, so that programs do loop."""
+    """SMs (CUs) of the device of `x`; 2 for the interpreter, so that programs loop there too."""
     return _multiprocessors(x.device.index) if x.is_cuda else 2
 
 
 def row_view(x: torch.Tensor) -> torch.Tensor:
-    """`x` (..., C) as (M, C) with contiguous rows; copied only where strides leave no other way."""
+    """`x` (..., C) as (M, C) with contiguous rows; a copy only if its strides require one."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
@@ -71,12 +71,19 @@ def check_tensor(
     ndim: int | None = None,
     shape: Sequence[int | None] | None = None,
     dtypes: Sequence[torch.dtype] | None = None,
-    device: torch.device | None = None,
+    like: torch.Tensor | None = None,
+    optional: bool = False,
 ) -> None:
     """Raise TypeError/ValueError naming op, argument, what it got and what it wants.
 
-    `shape` entries of None match any size. Nothing is checked where the argument is None here.
+    ndim      how many dimensions it has
+    shape     entries of None match any size
+    dtypes    those that it may have; without them that of `like`
+    like      a tensor on the same device
+    optional  x may be None
     """
+    if x is None and optional:
+        return
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
     if ndim is not None and x.ndim != ndim:
@@ -87,19 +94,39 @@ def check_tensor(
     ):
         wanted = "(" + ", ".join("*" if s is None else str(s) for s in shape) + ")"
         raise ValueError(f"{op}: {name} must have shape {wanted}, got {tuple(x.shape)}")
+    if dtypes is None and like is not None:
+        dtypes = (like.dtype,)
     if dtypes is not None and x.dtype not in dtypes:
         wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(
             f"{op}: {name} must be of dtype {wanted}, got {str(x.dtype).removeprefix('torch.')}"
         )
-    if device is not None and x.device != device:
-        raise ValueError(f"{op}: {name} must be on {device}, got {x.device}")
+    if like is not None and x.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device}, got {x.device}")
+
+
+def check_int(
+    op: str, name: str, value: object, *, least: int | None = None, optional: bool = False
+) -> None:
+    """TypeError unless `value` is an int (None if optional), ValueError if it is below `least`."""
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if least is not None and value < least:
+        raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
+
+
+def check_approximate(op: str, approximate: str) -> None:
+    """ValueError unless `approximate` is a GELU of `torch.nn.functional.gelu`."""
+    if approximate not in ("tanh", "none"):
+        raise ValueError(f"{op}: approximate must be 'tanh' or 'none', got {approximate!r}")
 
 
 def refuse_interpreted_bf16(op: str, *tensors: torch.Tensor | None) -> None:
     """Raise TypeError for bfloat16 on the CPU: Triton's interpreter gets its bits wrong, silently.
 
-    Call it where the interpreter is about to run the kernel.
+    Call it when a kernel is about to run.
     """
     for t in tensors:
         if t is not None and t.dtype is torch.bfloat16 and not t.is_cuda:

@@ -23,13 +23,9 @@ NUM_WARPS = 4
 @triton.jit
 def add_partials(
     partials_ptr,  # (K, P, C) fp32
-    out0_ptr,  # (C,)
-    out1_ptr,  # (C,), unused where K is 1
-    P,
-    C,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    out0_ptr, out1_ptr,  # (C,); the second is not used if K is 1
+    P, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     k = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     base = partials_ptr + k.to(tl.int64) * P * C

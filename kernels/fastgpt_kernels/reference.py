@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float32, or float64 where any of the inputs is."""
+    """float32, or float64 if any of the inputs is."""
     dtype = torch.float32
     for t in tensors:
         if t is not None:
@@ -248,7 +248,7 @@ def adamw_update(
     """What `adamw.adamw_step` does to its `AdamWTensors`, in place; `step` is t, counted already.
 
     torch.optim.AdamW's update (Loshchilov and Hutter, 2019) with the gradient times `grad_scale`,
-    a rounded copy of the parameter where it has one, and nothing at all where `found_inf` is not 0.
+    a rounded copy of the parameter if it has one, and nothing at all if `found_inf` is not 0.
     """
     if found_inf is not None and found_inf.item() != 0:
         return

@@ -49,15 +49,20 @@ class AotSpec:
         kernel: Any,
         config: Config,
         types: Mapping[str, str],
-        constexprs: Mapping[str, object],
+        flags: Mapping[str, object],
         *,
+        absent: Iterable[str] = (),
         aligned: Iterable[str] = (),
         expect_wgmma: bool = False,
     ) -> AotSpec:
         """The spec for the kernel's own arguments: those without a type are "i32".
 
-        All pointers are aligned, and of the other arguments those that `aligned` names.
+        constexprs are the config's tiles, `flags` (which replace tiles of the same name) and the
+        pointers that are `absent`. All pointers are aligned, and of the other arguments those that
+        `aligned` names. What is no argument of this kernel is left out of all but flags and absent.
         """
+        blocks = {n: size for n, size in config.blocks.items() if n in kernel.arg_names}
+        constexprs = {**blocks, **flags, **dict.fromkeys(absent)}
         arguments = [n for n in kernel.arg_names if n not in constexprs]
         signature = {n: types.get(n, "i32") for n in arguments}
         even = tuple(n for n, kind in signature.items() if kind[0] == "*" or n in aligned)
@@ -111,17 +116,15 @@ def tunable(
 
     def run(given: tuple[Any, ...], config: Config) -> tuple[Tensor, ...]:
         leaves, options, outs, dys = given
-        before = tables.get(arch)
+        before = dict(tables)
         tables[arch] = {**entries(tables, arch), key: config}
         try:
             if backward:
                 return torch.autograd.grad(outs, leaves, dys, retain_graph=True)
             return _tuple(op.ours(*leaves, **options))
         finally:
-            if before is None:
-                del tables[arch]
-            else:
-                tables[arch] = before
+            tables.clear()
+            tables.update(before)
 
     def exact(given: tuple[Any, ...]) -> tuple[Tensor, ...]:
         leaves, options, _, dys = given

@@ -413,4 +413,3 @@ def test_configs_fit_the_kernel(arch: str) -> None:
         threads = lanes * config.num_warps
         assert threads <= 1024, bound
         assert config.blocks["BLOCK"] % (threads * (4 if lanes == 64 else 8)) == 0, bound
-    assert kernels.config_for(torch.empty(1, 50304, dtype=torch.float16)) is not None

@@ -74,7 +74,7 @@ def test_row_view_copies_only_where_it_must(x: torch.Tensor, copied: bool) -> No
 
 
 def test_check_tensor_names_what_it_got_and_wants() -> None:
-    check_tensor("op", "x", X, ndim=2, shape=(None, 8), dtypes=(torch.float32,), device=X.device)
+    check_tensor("op", "x", X, ndim=2, shape=(None, 8), dtypes=(torch.float32,), like=X)
     with pytest.raises(ValueError, match=r"^op: x must have shape \(\*, 7\), got \(4, 8\)$"):
         check_tensor("op", "x", X, shape=(None, 7))
     with pytest.raises(ValueError, match=r"^op: x must have 3 dimensions, got shape \(4, 8\)$"):

@@ -126,6 +126,6 @@ def test_present_entries_agree_with_the_reference(device: torch.device) -> None:
     for module in spec_modules():
         for index, tunable in enumerate(importlib.import_module(module).tunables(arch)):
             present = configs.lookup(getattr(configs_of(module), tunable.table), arch, tunable.key)
-            problem = tune._check_task(str(device), module, arch, index, present)
+            problem = tune._task(str(device), module, arch, index, [present])
             assert not problem, f"{tunable.table} {tunable.key}: {problem}"
             tune._problem.cache_clear()

@@ -3,9 +3,9 @@
     python -m fastgpt_kernels.tools.aot [--arch sm_90 ...] [--op layer_norm ...] [--baseline FILE]
 
 prints registers a thread, shared memory, spilled bytes and the widest global access by kernel, and
-exits with 1 where a kernel spills, needs more shared memory than the device has, lacks the wgmma
+exits with 1 if a kernel spills, needs more shared memory than the device has, lacks the wgmma
 it should have, or does not compile in time. No GPU is needed: ptxas and cuobjdump come with Triton.
-With --baseline it also fails where a kernel uses markedly more than FILE says for this version of
+With --baseline it also fails if a kernel uses markedly more than FILE says for this version of
 Triton, or is not in FILE; --update then writes what was found to FILE.
 
 The kernels are what the rooms' `specs.py` list (`fastgpt_kernels.specs`).
@@ -52,7 +52,7 @@ SHARED_LIMIT = {
 
 @dataclass(frozen=True)
 class Usage:
-    """What one compiled kernel uses; `problem` is empty where all is well."""
+    """What one compiled kernel uses; `problem` is empty if all is well."""
 
     name: str
     arch: str
@@ -66,9 +66,8 @@ class Usage:
 
 def target(arch: str) -> GPUTarget:
     """Triton's target for "sm_90" or "gfx942"."""
-    if arch.startswith("sm_"):
-        return GPUTarget("cuda", int(arch[3:]), 32)
-    return GPUTarget("hip", arch, 64)
+    is_cuda = arch.startswith("sm_")
+    return GPUTarget("cuda", int(arch[3:]), 32) if is_cuda else GPUTarget("hip", arch, 64)
 
 
 def compile_spec(spec: AotSpec, arch: str) -> Any:
@@ -102,9 +101,8 @@ def _cuda_usage(compiled: Any) -> tuple[int, int, int, int]:
         ).stdout
     line = next(line for line in text.splitlines() if "REG:" in line)
     used = {key: int(n) for key, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
-    accesses = re.findall(
-        r"\b(?:ld|st)\.global\S*?(?:\.v(\d))?\.[bsuf](\d+)\b", compiled.asm["ptx"]
-    )
+    access = r"\b(?:ld|st)\.global\S*?(?:\.v(\d))?\.[bsuf](\d+)\b"
+    accesses = re.findall(access, compiled.asm["ptx"])
     widest = max((int(n or 1) * int(bits) for n, bits in accesses), default=0)
     # ptxas keeps spilled registers in the stack frame or in .nv.local, by version.
     return used["REG"], used["SHARED"], max(used["LOCAL"], used["STACK"]), widest
@@ -120,10 +118,8 @@ def _amd_usage(compiled: Any) -> tuple[int, int, int, int]:
             raise ValueError(f"no .{key} in the amdgcn metadata")
         return int(found[1])
 
-    words = [
-        {"": 1, "x2": 2, "x3": 3, "x4": 4}[suffix]
-        for suffix in re.findall(r"\b(?:global|buffer)_(?:load|store)_dword(x\d)?\b", text)
-    ]
+    accesses = re.findall(r"\b(?:global|buffer)_(?:load|store)_dword(?:x(\d))?\b", text)
+    words = [int(n or 1) for n in accesses]
     spills = 4 * field("vgpr_spill_count") + field("private_segment_fixed_size")
     registers = field("vgpr_count")  # counts the accumulation registers too on gfx942
     return registers, field("group_segment_fixed_size"), spills, 32 * max(words, default=0)
@@ -133,8 +129,8 @@ def inspect(spec: AotSpec, arch: str) -> Usage:
     """Compile `spec` for `arch` and judge what it uses."""
     start = time.perf_counter()
     compiled = compile_spec(spec, arch)
-    is_cuda = arch.startswith("sm_")
-    registers, shared, spills, widest = (_cuda_usage if is_cuda else _amd_usage)(compiled)
+    judge = _cuda_usage if arch.startswith("sm_") else _amd_usage
+    registers, shared, spills, widest = judge(compiled)
     shared = max(shared, compiled.metadata.shared)  # dynamic shared memory is not in the binary
     problems = []
     if spills:
@@ -143,10 +139,8 @@ def inspect(spec: AotSpec, arch: str) -> Usage:
         problems.append(f"shared memory {shared} > {SHARED_LIMIT[arch]}")
     if spec.expect_wgmma and arch == "sm_90" and "wgmma.mma_async" not in compiled.asm["ptx"]:
         problems.append("no wgmma in the PTX")
-    seconds = time.perf_counter() - start
-    return Usage(
-        spec.name, arch, registers, shared, spills, widest, seconds, problem="; ".join(problems)
-    )
+    used = (registers, shared, spills, widest, time.perf_counter() - start)
+    return Usage(spec.name, arch, *used, problem="; ".join(problems))
 
 
 @functools.cache
@@ -175,8 +169,7 @@ def inspect_all(
         for index, spec in enumerate(_specs(module, arch))
     ]
     names = [(arch, name) for _, arch, _, name in tasks]
-    if len(set(names)) != len(names):
-        twice = sorted({n for n in names if names.count(n) > 1})
+    if twice := sorted({n for n in names if names.count(n) > 1}):
         raise ValueError(f"specs with the same name: {twice}")
     here = threading.local()  # a worker process a thread
     workers: list[Worker] = []
@@ -200,7 +193,7 @@ def inspect_all(
 
 def table(usages: Sequence[Usage]) -> str:
     """The usages as text, one row a kernel."""
-    width = max([len(usage.name) for usage in usages] + [len("kernel")])
+    width = max(len(name) for name in ["kernel", *(usage.name for usage in usages)])
     lines = [f"{'kernel':{width}}  arch    regs  shared spills ld/st     s"]
     for u in usages:
         lines.append(
@@ -216,27 +209,25 @@ REGISTER_TOLERANCE, SHARED_TOLERANCE = 8, 1024
 
 
 def compare(usages: Sequence[Usage], baseline: dict[str, Any] | None) -> list[Usage]:
-    """The usages, with a problem added where one exceeds the baseline's {arch: {name: [r, s]}}."""
+    """The usages, with a problem added if one exceeds the baseline's {arch: {name: [r, s]}}."""
     if baseline is None:
         return list(usages)
     judged = []
     for usage in usages:
-        known = baseline.get(usage.arch, {}).get(usage.name)
-        problem = usage.problem
-        if not problem and known is None:
+        known, problem = baseline.get(usage.arch, {}).get(usage.name), ""
+        if known is None:
             problem = "not in the baseline"
-        elif not problem and usage.registers > known[0] + REGISTER_TOLERANCE:
+        elif usage.registers > known[0] + REGISTER_TOLERANCE:
             problem = f"{known[0]} registers in the baseline"
-        elif not problem and usage.shared > known[1] + SHARED_TOLERANCE:
+        elif usage.shared > known[1] + SHARED_TOLERANCE:
             problem = f"{known[1]} bytes of shared memory in the baseline"
-        judged.append(replace(usage, problem=problem))
+        judged.append(replace(usage, problem=usage.problem or problem))
     return judged
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m fastgpt_kernels.tools.aot", description=__doc__
-    )
+    program = "python -m fastgpt_kernels.tools.aot"
+    parser = argparse.ArgumentParser(prog=program, description=__doc__)
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=sorted(SHARED_LIMIT))
     parser.add_argument("--op", nargs="+", default=(), help="only these ops' rooms")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
@@ -249,24 +240,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     start = time.monotonic()
     usages = inspect_all(spec_modules(args.op), args.arch, jobs=args.jobs, timeout=args.timeout)
-    known = (
-        json.loads(args.baseline.read_text()) if args.baseline and args.baseline.exists() else {}
-    )
+    version, exists = triton.__version__, args.baseline and args.baseline.exists()
+    known = json.loads(args.baseline.read_text()) if exists else {}
     if args.baseline and not args.update:
-        usages = compare(usages, known.get(triton.__version__))
+        usages = compare(usages, known.get(version))
     bad = [usage for usage in usages if usage.problem]
     print(table(usages))
+    seconds = time.monotonic() - start
     print(
-        f"{len(usages)} kernels in {time.monotonic() - start:.0f} s with Triton "
-        f"{triton.__version__}: {len(bad)} with problems"
+        f"{len(usages)} kernels in {seconds:.0f} s with Triton {version}: {len(bad)} with problems"
     )
-    if args.baseline and not args.update and triton.__version__ not in known:
-        print(f"{args.baseline} says nothing about Triton {triton.__version__}: not compared")
+    if args.baseline and not args.update and version not in known:
+        print(f"{args.baseline} says nothing about Triton {version}: not compared")
     if args.baseline and args.update and not bad:
-        rows = known.setdefault(triton.__version__, {})
+        rows = known.setdefault(version, {})
         if not args.op:  # a whole run: kernels that are gone leave the file too
-            rows = {arch: of_arch for arch, of_arch in rows.items() if arch not in args.arch}
-            known[triton.__version__] = rows
+            for arch in args.arch:
+                rows.pop(arch, None)
         for usage in usages:
             rows.setdefault(usage.arch, {})[usage.name] = [usage.registers, usage.shared]
         text = json.dumps(known, indent=1, sort_keys=True)

@@ -25,7 +25,7 @@ def interleaved(
 
     Before each call the L2 is overwritten and the GPU is kept busy, so that the launches are queued
     before the clock starts: what is timed is the device, not Python. On the CPU: wall-clock time.
-    Where `prepare` is given, each call gets the result of its own, made before the clock starts.
+    If `prepare` is given, each call gets the result of its own, made before the clock starts.
     """
     order = random.Random(seed)
     cuda = device.type == "cuda"

@@ -2,10 +2,10 @@
 
     python -m fastgpt_kernels.tools.tune [op ...] [--rounds 40] [--timeout 60]
 
-What is tuned is what the rooms' `specs.py` list. Every config first has to compile
-and agree with the plain-PyTorch reference, in a worker process that is killed when it takes too
-long; those that pass are timed against each other, interleaved, from a cold L2. The present entry
-stays unless another is faster by more than the margin.
+What is tuned is what the rooms' `specs.py` list. Every config first has to compile and agree with
+the reference, in a worker process that is killed when it takes too long; those that pass are timed
+against each other, interleaved, from a cold L2. The present entry stays unless another is faster by
+more than the margin.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def check(ours: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> str:
-    """Empty where every output agrees with the reference, else what does not."""
+    """Empty if every output agrees with the reference, else what does not."""
     for i, (x, y) in enumerate(zip(ours, wanted, strict=True)):
         error = ((x.float() - y.float()).norm() / y.float().norm().clamp(min=1e-30)).item()
         if not error <= tolerance(x.dtype):  # NaN included
@@ -68,42 +68,30 @@ def check(ours: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> str:
     return ""
 
 
-def _check_task(device: str, module: str, arch: str, index: int, config: Config) -> str:
+def _task(
+    device: str, module: str, arch: str, index: int, configs: Sequence[Config], rounds: int = 0
+) -> Any:
+    """Milliseconds of each config in each round; without rounds, what is wrong with the first."""
     tunable, inputs, wanted = _problem(module, arch, index, device)
-    return check(tunable.run(inputs, config), wanted)
-
-
-def _time_task(
-    device: str, module: str, arch: str, index: int, tried: list[Config], rounds: int
-) -> list[list[float]]:
-    tunable, inputs, _ = _problem(module, arch, index, device)
-    runs = [functools.partial(tunable.run, inputs, config) for config in tried]
+    if not rounds:
+        return check(tunable.run(inputs, configs[0]), wanted)
+    runs = [functools.partial(tunable.run, inputs, config) for config in configs]
     return interleaved(runs, torch.device(device), rounds)
-
-
-def _task(device: str, kind: str, *arguments: Any) -> Any:
-    return (_check_task if kind == "check" else _time_task)(device, *arguments)
 
 
 # --------------------------------------------------------------------------------------- the search
 
 
 def search(
-    worker: Worker,
-    module: str,
-    arch: str,
-    index: int,
-    candidates: Sequence[Config],
-    *,
-    rounds: int = 40,
-    timeout: float = 60.0,
-) -> list[Trial]:
-    """A trial a candidate, fastest first, those that failed last."""
+    worker: Worker, module: str, arch: str, index: int, candidates: Sequence[Config], *,
+    rounds: int = 40, timeout: float = 60.0,
+) -> list[Trial]:  # fmt: skip
+    """A trial a candidate, fastest first, those that failed last; candidates[0] is the present."""
     task = (module, arch, index)
     failed, sound = [], []
     for config in candidates:
         try:
-            problem = worker.ask("check", *task, config, timeout=timeout)
+            problem = worker.ask(*task, [config], timeout=timeout)
         except TaskFailed as error:
             problem = str(error)
         if problem:
@@ -113,7 +101,7 @@ def search(
 
     def timed(tried: list[Config], rounds: int) -> list[Trial]:
         patience = timeout * (1 + len(tried) / 4)
-        samples = worker.ask("time", *task, tried, rounds, timeout=patience)
+        samples = worker.ask(*task, tried, rounds, timeout=patience)
         trials = []
         for config, times in zip(tried, samples, strict=True):
             low, median, high = statistics.quantiles(times, n=4)
@@ -123,21 +111,18 @@ def search(
     if not sound:
         return failed
     trials = timed(sound, 5)
-    # The present entry, candidates[0], is always in the final: it is what the others are held to.
-    finalists = [trial.config for trial in trials[:FINALISTS]]
-    if candidates[0] in sound and candidates[0] not in finalists:
-        finalists.append(candidates[0])
+    finalists = [t.config for t in trials[:FINALISTS]]
+    # The present entry is always in the final: it is what the others are compared with.
+    finalists += [c for c in candidates[:1] if c in sound and c not in finalists]
     rest = [trial for trial in trials if trial.config not in finalists]
     return timed(finalists, rounds) + rest + failed
 
 
 def choose(trials: Sequence[Trial], present: Config) -> Trial | None:
-    """The fastest trial, or the present config where that is within the margin; None for none."""
+    """The fastest trial, or the present config's if that is within the margin; None without any."""
     sound = [trial for trial in trials if not trial.problem]
-    if not sound:
-        return None
     kept = [t for t in sound if t.config == present and t.median <= sound[0].median * (1 + MARGIN)]
-    return (kept or sound)[0]
+    return next(iter(kept or sound), None)
 
 
 def entry(key: int, config: Config) -> str:
@@ -159,9 +144,8 @@ def report(tunable: Tunable, trials: Sequence[Trial], present: Config) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m fastgpt_kernels.tools.tune", description=__doc__
-    )
+    program = "python -m fastgpt_kernels.tools.tune"
+    parser = argparse.ArgumentParser(prog=program, description=__doc__)
     parser.add_argument("ops", nargs="*", help="such as attention or layer_norm; default: all")
     parser.add_argument("--table", nargs="+", default=(), help="only these tables of configs.py")
     parser.add_argument("--rounds", type=int, default=40, help="timings of each finalist")
@@ -183,14 +167,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 present = lookup(getattr(configs_of(module), tunable.table), arch, tunable.key)
                 candidates = [present, *(c for c in tunable.candidates if c != present)]
                 trials = search(
-                    worker,
-                    module,
-                    arch,
-                    index,
-                    candidates,
-                    rounds=args.rounds,
-                    timeout=args.timeout,
-                )
+                    worker, module, arch, index, candidates,
+                    rounds=args.rounds, timeout=args.timeout,
+                )  # fmt: skip
                 print(report(tunable, trials, present), flush=True)
                 best = choose(trials, present)
                 config = best.config if best else present

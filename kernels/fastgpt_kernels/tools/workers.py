@@ -57,7 +57,7 @@ class Worker:
             raise TaskFailed(f"killed its process (exit code {code})") from None
 
     def ask(self, *task: Any, timeout: float) -> Any:
-        """The answer to a task; TaskFailed where it raised, died or took over `timeout` seconds."""
+        """The answer to a task; TaskFailed if it raised, died or took over `timeout` seconds."""
         if self._process is None:
             self._start()
         self._connection.send(task)

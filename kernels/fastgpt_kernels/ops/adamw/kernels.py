@@ -15,16 +15,12 @@ from fastgpt_kernels.host import on_device
 if TYPE_CHECKING:
     from fastgpt_kernels.ops.adamw.op import AdamWTensors
 
-TL_DTYPE = {
-    torch.float32: tl.float32,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-}
+TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit
 def _one_minus_power(log_beta, step):
-    """1 - beta^step, by a series where the difference would cancel (1 - 0.999 leaves 13 bits)."""
+    """1 - beta^step, by a series if the difference would cancel (1 - 0.999 leaves 13 bits)."""
     x = step * log_beta
     terms = 1 + x / 6 * (1 + x / 7 * (1 + x / 8))
     series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * terms))))
@@ -37,22 +33,16 @@ def adamw_kernel(
     sizes_ptr,  # (N,) int64, elements
     decays_ptr,  # (N,) fp32, weight decay
     blocks_ptr,  # (programs, 2) int32: which tensor, which block of it
-    step_ptr,  # fp32, t
-    lr_ptr,  # fp32
-    grad_scale_ptr,  # fp32 or None
-    found_inf_ptr,  # fp32 or None: not 0 calls the update off
-    n_tensors,
-    log_beta1,
-    log_beta2,
+    step_ptr, lr_ptr,  # fp32; the step is t
+    grad_scale_ptr, found_inf_ptr,  # fp32 or None; found_inf, if not 0, calls the update off
+    n_tensors, log_beta1, log_beta2,
     rest_beta1,  # 1 - beta1, rounded once
-    beta2,
-    rest_beta2,
-    eps,
+    beta2, rest_beta2, eps,
     GRAD_DTYPE: tl.constexpr,
-    COPY_DTYPE: tl.constexpr,  # None where no tensor has a copy
+    COPY_DTYPE: tl.constexpr,  # None if no tensor has a copy
     ALIGNED: tl.constexpr,  # every address is a multiple of 16
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     active = True
     if found_inf_ptr is not None:
         active = tl.load(found_inf_ptr) == 0.0
@@ -115,36 +105,18 @@ def adamw_kernel(
 
 
 def launch_adamw(
-    tensors: AdamWTensors,
-    step: Tensor,
-    lr: Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
+    tensors: AdamWTensors, step: Tensor, lr: Tensor, betas: tuple[float, float], eps: float,
+    grad_scale: Tensor | None, found_inf: Tensor | None,
+) -> None:  # fmt: skip
     """One update of everything in `tensors`; `step` is t, counted already."""
     if len(tensors.blocks) == 0:
         return
     log_betas = [math.log(beta) if beta else -math.inf for beta in betas]
     with on_device(step):
         adamw_kernel[(len(tensors.blocks),)](
-            tensors.addresses,
-            tensors.sizes,
-            tensors.decays,
-            tensors.blocks,
-            step,
-            lr,
-            grad_scale,
-            found_inf,
-            len(tensors.params),
-            *log_betas,
-            1 - betas[0],
-            betas[1],
-            1 - betas[1],
-            eps,
+            tensors.addresses, tensors.sizes, tensors.decays, tensors.blocks, step, lr, grad_scale,
+            found_inf, len(tensors.params), *log_betas, 1 - betas[0], betas[1], 1 - betas[1], eps,
             GRAD_DTYPE=TL_DTYPE[tensors.grad_dtype],
             COPY_DTYPE=None if tensors.copy_dtype is None else TL_DTYPE[tensors.copy_dtype],
-            ALIGNED=tensors.aligned,
-            **tensors.config.kwargs(),
-        )
+            ALIGNED=tensors.aligned, **tensors.config.kwargs(),
+        )  # fmt: skip

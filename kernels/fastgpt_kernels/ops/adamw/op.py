@@ -12,7 +12,7 @@
 
 and both read g once more for its norm, 4. So 8 to 12 bytes of 42 to 46 are saved, 19 to 26 %; at
 4.3 TB/s 0.23 to 0.35 ms a step of GPT-2 124M and 2.9 to 4.3 ms of 1558M (bytes over bandwidth, not
-measured). Gradients in bf16, where one micro-step is a step, save 2 more. All tensors go in one
+measured). Gradients in bf16, if a step has one micro-batch, save 2 more. All tensors go in one
 launch: a table of their addresses lies on the device. Step count, learning rate and clip factor are
 device tensors, so that a CUDA graph replays it as it is.
 """
@@ -85,20 +85,19 @@ class AdamWTensors:
     def _check(
         self, name: str, tensors: Sequence[Tensor | None], dtypes: tuple[torch.dtype, ...]
     ) -> torch.dtype | None:
-        """The dtype of `tensors`, all of one; None where there are none."""
+        """The dtype of `tensors`, all of one; None if there are none."""
         if len(tensors) != len(self.params):
             raise ValueError(
                 f"adamw: {name} must be {len(self.params)} tensors, got {len(tensors)}"
             )
         dtype = None
         for i, (p, t) in enumerate(zip(self.params, tensors, strict=True)):
-            if t is None and name == "copies":
-                continue
-            wanted = dtypes if dtype is None else (dtype,)
             check_tensor(
-                "adamw", f"{name}[{i}]", t, shape=p.shape, dtypes=wanted, device=self.device
-            )
-            assert t is not None
+                "adamw", f"{name}[{i}]", t, shape=p.shape, like=self.params[0],
+                dtypes=dtypes if dtype is None else (dtype,), optional=name == "copies",
+            )  # fmt: skip
+            if t is None:
+                continue
             if not t.is_contiguous():
                 raise ValueError(f"adamw: {name}[{i}] must be contiguous, got strides {t.stride()}")
             dtype = t.dtype
@@ -131,22 +130,16 @@ def adamw_step(
 ) -> None:
     """One step of AdamW, in place: params, both averages, the copies, and `step` by one.
 
-    step and lr are fp32 tensors of one element on the device of the parameters, so that a captured
-    CUDA graph counts and follows a schedule. `grad_scale`, the like, multiplies the gradients (the
-    clip factor over the loss scale); the gradients themselves are not changed. `found_inf`, the
-    like, calls the step off where it is not 0, the count too, without the host knowing.
+    step, lr, grad_scale and found_inf are fp32 tensors of one element on the device of the
+    parameters, so that a captured CUDA graph counts and follows a schedule. The gradients count
+    times `grad_scale` (the clip factor over the loss scale), and are not changed themselves. If
+    `found_inf` is not 0, neither the step nor its count happens; the host does not learn of it.
     """
-    for name, t in (
-        ("step", step),
-        ("lr", lr),
-        ("grad_scale", grad_scale),
-        ("found_inf", found_inf),
-    ):
-        if t is None and name in ("grad_scale", "found_inf"):
-            continue
-        check_tensor("adamw", name, t, dtypes=(torch.float32,), device=tensors.device)
-        assert t is not None
-        if t.numel() != 1:
+    scalars = {"step": step, "lr": lr, "grad_scale": grad_scale, "found_inf": found_inf}
+    for name, t in scalars.items():
+        optional = name in ("grad_scale", "found_inf")
+        check_tensor("adamw", name, t, like=tensors.params[0], optional=optional)
+        if t is not None and t.numel() != 1:
             raise ValueError(f"adamw: {name} must have one element, got shape {tuple(t.shape)}")
     for beta in betas:
         if not 0 <= beta < 1:

@@ -55,15 +55,8 @@ def _work(s: Sizes, itemsize: int) -> dict[str, Work]:
 
 RECORDS = {
     "adamw": Record(
-        "adamw",
-        {"eager": eager, "triton": adamw_step},
-        _case,
-        _work,
-        kernels=("adamw_kernel",),
-        part="optimizer",
-        item="AdamW",
-        library="PyTorch's fused AdamW",
-        masters=True,
-        run=_run,
+        "adamw", {"eager": eager, "triton": adamw_step}, _case, _work,
+        kernels=("adamw_kernel",), part="optimizer", item="AdamW", library="PyTorch's fused AdamW",
+        masters=True, run=_run,
     )
-}
+}  # fmt: skip

@@ -28,7 +28,7 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
         for grad_dtype, aligned in ((tl.float32, True), (tl.float32, False), (tl.bfloat16, True)):
             flags = {"GRAD_DTYPE": grad_dtype, "COPY_DTYPE": tl.bfloat16, "ALIGNED": aligned}
             name = f"adamw {grad_dtype} gradients{'' if aligned else ' unaligned'}"
-            yield AotSpec.of(name, adamw_kernel, config, types, flags | dict(config.blocks))
+            yield AotSpec.of(name, adamw_kernel, config, types, flags)
 
 
 def tunables(arch: str) -> Iterator[Tunable]:

@@ -6,7 +6,7 @@ the dropout mask over its keep rate (1 without dropout), per head (Dao et al. 20
     dv = (Z * P)^T dO          dP = Z * (dO v^T)        delta = rowsum(dO * y) = rowsum(P * dP)
     dS = P * (dP - delta)      dk = scale * dS^T q      dq = scale * dS k
 
-Five products of T x T x D against two in the forward pass: this is where attention's time is.
+Five products of T x T x D against two in the forward pass: most of attention's time.
 
 - `prepare` computes delta, one number a row, and zeroes the fp32 sum of dq.
 - `key_value` owns BLOCK_N keys of a head and walks the query rows. Scores are computed transposed
@@ -307,19 +307,10 @@ def attention_finish_kernel(
 
 
 def launch_backward(
-    grad_y: torch.Tensor,
-    qkv: torch.Tensor,
-    y: torch.Tensor,
-    lse: torch.Tensor,
-    seed: torch.Tensor | None,
-    n_head: int,
-    causal: bool,
-    dropout_p: float,
-    scale: float,
-    deterministic: bool,
-    config: Config | None = None,
-    query_config: Config | None = None,
-) -> torch.Tensor:
+    grad_y: torch.Tensor, qkv: torch.Tensor, y: torch.Tensor, lse: torch.Tensor,
+    seed: torch.Tensor | None, n_head: int, causal: bool, dropout_p: float, scale: float,
+    deterministic: bool, config: Config | None = None, query_config: Config | None = None,
+) -> torch.Tensor:  # fmt: skip
     """grad_y (B, T, C) and what the forward pass saved -> dqkv (B, T, 3*C), contiguous.
 
     `config` is for the key_value kernel, `query_config` for the query kernel (deterministic only).
@@ -363,13 +354,11 @@ def launch_backward(
             **head, **rows.kwargs(),
         )  # fmt: skip
         grid = (triton.cdiv(T, config.blocks["BLOCK_N"]) * head_count,)
-        attention_key_value_kernel[grid](
-            *inputs, target, dqkv, *scalars, **flags, **config.kwargs()
-        )
+        key_value = attention_key_value_kernel[grid]
+        key_value(*inputs, target, dqkv, *scalars, **flags, **config.kwargs())
         if dq_sum is not None:
-            attention_finish_kernel[row_grid](
-                dq_sum, dqkv, scale, T, n_head, **head, **rows.kwargs()
-            )
+            finish = attention_finish_kernel[row_grid]
+            finish(dq_sum, dqkv, scale, T, n_head, **head, **rows.kwargs())
         else:
             config = query_config or pick("QUERY", qkv, head_dim, dropout)
             grid = (triton.cdiv(T, config.blocks["BLOCK_M"]) * head_count,)

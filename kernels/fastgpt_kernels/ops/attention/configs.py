@@ -13,7 +13,7 @@ def _attention(m: int, n: int, warps: int, stages: int = 1, tma: int | None = No
 
 # Attention. Key: the head dim. Not measured: by register count, the largest tiles with which no
 # variant (causal or full, ragged T, padded head dim) spills with Triton 3.6 or 3.7. Dropout and
-# fp32 have tables of their own (`attention_forward.pick`).
+# fp32 have tables of their own (`forward.pick`).
 FORWARD: Table = {
     "default": {64: _attention(128, 64, 8, 3), 128: _attention(128, 32, 8, 3)},
     "sm_90": {64: _attention(128, 64, 4, 3), 128: _attention(128, 64, 8, 3)},
@@ -66,19 +66,10 @@ QUERY_DROPOUT: Table = {
 }
 # True fp32 products do not run on tensor cores: Triton loads whole rows of both operands into
 # registers. At 64 nothing spills; at 128 the backward kernels do, by a few hundred bytes a thread.
-FORWARD_FP32: Table = {
-    "default": {64: _attention(32, 32, 8), 128: _attention(16, 32, 8)},
-}
+FORWARD_FP32: Table = {"default": {64: _attention(32, 32, 8), 128: _attention(16, 32, 8)}}
 BACKWARD_FP32: Table = {
     "default": {64: _attention(32, 32, 8, tma=0), 128: _attention(16, 32, 8, tma=0)},
 }
-KEY_VALUE_FP32: Table = {
-    "default": {64: _attention(32, 32, 8, tma=0), 128: _attention(16, 32, 8, tma=0)},
-}
-QUERY_FP32: Table = {
-    "default": {64: _attention(32, 32, 8), 128: _attention(16, 32, 8)},
-}
+KEY_VALUE_FP32, QUERY_FP32 = BACKWARD_FP32, FORWARD_FP32
 # delta and dq's zeros before the backward pass, dq's rounding after it: bound by memory.
-ROWS: Table = {
-    "default": {64: Config({"BLOCK_T": 64}, 4), 128: Config({"BLOCK_T": 32}, 4)},
-}
+ROWS: Table = {"default": {64: Config({"BLOCK_T": 64}, 4), 128: Config({"BLOCK_T": 32}, 4)}}

@@ -9,7 +9,7 @@ and row sum l rescale what was summed before, so that no T x T matrix ever exist
 - Powers are of two: scale * log2(e) is folded into one fused multiply-add before exp2, and the
   log-sum-exp kept for the backward pass is in base 2 as well, lse = m + log2(l), fp32.
 - Keys that every row of the tile sees need no mask: a first loop runs over them, a second one over
-  the tiles on the diagonal (and, where T is no multiple of the tile, the ragged end).
+  the tiles on the diagonal (and over the ragged end, if T is no multiple of the tile).
 
 What a tile costs (16-bit, head dim D): the accumulator takes BLOCK_M * D fp32 registers and the
 scores BLOCK_M * BLOCK_N, spread over 32 * num_warps threads; shared memory holds q and num_stages
@@ -34,7 +34,7 @@ from fastgpt_kernels.reference import dropout_threshold
 
 # What the heads of one group may read in common: a third of the L2 of an H200 or A100 (50, 40 MB).
 L2_BUDGET = 16 << 20
-# Every tile size divides it: where it divides T too, no load or store needs a row mask.
+# Every tile size divides it: if it divides T too, no load or store needs a row mask.
 EVEN_T = 128
 LOG2_E = 1.4426950408889634
 
@@ -148,14 +148,9 @@ def read_in_place(x: torch.Tensor) -> torch.Tensor:
 
 
 def launch_forward(
-    qkv: torch.Tensor,
-    n_head: int,
-    causal: bool,
-    dropout_p: float,
-    seed: torch.Tensor | None,
-    scale: float,
-    config: Config | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    qkv: torch.Tensor, n_head: int, causal: bool, dropout_p: float, seed: torch.Tensor | None,
+    scale: float, config: Config | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """qkv (B, T, 3*C) -> y (B, T, C), lse (B*H, T) fp32."""
     qkv = read_in_place(qkv)
     batch, T, width = qkv.shape

@@ -7,14 +7,11 @@ For every batch entry and head, with q, k, v (T, D) its columns of qkv (B, T, 3*
 
 q of head h is at columns h*D, k at C + h*D, v at 2*C + h*D; y (B, T, C) has head h at h*D, and the
 gradient of qkv is one tensor laid out like qkv: nothing is transposed, split or concatenated around
-the op. How it works is told where it happens:
+the op. How it works is told in forward.py (online softmax, one program a tile of rows), backward.py
+(dk, dv and dq in one pass, or deterministically in two) and tiles.py (program order, tile loads,
+the dropout mask).
 
-    tiles      program order, tile loads, the dropout mask
-    forward    online softmax, one program a tile of rows
-    backward   dk, dv and dq in one pass, or deterministically in two
-    configs    tile sizes, warps and stages by architecture and head dim
-
-Head dims 32, 64, 80, 96, 128; 80 and 96 are worked on as 128 wide, with zeros that are not loaded.
+Head dims 80 and 96 are worked on as 128 wide, with zeros that are not loaded.
 The matrix products take the dtype of qkv and sum in fp32 (fp32 inputs: true fp32 products, no
 TF32); softmax, log-sum-exp and the dropout scale are fp32.
 """
@@ -30,6 +27,7 @@ from fastgpt_kernels import reference
 from fastgpt_kernels.host import (
     FLOAT_DTYPES,
     HAS_TRITON,
+    check_int,
     check_tensor,
     refuse_interpreted_bf16,
     use_kernel,
@@ -68,20 +66,17 @@ if HAS_TRITON:
         return launch_forward(qkv, n_head, causal, dropout_p, seed, scale)
 
     _op = Op(
-        "attention",
-        _forward,
-        _shapes,
+        "attention", _forward, _shapes,
         saves=_save,
         backward=Op(
-            "attention_backward",
-            launch_backward,
+            "attention_backward", launch_backward,
             lambda grad_y, qkv, *_: qkv.new_empty(qkv.shape),
             # Five products, as torch counts; the deterministic kernels do seven.
             flops=lambda grad_shape, qkv_shape, *_, **__: _flops(qkv_shape, 5),
         ),
         gradients=(0,),
         flops=lambda qkv_shape, *_, **__: _flops(qkv_shape, 2),
-    )
+    )  # fmt: skip
 
 
 def attention(
@@ -135,10 +130,7 @@ def _check(qkv, n_head, causal, dropout_p, seed, scale, deterministic) -> None:
     check_tensor(op, "qkv", qkv, ndim=3, dtypes=(*FLOAT_DTYPES, torch.float64))
     if use_kernel(qkv):
         check_tensor(op, "qkv", qkv, dtypes=FLOAT_DTYPES)
-    if isinstance(n_head, bool) or not isinstance(n_head, int):
-        raise TypeError(f"{op}: n_head must be an int, got {type(n_head).__name__}")
-    if n_head < 1:
-        raise ValueError(f"{op}: n_head must be at least 1, got {n_head}")
+    check_int(op, "n_head", n_head, least=1)
     T, width = qkv.shape[1:]
     if T < 1:
         raise ValueError(f"{op}: qkv must have at least one position, got {tuple(qkv.shape)}")
@@ -166,7 +158,7 @@ def _check(qkv, n_head, causal, dropout_p, seed, scale, deterministic) -> None:
     if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"{op}: scale must be finite and > 0, got {scale}")
     if isinstance(seed, Tensor):
-        check_tensor(op, "seed", seed, dtypes=(torch.int64,), device=qkv.device)
+        check_tensor(op, "seed", seed, dtypes=(torch.int64,), like=qkv)
         if seed.numel() != 1:
             raise ValueError(f"{op}: seed must have one element, got shape {tuple(seed.shape)}")
     elif isinstance(seed, bool) or not isinstance(seed, int | None):

@@ -12,6 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastgpt_kernels.ops.attention.op import HEAD_DIMS, attention
 from fastgpt_kernels.record import Case, Random, Record, Sizes, Work
 
+KERNELS = ("forward", "prepare", "key_value", "query", "finish")
+
 
 def eager(
     qkv: Tensor,
@@ -63,13 +65,8 @@ RECORDS = {
             "cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
             "flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION),
         },
-        _case,
-        _work,
-        kernels=tuple(
-            f"attention_{part}_kernel"
-            for part in ("forward", "prepare", "key_value", "query", "finish")
-        ),
-        part="attention",
-        limits=_limits,
+        _case, _work,
+        kernels=tuple(f"attention_{kernel}_kernel" for kernel in KERNELS),
+        part="attention", limits=_limits,
     )
-}
+}  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import triton
@@ -39,17 +39,15 @@ VARIANTS = (
 STRIDES = ("stride_b", "stride_t", "stride_gb", "stride_gt")
 
 
-def _spec(kernel, name: str, config: Config, constexprs: dict[str, object]) -> AotSpec:
+def _spec(kernel, name: str, config: Config, flags: Mapping[str, object]) -> AotSpec:
     """Types by argument name: they mean the same in every kernel here."""
     types = dict.fromkeys(("qkv", "y", "grad_y", "dqkv"), "*bf16")
     types |= dict.fromkeys(("lse", "delta", "dq_sum"), "*fp32") | {"seed_pointer": "*i64"}
     types |= dict.fromkeys(("scale", "scale_log2", "keep_scale"), "fp32")
-    constexprs = {**constexprs, **config.blocks}
     if config.blocks.get("TMA_REDUCE"):
-        box = f"1,{config.blocks['BLOCK_M']},{constexprs['HEAD_PAD']}"
-        types["dq_sum"] = f"tensordesc<fp32[{box}]>"
+        types["dq_sum"] = f"tensordesc<fp32[1,{config.blocks['BLOCK_M']},{flags['HEAD_PAD']}]>"
     return AotSpec.of(
-        f"attention {name}", kernel, config, types, constexprs,
+        f"attention {name}", kernel, config, types, flags,
         aligned=STRIDES, expect_wgmma="BLOCK_M" in config.blocks,
     )  # fmt: skip
 
@@ -60,13 +58,9 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
         for head, causal, dropout, even in VARIANTS:
             table = getattr(configs, f"{op}{'_DROPOUT' if dropout else ''}")
             flags = {
-                "HEAD": head,
-                "HEAD_PAD": triton.next_power_of_2(head),
-                "CAUSAL": causal,
-                "DROPOUT": dropout,
-                "EVEN": even,
-                "PRECISION": "ieee",
-            }
+                "HEAD": head, "HEAD_PAD": triton.next_power_of_2(head),
+                "CAUSAL": causal, "DROPOUT": dropout, "EVEN": even, "PRECISION": "ieee",
+            }  # fmt: skip
             if op == "KEY_VALUE":
                 flags["dq_sum"] = None
             name = (

@@ -78,9 +78,8 @@ def kept(seed, batch_head, row, column, threshold, ROWS: tl.constexpr, COLUMNS: 
     columns = column // 4 + tl.arange(0, COLUMNS // 4)
     rows = row // 2 + tl.arange(0, ROWS // 2)
     a, b, c, d = tl.philox(seed, columns[None, :], rows[:, None], batch_head, 0, n_rounds=7)
-    words = tl.join(
-        tl.join(a, c), tl.join(b, d)
-    )  # [ROWS/2, COLUMNS/4, 2, 2]: word k at [k // 2, k % 2]
+    # [ROWS/2, COLUMNS/4, 2, 2]: word k at [k // 2, k % 2]
+    words = tl.join(tl.join(a, c), tl.join(b, d))
     halves = tl.join(words & 0xFFFF, words >> 16)
     halves = halves.reshape(ROWS // 16, 8, COLUMNS // 32, 8, 4, 2)  # row+8's half is the last axis
     halves = halves.permute(0, 5, 1, 2, 4, 3).reshape(ROWS, COLUMNS)

@@ -6,11 +6,11 @@ For row b with its new q, k, v (D) a head, at position t = positions[b] of a cac
     y = sum over j <= t of p_j v_cache[b, :, j],   p = softmax over j <= t of scale * q k_cache[j]
 
 Each key and value is used once, so this is bound by memory: 4*D*(t+1) bytes a head in a 2-byte
-dtype, and no tensor cores. One row has few heads (12 in GPT-2 124M, of a GPU's 132 SMs), therefore
+dtype, without tensor cores. One row has few heads (12 in GPT-2 124M, for the 132 SMs of a GPU), so
 the cache is cut into chunks that programs work on side by side ("flash-decoding", Dao et al. 2023):
 each leaves a running maximum m, a sum l and an unnormalised fp32 y, which a second, small kernel
-puts together. How many chunks there are follows from the cache's size S, not from what it holds, so
-that a step is the same launch every time and fits into a CUDA graph; chunks past t end at once.
+puts together. The number of chunks follows from the cache's size S and not from what it holds, so
+that every step is the same launch and fits into a CUDA graph; chunks past t end at once.
 
 The new key and value are stored by the one program whose chunk holds t, which takes them from qkv:
 no program reads what another writes.
@@ -52,7 +52,7 @@ def decode_attention(
     qkv               (B, 3*C), bf16, fp16 or fp32, straight from the projection of one token a row
     k_cache, v_cache  (B, H, S, D) of qkv's dtype, C = H * D, D up to 256, changed in place; with
                       the same strides, the last of which is 1
-    positions         (B,) int64: where the new token of each row goes, 0 to S - 1; row b attends to
+    positions         (B,) int64: the place of each row's new token, 0 to S - 1; row b attends to
                       positions 0 to positions[b] of its own cache
     scale             of the logits, > 0; default 1 / sqrt(D)
 
@@ -72,17 +72,16 @@ def _check(qkv, k_cache, v_cache, positions, scale) -> None:
     op = "decode_attention"
     dtypes = FLOAT_DTYPES if use_kernel(qkv) else (*FLOAT_DTYPES, torch.float64)
     check_tensor(op, "qkv", qkv, ndim=2, dtypes=dtypes)
-    same = {"dtypes": (qkv.dtype,), "device": qkv.device}
-    check_tensor(op, "k_cache", k_cache, ndim=4, **same)
+    check_tensor(op, "k_cache", k_cache, ndim=4, like=qkv)
     B, H, S, D = k_cache.shape
     if not 1 <= D <= MAX_HEAD_DIM or S < 1:
         raise ValueError(
             f"{op}: k_cache must have shape (B, H, S >= 1, D in 1 .. {MAX_HEAD_DIM}), "
             f"got {tuple(k_cache.shape)}"
         )
-    check_tensor(op, "v_cache", v_cache, shape=k_cache.shape, **same)
+    check_tensor(op, "v_cache", v_cache, shape=k_cache.shape, like=qkv)
     check_tensor(op, "qkv", qkv, shape=(B, 3 * H * D))
-    check_tensor(op, "positions", positions, shape=(B,), dtypes=(torch.int64,), device=qkv.device)
+    check_tensor(op, "positions", positions, shape=(B,), dtypes=(torch.int64,), like=qkv)
     if k_cache.stride() != v_cache.stride() or k_cache.stride(3) != 1:
         raise ValueError(
             f"{op}: k_cache and v_cache must have the same strides, the last 1, "

@@ -93,7 +93,7 @@ def decode_attention_combine_kernel(
     position = tl.load(positions + batch).to(tl.int32)
     position = tl.minimum(tl.maximum(position, 0), S - 1)
     parts, columns = tl.arange(0, CHUNKS_PAD), tl.arange(0, HEAD_PAD)
-    done = parts * chunk <= position  # the others ended without a word
+    done = parts * chunk <= position  # the other chunks wrote nothing
     slots = batch_head.to(tl.int64) * chunks + parts
     m = tl.load(stats + slots * 2, mask=done, other=float("-inf"))
     sums = tl.load(stats + slots * 2 + 1, mask=done, other=0.0)

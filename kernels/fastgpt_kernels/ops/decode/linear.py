@@ -6,14 +6,13 @@
     norm is a layer norm over K or nothing, act is GELU (tanh or erf) or nothing
 
 One new token makes every matmul of a model a matrix-vector product: each weight is read once and
-used B times, so that the time is that of reading weights. Launches are the rest of it, so norm,
-bias, GELU and residual ride along, and a layer takes four of these and one decode_attention.
+used B times, so that the time is that of reading weights and of launches. That is why norm, bias,
+GELU and residual are in the same launch: a layer takes four of these and one decode_attention.
 
 A program makes BLOCK_N outputs: it walks K in steps of BLOCK_K, weights [BLOCK_N, BLOCK_K] times x
-[B, BLOCK_K] summed up in fp32 by plain multiply-adds; tensor cores would idle. Rows of weight are
-contiguous, so every load is a full line. With a norm each program takes the statistics of the B
-rows for itself: x is a few kilobytes that all programs share in the L2, and a launch is saved. What
-that is worth on a GPU, `python -m bench generate` shows.
+[B, BLOCK_K] summed up in fp32 by plain multiply-adds, since so few rows leave tensor cores idle.
+With a norm each program computes the statistics of the B rows for itself: x is a few kilobytes that
+all programs share in the L2, and a launch is saved. `python -m bench generate` measures it.
 """
 
 from __future__ import annotations
@@ -37,11 +36,10 @@ ACTIVATIONS = ("none", "tanh", "erf")
 if HAS_TRITON:
     from fastgpt_kernels.ops.decode.kernels import launch_linear
 
-    _op = Op(
-        "decode_linear",
-        launch_linear,
-        lambda x, weight, *_: x.new_empty((x.shape[0], weight.shape[0])),
-    )
+    def _shape(x, weight, *_):
+        return x.new_empty((x.shape[0], weight.shape[0]))
+
+    _op = Op("decode_linear", launch_linear, _shape)
 
 
 def decode_linear(
@@ -60,7 +58,7 @@ def decode_linear(
     x            (B, K), 1 <= B <= 8, bf16, fp16 or fp32
     weight       (N, K), x's dtype
     bias         (N,), any of these dtypes
-    norm_weight  (K,), any of these dtypes: layer-normalise x first, with norm_bias where given
+    norm_weight  (K,), any of these dtypes: layer-normalise x first, with norm_bias if there is one
     residual     (B, N), x's dtype, added at the end
     activation   "none", or GELU: "tanh" or "erf"
 
@@ -82,17 +80,14 @@ def _check(x, weight, bias, norm_weight, norm_bias, residual, activation) -> Non
     B, K = x.shape
     if not 1 <= B <= MAX_ROWS:
         raise ValueError(f"{op}: x must have 1 to {MAX_ROWS} rows, got {B}")
-    check_tensor(op, "weight", weight, ndim=2, dtypes=(x.dtype,), device=x.device)
+    check_tensor(op, "weight", weight, ndim=2, like=x)
     N = weight.shape[0]
     check_tensor(op, "weight", weight, shape=(N, K))
-    for name, vector, size in (
-        ("bias", bias, N), ("norm_weight", norm_weight, K), ("norm_bias", norm_bias, K),
-    ):  # fmt: skip
-        if vector is not None:
-            check_tensor(op, name, vector, shape=(size,), dtypes=dtypes, device=x.device)
+    vectors = {"bias": (bias, N), "norm_weight": (norm_weight, K), "norm_bias": (norm_bias, K)}
+    for name, (vector, size) in vectors.items():
+        check_tensor(op, name, vector, shape=(size,), dtypes=dtypes, like=x, optional=True)
     if norm_bias is not None and norm_weight is None:
         raise ValueError(f"{op}: norm_bias needs norm_weight")
-    if residual is not None:
-        check_tensor(op, "residual", residual, shape=(B, N), dtypes=(x.dtype,), device=x.device)
+    check_tensor(op, "residual", residual, shape=(B, N), like=x, optional=True)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")

@@ -79,23 +79,14 @@ def _linear_work(s: Sizes, itemsize: int) -> dict[str, Work]:
 
 RECORDS = {
     "decode_attention": Record(
-        "decode_attention",
-        {"eager": cached_attention, "triton": decode_attention},
-        _attention_case,
-        _attention_work,
-        kernels=("decode_attention_kernel", "decode_attention_combine_kernel"),
-        part="attention",
-        limits=_attention_limits,
-        run=_run_attention,
+        "decode_attention", {"eager": cached_attention, "triton": decode_attention},
+        _attention_case, _attention_work,
+        kernels=("decode_attention_kernel", "decode_attention_combine_kernel"), part="attention",
+        limits=_attention_limits, run=_run_attention,
     ),
     "decode_linear": Record(
-        "decode_linear",
-        {"eager": reference.decode_linear, "triton": decode_linear},
-        _linear_case,
+        "decode_linear", {"eager": reference.decode_linear, "triton": decode_linear}, _linear_case,
         _linear_work,
-        kernels=("decode_linear_kernel",),
-        part="linear",
-        limits=_linear_limits,
-        run=_run_linear,
+        kernels=("decode_linear_kernel",), part="linear", limits=_linear_limits, run=_run_linear,
     ),
-}
+}  # fmt: skip

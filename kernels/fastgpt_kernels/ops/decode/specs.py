@@ -36,10 +36,10 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
     """Attention at every entry of its table and with a padded head dim, and the linear layers."""
     for D in (64, 80, 128, 256):
         config = lookup(configs.ATTENTION, arch, D)
-        head: dict[str, object] = {"HEAD": D, "HEAD_PAD": triton.next_power_of_2(D)}
+        head = {"HEAD": D, "HEAD_PAD": triton.next_power_of_2(D)}
         yield AotSpec.of(
             f"decode_attention chunk D={D}", decode_attention_kernel, config, _TYPES,
-            head | {"SPLIT": True} | dict(config.blocks), aligned=_ALIGNED,
+            head | {"SPLIT": True}, aligned=_ALIGNED,
         )  # fmt: skip
         if D in (64, 256):
             yield AotSpec.of(
@@ -47,13 +47,11 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
                 _TYPES, head | {"CHUNKS_PAD": 64}, aligned=_ALIGNED,
             )  # fmt: skip
     for name, B, K, norm, activation, residual in _LAYERS:
-        config = lookup(configs.LINEAR, arch, B)
-        flags: dict[str, object] = {"B": B, "B_PAD": B, "K": K, "NORM": norm}
-        flags |= {"ACTIVATION": activation, **config.blocks}
-        flags |= {} if residual else {"residual": None}
-        flags |= {} if norm else {"norm_weight": None, "norm_bias": None}
         yield AotSpec.of(
-            f"decode_linear {name} B={B} K={K}", decode_linear_kernel, config, _TYPES, flags,
+            f"decode_linear {name} B={B} K={K}", decode_linear_kernel,
+            lookup(configs.LINEAR, arch, B), _TYPES,
+            {"B": B, "B_PAD": B, "K": K, "NORM": norm, "ACTIVATION": activation},
+            absent=("residual",) * (not residual) + ("norm_weight", "norm_bias") * (not norm),
             aligned=_ALIGNED,
         )  # fmt: skip
 

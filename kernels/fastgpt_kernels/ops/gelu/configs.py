@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastgpt_kernels.configs import Config, Table
 
-# Key: the width C, though one config does for all. A tile of ROWS x BLOCK_C (rows are traded for
-# columns where C is narrower); a program of the forward does one tile, of the backward a column of
+# Key: the width C, though one config does for all. A tile is ROWS x BLOCK_C, or more rows of fewer
+# columns if C is narrower. A program of the forward does one tile, of the backward a column of
 # them, and PROGRAMS_PER_SM of these fit an SM together. Not measured: 16 elements a thread, 8 of a
 # row, which is one 128-bit access in 2-byte dtypes; 256 columns divide 4C of every GPT-2.
 FORWARD: Table = {
@@ -13,8 +13,6 @@ FORWARD: Table = {
 }
 BACKWARD: Table = {
     "default": {
-        1 << 31: Config(
-            {"ROWS": 8, "BLOCK_C": 256, "PROGRAMS_PER_SM": 5}, num_warps=4, num_stages=2
-        )
+        1 << 31: Config({"ROWS": 8, "BLOCK_C": 256, "PROGRAMS_PER_SM": 5}, 4, num_stages=2),
     },
 }

@@ -1,7 +1,7 @@
 """The kernels of bias_gelu; the formulas are in op.py.
 
-dbias, the sum of dx over the rows, is kept in registers by the programs that compute dx, which loop
-over the rows of their columns, see `partials`.
+The programs of the backward pass loop over the rows of their columns and add up dbias, the sum of
+dx over the rows, in registers (see `partials`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def gate_and_slope(z, TANH: tl.constexpr):
     """(gate, dy/dz) of y = z * gate."""
     if TANH:
         # t = exp(-|2u|) as a power of two: the constants are 2 sqrt(2/pi) log2(e), and the same
-        # times 0.044715. t is at most 1, and 1 - s is known to full precision: t r where s is r.
+        # times 0.044715. t is at most 1, so that 1 - s is exact too: t r if s is r.
         square = z * z
         t = tl.exp2(-tl.abs(z) * (2.302208198 + 0.102943240 * square))
         r = 1.0 / (1.0 + t)
@@ -46,13 +46,9 @@ def bias_gelu_forward_kernel(
     x_ptr,  # (M, C), rows x_stride apart
     bias_ptr,  # (C,) or None
     y_ptr,  # (M, C) contiguous
-    x_stride,
-    M,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    TANH: tl.constexpr,
-):
+    x_stride, M,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, TANH: tl.constexpr,
+):  # fmt: skip
     column_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     program = tl.program_id(0)
     rows = program // column_blocks * ROWS + tl.arange(0, ROWS)
@@ -75,15 +71,10 @@ def bias_gelu_backward_kernel(
     bias_ptr,  # (C,) or None
     dx_ptr,  # (M, C) contiguous
     partials_ptr,  # (1, programs of a column, C) fp32, or None without bias
-    dy_stride,
-    x_stride,
-    M,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    TANH: tl.constexpr,
+    dy_stride, x_stride, M,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, TANH: tl.constexpr,
     STAGES: tl.constexpr,  # above 1: the loop's loads are copied ahead through shared memory
-):
+):  # fmt: skip
     column_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     program, programs = tl.program_id(0) // column_blocks, tl.num_programs(0) // column_blocks
     columns = tl.program_id(0) % column_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -140,18 +131,9 @@ def launch_forward(
     ROWS, BLOCK_C = _tile(config, C)
     with on_device(x):
         bias_gelu_forward_kernel[(triton.cdiv(M, ROWS) * triton.cdiv(C, BLOCK_C),)](
-            rows,
-            None if bias is None else bias.contiguous(),
-            y,
-            rows.stride(0),
-            M,
-            C,
-            ROWS,
-            BLOCK_C,
-            tanh,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+            rows, None if bias is None else bias.contiguous(), y, rows.stride(0), M,
+            C, ROWS, BLOCK_C, tanh, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
     return y
 
 
@@ -174,22 +156,10 @@ def launch_backward(
         partials = torch.empty((1, programs, C), dtype=torch.float32, device=x.device)
     with on_device(x):
         bias_gelu_backward_kernel[(programs * column_blocks,)](
-            dy_rows,
-            rows,
-            None if bias is None else bias.contiguous(),
-            dx,
-            partials,
-            dy_rows.stride(0),
-            rows.stride(0),
-            M,
-            C,
-            ROWS,
-            BLOCK_C,
-            tanh,
-            config.num_stages,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+            dy_rows, rows, None if bias is None else bias.contiguous(), dx, partials,
+            dy_rows.stride(0), rows.stride(0), M, C, ROWS, BLOCK_C, tanh, config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
     if bias is None or partials is None:
         return dx, None
     return dx, sum_partials(bias_gelu_sum_kernel, partials, bias.dtype)[0]

@@ -10,9 +10,8 @@ derivatives are
     none   Phi(z) + z phi(z)                         phi(z) = exp(-z^2 / 2) / sqrt(2 pi)
     tanh   s + z s (1 - s) 2u'                       s = sigmoid(2u), u' = du/dz
 
-x, y (..., C) in one dtype, bias (C,) in any; the arithmetic is fp32.
-Bytes an element, 2-byte dtype: forward 4, backward 6; dbias has no pass of its own. The kernels and
-their launchers are in kernels.py.
+The arithmetic is fp32. Bytes an element, 2-byte dtype: forward 4, backward 6; dbias has no pass of
+its own.
 """
 
 from __future__ import annotations
@@ -20,7 +19,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastgpt_kernels import reference
-from fastgpt_kernels.host import FLOAT_DTYPES, HAS_TRITON, check_tensor, use_kernel
+from fastgpt_kernels.host import (
+    FLOAT_DTYPES,
+    HAS_TRITON,
+    check_approximate,
+    check_tensor,
+    use_kernel,
+)
 from fastgpt_kernels.register import Op
 
 if HAS_TRITON:
@@ -35,12 +40,11 @@ if HAS_TRITON:
             "bias_gelu_backward",
             launch_backward,
             lambda dy, x, bias, tanh: (
-                x.new_empty(x.shape),
-                None if bias is None else bias.new_empty(bias.shape),
+                x.new_empty(x.shape), None if bias is None else bias.new_empty(bias.shape)
             ),
         ),
         gradients=(0, 1),
-    )
+    )  # fmt: skip
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Tensor:
@@ -54,12 +58,9 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") 
     check_tensor("bias_gelu", "x", x, dtypes=FLOAT_DTYPES)
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"bias_gelu: x must have shape (..., C) with C >= 1, got {tuple(x.shape)}")
-    if bias is not None:
-        check_tensor(
-            "bias_gelu", "bias", bias, shape=x.shape[-1:], dtypes=FLOAT_DTYPES, device=x.device
-        )
-    if approximate not in ("tanh", "none"):
-        raise ValueError(f"bias_gelu: approximate must be 'tanh' or 'none', got {approximate!r}")
+    C = x.shape[-1:]
+    check_tensor("bias_gelu", "bias", bias, shape=C, dtypes=FLOAT_DTYPES, like=x, optional=True)
+    check_approximate("bias_gelu", approximate)
     if not use_kernel(x):
         return reference.bias_gelu(x, bias, approximate)
     return _op(x, bias, approximate == "tanh")

@@ -25,12 +25,8 @@ def _work(s: Sizes, itemsize: int) -> dict[str, Work]:
 
 RECORDS = {
     "bias_gelu": Record(
-        "bias_gelu",
-        {"eager": eager, "triton": bias_gelu},
-        _case,
-        _work,
+        "bias_gelu", {"eager": eager, "triton": bias_gelu}, _case, _work,
         kernels=tuple(f"bias_gelu_{kernel}_kernel" for kernel in ("forward", "backward", "sum")),
-        part="memory",
-        item="GELU",
+        part="memory", item="GELU",
     )
-}
+}  # fmt: skip

@@ -6,10 +6,7 @@ from collections.abc import Iterator
 
 from fastgpt_kernels.configs import Config, entries, lookup
 from fastgpt_kernels.ops.gelu import configs
-from fastgpt_kernels.ops.gelu.kernels import (
-    bias_gelu_backward_kernel,
-    bias_gelu_forward_kernel,
-)
+from fastgpt_kernels.ops.gelu.kernels import bias_gelu_backward_kernel, bias_gelu_forward_kernel
 from fastgpt_kernels.ops.gelu.record import RECORDS
 from fastgpt_kernels.record import Sizes
 from fastgpt_kernels.specs import AotSpec, Tunable, tunable
@@ -23,19 +20,16 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
     C, aligned = 3072, ("x_stride", "dy_stride", "M")
     for tanh, has_bias in ((True, True), (False, True), (True, False)):
         name = f"bias_gelu {{}} {'tanh' if tanh else 'erf'}{'' if has_bias else ' no bias'}"
-        config = lookup(configs.FORWARD, arch, C)
-        flags: dict[str, object] = {"C": C, "TANH": tanh, **config.blocks}
-        flags |= {} if has_bias else {"bias_ptr": None}
+        flags = {"C": C, "TANH": tanh}
         yield AotSpec.of(
-            name.format("forward"), bias_gelu_forward_kernel, config, _TYPES, flags, aligned=aligned
-        )
+            name.format("forward"), bias_gelu_forward_kernel, lookup(configs.FORWARD, arch, C),
+            _TYPES, flags, absent=() if has_bias else ("bias_ptr",), aligned=aligned,
+        )  # fmt: skip
         config = lookup(configs.BACKWARD, arch, C)
-        blocks = {k: v for k, v in config.blocks.items() if k != "PROGRAMS_PER_SM"}
-        flags = {"C": C, "TANH": tanh, "STAGES": config.num_stages, **blocks}
-        flags |= {} if has_bias else {"bias_ptr": None, "partials_ptr": None}
         yield AotSpec.of(
-            name.format("backward"), bias_gelu_backward_kernel, config, _TYPES, flags,
-            aligned=aligned,
+            name.format("backward"), bias_gelu_backward_kernel, config, _TYPES,
+            flags | {"STAGES": config.num_stages},
+            absent=() if has_bias else ("bias_ptr", "partials_ptr"), aligned=aligned,
         )  # fmt: skip
 
 

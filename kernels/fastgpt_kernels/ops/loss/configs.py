@@ -10,7 +10,7 @@ from fastgpt_kernels.configs import Config, Table
 # in a register of its own, 200 of 255 a thread for GPT-2's vocabulary with 8 warps, which is all
 # that an SM has, and 100 KB of loads in flight. (16 warps by 13 tiles of 4096 leave 24 of 128 for
 # all else and spill with one of Triton 3.6 and 3.7.) On sm_100 and gfx942 both spill: they walk
-# twice, with 126 and 256 MB of cache behind the second time.
+# twice, the second time through caches of 126 and 256 MB.
 _CROSS_ENTROPY_NARROW = {
     256: Config({"BLOCK": 256, "TILES": 1}, num_warps=1),
     1024: Config({"BLOCK": 1024, "TILES": 1}, num_warps=4),

@@ -1,4 +1,4 @@
-"""Cross entropy over a large vocabulary: one read of the logits, and one write where they lay.
+"""Cross entropy over a large vocabulary: one read of the logits, and one write over them.
 
     loss_i      = log(sum_j exp(z_ij)) - z_i,t_i                   j < vocab_size, t_i = targets[i]
     dlogits_ij  = (exp(z_ij) / sum_k exp(z_ik) - [j = t_i]) * s_i  0 for the padded columns
@@ -33,6 +33,7 @@ from fastgpt_kernels import reference
 from fastgpt_kernels.host import (
     FLOAT_DTYPES,
     HAS_TRITON,
+    check_int,
     check_tensor,
     refuse_interpreted_bf16,
     use_kernel,
@@ -49,13 +50,9 @@ def _losses(logits: Tensor, targets: Tensor, ignore_index: int, vocab_size: int)
 
 
 def _gradient(
-    dlosses: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    vocab_size: int,
+    dlosses: Tensor, logits: Tensor, targets: Tensor, ignore_index: int, vocab_size: int,
     out: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     if out is None:
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     rows, targets = _rows(logits), targets.contiguous()
@@ -115,18 +112,15 @@ if HAS_TRITON:
     from fastgpt_kernels.ops.loss.kernels import launch_cross_entropy, launch_scale
 
     _op = Op(
-        "cross_entropy",
-        _losses,
+        "cross_entropy", _losses,
         lambda logits, *_: logits.new_empty(logits.shape[0], dtype=torch.float32),
         saves=lambda inputs, losses: (inputs[:2], inputs[2:]),
         backward=Op(
-            "cross_entropy_backward",
-            _gradient,
+            "cross_entropy_backward", _gradient,
             lambda dlosses, logits, *_: logits.new_empty(logits.shape),
         ),
-        gradients=(0,),
-        direct=_GradientInBackward,
-    )
+        gradients=(0,), direct=_GradientInBackward,
+    )  # fmt: skip
 
 
 def _spend(ctx: Any) -> None:
@@ -162,30 +156,18 @@ def _place_for_gradient(logits: Tensor, rows: Tensor) -> Tensor:
     return logits.detach()
 
 
-def check_int(op: str, name: str, value: object) -> None:
-    """TypeError unless `value` is an int, or None for its default."""
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt | None):
-        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
-
-
 def check_arguments(
-    op: str,
-    n_rows: int,
-    n_cols: int,
-    device: torch.device,
-    targets: Tensor,
-    ignore_index: int,
-    reduction: str,
+    op: str, x: Tensor, n_cols: int, targets: Tensor, ignore_index: int, reduction: str,
     vocab_size: int | None,
-) -> int:
-    """Check what cross_entropy and linear_cross_entropy share; returns the vocabulary size."""
-    check_tensor(op, "targets", targets, shape=(n_rows,), dtypes=(torch.int64,), device=device)
+) -> int:  # fmt: skip
+    """Check what both losses take besides (M, ...) x and n_cols classes; returns vocab_size."""
+    check_tensor(op, "targets", targets, shape=x.shape[:1], dtypes=(torch.int64,), like=x)
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
     if ignore_index is None:
         raise TypeError(f"{op}: ignore_index must be an int, got None")
     check_int(op, "ignore_index", ignore_index)
-    check_int(op, "vocab_size", vocab_size)
+    check_int(op, "vocab_size", vocab_size, optional=True)
     if vocab_size is None:
         vocab_size = n_cols
     if not 1 <= vocab_size <= n_cols:
@@ -194,22 +176,15 @@ def check_arguments(
 
 
 def check_targets(op: str, targets: Tensor, ignore_index: int, vocab_size: int) -> None:
-    """ValueError for a target that is no class, where looking at it costs nothing: on the CPU."""
-    if targets.is_cpu and not torch.compiler.is_compiling():
-        bad = ((targets < 0) | (targets >= vocab_size)) & (targets != ignore_index)
-        if bad.any():
-            raise ValueError(
-                f"{op}: targets must be in [0, {vocab_size}) or ignore_index={ignore_index}, "
-                f"got {targets[bad][0].item()}"
-            )
-
-
-def reduce(losses: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """Losses (M,) -> () or, for "none", as they are. The mean over no rows at all is NaN."""
-    if reduction == "none":
-        return losses
-    total = losses.sum()
-    return total if reduction == "sum" else total / targets.ne(ignore_index).sum()
+    """ValueError for a target that is no class; on the CPU only, so as not to wait for a GPU."""
+    if not targets.is_cpu or torch.compiler.is_compiling():
+        return
+    bad = targets[((targets < 0) | (targets >= vocab_size)) & (targets != ignore_index)]
+    if len(bad):
+        raise ValueError(
+            f"{op}: targets must be in [0, {vocab_size}) or ignore_index={ignore_index}, "
+            f"got {bad[0].item()}"
+        )
 
 
 def cross_entropy(
@@ -228,37 +203,28 @@ def cross_entropy(
 
     In eager mode logits that an op computed are overwritten by their gradient (with reduction
     "none" or in fp16, in the backward): do not read them afterwards, and pass `logits.clone()`
-    where another op needs them. Leaves, and logits that need no gradient, are left alone. One
+    if another op needs them. Leaves, and logits that need no gradient, are left alone. One
     backward only. Scaling the loss (gradient accumulation) costs a pass over the gradient: scale
     the parameters' gradients instead, or use `linear_cross_entropy`, which is free of this.
 
     Wrong shapes and values raise ValueError, wrong types and dtypes TypeError.
     """
     check_tensor("cross_entropy", "logits", logits, ndim=2, dtypes=FLOAT_DTYPES)
-    n_rows, n_cols = logits.shape
     vocab_size = check_arguments(
-        "cross_entropy",
-        n_rows,
-        n_cols,
-        logits.device,
-        targets,
-        ignore_index,
-        reduction,
-        vocab_size,
+        "cross_entropy", logits, logits.shape[1], targets, ignore_index, reduction, vocab_size
     )
     if not use_kernel(logits):
         check_targets("cross_entropy", targets, ignore_index, vocab_size)
         return reference.cross_entropy(logits, targets, ignore_index, reduction, vocab_size)
     refuse_interpreted_bf16("cross_entropy", logits)
     # fp16 cannot hold gradients divided by the number of rows before a loss scale is applied.
+    in_forward = reduction != "none" and logits.dtype != torch.float16
     wants_gradient = torch.is_grad_enabled() and logits.requires_grad
-    if (
-        wants_gradient
-        and reduction != "none"
-        and logits.dtype != torch.float16
-        and call_directly(logits, targets)
-    ):
+    if in_forward and wants_gradient and call_directly(logits, targets):
         targets, mean = targets.contiguous(), reduction == "mean"
         return _GradientInForward.apply(logits, targets, ignore_index, vocab_size, mean)
     losses = _op(logits, targets, ignore_index, vocab_size)
-    return reduce(losses, targets, ignore_index, reduction)
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    return total if reduction == "sum" else total / targets.ne(ignore_index).sum()

@@ -16,7 +16,7 @@ from fastgpt_kernels.configs import Config, lookup
 from fastgpt_kernels.host import arch_of, on_device
 from fastgpt_kernels.ops.loss.configs import CROSS_ENTROPY
 
-# The rescaling kernel: programs few enough to be started in microseconds and find nothing to do.
+# The rescaling kernel: so few programs that a launch which finds nothing to do takes microseconds.
 SCALE_PROGRAMS, SCALE_BLOCK, SCALE_WARPS = 2048, 2048, 8
 
 
@@ -60,17 +60,11 @@ def cross_entropy_kernel(
     losses_ptr,  # (M,) fp32, or None
     gradient_ptr,  # (M, V), rows `gradient_stride` apart, may be logits_ptr; or None
     scale_ptr,  # fp32 per row, `scale_stride` apart; with COUNT one int64, the divisor; or None
-    n_cols,  # V
-    vocab_size,
-    stride,
-    gradient_stride,
-    scale_stride,
-    ignore_index,
-    BLOCK: tl.constexpr,  # columns of a tile
-    TILES: tl.constexpr,  # tiles in registers at a time
+    n_cols, vocab_size, stride, gradient_stride, scale_stride, ignore_index,  # n_cols: V
+    BLOCK: tl.constexpr, TILES: tl.constexpr,  # columns of a tile, tiles in registers at a time
     STEPS: tl.constexpr,  # times TILES to cover a row; 1: the row stays in registers
     COUNT: tl.constexpr,
-):
+):  # fmt: skip
     LOG2E: tl.constexpr = 1.4426950408889634
     LN2: tl.constexpr = 0.6931471805599453
     row = tl.program_id(0).to(tl.int64)
@@ -131,15 +125,10 @@ def cross_entropy_kernel(
 
 @triton.jit
 def cross_entropy_scale_kernel(
-    x_ptr,  # rows `stride` apart
-    out_ptr,  # likewise, may be x_ptr
+    x_ptr, out_ptr,  # rows `stride` apart; may be the same
     scale_ptr,  # one fp32
-    n_cols,
-    stride,
-    BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-):
+    n_cols, stride, BLOCK: tl.constexpr, STEPS: tl.constexpr, IN_PLACE: tl.constexpr,
+):  # fmt: skip
     scale = tl.load(scale_ptr)
     if (not IN_PLACE) or scale != 1.0:  # known to the GPU only: 1 in a plain `loss.backward()`
         offset = tl.program_id(0).to(tl.int64) * stride
@@ -152,15 +141,10 @@ def cross_entropy_scale_kernel(
 
 
 def launch_cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    vocab_size: int,
-    losses: Tensor | None = None,
-    gradient: Tensor | None = None,
-    scale: Tensor | None = None,
+    logits: Tensor, targets: Tensor, ignore_index: int, vocab_size: int,
+    losses: Tensor | None = None, gradient: Tensor | None = None, scale: Tensor | None = None,
     config: Config | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Fill `losses` (M,) fp32 and `gradient` (M, V), either of which may be None.
 
     `gradient` may be `logits` itself. `scale` multiplies it: fp32 (M,), any stride; or it divides
@@ -169,36 +153,25 @@ def launch_cross_entropy(
     n_rows, n_cols = logits.shape
     if n_rows == 0:
         return
-    config = config or config_for(logits)
+    key = n_cols * logits.element_size() // 2  # the table counts in 2-byte elements
+    config = config or lookup(CROSS_ENTROPY, arch_of(logits), key)
     block, tiles = tiling(config, n_cols, logits.element_size())
     count = scale is not None and scale.dtype == torch.int64
     with on_device(logits):
         cross_entropy_kernel[(n_rows,)](
-            logits,
-            targets,
-            losses,
-            gradient,
-            scale,
-            n_cols,
-            vocab_size,
-            logits.stride(0),
+            logits, targets, losses, gradient, scale, n_cols, vocab_size, logits.stride(0),
             0 if gradient is None else gradient.stride(0),
-            0 if scale is None or count else scale.stride(0),
-            ignore_index,
-            BLOCK=block,
-            TILES=tiles,
-            STEPS=triton.cdiv(n_cols, block * tiles),
-            COUNT=count,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+            0 if scale is None or count else scale.stride(0), ignore_index,
+            BLOCK=block, TILES=tiles, STEPS=triton.cdiv(n_cols, block * tiles), COUNT=count,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
 
 
 def launch_scale(x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-    """out = x * scale, one fp32 number; nothing is read where `out` is `x` and the number is 1.
+    """out = x * scale, one fp32 number; nothing is read if `out` is `x` and the number is 1.
 
-    Unlike `torch.mul`, which first rounds a 0-dim factor to the dtype of x. x and out (M, N) are of
-    the same strides.
+    `torch.mul` would first round a 0-dim factor to the dtype of x. x and out (M, N) have the same
+    strides.
     """
     n_rows, n_cols, stride = *x.shape, x.stride(0)
     if x.numel() == 0:
@@ -208,25 +181,13 @@ def launch_scale(x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
     steps = triton.next_power_of_2(triton.cdiv(x.numel(), SCALE_BLOCK * SCALE_PROGRAMS))
     with on_device(x):
         cross_entropy_scale_kernel[(n_rows, triton.cdiv(n_cols, SCALE_BLOCK * steps))](
-            x,
-            out,
-            scale,
-            n_cols,
-            stride,
-            BLOCK=SCALE_BLOCK,
-            STEPS=steps,
-            IN_PLACE=out is x,
-            num_warps=SCALE_WARPS,
-            num_stages=1,
-        )
+            x, out, scale, n_cols, stride,
+            BLOCK=SCALE_BLOCK, STEPS=steps, IN_PLACE=out is x, num_warps=SCALE_WARPS, num_stages=1,
+        )  # fmt: skip
     return out
 
 
-def config_for(logits: Tensor) -> Config:
-    return lookup(CROSS_ENTROPY, arch_of(logits), logits.shape[1] * logits.element_size() // 2)
-
-
 def tiling(config: Config, n_cols: int, element_size: int) -> tuple[int, int]:
-    """(BLOCK, TILES) for rows of `n_cols`. The table counts in 2-byte elements."""
+    """(BLOCK, TILES) for rows of `n_cols`; BLOCK is in 2-byte elements in the config."""
     block = config.blocks["BLOCK"] * 2 // element_size
     return block, min(config.blocks["TILES"], triton.cdiv(n_cols, block))

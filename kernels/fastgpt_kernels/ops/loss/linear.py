@@ -8,14 +8,14 @@ cuBLAS writes its logits into one buffer, the cross-entropy kernel turns them in
 cross_entropy.py), and two more products consume them, dW summing up in fp32. For "mean" and "sum"
 every s_i is the same number s, known only in the backward: the forward does all the work for s = 1
 and the backward multiplies dx and dW by s, which also keeps fp16 within its range. For "none" the
-s_i differ and dW cannot be mended afterwards: the forward computes losses only and the backward
+s_i differ and dW cannot be rescaled afterwards: the forward computes losses only and the backward
 computes the logits again, a fourth product.
 
 Work is 6 M V C FLOPs (8 M V C for "none", 2 without gradients). With b bytes an element, memory
 moved is 5 M V b (logits written, read, dz written, read twice), and for n chunks 8 (n - 1) V C to
-sum dW in memory and 2 n reads of W. So chunks want to be long: as long as 2 GiB of logits allow and
+sum dW in memory and 2 n reads of W. So chunks should be long: as long as 2 GiB of logits allow and
 never below 4,096 rows. 65,536 rows of 50,304 bf16 logits make 4 chunks of 16,384, 1.65 GB each; at
-C = 768 the sums of dW then add 3 % to the bytes, where chunks of 512 rows would double them.
+C = 768 the sums of dW then add 3 % to the bytes; with chunks of 512 rows they would double them.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from fastgpt_kernels import reference
 from fastgpt_kernels.host import (
     FLOAT_DTYPES,
     HAS_TRITON,
+    check_int,
     check_tensor,
     refuse_interpreted_bf16,
     use_kernel,
 )
-from fastgpt_kernels.ops.loss.cross_entropy import check_arguments, check_int, check_targets
+from fastgpt_kernels.ops.loss.cross_entropy import check_arguments, check_targets
 from fastgpt_kernels.register import Op, call_directly
 
-CHUNK_BYTES = 2 << 30  # of logits, where that is MIN_CHUNK_ROWS or more
+CHUNK_BYTES = 2 << 30  # of logits, if that is MIN_CHUNK_ROWS or more
 MIN_CHUNK_ROWS = 4096
 PITCH = 64  # rows of the chunk start at multiples of this many elements: aligned for any V
 
@@ -52,18 +53,11 @@ def chunk_rows(n_rows: int, n_cols: int, element_size: int, chunk_tokens: int | 
 
 
 def _chunks(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    vocab_size: int,
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, vocab_size: int,
     chunk_tokens: int | None,
-    *,
-    losses: Tensor | None = None,
-    need_dx: bool = False,
-    need_dw: bool = False,
+    *, losses: Tensor | None = None, need_dx: bool = False, need_dw: bool = False,
     scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Fill `losses` (M,) and return dx like x and dW (V, C) fp32, or empty tensors for them.
 
     `scale` (M,) fp32 is the upstream gradient of the rows' losses, None for 1.
@@ -81,14 +75,11 @@ def _chunks(
         logits = buffer[: part.stop - start, :n_cols]
         torch.mm(x[part], weight.t(), out=logits)
         launch_cross_entropy(
-            logits,
-            targets[part],
-            ignore_index,
-            vocab_size,
+            logits, targets[part], ignore_index, vocab_size,
             losses=None if losses is None else losses[part],
             gradient=logits if need_dx or need_dw else None,
             scale=None if scale is None else scale[part],
-        )
+        )  # fmt: skip
         if need_dx:
             torch.mm(logits, weight, out=dx[part])
         if need_dw:
@@ -114,16 +105,9 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def _with_gradients(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    vocab_size: int,
-    chunk_tokens: int | None,
-    mean: bool,
-    need_dx: bool,
-    need_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, vocab_size: int,
+    chunk_tokens: int | None, mean: bool, need_dx: bool, need_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss, dx and dW of the losses' sum (None if not needed), and what divides these two."""
     losses = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     targets = targets.contiguous()
@@ -191,36 +175,30 @@ if HAS_TRITON:
     from fastgpt_kernels.ops.loss.kernels import launch_cross_entropy, launch_scale
 
     _total = Op(
-        "linear_cross_entropy",
-        _with_gradients,
+        "linear_cross_entropy", _with_gradients,
         lambda x, weight, targets, ignore, vocab, chunk, mean, need_dx, need_dw: (
             x.new_empty((), dtype=torch.float32),
             *_shapes(x, weight, need_dx, need_dw, torch.float32),
             x.new_empty(() if mean else (0,), dtype=torch.float32),
         ),
         saves=lambda inputs, results: (results[1:], (inputs[1].dtype, inputs[6])),
-        backward=_scaled,
-        gradients=(0, 1),
-        needs=True,
+        backward=_scaled, gradients=(0, 1), needs=True,
         flops=lambda x, w, *rest, **_: _flops(x, w, 1 + rest[5] + rest[6]),
-    )
+    )  # fmt: skip
     _rows = Op(
-        "linear_cross_entropy_rows",
-        _row_losses,
+        "linear_cross_entropy_rows", _row_losses,
         lambda x, *_: x.new_empty(x.shape[0], dtype=torch.float32),
         saves=lambda inputs, losses: (inputs[:3], inputs[3:]),
         backward=Op(
-            "linear_cross_entropy_rows_backward",
-            _row_gradients,
+            "linear_cross_entropy_rows_backward", _row_gradients,
             lambda dlosses, x, weight, targets, ignore, vocab, chunk, needs: _shapes(
                 x, weight, needs[0], needs[1], weight.dtype
             ),
             flops=lambda dlosses, x, w, *rest, **_: _flops(x, w, 1 + sum(rest[4])),
         ),
-        gradients=(0, 1),
-        needs=True,
+        gradients=(0, 1), needs=True,
         flops=lambda x, w, *_, **__: _flops(x, w, 1),
-    )
+    )  # fmt: skip
 
 
 def linear_cross_entropy(
@@ -244,14 +222,10 @@ def linear_cross_entropy(
     """
     op = "linear_cross_entropy"
     check_tensor(op, "x", x, ndim=2, dtypes=FLOAT_DTYPES)
-    n_rows, n_features = x.shape
-    check_tensor(op, "weight", weight, shape=(None, n_features), dtypes=(x.dtype,), device=x.device)
-    vocab_size = check_arguments(
-        op, n_rows, weight.shape[0], x.device, targets, ignore_index, reduction, vocab_size
-    )
-    check_int(op, "chunk_tokens", chunk_tokens)
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"{op}: chunk_tokens must be at least 1, got {chunk_tokens}")
+    check_tensor(op, "weight", weight, shape=(None, x.shape[1]), like=x)
+    n_cols = weight.shape[0]
+    vocab_size = check_arguments(op, x, n_cols, targets, ignore_index, reduction, vocab_size)
+    check_int(op, "chunk_tokens", chunk_tokens, least=1, optional=True)
     if not use_kernel(x):
         check_targets(op, targets, ignore_index, vocab_size)
         return reference.linear_cross_entropy(

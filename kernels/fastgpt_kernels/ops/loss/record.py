@@ -6,23 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgpt_kernels import reference
 from fastgpt_kernels.ops.loss.cross_entropy import cross_entropy
 from fastgpt_kernels.ops.loss.linear import linear_cross_entropy
 from fastgpt_kernels.record import Case, Random, Record, Sizes, Work
 
 KERNELS = ("cross_entropy_kernel", "cross_entropy_scale_kernel")
-
-
-def eager_cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    ignore_index: int = -1,
-    reduction: str = "mean",
-    vocab_size: int | None = None,
-) -> Tensor:
-    """Cross entropy in fp32 of logits (M, V); columns past vocab_size are padding."""
-    logits = logits if vocab_size is None else logits[:, :vocab_size]
-    return F.cross_entropy(logits.float(), targets, ignore_index=ignore_index, reduction=reduction)
 
 
 def eager(
@@ -33,31 +22,27 @@ def eager(
     reduction: str = "mean",
     vocab_size: int | None = None,
 ) -> Tensor:
-    """Cross entropy of softmax(x @ weight.T) with targets; x (M, C), weight (V, C), targets (M,).
-
-    Rows of weight past vocab_size are padding: they take no part, so they get no probability and no
-    gradient. The loss is fp32 whatever x is.
-    """
+    """The reference, but without the logits of padding: weight's rows past vocab_size."""
     logits = F.linear(x, weight if vocab_size is None else weight[:vocab_size])
-    return eager_cross_entropy(logits, targets, ignore_index, reduction)
+    return reference.cross_entropy(logits, targets, ignore_index, reduction)
 
 
-def _targets(s: Sizes, device: torch.device) -> dict[str, object]:
+def _with_targets(s: Sizes, *inputs: Tensor) -> Case:
     """Random classes, with one row that does not count."""
     generator = torch.Generator().manual_seed(1)
     targets = torch.randint(s.vocab_size, (s.tokens,), generator=generator)
     targets[s.tokens // 2] = -1
-    return {"targets": targets.to(device), "vocab_size": s.vocab_size}
+    arguments = {"targets": targets.to(inputs[0].device), "vocab_size": s.vocab_size}
+    return Case([*inputs], arguments)
 
 
 def _case(s: Sizes, random: Random) -> Case:
     x, weight = random(s.tokens, s.n_embd), random(s.padded_vocab_size, s.n_embd) * 0.1
-    return Case([x, weight], _targets(s, x.device))
+    return _with_targets(s, x, weight)
 
 
 def _cross_entropy_case(s: Sizes, random: Random) -> Case:
-    logits = random(s.tokens, s.padded_vocab_size)
-    return Case([logits], _targets(s, logits.device))
+    return _with_targets(s, random(s.tokens, s.padded_vocab_size))
 
 
 def _work(s: Sizes, itemsize: int) -> dict[str, Work]:
@@ -72,21 +57,12 @@ def _cross_entropy_work(s: Sizes, itemsize: int) -> dict[str, Work]:
 
 RECORDS = {
     "linear_cross_entropy": Record(
-        "linear_cross_entropy",
-        {"eager": eager, "triton": linear_cross_entropy},
-        _case,
-        _work,
-        kernels=KERNELS,
-        part="head",
-        item="cross entropy",
+        "linear_cross_entropy", {"eager": eager, "triton": linear_cross_entropy}, _case, _work,
+        kernels=KERNELS, part="head", item="cross entropy",
     ),
     "cross_entropy": Record(
-        "cross_entropy",
-        {"eager": eager_cross_entropy, "triton": cross_entropy},
-        _cross_entropy_case,
-        _cross_entropy_work,
-        kernels=KERNELS,
-        part="head",
-        item="cross entropy",
+        "cross_entropy", {"eager": reference.cross_entropy, "triton": cross_entropy},
+        _cross_entropy_case, _cross_entropy_work,
+        kernels=KERNELS, part="head", item="cross entropy",
     ),
-}
+}  # fmt: skip

@@ -36,18 +36,14 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
             types = {"targets_ptr": "*i64", "losses_ptr": "*fp32"}
             types |= dict.fromkeys(("logits_ptr", "gradient_ptr"), f"*{dtype}")
             types |= {"scale_ptr": "*i64" if scale == "mean" else "*fp32"}
-            constexprs: dict[str, object] = {
-                "BLOCK": block,
-                "TILES": tiles,
-                "STEPS": triton.cdiv(n_cols, block * tiles),
-                "COUNT": scale == "mean",
-            }
-            if scale != "mean":
-                constexprs["losses_ptr" if scale == "rows" else "scale_ptr"] = None
-            name = f"cross_entropy V<={bound} {dtype} {scale}{'' if divisible else ' unaligned'}"
+            steps = triton.cdiv(n_cols, block * tiles)
             yield AotSpec.of(
-                name, cross_entropy_kernel, config, types, constexprs, aligned=divisible
-            )
+                f"cross_entropy V<={bound} {dtype} {scale}{'' if divisible else ' unaligned'}",
+                cross_entropy_kernel, config, types,
+                {"BLOCK": block, "TILES": tiles, "STEPS": steps, "COUNT": scale == "mean"},
+                absent={"mean": (), "rows": ("losses_ptr",), "linear": ("scale_ptr",)}[scale],
+                aligned=divisible,
+            )  # fmt: skip
     for name, x, in_place in (("in place", "bf16", True), ("dW", "fp32", False)):
         types = {"x_ptr": f"*{x}", "out_ptr": "*bf16", "scale_ptr": "*fp32", "n_cols": "i64"}
         yield AotSpec.of(

@@ -23,15 +23,12 @@ def matmul(m: int, n: int, k: int, warps: int, stages: int, per_sm: int, halves:
 
 # Key: the output's width N. Not measured: 128 x 256 is the tile with the fewest bytes a product
 # that the sums leave registers for (128 a thread of 8 warps), and three stages of 48 KB leave
-# shared memory for half of the epilogue. REDUCE is dW, where K is the tokens. For the interpreter,
-# which is "default" as no GPU is, tiles are small, so that tests see many.
+# shared memory for half of the epilogue. REDUCE is for dW, whose K is the tokens. The default is
+# for the interpreter: its tiles are small, so that tests see many.
+_TMA = {1 << 31: matmul(128, 256, 64, 8, 3, 1, 2)}
 MATMUL: Table = {
-    "default": {1 << 31: matmul(32, 64, 32, 4, 1, 1, 2)},
-    "sm_90": {1 << 31: matmul(128, 256, 64, 8, 3, 1, 2)},
-    "sm_100": {1 << 31: matmul(128, 256, 64, 8, 3, 1, 2)},
-}
+    "default": {1 << 31: matmul(32, 64, 32, 4, 1, 1, 2)}, "sm_90": _TMA, "sm_100": _TMA,
+}  # fmt: skip
 MATMUL_REDUCE: Table = {
-    "default": {1 << 31: matmul(32, 32, 16, 4, 1, 1, 1)},
-    "sm_90": {1 << 31: matmul(128, 256, 64, 8, 3, 1, 2)},
-    "sm_100": {1 << 31: matmul(128, 256, 64, 8, 3, 1, 2)},
-}
+    "default": {1 << 31: matmul(32, 32, 16, 4, 1, 1, 1)}, "sm_90": _TMA, "sm_100": _TMA,
+}  # fmt: skip

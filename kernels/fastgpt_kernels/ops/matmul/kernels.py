@@ -1,4 +1,4 @@
-"""The matrix product of linear layers: persistent, split along K where tiles are few, GELU fused.
+"""The matrix product of linear layers: persistent, split along K if tiles are few, GELU fused.
 
     out (M, N) = a b^T      a (M, K), b (N, K), either of them given transposed
 
@@ -6,17 +6,17 @@ One kernel for the three products of a layer: y = x W^T, dx = dy W (W as it lies
 and dW = dy^T x (both transposed, K the tokens). Operands come through tensor descriptors: on sm_90
 and later TMA copies whole boxes into shared memory, where tensor cores read them either way round.
 
-Persistence. As many programs as fit the device walk over the units of work: what a launch costs
-is paid once a program and not once a tile, and with K = 768 a tile is but 12 steps long. Tiles go
-in bands of GROUP_M rows, down a band before along it: what programs in flight read at once stays
-in the L2. The loop over units is not fused with the one over K (`tl.range(flatten=True)`): for
-Hopper Triton 3.7 compiles the pair to the same code either way; with two programs an SM one's
-epilogue runs under the other's products.
+Persistence. As many programs as fit the device walk over the units of work: the start of a program
+is paid once and not once a tile, and with K = 768 a tile is only 12 steps long. Tiles are taken in
+bands of GROUP_M rows, column by column within a band, so that what the programs in flight read
+stays in the L2. The loop over units is not fused with the one over K (`tl.range(flatten=True)`):
+for Hopper Triton 3.7 compiles the pair to the same code either way. With two programs an SM the
+epilogue of one runs during the products of the other.
 
 Split K. dW of GPT-2's attn.c_proj is 36 tiles for 132 SMs, K = 65,536 steps long. A unit is then a
 tile's share of K; shares are written in fp32 and added in a fixed order, so that the result is the
-same in every run. dW and the bias's gradient leave in the dtype asked for, fp32 where the masters
-are: nothing rounds them to 16 bits on the way.
+same in every run. dW and the bias's gradient are written in the dtype asked for, fp32 for fp32
+masters: nothing rounds them to 16 bits on the way.
 
 Epilogues, on tiles still in registers:
 
@@ -30,6 +30,8 @@ of tiles, from the same shared memory.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import triton
@@ -95,24 +97,12 @@ def matmul_kernel(
     z,  # (M, N): written with GELU, read with SLOPE, else None
     partials_ptr,  # (tiles of M, N) fp32: SLOPE's sums over the rows; or None
     column_sums_ptr,  # (splits, M) fp32: a summed over K; or None
-    M,
-    N,
-    K,
-    splits,
-    A_TRANSPOSED: tl.constexpr,
-    B_TRANSPOSED: tl.constexpr,
-    SPLIT: tl.constexpr,
-    GELU: tl.constexpr,
-    SLOPE: tl.constexpr,
-    TANH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ONES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    M, N, K, splits,
+    A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, SPLIT: tl.constexpr, GELU: tl.constexpr,
+    SLOPE: tl.constexpr, TANH: tl.constexpr, PRECISION: tl.constexpr, ONES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SUBTILES: tl.constexpr,  # 2: the epilogue goes half by half, with half the registers
-):
+):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tiles = tiles_m * tiles_n
     steps = tl.cdiv(K, BLOCK_K)
@@ -186,22 +176,12 @@ def n_splits(M: int, N: int, K: int, config: Config, x: Tensor) -> int:
 
 
 def launch_matmul(
-    a: Tensor,
-    b: Tensor,
-    *,
-    a_transposed: bool = False,
-    b_transposed: bool = False,
-    dtype: torch.dtype | None = None,
-    bias: Tensor | None = None,
-    z: Tensor | None = None,
-    gelu: bool = False,
-    slope: bool = False,
-    tanh: bool = True,
-    row_sums: bool = False,
-    column_sums: bool = False,
-    config: Config | None = None,
-    splits: int | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    a: Tensor, b: Tensor, *,
+    a_transposed: bool = False, b_transposed: bool = False, dtype: torch.dtype | None = None,
+    bias: Tensor | None = None, z: Tensor | None = None, gelu: bool = False, slope: bool = False,
+    tanh: bool = True, row_sums: bool = False, column_sums: bool = False,
+    config: Config | None = None, splits: int | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(out, sums): out (M, N) in `dtype` (that of a), and whichever sums were asked for, in fp32.
 
     a is (M, K), transposed (K, M); b (N, K), transposed (K, N). z (M, N) is filled with `gelu` and
@@ -218,14 +198,13 @@ def launch_matmul(
     m, n, k = blocks["BLOCK_M"], blocks["BLOCK_N"], blocks["BLOCK_K"]
     splits = splits or (n_splits(M, N, K, config, a) if reduces else 1)
     tiles_m = triton.cdiv(M, m)
-    device = a.device
+    fp32 = partial(torch.empty, dtype=torch.float32, device=a.device)
     if splits > 1:
-        padded = tiles_m * m
-        target = torch.empty(splits * padded, N, dtype=torch.float32, device=device)
+        target = fp32(splits * tiles_m * m, N)
     else:
-        target = torch.empty(M, N, dtype=dtype, device=device)
-    partials = torch.empty(tiles_m, N, dtype=torch.float32, device=device) if row_sums else None
-    sums = torch.empty(splits, M, dtype=torch.float32, device=device) if column_sums else None
+        target = torch.empty(M, N, dtype=dtype, device=a.device)
+    partials = fp32(tiles_m, N) if row_sums else None
+    sums = fp32(splits, M) if column_sums else None
 
     a, b = (t if aligned(t) else t.contiguous() for t in (a, b))
     box = [m, n // blocks["SUBTILES"]]
@@ -235,27 +214,13 @@ def launch_matmul(
         matmul_kernel[(programs,)](
             TensorDescriptor.from_tensor(a, [k, m] if a_transposed else [m, k]),
             TensorDescriptor.from_tensor(b, [k, n] if b_transposed else [n, k]),
-            TensorDescriptor.from_tensor(target, box),
-            None if bias is None else bias.contiguous(),
+            TensorDescriptor.from_tensor(target, box), None if bias is None else bias.contiguous(),
             None if z is None else TensorDescriptor.from_tensor(z, box),
-            partials,
-            sums,
-            M,
-            N,
-            K,
-            splits,
-            A_TRANSPOSED=a_transposed,
-            B_TRANSPOSED=b_transposed,
-            SPLIT=splits > 1,
-            GELU=gelu,
-            SLOPE=slope,
-            TANH=tanh,
-            PRECISION="ieee" if a.dtype == torch.float32 else "tf32",
-            ONES=ONES,
-            **blocks,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+            partials, sums, M, N, K, splits,
+            A_TRANSPOSED=a_transposed, B_TRANSPOSED=b_transposed, SPLIT=splits > 1, GELU=gelu,
+            SLOPE=slope, TANH=tanh, PRECISION="ieee" if a.dtype == torch.float32 else "tf32",
+            ONES=ONES, **blocks, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
     if splits > 1:
         target = target.view(splits, -1, N)[:, :M].sum(0).to(dtype)
     if partials is not None:

@@ -4,7 +4,7 @@
 
 x and y in 16 bits, the weight in fp32 (a master, rounded on the way in) or like x. dW and dbias
 come straight from fp32 sums in the dtype of the weight and the bias; dbias is added up while dW's
-product reads dy, and has no pass of its own. The kernel is in kernels.py.
+product reads dy, and has no pass of its own.
 """
 
 from __future__ import annotations
@@ -20,23 +20,10 @@ from fastgpt_kernels.register import Op
 
 def check_layer(op: str, prefix: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise unless weight (N, x's last size) and bias (N,) make a layer for x."""
-    check_tensor(
-        op,
-        f"{prefix}weight",
-        weight,
-        shape=(None, x.shape[-1]),
-        dtypes=(x.dtype, torch.float32),
-        device=x.device,
-    )
-    if bias is not None:
-        check_tensor(
-            op,
-            f"{prefix}bias",
-            bias,
-            shape=weight.shape[:1],
-            dtypes=(x.dtype, torch.float32),
-            device=x.device,
-        )
+    dtypes = (x.dtype, torch.float32)
+    check_tensor(op, f"{prefix}weight", weight, shape=(None, x.shape[-1]), dtypes=dtypes, like=x)
+    N = weight.shape[:1]
+    check_tensor(op, f"{prefix}bias", bias, shape=N, dtypes=dtypes, like=x, optional=True)
 
 
 def use_matmul(op: str, x: Tensor, *sizes: int) -> bool:
@@ -75,13 +62,9 @@ def weight_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """(dW (N, K), dbias (N,)) of dy (M, N) and x (M, K); no dbias if bias_dtype is None."""
     dw, db = launch_matmul(
-        dy,
-        x,
-        a_transposed=True,
-        b_transposed=True,
-        dtype=weight_dtype,
+        dy, x, a_transposed=True, b_transposed=True, dtype=weight_dtype,
         column_sums=bias_dtype is not None,
-    )
+    )  # fmt: skip
     return dw, None if db is None else db.to(bias_dtype)
 
 
@@ -100,13 +83,9 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
 
 
 def _backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    weight_dtype: torch.dtype,
-    bias_dtype: torch.dtype | None,
-    needs: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dy: Tensor, x: Tensor, weight: Tensor, weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype | None, needs: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(dx, dW, dbias), each None unless it is needed."""
     dy = dy.contiguous()
     dx = launch_matmul(dy, weight, b_transposed=True)[0] if needs[0] else None
@@ -121,9 +100,8 @@ def _save(inputs, results):
 
 def _gradient_shapes(dy, x, weight, weight_dtype, bias_dtype, needs):
     parameters = gradient_shapes(weight, weight_dtype, bias_dtype)
-    return x.new_empty(x.shape) if needs[0] else None, *(
-        parameters if any(needs[1:]) else (None,) * 2
-    )
+    dx = x.new_empty(x.shape) if needs[0] else None
+    return dx, *(parameters if any(needs[1:]) else (None, None))
 
 
 def _flops(x_shape, weight_shape, products: int) -> int:
@@ -134,23 +112,19 @@ if HAS_TRITON:
     from fastgpt_kernels.ops.matmul.kernels import launch_matmul
 
     _op = Op(
-        "linear",
-        _forward,
+        "linear", _forward,
         lambda x, weight, bias: (
             x.new_empty(x.shape[0], weight.shape[0]),
             None if weight.dtype == x.dtype else x.new_empty(weight.shape),
         ),
         saves=_save,
         backward=Op(
-            "linear_backward",
-            _backward,
-            _gradient_shapes,
+            "linear_backward", _backward, _gradient_shapes,
             flops=lambda dy, x, w, *rest, **_: _flops(x, w, rest[2][0] + any(rest[2][1:])),
         ),
-        gradients=(0, 1, 2),
-        needs=True,
+        gradients=(0, 1, 2), needs=True,
         flops=lambda x, w, *_, **__: _flops(x, w, 1),
-    )
+    )  # fmt: skip
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

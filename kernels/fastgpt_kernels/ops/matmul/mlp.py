@@ -6,8 +6,8 @@
 
 x, y, z, a in 16 bits; weights and biases fp32 (rounded on the way in) or the same. With H hidden
 features a GELU of its own moves 4 H bytes a token forward and 6 H backward beyond the products,
-here it is 2 H and 2 H: z written, z read. The products' epilogues take longer for that; whether it
-pays is for `python -m bench gemms` to say. The kernel is in kernels.py.
+here it is 2 H and 2 H: z written, z read. The products' epilogues take longer instead;
+`python -m bench gemms` compares the two.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgpt_kernels import reference
-from fastgpt_kernels.host import FLOAT_DTYPES, HAS_TRITON, check_tensor
+from fastgpt_kernels.host import FLOAT_DTYPES, HAS_TRITON, check_approximate, check_tensor
 from fastgpt_kernels.ops.matmul.linear import (
     check_layer,
     dtype_of,
@@ -30,13 +30,9 @@ from fastgpt_kernels.register import Op
 
 
 def _forward(
-    x: Tensor,
-    fc_weight: Tensor,
-    fc_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    tanh: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor,
+    proj_bias: Tensor | None, tanh: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(y, z, gelu(z), and both weights in x's dtype if they were not)."""
     fc, proj = in_dtype(fc_weight, x.dtype), in_dtype(proj_weight, x.dtype)
     z = torch.empty(x.shape[0], fc_weight.shape[0], dtype=x.dtype, device=x.device)
@@ -52,18 +48,10 @@ def _shapes(x, fc_weight, fc_bias, proj_weight, proj_bias, tanh):
 
 
 def _backward(
-    dy: Tensor,
-    x: Tensor,
-    z: Tensor,
-    a: Tensor,
-    fc_weight: Tensor,
-    proj_weight: Tensor,
-    fc_dtype: torch.dtype,
-    fc_bias_dtype: torch.dtype | None,
-    proj_dtype: torch.dtype,
-    proj_bias_dtype: torch.dtype | None,
-    tanh: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    dy: Tensor, x: Tensor, z: Tensor, a: Tensor, fc_weight: Tensor, proj_weight: Tensor,
+    fc_dtype: torch.dtype, fc_bias_dtype: torch.dtype | None, proj_dtype: torch.dtype,
+    proj_bias_dtype: torch.dtype | None, tanh: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
     """(dx, dW1, db1, dW2, db2); no gradient of a bias that is not there."""
     dy = dy.contiguous()
     dw2, db2 = weight_gradients(dy, a, proj_dtype, proj_bias_dtype)
@@ -98,19 +86,15 @@ if HAS_TRITON:
     from fastgpt_kernels.ops.matmul.kernels import launch_matmul
 
     _op = Op(
-        "mlp",
-        _forward,
-        _shapes,
+        "mlp", _forward, _shapes,
         saves=_save,
         backward=Op(
-            "mlp_backward",
-            _backward,
-            _gradient_shapes,
+            "mlp_backward", _backward, _gradient_shapes,
             flops=lambda dy, x, z, a, fc, proj, *_, **__: _flops(x, fc, proj, 2),
         ),
         gradients=(0, 1, 2, 3, 4),
         flops=lambda x, fc, fc_bias, proj, *_, **__: _flops(x, fc, proj, 1),
-    )
+    )  # fmt: skip
 
 
 def mlp(
@@ -135,8 +119,7 @@ def mlp(
     check_layer("mlp", "fc_", x, fc_weight, fc_bias)
     hidden = x.new_empty(0, fc_weight.shape[0])  # for its size
     check_layer("mlp", "proj_", hidden, proj_weight, proj_bias)
-    if approximate not in ("tanh", "none"):
-        raise ValueError(f"mlp: approximate must be 'tanh' or 'none', got {approximate!r}")
+    check_approximate("mlp", approximate)
     parameters = (fc_weight, fc_bias, proj_weight, proj_bias)
     if not use_matmul("mlp", x, *fc_weight.shape, proj_weight.shape[0]):
         return reference.mlp(x, *parameters, approximate)

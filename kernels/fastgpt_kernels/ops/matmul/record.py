@@ -74,24 +74,12 @@ def _work(layers: int) -> Callable[[Sizes, int], dict[str, Work]]:
 
 RECORDS = {
     "linear": Record(
-        "linear",
-        {"eager": eager_linear, "triton": linear},
-        _linear_case,
-        _work(3),
-        kernels=("matmul_kernel",),
-        part="linear",
-        limits=_limits,
-        library="cuBLAS",
+        "linear", {"eager": eager_linear, "triton": linear}, _linear_case, _work(3),
+        kernels=("matmul_kernel",), part="linear", limits=_limits, library="cuBLAS",
     ),
     "mlp": Record(
-        "mlp",
-        {"eager": eager_mlp, "triton": mlp},
-        _mlp_case,
-        _work(8),
-        kernels=("matmul_kernel",),
-        part="linear",
-        limits=_limits,
-        library="cuBLAS",
+        "mlp", {"eager": eager_mlp, "triton": mlp}, _mlp_case, _work(8),
+        kernels=("matmul_kernel",), part="linear", limits=_limits, library="cuBLAS",
         made_of=("linear", "bias_gelu"),
     ),
-}
+}  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from fastgpt_kernels.configs import Config, entries
 from fastgpt_kernels.ops.matmul import configs
@@ -13,54 +12,35 @@ from fastgpt_kernels.ops.matmul.record import RECORDS
 from fastgpt_kernels.record import Sizes
 from fastgpt_kernels.specs import AotSpec, Tunable, tunable
 
-# What a launch may be: (transposed operands, flags, pointers that are there, dtype written).
-VARIANTS: dict[str, dict[str, Any]] = {
-    "y": {"bias": True},
-    "y gelu": {"bias": True, "gelu": True},
-    "dx": {"b_transposed": True},
-    "dx slope": {"b_transposed": True, "slope": True},
-    "dW": {"a_transposed": True, "b_transposed": True, "out": "fp32", "column_sums": True},
-    "dW split": {
-        "a_transposed": True, "b_transposed": True, "out": "fp32", "column_sums": True,
-        "split": True,
-    },
-}  # fmt: skip
+# Launches by name: the flags that are set and the optional tensors that are there.
+VARIANTS = {
+    "y": {"bias_ptr"},
+    "y gelu": {"bias_ptr", "GELU", "z"},
+    "dx": {"B_TRANSPOSED"},
+    "dx slope": {"B_TRANSPOSED", "SLOPE", "z", "partials_ptr"},
+    "dW": {"A_TRANSPOSED", "B_TRANSPOSED", "column_sums_ptr"},
+    "dW split": {"A_TRANSPOSED", "B_TRANSPOSED", "column_sums_ptr", "SPLIT"},
+}
+FLAGS = ("A_TRANSPOSED", "B_TRANSPOSED", "SPLIT", "GELU", "SLOPE")
+OPTIONAL = ("bias_ptr", "z", "partials_ptr", "column_sums_ptr")
 
 
-def _spec(name: str, config: Config, given: dict[str, Any], dtype: str = "bf16") -> AotSpec:
-    def flag(key: str) -> bool:
-        return bool(given.get(key))
-
-    blocks = dict(config.blocks)
-    blocks.pop("PROGRAMS_PER_SM")
-    m, n, k = blocks["BLOCK_M"], blocks["BLOCK_N"], blocks["BLOCK_K"]
-    box = f"{m},{n // blocks['SUBTILES']}"
-    optional = {
-        "bias_ptr": ("*fp32", flag("bias")),
-        "z": (f"tensordesc<{dtype}[{box}]>", flag("gelu") or flag("slope")),
-        "partials_ptr": ("*fp32", flag("slope")),
-        "column_sums_ptr": ("*fp32", flag("column_sums")),
+def _spec(name: str, config: Config, given: set[str]) -> AotSpec:
+    m, n, k, halves = (config.blocks[x] for x in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SUBTILES"))
+    boxes = {
+        "a": f"bf16[{k},{m}]" if "A_TRANSPOSED" in given else f"bf16[{m},{k}]",
+        "b": f"bf16[{k},{n}]" if "B_TRANSPOSED" in given else f"bf16[{n},{k}]",
+        "out": f"{'fp32' if 'A_TRANSPOSED' in given else 'bf16'}[{m},{n // halves}]",
+        "z": f"bf16[{m},{n // halves}]",
     }
-    types = {
-        "a": f"tensordesc<{dtype}[{f'{k},{m}' if flag('a_transposed') else f'{m},{k}'}]>",
-        "b": f"tensordesc<{dtype}[{f'{k},{n}' if flag('b_transposed') else f'{n},{k}'}]>",
-        "out": f"tensordesc<{given.get('out', dtype)}[{box}]>",
-        **{name: kind for name, (kind, _) in optional.items()},
-    }
-    flags = {
-        **{name: None for name, (_, there) in optional.items() if not there},
-        "A_TRANSPOSED": flag("a_transposed"),
-        "B_TRANSPOSED": flag("b_transposed"),
-        "SPLIT": flag("split"),
-        "GELU": flag("gelu"),
-        "SLOPE": flag("slope"),
-        "TANH": True,
-        "PRECISION": "tf32",
-        "ONES": ONES,
-        **blocks,
-    }
-    name = f"matmul {name} {m}x{n}x{k}"
-    return AotSpec.of(name, matmul_kernel, config, types, flags, aligned="MNK", expect_wgmma=True)
+    types = dict.fromkeys(OPTIONAL, "*fp32")
+    types |= {name: f"tensordesc<{box}>" for name, box in boxes.items()}
+    flags = {flag: flag in given for flag in FLAGS}
+    return AotSpec.of(
+        f"matmul {name} {m}x{n}x{k}", matmul_kernel, config, types,
+        flags | {"TANH": True, "PRECISION": "tf32", "ONES": ONES},
+        absent=set(OPTIONAL) - given, aligned="MNK", expect_wgmma=True,
+    )  # fmt: skip
 
 
 def aot_specs(arch: str) -> Iterator[AotSpec]:
@@ -68,7 +48,7 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
     if not runs_on(arch):
         return
     for name, given in VARIANTS.items():
-        table = MATMUL_REDUCE if given.get("a_transposed") else MATMUL
+        table = MATMUL_REDUCE if "A_TRANSPOSED" in given else MATMUL
         for config in entries(table, arch).values():
             yield _spec(name, config, given)
 
@@ -83,18 +63,12 @@ def tunables(arch: str) -> Iterator[Tunable]:
     candidates = [
         configs.matmul(m, n, 64, warps, stages, per_sm, halves)
         for m, n, warps, stages, per_sm in (
-            (128, 256, 8, 3, 1),
-            (128, 256, 8, 4, 1),
-            (256, 128, 8, 3, 1),
-            (256, 128, 8, 4, 1),
-            (128, 128, 4, 3, 2),
-            (128, 128, 4, 2, 2),
-            (128, 128, 8, 3, 2),
-            (128, 128, 8, 4, 1),
+            (128, 256, 8, 3, 1), (128, 256, 8, 4, 1), (256, 128, 8, 3, 1), (256, 128, 8, 4, 1),
+            (128, 128, 4, 3, 2), (128, 128, 4, 2, 2), (128, 128, 8, 3, 2), (128, 128, 8, 4, 1),
             (64, 256, 4, 3, 2),
         )
         for halves in (1, 2)
-    ]
+    ]  # fmt: skip
     for table, backward in (("MATMUL", False), ("MATMUL_REDUCE", True)):
         for key in entries(getattr(configs, table), arch):
             yield tunable(

@@ -1,7 +1,7 @@
 """The kernels of layer_norm and add_layer_norm; the formulas are in op.py.
 
-A row stays in registers while its statistics are computed, so every tensor is read once. The
-backward's programs loop over the rows with dweight and dbias in registers, see `partials`.
+A row stays in registers while its statistics are computed, so that every tensor is read once. The
+backward's programs loop over the rows with dweight and dbias in registers (see `partials`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastgpt_kernels.partials import add_partials, sum_partials
 
 @triton.jit
 def _load_rows(ptr, stride, rows, columns, mask):
-    """A tile of rows in fp32, zeros where masked; int64 offsets, for tensors past 2^31 elements."""
+    """A tile of rows in fp32, 0 if masked; offsets are int64, for over 2^31 elements."""
     offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
     return tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
 
@@ -34,19 +34,14 @@ def _load_rows(ptr, stride, rows, columns, mask):
 def layer_norm_forward_kernel(
     x_ptr,  # (M, C), rows x_stride apart
     residual_ptr,  # (M, C), rows residual_stride apart, or None
-    weight_ptr,  # (C,)
-    bias_ptr,  # (C,) or None
+    weight_ptr, bias_ptr,  # (C,), the bias or None
     y_ptr,  # (M, C) contiguous
     sum_ptr,  # (M, C) contiguous: x + residual; None without residual
     stats_ptr,  # (2, M) fp32: mean, rstd
-    x_stride,
-    residual_stride,
-    M,
-    eps,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,  # C rounded up to a power of two
-    ROWS: tl.constexpr,  # rows of one program
-):
+    x_stride, residual_stride, M, eps,
+    C: tl.constexpr, BLOCK_C: tl.constexpr,  # BLOCK_C: C rounded up to a power of two
+    ROWS: tl.constexpr,  # of one program
+):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_C)
     row_mask = rows < M
@@ -85,16 +80,11 @@ def layer_norm_backward_kernel(
     stats_ptr,  # (2, M) fp32: mean, rstd
     dx_ptr,  # (M, C) contiguous
     partials_ptr,  # (1 or 2, programs, C) fp32: dweight, then dbias
-    dy_stride,
-    d_sum_stride,
-    s_stride,
-    M,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,  # C rounded up to a power of two
-    ROWS: tl.constexpr,  # rows of one step of the loop
-    HAS_BIAS: tl.constexpr,
+    dy_stride, d_sum_stride, s_stride, M,
+    C: tl.constexpr, BLOCK_C: tl.constexpr,  # BLOCK_C: C rounded up to a power of two
+    ROWS: tl.constexpr, HAS_BIAS: tl.constexpr,  # ROWS: of one step of the loop
     STAGES: tl.constexpr,  # above 1: the loop's loads are copied ahead through shared memory
-):
+):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
     columns = tl.arange(0, BLOCK_C)
     column_mask = columns < C
@@ -138,13 +128,9 @@ def layer_norm_sum_kernel(
 
 
 def launch_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
     config: Config | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """(y, residual_out, stats): residual_out None without residual, stats (2, M) mean and rstd."""
     refuse_interpreted_bf16("layer_norm", x, weight, bias)
     C = x.shape[-1]
@@ -159,33 +145,18 @@ def launch_forward(
     config = config or lookup(configs.FORWARD, arch_of(x), C)
     with on_device(x):
         layer_norm_forward_kernel[(triton.cdiv(M, config.blocks["ROWS"]),)](
-            rows,
-            others,
-            weight.contiguous(),
-            None if bias is None else bias.contiguous(),
-            y,
-            residual_out,
-            stats,
-            rows.stride(0),
-            0 if others is None else others.stride(0),
-            M,
-            eps,
-            C,
-            triton.next_power_of_2(C),
+            rows, others, weight.contiguous(), None if bias is None else bias.contiguous(), y,
+            residual_out, stats, rows.stride(0), 0 if others is None else others.stride(0), M, eps,
+            C, triton.next_power_of_2(C),
             **config.kwargs(),
-        )
+        )  # fmt: skip
     return y, residual_out, stats
 
 
 def launch_backward(
-    dy: Tensor | None,
-    d_residual_out: Tensor | None,
-    s: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stats: Tensor,
-    config: Config | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    dy: Tensor | None, d_residual_out: Tensor | None, s: Tensor, weight: Tensor,
+    bias: Tensor | None, stats: Tensor, config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """(ds, dweight, dbias) for the normalised tensor s; dbias None if there is no bias.
 
     dy is None if only residual_out was used.
@@ -204,24 +175,10 @@ def launch_backward(
     partials = torch.empty((len(dtypes), programs, C), dtype=torch.float32, device=s.device)
     with on_device(s):
         layer_norm_backward_kernel[(programs,)](
-            dy_rows,
-            others,
-            rows,
-            weight.contiguous(),
-            stats,
-            ds,
-            partials,
-            dy_rows.stride(0),
-            0 if others is None else others.stride(0),
-            rows.stride(0),
-            M,
-            C,
-            triton.next_power_of_2(C),
-            config.blocks["ROWS"],
-            bias is not None,
-            config.num_stages,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+            dy_rows, others, rows, weight.contiguous(), stats, ds, partials, dy_rows.stride(0),
+            0 if others is None else others.stride(0), rows.stride(0), M, C,
+            triton.next_power_of_2(C), config.blocks["ROWS"], bias is not None, config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
     sums = sum_partials(layer_norm_sum_kernel, partials, *dtypes)
     return ds, sums[0], None if bias is None else sums[1]

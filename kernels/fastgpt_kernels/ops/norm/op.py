@@ -10,7 +10,6 @@ With xhat = (s - mean) * rstd and g = dy * weight the gradients are
     dweight = sum over rows of dy * xhat, dbias = sum over rows of dy
 
 Bytes an element, 2-byte dtype: forward 4, with the addition 8; backward 6, with the addition 8.
-Every tensor is read once; the kernels and their launchers are in kernels.py.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from fastgpt_kernels import reference
 from fastgpt_kernels.host import FLOAT_DTYPES, HAS_TRITON, check_tensor, use_kernel
 from fastgpt_kernels.register import Op
 
-MAX_WIDTH = 8192  # a row, and in the backward its share of dweight and dbias, live in registers
+MAX_WIDTH = 8192  # a row, and in the backward pass dweight and dbias, have to fit in registers
 
 
 def _shapes(x, residual, *_):
@@ -45,14 +44,11 @@ if HAS_TRITON:
     from fastgpt_kernels.ops.norm.kernels import launch_backward, launch_forward
 
     _op = Op(
-        "layer_norm",
-        launch_forward,
-        _shapes,
-        public=2,
-        saves=_save,
+        "layer_norm", launch_forward, _shapes,
+        public=2, saves=_save,
         backward=Op("layer_norm_backward", launch_backward, _gradient_shapes),
         gradients=(0, 0, 1, 2),  # x and residual get the same tensor
-    )
+    )  # fmt: skip
 
 
 def _check(
@@ -63,11 +59,10 @@ def _check(
         raise ValueError(
             f"{op}: x must have shape (..., C) with 1 <= C <= {MAX_WIDTH}, got {tuple(x.shape)}"
         )
-    if residual is not None:
-        check_tensor(op, "residual", residual, shape=x.shape, dtypes=(x.dtype,), device=x.device)
-    for name, p in (("weight", weight), ("bias", bias)):
-        if p is not None or name == "weight":
-            check_tensor(op, name, p, shape=x.shape[-1:], dtypes=FLOAT_DTYPES, device=x.device)
+    check_tensor(op, "residual", residual, shape=x.shape, like=x, optional=True)
+    C = x.shape[-1:]
+    check_tensor(op, "weight", weight, shape=C, dtypes=FLOAT_DTYPES, like=x)
+    check_tensor(op, "bias", bias, shape=C, dtypes=FLOAT_DTYPES, like=x, optional=True)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -75,7 +70,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
 
     y has x's shape and dtype (bf16, fp16, fp32), contiguous; statistics are fp32. weight and bias
     may be in another dtype than x, such as fp32 masters; their gradients come in their own dtype.
-    C from 1 to 8192. Raises TypeError or ValueError for arguments that do not fit.
+    C is 1 to 8192. Raises TypeError or ValueError for arguments that do not fit.
     """
     _check("layer_norm", x, None, weight, bias)
     if not use_kernel(x):
@@ -88,9 +83,9 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """(y, residual_out): residual_out = x + residual, y = layer_norm(residual_out), in one pass.
 
-    x and residual (..., C) in the same dtype, which both results have. The backward pass adds the
-    gradients that arrive through y and residual_out in one kernel; x and residual get the same
-    tensor. Everything else as in `layer_norm`.
+    x and residual (..., C) are of one dtype, which both results have. The backward pass adds the
+    gradients of y and residual_out in the same kernel; x and residual get the same tensor as their
+    gradient. All else is as in `layer_norm`.
     """
     check_tensor("add_layer_norm", "residual", residual)
     _check("add_layer_norm", x, residual, weight, bias)

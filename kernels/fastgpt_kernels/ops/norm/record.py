@@ -21,7 +21,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """residual_out = x + residual; (layer_norm(residual_out), residual_out)."""
+    """(layer_norm(residual_out), residual_out) of residual_out = x + residual."""
     residual_out = x + residual
     return layer_norm(residual_out, weight, bias, eps), residual_out
 
@@ -42,15 +42,10 @@ def _record(name: str, streams: int, tensors: tuple[int, int]) -> Record:
         return {"forward": Work(0, tensors[0] * moved), "backward": Work(0, tensors[1] * moved)}
 
     return Record(
-        name,
-        {"eager": globals()[name], "triton": getattr(op, name)},
-        case,
-        work,
+        name, {"eager": globals()[name], "triton": getattr(op, name)}, case, work,
         kernels=tuple(f"layer_norm_{kernel}_kernel" for kernel in ("forward", "backward", "sum")),
-        part="memory",
-        item="norms",
-        limits=_limits,
-    )
+        part="memory", item="norms", limits=_limits,
+    )  # fmt: skip
 
 
 RECORDS = {

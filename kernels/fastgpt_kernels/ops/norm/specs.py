@@ -27,8 +27,8 @@ _ALIGNED = ("x_stride", "residual_stride", "dy_stride", "d_sum_stride", "s_strid
 def aot_specs(arch: str) -> Iterator[AotSpec]:
     """Both kernels at a width of every config; bf16 activations, fp32 parameters.
 
-    The fused ones hold the most registers and so stand for the plain ones, except at GPT-2's 768.
-    And the sum of partial gradients, for parameters in fp32 and in bf16.
+    With the addition they hold the most registers, so that the plain ones are compiled at GPT-2's
+    768 only. And the sum of partial gradients, for parameters in fp32 and in bf16.
     """
     for dtype in ("fp32", "bf16"):
         types = {"partials_ptr": "*fp32", "out0_ptr": f"*{dtype}", "out1_ptr": f"*{dtype}"}
@@ -38,18 +38,16 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
         yield AotSpec.of(name, layer_norm_sum_kernel, config, types, blocks, aligned="C")
     for C, fused in ((256, 1), (512, 1), (768, 0), (768, 1), (1600, 1), (4096, 1), (8192, 1)):
         name = f"{'add_' if fused else ''}layer_norm {{}} C={C}"
-        sizes: dict[str, object] = {"C": C, "BLOCK_C": triton.next_power_of_2(C)}
-        config = lookup(configs.FORWARD, arch, C)
-        absent = {} if fused else {"residual_ptr": None, "sum_ptr": None}
+        sizes = {"C": C, "BLOCK_C": triton.next_power_of_2(C)}
         yield AotSpec.of(
-            name.format("forward"), layer_norm_forward_kernel, config, _TYPES,
-            sizes | dict(config.blocks) | absent, aligned=_ALIGNED,
+            name.format("forward"), layer_norm_forward_kernel, lookup(configs.FORWARD, arch, C),
+            _TYPES, sizes, absent=() if fused else ("residual_ptr", "sum_ptr"), aligned=_ALIGNED,
         )  # fmt: skip
         config = lookup(configs.BACKWARD, arch, C)
-        flags = {"ROWS": config.blocks["ROWS"], "HAS_BIAS": True, "STAGES": config.num_stages}
+        flags = {"HAS_BIAS": True, "STAGES": config.num_stages}
         yield AotSpec.of(
-            name.format("backward"), layer_norm_backward_kernel, config, _TYPES,
-            sizes | flags | ({} if fused else {"d_sum_ptr": None}), aligned=_ALIGNED,
+            name.format("backward"), layer_norm_backward_kernel, config, _TYPES, sizes | flags,
+            absent=() if fused else ("d_sum_ptr",), aligned=_ALIGNED,
         )  # fmt: skip
 
 
