@@ -27,7 +27,7 @@ from fastgpt.data import pieces, token_files
 from fastgpt.data.corpora import Corpus, Shard
 from fastgpt.data.download import fetch
 from fastgpt.data.progress import progress
-from fastgpt.data.sources import Source
+from fastgpt.data.sources import Part, Source
 from fastgpt.data.token_files import Scan, TokenWriter
 from fastgpt.data.tokenizers import BPETokenizer, Tokenizer, make_tokenizer
 from fastgpt.data.tokens import DATASET_JSON, FORMAT, VERSION
@@ -128,10 +128,6 @@ def _keep_only(folder: Path, names: set[str]) -> None:
             path.unlink()
 
 
-# (split, text); text None stands for the end-of-text token.
-_Item = tuple[str, bytes | None]
-
-
 def _tokenize(state: _State, source: Source, tokenizer: Tokenizer, workers: int) -> None:
     writers = {
         split: TokenWriter(
@@ -140,7 +136,7 @@ def _tokenize(state: _State, source: Source, tokenizer: Tokenizer, workers: int)
         for split, shards in state.shards.items()
     }
 
-    def encode(numbered: tuple[int, list[_Item]]) -> tuple[dict[str, np.ndarray], int]:
+    def encode(numbered: tuple[int, list[Part]]) -> tuple[dict[str, np.ndarray], int]:
         number, job = numbered
         parts: dict[str, list[np.ndarray]] = {}
         for split, text in job:
@@ -176,20 +172,27 @@ def _tokenize(state: _State, source: Source, tokenizer: Tokenizer, workers: int)
             writer.abort()
 
 
-def _jobs(source: Source) -> Iterator[list[_Item]]:
+def _pieces(source: Source, size: int) -> Iterator[Part]:
+    """The documents with each one's text of a split re-cut into pieces of about `size` bytes."""
+    for (split, is_end), parts in itertools.groupby(
+        source.documents(), key=lambda part: (part[0], part[1] is None)
+    ):
+        chunks = (text for _, text in parts if text is not None)
+        yield from ((split, text) for text in pieces.cut(chunks, size))
+        if is_end:
+            yield split, None
+
+
+def _jobs(source: Source) -> Iterator[list[Part]]:
     """Pieces of all documents, in lists of about JOB_BYTES."""
-    job: list[_Item] = []
+    job: list[Part] = []
     size = 0
-    for document in source.documents():
-        text = b""
-        for text in pieces.cut(document.chunks, JOB_BYTES):
-            if size >= JOB_BYTES:
-                yield job
-                job, size = [], 0
-            job.append((document.split, text))
-            size += len(text)
-        if text and document.ends:  # known only now
-            job.append((document.split, None))
+    for split, text in _pieces(source, JOB_BYTES):
+        if size >= JOB_BYTES and text is not None:
+            yield job
+            job, size = [], 0
+        job.append((split, text))
+        size += len(text or b"")
     if job:
         yield job
 
@@ -213,7 +216,7 @@ def ordered_map(function: Callable[[A], B], items: Iterable[A], threads: int) ->
 
 def _training_texts(source: Source, spec: str) -> Iterator[str]:
     """All pieces of the text; for BPE, if there is more than enough, evenly spread ones."""
-    texts = itertools.chain.from_iterable(pieces.cut(d.chunks) for d in source.documents())
+    texts = (text for _, text in _pieces(source, pieces.PIECE) if text is not None)
     if not spec.startswith("bpe"):
         yield from (text.decode() for text in texts)
         return

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.data import download
-from fastgpt.data.sources import Document, Source, TextFiles, decode_python
+from fastgpt.data.sources import Part, Source, TextFiles, decode_python
 from fastgpt.errors import UserError
 
 BY_INPUT = "your own text works without network: --input=FILE"
@@ -107,11 +107,12 @@ class OpenWebText:
         rows = {name: len(part) for name, part in self._splits.items()}
         self.identity: dict[str, Any] = dict(rows=rows, val_fraction=val_fraction, seed=2357)
 
-    def documents(self) -> Iterator[Document]:
+    def documents(self) -> Iterator[Part]:
         for name, part in self._splits.items():
             for rows in part.iter(batch_size=1000):
-                for text in rows["text"]:
-                    yield Document(name, iter([text.encode()]), ends=True)
+                for text in filter(None, rows["text"]):
+                    yield name, text.encode()
+                    yield name, None
 
 
 def fineweb_shards(n: int) -> list[Shard]:

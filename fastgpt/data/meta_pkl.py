@@ -30,9 +30,6 @@ class _NoGlobals(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"global {module}.{name}")
 
-    def persistent_load(self, pid: object) -> NoReturn:
-        raise pickle.UnpicklingError("persistent id")
-
 
 def read_meta(path: Path) -> tuple[int, Tokenizer | None]:
     """(vocab_size, character tokenizer if `itos` is one). UserError unless it is plain."""

@@ -31,16 +31,7 @@ _CHUNK = 1 << 20
 _SMALL = 16 << 20  # files up to this size are read in one go
 
 
-@dataclass
-class Document:
-    """One text, or the part of it that is in one split. `chunks` are its UTF-8 bytes, once.
-
-    `ends`, settled once the chunks are used up: whether the end-of-text token follows.
-    """
-
-    split: str
-    chunks: Iterator[bytes]
-    ends: bool
+Part = tuple[str, bytes | None]
 
 
 class Source(Protocol):
@@ -49,8 +40,11 @@ class Source(Protocol):
     identity: dict[str, Any]
     n_bytes: int | None
 
-    def documents(self) -> Iterator[Document]:
-        """Documents in a fixed order; each one's chunks are to be used up before the next."""
+    def documents(self) -> Iterator[Part]:
+        """(split, chunk of UTF-8 bytes) of all documents, in a fixed order.
+
+        (split, None) stands for the end-of-text token that follows a document.
+        """
         ...
 
 
@@ -110,22 +104,26 @@ class TextFiles:
             "val_fraction": val_fraction,
         }
 
-    def documents(self) -> Iterator[Document]:
-        first_val_char = int(self.look.n_chars * (1 - self.val_fraction))
-        listing, n_chars = hashlib.sha256(), 0
+    def documents(self) -> Iterator[Part]:
+        listing = hashlib.sha256()
+        split, left = "train", int(self.look.n_chars * (1 - self.val_fraction))
         for name, chunks in self._texts(listing):
             if self.by_document:
                 split = "val" if self._in_val(name) else "train"
-                yield Document(split, chunks, ends=True)
-                continue
-            cutter = _Cutter(chunks, first_val_char - n_chars)
-            if n_chars < first_val_char:
-                head = Document("train", cutter.head(), ends=not self.single)
-                cutter.on_cut = head
-                yield head
-            if n_chars >= first_val_char or cutter.cut:
-                yield Document("val", cutter.tail(), ends=not self.single)
-            n_chars += cutter.n_chars
+            for chunk in chunks:
+                if self.by_document or split == "val":
+                    yield split, chunk
+                    continue
+                starts = np.flatnonzero(char_starts(chunk))
+                at = int(starts[left]) if left < len(starts) else len(chunk)
+                left -= len(starts)
+                if at > 0:
+                    yield "train", chunk[:at]
+                if at < len(chunk):
+                    split = "val"
+                    yield "val", chunk[at:]
+            if not self.single:
+                yield split, None
         if listing.hexdigest() != self.look.sha256:
             raise UserError(f"{self.root} changed while it was read: run the command again")
 
@@ -243,38 +241,6 @@ def _signature(root: Path) -> tuple[str, float]:
         newest = max(newest, status.st_mtime_ns)
         digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest(), newest / 1e9
-
-
-class _Cutter:
-    """Splits chunks of UTF-8 after `n` characters: first use up `head`, then `tail`."""
-
-    def __init__(self, chunks: Iterator[bytes], n: int):
-        self._chunks, self._left, self._rest = chunks, n, b""
-        self.n_chars = 0
-        self.cut = False
-        self.on_cut: Document | None = None  # goes on after a cut: no longer ends
-
-    def head(self) -> Iterator[bytes]:
-        for chunk in self._chunks:
-            starts = np.flatnonzero(char_starts(chunk))
-            self.n_chars += len(starts)
-            if len(starts) <= self._left:
-                self._left -= len(starts)
-                yield chunk
-                continue
-            at = int(starts[self._left])
-            self._rest, self.cut = chunk[at:], True
-            if self.on_cut is not None:
-                self.on_cut.ends = False
-            yield chunk[:at]
-            return
-
-    def tail(self) -> Iterator[bytes]:
-        if self._rest:
-            yield self._rest
-        for chunk in self._chunks:
-            self.n_chars += count_chars(chunk)
-            yield chunk
 
 
 def char_starts(data: bytes) -> np.ndarray:

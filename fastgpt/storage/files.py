@@ -72,14 +72,12 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
-        tmp = None
         fsync_dir(path.parent)
     except OSError as e:
         raise explain_os_error(e, path) from e
     finally:
         if tmp is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(tmp)
+            Path(tmp).unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,7 +9,6 @@ import pytest
 
 from fastgpt.data import build, token_files
 from fastgpt.data.build import _jobs, _State, _tokenize, ordered_map
-from fastgpt.data.sources import Document
 from fastgpt.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer
 from fastgpt.errors import UserError
 
@@ -27,7 +26,8 @@ class Texts:
 
     def documents(self):
         for split, text in self._documents:
-            yield Document(split, iter([text.encode()]), ends=True)
+            yield split, text.encode()
+            yield split, None
 
 
 def some_documents(n=60):
@@ -113,7 +113,8 @@ def test_going_on_after_any_interruption_gives_the_same_files(tmp_path, small, r
         class Broken(Texts):
             def documents(self, broken=broken):
                 for split, text in broken():
-                    yield Document(split, iter([text.encode()]), ends=True)
+                    yield split, text.encode()
+                    yield split, None
 
         with pytest.raises(Stop):
             run(folder, Broken([]), tok)

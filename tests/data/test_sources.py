@@ -1,20 +1,32 @@
 import hashlib
+import itertools
 import json
 import os
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt.data import sources
-from fastgpt.data.sources import TextFiles, _Cutter, check_text, decode_python, open_input
+from fastgpt.data.sources import TextFiles, check_text, decode_python, open_input
 from fastgpt.errors import UserError
 
 
 def contents(source):
-    """[(split, text, ends)] of all documents."""
-    return [(d.split, b"".join(d.chunks).decode(), d.ends) for d in source.documents()]
+    """[(split, text, ends)] of all documents, or parts of them that are in one split."""
+    found = []
+    for (split, end), parts in itertools.groupby(
+        source.documents(), key=lambda part: (part[0], part[1] is None)
+    ):
+        if end:
+            assert len(list(parts)) == 1 and found[-1][0] == split
+            found[-1] = (*found[-1][:2], True)
+        else:
+            found.append((split, b"".join(text for _, text in parts).decode(), False))
+    return found
 
 
 def tree(folder, files: dict[str, str | bytes]):
@@ -43,13 +55,27 @@ def test_a_file_is_split_as_nanogpt_splits_it(tmp_path, text, fraction):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(st.characters(exclude_categories=["Cs"])), st.integers(0, 20), st.integers(1, 7))
-def test_cutting_at_a_character(text, n, chunk):
-    data = text.encode()
-    cutter = _Cutter((data[i : i + chunk] for i in range(0, len(data), chunk)), n)
-    head, tail = b"".join(cutter.head()), b"".join(cutter.tail())
-    assert (head.decode(), tail.decode()) == (text[:n], text[n:])
-    assert cutter.n_chars == len(text) and cutter.cut == (len(text) > n)
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
+    ).filter(bool),
+    st.floats(0, 0.99),
+    st.integers(1, 7),
+)
+def test_cutting_at_a_character(texts, fraction, chunk):
+    """Of one file or several, whose chunks may end within a character."""
+    with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "_SMALL", -1)
+        patch.setattr(sources, "_CHUNK", chunk)
+        folder = tree(Path(root), {f"{i:09d}": text for i, text in enumerate(texts)})
+        source = TextFiles(folder if len(texts) > 1 else folder / "000000000", fraction)
+        source.by_document = False
+        docs = contents(source)
+    whole = "".join(texts)
+    n = int(len(whole) * (1 - fraction))
+    parts = ["".join(text for split, text, _ in docs if split == s) for s in ("train", "val")]
+    assert parts == [whole[:n], whole[n:]]
+    assert sum(ends for _, _, ends in docs) == (len(texts) if len(texts) > 1 else 0)
 
 
 NO_TEXT = {
@@ -180,8 +206,7 @@ def test_what_vanishes_while_it_is_read_is_noticed(folder):
     for path in folder.glob("sub0/*"):
         path.unlink()
     with pytest.raises(UserError, match="vanished|changed"):
-        for document in documents:
-            list(document.chunks)
+        list(documents)
 
 
 def test_large_files_are_streamed(folder, monkeypatch):
@@ -220,8 +245,8 @@ def test_the_standard_library_is_there(tmp_path):
     source = CORPORA["python_stdlib"].text(tmp_path, 0.05)
     assert source.by_document and source.look.n_bytes > 3_000_000
     text = {"train": 0, "val": 0}
-    for document in source.documents():
-        text[document.split] += sum(map(len, document.chunks))
+    for split, chunk in source.documents():
+        text[split] += len(chunk or b"")
     assert text["val"] == source.look.val_bytes
     assert text["train"] + text["val"] == source.look.n_bytes
 
