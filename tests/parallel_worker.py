@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,7 +56,7 @@ def mine() -> bool:
 start = Trainer.__init__
 
 
-def guarded(self: Trainer, *args: object, **kwargs: object) -> None:
+def guarded(self: Trainer, *args: Any, **kwargs: Any) -> None:
     start(self, *args, **kwargs)
     self._guard_on_device = True
 
@@ -78,6 +79,6 @@ elif kind == "full" and mine():
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(at), int(at)))
 elif kind != "none":
     if kind == "guard":
-        Trainer.__init__ = guarded
-    GPT.forward = faulty  # type: ignore[method-assign]
+        Trainer.__init__ = guarded  # type: ignore[method-assign]
+    GPT.forward = faulty  # type: ignore[method-assign, assignment]
 main(sys.argv[1:])

@@ -138,7 +138,8 @@ def optimizer_of(
     out: dict[str, Tensor] = {}
     for number, name in zip(numbers, names, strict=True):
         entry: dict[str, Any] = state[number] if isinstance(state[number], dict) else {}
-        out[f"step.{name}"] = torch.tensor(float(entry.get("step", 0)))
+        with reading(path, f"its optimizer's step of {name} is not a number"):
+            out[f"step.{name}"] = torch.tensor(float(entry.get("step", 0)))
         for key in ("exp_avg", "exp_avg_sq"):
             label = f"optimizer's {key} of {name}"
             moments = {label: entry[key]} if key in entry else {}
@@ -183,7 +184,8 @@ def import_checkpoint(source: str, options: ImportConfig) -> int:
     step, best = data.get("iter_num", 0), data.get("best_val_loss", float("inf"))
     if type(step) is not int or not 0 <= step < 1 << 53:
         raise UserError(f"{path}: iter_num is {step!r}, wanted a whole number >= 0")
-    best = float(best)
+    with reading(path, "best_val_loss is not a number"):
+        best = float(best)
     state = {"format": checkpoint.FORMAT, "model": vars(shape), "config": settings.to_dict(config)}
     state |= {"last_eval": -1, "val_loss": best, "best_val_loss": best, "scaler": {}}
     # nanoGPT does not say which data it was, so the run may go on with any.

@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def as_gpt2(ranks, monkeypatch, tmp_path) -> Path:
 @pytest.fixture
 def read_only(tmp_path):
     """A function that makes a folder unwritable, for root too; undone after the test."""
-    undo = []
+    undo: list[Callable[[], object]] = []
 
     def lock(folder: Path) -> None:
         if os.geteuid() != 0:

@@ -314,6 +314,7 @@ WTE = "transformer.wte.weight"
         ({"model_args": {**ARGS, "n_layer": "2"}}, "model_args has n_layer '2', wanted a whole"),
         ({"model_args": None}, "model_args has n_layer None"),
         ({"iter_num": -1}, "iter_num is -1, wanted a whole number >= 0"),
+        ({"best_val_loss": torch.ones(2)}, "best_val_loss is not a number ("),
         ({"config": {**CONFIG, "learning_rate": "x"}}, "learning_rate=x: wanted a number > 0"),
     ],
 )
