@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt_kernels import OPS
+from fastgpt_kernels import OPS, reference
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,11 @@ class Record:
     @property
     def eager(self) -> Callable[..., Any]:
         return self.implementations["eager"]
+
+    @property
+    def twin(self) -> Callable[..., Any]:
+        """The specification: the function in `reference`, or eager if there is none."""
+        return getattr(reference, self.name, self.eager)
 
     @property
     def ours(self) -> Callable[..., Any]:
