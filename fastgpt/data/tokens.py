@@ -18,12 +18,10 @@ import numpy as np
 
 from fastgpt.data import token_files
 from fastgpt.data.meta_pkl import read_meta
-from fastgpt.data.token_files import Scan, TokenFile, TokenWriter
+from fastgpt.data.token_files import Scan, TokenFile
 from fastgpt.data.tokenizers import JSON_NAME, Tokenizer, load_tokenizer
 from fastgpt.data.vocabulary import GPT2_VOCAB
 from fastgpt.errors import UserError
-
-__all__ = ["DATASET_JSON", "Dataset", "TokenSplit", "TokenWriter", "has_tokens", "open_dataset"]
 
 DATASET_JSON = "dataset.json"
 FORMAT = "fastgpt-dataset"

@@ -97,9 +97,8 @@ def estimate(
     # Eager keeps logits, log-probabilities in fp32, and the gradients of both.
     eager_loss = M * V * (e + 4 + 4 + e)
     loss = M * C * e + 4 * V * C + chunk_rows(M, V, e) * V * e if fused else eager_loss
-    block = saved_by_blocks(
-        dataclasses.replace(shape, n_layer=1), batch_size, e, fused=fused, checkpointing=False
-    )
+    one = dataclasses.replace(shape, n_layer=1)
+    block = saved_by_blocks(one, batch_size, e, fused=fused, checkpointing=False)
     return Estimate(
         weights=4 * N,
         gradients=4 * N,

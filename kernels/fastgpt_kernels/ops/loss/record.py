@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgpt_kernels import reference
 from fastgpt_kernels.ops.loss.cross_entropy import cross_entropy
 from fastgpt_kernels.ops.loss.linear import linear_cross_entropy
 from fastgpt_kernels.record import Case, Random, Record, Sizes, Work
@@ -14,17 +13,21 @@ from fastgpt_kernels.record import Case, Random, Record, Sizes, Work
 KERNELS = ("cross_entropy_kernel", "cross_entropy_scale_kernel")
 
 
-def eager(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int = -1,
-    reduction: str = "mean",
+def eager_cross_entropy(
+    logits: Tensor, targets: Tensor, ignore_index: int = -1, reduction: str = "mean",
     vocab_size: int | None = None,
-) -> Tensor:
-    """The reference, but without the logits of padding: weight's rows past vocab_size."""
-    logits = F.linear(x, weight if vocab_size is None else weight[:vocab_size])
-    return reference.cross_entropy(logits, targets, ignore_index, reduction)
+) -> Tensor:  # fmt: skip
+    """In fp32, whatever logits (M, V) is; columns past vocab_size are padding."""
+    logits = logits[:, :vocab_size].float()
+    return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)
+
+
+def eager(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1, reduction: str = "mean",
+    vocab_size: int | None = None,
+) -> Tensor:  # fmt: skip
+    """The same of x @ weight.T, without the logits of padding: weight's rows past vocab_size."""
+    return eager_cross_entropy(F.linear(x, weight[:vocab_size]), targets, ignore_index, reduction)
 
 
 def _with_targets(s: Sizes, *inputs: Tensor) -> Case:
@@ -61,7 +64,7 @@ RECORDS = {
         kernels=KERNELS, part="head", item="cross entropy",
     ),
     "cross_entropy": Record(
-        "cross_entropy", {"eager": reference.cross_entropy, "triton": cross_entropy},
+        "cross_entropy", {"eager": eager_cross_entropy, "triton": cross_entropy},
         _cross_entropy_case, _cross_entropy_work,
         kernels=KERNELS, part="head", item="cross entropy",
     ),
