@@ -45,7 +45,7 @@ import json
 from dataclasses import asdict
 from fastgpt_kernels.tools.aot import inspect_all
 if __name__ == "__main__":
-    usages = inspect_all(["tests.kernels.aot_samples"], ["sm_90", "gfx942"], jobs=2, timeout=8)
+    usages = inspect_all(["tests.kernels.aot_samples"], ["sm_90", "gfx942"], jobs=2, timeout=20)
     print(json.dumps([asdict(usage) for usage in usages]))
 """
 
@@ -65,7 +65,7 @@ def test_harness_names_each_fault(tmp_path: Path) -> None:
         assert problems["not a power of two"].endswith("must be a power of 2")
         assert "arguments of product without a type: ['y_ptr']" in problems["argument forgotten"]
     assert usages["sm_90", "spills"]["problem"].startswith("spills ")
-    assert usages["sm_90", "endless"]["problem"] == "does not compile: took over 8 s"
+    assert usages["sm_90", "endless"]["problem"] == "does not compile: took over 20 s"
     assert usages["sm_90", "no wgmma"]["problem"] == "no wgmma in the PTX"
     assert usages["gfx942", "no wgmma"]["problem"] == ""
 
