@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import shutil
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from fastgpt import __version__
 from fastgpt.config.presets import default_name
+from fastgpt.data.build import cores
 from fastgpt.data.tokens import open_dataset
 from fastgpt.errors import UserError
 from fastgpt.model import ops
@@ -62,14 +62,13 @@ def doctor() -> None:
     """Print the screen."""
     machine = Machine.of()
     device = machine.device
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     free = shutil.disk_usage(".").free / 2**30
     bf16 = "yes" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "not used here"
     choices = (*ops.choose(device, machine.torch_dtype).choices, optim.choose(device)[0])
     table = Table.grid(padding=(0, 2))
     rows = {
         "fastgpt": f"{__version__}, Python {platform.python_version()}, {platform.system()} "
-        f"{platform.machine()}, {cores} cores",
+        f"{platform.machine()}, {cores()} cores",
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}",
         "triton": _version("triton"),
         "GPU": _gpus(),

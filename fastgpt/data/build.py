@@ -74,7 +74,7 @@ def build(partial: Path, plan: Plan, cfg: PrepareConfig, *, cache: Path, network
             download=network,
         )
         tokenizer.save(partial)
-        _tokenize(state, source, tokenizer, cfg.workers or _cores())
+        _tokenize(state, source, tokenizer, cfg.workers or cores())
         for split, shards in state.shards.items():
             if not shards:
                 state.shards = {}  # nothing worth keeping
@@ -290,5 +290,6 @@ def _finish(
     token_files.save_scans(folder, scans)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -39,6 +39,11 @@ def call_directly(*inputs: Any) -> bool:
     )
 
 
+def product_flops(x: torch.Size, weight: torch.Size, products: int) -> int:
+    """FLOPs of matrix products among x (M, K), weight (N, K) and their (M, N), from shapes."""
+    return products * 2 * x[0] * weight[0] * weight[1]
+
+
 class Op:
     """A launcher as a PyTorch op; call it like the launcher.
 

@@ -128,7 +128,7 @@ def attention(
 def _check(qkv, n_head, causal, dropout_p, seed, scale, deterministic) -> None:
     op = "attention"
     check_tensor(op, "qkv", qkv, ndim=3, dtypes=(*FLOAT_DTYPES, torch.float64))
-    if use_kernel(qkv):
+    if qkv.dtype == torch.float64 and use_kernel(qkv):
         check_tensor(op, "qkv", qkv, dtypes=FLOAT_DTYPES)
     check_int(op, "n_head", n_head, least=1)
     T, width = qkv.shape[1:]

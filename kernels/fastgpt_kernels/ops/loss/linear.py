@@ -33,7 +33,7 @@ from fastgpt_kernels.host import (
     use_kernel,
 )
 from fastgpt_kernels.ops.loss.cross_entropy import check_arguments, check_targets
-from fastgpt_kernels.register import Op, call_directly
+from fastgpt_kernels.register import Op, call_directly, product_flops
 
 CHUNK_BYTES = 2 << 30  # of logits, if that is MIN_CHUNK_ROWS or more
 MIN_CHUNK_ROWS = 4096
@@ -167,10 +167,6 @@ def _shapes(x, weight, need_dx, need_dw, dtype):
     return dx, x.new_empty(weight.shape if need_dw else (0,), dtype=dtype)
 
 
-def _flops(x_shape: torch.Size, weight_shape: torch.Size, products: int) -> int:
-    return products * 2 * x_shape[0] * weight_shape[0] * weight_shape[1]
-
-
 if HAS_TRITON:
     from fastgpt_kernels.ops.loss.kernels import launch_cross_entropy, launch_scale
 
@@ -183,7 +179,7 @@ if HAS_TRITON:
         ),
         saves=lambda inputs, results: (results[1:], (inputs[1].dtype, inputs[6])),
         backward=_scaled, gradients=(0, 1), needs=True,
-        flops=lambda x, w, *rest, **_: _flops(x, w, 1 + rest[5] + rest[6]),
+        flops=lambda x, w, *rest, **_: product_flops(x, w, 1 + rest[5] + rest[6]),
     )  # fmt: skip
     _rows = Op(
         "linear_cross_entropy_rows", _row_losses,
@@ -194,10 +190,10 @@ if HAS_TRITON:
             lambda dlosses, x, weight, targets, ignore, vocab, chunk, needs: _shapes(
                 x, weight, needs[0], needs[1], weight.dtype
             ),
-            flops=lambda dlosses, x, w, *rest, **_: _flops(x, w, 1 + sum(rest[4])),
+            flops=lambda dlosses, x, w, *rest, **_: product_flops(x, w, 1 + sum(rest[4])),
         ),
         gradients=(0, 1), needs=True,
-        flops=lambda x, w, *_, **__: _flops(x, w, 1),
+        flops=lambda x, w, *_, **__: product_flops(x, w, 1),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastgpt_kernels import reference
 from fastgpt_kernels.host import FLOAT_DTYPES, HAS_TRITON, arch_of, check_tensor, use_kernel
 from fastgpt_kernels.ops.matmul.configs import ALIGNMENT, runs_on
-from fastgpt_kernels.register import Op
+from fastgpt_kernels.register import Op, product_flops
 
 
 def check_layer(op: str, prefix: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -104,10 +104,6 @@ def _gradient_shapes(dy, x, weight, weight_dtype, bias_dtype, needs):
     return dx, *(parameters if any(needs[1:]) else (None, None))
 
 
-def _flops(x_shape, weight_shape, products: int) -> int:
-    return products * 2 * x_shape[0] * weight_shape[0] * weight_shape[1]
-
-
 if HAS_TRITON:
     from fastgpt_kernels.ops.matmul.kernels import launch_matmul
 
@@ -120,10 +116,10 @@ if HAS_TRITON:
         saves=_save,
         backward=Op(
             "linear_backward", _backward, _gradient_shapes,
-            flops=lambda dy, x, w, *rest, **_: _flops(x, w, rest[2][0] + any(rest[2][1:])),
+            flops=lambda dy, x, w, *rest, **_: product_flops(x, w, rest[2][0] + any(rest[2][1:])),
         ),
         gradients=(0, 1, 2), needs=True,
-        flops=lambda x, w, *_, **__: _flops(x, w, 1),
+        flops=lambda x, w, *_, **__: product_flops(x, w, 1),
     )  # fmt: skip
 
 
