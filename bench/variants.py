@@ -25,7 +25,7 @@ from fastgpt.errors import UserError
 from fastgpt.model.build import build as build_model
 from fastgpt.model.device import DTYPES
 from fastgpt.model.peaks import synchronize
-from fastgpt.train import graph, optim
+from fastgpt.train import optim
 from fastgpt.train.step import Trainer
 
 PEER, HF = "peer", "hf"
@@ -118,21 +118,8 @@ class Ours:
         micro_batch = tokens[: self.trainer.batch_size]
         self.trainer.warm_up(0, micro_batch)
         if self.may_graph:
-            self._capture(micro_batch)
-
-    def _capture(self, micro_batch: Tensor) -> None:
-        """As fastgpt.train.loop: a graph if that pays; without one if it cannot be had."""
-        t = self.trainer
-        wanted, why = graph.wanted(t.config.system, t.model, t.machine, t.batch_size)
-        if wanted:
-            try:
-                t.capture(0, micro_batch)
-                self.graphed = True
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as e:
-                why = f"not captured: {e}".splitlines()[0]
-        self.choices.append(f"CUDA graph: {'yes' if self.graphed else 'no'} ({why})")
+            _, self.graphed, why = self.trainer.capture_if_it_pays(0, lambda: micro_batch)
+            self.choices.append(f"CUDA graph: {'yes' if self.graphed else 'no'} ({why})")
 
 
 class Peer:

@@ -17,7 +17,7 @@ from fastgpt.data.prefetch import Prefetcher
 from fastgpt.data.tokens import Dataset, TokenSplit
 from fastgpt.errors import SharedError, UserError
 from fastgpt.storage import checkpoint
-from fastgpt.train import graph, memory, metrics, mfu, optim, resume, sharding
+from fastgpt.train import memory, metrics, mfu, optim, resume, sharding
 from fastgpt.train.resume import Progress
 from fastgpt.train.signals import StopRequest
 from fastgpt.train.step import NonFinite, Trainer
@@ -163,24 +163,13 @@ class Loop:
         return tokens.to(self.trainer.device)
 
     def _capture(self) -> None:
-        """Make the micro-step one CUDA graph if that pays; if it cannot be captured, go on without.
-
-        Raises UserError if --cuda_graph=True asked for it.
-        """
-        trainer, system = self.trainer, self.config.system
-        yes, why = graph.wanted(system, trainer.model, trainer.machine, trainer.batch_size)
-        if not yes:
-            return
-        try:
-            trainer.capture(self.progress.step, self._micro_batch())
+        """Make the micro-step one CUDA graph if that pays."""
+        step, trainer = self.progress.step, self.trainer
+        wanted, graphed, why = trainer.capture_if_it_pays(step, self._micro_batch)
+        if graphed:
             self.metrics.say(f"each micro-batch is one CUDA graph ({why})")
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as e:
-            line = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            if system.cuda_graph is True:
-                raise UserError(f"--cuda_graph=True: {line}; leave the flag out") from e
-            self.metrics.say(f"no CUDA graph: {line}")
+        elif wanted:
+            self.metrics.say(f"no CUDA graph: {why}")
 
     def _skew(self, seconds: float) -> dict[str, float]:
         """How far the ranks' clocks are apart, and what one GPU does; nothing with one rank."""

@@ -19,7 +19,7 @@ from fastgpt.errors import UserError
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT
 from fastgpt.model.ops import Wish
-from fastgpt.train import optim, sharding
+from fastgpt.train import graph, optim, sharding
 from fastgpt.train.graph import MicroStepGraph
 from fastgpt.train.ranks import Ranks
 from fastgpt.train.sharding import like, whole
@@ -152,6 +152,28 @@ class Trainer:
             raise UserError(f"torch.compile failed ({why}); --compile=False goes without") from e
         self.optimizer.zero_grad(set_to_none=True)
         self.machine.synchronize()
+
+    def capture_if_it_pays(
+        self, step: int, micro_batch: Callable[[], Tensor]
+    ) -> tuple[bool, bool, str]:
+        """(whether micro-batches should run as one CUDA graph, whether they now do, why).
+
+        Steps go on without one if it cannot be captured. Raises UserError if --cuda_graph=True
+        asked for it.
+        """
+        system = self.config.system
+        yes, why = graph.wanted(system, self.model, self.machine, self.batch_size)
+        if yes:
+            try:
+                self.capture(step, micro_batch())
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as e:
+                line = (str(e).strip().splitlines() or [type(e).__name__])[0]
+                if system.cuda_graph is True:
+                    raise UserError(f"--cuda_graph=True: {line}; leave the flag out") from e
+                return True, False, line
+        return yes, yes, why
 
     def capture(self, step: int, micro_batch: Tensor) -> None:
         """From now on run micro-batches of this shape as one CUDA graph; changes no weight.

@@ -100,3 +100,25 @@ def test_a_step_never_waits_for_the_device(graphed, adamw):
             t.step(step, tokens)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_capture_that_fails(monkeypatch):
+    """Steps go on without a graph, unless it was asked for; out of memory is said."""
+    config = replace(SMALL, device="cpu", compile=False)
+    trainer = Trainer(build(config, 65, Machine(torch.device("cpu"))), config, Machine.of("cpu"))
+    monkeypatch.setattr(graph, "wanted", lambda *_: (True, "launches"))
+
+    def fails(error: Exception):
+        def capture(step, micro_batch):
+            raise error
+
+        monkeypatch.setattr(trainer, "capture", capture)
+
+    fails(RuntimeError("no stream\nsecond line"))
+    assert trainer.capture_if_it_pays(0, lambda: None) == (True, False, "no stream")
+    trainer.config = replace(config, cuda_graph=True)
+    with pytest.raises(UserError, match="--cuda_graph=True: no stream; leave the flag out"):
+        trainer.capture_if_it_pays(0, lambda: None)
+    fails(torch.OutOfMemoryError("full"))
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.capture_if_it_pays(0, lambda: None)
