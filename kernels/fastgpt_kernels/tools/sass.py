@@ -140,14 +140,14 @@ class Code:
         """The loop that does the work, or the whole body.
 
         With a loop the work is in it if it has matrix products, or at least half as many bytes an
-        iteration as the code outside moves once: other loops only add a few numbers up.
+        iteration
         """
         if not self.loops:
             return self.body
         if any(i.flops for i in self.body) or any(i.base.startswith("UTC") for i in self.body):
             return max(self.loops, key=lambda loop: (flops(loop), -len(loop)))
         best = max(self.loops, key=lambda loop: (traffic(loop), len(loop)))
-        return best if 3 * traffic(best) >= traffic(self.body) else self.body
+        return best if 8 * traffic(best) >= traffic(self.body) else self.body
 
     @property
     def loops_over(self) -> bool:
