@@ -13,7 +13,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 # Architectures for which every kernel is compiled and inspected in CI.
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+ARCHITECTURES = (
+    "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942",
+)  # fmt: skip
+
+
+def options(num_warps: int, num_stages: int = 1) -> dict[str, int | bool]:
+    """What every launch says about its compilation, as keywords of `kernel[grid](...)`.
+
+    a * b + c becomes one instruction, which rounds once: Triton's default for that is about to
+    change, and half of the kernels' speed and the last bits of their results hang on it.
+    """
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -24,9 +35,14 @@ class Config:
     num_warps: int
     num_stages: int = 1
 
-    def kwargs(self) -> dict[str, int]:
-        """Keyword arguments for `kernel[grid](...)`: the tiles, num_warps and num_stages."""
-        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Keyword arguments for `kernel[grid](...)` but for the tiles."""
+        return options(self.num_warps, self.num_stages)
+
+    def kwargs(self) -> dict[str, int | bool]:
+        """Keyword arguments for `kernel[grid](...)`: the tiles, and the options."""
+        return {**self.blocks, **self.options}
 
 
 Table = Mapping[str, Mapping[int, Config]]
@@ -45,5 +61,5 @@ def lookup(table: Table, arch: str, key: int) -> Config:
 
 
 def entries(table: Table, arch: str) -> Mapping[int, Config]:
-    """All entries that `lookup` can return on `arch`; what `aot_specs` enumerates."""
+    """All entries that `lookup` can return on `arch`; what `tunables` go through."""
     return table.get(arch) or table["default"]

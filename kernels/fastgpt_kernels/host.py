@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 
 import torch
@@ -19,11 +19,33 @@ HAS_TRITON = find_spec("triton") is not None
 # Whether kernels are defined for Triton's interpreter: `triton.jit` looks at the variable when it
 # decorates. A plain bool, since torch.compile can read that and cannot trace Triton's settings.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
+# The architecture that meta tensors lie on for the tools (see `pretend`), with its SMs (CUs): those
+# of a T4, A100, 3090, 4090, H100, B200, 5090 and MI300X.
+_PRETENDED = ""
+SMS = {
+    "sm_75": 40, "sm_80": 108, "sm_86": 82, "sm_89": 128, "sm_90": 132, "sm_100": 148,
+    "sm_120": 170, "gfx942": 304,
+}  # fmt: skip
+
+
+@contextmanager
+def pretend(arch: str) -> Iterator[None]:
+    """Within, ops launch their kernels for meta tensors too, as on a GPU of this architecture.
+
+    For the tools, under a driver that launches nothing: meta tensors have no data, and addresses
+    that start at 0.
+    """
+    global _PRETENDED
+    before, _PRETENDED = _PRETENDED, arch
+    try:
+        yield
+    finally:
+        _PRETENDED = before
 
 
 def use_kernel(x: torch.Tensor) -> bool:
     """Whether the kernel itself runs: for a GPU tensor, or for any under TRITON_INTERPRET=1."""
-    return HAS_TRITON and (x.is_cuda or INTERPRETED)
+    return HAS_TRITON and (x.is_cuda or INTERPRETED or (_PRETENDED != "" and x.is_meta))
 
 
 @functools.cache
@@ -37,7 +59,7 @@ def arch(device_index: int) -> str:
 
 def arch_of(x: torch.Tensor) -> str:
     """Architecture key for the device of `x`; "cpu" for the interpreter."""
-    return arch(x.device.index) if x.is_cuda else "cpu"
+    return arch(x.device.index) if x.is_cuda else _PRETENDED or "cpu"
 
 
 def on_device(x: torch.Tensor) -> AbstractContextManager[object]:
@@ -54,7 +76,7 @@ def _multiprocessors(device_index: int) -> int:
 
 def multiprocessors(x: torch.Tensor) -> int:
     """SMs (CUs) of the device of `x`; 2 for the interpreter, so that programs loop there too."""
-    return _multiprocessors(x.device.index) if x.is_cuda else 2
+    return _multiprocessors(x.device.index) if x.is_cuda else SMS.get(_PRETENDED, 2)
 
 
 def row_view(x: torch.Tensor) -> torch.Tensor:
@@ -129,7 +151,7 @@ def refuse_interpreted_bf16(op: str, *tensors: torch.Tensor | None) -> None:
     Call it when a kernel is about to run.
     """
     for t in tensors:
-        if t is not None and t.dtype is torch.bfloat16 and not t.is_cuda:
+        if t is not None and t.dtype is torch.bfloat16 and t.is_cpu:
             raise TypeError(
                 f"{op}: Triton's interpreter (TRITON_INTERPRET=1) cannot do bfloat16: "
                 "use float32 or float16, or unset TRITON_INTERPRET"

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt_kernels.configs import options
 from fastgpt_kernels.host import on_device
 
 BLOCK_P, BLOCK_C = 64, 32  # 8 KB of partials in flight a program, and 128 contiguous bytes a row
@@ -50,6 +51,6 @@ def sum_partials(kernel: Any, partials: Tensor, *dtypes: torch.dtype) -> list[Te
     outs = [torch.empty(C, dtype=dtype, device=partials.device) for dtype in dtypes]
     with on_device(partials):
         kernel[(triton.cdiv(C, BLOCK_C), K)](
-            partials, outs[0], outs[-1], P, C, BLOCK_P, BLOCK_C, num_warps=NUM_WARPS
+            partials, outs[0], outs[-1], P, C, BLOCK_P, BLOCK_C, **options(NUM_WARPS)
         )
     return outs

@@ -1,16 +1,20 @@
-"""What an op's room tells the tools: the kernels to compile (aot) and the configs to try (tune).
+"""What an op's room tells the tools: the calls to compile (aot) and the configs to try (tune).
 
-A room's `specs.py` defines
+A room's `specs.py` may define
 
-    def aot_specs(arch: str) -> Iterator[AotSpec]           every kernel with every config of `arch`
+    def uses(m: Model) -> Iterator[Use]                     how a model calls the room's ops
     def tunables(arch: str) -> Iterator[Tunable]            every entry of its config tables
+
+Without `uses`, an op is called as its record's case says: activations and vectors of parameters.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,52 +26,95 @@ from fastgpt_kernels.record import Record, Sizes, normal
 
 
 @dataclass(frozen=True)
-class AotSpec:
-    """One kernel as a launcher would specialise it.
+class Model(Sizes):
+    """A model as the gate makes its tensors: on the meta device, without data."""
 
-    name             for the table and the baseline, e.g. "layer_norm_forward C=1024 bias"
-    kernel           the @triton.jit function
-    signature        type by argument name, for those that are not constexpr: "*bf16", "i32", "fp32"
-    constexprs       value by argument name; a pointer passed as None belongs here too
-    divisible_by_16  arguments the launcher guarantees: aligned pointers, strides and sizes
-    expect_wgmma     fail if the sm_90 PTX has no wgmma
+    name: str = ""
+    bias: bool = False
+    gelu: str = "tanh"  # or "erf"
+    dtype: torch.dtype = torch.bfloat16
+
+    def activation(self, *shape: int) -> Tensor:
+        """Of the model's dtype, with a gradient."""
+        return torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=True)
+
+    def parameter(self, *shape: int) -> Tensor:
+        """An fp32 master, with a gradient."""
+        return torch.empty(shape, device="meta", requires_grad=True)
+
+    def optional(self, *shape: int) -> Tensor | None:
+        """A parameter that only models with biases have."""
+        return self.parameter(*shape) if self.bias else None
+
+
+# The presets of fastgpt, 124M with 65,536 tokens too: each as it trains, without biases; with them,
+# as GPT-2's own weights have them; and with dropout. Its tests compare them with what it launches.
+_SIZES = {
+    "gpt2": Sizes(64, 1024, 12, 768),
+    "gpt2_batch32": Sizes(32, 1024, 12, 768),
+    "gpt2_medium": Sizes(16, 1024, 16, 1024),
+    "gpt2_large": Sizes(8, 1024, 20, 1280),
+    "gpt2_xl": Sizes(4, 1024, 25, 1600),
+    "shakespeare_char": Sizes(64, 256, 6, 384, 65, 128),
+    "laptop": Sizes(12, 64, 4, 128, 65, 128),
+}
+
+
+def models(arch: str, names: Iterable[str] = ()) -> list[Model]:
+    """Those of these presets, in the dtype that `arch` trains in.
+
+    By default all on sm_90; elsewhere two whose kernels differ as much as any others'.
+    """
+    dtype = torch.float16 if arch == "sm_75" else torch.bfloat16
+    found = []
+    for name in names or (_SIZES if arch == "sm_90" else ("gpt2", "shakespeare_char")):
+        gelu = "tanh" if name.startswith("gpt2") else "erf"
+        for bias, dropout, suffix in (
+            (False, 0.0, ""),
+            (True, 0.0, " bias"),
+            (False, 0.2, " dropout"),
+        ):
+            sizes = vars(replace(_SIZES[name], dropout=dropout))
+            found.append(Model(**sizes, name=name + suffix, bias=bias, gelu=gelu, dtype=dtype))
+    return found
+
+
+@dataclass(frozen=True)
+class Use:
+    """One call of an op, as the trainer, evaluation or decoding makes it.
+
+    op      its name
+    call    () -> results; makes its own tensors with the model's `activation` and `parameter`
+    trains  gradients are computed too
+    sizes   what the op's limits and work are asked about, if not the model
+    share   of the record's work that it does
+    often   how many times a training step of 12 layers makes it
+    moved   bytes, if not those of the tensors among a kernel's arguments
     """
 
-    name: str
-    kernel: Any
-    signature: Mapping[str, str]
-    constexprs: Mapping[str, object]
-    num_warps: int
-    num_stages: int
-    divisible_by_16: tuple[str, ...] = ()
-    expect_wgmma: bool = False
+    op: str
+    call: Callable[[], Any]
+    trains: bool = True
+    sizes: Sizes | None = None
+    share: float = 1.0
+    often: int = 0
+    moved: int = 0
 
-    @classmethod
-    def of(
-        cls,
-        name: str,
-        kernel: Any,
-        config: Config,
-        types: Mapping[str, str],
-        flags: Mapping[str, object],
-        *,
-        absent: Iterable[str] = (),
-        aligned: Iterable[str] = (),
-        expect_wgmma: bool = False,
-    ) -> AotSpec:
-        """The spec for the kernel's own arguments: those without a type are "i32".
 
-        constexprs are the config's tiles, `flags` (which replace tiles of the same name) and the
-        pointers that are `absent`. All pointers are aligned, and of the other arguments those that
-        `aligned` names. What is no argument of this kernel is left out of all but flags and absent.
-        """
-        blocks = {n: size for n, size in config.blocks.items() if n in kernel.arg_names}
-        constexprs = {**blocks, **flags, **dict.fromkeys(absent)}
-        arguments = [n for n in kernel.arg_names if n not in constexprs]
-        signature = {n: types.get(n, "i32") for n in arguments}
-        even = tuple(n for n, kind in signature.items() if kind[0] == "*" or n in aligned)
-        warps, stages = config.num_warps, config.num_stages
-        return cls(name, kernel, signature, constexprs, warps, stages, even, expect_wgmma)
+def uses(module: str, m: Model) -> Iterator[Use]:
+    """The uses of the ops of a room, `module` being its specs."""
+    room = importlib.import_module(module)
+    if hasattr(room, "uses"):
+        yield from room.uses(m)
+        return
+    for op in importlib.import_module(module.rpartition(".")[0] + ".record").RECORDS.values():
+        yield Use(op.name, partial(_as_its_case, op, m))
+
+
+def _as_its_case(op: Record, m: Model) -> Any:
+    case = op.case(m, lambda *shape: torch.empty(shape, device="meta"))
+    inputs = [m.activation(*x.shape) if x.ndim > 1 else m.parameter(*x.shape) for x in case.inputs]
+    return op.ours(*inputs, **case.arguments)
 
 
 @dataclass(frozen=True)

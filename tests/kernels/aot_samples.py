@@ -1,11 +1,14 @@
-"""Kernels that the ahead-of-time harness must judge: one sound, the others each with a fault."""
+"""Kernels that the gate must judge: one sound, the others each with a fault."""
 
 from collections.abc import Iterator
+from functools import partial
 
+import torch
 import triton
 import triton.language as tl
 
-from fastgpt_kernels.specs import AotSpec
+from fastgpt_kernels.configs import options
+from fastgpt_kernels.specs import Model, Use
 
 
 @triton.jit
@@ -25,6 +28,32 @@ def product(x_ptr, y_ptr, B: tl.constexpr):
 
 
 @triton.jit
+def masked_copy(x_ptr, y_ptr, n, B: tl.constexpr):
+    """`n` decides how wide accesses may be: 16 bits, if it is no multiple of 16."""
+    columns = tl.arange(0, B)
+    x = tl.load(x_ptr + columns, mask=columns < n, other=0.0)
+    tl.store(y_ptr + columns, x, mask=columns < n)
+
+
+@triton.jit
+def key_value(q_ptr, k_ptr, y_ptr, rows, B: tl.constexpr, D: tl.constexpr):
+    """The backward of attention in small: sums of products of what products gave."""
+    at = tl.arange(0, B)[:, None] * D + tl.arange(0, D)[None, :]
+    k = tl.load(k_ptr + at)
+    dk = tl.zeros([B, D], tl.float32)
+    dv = tl.zeros([B, D], tl.float32)
+    for _ in range(0, rows, B):
+        q = tl.load(q_ptr + at)
+        scores = tl.dot(k, tl.trans(q))
+        p = tl.exp2(scores)
+        dp = tl.dot(k, tl.trans(q))
+        dv = tl.dot(p.to(q.dtype), q, dv)
+        dk = tl.dot((p * dp).to(q.dtype), q, dk)
+        q_ptr += B * D
+    tl.store(y_ptr + at, (dk + dv).to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
 def endless(x_ptr, N: tl.constexpr):
     x = tl.load(x_ptr)
     for i in tl.static_range(N):
@@ -32,14 +61,23 @@ def endless(x_ptr, N: tl.constexpr):
     tl.store(x_ptr, x)
 
 
-def aot_specs(arch: str) -> Iterator[AotSpec]:
-    pointers = {"x_ptr": "*bf16", "y_ptr": "*bf16"}
-    aligned = ("x_ptr", "y_ptr")
-    yield AotSpec("sound", outer_sums, pointers, {"B": 32}, 4, 1, aligned)
-    yield AotSpec("matmul", product, pointers, {"B": 64}, 4, 1, aligned, expect_wgmma=True)
-    yield AotSpec("spills", outer_sums, pointers, {"B": 128}, 2, 1, aligned)
-    yield AotSpec("not a power of two", outer_sums, pointers, {"B": 48}, 4, 1, aligned)
-    yield AotSpec("no wgmma", outer_sums, pointers, {"B": 16}, 4, 1, aligned, expect_wgmma=True)
-    if arch == "sm_90":
-        yield AotSpec("endless", endless, {"x_ptr": "*fp32"}, {"N": 10**6}, 4, 1)
-    yield AotSpec("argument forgotten", product, {"x_ptr": "*bf16"}, {"B": 32}, 4, 1)
+def uses(m: Model) -> Iterator[Use]:
+    x = torch.empty(1 << 20, dtype=m.dtype, device="meta")
+    y = torch.empty_like(x)
+
+    def use(name: str, kernel, *arguments: object, **options: object) -> Use:
+        return Use(name, partial(kernel[(1,)], *arguments, **options), trains=False)
+
+    four = options(4)
+    yield use("sound", outer_sums, x, y, 32, **four)
+    yield use("matmul", product, x, y, 64, **four)
+    yield use("spill", outer_sums, x, y, 128, **options(2))
+    yield use("aligned", masked_copy, x, y, 2048, 4096, **four)
+    yield use("unaligned", masked_copy, x, y, 2049, 4096, **four)
+    yield use("in flight", key_value, x, x, y, 1024, 64, 64, **options(4, 2))
+    # With fewer registers ptxas cannot keep the sums where products in flight may add to them.
+    yield use("serialised", key_value, x, x, y, 1024, 64, 64, maxnreg=152, **options(4, 2))
+    yield use("no wgmma", product, x, y, 16, **four)
+    yield use("no power of two", outer_sums, x, y, 48, **four)
+    yield use("default fusion", outer_sums, x, y, 16, num_warps=4)
+    yield use("endless", endless, x, 10**6, **four)

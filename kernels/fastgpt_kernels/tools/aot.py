@@ -1,24 +1,27 @@
-"""Compile every kernel with every config for GPUs that are not here, and count what they use.
+"""The gate: every kernel that training, evaluation and decoding launch, held to its machine code.
 
-    python -m fastgpt_kernels.tools.aot [--arch sm_90 ...] [--op layer_norm ...] [--baseline FILE]
+    python -m fastgpt_kernels.tools.aot [--arch sm_90 ...] [--op layer_norm ...] [--update]
 
-prints registers a thread, shared memory, spilled bytes and the widest global access by kernel, and
-exits with 1 if a kernel spills, needs more shared memory than the device has, lacks the wgmma
-it should have, or does not compile in time. No GPU is needed: ptxas and cuobjdump come with Triton.
-With --baseline it also fails if a kernel uses markedly more than FILE says for this version of
-Triton, or is not in FILE; --update then writes what was found to FILE.
+No GPU is needed: launches are recorded from the launchers (`launches`), compiled by Triton, and
+read with the disassembler that comes with it (`sass`). A kernel fails if it spills, does not fit an
+SM, has a serialised wgmma loop or none where there should be one, reads or writes its tensors a few
+bits at a time, leaves the contraction of a * b + c to Triton's default, or does not compile in
+time; and if its hot path, its bound (`bound`) or the number of programs that an SM holds has got
+worse than what the baseline in its op's room says, `ops/NAME/gate.json`.
 
-The kernels are what the rooms' `specs.py` list (`fastgpt_kernels.specs`).
+On sm_90 all is compiled. For the other architectures and versions of Triton the baselines have a
+hash of all that decides the machine code, and a kernel whose hash is there passed: so the gate
+fails, and says which command helps, until somebody has compiled what changed:
+
+    python -m fastgpt_kernels.tools.aot --update [--triton DIR ...]
+
+Each DIR has another Triton: pip install --no-deps --target DIR triton==3.6.0
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import importlib
-import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -26,243 +29,211 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import fastgpt_kernels
 from fastgpt_kernels.configs import ARCHITECTURES
-from fastgpt_kernels.specs import AotSpec, spec_modules
+from fastgpt_kernels.specs import spec_modules
+from fastgpt_kernels.tools import baseline, bound, sass
+from fastgpt_kernels.tools.baseline import Verdict
+from fastgpt_kernels.tools.launches import Launch, record_all, target
+from fastgpt_kernels.tools.sass import Code, count, flops
 from fastgpt_kernels.tools.workers import TaskFailed, Worker
 
-# Shared memory one block may have, in bytes: CUDA C++ Programming Guide, "Technical Specifications
-# per Compute Capability" (the opt-in maximum); CDNA3 ISA for gfx942.
-SHARED_LIMIT = {
-    "sm_80": 163 * 1024,
-    "sm_86": 99 * 1024,
-    "sm_89": 99 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "gfx942": 64 * 1024,
-}
+PROGRAM = "python -m fastgpt_kernels.tools.aot"
+ALWAYS = ("sm_90",)  # compiled in every run
+NARROW = 4  # global accesses of 16 bits or less that a hot path may have, for scalars
+README = Path(fastgpt_kernels.__file__).parents[1] / "README.md"
 
 
-@dataclass(frozen=True)
-class Usage:
-    """What one compiled kernel uses; `problem` is empty if all is well."""
-
-    name: str
-    arch: str
-    registers: int = 0
-    shared: int = 0  # bytes a block
-    spills: int = 0  # bytes a thread of local memory
-    widest: int = 0  # bits of the widest global load or store
-    seconds: float = 0.0
-    problem: str = ""
-
-
-def target(arch: str) -> GPUTarget:
-    """Triton's target for "sm_90" or "gfx942"."""
-    is_cuda = arch.startswith("sm_")
-    return GPUTarget("cuda", int(arch[3:]), 32) if is_cuda else GPUTarget("hip", arch, 64)
+def compile_launch(launch: Launch) -> tuple[Code, Any]:
+    """(machine code, Triton's compiled kernel)."""
+    kernel, source_of = launch.kernel, ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as source_of
+    source = source_of(kernel, launch.signature, launch.constexprs, launch.attrs)
+    compiled = triton.compile(source, target=target(launch.arch), options=dict(launch.options))
+    if "cubin" in compiled.asm:
+        code = sass.disassemble(compiled.asm["cubin"])
+    else:
+        code = sass.parse_amdgcn(compiled.asm["amdgcn"])
+    # Dynamic shared memory is not in the binary.
+    return replace(code, shared=max(code.shared, compiled.metadata.shared)), compiled
 
 
-def compile_spec(spec: AotSpec, arch: str) -> Any:
-    """Triton's compiled kernel for `spec`; `.asm` holds ttgir, ptx and cubin, or amdgcn."""
-    names = spec.kernel.arg_names
-    unknown = (set(spec.signature) | set(spec.constexprs) | set(spec.divisible_by_16)) - set(names)
-    missing = set(names) - set(spec.signature) - set(spec.constexprs)
-    if unknown or missing:
-        raise ValueError(
-            f"{spec.name}: arguments of {spec.kernel.__name__} without a type: {sorted(missing)}; "
-            f"named in the spec but not arguments: {sorted(unknown)}"
-        )
-    source = ASTSource(
-        spec.kernel,
-        {n: "constexpr" if n in spec.constexprs else spec.signature[n] for n in names},
-        constexprs={(names.index(n),): value for n, value in spec.constexprs.items()},
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in spec.divisible_by_16},
-    )
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
-    return triton.compile(source, target=target(arch), options=options)
-
-
-def _cuda_usage(compiled: Any) -> tuple[int, int, int, int]:
-    """(registers, static shared bytes, local bytes, widest access) of a cubin."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        text = subprocess.run(
-            [tool, "-res-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    line = next(line for line in text.splitlines() if "REG:" in line)
-    used = {key: int(n) for key, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
-    access = r"\b(?:ld|st)\.global\S*?(?:\.v(\d))?\.[bsuf](\d+)\b"
-    accesses = re.findall(access, compiled.asm["ptx"])
-    widest = max((int(n or 1) * int(bits) for n, bits in accesses), default=0)
-    # ptxas keeps spilled registers in the stack frame or in .nv.local, by version.
-    return used["REG"], used["SHARED"], max(used["LOCAL"], used["STACK"]), widest
-
-
-def _amd_usage(compiled: Any) -> tuple[int, int, int, int]:
-    """The same for AMD, from the kernel metadata at the end of the assembly."""
-    text = compiled.asm["amdgcn"]
-
-    def field(key: str) -> int:
-        found = re.search(rf"\.{key}:\s*(\d+)", text)
-        if found is None:
-            raise ValueError(f"no .{key} in the amdgcn metadata")
-        return int(found[1])
-
-    accesses = re.findall(r"\b(?:global|buffer)_(?:load|store)_dword(?:x(\d))?\b", text)
-    words = [int(n or 1) for n in accesses]
-    spills = 4 * field("vgpr_spill_count") + field("private_segment_fixed_size")
-    registers = field("vgpr_count")  # counts the accumulation registers too on gfx942
-    return registers, field("group_segment_fixed_size"), spills, 32 * max(words, default=0)
-
-
-def inspect(spec: AotSpec, arch: str) -> Usage:
-    """Compile `spec` for `arch` and judge what it uses."""
-    start = time.perf_counter()
-    compiled = compile_spec(spec, arch)
-    judge = _cuda_usage if arch.startswith("sm_") else _amd_usage
-    registers, shared, spills, widest = judge(compiled)
-    shared = max(shared, compiled.metadata.shared)  # dynamic shared memory is not in the binary
+def judge(launch: Launch, code: Code, warps: int) -> list[str]:
+    """All that is wrong with a kernel."""
     problems = []
-    if spills:
-        problems.append(f"spills {spills} bytes a thread")
-    if shared > SHARED_LIMIT[arch]:
-        problems.append(f"shared memory {shared} > {SHARED_LIMIT[arch]}")
-    if spec.expect_wgmma and arch == "sm_90" and "wgmma.mma_async" not in compiled.asm["ptx"]:
-        problems.append("no wgmma in the PTX")
-    used = (registers, shared, spills, widest, time.perf_counter() - start)
-    return Usage(spec.name, arch, *used, problem="; ".join(problems))
+    limit = bound.LIMITS[launch.arch][0] * 1024
+    if code.local:
+        problems.append(f"spills {code.local} bytes a thread")
+    if code.shared > limit:
+        problems.append(f"shared memory {code.shared} > {limit}")
+    elif not bound.programs_per_sm(launch.arch, code, warps):
+        problems.append(f"{warps} warps of {code.registers} registers do not fit an SM")
+    if code.serialised:
+        problems.append(f"wgmma serialised: {code.serialised} products wait for the one before")
+    if launch.arch == "sm_90" and flops(code.hot) and not count(code.hot, "HGMMA"):
+        problems.append("matrix products without wgmma")
+    accesses = sass.widths(code.hot)
+    narrow = sum(n for bits, n in accesses.items() if bits <= 16)
+    if narrow > max(NARROW, sum(accesses.values()) / 8):
+        problems.append(f"{narrow} of {sum(accesses.values())} global accesses of 16 bits or less")
+    if "enable_fp_fusion" not in launch.options:
+        problems.append("the launch does not say enable_fp_fusion: see configs.options")
+    return problems
 
 
-@functools.cache
-def _specs(module: str, arch: str) -> list[AotSpec]:
-    return list(importlib.import_module(module).aot_specs(arch))
+def measure(launch: Launch, code: Code, warps: int) -> dict[str, Any]:
+    """The figures of a verdict."""
+    programs = bound.programs_per_sm(launch.arch, code, warps)
+    found = {
+        "registers": code.registers,
+        "shared": code.shared,
+        "programs": programs,
+        "times": launch.times,
+        "instructions": len(code.hot),
+        "barriers": count(code.hot, "BAR", "s_barrier"),
+        "width": sass.width_text(code.hot),
+        "flight": code.in_flight * sass.WARP * warps * programs,
+    }
+    for name, device in bound.DEVICES.items():
+        if device.arch == launch.arch:
+            b = bound.bound(
+                code, device, warps=warps, grid=launch.grid, programs=programs,
+                work=launch.work, moved=launch.moved,
+            )  # fmt: skip
+            found[name] = [round(b.us, 2), round(b.share, 3), b.rule, b.rate]
+    return found
 
 
-def _inspect_task(cache: str, module: str, arch: str, index: int) -> Usage:
-    """One kernel in a worker process; with a fresh cache, so nothing stale is looked at."""
+def inspect(launch: Launch) -> Verdict:
+    """Compile a launch and judge it."""
+    start = time.perf_counter()
+    code, compiled = compile_launch(launch)
+    warps = compiled.metadata.num_warps
+    return Verdict(
+        launch.name, launch.arch, launch.op, launch.key, measure(launch, code, warps),
+        "; ".join(judge(launch, code, warps)), time.perf_counter() - start,
+    )  # fmt: skip
+
+
+def _task(cache: str, launch: Launch) -> Verdict:
+    """One launch in a worker process; with a fresh cache, so nothing stale is looked at."""
     triton.knobs.cache.dir = cache
     triton.knobs.compilation.always_compile = True
-    return inspect(_specs(module, arch)[index], arch)
+    return inspect(launch)
 
 
 def inspect_all(
-    modules: Sequence[str], archs: Sequence[str], *, jobs: int = 2, timeout: float = 60.0
-) -> list[Usage]:
-    """Usage of every spec of `modules` on `archs`, in `jobs` processes.
+    launches: Sequence[Launch], *, jobs: int = 2, timeout: float = 60.0
+) -> list[Verdict]:
+    """Verdicts on all launches, in `jobs` processes.
 
     A kernel whose compilation takes over `timeout` seconds, or kills its process, is reported so.
     """
-    tasks = [
-        (module, arch, index, spec.name)
-        for arch in archs
-        for module in modules
-        for index, spec in enumerate(_specs(module, arch))
-    ]
-    names = [(arch, name) for _, arch, _, name in tasks]
-    if twice := sorted({n for n in names if names.count(n) > 1}):
-        raise ValueError(f"specs with the same name: {twice}")
     here = threading.local()  # a worker process a thread
     workers: list[Worker] = []
 
-    def one(task: tuple[str, str, int, str]) -> Usage:
+    def one(launch: Launch) -> Verdict:
         if not hasattr(here, "worker"):
-            here.worker = Worker(_inspect_task, cache)
+            here.worker = Worker(_task, cache)
             workers.append(here.worker)
         try:
-            return here.worker.ask(*task[:3], timeout=timeout)
+            return here.worker.ask(launch, timeout=timeout)
         except TaskFailed as error:
-            return Usage(task[3], task[1], problem=f"does not compile: {error}")
+            problem = f"does not compile: {error}"
+            return Verdict(launch.name, launch.arch, launch.op, launch.key, problem=problem)
 
     with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(jobs) as pool:
         try:
-            return list(pool.map(one, tasks))
+            return list(pool.map(one, launches))
         finally:
             for worker in workers:
                 worker.close()
 
 
-def table(usages: Sequence[Usage]) -> str:
-    """The usages as text, one row a kernel."""
-    width = max(len(name) for name in ["kernel", *(usage.name for usage in usages)])
-    lines = [f"{'kernel':{width}}  arch    regs  shared spills ld/st     s"]
-    for u in usages:
-        lines.append(
-            f"{u.name:{width}}  {u.arch:7} {u.registers:4} {u.shared:7} {u.spills:6} {u.widest:5}"
-            f" {u.seconds:5.1f}  {u.problem}".rstrip()
-        )
-    return "\n".join(lines)
-
-
-# More than this over the baseline is a regression. Registers come in steps of 8, and one step can
-# be the scheduler's whim.
-REGISTER_TOLERANCE, SHARED_TOLERANCE = 8, 1024
-
-
-def compare(usages: Sequence[Usage], baseline: dict[str, Any] | None) -> list[Usage]:
-    """The usages, with a problem added if one exceeds the baseline's {arch: {name: [r, s]}}."""
-    if baseline is None:
-        return list(usages)
-    judged = []
-    for usage in usages:
-        known, problem = baseline.get(usage.arch, {}).get(usage.name), ""
-        if known is None:
-            problem = "not in the baseline"
-        elif usage.registers > known[0] + REGISTER_TOLERANCE:
-            problem = f"{known[0]} registers in the baseline"
-        elif usage.shared > known[1] + SHARED_TOLERANCE:
-            problem = f"{known[1]} bytes of shared memory in the baseline"
-        judged.append(replace(usage, problem=usage.problem or problem))
-    return judged
+# ------------------------------------------------------------------------------------ the command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    program = "python -m fastgpt_kernels.tools.aot"
-    parser = argparse.ArgumentParser(prog=program, description=__doc__)
-    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=sorted(SHARED_LIMIT))
-    parser.add_argument("--op", nargs="+", default=(), help="only these ops' rooms")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one kernel")
-    parser.add_argument("--baseline", type=Path, help="JSON file of what each kernel used before")
-    parser.add_argument("--update", action="store_true", help="write the baseline, not compare")
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--arch", nargs="+", default=(), choices=ARCHITECTURES, help="compile all for these")
+    add("--op", nargs="+", default=(), help="only the rooms of these ops")
+    add("--jobs", type=int, default=os.cpu_count() or 1)
+    add("--timeout", type=float, default=60.0, help="seconds for one kernel")
+    add("--update", action="store_true", help="compile what changed too, and write the baselines")
+    add("--readme", action="store_true", help="write the table of kernels/README.md, nothing else")
+    add("--triton", nargs="+", default=(), metavar="DIR", help="with the Tritons of these folders")
     args = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         print("unset TRITON_INTERPRET: interpreted kernels cannot be compiled", file=sys.stderr)
         return 2
+    if args.triton:
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        return max(_with_triton(folder, given) for folder in args.triton)
+    modules, version = spec_modules(args.op), triton.__version__
+    known = {module: baseline.read(baseline.path(module)) for module in modules}
+    if args.readme:
+        table = baseline.step_table(known.values(), version)
+        README.write_text(baseline.with_table(README.read_text(), table))
+        return 0
     start = time.monotonic()
-    usages = inspect_all(spec_modules(args.op), args.arch, jobs=args.jobs, timeout=args.timeout)
-    version, exists = triton.__version__, args.baseline and args.baseline.exists()
-    known = json.loads(args.baseline.read_text()) if exists else {}
-    if args.baseline and not args.update:
-        usages = compare(usages, known.get(version))
-    bad = [usage for usage in usages if usage.problem]
-    print(table(usages))
-    seconds = time.monotonic() - start
+    launches: list[Launch] = []
+    for arch in args.arch or ARCHITECTURES:
+        found, left_out = record_all(arch, modules)
+        launches += found
+        for op, reason in left_out.items():
+            print(f"{arch}: {op} runs eager: {reason}")
+    changed = baseline.stale(launches, known, version) if args.update else []
+    todo = [x for x in launches if x.arch in (args.arch or ALWAYS) or x in changed]
+    verdicts = inspect_all(todo, jobs=args.jobs, timeout=args.timeout)
+    if args.update:
+        for module in modules:
+            mine = [x for x in launches if baseline.room(x) == module]
+            known[module] = baseline.updated(known[module], version, mine, verdicts)
+            baseline.write(baseline.path(module), known[module])
+    else:
+        verdicts = [baseline.compare(v, known, version) for v in verdicts]
+    bad = sum(bool(v.problem) for v in verdicts)
+    print(baseline.table(verdicts))
     print(
-        f"{len(usages)} kernels in {seconds:.0f} s with Triton {version}: {len(bad)} with problems"
+        f"{len(verdicts)} of {len(launches)} kernels compiled in {time.monotonic() - start:.0f} s "
+        f"with Triton {version}: {bad} with problems"
     )
-    if args.baseline and not args.update and version not in known:
-        print(f"{args.baseline} says nothing about Triton {version}: not compared")
-    if args.baseline and args.update and not bad:
-        rows = known.setdefault(version, {})
-        if not args.op:  # a whole run: kernels that are gone leave the file too
-            for arch in args.arch:
-                rows.pop(arch, None)
-        for usage in usages:
-            rows.setdefault(usage.arch, {})[usage.name] = [usage.registers, usage.shared]
-        text = json.dumps(known, indent=1, sort_keys=True)
-        # One line a kernel: [registers, shared memory].
-        args.baseline.write_text(re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", text) + "\n")
+    looked_at = {(version, x.arch) for x in todo}
+    for other in sorted({v for b in known.values() for v in b}):
+        old = [
+            x for x in baseline.stale(launches, known, other) if (other, x.arch) not in looked_at
+        ]
+        if old:
+            where = "" if other == version else f" --triton DIR, where DIR has triton=={other}"
+            print(
+                f"{len(old)} kernels have changed since they were compiled with Triton {other}, "
+                f"such as {old[0].arch} {old[0].name}: {PROGRAM} --update{where}"
+            )
+            bad += len(old)
     return 1 if bad else 0
+
+
+def _with_triton(folder: str, arguments: list[str]) -> int:
+    """The same command with the Triton that lies in a folder."""
+    first = arguments.index("--triton")
+    last = first + 1
+    while last < len(arguments) and not arguments[last].startswith("-"):
+        last += 1
+    path = os.pathsep.join([os.path.abspath(folder), *filter(None, sys.path)])
+    command = [sys.executable, "-m", "fastgpt_kernels.tools.aot"]
+    command += arguments[:first] + arguments[last:]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
 
 
 if __name__ == "__main__":

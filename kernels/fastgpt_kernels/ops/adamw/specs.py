@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from math import prod
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from fastgpt_kernels import reference
 from fastgpt_kernels.configs import Config, entries
 from fastgpt_kernels.ops.adamw.configs import ADAMW
-from fastgpt_kernels.ops.adamw.kernels import adamw_kernel, launch_adamw
-from fastgpt_kernels.ops.adamw.op import AdamWTensors
-from fastgpt_kernels.specs import AotSpec, Tunable
+from fastgpt_kernels.ops.adamw.kernels import launch_adamw
+from fastgpt_kernels.ops.adamw.op import AdamWTensors, adamw_step
+from fastgpt_kernels.specs import Model, Tunable, Use
 
 
-def aot_specs(arch: str) -> Iterator[AotSpec]:
-    """With clipping and bf16 copies, from fp32 and from bf16 gradients."""
-    types = {"addresses_ptr": "*i64", "sizes_ptr": "*i64", "blocks_ptr": "*i32"}
-    scalars = ("decays_ptr", "step_ptr", "lr_ptr", "grad_scale_ptr", "found_inf_ptr")
-    types |= dict.fromkeys(scalars, "*fp32")
-    numbers = ("log_beta1", "log_beta2", "rest_beta1", "beta2", "rest_beta2", "eps")
-    types |= dict.fromkeys(numbers, "fp32")
-    for config in entries(ADAMW, arch).values():
-        for grad_dtype, aligned in ((tl.float32, True), (tl.float32, False), (tl.bfloat16, True)):
-            flags = {"GRAD_DTYPE": grad_dtype, "COPY_DTYPE": tl.bfloat16, "ALIGNED": aligned}
-            name = f"adamw {grad_dtype} gradients{'' if aligned else ' unaligned'}"
-            yield AotSpec.of(name, adamw_kernel, config, types, flags)
+def uses(m: Model) -> Iterator[Use]:
+    """fp32 gradients, with and without the copies that the forward pass reads."""
+    C = m.n_embd
+    layer = [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C), (C,), (C,)]
+    shapes = [(m.padded_vocab_size, C), (m.block_size, C), *12 * layer, (C,)]
+    parameters = sum(prod(shape) for shape in shapes)
+
+    def step(copies: bool) -> None:
+        lists = [[m.parameter(*shape).detach() for shape in shapes] for _ in range(4)]
+        rounded = [m.activation(*shape).detach() for shape in shapes] if copies else None
+        scalars = [torch.empty(1, device="meta") for _ in range(4)]
+        adamw_step(
+            AdamWTensors(*lists, rounded), *scalars[:2], grad_scale=scalars[2], found_inf=scalars[3]
+        )
+
+    for copies in (False, True):
+        moved = (30 if copies else 28) * parameters
+        yield Use("adamw", partial(step, copies), False, often=int(copies), moved=moved)
 
 
 def tunables(arch: str) -> Iterator[Tunable]:

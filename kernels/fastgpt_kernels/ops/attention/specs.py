@@ -2,77 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-import triton
+import torch
+from torch import Tensor
 
-from fastgpt_kernels.configs import Config, lookup
-from fastgpt_kernels.ops.attention import configs
-from fastgpt_kernels.ops.attention.backward import (
-    attention_finish_kernel,
-    attention_key_value_kernel,
-    attention_prepare_kernel,
-    attention_query_kernel,
-)
-from fastgpt_kernels.ops.attention.forward import attention_forward_kernel
+from fastgpt_kernels.configs import Config
+from fastgpt_kernels.ops.attention.op import attention
 from fastgpt_kernels.ops.attention.record import RECORDS
 from fastgpt_kernels.record import Sizes
-from fastgpt_kernels.specs import AotSpec, Tunable, tunable
-
-KERNELS = {
-    "FORWARD": attention_forward_kernel,
-    "BACKWARD": attention_key_value_kernel,
-    "KEY_VALUE": attention_key_value_kernel,
-    "QUERY": attention_query_kernel,
-}
-# (head dim, causal, dropout, T a multiple of 128): the common case; masks everywhere; a padded head
-# dim; and dropout, whose registers are the most.
-VARIANTS = (
-    (64, True, False, True),
-    (64, False, False, False),
-    (64, True, True, False),
-    (96, True, False, False),
-    (128, True, False, True),
-    (128, True, True, False),
-)
-STRIDES = ("stride_b", "stride_t", "stride_gb", "stride_gt")
+from fastgpt_kernels.specs import Model, Tunable, Use, tunable
 
 
-def _spec(kernel, name: str, config: Config, flags: Mapping[str, object]) -> AotSpec:
-    """Types by argument name: they mean the same in every kernel here."""
-    types = dict.fromkeys(("qkv", "y", "grad_y", "dqkv"), "*bf16")
-    types |= dict.fromkeys(("lse", "delta", "dq_sum"), "*fp32") | {"seed_pointer": "*i64"}
-    types |= dict.fromkeys(("scale", "scale_log2", "keep_scale"), "fp32")
-    if config.blocks.get("TMA_REDUCE"):
-        types["dq_sum"] = f"tensordesc<fp32[1,{config.blocks['BLOCK_M']},{flags['HEAD_PAD']}]>"
-    return AotSpec.of(
-        f"attention {name}", kernel, config, types, flags,
-        aligned=STRIDES, expect_wgmma="BLOCK_M" in config.blocks,
-    )  # fmt: skip
+def uses(m: Model) -> Iterator[Use]:
+    """Of the training step, with gradients that are the same every time too, and of prompts."""
+    options = {"dropout_p": m.dropout, "seed": torch.empty(1, dtype=torch.int64, device="meta")}
 
+    def call(T: int, **options: Any) -> Tensor:
+        return attention(m.activation(m.batch_size, T, 3 * m.n_embd), m.n_head, **options)
 
-def aot_specs(arch: str) -> Iterator[AotSpec]:
-    """Every kernel with every config of `arch`, bf16, in the variants that change its registers."""
-    for op, kernel in KERNELS.items():
-        for head, causal, dropout, even in VARIANTS:
-            table = getattr(configs, f"{op}{'_DROPOUT' if dropout else ''}")
-            flags = {
-                "HEAD": head, "HEAD_PAD": triton.next_power_of_2(head),
-                "CAUSAL": causal, "DROPOUT": dropout, "EVEN": even, "PRECISION": "ieee",
-            }  # fmt: skip
-            if op == "KEY_VALUE":
-                flags["dq_sum"] = None
-            name = (
-                f"{op.lower()} D={head}{' causal' if causal else ''}"
-                f"{' dropout' if dropout else ''}{'' if even else ' ragged'}"
-            )
-            yield _spec(kernel, name, lookup(table, arch, head), flags)
-    for head in (64, 96):
-        config = lookup(configs.ROWS, arch, head)
-        sizes = {"HEAD": head, "HEAD_PAD": triton.next_power_of_2(head)}
-        yield _spec(attention_prepare_kernel, f"prepare D={head}", config, sizes)
-        yield _spec(attention_finish_kernel, f"finish D={head}", config, sizes)
+    for deterministic in (False, True):
+        training = partial(call, m.block_size, deterministic=deterministic, **options)
+        yield Use("attention", training, often=0 if deterministic else 12)
+    yield Use("attention", partial(call, m.block_size - 1), trains=False)
 
 
 def _candidates(tma: tuple[int | None, ...]) -> list[Config]:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt_kernels.configs import Config, lookup
+from fastgpt_kernels.configs import Config, lookup, options
 from fastgpt_kernels.host import arch_of, multiprocessors, on_device
 from fastgpt_kernels.ops.decode import configs
 from fastgpt_kernels.ops.gelu.kernels import gate_and_slope
@@ -138,7 +138,7 @@ def launch_attention(
         if chunks > 1:
             decode_attention_combine_kernel[(B * H,)](
                 partial, stats, positions, y, H, S, chunk, chunks,
-                **head, CHUNKS_PAD=triton.next_power_of_2(chunks), num_warps=4,
+                **head, CHUNKS_PAD=triton.next_power_of_2(chunks), **options(4),
             )  # fmt: skip
     return y
 

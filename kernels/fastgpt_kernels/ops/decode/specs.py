@@ -3,57 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 
-import triton
+import torch
+from torch import Tensor
 
-from fastgpt_kernels.configs import Config, lookup
-from fastgpt_kernels.ops.decode import configs
-from fastgpt_kernels.ops.decode.kernels import (
-    decode_attention_combine_kernel,
-    decode_attention_kernel,
-    decode_linear_kernel,
-)
-from fastgpt_kernels.specs import AotSpec, Tunable
-
-_BF16 = ("qkv", "k_cache", "v_cache", "y", "x", "weight", "bias", "residual")
-_FP32 = ("partial", "stats", "norm_weight", "norm_bias")
-_TYPES = dict.fromkeys(_BF16, "*bf16") | dict.fromkeys(_FP32, "*fp32")
-_TYPES |= {"positions": "*i64", "scale_log2": "fp32", "eps": "fp32"}
-_ALIGNED = ("stride_qkv", "stride_b", "stride_h", "stride_s", "stride_x", "stride_w")
-# name, rows, K, norm, activation, residual: the four layers of a block at GPT-2's 768 for one row,
-# and the plainest for more rows.
-_LAYERS = (
-    ("norm", 1, 768, True, "none", False),
-    ("norm tanh", 1, 768, True, "tanh", False),
-    ("residual", 1, 3072, False, "none", True),
-    ("norm", 2, 768, True, "none", False),
-    ("norm", 4, 768, True, "none", False),
-    ("norm", 8, 768, True, "none", False),
-)
+from fastgpt_kernels.ops.decode.attention import decode_attention
+from fastgpt_kernels.ops.decode.linear import decode_linear
+from fastgpt_kernels.specs import Model, Tunable, Use
 
 
-def aot_specs(arch: str) -> Iterator[AotSpec]:
-    """Attention at every entry of its table and with a padded head dim, and the linear layers."""
-    for D in (64, 80, 128, 256):
-        config = lookup(configs.ATTENTION, arch, D)
-        head = {"HEAD": D, "HEAD_PAD": triton.next_power_of_2(D)}
-        yield AotSpec.of(
-            f"decode_attention chunk D={D}", decode_attention_kernel, config, _TYPES,
-            head | {"SPLIT": True}, aligned=_ALIGNED,
+def uses(m: Model) -> Iterator[Use]:
+    """A token: attention to the cache, and the layers around it; at 124M of eight sequences too."""
+    C, H = m.n_embd, 4 * m.n_embd
+
+    def attend(rows: int) -> Tensor:
+        caches = m.activation(2, rows, m.n_head, m.block_size, m.head_dim).detach()
+        positions = torch.empty(rows, dtype=torch.int64, device="meta")
+        return decode_attention(m.activation(rows, 3 * C), *caches.unbind(0), positions)
+
+    def layer(
+        rows: int, inputs: int, outputs: int, norm: bool, residual: bool, gelu: str
+    ) -> Tensor:
+        x, weight = m.activation(rows, inputs), m.activation(outputs, inputs)
+        gain, shift = (m.parameter(inputs), m.optional(inputs)) if norm else (None, None)
+        bias = m.activation(outputs) if m.bias and outputs != m.vocab_size else None
+        return decode_linear(
+            x, weight, bias, norm_weight=gain, norm_bias=shift, activation=gelu,
+            residual=m.activation(rows, outputs) if residual else None,
         )  # fmt: skip
-        if D in (64, 256):
-            yield AotSpec.of(
-                f"decode_attention combine D={D}", decode_attention_combine_kernel, Config({}, 4),
-                _TYPES, head | {"CHUNKS_PAD": 64}, aligned=_ALIGNED,
-            )  # fmt: skip
-    for name, B, K, norm, activation, residual in _LAYERS:
-        yield AotSpec.of(
-            f"decode_linear {name} B={B} K={K}", decode_linear_kernel,
-            lookup(configs.LINEAR, arch, B), _TYPES,
-            {"B": B, "B_PAD": B, "K": K, "NORM": norm, "ACTIVATION": activation},
-            absent=("residual",) * (not residual) + ("norm_weight", "norm_bias") * (not norm),
-            aligned=_ALIGNED,
-        )  # fmt: skip
+
+    for rows in (1, 8) if m.n_embd == 768 else (1,):
+        sizes = replace(m, batch_size=rows)
+        yield Use("decode_attention", partial(attend, rows), False, sizes)
+        for layer_of in (
+            (C, 3 * C, True, False, "none"),
+            (C, C, False, True, "none"),
+            (C, H, True, False, m.gelu),
+            (H, C, False, True, "none"),
+            (C, m.vocab_size, True, False, "none"),
+        ):
+            yield Use("decode_linear", partial(layer, rows, *layer_of), False, sizes)
 
 
 def tunables(arch: str) -> Iterator[Tunable]:

@@ -132,7 +132,7 @@ def launch_forward(
     with on_device(x):
         bias_gelu_forward_kernel[(triton.cdiv(M, ROWS) * triton.cdiv(C, BLOCK_C),)](
             rows, None if bias is None else bias.contiguous(), y, rows.stride(0), M,
-            C, ROWS, BLOCK_C, tanh, num_warps=config.num_warps, num_stages=config.num_stages,
+            C, ROWS, BLOCK_C, tanh, **config.options,
         )  # fmt: skip
     return y
 
@@ -158,7 +158,7 @@ def launch_backward(
         bias_gelu_backward_kernel[(programs * column_blocks,)](
             dy_rows, rows, None if bias is None else bias.contiguous(), dx, partials,
             dy_rows.stride(0), rows.stride(0), M, C, ROWS, BLOCK_C, tanh, config.num_stages,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            **config.options,
         )  # fmt: skip
     if bias is None or partials is None:
         return dx, None

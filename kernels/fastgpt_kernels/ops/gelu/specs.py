@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
-from fastgpt_kernels.configs import Config, entries, lookup
+from torch import Tensor
+
+from fastgpt_kernels.configs import Config, entries
 from fastgpt_kernels.ops.gelu import configs
-from fastgpt_kernels.ops.gelu.kernels import bias_gelu_backward_kernel, bias_gelu_forward_kernel
+from fastgpt_kernels.ops.gelu.op import bias_gelu
 from fastgpt_kernels.ops.gelu.record import RECORDS
 from fastgpt_kernels.record import Sizes
-from fastgpt_kernels.specs import AotSpec, Tunable, tunable
-
-_TYPES = dict.fromkeys(("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "bias_ptr"), "*bf16")
-_TYPES |= {"partials_ptr": "*fp32"}
+from fastgpt_kernels.specs import Model, Tunable, Use, tunable
 
 
-def aot_specs(arch: str) -> Iterator[AotSpec]:
-    """Both kernels, tanh and erf, at GPT-2's 4 * 768, with a bf16 bias; without one for tanh."""
-    C, aligned = 3072, ("x_stride", "dy_stride", "M")
-    for tanh, has_bias in ((True, True), (False, True), (True, False)):
-        name = f"bias_gelu {{}} {'tanh' if tanh else 'erf'}{'' if has_bias else ' no bias'}"
-        flags = {"C": C, "TANH": tanh}
-        yield AotSpec.of(
-            name.format("forward"), bias_gelu_forward_kernel, lookup(configs.FORWARD, arch, C),
-            _TYPES, flags, absent=() if has_bias else ("bias_ptr",), aligned=aligned,
-        )  # fmt: skip
-        config = lookup(configs.BACKWARD, arch, C)
-        yield AotSpec.of(
-            name.format("backward"), bias_gelu_backward_kernel, config, _TYPES,
-            flags | {"STAGES": config.num_stages},
-            absent=() if has_bias else ("bias_ptr", "partials_ptr"), aligned=aligned,
-        )  # fmt: skip
+def uses(m: Model) -> Iterator[Use]:
+    """At the width of the MLP, in training and for a prompt, whose model has its biases rounded."""
+    approximate, width = "none" if m.gelu == "erf" else "tanh", 4 * m.n_embd
+
+    def call(rows: int, bias: Tensor | None) -> Tensor:
+        return bias_gelu(m.activation(rows, width), bias, approximate)
+
+    yield Use("bias_gelu", partial(call, m.tokens, m.optional(width)), often=12)
+    rounded = m.activation(width) if m.bias else None
+    yield Use("bias_gelu", partial(call, 5, rounded), trains=False)
 
 
 def tunables(arch: str) -> Iterator[Tunable]:

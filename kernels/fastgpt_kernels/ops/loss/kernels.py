@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt_kernels.configs import Config, lookup
+from fastgpt_kernels.configs import Config, lookup, options
 from fastgpt_kernels.host import arch_of, on_device
 from fastgpt_kernels.ops.loss.configs import CROSS_ENTROPY
 
@@ -163,7 +163,7 @@ def launch_cross_entropy(
             0 if gradient is None else gradient.stride(0),
             0 if scale is None or count else scale.stride(0), ignore_index,
             BLOCK=block, TILES=tiles, STEPS=triton.cdiv(n_cols, block * tiles), COUNT=count,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            **config.options,
         )  # fmt: skip
 
 
@@ -182,7 +182,7 @@ def launch_scale(x: Tensor, scale: Tensor, out: Tensor) -> Tensor:
     with on_device(x):
         cross_entropy_scale_kernel[(n_rows, triton.cdiv(n_cols, SCALE_BLOCK * steps))](
             x, out, scale, n_cols, stride,
-            BLOCK=SCALE_BLOCK, STEPS=steps, IN_PLACE=out is x, num_warps=SCALE_WARPS, num_stages=1,
+            BLOCK=SCALE_BLOCK, STEPS=steps, IN_PLACE=out is x, **options(SCALE_WARPS),
         )  # fmt: skip
     return out
 

@@ -3,54 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
-import triton
+import torch
+from torch import Tensor
 
 from fastgpt_kernels.configs import Config, entries
 from fastgpt_kernels.ops.loss.configs import CROSS_ENTROPY
-from fastgpt_kernels.ops.loss.kernels import (
-    SCALE_BLOCK,
-    SCALE_WARPS,
-    cross_entropy_kernel,
-    cross_entropy_scale_kernel,
-    tiling,
-)
+from fastgpt_kernels.ops.loss.cross_entropy import cross_entropy
+from fastgpt_kernels.ops.loss.linear import linear_cross_entropy
 from fastgpt_kernels.ops.loss.record import RECORDS
 from fastgpt_kernels.record import Sizes
-from fastgpt_kernels.specs import AotSpec, Tunable, tunable
+from fastgpt_kernels.specs import Model, Tunable, Use, tunable
 
 
-def aot_specs(arch: str) -> Iterator[AotSpec]:
-    """Every config at the widest row it is for; the wide ones for all that changes registers."""
-    aligned = ("n_cols", "vocab_size", "stride", "gradient_stride")
-    for bound, config in entries(CROSS_ENTROPY, arch).items():
-        # Whose gradient: of the mean; of losses by row, in the backward; as linear_cross_entropy's.
-        cases: list[tuple[str, str, tuple[str, ...]]] = [("bf16", "mean", aligned)]
-        if bound > 16384:
-            cases += [("bf16", "rows", aligned), ("bf16", "linear", aligned)]
-            cases += [("bf16", "mean", ()), ("fp32", "mean", aligned)]
-        for dtype, scale, divisible in cases:
-            size = 4 if dtype == "fp32" else 2
-            n_cols = min(bound, 1 << 18) * 2 // size
-            block, tiles = tiling(config, n_cols, size)
-            types = {"targets_ptr": "*i64", "losses_ptr": "*fp32"}
-            types |= dict.fromkeys(("logits_ptr", "gradient_ptr"), f"*{dtype}")
-            types |= {"scale_ptr": "*i64" if scale == "mean" else "*fp32"}
-            steps = triton.cdiv(n_cols, block * tiles)
-            yield AotSpec.of(
-                f"cross_entropy V<={bound} {dtype} {scale}{'' if divisible else ' unaligned'}",
-                cross_entropy_kernel, config, types,
-                {"BLOCK": block, "TILES": tiles, "STEPS": steps, "COUNT": scale == "mean"},
-                absent={"mean": (), "rows": ("losses_ptr",), "linear": ("scale_ptr",)}[scale],
-                aligned=divisible,
-            )  # fmt: skip
-    for name, x, in_place in (("in place", "bf16", True), ("dW", "fp32", False)):
-        types = {"x_ptr": f"*{x}", "out_ptr": "*bf16", "scale_ptr": "*fp32", "n_cols": "i64"}
-        yield AotSpec.of(
-            f"cross_entropy scale {name}", cross_entropy_scale_kernel, Config({}, SCALE_WARPS),
-            types, {"BLOCK": SCALE_BLOCK, "STEPS": 1024, "IN_PLACE": in_place},
-            aligned=("n_cols", "stride"),
-        )  # fmt: skip
+def uses(m: Model) -> Iterator[Use]:
+    """The head in training and evaluation, also with targets that begin within a row of tokens, as
+    those of a single sequence do; and the loss alone, of logits that are an op's result.
+    """
+    columns = m.padded_vocab_size
+    options: dict[str, Any] = {"vocab_size": m.vocab_size}
+
+    def targets(first: int = 0) -> Tensor:
+        return torch.empty(first + m.tokens, dtype=torch.int64, device="meta")[first:]
+
+    def head(first: int) -> Tensor:
+        x, weight = m.activation(m.tokens, m.n_embd), m.activation(columns, m.n_embd)
+        return linear_cross_entropy(x, weight, targets(first), **options)
+
+    def loss(reduction: str) -> Tensor:
+        logits = m.activation(m.tokens, columns) * 1
+        return cross_entropy(logits, targets(), reduction=reduction, **options)
+
+    for first in (0, 1):
+        yield Use("linear_cross_entropy", partial(head, first), often=1 - first)
+        yield Use("linear_cross_entropy", partial(head, first), trains=False)
+    for reduction in ("mean", "none") if m.n_embd == 768 else ():
+        yield Use("cross_entropy", partial(loss, reduction))
 
 
 def tunables(arch: str) -> Iterator[Tunable]:

@@ -219,7 +219,7 @@ def launch_matmul(
             partials, sums, M, N, K, splits,
             A_TRANSPOSED=a_transposed, B_TRANSPOSED=b_transposed, SPLIT=splits > 1, GELU=gelu,
             SLOPE=slope, TANH=tanh, PRECISION="ieee" if a.dtype == torch.float32 else "tf32",
-            ONES=ONES, **blocks, num_warps=config.num_warps, num_stages=config.num_stages,
+            ONES=ONES, **blocks, **config.options,
         )  # fmt: skip
     if splits > 1:
         target = target.view(splits, -1, N)[:, :M].sum(0).to(dtype)

@@ -3,54 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
-from fastgpt_kernels.configs import Config, entries
+from torch import Tensor
+
+from fastgpt_kernels.configs import entries
 from fastgpt_kernels.ops.matmul import configs
-from fastgpt_kernels.ops.matmul.configs import MATMUL, MATMUL_REDUCE, runs_on
-from fastgpt_kernels.ops.matmul.kernels import ONES, matmul_kernel
+from fastgpt_kernels.ops.matmul.configs import runs_on
+from fastgpt_kernels.ops.matmul.linear import linear
+from fastgpt_kernels.ops.matmul.mlp import mlp
 from fastgpt_kernels.ops.matmul.record import RECORDS
 from fastgpt_kernels.record import Sizes
-from fastgpt_kernels.specs import AotSpec, Tunable, tunable
-
-# Launches by name: the flags that are set and the optional tensors that are there.
-VARIANTS = {
-    "y": {"bias_ptr"},
-    "y gelu": {"bias_ptr", "GELU", "z"},
-    "dx": {"B_TRANSPOSED"},
-    "dx slope": {"B_TRANSPOSED", "SLOPE", "z", "partials_ptr"},
-    "dW": {"A_TRANSPOSED", "B_TRANSPOSED", "column_sums_ptr"},
-    "dW split": {"A_TRANSPOSED", "B_TRANSPOSED", "column_sums_ptr", "SPLIT"},
-}
-FLAGS = ("A_TRANSPOSED", "B_TRANSPOSED", "SPLIT", "GELU", "SLOPE")
-OPTIONAL = ("bias_ptr", "z", "partials_ptr", "column_sums_ptr")
+from fastgpt_kernels.specs import Model, Tunable, Use, tunable
 
 
-def _spec(name: str, config: Config, given: set[str]) -> AotSpec:
-    m, n, k, halves = (config.blocks[x] for x in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SUBTILES"))
-    boxes = {
-        "a": f"bf16[{k},{m}]" if "A_TRANSPOSED" in given else f"bf16[{m},{k}]",
-        "b": f"bf16[{k},{n}]" if "B_TRANSPOSED" in given else f"bf16[{n},{k}]",
-        "out": f"{'fp32' if 'A_TRANSPOSED' in given else 'bf16'}[{m},{n // halves}]",
-        "z": f"bf16[{m},{n // halves}]",
-    }
-    types = dict.fromkeys(OPTIONAL, "*fp32")
-    types |= {name: f"tensordesc<{box}>" for name, box in boxes.items()}
-    flags = {flag: flag in given for flag in FLAGS}
-    return AotSpec.of(
-        f"matmul {name} {m}x{n}x{k}", matmul_kernel, config, types,
-        flags | {"TANH": True, "PRECISION": "tf32", "ONES": ONES},
-        absent=set(OPTIONAL) - given, aligned="MNK", expect_wgmma=True,
+def uses(m: Model) -> Iterator[Use]:
+    """A block's four layers, the MLP's two as one op."""
+    C, H = m.n_embd, 4 * m.n_embd
+
+    def layer(inputs: int, outputs: int) -> Tensor:
+        x, weight = m.activation(m.tokens, inputs), m.parameter(outputs, inputs)
+        return linear(x, weight, m.optional(outputs))
+
+    yield Use("linear", partial(layer, C, 3 * C), often=12)
+    yield Use("linear", partial(layer, C, C), often=12, share=1 / 3)
+    approximate = "none" if m.gelu == "erf" else "tanh"
+    yield Use(
+        "mlp",
+        lambda: mlp(
+            m.activation(m.tokens, C), m.parameter(H, C), m.optional(H), m.parameter(C, H),
+            m.optional(C), approximate,
+        ),
+        often=12,
     )  # fmt: skip
-
-
-def aot_specs(arch: str) -> Iterator[AotSpec]:
-    """The three products, with and without what an epilogue adds, on every config."""
-    if not runs_on(arch):
-        return
-    for name, given in VARIANTS.items():
-        table = MATMUL_REDUCE if "A_TRANSPOSED" in given else MATMUL
-        for config in entries(table, arch).values():
-            yield _spec(name, config, given)
 
 
 def tunables(arch: str) -> Iterator[Tunable]:

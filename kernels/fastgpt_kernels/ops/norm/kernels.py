@@ -178,7 +178,7 @@ def launch_backward(
             dy_rows, others, rows, weight.contiguous(), stats, ds, partials, dy_rows.stride(0),
             0 if others is None else others.stride(0), rows.stride(0), M, C,
             triton.next_power_of_2(C), config.blocks["ROWS"], bias is not None, config.num_stages,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            **config.options,
         )  # fmt: skip
     sums = sum_partials(layer_norm_sum_kernel, partials, *dtypes)
     return ds, sums[0], None if bias is None else sums[1]

@@ -2,53 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
-import triton
-
-from fastgpt_kernels import partials
-from fastgpt_kernels.configs import Config, entries, lookup
+from fastgpt_kernels.configs import Config, entries
 from fastgpt_kernels.ops.norm import configs
-from fastgpt_kernels.ops.norm.kernels import (
-    layer_norm_backward_kernel,
-    layer_norm_forward_kernel,
-    layer_norm_sum_kernel,
-)
+from fastgpt_kernels.ops.norm.op import add_layer_norm, layer_norm
 from fastgpt_kernels.ops.norm.record import RECORDS
 from fastgpt_kernels.record import Sizes
-from fastgpt_kernels.specs import AotSpec, Tunable, tunable
-
-_BF16 = ("x_ptr", "residual_ptr", "y_ptr", "sum_ptr", "dy_ptr", "d_sum_ptr", "s_ptr", "dx_ptr")
-_FP32 = ("weight_ptr", "bias_ptr", "stats_ptr", "partials_ptr")
-_TYPES = dict.fromkeys(_BF16, "*bf16") | dict.fromkeys(_FP32, "*fp32") | {"eps": "fp32"}
-_ALIGNED = ("x_stride", "residual_stride", "dy_stride", "d_sum_stride", "s_stride", "M")
+from fastgpt_kernels.specs import Model, Tunable, Use, tunable
 
 
-def aot_specs(arch: str) -> Iterator[AotSpec]:
-    """Both kernels at a width of every config; bf16 activations, fp32 parameters.
+def uses(m: Model) -> Iterator[Use]:
+    """Both norms, in training and for a prompt of odd length; the parameters are fp32."""
 
-    With the addition they hold the most registers, so that the plain ones are compiled at GPT-2's
-    768 only. And the sum of partial gradients, for parameters in fp32 and in bf16.
-    """
-    for dtype in ("fp32", "bf16"):
-        types = {"partials_ptr": "*fp32", "out0_ptr": f"*{dtype}", "out1_ptr": f"*{dtype}"}
-        config = Config({}, partials.NUM_WARPS)
-        blocks = {"BLOCK_P": partials.BLOCK_P, "BLOCK_C": partials.BLOCK_C}
-        name = f"sum_partials {dtype}"
-        yield AotSpec.of(name, layer_norm_sum_kernel, config, types, blocks, aligned="C")
-    for C, fused in ((256, 1), (512, 1), (768, 0), (768, 1), (1600, 1), (4096, 1), (8192, 1)):
-        name = f"{'add_' if fused else ''}layer_norm {{}} C={C}"
-        sizes = {"C": C, "BLOCK_C": triton.next_power_of_2(C)}
-        yield AotSpec.of(
-            name.format("forward"), layer_norm_forward_kernel, lookup(configs.FORWARD, arch, C),
-            _TYPES, sizes, absent=() if fused else ("residual_ptr", "sum_ptr"), aligned=_ALIGNED,
-        )  # fmt: skip
-        config = lookup(configs.BACKWARD, arch, C)
-        flags = {"HAS_BIAS": True, "STAGES": config.num_stages}
-        yield AotSpec.of(
-            name.format("backward"), layer_norm_backward_kernel, config, _TYPES, sizes | flags,
-            absent=() if fused else ("d_sum_ptr",), aligned=_ALIGNED,
-        )  # fmt: skip
+    def call(norm: Callable[..., Any], streams: int, rows: int = m.tokens) -> Any:
+        inputs = [m.activation(rows, m.n_embd) for _ in range(streams)]
+        return norm(*inputs, m.parameter(m.n_embd), m.optional(m.n_embd))
+
+    yield Use("layer_norm", partial(call, layer_norm, 1), often=1)
+    yield Use("add_layer_norm", partial(call, add_layer_norm, 2), often=24)
+    yield Use("layer_norm", partial(call, layer_norm, 1, 5), trains=False)
+    yield Use("add_layer_norm", partial(call, add_layer_norm, 2, 5), trains=False)
 
 
 def tunables(arch: str) -> Iterator[Tunable]:
