@@ -87,7 +87,7 @@ _FOUND: dict[Task, str] = {}
 
 def first_contact(tasks: Sequence[Task], limits: Limits = LIMITS) -> list[str]:
     """What is wrong with each of the tasks; empty for one that agrees."""
-    ahead = host.HAS_TRITON and not host.INTERPRETED
+    ahead = host.HAS_TRITON and all(task.device.startswith("cuda") for task in tasks)
     while waiting := [task for task in tasks if task not in _FOUND]:
         try:
             _FOUND.update(_ask(waiting, ahead, limits))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from typing import Any
 
 import torch
@@ -34,12 +33,7 @@ def too_few_results(*args: Any, **kwargs: Any) -> Any:
 
 
 def hang(*args: Any, **kwargs: Any) -> Any:
-    while True:
-        time.sleep(1)
-
-
-def hang_in_the_compiler(*args: Any, **kwargs: Any) -> Any:
-    """Once killed, nothing of it may be left: its own process neither."""
+    """In a compiler of its own, of which nothing may be left."""
     subprocess.run(["sleep", "987654"], check=True)
 
 
@@ -49,10 +43,6 @@ def killed(*args: Any, **kwargs: Any) -> Any:
 
 def aborts(*args: Any, **kwargs: Any) -> Any:
     os.abort()
-
-
-def leaves(*args: Any, **kwargs: Any) -> Any:
-    os._exit(3)
 
 
 def loses_the_device(*args: Any, **kwargs: Any) -> Any:

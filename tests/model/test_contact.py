@@ -81,30 +81,23 @@ def test_a_process_that_hangs_or_dies_costs_one_op(monkeypatch):
     process = contact._process
     monkeypatch.setattr(contact, "_process", lambda r: started.append(r) or process(r))
     b = bad_kernels
-    found = say(b.good, b.hang, b.off, b.killed, b.aborts, b.leaves, b.loses_the_device, b.asserts)
+    found = say(b.good, b.hang, b.off, b.killed, b.aborts, b.loses_the_device, b.asserts)
     assert found == {
         "good": "",
         "hang": "does not answer within 10 s",
         "off": "is off by 0.01 here",
         "killed": "ends its process (SIGKILL)",
         "aborts": "ends its process (SIGABRT)",
-        "leaves": "ends its process (exit code 3)",
         "loses_the_device": (
             "does not run here (CUDA error: an illegal memory access was encountered)"
         ),
         "asserts": "does not run here (AssertionError)",
     }
-    assert [len(request["tasks"]) for request in started] == [8, 6, 4, 3, 2, 1]
+    assert [len(request["tasks"]) for request in started] == [7, 5, 3, 2, 1]
     assert say(b.hang, b.good) == {"hang": "does not answer within 10 s", "good": ""}
-    assert len(started) == 6, "what is known was asked again"
-
-
-def test_nothing_is_left_of_a_compiler_that_hangs():
-    assert say(bad_kernels.hang_in_the_compiler) == {
-        "hang_in_the_compiler": "does not answer within 10 s"
-    }
-    found = subprocess.run(["pgrep", "-f", "^sleep 987654"], capture_output=True, text=True)
-    assert not found.stdout
+    assert len(started) == 5, "what is known was asked again"
+    compilers = subprocess.run(["pgrep", "-f", "^sleep 987654"], capture_output=True)
+    assert not compilers.stdout, "what the child had started was left behind"
 
 
 def test_a_process_that_cannot_start(monkeypatch):
@@ -139,6 +132,7 @@ def fake_process(*answers):
 def test_a_compiler_that_hangs_ahead_is_found_op_by_op(monkeypatch):
     """Of many kernels that compile at once nobody knows which is at fault."""
     ready, agrees = {"wrong": ""}, {"wrong": "", "lost": False}
+    b = bad_kernels
     scripts = [[ready, None], [ready, agrees, None], [ready, agrees]]
     asked = []
 
@@ -147,9 +141,8 @@ def test_a_compiler_that_hangs_ahead_is_found_op_by_op(monkeypatch):
         return fake_process(*scripts.pop(0))
 
     monkeypatch.setattr(contact, "_process", process)
-    monkeypatch.setattr(contact.host, "INTERPRETED", False)
-    found = say(bad_kernels.good, bad_kernels.hang, bad_kernels.off)
-    assert found == {"good": "", "hang": "does not answer within 10 s", "off": ""}
+    on_gpu = [replace(task, device="cuda") for task in tasks(b.good, b.hang, b.off)]
+    assert first_contact(on_gpu, QUICK) == ["", "does not answer within 10 s", ""]
     assert asked == [(True, 3), (False, 3), (False, 1)]
 
 
@@ -169,6 +162,9 @@ def test_interrupting_ends_the_child(children, monkeypatch):
     class Queue:
         def get(self, timeout):
             raise KeyboardInterrupt
+
+        def put(self, line):
+            pass
 
     monkeypatch.setattr(contact.queue, "SimpleQueue", Queue)
     with pytest.raises(KeyboardInterrupt):

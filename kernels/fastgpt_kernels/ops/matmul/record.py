@@ -56,15 +56,14 @@ def _linear_case(s: Sizes, random: Random) -> Case:
 
 
 def _linear_calls(s: Sizes, random: Random) -> list[Case]:
-    """Attention's two products."""
-    C, bias = s.n_embd, s.bias
-    return [
-        Case(
-            [random(s.tokens, C), random(N, C) / C**0.5, random(N) if bias else None],
-            masters=(1, 2),
-        )
-        for N in (3 * C, C)
-    ]
+    """Attention's two products, and those of an MLP that is made of them."""
+    C, H = s.n_embd, 4 * s.n_embd
+
+    def layer(K: int, N: int, bias: bool) -> Case:
+        inputs = [random(s.tokens, K), random(N, K) / K**0.5, random(N) if bias else None]
+        return Case(inputs, masters=(1, 2))
+
+    return [layer(C, 3 * C, s.bias), layer(C, C, s.bias), layer(C, H, False), layer(H, C, s.bias)]
 
 
 def _mlp_case(s: Sizes, random: Random) -> Case:
