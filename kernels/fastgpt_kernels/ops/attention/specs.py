@@ -10,7 +10,6 @@ import triton
 from fastgpt_kernels.configs import Config, lookup
 from fastgpt_kernels.ops.attention import configs
 from fastgpt_kernels.ops.attention.backward import (
-    attention_finish_kernel,
     attention_key_value_kernel,
     attention_prepare_kernel,
     attention_query_kernel,
@@ -42,10 +41,12 @@ STRIDES = ("stride_b", "stride_t", "stride_gb", "stride_gt")
 def _spec(kernel, name: str, config: Config, flags: Mapping[str, object]) -> AotSpec:
     """Types by argument name: they mean the same in every kernel here."""
     types = dict.fromkeys(("qkv", "y", "grad_y", "dqkv"), "*bf16")
-    types |= dict.fromkeys(("lse", "delta", "dq_sum"), "*fp32") | {"seed_pointer": "*i64"}
+    types |= dict.fromkeys(("lse", "lse_delta", "dq_sum", "dq_tiles"), "*fp32")
+    types |= {"seed_pointer": "*i64", "arrived": "*i32"}
     types |= dict.fromkeys(("scale", "scale_log2", "keep_scale"), "fp32")
     if config.blocks.get("TMA_REDUCE"):
-        types["dq_sum"] = f"tensordesc<fp32[1,{config.blocks['BLOCK_M']},{flags['HEAD_PAD']}]>"
+        m = config.blocks["BLOCK_M"]
+        types["dq_tiles"] = f"tensordesc<fp32[1,{m},{flags['HEAD_PAD']}]>"
     return AotSpec.of(
         f"attention {name}", kernel, config, types, flags,
         aligned=STRIDES, expect_wgmma="BLOCK_M" in config.blocks,
@@ -61,8 +62,10 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
                 "HEAD": head, "HEAD_PAD": triton.next_power_of_2(head),
                 "CAUSAL": causal, "DROPOUT": dropout, "EVEN": even, "PRECISION": "ieee",
             }  # fmt: skip
+            if op in ("BACKWARD", "KEY_VALUE"):
+                flags["TARGET"] = arch if arch.startswith("sm_") else "amd"
             if op == "KEY_VALUE":
-                flags["dq_sum"] = None
+                flags |= dict.fromkeys(("dq_tiles", "dq_sum", "arrived"))
             name = (
                 f"{op.lower()} D={head}{' causal' if causal else ''}"
                 f"{' dropout' if dropout else ''}{'' if even else ' ragged'}"
@@ -72,7 +75,6 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
         config = lookup(configs.ROWS, arch, head)
         sizes = {"HEAD": head, "HEAD_PAD": triton.next_power_of_2(head)}
         yield _spec(attention_prepare_kernel, f"prepare D={head}", config, sizes)
-        yield _spec(attention_finish_kernel, f"finish D={head}", config, sizes)
 
 
 def _candidates(tma: tuple[int | None, ...]) -> list[Config]:
