@@ -157,7 +157,6 @@ def test_cpu_trace_with_known_gaps_and_two_threads():
         (("fastgpt::mlp", "reduce_kernel"), (), ("linear", "forward")),
         (("cudnn_generated_fort_native_sdpa_sm90_flash_fprop",), (), ("attention", "forward")),
         (("attention_prepare_kernel",), (), ("attention", "forward")),
-        (("attention_finish_kernel",), (), ("attention", "forward")),
         (("attention_query_kernel",), (), ("attention", "forward")),
         (("triton_red_fused__log_softmax_nll_loss_forward_5",), (), ("head", "cross entropy")),
         (("fastgpt::linear_cross_entropy", "cross_entropy_kernel"), (), ("head", "cross entropy")),

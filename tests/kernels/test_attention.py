@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastgpt_kernels import attention, host, reference
 from fastgpt_kernels.configs import Config
-from fastgpt_kernels.ops.attention import configs
+from fastgpt_kernels.ops.attention import backward, configs, forward
 from tests.kernels.attention_cases import check_attention, random_qkv, torch_attention
 from tests.kernels.helpers import registered
 
@@ -83,6 +83,86 @@ def test_any_tile_gives_the_same(m: int, n: int, monkeypatch: pytest.MonkeyPatch
     check_attention(qkv, 1, causal=CAUSAL, dropout_p=0.2, seed=3, deterministic=True)
     check_attention(qkv, 1, causal=FULL, dropout_p=0.2, seed=3)
     check_attention(qkv, 1, causal=FULL, dropout_p=0.2, seed=3, deterministic=True)
+
+
+@pytest.mark.parametrize("causal", [CAUSAL, FULL], ids=["causal", "full"])
+def test_slots_of_the_ring_are_used_again(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """9 heads of three key tiles on a ring of three: each slot is summed in, read and cleared."""
+    monkeypatch.setattr(forward, "L2_BUDGET", 1)
+    rings: list[int] = []
+
+    def ring_size(*args: int) -> int:
+        rings.append(backward_ring_size(*args))
+        return rings[-1]
+
+    backward_ring_size = backward.ring_size
+    monkeypatch.setattr(backward, "ring_size", ring_size)
+    monkeypatch.setattr(backward, "multiprocessors", lambda x: 2)
+    check_attention(random_qkv(3, 70, 3, 32, torch.float32, DEVICE), 3, causal=causal)
+    assert rings == [3]
+
+
+# What the smallest L2 cache of a data centre's GPU holds (A100).
+L2_BYTES = 40 << 20
+
+
+def backward_bytes(
+    monkeypatch: pytest.MonkeyPatch, batch: int, T: int, n_head: int, D: int, deterministic: bool
+) -> dict[str, int]:
+    """HBM bytes of each kernel of the backward pass on 132 SMs, from what its launcher hands over.
+
+    A tensor counts once for each kernel that reads or writes it: a head's programs run together and
+    share what they read in the L2 cache. The ring stays there if what passes at the ring's own
+    priority (q and dO) until a slot's next use fits beside it; otherwise each use of a slot fetches
+    and writes it back. Once, it is written back when all is over.
+    """
+    launches: dict[str, tuple] = {}
+
+    class Recorder:
+        def __init__(self, name: str):
+            self.name = name
+
+        def __getitem__(self, grid: tuple):
+            return lambda *args, **_: launches.update({self.name: args})
+
+    names = ("prepare", "key_value", "query")
+    for name in names:
+        monkeypatch.setattr(backward, f"attention_{name}_kernel", Recorder(name))
+    monkeypatch.setattr(backward, "multiprocessors", lambda x: 132)
+    with torch.device("meta"):
+        qkv = torch.empty(batch, T, 3 * n_head * D, dtype=torch.bfloat16)
+        y, lse = torch.empty_like(qkv[..., : n_head * D]), torch.empty(batch * n_head, T)
+    backward.launch_backward(y, qkv, y, lse, None, n_head, True, 0.0, 1.0, deterministic)
+
+    _, _, _, pairs, ring, *_ = launches["prepare"]
+    found = {
+        "prepare": 2 * y.nbytes + lse.nbytes + pairs.nbytes,
+        "key_value": qkv.nbytes + y.nbytes + pairs.nbytes + qkv.nbytes * 2 // 3,
+    }
+    if "query" in launches:
+        found["query"] = qkv.nbytes + y.nbytes + pairs.nbytes + qkv.nbytes // 3
+    else:
+        found["dq"] = qkv.nbytes // 3
+        slots = ring.shape[0]
+        passing = slots * T * D * (4 + 2 * qkv.element_size())
+        uses = 1 if passing <= L2_BYTES else 2 * batch * n_head / slots
+        found["ring"] = int(uses * ring.nbytes)
+    return found
+
+
+def test_bytes_of_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """124M, 65,536 tokens: dq costs a third of an fp32 tensor of its own, and two passes cost more.
+
+    With such a tensor: zeros, fetched and written back by the additions, read again to be rounded,
+    four times 201 MB; with y and dO read for delta and dq written, 1.1 GB a layer.
+    """
+    one = backward_bytes(monkeypatch, 64, 1024, 12, 64, False)
+    two = backward_bytes(monkeypatch, 64, 1024, 12, 64, True)
+    dq = 64 * 1024 * 768 * 4
+    before = 4 * dq + one["dq"] + 2 * dq // 2
+    assert one["prepare"] + one["dq"] + one["ring"] <= before / 3, one
+    assert one["ring"] < dq / 8
+    assert sum(one.values()) < sum(two.values()), (one, two)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # under the mask, then zeroed

@@ -32,7 +32,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastgpt_kernels.configs import Config, lookup
-from fastgpt_kernels.host import arch_of, on_device
+from fastgpt_kernels.host import arch_of, multiprocessors, on_device
 from fastgpt_kernels.ops.attention import configs
 from fastgpt_kernels.ops.attention.forward import (
     EVEN_T,
@@ -44,16 +44,27 @@ from fastgpt_kernels.ops.attention.forward import (
 from fastgpt_kernels.ops.attention.tiles import head_offset, kept, load_tile, locate, store_tile
 from fastgpt_kernels.reference import dropout_threshold
 
-SCALARS = ["T", "n_head", "head_count", "group", "threshold"]
+FIRST = tl.constexpr("evict_first")  # leaves the L2 cache to the ring, q and dO
+PAIR_ROWS = tl.constexpr(EVEN_T)  # a kernel reads no other globals
+SCALARS = ["T", "n_head", "head_count", "group", "ring", "threshold"]
 
 
-@triton.jit(do_not_specialize=["T", "n_head"])
+@triton.jit
+def _pairs_of_head(lse_delta, batch_head, T):
+    """Where the (lse, delta) of a head's rows begin."""
+    offset = batch_head.to(tl.int64) * (tl.cdiv(T, PAIR_ROWS) * (2 * PAIR_ROWS))
+    return lse_delta + tl.multiple_of(offset, 2 * PAIR_ROWS)
+
+
+@triton.jit(do_not_specialize=["T", "n_head", "ring"])
 def attention_prepare_kernel(
     y,  # (B, T, C) contiguous
     grad_y,  # (B, T, C), strides (stride_gb, stride_gt, 1)
-    delta,  # (B * H, T) fp32, out
-    dq_sum,  # (B * H, T, HEAD) fp32, out: zeros; or None
-    stride_gb, stride_gt, T, n_head,
+    lse,  # (B * H, T) fp32
+    lse_delta,  # (B * H, T up to a multiple of EVEN_T, 2) fp32, out: past T inf and 0
+    dq_sum,  # (ring, T, HEAD) fp32, out: zeros; or None
+    arrived,  # (B * H,) int32, out: zeros; or None
+    stride_gb, stride_gt, T, n_head, ring,
     HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     CHECK_HEAD: tl.constexpr = HEAD if HEAD_PAD != HEAD else 0
@@ -72,22 +83,88 @@ def attention_prepare_kernel(
     )
     dot = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     head_row = batch_head.to(tl.int64) * T
-    tl.store(delta + head_row + rows, dot, mask=rows < T)
+    row_lse = tl.load(lse + head_row + rows, mask=rows < T, other=float("inf"))
+    pairs = tl.join(row_lse, dot).reshape(2 * BLOCK_T)
+    tl.store(_pairs_of_head(lse_delta, batch_head, T) + 2 * row + tl.arange(0, 2 * BLOCK_T), pairs)
     if dq_sum is not None:
-        dq_pointers = dq_sum + (head_row + start) * HEAD + local * HEAD + columns[None, :]
-        zero = tl.zeros([BLOCK_T, HEAD_PAD], tl.float32)
-        store_tile(dq_pointers, zero, rows, columns, T, True, CHECK_HEAD)
+        tl.store(arrived + batch_head, 0)
+        if batch_head < ring:
+            dq_pointers = dq_sum + (head_row + start) * HEAD + local * HEAD + columns[None, :]
+            zero = tl.zeros([BLOCK_T, HEAD_PAD], tl.float32)
+            store_tile(dq_pointers, zero, rows, columns, T, True, CHECK_HEAD)
+
+
+@triton.jit
+def _landed(x):
+    """x, which the compiler may not suppose to be still in flight in the matrix units.
+
+    Triton lets the products of an iteration end in the next one, and ptxas then cannot tell which
+    registers they write: it waits after every instruction (C7515) unless the loop ends here.
+    """
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _fence(TMA_REDUCE: tl.constexpr, TARGET: tl.constexpr):
+    """What any thread of the program did to dq's sum comes before what any does after this.
+
+    A TMA reduction is over when the thread that issued it has waited for it, and reaches memory by
+    another way than loads and stores ("async proxy" in the PTX ISA): between both, a proxy fence.
+    AMD: a barrier waits for threads, not for their atomics.
+    """
+    if TMA_REDUCE:
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.wait_group 0; fence.proxy.async; mov.u32 $0, 0;",
+            "=r", [], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    elif TARGET == "amd":
+        tl.inline_asm_elementwise(
+            "s_waitcnt vmcnt(0)\n v_mov_b32 $0, 0",
+            "=v", [], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    tl.debug_barrier()
+
+
+@triton.jit
+def _finish_dq(
+    dq_sum, q_base, arrived, batch_head, slot, tile_count, scale, T, row_stride,
+    HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, CHECK_T: tl.constexpr, TMA_REDUCE: tl.constexpr,
+    TARGET: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The last of a head's programs writes its dq [T, HEAD] and clears the slot for the next."""
+    CHECK_HEAD: tl.constexpr = HEAD if HEAD_PAD != HEAD else 0
+    _fence(TMA_REDUCE, TARGET)
+    if tl.atomic_add(arrived + batch_head, 1, sem="acq_rel") == tile_count - 1:
+        columns = tl.arange(0, HEAD_PAD)
+        local = tl.arange(0, ROWS)
+        sum_offsets = local[:, None] * HEAD + columns[None, :]
+        out_offsets = local[:, None] * row_stride + columns[None, :]
+        sum_base = dq_sum + slot.to(tl.int64) * T * HEAD
+        zero = tl.zeros([ROWS, HEAD_PAD], tl.float32)
+        for row in range(0, T, ROWS):
+            rows = row + local
+            dq = load_tile(sum_base + sum_offsets, rows, columns, T, CHECK_T, CHECK_HEAD)
+            tl.debug_barrier()  # the zeros' layout may be another
+            store_tile(sum_base + sum_offsets, zero, rows, columns, T, CHECK_T, CHECK_HEAD)
+            dq *= scale
+            store_tile(q_base + out_offsets, dq, rows, columns, T, CHECK_T, CHECK_HEAD, FIRST)
+            sum_base += ROWS * HEAD
+            q_base += ROWS * row_stride
+        _fence(TMA_REDUCE, TARGET)
+        tl.atomic_add(arrived + batch_head, 1, sem="release")
 
 
 @triton.jit
 def _walk_rows(
-    dk, dv, k, v, q_base, grad_base, lse, delta, dq_sum, stride_t, stride_gt, lo, hi, key, T,
-    scale_log2, keep_scale, seed, batch_head, threshold,
+    dk, dv, k, v, q_base, grad_base, lse_delta, dq_tiles, slot, stride_t, stride_gt,
+    lo, hi, key, T, scale_log2, keep_scale, seed, batch_head, threshold,
     HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
     MASK: tl.constexpr, CHECK_T: tl.constexpr, PRECISION: tl.constexpr,
-    TMA_REDUCE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TMA_REDUCE: tl.constexpr, TARGET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add what rows [lo, hi) give to dk and dv [N, D] of the keys from `key` on, and to dq_sum."""
+    """Add what rows [lo, hi) give to dk and dv [N, D] of the keys from `key` on, and to dq."""
     CHECK_HEAD: tl.constexpr = HEAD if HEAD_PAD != HEAD else 0
     columns = tl.arange(0, HEAD_PAD)
     local = tl.arange(0, BLOCK_M)
@@ -101,12 +178,9 @@ def _walk_rows(
         m = tl.multiple_of(m, BLOCK_M)
         rows = m + local
         q = load_tile(q_base + q_offsets, rows, columns, T, CHECK_T, CHECK_HEAD)
-        if CHECK_T:  # rows past the end: p = exp2(0 - inf) = 0
-            row_lse = tl.load(lse + rows, mask=rows < T, other=float("inf"))
-            row_delta = tl.load(delta + rows, mask=rows < T, other=0.0)
-        else:
-            row_lse = tl.load(lse + rows)
-            row_delta = tl.load(delta + rows)
+        # One copy for both; Triton 3.6 would copy either again for each of a thread's rows.
+        pairs = tl.load(lse_delta + tl.multiple_of(2 * m, 2 * BLOCK_M) + tl.arange(0, 2 * BLOCK_M))
+        row_lse, row_delta = tl.split(pairs.reshape(BLOCK_M, 2))
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [N, M]
         p = tl.exp2(scores * scale_log2 - row_lse[None, :])
         if MASK:
@@ -123,12 +197,12 @@ def _walk_rows(
         dv = tl.dot(p_kept.to(grad.dtype), grad, dv, input_precision=PRECISION)
         ds = (p * (dp - row_delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
-        if dq_sum is not None:
+        if dq_tiles is not None:
             dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)  # [M, D]
             if TMA_REDUCE:  # the descriptor leaves out what lies past T and HEAD
-                dq_sum.atomic_add([batch_head, m, 0], dq.reshape(1, BLOCK_M, HEAD_PAD))
+                dq_tiles.atomic_add([slot, m, 0], dq.reshape(1, BLOCK_M, HEAD_PAD))
             else:
-                pointers = dq_sum + m.to(tl.int64) * HEAD + dq_offsets
+                pointers = dq_tiles + (slot.to(tl.int64) * T + m) * HEAD + dq_offsets
                 if CHECK_T or CHECK_HEAD:
                     inside = (rows < T)[:, None] & (columns < HEAD)[None, :]
                     tl.atomic_add(pointers, dq, mask=inside, sem="relaxed")
@@ -136,6 +210,8 @@ def _walk_rows(
                     tl.atomic_add(pointers, dq, sem="relaxed")
         q_base += BLOCK_M * stride_t
         grad_base += BLOCK_M * stride_gt
+        if TARGET == "sm_90":
+            dk, dv = _landed(dk), _landed(dv)
     return dk, dv
 
 
@@ -143,18 +219,21 @@ def _walk_rows(
 def attention_key_value_kernel(
     qkv,  # (B, T, 3 * C), strides (stride_b, stride_t, 1)
     grad_y,  # (B, T, C), strides (stride_gb, stride_gt, 1)
-    lse, delta,  # (B * H, T) fp32
-    dq_sum,  # (B * H, T, HEAD) fp32, added to: a pointer, with TMA_REDUCE a descriptor; or None
-    dqkv,  # (B, T, 3 * C) contiguous, out: its k and v columns
+    lse_delta,  # (B * H, T up to a multiple of EVEN_T, 2) fp32
+    dq_tiles,  # (ring, T, HEAD) fp32, added to: a pointer, with TMA_REDUCE a descriptor; or None
+    dq_sum,  # the same memory, a pointer; or None
+    arrived,  # (B * H,) int32, zeros: how many of a head's programs are done; or None
+    dqkv,  # (B, T, 3 * C) contiguous, out: its k and v columns, and those of q unless dq is None
     seed_pointer,  # one int64; read only with DROPOUT
-    stride_b, stride_t, stride_gb, stride_gt, T, n_head, head_count, group,
+    stride_b, stride_t, stride_gb, stride_gt, T, n_head, head_count, group, ring,
     scale, scale_log2, keep_scale, threshold,
     HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, TMA_REDUCE: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, TMA_REDUCE: tl.constexpr, TARGET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     CHECK_HEAD: tl.constexpr = HEAD if HEAD_PAD != HEAD else 0
-    rank, batch_head = locate(tl.cdiv(T, BLOCK_N), head_count, group)
+    tile_count = tl.cdiv(T, BLOCK_N)
+    rank, batch_head = locate(tile_count, head_count, group)
     key = tl.multiple_of(rank * BLOCK_N, BLOCK_N)  # the first keys are seen by the most rows
     C = n_head * HEAD
     keys = key + tl.arange(0, BLOCK_N)
@@ -165,14 +244,16 @@ def attention_key_value_kernel(
     q_base = qkv + head_offset(batch_head, n_head, stride_b, HEAD)
     grad_base = grad_y + head_offset(batch_head, n_head, stride_gb, HEAD)
     k_pointers = q_base + C + start * stride_t + local * stride_t + columns[None, :]
-    k = load_tile(k_pointers, keys, columns, T, not EVEN, CHECK_HEAD)
-    v = load_tile(k_pointers + C, keys, columns, T, not EVEN, CHECK_HEAD)
+    k = load_tile(k_pointers, keys, columns, T, not EVEN, CHECK_HEAD, FIRST)
+    v = load_tile(k_pointers + C, keys, columns, T, not EVEN, CHECK_HEAD, FIRST)
     seed = tl.load(seed_pointer) if DROPOUT else 0
-    head_row = batch_head.to(tl.int64) * T
-    lse += head_row
-    delta += head_row
-    if dq_sum is not None and not TMA_REDUCE:
-        dq_sum += head_row * HEAD
+    lse_delta = _pairs_of_head(lse_delta, batch_head, T)
+    slot = batch_head % ring
+    if dq_tiles is not None and batch_head >= ring:
+        # Until the slot's last head is finished. Its programs have lower ids and so started before.
+        while tl.atomic_add(arrived + batch_head - ring, 0, sem="acquire") <= tile_count:
+            pass
+        _fence(TMA_REDUCE, TARGET)
 
     dk = tl.zeros([BLOCK_N, HEAD_PAD], tl.float32)
     dv = tl.zeros([BLOCK_N, HEAD_PAD], tl.float32)
@@ -181,24 +262,29 @@ def attention_key_value_kernel(
         lo = key // BLOCK_M * BLOCK_M
         diagonal_end = min(tl.cdiv(key + BLOCK_N, BLOCK_M) * BLOCK_M, T)
         dk, dv = _walk_rows(
-            dk, dv, k, v, q_base, grad_base, lse, delta, dq_sum, stride_t, stride_gt,
+            dk, dv, k, v, q_base, grad_base, lse_delta, dq_tiles, slot, stride_t, stride_gt,
             lo, diagonal_end, key, T, scale_log2, keep_scale, seed, batch_head, threshold,
-            HEAD, HEAD_PAD, CAUSAL, DROPOUT, True, not EVEN, PRECISION, TMA_REDUCE,
+            HEAD, HEAD_PAD, CAUSAL, DROPOUT, True, not EVEN, PRECISION, TMA_REDUCE, TARGET,
             BLOCK_M, BLOCK_N,
         )  # fmt: skip
         lo = diagonal_end
     # Causal tiles below the diagonal hold no key past T; full ones may, and must not add it to dq.
     dk, dv = _walk_rows(
-        dk, dv, k, v, q_base, grad_base, lse, delta, dq_sum, stride_t, stride_gt,
+        dk, dv, k, v, q_base, grad_base, lse_delta, dq_tiles, slot, stride_t, stride_gt,
         lo, T, key, T, scale_log2, keep_scale, seed, batch_head, threshold,
         HEAD, HEAD_PAD, CAUSAL, DROPOUT, not CAUSAL and not EVEN, not EVEN, PRECISION, TMA_REDUCE,
-        BLOCK_M, BLOCK_N,
+        TARGET, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
     out_base = dqkv + head_offset(batch_head, n_head, T.to(tl.int64) * (3 * C), HEAD)
     dk_pointers = out_base + C + start * (3 * C) + local * (3 * C) + columns[None, :]
-    store_tile(dk_pointers, dk * scale, keys, columns, T, not EVEN, CHECK_HEAD)
-    store_tile(dk_pointers + C, dv * keep_scale, keys, columns, T, not EVEN, CHECK_HEAD)
+    store_tile(dk_pointers, dk * scale, keys, columns, T, not EVEN, CHECK_HEAD, FIRST)
+    store_tile(dk_pointers + C, dv * keep_scale, keys, columns, T, not EVEN, CHECK_HEAD, FIRST)
+    if dq_tiles is not None:
+        _finish_dq(
+            dq_sum, out_base, arrived, batch_head, slot, tile_count, scale, T, 3 * C,
+            HEAD, HEAD_PAD, not EVEN, TMA_REDUCE, TARGET, BLOCK_N,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -232,11 +318,11 @@ def _walk_keys(
     return dq
 
 
-@triton.jit(do_not_specialize=SCALARS)
+@triton.jit(do_not_specialize=["T", "n_head", "head_count", "group", "threshold"])
 def attention_query_kernel(
     qkv,  # (B, T, 3 * C), strides (stride_b, stride_t, 1)
     grad_y,  # (B, T, C), strides (stride_gb, stride_gt, 1)
-    lse, delta,  # (B * H, T) fp32
+    lse_delta,  # (B * H, T up to a multiple of EVEN_T, 2) fp32
     dqkv,  # (B, T, 3 * C) contiguous, out: its q columns
     seed_pointer,  # one int64; read only with DROPOUT
     stride_b, stride_t, stride_gb, stride_gt, T, n_head, head_count, group,
@@ -260,9 +346,9 @@ def attention_query_kernel(
     grad_base = grad_y + head_offset(batch_head, n_head, stride_gb, HEAD) + start * stride_gt
     grad_pointers = grad_base + local * stride_gt + columns[None, :]
     grad = load_tile(grad_pointers, rows, columns, T, not EVEN, CHECK_HEAD)
-    head_row = batch_head.to(tl.int64) * T
-    row_lse = tl.load(lse + head_row + rows, mask=rows < T, other=float("inf"))
-    row_delta = tl.load(delta + head_row + rows, mask=rows < T, other=0.0)
+    lse_delta = _pairs_of_head(lse_delta, batch_head, T)
+    pairs = tl.load(lse_delta + 2 * row + tl.arange(0, 2 * BLOCK_M))
+    row_lse, row_delta = tl.split(pairs.reshape(BLOCK_M, 2))
     seed = tl.load(seed_pointer) if DROPOUT else 0
 
     dq = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
@@ -284,26 +370,14 @@ def attention_query_kernel(
     store_tile(dq_pointers, dq * scale, rows, columns, T, not EVEN, CHECK_HEAD)
 
 
-@triton.jit(do_not_specialize=["T", "n_head"])
-def attention_finish_kernel(
-    dq_sum,  # (B * H, T, HEAD) fp32
-    dqkv,  # (B, T, 3 * C) contiguous, out: its q columns
-    scale, T, n_head,
-    HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    CHECK_HEAD: tl.constexpr = HEAD if HEAD_PAD != HEAD else 0
-    row = tl.program_id(1) * BLOCK_T
-    batch_head = tl.program_id(0)
-    C = n_head * HEAD
-    rows = row + tl.arange(0, BLOCK_T)
-    columns = tl.arange(0, HEAD_PAD)
-    local = tl.arange(0, BLOCK_T)[:, None]
-    start = row.to(tl.int64)
-    sum_base = dq_sum + (batch_head.to(tl.int64) * T + start) * HEAD
-    dq = load_tile(sum_base + local * HEAD + columns[None, :], rows, columns, T, True, CHECK_HEAD)
-    out_base = dqkv + head_offset(batch_head, n_head, T.to(tl.int64) * (3 * C), HEAD)
-    dq_pointers = out_base + start * (3 * C) + local * (3 * C) + columns[None, :]
-    store_tile(dq_pointers, dq * scale, rows, columns, T, True, CHECK_HEAD)
+def ring_size(head_count: int, group: int, tile_count: int, sm_count: int) -> int:
+    """How many heads' fp32 sums of dq there are at a time.
+
+    At least a group, so that the programs that a program waits for come before it; and four
+    programs an SM: with fewer, the first programs, which walk all rows, are still at work when
+    their slots are wanted again (simulated: three lose 5 % at T = 8192, two half of the speed).
+    """
+    return min(head_count, max(group, triton.cdiv(4 * sm_count, tile_count)))
 
 
 def launch_backward(
@@ -326,41 +400,43 @@ def launch_backward(
     kernel = "KEY_VALUE" if deterministic else "BACKWARD"
     config = config or pick(kernel, qkv, head_dim, dropout)
     rows = lookup(configs.ROWS, arch_of(qkv), head_dim)
-    row_grid = (head_count, triton.cdiv(T, rows.blocks["BLOCK_T"]))
-
-    delta = torch.empty_like(lse)
-    dq_sum = None
-    if not deterministic:
-        dq_sum = torch.empty((head_count, T, head_dim), dtype=torch.float32, device=qkv.device)
-    target = dq_sum
-    if config.blocks.get("TMA_REDUCE"):
-        box = [1, config.blocks["BLOCK_M"], triton.next_power_of_2(head_dim)]
-        target = TensorDescriptor.from_tensor(dq_sum, box)
+    row_grid = (head_count, triton.cdiv(T, EVEN_T) * (EVEN_T // rows.blocks["BLOCK_T"]))
 
     # What the programs of a head share: q, k, v, dO, and dq's fp32 sum.
     shared_bytes = T * head_dim * (4 * qkv.element_size() + (0 if deterministic else 4))
-    inputs = (qkv, grad_y, lse, delta)
-    scalars = (
-        lse if seed is None else seed,
-        qkv.stride(0), qkv.stride(1), grad_y.stride(0), grad_y.stride(1),
-        T, n_head, head_count, heads_together(shared_bytes),
-        scale, scale * LOG2_E, keep_scale, threshold,
-    )  # fmt: skip
-    head = {"HEAD": head_dim, "HEAD_PAD": triton.next_power_of_2(head_dim)}
+    group, tile_count = heads_together(shared_bytes), triton.cdiv(T, config.blocks["BLOCK_N"])
+    ring = ring_size(head_count, group, tile_count, multiprocessors(qkv))
+    head_pad = triton.next_power_of_2(head_dim)
+    fp32 = {"dtype": torch.float32, "device": qkv.device}
+    lse_delta = torch.empty((head_count, triton.cdiv(T, EVEN_T) * EVEN_T, 2), **fp32)
+    dq_sum = dq_tiles = arrived = None
+    if not deterministic:
+        dq_sum = dq_tiles = torch.empty((ring, T, head_dim), **fp32)
+        arrived = torch.empty(head_count, dtype=torch.int32, device=qkv.device)
+        if config.blocks["TMA_REDUCE"]:
+            box = [1, config.blocks["BLOCK_M"], head_pad]
+            dq_tiles = TensorDescriptor.from_tensor(dq_sum, box)
+    strides = (qkv.stride(0), qkv.stride(1), grad_y.stride(0), grad_y.stride(1))
+    scales = (scale, scale * LOG2_E, keep_scale, threshold)
+    sizes = (T, n_head, head_count, group)
+    seed_or_any = lse if seed is None else seed
+    target = "amd" if torch.version.hip else arch_of(qkv)
+    head = {"HEAD": head_dim, "HEAD_PAD": head_pad}
     flags = dict(head, CAUSAL=causal, DROPOUT=dropout, EVEN=T % EVEN_T == 0, PRECISION="ieee")
     with on_device(qkv):
         attention_prepare_kernel[row_grid](
-            y, grad_y, delta, dq_sum, grad_y.stride(0), grad_y.stride(1), T, n_head,
+            y, grad_y, lse, lse_delta, dq_sum, arrived, *strides[2:], T, n_head, ring,
             **head, **rows.kwargs(),
         )  # fmt: skip
-        grid = (triton.cdiv(T, config.blocks["BLOCK_N"]) * head_count,)
-        key_value = attention_key_value_kernel[grid]
-        key_value(*inputs, target, dqkv, *scalars, **flags, **config.kwargs())
-        if dq_sum is not None:
-            finish = attention_finish_kernel[row_grid]
-            finish(dq_sum, dqkv, scale, T, n_head, **head, **rows.kwargs())
-        else:
+        attention_key_value_kernel[(tile_count * head_count,)](
+            qkv, grad_y, lse_delta, dq_tiles, dq_sum, arrived, dqkv, seed_or_any,
+            *strides, *sizes, ring, *scales, **flags, TARGET=target, **config.kwargs(),
+        )  # fmt: skip
+        if deterministic:
             config = query_config or pick("QUERY", qkv, head_dim, dropout)
             grid = (triton.cdiv(T, config.blocks["BLOCK_M"]) * head_count,)
-            attention_query_kernel[grid](*inputs, dqkv, *scalars, **flags, **config.kwargs())
+            attention_query_kernel[grid](
+                qkv, grad_y, lse_delta, dqkv, seed_or_any,
+                *strides, *sizes, *scales, **flags, **config.kwargs(),
+            )  # fmt: skip
     return dqkv

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastgpt_kernels.ops.attention.op import HEAD_DIMS, attention
 from fastgpt_kernels.record import Case, Random, Record, Sizes, Work
 
-KERNELS = ("forward", "prepare", "key_value", "query", "finish")
+KERNELS = ("forward", "prepare", "key_value", "query")
 
 
 def eager(

@@ -39,32 +39,42 @@ def head_offset(batch_head, n_head, stride_batch, HEAD: tl.constexpr):
 
 
 @triton.jit
-def load_tile(pointers, rows, columns, T, CHECK_T: tl.constexpr, CHECK_HEAD: tl.constexpr):
-    """A tile; reads nothing, and has zeros, past T (if CHECK_T) and past CHECK_HEAD (unless 0)."""
+def load_tile(
+    pointers, rows, columns, T, CHECK_T: tl.constexpr, CHECK_HEAD: tl.constexpr,
+    EVICT: tl.constexpr = "",
+):  # fmt: skip
+    """A tile; reads nothing, and has zeros, past T (if CHECK_T) and past CHECK_HEAD (unless 0).
+
+    EVICT: "evict_first" for what no other program reads, so that it leaves the L2 cache first.
+    """
     if CHECK_T and CHECK_HEAD:
         mask = (rows < T)[:, None] & (columns < CHECK_HEAD)[None, :]
-        return tl.load(pointers, mask=mask, other=0.0)
+        return tl.load(pointers, mask=mask, other=0.0, eviction_policy=EVICT)
     elif CHECK_T:
-        return tl.load(pointers, mask=(rows < T)[:, None], other=0.0)
+        return tl.load(pointers, mask=(rows < T)[:, None], other=0.0, eviction_policy=EVICT)
     elif CHECK_HEAD:
-        return tl.load(pointers, mask=(columns < CHECK_HEAD)[None, :], other=0.0)
+        mask = (columns < CHECK_HEAD)[None, :]
+        return tl.load(pointers, mask=mask, other=0.0, eviction_policy=EVICT)
     else:
-        return tl.load(pointers)
+        return tl.load(pointers, eviction_policy=EVICT)
 
 
 @triton.jit
-def store_tile(pointers, tile, rows, columns, T, CHECK_T: tl.constexpr, CHECK_HEAD: tl.constexpr):
+def store_tile(
+    pointers, tile, rows, columns, T, CHECK_T: tl.constexpr, CHECK_HEAD: tl.constexpr,
+    EVICT: tl.constexpr = "",
+):  # fmt: skip
     """Counterpart of `load_tile`, rounding to the dtype stored."""
     tile = tile.to(pointers.dtype.element_ty)
     if CHECK_T and CHECK_HEAD:
         mask = (rows < T)[:, None] & (columns < CHECK_HEAD)[None, :]
-        tl.store(pointers, tile, mask=mask)
+        tl.store(pointers, tile, mask=mask, eviction_policy=EVICT)
     elif CHECK_T:
-        tl.store(pointers, tile, mask=(rows < T)[:, None])
+        tl.store(pointers, tile, mask=(rows < T)[:, None], eviction_policy=EVICT)
     elif CHECK_HEAD:
-        tl.store(pointers, tile, mask=(columns < CHECK_HEAD)[None, :])
+        tl.store(pointers, tile, mask=(columns < CHECK_HEAD)[None, :], eviction_policy=EVICT)
     else:
-        tl.store(pointers, tile)
+        tl.store(pointers, tile, eviction_policy=EVICT)
 
 
 @triton.jit
