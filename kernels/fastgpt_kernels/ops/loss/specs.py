@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import triton
-
 from fastgpt_kernels.configs import Config, entries
 from fastgpt_kernels.ops.loss.configs import CROSS_ENTROPY
 from fastgpt_kernels.ops.loss.kernels import (
@@ -21,26 +19,29 @@ from fastgpt_kernels.specs import AotSpec, Tunable, tunable
 
 
 def aot_specs(arch: str) -> Iterator[AotSpec]:
-    """Every config at the widest row it is for; the wide ones for all that changes registers."""
-    aligned = ("n_cols", "vocab_size", "stride", "gradient_stride")
+    """Every config at the widest row it is for; the wide ones for all that changes registers.
+
+    Their vocabulary is odd, as GPT-2's is, and padded.
+    """
+    aligned = ("n_cols", "stride", "gradient_stride")
     for bound, config in entries(CROSS_ENTROPY, arch).items():
         # Whose gradient: of the mean; of losses by row, in the backward; as linear_cross_entropy's.
         cases: list[tuple[str, str, tuple[str, ...]]] = [("bf16", "mean", aligned)]
         if bound > 16384:
             cases += [("bf16", "rows", aligned), ("bf16", "linear", aligned)]
-            cases += [("bf16", "mean", ()), ("fp32", "mean", aligned)]
+            cases += [("fp32", "mean", aligned)]
+        if bound > 51200:
+            cases += [("bf16", "mean", ())]
         for dtype, scale, divisible in cases:
             size = 4 if dtype == "fp32" else 2
             n_cols = min(bound, 1 << 18) * 2 // size
-            block, tiles = tiling(config, n_cols, size)
             types = {"targets_ptr": "*i64", "losses_ptr": "*fp32"}
             types |= dict.fromkeys(("logits_ptr", "gradient_ptr"), f"*{dtype}")
             types |= {"scale_ptr": "*i64" if scale == "mean" else "*fp32"}
-            steps = triton.cdiv(n_cols, block * tiles)
             yield AotSpec.of(
                 f"cross_entropy V<={bound} {dtype} {scale}{'' if divisible else ' unaligned'}",
                 cross_entropy_kernel, config, types,
-                {"BLOCK": block, "TILES": tiles, "STEPS": steps, "COUNT": scale == "mean"},
+                {**tiling(config, n_cols, n_cols - 47, size), "COUNT": scale == "mean"},
                 absent={"mean": (), "rows": ("losses_ptr",), "linear": ("scale_ptr",)}[scale],
                 aligned=divisible,
             )  # fmt: skip
