@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import settings
+from triton.runtime.interpreter import InterpreterBuilder
 
 from fastgpt_kernels import host
 from tests.kernels import helpers
@@ -27,6 +28,8 @@ def run_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     if not HAS_CUDA:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setattr(host, "INTERPRETED", True)
+        # As a GPU does it: the interpreter rounds the product, too.
+        monkeypatch.setattr(InterpreterBuilder, "create_fma", helpers.fused_multiply_add)
 
 
 @pytest.fixture(autouse=True)

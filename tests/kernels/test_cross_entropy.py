@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgpt_kernels import cross_entropy, host, reference
-from fastgpt_kernels.configs import ARCHITECTURES, Config, entries
+from fastgpt_kernels.configs import ARCHITECTURES, Config, entries, lookup
 from fastgpt_kernels.ops.loss import kernels
 from fastgpt_kernels.ops.loss.configs import CROSS_ENTROPY
 from tests.kernels.helpers import assert_accurate, check_op, forward_backward, registered
@@ -140,7 +140,7 @@ def test_properties_of_the_gradient(device: torch.device, small_tiles: None) -> 
 
 
 @pytest.mark.parametrize("ignore_index", [-1, -100, 5])
-def test_ignored_rows_are_not_read(
+def test_ignored_rows_may_hold_anything(
     ignore_index: int, dtype: torch.dtype, device: torch.device, small_tiles: None
 ) -> None:
     logits, targets = problem(6, 300, dtype, device)
@@ -235,6 +235,25 @@ def test_gradient_in_padded_rows(device: torch.device, small_tiles: None) -> Non
     (wanted,) = torch.autograd.grad(reference.cross_entropy(x, targets) / 2, x)
     torch.testing.assert_close(x.grad, wanted)
     assert (wide[:, :3] == 7).all() and (wide[:, 153:] == 7).all()
+
+
+def test_wide_unaligned_rows_are_walked(
+    device: torch.device, small_tiles: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loaded an element at a time, they would not fit in registers."""
+    monkeypatch.setattr(kernels, "WIDEST_UNALIGNED", 100)
+    keys = []
+
+    def watched(table: Any, arch: str, key: int) -> Config:
+        keys.append(key)
+        return lookup(table, arch, key)
+
+    monkeypatch.setattr(kernels, "lookup", watched)
+    wide, targets = problem(3, 212, torch.float32, device)
+    for logits in (wide[:, :200], wide[:, 1:201], wide[:, 1:41], wide[:, :200].contiguous()):
+        check(logits, targets.clamp(max=39), leaf=True)
+    # fp32 counts double; forward, and the leaf's gradient with it.
+    assert keys == [400, 1 << 31, 80, 400]
 
 
 def test_zero_stride_gradient(device: torch.device, small_tiles: None) -> None:
