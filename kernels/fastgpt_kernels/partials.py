@@ -75,11 +75,16 @@ def sum_columns(num_warps: int) -> int:
 
 
 @triton.jit
-def _last_of(counter_ptr, count):
+def _last_of(counter_ptr, count, AMD: tl.constexpr):
     """Whether this is the last of `count` programs to ask; it sees all that they have written.
 
     Nobody waits for anybody. The counter is 0 before and after.
     """
+    if AMD:  # where a barrier waits for threads, not for what they have stored
+        tl.inline_asm_elementwise(
+            "s_waitcnt vmcnt(0)\n v_mov_b32 $0, 0",
+            "=v,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
     tl.debug_barrier()  # all threads have written: what the atomic below, by one of them, publishes
     last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == count - 1
     if last:
@@ -114,7 +119,7 @@ def add_partials_at_last(
     partials_ptr,  # (programs + groups, K C) fp32
     counters_ptr,  # (COUNTERS,) 4-byte zeros, zeros again afterwards
     out0_ptr, out1_ptr,  # (C,), the second None if K is 1
-    C: tl.constexpr, K: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, BLOCK_C: tl.constexpr, AMD: tl.constexpr,
 ):  # fmt: skip
     """Every program calls this when its row is written; the last to come adds all rows up.
 
@@ -125,9 +130,9 @@ def add_partials_at_last(
     group, groups = program // GROUP, (programs + GROUP - 1) // GROUP
     first = group * GROUP
     size = tl.minimum(programs - first, GROUP)
-    if _last_of(counters + 1 + group, size):
+    if _last_of(counters + 1 + group, size, AMD):
         sums_ptr = partials_ptr + programs.to(tl.int64) * (K * C)
         rows_ptr, sum_ptr = partials_ptr + first.to(tl.int64) * (K * C), sums_ptr + group * (K * C)
         _add_rows(rows_ptr, sum_ptr, None, size, K * C, 1, GROUP, BLOCK_C)
-        if _last_of(counters, groups):
+        if _last_of(counters, groups, AMD):
             _add_rows(sums_ptr, out0_ptr, out1_ptr, groups, C, K, GROUP, BLOCK_C)

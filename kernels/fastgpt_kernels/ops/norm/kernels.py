@@ -121,7 +121,7 @@ def layer_norm_backward_kernel(
     dweight_ptr, dbias_ptr,  # (C,), dbias or None
     dy_stride, d_sum_stride, s_stride, M,
     C: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,  # as in the forward
-    SUM_COLUMNS: tl.constexpr,  # of a tile of partials
+    SUM_COLUMNS: tl.constexpr, AMD: tl.constexpr,  # SUM_COLUMNS: of a tile of partials
 ):  # fmt: skip
     TILES: tl.constexpr = (C + TILE - 1) // TILE
     columns = tl.arange(0, TILE)[None, :]
@@ -179,7 +179,9 @@ def layer_norm_backward_kernel(
         tl.store(row_ptrs + i * TILE, tl.sum(dweight[i], axis=0), mask=mask)
         if dbias_ptr is not None:
             tl.store(row_ptrs + (C + i * TILE), tl.sum(dbias[i], axis=0), mask=mask)
-    add_partials_at_last(partials_ptr, stats_ptr + M + M, dweight_ptr, dbias_ptr, C, K, SUM_COLUMNS)
+    add_partials_at_last(
+        partials_ptr, stats_ptr + M + M, dweight_ptr, dbias_ptr, C, K, SUM_COLUMNS, AMD
+    )
 
 
 def _tile(config: Config, C: int) -> tuple[int, int]:
@@ -245,7 +247,7 @@ def launch_backward(
         layer_norm_backward_kernel[(programs,)](
             dy_rows, others, rows, weight.contiguous(), stats, ds, partials, dweight, dbias,
             dy_rows.stride(0), 0 if others is None else others.stride(0), rows.stride(0), M,
-            C, TILE, ROWS, sum_columns(config.num_warps),
+            C, TILE, ROWS, sum_columns(config.num_warps), torch.version.hip is not None,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return ds, dweight, dbias

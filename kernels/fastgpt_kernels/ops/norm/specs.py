@@ -36,9 +36,10 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
             aligned=_ALIGNED,
         )  # fmt: skip
         config = lookup(configs.BACKWARD, arch, C)
+        columns = sum_columns(config.num_warps)
         yield AotSpec.of(
             name.format("backward"), layer_norm_backward_kernel, config, _TYPES,
-            {"C": C, "SUM_COLUMNS": sum_columns(config.num_warps)},
+            {"C": C, "SUM_COLUMNS": columns, "AMD": arch.startswith("gfx")},
             absent=() if fused else ("d_sum_ptr",), aligned=_ALIGNED,
         )  # fmt: skip
 
