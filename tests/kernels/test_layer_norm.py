@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastgpt_kernels import add_layer_norm, host, layer_norm, reference
+from fastgpt_kernels.configs import Config
+from fastgpt_kernels.ops.norm.kernels import launch_backward, launch_forward
 from fastgpt_kernels.ops.norm.op import MAX_WIDTH
 from tests.kernels.helpers import check_op, errors, forward_backward, registered
 
@@ -129,6 +131,23 @@ def test_no_rows(device: torch.device) -> None:
     assert [t.shape for t in outputs] == [(0, 3, 16)] * 2
     assert torch.equal(gradients[2], torch.zeros_like(gradients[2]))
     assert torch.equal(gradients[3], torch.zeros_like(gradients[3]))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_of_many_programs_meet(bias: bool, device: torch.device) -> None:
+    """In groups, the last of which is not whole; the counters are as before, so that it repeats."""
+    x, _, weight, b = tensors((150, 40), torch.float32, device)
+    b, dy = b if bias else None, torch.randn_like(x)
+    config = Config({"TILE": 32, "ROWS": 2, "PROGRAMS_PER_SM": 37}, num_warps=1)
+    _, _, stats = launch_forward(x, None, weight, b, 1e-5)
+    for _ in range(2):
+        _, dweight, dbias = launch_backward(dy, None, x, weight, b, stats, config)
+        oracle = [t.double() for t in (x, weight, torch.zeros_like(weight))]
+        want = forward_backward(reference.layer_norm, oracle, [dy.double()])[1]
+        torch.testing.assert_close(dweight.double(), want[1], rtol=1e-5, atol=1e-5)
+        if dbias is not None:
+            torch.testing.assert_close(dbias.double(), want[2], rtol=1e-5, atol=1e-5)
+    assert not stats[2 * len(x) :].any()
 
 
 def test_residual_out_is_the_rounded_sum(dtype: torch.dtype, device: torch.device) -> None:

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 from fastgpt_kernels.configs import Config, Table
 
-# Key: the width C. ROWS rows a program, or a step of its loop. Not measured, by register count:
-# 16 to 32 elements a thread keep enough loads in flight. The backward's warps span one row, so that
-# its sums over rows stay in a thread; PROGRAMS_PER_SM of its programs fit an SM together, no more,
-# since each does the same share of the rows; two stages copy the next step's rows ahead.
+# Key: the width C. A tile is ROWS x TILE, or more rows of fewer columns if C is narrower; a row is
+# the tiles that C takes. Not measured: 8 elements of a tile a thread are one 128-bit access in
+# 2-byte dtypes. Up to 2048 columns a warp has a row of the forward to itself, and a program is one
+# warp that does STEPS tiles of rows. In the backward up to 1024; PROGRAMS_PER_SM of its programs
+# fit an SM together, no more, since each does the same share of the rows.
 FORWARD: Table = {
     "default": {
-        256: Config({"ROWS": 16}, num_warps=4),
-        512: Config({"ROWS": 8}, num_warps=4),
-        1024: Config({"ROWS": 4}, num_warps=4),
-        2048: Config({"ROWS": 2}, num_warps=4),
-        4096: Config({"ROWS": 1}, num_warps=8),
-        8192: Config({"ROWS": 1}, num_warps=16),
+        2048: Config({"TILE": 256, "ROWS": 1, "STEPS": 4}, num_warps=1),
+        4096: Config({"TILE": 1024, "ROWS": 1, "STEPS": 2}, num_warps=4),
+        8192: Config({"TILE": 2048, "ROWS": 1, "STEPS": 1}, num_warps=8),
     },
 }
 BACKWARD: Table = {
     "default": {
-        256: Config({"ROWS": 4, "PROGRAMS_PER_SM": 12}, num_warps=1, num_stages=2),
-        512: Config({"ROWS": 2, "PROGRAMS_PER_SM": 8}, num_warps=2, num_stages=2),
-        1024: Config({"ROWS": 2, "PROGRAMS_PER_SM": 4}, num_warps=4, num_stages=2),
-        2048: Config({"ROWS": 1, "PROGRAMS_PER_SM": 4}, num_warps=4, num_stages=2),
-        4096: Config({"ROWS": 1, "PROGRAMS_PER_SM": 2}, num_warps=8, num_stages=2),
-        8192: Config({"ROWS": 1, "PROGRAMS_PER_SM": 1}, num_warps=16, num_stages=2),
+        768: Config({"TILE": 256, "ROWS": 4, "PROGRAMS_PER_SM": 3}, num_warps=4),
+        1024: Config({"TILE": 256, "ROWS": 4, "PROGRAMS_PER_SM": 2}, num_warps=4),
+        2048: Config({"TILE": 512, "ROWS": 2, "PROGRAMS_PER_SM": 2}, num_warps=4),
+        4096: Config({"TILE": 2048, "ROWS": 1, "PROGRAMS_PER_SM": 2}, num_warps=8),
+        8192: Config({"TILE": 4096, "ROWS": 1, "PROGRAMS_PER_SM": 1}, num_warps=16),
     },
 }

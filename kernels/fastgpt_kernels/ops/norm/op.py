@@ -25,7 +25,7 @@ MAX_WIDTH = 8192  # a row, and in the backward pass dweight and dbias, have to f
 
 
 def _shapes(x, residual, *_):
-    stats = x.new_empty((2, x.numel() // x.shape[-1]), dtype=torch.float32)
+    stats = x.new_empty(2 * (x.numel() // x.shape[-1]) + COUNTERS, dtype=torch.float32)
     return x.new_empty(x.shape), None if residual is None else x.new_empty(x.shape), stats
 
 
@@ -42,6 +42,7 @@ def _save(inputs, results):
 
 if HAS_TRITON:
     from fastgpt_kernels.ops.norm.kernels import launch_backward, launch_forward
+    from fastgpt_kernels.partials import COUNTERS
 
     _op = Op(
         "layer_norm", launch_forward, _shapes,

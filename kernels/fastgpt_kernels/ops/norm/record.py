@@ -48,7 +48,7 @@ def _record(name: str, streams: int, tensors: tuple[int, int]) -> Record:
 
     return Record(
         name, {"eager": globals()[name], "triton": getattr(op, name)}, case, work,
-        kernels=tuple(f"layer_norm_{kernel}_kernel" for kernel in ("forward", "backward", "sum")),
+        kernels=tuple(f"layer_norm_{kernel}_kernel" for kernel in ("forward", "backward")),
         part="memory", item="norms", limits=_limits, calls=calls,
     )  # fmt: skip
 

@@ -30,22 +30,28 @@ def uses(m: Model) -> Iterator[Use]:
 def tunables(arch: str) -> Iterator[Tunable]:
     """Both tables, with the residual addition: 50 million elements in bf16, fp32 parameters."""
     op = RECORDS["add_layer_norm"]
+    tiles = [(256, 1), (512, 2), (1024, 4), (2048, 8), (4096, 16)]  # columns, warps that span them
     for key in entries(configs.FORWARD, arch):
-        C = {1024: 768, 2048: 1600}.get(key, key)
-        sizes = Sizes(1, (50 << 20) // C, 1, C)
         candidates = [
-            Config({"ROWS": rows}, warps)
-            for rows in (1, 2, 4, 8, 16, 32)
-            for warps in (1, 2, 4, 8, 16)
-            if 4 <= rows * key // (32 * warps) <= 64
+            Config({"TILE": columns, "ROWS": rows, "STEPS": steps}, rows * warps)
+            for columns, warps in tiles
+            for rows in (1, 2, 4)
+            for steps in (1, 2, 4, 8)
+            if columns <= max(key, 256) <= 8 * columns and rows * warps <= 16
         ]
-        yield tunable(op, arch, "FORWARD", key, sizes, candidates)
+        yield tunable(op, arch, "FORWARD", key, _sizes(key), candidates)
+    for key in entries(configs.BACKWARD, arch):
         candidates = [
-            Config({"ROWS": rows, "PROGRAMS_PER_SM": programs}, warps, stages)
+            Config({"TILE": columns, "ROWS": rows, "PROGRAMS_PER_SM": programs}, rows * warps)
+            for columns, warps in tiles
             for rows in (1, 2, 4, 8)
-            for warps in (1, 2, 4, 8, 16)
-            for programs in (1, 2, 4, 6, 8, 12, 16)
-            for stages in (1, 2)
-            if 8 <= rows * key // (32 * warps) <= 32 and 12 <= warps * programs <= 32
+            for programs in (1, 2, 3, 4, 6, 8, 12)
+            if columns <= key <= 4 * columns and 8 <= rows * warps * programs <= 32
         ]
-        yield tunable(op, arch, "BACKWARD", key, sizes, candidates, backward=True)
+        yield tunable(op, arch, "BACKWARD", key, _sizes(key), candidates, backward=True)
+
+
+def _sizes(key: int) -> Sizes:
+    """50 million elements, of GPT-2's width if an entry is for one."""
+    C = {2048: 1600}.get(key, key)
+    return Sizes(1, (50 << 20) // C, 1, C)
