@@ -20,7 +20,8 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
     C, aligned = 3072, ("x_stride", "dy_stride", "M")
     for tanh, has_bias in ((True, True), (False, True), (True, False)):
         name = f"bias_gelu {{}} {'tanh' if tanh else 'erf'}{'' if has_bias else ' no bias'}"
-        flags = {"C": C, "TANH": tanh}
+        approx = "tanh.approx" if arch.startswith("sm_") else "tanh"
+        flags = {"C": C, "FORM": approx if tanh else "erf"}
         yield AotSpec.of(
             name.format("forward"), bias_gelu_forward_kernel, lookup(configs.FORWARD, arch, C),
             _TYPES, flags, absent=() if has_bias else ("bias_ptr",), aligned=aligned,

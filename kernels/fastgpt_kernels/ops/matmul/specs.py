@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from fastgpt_kernels.configs import Config, entries
 from fastgpt_kernels.ops.matmul import configs
 from fastgpt_kernels.ops.matmul.configs import MATMUL, MATMUL_REDUCE, runs_on
-from fastgpt_kernels.ops.matmul.kernels import ONES, matmul_kernel
+from fastgpt_kernels.ops.matmul.kernels import (
+    COST,
+    ONES,
+    SUM_ROWS,
+    SUM_WARPS,
+    matmul_kernel,
+    matmul_sum_kernel,
+)
 from fastgpt_kernels.ops.matmul.record import RECORDS
 from fastgpt_kernels.record import Sizes
 from fastgpt_kernels.specs import AotSpec, Tunable, tunable
@@ -15,14 +23,15 @@ from fastgpt_kernels.specs import AotSpec, Tunable, tunable
 # Launches by name: the flags that are set and the optional tensors that are there.
 VARIANTS = {
     "y": {"bias_ptr"},
-    "y gelu": {"bias_ptr", "GELU", "z"},
+    "y gelu": {"bias_ptr", "slope"},
     "dx": {"B_TRANSPOSED"},
-    "dx slope": {"B_TRANSPOSED", "SLOPE", "z", "partials_ptr"},
-    "dW": {"A_TRANSPOSED", "B_TRANSPOSED", "column_sums_ptr"},
-    "dW split": {"A_TRANSPOSED", "B_TRANSPOSED", "column_sums_ptr", "SPLIT"},
+    "dx slope": {"B_TRANSPOSED", "factor_ptr"},
+    "dW": {"A_TRANSPOSED", "B_TRANSPOSED", "column_sums_ptr", "SHARES"},
+    "dW shared": {"A_TRANSPOSED", "B_TRANSPOSED", "column_sums_ptr", "SHARES", "partials"},
+    "dW added": {"A_TRANSPOSED", "B_TRANSPOSED", "SHARES", "partials", "ACCUMULATE"},
 }
-FLAGS = ("A_TRANSPOSED", "B_TRANSPOSED", "SPLIT", "GELU", "SLOPE")
-OPTIONAL = ("bias_ptr", "z", "partials_ptr", "column_sums_ptr")
+FLAGS = ("A_TRANSPOSED", "B_TRANSPOSED", "SHARES", "ACCUMULATE")
+OPTIONAL = ("bias_ptr", "slope", "factor_ptr", "partials", "column_sums_ptr")
 
 
 def _spec(name: str, config: Config, given: set[str]) -> AotSpec:
@@ -31,14 +40,16 @@ def _spec(name: str, config: Config, given: set[str]) -> AotSpec:
         "a": f"bf16[{k},{m}]" if "A_TRANSPOSED" in given else f"bf16[{m},{k}]",
         "b": f"bf16[{k},{n}]" if "B_TRANSPOSED" in given else f"bf16[{n},{k}]",
         "out": f"{'fp32' if 'A_TRANSPOSED' in given else 'bf16'}[{m},{n // halves}]",
-        "z": f"bf16[{m},{n // halves}]",
+        "slope": f"bf16[{m},{n // halves}]",
+        "partials": f"fp32[{m},{n // halves}]",
     }
-    types = dict.fromkeys(OPTIONAL, "*fp32")
+    types = dict.fromkeys(OPTIONAL, "*fp32") | {"factor_ptr": "*bf16"}
     types |= {name: f"tensordesc<{box}>" for name, box in boxes.items()}
-    flags = {flag: flag in given for flag in FLAGS}
+    flags: dict[str, object] = {flag: flag in given for flag in FLAGS}
+    flags |= {"FORM": "tanh.approx" if "slope" in given else None}
     return AotSpec.of(
         f"matmul {name} {m}x{n}x{k}", matmul_kernel, config, types,
-        flags | {"TANH": True, "PRECISION": "tf32", "ONES": ONES},
+        flags | {"PRECISION": "tf32", "ONES": ONES, "COST": COST},
         absent=set(OPTIONAL) - given, aligned="MNK", expect_wgmma=True,
     )  # fmt: skip
 
@@ -51,6 +62,13 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
         table = MATMUL_REDUCE if "A_TRANSPOSED" in given else MATMUL
         for config in entries(table, arch).values():
             yield _spec(name, config, given)
+    pointers = dict.fromkeys(("out_ptr", "partials_ptr", "column_sums_ptr", "sums_ptr"), "*fp32")
+    for config in entries(MATMUL_REDUCE, arch).values():
+        config = replace(config, num_warps=SUM_WARPS, num_stages=1)
+        yield AotSpec.of(
+            "matmul sum", matmul_sum_kernel, config, pointers,
+            {"ROWS": SUM_ROWS, "COST": COST}, aligned="MNK",
+        )  # fmt: skip
 
 
 def tunables(arch: str) -> Iterator[Tunable]:
