@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fastgpt_kernels import bias_gelu, host, reference
-from tests.kernels.helpers import check_op, forward_backward, registered
+from fastgpt_kernels.ops.gelu import kernels
+from tests.kernels.helpers import assert_accurate, check_op, forward_backward, registered
 
 # Sizes one, odd, prime, powers of two and one off; more rows than one step of the backward's loop.
 SHAPES = [(1, 1), (700, 3), (2, 3, 31), (65, 64), (9, 127), (33, 257), (7, 768), (1, 1023)]
@@ -72,6 +74,38 @@ def test_extreme_values(
         (y,), (dx,) = forward_backward(bias_gelu, (x, None, approximate), (dy,))
         assert torch.equal(y, x.clamp(min=0))
         assert torch.equal(dx, (x > 0).to(dtype))
+
+
+def wrong_tanh(error: float) -> Callable:
+    """tanh times 1 + error, for the interpreter."""
+
+    def tanh(u: Any) -> Any:
+        e = tl.exp(-2.0 * tl.abs(u))
+        size = (1.0 - e) / (1.0 + e) * (1.0 + error)
+        return tl.where(u >= 0, size, -size)
+
+    return tanh
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has the instruction itself")
+@pytest.mark.parametrize("error", [2**-10.987, -(2**-10.987)])  # at most: PTX ISA, tanh
+@pytest.mark.parametrize("scale", [0.02, 1.0, 3.0, 10.0, 1e3])
+def test_bf16_hides_the_error_of_the_approximate_tanh(
+    scale: float, error: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bf16's form, in fp32 on values of bf16, obeys the rule of bf16 if tanh errs as it may."""
+    monkeypatch.setattr(kernels, "form_of", lambda tanh, x: "tanh.approx")
+    monkeypatch.setattr(kernels, "tanh_approx", wrong_tanh(error))
+    x, _, dy = (t.float() for t in tensors((64, 256), torch.bfloat16, torch.device("cpu")))
+    x = (x * scale / 3).bfloat16().float()
+    ours = forward_backward(bias_gelu, (x,), (dy,))
+    same = forward_backward(reference.bias_gelu, (x.bfloat16(),), (dy.bfloat16(),))
+    oracle = forward_backward(reference.bias_gelu, (x.double(),), (dy.double(),))
+    for part, name in enumerate(("y", "dx")):
+        (y,), (bf16,), (exact,) = ours[part], same[part], oracle[part]
+        seen = ((y - exact).abs() / exact.abs().max()).max().item()
+        assert seen > 2e-6, f"{name}: {seen} is fp32's error: the form under test did not run"
+        assert_accurate(y.bfloat16(), bf16, exact, name=name)
 
 
 @BOTH

@@ -133,11 +133,11 @@ def test_opcheck(has_bias: bool, masters: bool) -> None:
     torch.library.opcheck(registered("linear"), (*leaves[:2], leaves[2] if has_bias else None))
 
     (x, fc, fc_bias, proj, proj_bias), dy = block((24,), 16, 32, dtype, masters)
-    z, a = (torch.randn(24, 32, device=DEVICE).to(dtype) for _ in range(2))
-    saved = (dy, x, z, a, fc.to(dtype), proj.to(dtype))
+    slope, a = (torch.randn(24, 32, device=DEVICE).to(dtype) for _ in range(2))
+    saved = (dy, x, slope, a, fc.to(dtype), proj.to(dtype))
     torch.library.opcheck(
         registered("mlp_backward"),
-        (*saved, parameters, bias_dtype, parameters, bias_dtype, True),
+        (*saved, parameters, bias_dtype, parameters, bias_dtype),
     )
     x, fc, fc_bias, proj, proj_bias = (
         t.requires_grad_() for t in (x, fc, fc_bias, proj, proj_bias)

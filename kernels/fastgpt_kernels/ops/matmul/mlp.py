@@ -1,12 +1,12 @@
 """The MLP of a transformer block, GELU inside the products: y = gelu(x W1^T + b1) W2^T + b2.
 
-    forward    z = x W1^T + b1, a = gelu(z) in one kernel;  y = a W2^T + b2
-    backward   dz = (dy W2) gelu'(z), db1 its sum over the rows, in one kernel
-               dW2 = dy^T a, db2;  dx = dz W1;  dW1 = dz^T x
+    forward    a = gelu(z) of z = x W1^T + b1 and s = gelu'(z) in one kernel;  y = a W2^T + b2
+    backward   dz = (dy W2) s in one kernel;  dx = dz W1
+               dW2 = dy^T a, db2;  dW1 = dz^T x, db1
 
-x, y, z, a in 16 bits; weights and biases fp32 (rounded on the way in) or the same. With H hidden
-features a GELU of its own moves 4 H bytes a token forward and 6 H backward beyond the products,
-here it is 2 H and 2 H: z written, z read. The products' epilogues take longer instead;
+x, y, s, a in 16 bits; weights and biases fp32 (rounded on the way in) or the same. z is not stored.
+With H hidden features a GELU of its own moves 4 H bytes a token forward and 6 H backward beyond the
+products, here it is 2 H and 2 H: s written, s read. The products' epilogues take longer instead;
 `python -m bench gemms` compares the two.
 """
 
@@ -33,49 +33,46 @@ def _forward(
     x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor,
     proj_bias: Tensor | None, tanh: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """(y, z, gelu(z), and both weights in x's dtype if they were not)."""
+    """(y, gelu'(z), gelu(z), and both weights in x's dtype if they were not)."""
     fc, proj = in_dtype(fc_weight, x.dtype), in_dtype(proj_weight, x.dtype)
-    z = torch.empty(x.shape[0], fc_weight.shape[0], dtype=x.dtype, device=x.device)
-    a, _ = launch_matmul(x, rounded_or(fc, fc_weight), bias=fc_bias, z=z, gelu=True, tanh=tanh)
+    slope = torch.empty(x.shape[0], fc_weight.shape[0], dtype=x.dtype, device=x.device)
+    a, _ = launch_matmul(x, rounded_or(fc, fc_weight), bias=fc_bias, slope=slope, tanh=tanh)
     y, _ = launch_matmul(a, rounded_or(proj, proj_weight), bias=proj_bias)
-    return y, z, a, fc, proj
+    return y, slope, a, fc, proj
 
 
 def _shapes(x, fc_weight, fc_bias, proj_weight, proj_bias, tanh):
-    z = x.new_empty(x.shape[0], fc_weight.shape[0])
+    slope = x.new_empty(x.shape[0], fc_weight.shape[0])
     casts = [None if w.dtype == x.dtype else x.new_empty(w.shape) for w in (fc_weight, proj_weight)]
-    return x.new_empty(x.shape[0], proj_weight.shape[0]), z, torch.empty_like(z), *casts
+    y = x.new_empty(x.shape[0], proj_weight.shape[0])
+    return y, slope, torch.empty_like(slope), *casts
 
 
 def _backward(
-    dy: Tensor, x: Tensor, z: Tensor, a: Tensor, fc_weight: Tensor, proj_weight: Tensor,
+    dy: Tensor, x: Tensor, slope: Tensor, a: Tensor, fc_weight: Tensor, proj_weight: Tensor,
     fc_dtype: torch.dtype, fc_bias_dtype: torch.dtype | None, proj_dtype: torch.dtype,
-    proj_bias_dtype: torch.dtype | None, tanh: bool,
+    proj_bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
     """(dx, dW1, db1, dW2, db2); no gradient of a bias that is not there."""
     dy = dy.contiguous()
     dw2, db2 = weight_gradients(dy, a, proj_dtype, proj_bias_dtype)
-    has_bias = fc_bias_dtype is not None
-    dz, db1 = launch_matmul(
-        dy, proj_weight, b_transposed=True, z=z, slope=True, tanh=tanh, row_sums=has_bias
-    )
+    dz, _ = launch_matmul(dy, proj_weight, b_transposed=True, factor=slope)
     dx, _ = launch_matmul(dz, fc_weight, b_transposed=True)
-    dw1, _ = weight_gradients(dz, x, fc_dtype, None)
-    return dx, dw1, None if db1 is None else db1.to(fc_bias_dtype), dw2, db2
+    return dx, *weight_gradients(dz, x, fc_dtype, fc_bias_dtype), dw2, db2
 
 
-def _gradient_shapes(dy, x, z, a, fc_weight, proj_weight, *rest):
-    fc_dtype, fc_bias_dtype, proj_dtype, proj_bias_dtype, _ = rest
+def _gradient_shapes(dy, x, slope, a, fc_weight, proj_weight, *dtypes):
+    fc_dtype, fc_bias_dtype, proj_dtype, proj_bias_dtype = dtypes
     fc = gradient_shapes(fc_weight, fc_dtype, fc_bias_dtype)
     return torch.empty_like(x), *fc, *gradient_shapes(proj_weight, proj_dtype, proj_bias_dtype)
 
 
 def _save(inputs, results):
-    x, fc_weight, fc_bias, proj_weight, proj_bias, tanh = inputs
-    _, z, a, fc, proj = results
+    x, fc_weight, fc_bias, proj_weight, proj_bias, _ = inputs
+    _, slope, a, fc, proj = results
     weights = rounded_or(fc, fc_weight), rounded_or(proj, proj_weight)
     dtypes = map(dtype_of, (fc_weight, fc_bias, proj_weight, proj_bias))
-    return (x, z, a, *weights), (*dtypes, tanh)
+    return (x, slope, a, *weights), tuple(dtypes)
 
 
 def _flops(x_shape, fc_shape, proj_shape, passes: int) -> int:
@@ -90,7 +87,7 @@ if HAS_TRITON:
         saves=_save,
         backward=Op(
             "mlp_backward", _backward, _gradient_shapes,
-            flops=lambda dy, x, z, a, fc, proj, *_, **__: _flops(x, fc, proj, 2),
+            flops=lambda dy, x, slope, a, fc, proj, *_, **__: _flops(x, fc, proj, 2),
         ),
         gradients=(0, 1, 2, 3, 4),
         flops=lambda x, fc, fc_bias, proj, *_, **__: _flops(x, fc, proj, 1),

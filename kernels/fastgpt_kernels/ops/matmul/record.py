@@ -90,15 +90,16 @@ def _work(layers: int) -> Callable[[Sizes, int], dict[str, Work]]:
     return work
 
 
+KERNELS = ("matmul_kernel", "matmul_sum_kernel")
 RECORDS = {
     "linear": Record(
         "linear", {"eager": eager_linear, "triton": linear}, _linear_case, _work(3),
-        kernels=("matmul_kernel",), part="linear", limits=_limits, library="cuBLAS",
+        kernels=KERNELS, part="linear", limits=_limits, library="cuBLAS",
         calls=_linear_calls,
     ),
     "mlp": Record(
         "mlp", {"eager": eager_mlp, "triton": mlp}, _mlp_case, _work(8),
-        kernels=("matmul_kernel",), part="linear", limits=_limits, library="cuBLAS",
+        kernels=KERNELS, part="linear", limits=_limits, library="cuBLAS",
         made_of=("linear", "bias_gelu"), calls=_mlp_calls,
     ),
 }  # fmt: skip
