@@ -54,7 +54,9 @@ def _computes(func: Any) -> bool:
     return not (
         func.is_view
         or func.namespace in ("prim", "profiler")
-        or name.startswith(("empty", "new_empty", "detach", "alias", "_unsafe_view", "lift", "set_"))
+        or name.startswith(
+            ("empty", "new_empty", "detach", "alias", "_unsafe_view", "lift", "set_")
+        )
         or name in ("_local_scalar_dense", "record_stream", "_reshape_alias", "resize_")
     )
 

@@ -55,6 +55,7 @@ class Launch:
     shape   of the product, M N K
     ops     the ATen ops in it
     lines   of the model that they are from: "gpt.py:95"
+    roof    share of the roof that its machine code allows; 0: not a kernel of ours
     """
 
     what: str
@@ -64,6 +65,7 @@ class Launch:
     shape: tuple[int, ...] = ()
     ops: tuple[str, ...] = ()
     lines: tuple[str, ...] = ()
+    roof: float = 0.0
 
 
 @dataclass
@@ -180,7 +182,7 @@ class _Written(BaseException):  # Inductor wraps what is an Exception
 def captured(
     inside: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> Iterator[list[Graph]]:
-    """The graphs that torch.compile makes within, as they are made; `inside` is around their runs."""
+    """The graphs that torch.compile makes within, as they are made; `inside` is around a run."""
     from torch import fx
     from torch._functorch import config as functorch_config
     from torch._inductor import compile_fx, config

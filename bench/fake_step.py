@@ -1,9 +1,9 @@
 """The training step on fake CUDA tensors: every launch of it, without a GPU.
 
-`record(Request(...))` runs this module in a process of its own and returns a `Step`. Compiled graphs
-are read from Inductor's schedule (`bench/fake_cuda.py`); ops of ours that stand in them are run on
-meta tensors, and their launches recorded from Triton's JIT; what PyTorch launches between them, the
-clipping, the optimizer and the adding up of gradients, is seen by a dispatch mode.
+`record(Request(...))` runs this module in a process of its own and returns a `Step`. Compiled
+graphs are read from Inductor's schedule (`bench/fake_cuda.py`); ops of ours that stand in them are
+run on meta tensors, and their launches recorded from Triton's JIT; what PyTorch launches between
+them, the clipping, the optimizer and the adding up of gradients, is seen by a dispatch mode.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,12 @@ def record(request: Request) -> Step:
     if done.returncode:
         raise RuntimeError(f"the step on fake tensors failed:\n{done.stderr[-4000:]}")
     found = json.loads(done.stdout.splitlines()[-1])
-    lists = {k: [Launch(**x) for x in v] for k, v in found.items() if k != "choices"}
+    lists = {k: [_launch(x) for x in v] for k, v in found.items() if k != "choices"}
     return Step(**lists, choices=found["choices"])
+
+
+def _launch(fields: dict[str, Any]) -> Launch:
+    return Launch(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
 def main() -> int:
@@ -83,9 +87,8 @@ def _record(request: Request) -> Step:
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.utils import _foreach_utils
 
-    from bench.dispatched import Dispatched
-
     from bench import setup, variants
+    from bench.dispatched import Dispatched
     from fastgpt.model import ops
     from fastgpt.model.gpt import GPT
 
