@@ -44,12 +44,12 @@ class Step:
     choices: list[str]
 
 
-def record(request: Request) -> Step:
-    """The launches of a step, found in a process of its own. Raises UserError."""
+def record(*requests: Request) -> list[Step]:
+    """The launches of steps on one GPU, found in a process of its own. Raises UserError."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     done = subprocess.run(
         [sys.executable, "-m", "bench.fake_step"],
-        input=json.dumps(asdict(request)),
+        input=json.dumps([asdict(r) for r in requests]),
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": path, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"},
@@ -58,7 +58,10 @@ def record(request: Request) -> Step:
         raise UserError(done.stderr.strip().splitlines()[-1])
     if done.returncode:
         raise RuntimeError(f"the step on fake tensors failed:\n{done.stderr[-4000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
+    return [_step(found) for found in json.loads(done.stdout.splitlines()[-1])]
+
+
+def _step(found: dict[str, Any]) -> Step:
     lists = {k: [_launch(x) for x in v] for k, v in found.items() if k != "choices"}
     return Step(**lists, choices=found["choices"])
 
@@ -68,18 +71,20 @@ def _launch(fields: dict[str, Any]) -> Launch:
 
 
 def main() -> int:
-    given = json.load(sys.stdin)
-    gpu = given.pop("gpu")
-    gpu["capability"] = tuple(gpu["capability"])
-    request = Request(**given, gpu=FakeGpu(**gpu))
+    requests = [_request(given) for given in json.load(sys.stdin)]
     try:
-        fake_cuda.pretend(request.gpu)
-        step = _record(request)
+        fake_cuda.pretend(requests[0].gpu)
+        steps = [_record(request) for request in requests]
     except UserError as e:
         print(e, file=sys.stderr)
         return 2
-    print(json.dumps(asdict(step)))
+    print(json.dumps([asdict(step) for step in steps]))
     return 0
+
+
+def _request(given: dict[str, Any]) -> Request:
+    gpu = {k: tuple(v) if isinstance(v, list) else v for k, v in given.pop("gpu").items()}
+    return Request(**given, gpu=FakeGpu(**gpu))
 
 
 def _record(request: Request) -> Step:
@@ -101,6 +106,7 @@ def _record(request: Request) -> Step:
     vocab_size = setup.vocabulary(config)
     kind = variants.PEER if request.peer_path else "ours"
     variant = variants.Variant("step", {}, kind, path=request.peer_path)
+    torch._dynamo.reset()
     seen = Dispatched()
     with fake_cuda.captured(seen.paused) as graphs, FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda:0"):

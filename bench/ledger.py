@@ -245,7 +245,8 @@ def run(argv: Sequence[str]) -> int:
     config = setup.with_values(setup.preset_of(name, {**flags, "device": "cpu"}), {"compile": True})
     vocab_size = setup.vocabulary(config)
     print(f"{name}: {setup.describe(config, vocab_size)}", flush=True)
-    step = fake_step.record(fake_step.Request(name, flags, own["peer-path"], gpu_of(rates.sheet)))
+    request = fake_step.Request(name, flags, own["peer-path"], gpu_of(rates.sheet))
+    (step,) = fake_step.record(request)
     p = predict(step, config, sizes_of(config, vocab_size), rates)
     if own["all-gpus"]:
         print(table(GPU_COLUMNS, list(each_gpu(step, config, vocab_size, shares))))
