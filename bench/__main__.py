@@ -17,6 +17,7 @@ COMMANDS = {
     "step": "the whole training step: ms, tokens/s, MFU, memory, losses side by side",
     "ablate": "what each kernel is worth in the whole step",
     "waterfall": "where the milliseconds of a step go, from the device's peak down",
+    "ledger": "every launch of a step, counted without a GPU, and what it should take",
     "convergence": "seconds to a target loss",
     "curves": "the fast path's losses against eager fp32's, over seeds",
     "generate": "sampling speed",

@@ -20,42 +20,68 @@ class Peak:
         return f"{self.flops / 1e12:.4g} TFLOP/s ({self.source})"
 
 
-# Dense bf16 tensor-core peaks in TFLOP/s with fp32 accumulation, from the vendors' data sheets
-# (half of the figure if a sheet gives it with sparsity). The first matching pattern counts.
+@dataclass(frozen=True)
+class Sheet:
+    """A vendor's data sheet: dense bf16 TFLOP/s with fp32 sums, TB/s and GB of its memory."""
+
+    pattern: str  # of the device's name
+    tflops: float
+    tbs: float
+    gb: int
+    arch: str
+    source: str
+
+    @property
+    def name(self) -> str:
+        """The device without its vendor: "H100", "GeForce RTX 4090", "A100 40GB"."""
+        plain = self.pattern.replace("\\b", "").replace(".*", " ").rstrip("$")
+        return plain.split("|")[0]
+
+
+# Half of the figure if a sheet gives it with sparsity. The first matching pattern counts.
 _GEFORCE = r"GeForce RTX {}$"
-PEAKS: tuple[tuple[str, float, str], ...] = (
-    (r"GB200", 2500.0, "NVIDIA GB200 NVL72 data sheet"),
-    (r"B200", 2250.0, "NVIDIA HGX B200 data sheet"),
-    (r"H200 NVL", 835.5, "NVIDIA H200 data sheet"),
-    (r"GH200|H200", 989.4, "NVIDIA H200 data sheet"),
-    (r"H100 NVL", 835.5, "NVIDIA H100 data sheet"),
-    (r"H100 PCIe", 756.0, "NVIDIA H100 data sheet"),
-    (r"H100|H800", 989.4, "NVIDIA H100 data sheet"),
-    (r"A100|A800", 312.0, "NVIDIA A100 data sheet"),
-    (r"L40S", 362.05, "NVIDIA L40S data sheet"),
-    (r"L40\b", 181.05, "NVIDIA L40 data sheet"),
-    (r"L4\b", 121.0, "NVIDIA L4 data sheet"),
-    (r"A40\b", 149.7, "NVIDIA A40 data sheet"),
-    (r"A30\b", 165.0, "NVIDIA A30 data sheet"),
-    (r"A10\b", 125.0, "NVIDIA A10 data sheet"),
-    (r"RTX 6000 Ada", 364.25, "NVIDIA RTX 6000 Ada data sheet"),
-    (r"RTX A6000", 154.8, "NVIDIA RTX A6000 data sheet"),
-    (_GEFORCE.format("5090"), 209.5, "NVIDIA RTX Blackwell architecture paper"),
-    (_GEFORCE.format("4090"), 165.2, "NVIDIA Ada architecture paper"),
-    (_GEFORCE.format("4080"), 97.5, "NVIDIA Ada architecture paper"),
-    (_GEFORCE.format("3090 Ti"), 80.0, "NVIDIA Ampere GA102 architecture paper"),
-    (_GEFORCE.format("3090"), 71.0, "NVIDIA Ampere GA102 architecture paper"),
-    (_GEFORCE.format("3080"), 59.5, "NVIDIA Ampere GA102 architecture paper"),
-    (r"MI300X|MI325X", 1307.4, "AMD CDNA 3 data sheet"),
+SHEETS = tuple(
+    Sheet(*row)
+    for row in (
+        (r"GB200", 2500.0, 8.0, 186, "sm_100", "NVIDIA GB200 NVL72 data sheet"),
+        (r"B200", 2250.0, 8.0, 180, "sm_100", "NVIDIA HGX B200 data sheet"),
+        (r"GH200", 989.4, 4.0, 96, "sm_90", "NVIDIA GH200 data sheet"),
+        (r"H200 NVL", 835.5, 4.8, 141, "sm_90", "NVIDIA H200 data sheet"),
+        (r"H200", 989.4, 4.8, 141, "sm_90", "NVIDIA H200 data sheet"),
+        (r"H100 NVL", 835.5, 3.9, 94, "sm_90", "NVIDIA H100 data sheet"),
+        (r"H100 PCIe", 756.0, 2.0, 80, "sm_90", "NVIDIA H100 data sheet"),
+        (r"H100|H800", 989.4, 3.35, 80, "sm_90", "NVIDIA H100 data sheet"),
+        (r"A100.*40GB", 312.0, 1.555, 40, "sm_80", "NVIDIA A100 data sheet"),
+        (r"A100|A800", 312.0, 2.039, 80, "sm_80", "NVIDIA A100 data sheet"),
+        (r"L40S", 362.05, 0.864, 48, "sm_89", "NVIDIA L40S data sheet"),
+        (r"L40\b", 181.05, 0.864, 48, "sm_89", "NVIDIA L40 data sheet"),
+        (r"L4\b", 121.0, 0.3, 24, "sm_89", "NVIDIA L4 data sheet"),
+        (r"A40\b", 149.7, 0.696, 48, "sm_86", "NVIDIA A40 data sheet"),
+        (r"A30\b", 165.0, 0.933, 24, "sm_80", "NVIDIA A30 data sheet"),
+        (r"A10\b", 125.0, 0.6, 24, "sm_86", "NVIDIA A10 data sheet"),
+        (r"RTX 6000 Ada", 364.25, 0.96, 48, "sm_89", "NVIDIA RTX 6000 Ada data sheet"),
+        (r"RTX A6000", 154.8, 0.768, 48, "sm_86", "NVIDIA RTX A6000 data sheet"),
+        (_GEFORCE.format("5090"), 209.5, 1.792, 32, "sm_120", "NVIDIA RTX Blackwell paper"),
+        (_GEFORCE.format("4090"), 165.2, 1.008, 24, "sm_89", "NVIDIA Ada architecture paper"),
+        (_GEFORCE.format("4080"), 97.5, 0.717, 16, "sm_89", "NVIDIA Ada architecture paper"),
+        (_GEFORCE.format("3090 Ti"), 80.0, 1.008, 24, "sm_86", "NVIDIA Ampere GA102 paper"),
+        (_GEFORCE.format("3090"), 71.0, 0.936, 24, "sm_86", "NVIDIA Ampere GA102 paper"),
+        (_GEFORCE.format("3080"), 59.5, 0.76, 10, "sm_86", "NVIDIA Ampere GA102 paper"),
+        (r"MI325X", 1307.4, 6.0, 256, "gfx942", "AMD Instinct MI325X data sheet"),
+        (r"MI300X", 1307.4, 5.3, 192, "gfx942", "AMD Instinct MI300X data sheet"),
+    )
 )
 
 
+def sheet(device_name: str) -> Sheet | None:
+    """The data sheet for a device's name, or None if the table has no such device."""
+    return next((s for s in SHEETS if re.search(s.pattern, device_name)), None)
+
+
 def table_peak(device_name: str) -> Peak | None:
-    """The data-sheet peak for a device's name, or None if the table has no such device."""
-    for pattern, tflops, source in PEAKS:
-        if re.search(pattern, device_name):
-            return Peak(tflops * 1e12, source)
-    return None
+    """The data sheet's peak for a device's name, or None if the table has no such device."""
+    found = sheet(device_name)
+    return found and Peak(found.tflops * 1e12, found.source)
 
 
 def synchronize(device: torch.device) -> None:

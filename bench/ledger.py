@@ -1,0 +1,387 @@
+"""Every launch of the training step and what it should take, without a GPU: a prediction.
+
+    python -m bench ledger [PRESET] [--gpu=h100] [--key=value ...]
+    python -m bench ledger [PRESET] --all-gpus
+
+The step is `fastgpt train`'s own, compiled by Dynamo, AOTAutograd and Inductor for a GPU that need
+not be here (`bench/fake_step.py`): what it launches, and the bytes and FLOPs of each launch, are
+counted. How long each takes is not: products are taken at --matmul_share of the data sheet's
+TFLOP/s, all else at --copy_share of its bandwidth, our kernels at --kernel_share of the bound that
+their machine code allows (`fastgpt_kernels.tools.aot`), and no launch at less than 2 us. So the
+counts are facts, and milliseconds, tokens/s and MFU predictions.
+
+--gpu=NAME        of the table of data sheets: h100, h200, a100, 4090, b200, ...
+--all-gpus        a line for each of them instead of the table of launches
+--peer-path=DIR   the step of that nanoGPT checkout instead of ours; --kernels=eager is Inductor's
+--out=DIR         write the result and its picture there; default: nowhere
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import fake_step, ladder, ladder_table, picture, results, setup
+from bench.categories import Sizes
+from bench.fake_cuda import FakeGpu, Launch
+from bench.tables import table
+from bench.trace import Breakdown
+from fastgpt.config import settings
+from fastgpt.config.schema import Config
+from fastgpt.errors import UserError
+from fastgpt.model.device import DTYPES
+from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.model.peaks import SHEETS, Sheet
+from fastgpt.train import memory
+from fastgpt_kernels import host
+from fastgpt_kernels.record import records
+
+# Shares of the data sheet's figures. Products: cuBLAS at the 124M's shapes, of which K = 768 is the
+# shortest, gives about 680 of an H100's 989 TFLOP/s. Copies: 3.0 of 3.35 and 4.3 of 4.8 TB/s.
+MATMUL_SHARE, COPY_SHARE, KERNEL_SHARE = 0.687, 0.895, 0.9
+LEAST_US = 2.0  # a kernel's start and end, even inside a graph
+BUDGET_TOKENS = 10e9  # for --all-gpus: hours to that many
+PHASES = ("forward", "backward", "rest")
+COLUMNS = ("launch", "times (a)", "line", "part", "reads MB", "writes MB", "GFLOP", "us", "ms",
+           "share")  # fmt: skip
+GPU_COLUMNS = ("GPU", "fits", "micro-batch", "ms", "tokens/s", "MFU %", "hours to 10 B tokens")
+FREE = ("reshape", "permute", "view", "expand", "unsqueeze", "full", "clone")  # moves no data
+OWN = ("gpu", "all-gpus", "peer-path", "out", "matmul_share", "copy_share", "kernel_share")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a GPU is taken to reach."""
+
+    sheet: Sheet
+    matmul_share: float = MATMUL_SHARE
+    copy_share: float = COPY_SHARE
+    kernel_share: float = KERNEL_SHARE
+
+    @property
+    def matmul(self) -> float:
+        """FLOP/s"""
+        return self.sheet.tflops * 1e12 * self.matmul_share
+
+    @property
+    def copy(self) -> float:
+        """Bytes/s, reads plus writes."""
+        return self.sheet.tbs * 1e12 * self.copy_share
+
+    def us(self, launch: Launch) -> float:
+        """Microseconds of a launch, by the rule of the module's docstring."""
+        moved = launch.reads + launch.writes
+        seconds = max(moved / self.copy, launch.flops / self.matmul)
+        if launch.roof:
+            roof = max(moved / self.sheet.tbs, launch.flops / self.sheet.tflops) / 1e12
+            seconds = roof / launch.roof / self.kernel_share
+        return max(1e6 * seconds, LEAST_US)
+
+
+@dataclass(frozen=True)
+class Line:
+    """Launches that are alike, and how often a step makes them."""
+
+    launch: Launch
+    phase: str  # forward, backward or rest
+    times: int
+    us: float
+    category: str
+    item: str
+
+    @property
+    def ms(self) -> float:
+        return self.times * self.us / 1e3
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A step's lines, and what follows from them."""
+
+    lines: list[Line]
+    n_layer: int
+    micro_batches: int
+    tokens: int  # of a step
+
+    @property
+    def ms(self) -> float:
+        return sum(line.ms for line in self.lines)
+
+    def launches(self, phase: str = "") -> int:
+        return sum(line.times for line in self.lines if phase in ("", line.phase))
+
+    def a_layer(self, phase: str) -> float:
+        """Launches that each layer makes in one micro-batch."""
+        once = self.n_layer * self.micro_batches
+        return sum(n.times // once for n in self.lines if n.phase == phase)
+
+    def bytes_a_token(self, phase: str) -> float:
+        moved = (
+            n.times * (n.launch.reads + n.launch.writes) for n in self.lines if n.phase == phase
+        )
+        return sum(moved) / self.tokens
+
+
+def predict(step: fake_step.Step, config: Config, sizes: Sizes, rates: Rates) -> Prediction:
+    """How often each launch comes and how long it should take."""
+    n = config.optim.gradient_accumulation_steps
+    lines: dict[tuple[Any, ...], Line] = {}
+    for phase, launches, often in (
+        ("forward", step.forward, n), ("backward", step.backward, n), ("rest", step.rest, 1),
+    ):  # fmt: skip
+        for launch in launches:
+            key = (phase, launch.what, launch.reads, launch.writes, launch.shape, launch.ops)
+            known = lines.get(key)
+            if known is not None:
+                lines[key] = dataclasses.replace(known, times=known.times + often)
+                continue
+            category, item = sort(launch, phase, sizes)
+            lines[key] = Line(launch, phase, often, rates.us(launch), category, item)
+    tokens = config.optim.rows * config.model.block_size
+    return Prediction([*lines.values()], config.model.n_layer, n, tokens)
+
+
+def sizes_of(config: Config, vocab_size: int) -> Sizes:
+    """What a model's dimensions are called."""
+    known = settings.to_dict(config) | {"vocab_size": vocab_size}
+    known["padded_vocab_size"] = ModelShape.of(config.model, vocab_size).padded_vocab_size
+    known["micro_batches"] = config.optim.gradient_accumulation_steps
+    return Sizes(**{f.name: known[f.name] for f in dataclasses.fields(Sizes)})
+
+
+def sort(launch: Launch, phase: str, sizes: Sizes) -> tuple[str, str]:
+    """(category of `bench.categories`, item) of a launch: whose time it is, and what for."""
+    ops = {op.removesuffix(".default").partition(".")[0] for op in launch.ops}
+    own = [op.split(".")[1] for op in launch.ops if op.startswith("fastgpt.")]
+    if launch.shape:
+        if sizes.head_sizes & set(launch.shape):
+            return "head", "products"
+        dw = phase == "backward" and launch.shape[2] == sizes.tokens
+        return "linear", "dW" if dw else "dX" if phase == "backward" else "forward"
+    if launch.what != "triton" and own:
+        op = next(r for r in records() if own[0].startswith(r.name))
+        return op.part, op.item or ("backward" if phase == "backward" else "forward")
+    if launch.what.startswith("_scaled_dot_product"):
+        return "attention", phase
+    if "adam" in launch.what:
+        return "optimizer", "AdamW"
+    if phase == "rest":
+        adds = launch.what == "add_" and launch.writes > 1024
+        return "optimizer", "gradient accumulation" if adds else "clipping and scalars"
+    big = launch.reads + launch.writes > 2 * sizes.tokens * sizes.n_embd
+    if any("dropout" in op or "random" in op or "seed" in op for op in map(str, launch.ops)):
+        return "memory", "dropout"
+    if any("embedding" in op or "index" in op for op in ops):
+        return "memory", "embedding"
+    if ops & {"exp", "log", "nll_loss_forward", "_log_softmax"} and big:
+        return "head", "softmax and loss"
+    if "sum" in ops and launch.writes < launch.reads // 64:
+        return "memory", "bias sums"
+    if all("convert_element_type" in op or op.startswith(FREE) for op in launch.ops):
+        of = "activations" if big and launch.reads > 1e8 else "weights"
+        return ("optimizer", f"casts of {'gradients' if phase == 'backward' else of}")
+    if "mean" in ops or "rsqrt" in ops:
+        return "memory", "norms"
+    return "memory", "other passes"
+
+
+def mfu_of(config: Config, vocab_size: int, ms: float, sheet: Sheet) -> dict[str, float]:
+    """MFU in percent by the three counts of `fastgpt.train.mfu`."""
+    rate = config.optim.rows * config.model.block_size / ms * 1e3
+    flops = dataclasses.asdict(setup.flops_per_token(config, vocab_size))
+    return {name: 100 * f * rate / (sheet.tflops * 1e12) for name, f in flops.items()}
+
+
+def as_ladder(p: Prediction, config: Config, vocab_size: int, rates: Rates) -> ladder.Ladder:
+    """The prediction as the waterfall shows a measured step."""
+    parts: dict[tuple[str, str], float] = {}
+    for line in p.lines:
+        at = (line.category, line.item)
+        parts[at] = parts.get(at, 0.0) + line.ms
+    with torch.device("meta"):
+        n_params = GPT(ModelShape.of(config.model, vocab_size)).n_params()
+    element = DTYPES[config.system.dtype].itemsize
+    clip = config.optim.grad_clip > 0
+    work = ladder.count_work(sizes_of(config, vocab_size), n_params, element, clip)
+    sheet = rates.sheet
+    measured = ladder.Measured(
+        p.ms, p.ms, rates.matmul, f"{rates.matmul_share:.0%} of the data sheet, assumed",
+        rates.copy, sheet.tflops * 1e12, sheet.source,
+    )  # fmt: skip
+    return ladder.build(Breakdown("cuda", 1, p.ms, parts), work, measured)
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command. 0: done; 2: bad arguments, or a step that cannot be looked at here."""
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return 0
+    try:
+        return run(argv)
+    except UserError as e:
+        print(f"bench ledger: {e}", file=sys.stderr)
+        return 2
+
+
+def run(argv: Sequence[str]) -> int:
+    argv = ["--all-gpus=True" if a == "--all-gpus" else a for a in argv]
+    positional, flags = settings.split_flags(argv)
+    if len(positional) > 1:
+        raise UserError(f"{' '.join(positional)}: one preset is wanted")
+    name, own = positional[0] if positional else "gpt2", {k: flags.pop(k, "") for k in OWN}
+    shares = {k: _share(k, own[k]) for k in OWN if k.endswith("_share") and own[k]}
+    rates = Rates(find(own["gpu"] or "h100"), **shares)
+    flags = {"dtype": "bfloat16", **flags}
+    config = setup.with_values(setup.preset_of(name, {**flags, "device": "cpu"}), {"compile": True})
+    vocab_size = setup.vocabulary(config)
+    print(f"{name}: {setup.describe(config, vocab_size)}", flush=True)
+    request = fake_step.Request(name, flags, own["peer-path"], gpu_of(rates.sheet))
+    (step,) = fake_step.record(request)
+    p = predict(step, config, sizes_of(config, vocab_size), rates)
+    if own["all-gpus"]:
+        print(table(GPU_COLUMNS, list(each_gpu(step, config, vocab_size, shares))))
+        return 0
+    result = results.Result("ledger", list(argv), settings.to_dict(config))
+    found = as_ladder(p, config, vocab_size, rates)
+    show(p, step, config, vocab_size, rates)
+    ladder_table.show(found)
+    result.rows.append({"key": name, "problem": "", **as_json(p, config, vocab_size, rates)})
+    result.rows[0]["waterfall"] = found.to_json()
+    folder = Path(own["out"]) if own["out"] else None
+    if path := result.finish(folder):
+        if importlib.util.find_spec("matplotlib") is not None:
+            title = f"{name} on {rates.sheet.name}, predicted"
+            note = f"predicted, not measured · torch {torch.__version__} · {result.data['command']}"
+            paths = [path.with_suffix(f".{kind}") for kind in picture.FORMATS]
+            picture.draw(found, title, note, paths, "PREDICTION")
+        print(f"written: {path}")
+    return 0
+
+
+def _share(name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise UserError(f"--{name}={text}: wanted a share above 0, at most 1")
+    return value
+
+
+def find(gpu: str) -> Sheet:
+    """The data sheet that `--gpu` names. Raises UserError."""
+    known = {s.name.lower().replace(" ", "-"): s for s in SHEETS}
+    wanted = gpu.lower().replace(" ", "-")
+    for name, found in known.items():
+        if wanted in (name, name.removeprefix("geforce-rtx-"), name.removeprefix("rtx-")):
+            return found
+    raise UserError(f"--gpu={gpu}: no data sheet of it here; there are {', '.join(known)}")
+
+
+def gpu_of(sheet: Sheet) -> FakeGpu:
+    """The device that PyTorch is told of. Raises UserError: Inductor is asked for NVIDIA's only."""
+    if not sheet.arch.startswith("sm_"):
+        raise UserError(f"--gpu={sheet.name}: steps can be looked at for NVIDIA's GPUs only")
+    number = int(sheet.arch[3:])
+    sms = host.SMS[sheet.arch]
+    return FakeGpu(f"NVIDIA {sheet.name}", (number // 10, number % 10), sms, sheet.gb * 10**9)
+
+
+def as_json(p: Prediction, config: Config, vocab_size: int, rates: Rates) -> dict[str, Any]:
+    """The row of the result: counts, predictions, and every line."""
+    return {
+        "gpu": rates.sheet.name,
+        "rates": {k: v for k, v in vars(rates).items() if k != "sheet"},
+        "launches": {phase: p.launches(phase) for phase in PHASES},
+        "launches_a_layer": {phase: p.a_layer(phase) for phase in PHASES[:2]},
+        "bytes_a_token": {phase: p.bytes_a_token(phase) for phase in PHASES},
+        "predicted_ms": p.ms,
+        "predicted_tokens_per_second": p.tokens / p.ms * 1e3,
+        "predicted_mfu": mfu_of(config, vocab_size, p.ms, rates.sheet),
+        "memory_bytes": memory_of(config, vocab_size),
+        "lines": [dataclasses.asdict(line) for line in p.lines],
+    }
+
+
+def memory_of(config: Config, vocab_size: int) -> int:
+    """Bytes, by the estimate of `fastgpt.train.memory`."""
+    dtype, fused = DTYPES[config.system.dtype], config.system.kernels != "eager"
+    shape = ModelShape.of(config.model, vocab_size)
+    return memory.estimate(shape, config.optim.batch_size, dtype, fused=fused).total
+
+
+def show(
+    p: Prediction, step: fake_step.Step, config: Config, vocab_size: int, rates: Rates
+) -> None:
+    """Print the table of launches and what follows from it."""
+    print("; ".join(step.choices))
+    print(table(COLUMNS, list(rows(p))))
+    mfu = mfu_of(config, vocab_size, p.ms, rates.sheet)
+    print(
+        f"launches: {p.launches()} a step; a layer {p.a_layer('forward'):.0f} forward, "
+        f"{p.a_layer('backward'):.0f} backward\n"
+        f"bytes a token: {p.bytes_a_token('forward'):,.0f} forward, "
+        f"{p.bytes_a_token('backward'):,.0f} backward, {p.bytes_a_token('rest'):,.0f} the rest\n"
+        f"PREDICTED for {rates.sheet.name}, not measured (products at {rates.matmul / 1e12:.0f} "
+        f"TFLOP/s, copies at {rates.copy / 1e12:.2f} TB/s): {p.ms:.1f} ms a step, "
+        f"{p.tokens / p.ms * 1e3:,.0f} tokens/s, "
+        + ", ".join(f"{k} {v:.1f} %" for k, v in mfu.items())
+        + f"; memory {memory_of(config, vocab_size) / 2**30:.1f} GiB by estimate"
+    )
+
+
+def rows(p: Prediction) -> Iterator[tuple[str, ...]]:
+    """Cells of `COLUMNS`, the longest first within a phase."""
+    for phase in PHASES:
+        for line in sorted((n for n in p.lines if n.phase == phase), key=lambda n: -n.ms):
+            x, often = line.launch, line.times
+            if line.ms < 0.001 * p.ms and phase == "rest":
+                continue
+            per = "layer" if often >= p.n_layer * p.micro_batches else "micro-step"
+            yield (
+                f"{phase}: {describe(x)}",
+                f"{often} ({'step' if phase == 'rest' else per})",
+                " ".join(x.lines[:2]),
+                f"{line.category}: {line.item}",
+                f"{x.reads / 1e6:.1f}", f"{x.writes / 1e6:.1f}",
+                f"{x.flops / 1e9:.0f}" if x.flops else "",
+                f"{line.us:.1f}", f"{line.ms:.2f}", f"{line.ms / p.ms:.1%}",
+            )  # fmt: skip
+
+
+def describe(x: Launch) -> str:
+    """A launch in a few words."""
+    name = x.what.removeprefix("extern_kernels.").removeprefix("fastgpt.")
+    if x.shape:
+        return f"{name} {' x '.join(map(str, x.shape))}"
+    if x.what == "triton":
+        ops = [op.replace("prims.convert_element_type", "cast").split(".")[0] for op in x.ops]
+        ops = [op for op in dict.fromkeys(ops) if not op.startswith(FREE)]
+        return "Inductor: " + " ".join(ops[:4]) + (" ..." if len(ops) > 4 else "")
+    return name
+
+
+def each_gpu(
+    step: fake_step.Step, config: Config, vocab_size: int, shares: dict[str, float]
+) -> Iterator[tuple[str, ...]]:
+    """Cells of `GPU_COLUMNS`: what to expect of every GPU of the table, by the same launches."""
+    sizes, need = sizes_of(config, vocab_size), memory_of(config, vocab_size)
+    for sheet in SHEETS:
+        p = predict(step, config, sizes, Rates(sheet, **shares))
+        rate = p.tokens / p.ms * 1e3
+        fits = need < 0.92 * sheet.gb * 1e9
+        yield (
+            sheet.name, "yes" if fits else "no", str(config.optim.batch_size), f"{p.ms:.0f}",
+            f"{rate:,.0f}", f"{mfu_of(config, vocab_size, p.ms, sheet)['mfu']:.1f}",
+            f"{BUDGET_TOKENS / rate / 3600:.1f}",
+        )  # fmt: skip
