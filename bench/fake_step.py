@@ -8,12 +8,13 @@ them, the clipping, the optimizer and the adding up of gradients, is seen by a d
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,9 @@ def _record(request: Request) -> Step:
     from bench import setup, variants
     from bench.dispatched import Dispatched
     from fastgpt.model import ops
-    from fastgpt.model.gpt import GPT
+    from fastgpt.model.gpt import GPT, ModelShape
 
-    ops.disagreement = lambda *a, **k: ""  # nothing can be run here
+    ops.CHECKED_ON = ()  # nothing can be run here
     GPT.init_weights = lambda self, seed: self  # type: ignore[method-assign]
     _foreach_utils._foreach_supported_types.append(FakeTensor)
     torch.nn.Module.to = lambda self, *a, **k: self  # type: ignore; fake tensors cannot move
@@ -118,25 +119,69 @@ def _record(request: Request) -> Step:
         with seen:
             stepper.step(1, tokens)
     arch = "sm_{}{}".format(*request.gpu.capability)
+    sizes = ModelShape.of(config.model, vocab_size).sizes(config.optim.batch_size)
     return Step(
-        [x for g in graphs if not g.backward for x in parts(g, arch)],
-        [x for g in graphs if g.backward for x in parts(g, arch)],
+        [x for g in graphs if not g.backward for x in parts(g, arch, sizes)],
+        [x for g in graphs if g.backward for x in parts(g, arch, sizes)],
         seen.launches,
         list(stepper.choices),
     )
 
 
-def parts(graph: Graph, arch: str) -> Iterator[Launch]:
+def parts(graph: Graph, arch: str, sizes: Any) -> Iterator[Launch]:
     """A graph's launches; those that are ops of ours in their single kernels and products."""
     for place, launch in enumerate(graph.launches):
         if place in graph.calls:
-            yield from _own(launch, *graph.calls[place], arch=arch)
+            yield from _own(launch, *graph.calls[place], arch=arch, sizes=sizes)
         else:
             yield launch
 
 
-def _own(launch: Launch, name: str, *args: Any, arch: str) -> Iterator[Launch]:
-    yield launch
+def _own(launch: Launch, name: str, *args: Any, arch: str, sizes: Any) -> Iterator[Launch]:
+    """What an op of ours launches: Triton kernels, and PyTorch's products and passes."""
+    from bench.dispatched import Dispatched
+    from fastgpt_kernels import register
+    from fastgpt_kernels.tools import launches
+
+    with launches.recording(arch) as kernels, Dispatched() as seen:
+        register.registered[name].forward(*args)
+    for part in seen.launches:
+        yield replace(part, ops=(f"fastgpt.{name}",), lines=launch.lines)
+    multiply = [k for k in kernels if "tl.dot" in launches.source(k.kernel)]
+    for kernel in kernels:
+        flops = _flops(name, launch, sizes) // len(multiply) if kernel in multiply else 0
+        what = kernel.kernel.fn.__name__.removesuffix("_kernel")
+        moved = max(kernel.moved, (launch.reads + launch.writes) * (len(kernels) == 1))
+        ops, roof = (f"fastgpt.{name}",), _roofs(arch).get(kernel.key, 0.0)
+        yield Launch(what, moved, 0, flops, ops=ops, lines=launch.lines, roof=roof)
+
+
+def _flops(name: str, launch: Launch, sizes: Any) -> int:
+    """Of the products that have to be computed: attention's formula counts masked scores too."""
+    from fastgpt_kernels.record import record as record_of
+
+    op = name.removesuffix("_backward")
+    if op != "attention":
+        return launch.flops
+    work = record_of(op).work(sizes, 2)
+    return int(work["backward" if name != op else "forward"].flops)
+
+
+@functools.cache
+def _roofs(arch: str) -> dict[str, float]:
+    """By a kernel's key: the share of the roof that its machine code allows, from the baselines."""
+    from fastgpt_kernels.specs import spec_modules
+    from fastgpt_kernels.tools import baseline, bound
+
+    device = next((name for name, d in bound.DEVICES.items() if d.arch == arch), "")
+    found = {}
+    for module in spec_modules():
+        for archs in baseline.read(baseline.path(module)).values():
+            entries = archs.get(arch, {})
+            for e in entries.values() if isinstance(entries, dict) else ():
+                if device in e:
+                    found[e["key"]] = e[device][1]
+    return found
 
 
 if __name__ == "__main__":

@@ -44,6 +44,9 @@ def product_flops(x: torch.Size, weight: torch.Size, products: int) -> int:
     return products * 2 * x[0] * weight[0] * weight[1]
 
 
+registered: dict[str, Op] = {}  # all of them, by name
+
+
 class Op:
     """A launcher as a PyTorch op; call it like the launcher.
 
@@ -89,6 +92,7 @@ class Op:
         if backward is not None:
             op.register_autograd(self._gradients, setup_context=self._remember)
         self.registered = getattr(torch.ops.fastgpt, name).default
+        registered[name] = self
         if flops is not None:
             register_flop_formula(getattr(torch.ops.fastgpt, name))(flops)
         # Arguments past those with a gradient have none.

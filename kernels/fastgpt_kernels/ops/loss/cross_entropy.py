@@ -5,8 +5,8 @@
 
 with s_i the row's upstream gradient: 1 / (rows not ignored) for "mean". logits (M, V) in bf16, fp16
 or fp32, targets (M,) int64; losses and all arithmetic in fp32. Rows whose target is `ignore_index`
-have loss 0 and gradient 0, whatever they hold. A target outside [0, vocab_size) cannot raise without
-waiting for the GPU: it makes the row's loss and gradient NaN.
+have loss 0 and gradient 0, whatever they hold. A target outside [0, vocab_size) cannot raise, since
+that would wait for the GPU: it makes the row's loss and gradient NaN.
 
 One kernel (kernels.py) reads a row and keeps it until the gradient is written. With
 L = the bytes of the logits, forward plus backward move through device memory
