@@ -252,9 +252,11 @@ def _own_call(node: Any) -> tuple[Any, ...] | None:
     import torch
     from torch.utils import _pytree
 
-    fx = node.get_nodes()[0].node.get_origin_node() if node.is_extern() else None
-    if fx is None or getattr(fx.target, "namespace", "") != "fastgpt":
+    kernel = node.get_nodes()[0].node
+    op = getattr(kernel, "op_overload", None)
+    if not node.is_extern() or getattr(op, "namespace", "") != "fastgpt":
         return None
+    fx = next(n for n in kernel.get_origins() if n.target is op)
 
     def on_meta(x: Any) -> Any:
         value = x.meta.get("val") if isinstance(x, torch.fx.Node) else x

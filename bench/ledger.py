@@ -41,7 +41,7 @@ from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.model.peaks import SHEETS, Sheet
 from fastgpt.train import memory
 from fastgpt_kernels import host
-from fastgpt_kernels.record import records
+from fastgpt_kernels.record import record
 
 # Shares of the data sheet's figures. Products: cuBLAS at the 124M's shapes, of which K = 768 is the
 # shortest, gives about 680 of an H100's 989 TFLOP/s. Copies: 3.0 of 3.35 and 4.3 of 4.8 TB/s.
@@ -120,7 +120,8 @@ class Prediction:
     def a_layer(self, phase: str) -> float:
         """Launches that each layer makes in one micro-batch."""
         once = self.n_layer * self.micro_batches
-        return sum(n.times // once for n in self.lines if n.phase == phase)
+        own = (n for n in self.lines if n.phase == phase and n.category != "head")
+        return sum(n.times // once for n in own)
 
     def bytes_a_token(self, phase: str) -> float:
         moved = (
@@ -166,7 +167,7 @@ def sort(launch: Launch, phase: str, sizes: Sizes) -> tuple[str, str]:
         dw = phase == "backward" and launch.shape[2] == sizes.tokens
         return "linear", "dW" if dw else "dX" if phase == "backward" else "forward"
     if launch.what != "triton" and own:
-        op = next(r for r in records() if own[0].startswith(r.name))
+        op = record(own[0].removesuffix("_backward"))
         return op.part, op.item or ("backward" if phase == "backward" else "forward")
     if launch.what.startswith("_scaled_dot_product"):
         return "attention", phase
