@@ -1,6 +1,7 @@
 # make train   install into .venv and train (no GPU, no network data needed)
 # make test    install what the tests need and run them
 # make lint    ruff and mypy
+# make gate    compile the kernels for GPUs that need not be here and judge their machine code
 #
 # A machine that already has a torch in range can use it:
 #   make VENV_ARGS=--system-site-packages train
@@ -10,11 +11,14 @@ VENV   ?= .venv
 VENV_ARGS ?=
 ARGS   ?=
 PYTEST_ARGS ?=
+GATE_ARGS ?=
 # Test processes: one a core, four at most; a single one where a GPU would have to be shared.
 JOBS ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo 0; else nproc 2>/dev/null | awk '{print ($$1 > 4 ? 4 : $$1)}'; fi)
 BIN    := $(VENV)/bin
+# Versions that are known to pass all tests; `pip install -e .` alone takes what pyproject.toml admits.
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test lint install clean
+.PHONY: train test lint gate install clean
 
 train: $(VENV)/.installed
 	$(BIN)/fastgpt train $(ARGS)
@@ -27,18 +31,21 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+gate: $(VENV)/.installed-test
+	$(BIN)/python -m fastgpt_kernels.tools.aot $(GATE_ARGS)
+
 install: $(VENV)/.installed
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"fastgpt needs Python >= 3.11, this is {sys.version.split()[0]}: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
 
-$(VENV)/.installed: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e .
 	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+$(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[test]'
 	@touch $@ $(VENV)/.installed
 
 clean:

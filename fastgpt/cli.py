@@ -11,6 +11,7 @@ import dataclasses
 import os
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +28,7 @@ from fastgpt.config.schema import (
     SampleConfig,
     SourceConfig,
 )
-from fastgpt.errors import RankError, UserError
+from fastgpt.errors import RankError, SharedError, UserError
 from fastgpt.storage import run
 
 OVERVIEW = """\
@@ -48,6 +49,8 @@ corpora   python_stdlib  shakespeare_char  shakespeare  openwebtext  fineweb10B
 `fastgpt COMMAND --help` lists all settings of a command.
 """
 
+WAIT_FOR_RANK_0 = 10.0  # seconds
+
 C = TypeVar("C", bound=SourceConfig)
 
 
@@ -59,9 +62,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
     except UserError as e:
         sys.stdout.flush()
-        # What all ranks of torchrun find out is said once.
-        if os.environ.get("RANK", "0") == "0" or isinstance(e, RankError):
-            print(f"fastgpt: {e}", file=sys.stderr, flush=True)
+        _say(e)
         code = 2
     except KeyboardInterrupt:
         print("fastgpt: interrupted", file=sys.stderr)
@@ -77,6 +78,21 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _say(mistake: UserError) -> None:
+    """Print a mistake; what all ranks of torchrun find out is said once, by rank 0.
+
+    torchrun ends all ranks as soon as one has left: the others wait until rank 0 has spoken. One
+    that is still there after this time was alone with its mistake, and says so.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0" and not isinstance(mistake, RankError):
+        time.sleep(WAIT_FOR_RANK_0)
+        if isinstance(mistake, SharedError):
+            return
+        mistake = UserError(f"rank {rank}: {mistake}")
+    print(f"fastgpt: {mistake}", file=sys.stderr, flush=True)
 
 
 def _command(args: list[str]) -> int:

@@ -74,7 +74,7 @@ class Command:
         if self.process.pid is not None and self.process.is_alive():
             os.kill(self.process.pid, number)
 
-    def wait(self, timeout: float = 120.0) -> int:
+    def wait(self, timeout: float = 400.0) -> int:
         """The exit code (negative: the signal that ended it)."""
         self.process.join(timeout)
         if self.process.exitcode is None:
@@ -83,7 +83,7 @@ class Command:
             raise TimeoutError(f"no end after {timeout} s; said:\n{self.output}")
         return self.process.exitcode
 
-    def wait_until(self, condition: Callable[[], bool], timeout: float = 60.0) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout: float = 300.0) -> None:
         end = time.monotonic() + timeout
         while not condition():
             if time.monotonic() > end or self.process.exitcode is not None:

@@ -12,6 +12,7 @@ import pytest
 from fastgpt import cli
 from fastgpt.config import settings
 from fastgpt.config.schema import Config, PrepareConfig, SampleConfig
+from fastgpt.errors import RankError, SharedError, UserError
 from tests import runs
 from tests.process import fastgpt
 from tests.runs import TINY
@@ -181,6 +182,21 @@ def test_torchrun_does_not_start_as_many_runs(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     code, _, err = run(capsys, "train", "laptop")
     assert code == 2 and "torchrun" in err
+
+
+def test_a_rank_waits_for_rank_0_to_speak_and_speaks_if_it_was_alone(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "WAIT_FOR_RANK_0", 0.01)
+    for error, said in (
+        (UserError("no such file"), "fastgpt: rank 3: no such file\n"),
+        (SharedError("rank 0 could not save"), ""),
+        (RankError("rank 3: loss nan"), "fastgpt: rank 3: loss nan\n"),
+    ):
+        monkeypatch.setenv("RANK", "3")
+        cli._say(error)
+        assert capsys.readouterr().err == said
+        monkeypatch.setenv("RANK", "0")
+        cli._say(error)
+        assert capsys.readouterr().err == f"fastgpt: {error}\n"
 
 
 def test_python_dash_m_and_a_reader_that_leaves(tmp_path: Path):

@@ -109,6 +109,9 @@ class Op:
         ctx.set_materialize_grads(False)
 
     def _gradients(self, ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        return self._differentiate(ctx, dys, self.backward)
+
+    def _differentiate(self, ctx: Any, dys: Any, backward: Any) -> tuple[Tensor | None, ...]:
         given = dys[: self.public]
         if self.public > 1:  # results but the first may stand for None
             others = (None if dy is None or dy.shape == (0,) else dy for dy in given[1:])
@@ -117,7 +120,7 @@ class Op:
         if given[0] is None and all(dy is None for dy in given):
             return (None,) * len(needs) + self._rest
         extra = (list(needs),) if self.needs else ()
-        found = self.backward(*given, *ctx.saved_tensors, *ctx.values, *extra)  # type: ignore[misc]
+        found = backward(*given, *ctx.saved_tensors, *ctx.values, *extra)
         if not isinstance(found, tuple):
             found = (found,)
         wanted = [found[k] if need else None for k, need in zip(self.gradients, needs)]  # noqa: B905
@@ -126,7 +129,8 @@ class Op:
     def _direct(self) -> type[torch.autograd.Function]:
         """The same without the dispatcher; named so that a profile tells which op it is."""
 
-        public, saves = self.public, self.saves
+        public, saves, rest, op = self.public, self.saves, self._rest, self.backward
+        one = isinstance(op, Op) and public == 1 and self.gradients == (0,) and not self.needs
 
         def forward(ctx: Any, *inputs: Any) -> Any:
             results = self.forward(*inputs)
@@ -137,9 +141,16 @@ class Op:
                 return results[:public]
             return results[0] if isinstance(results, tuple) else results
 
+        def gradients(ctx: Any, *dys: Any) -> tuple[Tensor | None, ...]:
+            # What was saved is plain, or `forward` would not have run: only dys can be otherwise.
+            launch = op.forward if isinstance(op, Op) and call_directly(*dys) else op
+            if one:
+                return launch(*dys, *ctx.saved_tensors, *ctx.values), *rest  # type: ignore[misc]
+            return self._differentiate(ctx, dys, launch)
+
         body = {
             "forward": staticmethod(forward),
-            "backward": staticmethod(once_differentiable(self._gradients)),
+            "backward": staticmethod(once_differentiable(gradients)),
         }
         return type(f"fastgpt::{self.name}", (torch.autograd.Function,), body)
 

@@ -42,7 +42,7 @@ class Torchrun:
                 launch, cwd=cwd, env=environment, stdout=out, stderr=err, text=True
             )
 
-    def wait(self, timeout: float = 100) -> int:
+    def wait(self, timeout: float = 400) -> int:
         try:
             return self.process.wait(timeout)
         finally:
@@ -140,7 +140,7 @@ def test_the_device_itself_calls_off_a_sharded_update(home: Path):
     """As on a GPU, where no step waits: fused AdamW takes found_inf for sharded weights too."""
     args = (*TINY, "--input=text.txt", "--out_dir=guard", "--parallel=fsdp", "--log_interval=8")
     job = Torchrun(home, 2, "train", *args, "--eval_interval=100", fault="guard:1:9")
-    assert job.wait(60) != 0
+    assert job.wait() != 0
     assert len(job.said) == 1 and job.said[0].startswith("fastgpt: step 4 on rank 1"), job.said
     at = home / "guard" / "nonfinite" / "step_00000004" / "model.safetensors"
     assert all(t.isfinite().all() for t in load_file(at).values())
@@ -189,7 +189,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(home: Path):
     """It comes in step 4, is asked about before step 5, and the answer is there after step 5."""
     args = (*TINY, "--input=text.txt", "--out_dir=one-term", "--parallel=ddp")
     job = Torchrun(home, 2, "train", *args, fault="term:1:9")
-    assert job.wait(60) != 0
+    assert job.wait() != 0
     assert "SIGTERM: stopping after step 6" in job.out.read_text()
     assert runs.latest(home / "one-term").name == "step_00000006" and job.said == []
     fastgpt(home, "train", "--init_from=resume", "--out_dir=one-term")
@@ -199,7 +199,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(home: Path):
 def test_a_killed_rank_ends_the_job(home: Path):
     args = (*TINY, "--input=text.txt", "--out_dir=killed", "--parallel=ddp")
     job = Torchrun(home, 2, "train", *args, fault="kill:1:9")
-    assert job.wait(60) != 0
+    assert job.wait() != 0
     text = job.err.read_text()
     assert "lost the others (silent: rank 1" in text or "rank      : 1 (local_rank: 1)" in text
 
@@ -208,7 +208,7 @@ def test_a_hanging_rank_ends_the_job(home: Path):
     """Bounded by --dist_timeout and torchrun's 30 s between SIGTERM and SIGKILL."""
     args = (*TINY, "--input=text.txt", "--out_dir=hung", "--parallel=ddp", "--dist_timeout=4")
     job = Torchrun(home, 2, "train", *args, fault="hang:1:9")
-    assert job.wait(80) != 0
+    assert job.wait() != 0
     assert len(job.said) == 1 and "silent: rank 1;" in job.said[0], job.err.read_text()
 
 
@@ -218,7 +218,7 @@ def test_a_crash_of_rank_0_in_a_save_loses_nothing(home: Path, strategy: str):
     name = f"crash-{strategy}"
     args = (*TINY, "--input=text.txt", f"--out_dir={name}", f"--parallel={strategy}")
     job = Torchrun(home, 2, "train", *args, fault="crash:0:5")
-    assert job.wait(60) != 0
+    assert job.wait() != 0
     assert runs.latest(home / name).name == "step_00000010"
     again = fastgpt(home, "train", "--init_from=resume", f"--out_dir={name}")
     assert f"resuming from {name}/checkpoints/step_00000010" in again
@@ -231,7 +231,7 @@ def test_a_crash_of_rank_0_in_a_save_loses_nothing(home: Path, strategy: str):
 def test_a_save_that_cannot_be_written_is_one_line(home: Path, strategy: str):
     args = (*TINY, "--input=text.txt", f"--out_dir=full-{strategy}", f"--parallel={strategy}")
     job = Torchrun(home, 2, "train", *args, fault="full:0:20000")
-    assert job.wait(60) != 0
+    assert job.wait() != 0
     assert len(job.said) == 1 and f"full-{strategy}/checkpoints/" in job.said[0], job.said
 
 
@@ -240,7 +240,7 @@ def test_a_nan_on_one_rank_stops_all_and_names_it(home: Path, strategy: str):
     out = f"--out_dir=nan-{strategy}"
     args = (*TINY, "--input=text.txt", out, f"--parallel={strategy}")
     job = Torchrun(home, 2, "train", *args, fault="nan:1:9")
-    assert job.wait(60) != 0
+    assert job.wait() != 0
     assert len(job.said) == 1, job.err.read_text()
     assert job.said[0].startswith("fastgpt: step 4 on rank 1: loss nan")
     assert (home / f"nan-{strategy}" / "nonfinite").exists()
