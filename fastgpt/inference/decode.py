@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from fastgpt.model.gpt import GPT, Block, LayerNorm
-from fastgpt.model.ops import Wish, choose_one
-from fastgpt_kernels.record import record
+from fastgpt.model.ops import Wish, choose_all
+from fastgpt_kernels.record import records
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,8 @@ class Decoder:
         self.cache = torch.zeros(size, dtype=dtype, device=device)
         self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
         sizes = replace(shape.sizes(batch_size), block_size=max_len)
-        attention, linear = (
-            choose_one(record(op), device, dtype, sizes, Wish())
-            for op in ("decode_attention", "decode_linear")
-        )
+        chosen = choose_all(records("inference"), device, dtype, sizes, Wish())
+        attention, linear = chosen["decode_attention"], chosen["decode_linear"]
         self.attend = attention[1]
         # Without our kernel PyTorch's layers and the op table's norms do better than its twin.
         self.linear = linear[1] if linear[0].implementation == "triton" else None

@@ -53,7 +53,8 @@ class ModelShape:
     def sizes(self, batch_size: int, dropout: float = 0.0) -> Sizes:
         """What the ops of a model of this shape are asked about, for a micro-batch."""
         vocab = self.vocab_size, self.padded_vocab_size
-        return Sizes(batch_size, self.block_size, self.n_head, self.n_embd, *vocab, dropout)
+        width = self.n_head, self.n_embd
+        return Sizes(batch_size, self.block_size, *width, *vocab, dropout, self.bias, self.gelu)
 
 
 class LayerNorm(nn.Module):

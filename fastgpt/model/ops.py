@@ -8,15 +8,16 @@ depends on the choice:
     triton   fastgpt_kernels, on a GPU
     others   as the op's record lists them: attention has PyTorch's cudnn and flash
 
-By itself (`--kernels=auto`) a GPU gets Triton if the shapes allow it and the op agrees with the
-eager one on this very device (`selfcheck.py`), and everything else gets eager. Ops whose eager
-implementation is a library's own kernel (matrix products, the optimizer) are different: they leave
-it only on GPUs on which ours was measured faster, or for a flag such as --op.linear=triton.
+By itself (`--kernels=auto`) a GPU gets Triton if the shapes allow it and the op agrees with its
+specification on this very device (`selfcheck.py`, in a process of its own: `contact.py`), and
+everything else gets eager. Ops whose eager implementation is a library's own kernel (matrix
+products, the optimizer) are different: they leave it only on GPUs on which ours was measured
+faster, or for a flag such as --op.linear=triton.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,9 +25,11 @@ from typing import Any
 import torch
 
 from fastgpt.errors import UserError
-from fastgpt.model.selfcheck import disagreement
+from fastgpt.model.contact import Task, first_contact
 from fastgpt_kernels import host
 from fastgpt_kernels.record import Record, Sizes, records
+
+CHECKED_ON = ("cuda",)  # types of devices; Triton's interpreter is not worth the time
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def choose(
     Raises UserError if what was asked for cannot run here.
     """
     sizes, wish = sizes or Sizes(), wish or Wish()
-    chosen = {op.name: choose_one(op, device, dtype, sizes, wish) for op in records("model")}
+    chosen = choose_all(records("model"), device, dtype, sizes, wish)
     functions = {name: function for name, (_, function) in chosen.items()}
     for op in records("model"):
         choice, function = chosen[op.name]
@@ -95,33 +98,46 @@ def choose(
     return OpTable(functions, tuple(choice for choice, _ in chosen.values()))
 
 
-def choose_one(
-    op: Record,
+def choose_all(
+    ops: Sequence[Record],
     device: torch.device,
     dtype: torch.dtype,
     sizes: Sizes,
     wish: Wish,
-    implementations: Mapping[str, Callable[..., Any]] | None = None,
-) -> tuple[Choice, Callable[..., Any]]:
-    """One op's choice and function; `implementations`: in place of the record's own."""
-    functions = implementations or op.implementations
+) -> dict[str, tuple[Choice, Callable[..., Any]]]:
+    """Choice and function of each op, by name. Raises UserError as `choose` does."""
+    plans = {op.name: _plan(op, device, dtype, sizes, wish) for op in ops}
+    tasks = {}
+    for op in ops:
+        name, obstacle, _ = plans[op.name]
+        if name != "eager" and not obstacle and device.type in CHECKED_ON:
+            tasks[op.name] = Task.of(op, name, device, dtype, sizes)
+    found = dict(zip(tasks, first_contact([*tasks.values()]), strict=True))
+    chosen = {}
+    for op in ops:
+        name, obstacle, flag = plans[op.name]
+        if wrong := found.get(op.name, ""):
+            if flag:
+                raise UserError(f"{flag}: {wrong}")
+            obstacle = f"{name}: {wrong}"
+        kind, reason = ("eager", obstacle) if obstacle else (name, flag or "fused kernels")
+        chosen[op.name] = Choice(op.name, kind, reason), op.implementations[kind]
+    return chosen
+
+
+def _plan(
+    op: Record, device: torch.device, dtype: torch.dtype, sizes: Sizes, wish: Wish
+) -> tuple[str, str, str]:
+    """(the implementation to take, why it cannot be, the flag that asks for it or nothing).
+
+    Raises UserError if the one that is asked for cannot run here.
+    """
     wanted, flag = wish.of(op)
-    name = "triton" if wanted == "auto" else wanted
-    obstacle = _obstacle(op, name, device, dtype, sizes)
-    if obstacle and wanted != "auto":
-        raise UserError(f"{flag}: {obstacle}")
     if wanted == "auto":
-        obstacle = obstacle or _slower(op, device)
-    if obstacle:
-        return Choice(op.name, "eager", obstacle), functions["eager"]
-    if name != "eager" and device.type == "cuda":
-        wrong = disagreement(op, functions[name], device, dtype, sizes)
-        if wrong and wanted != "auto":
-            raise UserError(f"{flag}: {wrong}")
-        if wrong:
-            return Choice(op.name, "eager", f"triton: {wrong}"), functions["eager"]
-    reason = "fused kernels" if wanted == "auto" else flag
-    return Choice(op.name, name, reason), functions[name]
+        return "triton", _obstacle(op, "triton", device, dtype, sizes) or _slower(op, device), ""
+    if obstacle := _obstacle(op, wanted, device, dtype, sizes):
+        raise UserError(f"{flag}: {obstacle}")
+    return wanted, "", flag
 
 
 def _slower(op: Record, device: torch.device) -> str:

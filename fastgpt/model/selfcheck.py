@@ -1,14 +1,18 @@
-"""Does an implementation of an op agree with the eager one on this device? Asked before it is used.
+"""Does an implementation of an op agree with its specification on this device?
 
-A kernel that was right on another GPU or with another compiler can be wrong here. Forward and every
-gradient of a case with few rows, an odd number of them, are compared with the eager op in fp32, in
-well under a second besides compilation.
+A kernel that was right on another GPU or with another compiler can be wrong here, and one that was
+never compiled here may not compile. Checked are the calls that the run makes: its widths, head dim,
+vocabulary, dropout, biases and dtypes, on so few tokens that it takes well under a second besides
+compilation. Forward and every gradient are compared with the specification in fp32.
+
+What runs here can hang, or end its process: `contact.py` keeps that away from the run.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +22,9 @@ from fastgpt_kernels.record import Case, Record, Sizes, normal
 
 # Relative error (Frobenius norm) that rounding explains: inputs and results of 8, 11 and 24 bits.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
+# Kernels are compiled anew for sequences that are not whole tiles of this many tokens (the longest
+# that attention has), and for row counts that are no multiple of ALIGNMENT.
+TILE, ALIGNMENT = 128, 16
 
 
 @contextlib.contextmanager
@@ -31,33 +38,103 @@ def _exact_matmuls() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def few_rows(sizes: Sizes) -> Sizes:
-    """The same model on a few short sequences: more than a tile long, and no multiple of it."""
-    rows, length = min(sizes.batch_size, 8), min(sizes.block_size, 150)
+def few_rows(sizes: Sizes, tokens: int) -> Sizes:
+    """The same model on about `tokens` tokens, for which the same kernels are compiled.
+
+    A sequence has two tiles and what the run's has beyond whole tiles; there are as few of them as
+    divide by ALIGNMENT if the run's tokens do.
+    """
+    B, T = sizes.batch_size, sizes.block_size
+    length = T if T < 3 * TILE else 2 * TILE + T % TILE
+
+    def aligned(rows: int) -> bool:
+        return rows * length % ALIGNMENT == 0
+
+    least = min(B, max(1, tokens // length))
+    rows = next(b for b in range(least, B + 1) if aligned(b) == aligned(B))
     return replace(sizes, batch_size=rows, block_size=length)
 
 
+def calls(
+    op: Record, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes
+) -> Iterator[tuple[Case, Case]]:
+    """Every call of the run that implementation `name` makes: in its dtypes, and in fp32."""
+    if op.few_tokens:
+        sizes = few_rows(sizes, op.few_tokens)
+    for case in op.cases(sizes, normal(device)):
+        if case.ours is None or case.ours == (name == "triton"):
+            inputs = [
+                None if x is None else x if i in case.masters else x.to(dtype)
+                for i, x in enumerate(case.inputs)
+            ]
+            hints = case.hints if name == "triton" else {}
+            rounded = replace(case, inputs=inputs, arguments={**case.arguments, **hints})
+            exact = [None if x is None else x.float() for x in inputs]
+            yield rounded, replace(case, inputs=exact)
+
+
+def why(error: Exception) -> str:
+    """An error in one line of at most 160 characters; compilers put source text around theirs."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    line = lines[-1] if lines[0].startswith("at ") else lines[0]
+    if not isinstance(error, RuntimeError | ValueError | TypeError) or not line:
+        line = f"{type(error).__name__}: {line}".removesuffix(": ")
+    return line if len(line) <= 160 else f"{line[:100]} ... {line[-55:]}"
+
+
 def disagreement(
-    op: Record,
-    function: Callable[..., Any],
-    device: torch.device,
-    dtype: torch.dtype,
-    sizes: Sizes,
+    op: Record, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes
 ) -> str:
-    """What is wrong with `function` against the op's eager one; empty if they agree."""
-    case = op.case(few_rows(sizes), normal(device))
-    dtype = torch.float32 if op.masters else dtype
-    rounded = Case([x.to(dtype) for x in case.inputs], case.arguments)
-    exact = Case([x.float() for x in rounded.inputs], case.arguments)
-    with _exact_matmuls(), torch.enable_grad():
-        want = op.run(op.eager, exact)
-        try:
-            got = op.run(function, rounded)
-        except (RuntimeError, ValueError, TypeError, NotImplementedError) as e:
-            line = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            return f"does not run here ({line[:160]})"
-    for g, w in zip(got, want, strict=True):
-        error = ((g.float() - w).norm() / w.norm()).item()
-        if not error <= TOLERANCE[dtype]:
-            return f"is off by {error:.2g} here"
+    """What is wrong with an op's implementation `name`; empty if it agrees in every call."""
+    function = op.implementations[name]
+    for rounded, exact in calls(op, name, device, dtype, sizes):
+        with _exact_matmuls(), torch.enable_grad():
+            want = op.run(op.twin, exact)
+            try:
+                got = op.run(function, rounded)
+                off = _error(got, want)
+            except Exception as e:
+                return f"does not run here ({why(e)})"
+        masters = all(i in rounded.masters for i in range(len(rounded.inputs)))
+        if not off <= TOLERANCE[torch.float32 if masters else dtype]:
+            return f"is off by {off:.2g} here"
     return ""
+
+
+def _error(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> float:
+    """The largest relative error among results and gradients; NaN if any is not a number."""
+    pairs = zip(got, want, strict=True)
+    errors = torch.stack([(g.float() - w).norm() / w.norm() for g, w in pairs])
+    return float("nan") if errors.isnan().any() else errors.max().item()
+
+
+def compile_ahead(
+    checks: Sequence[tuple[Record, str, torch.dtype, Sizes]], device: torch.device, threads: int
+) -> int:
+    """Compile in parallel what these checks launch, for later launches; returns how many kernels.
+
+    A first round launches nothing: Triton's hook notes what would be compiled and has the launch
+    left out. Errors are left to the launch itself, which will meet them again.
+    """
+    from triton import AsyncCompileMode, knobs
+
+    wanted: dict[str, tuple[Any, str]] = {}
+
+    def note(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        data = compile["specialization_data"]
+        wanted[f"{fn.module}.{fn.name} {compile['key']}"] = fn.jit_function, data
+        return True
+
+    before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, note
+    try:
+        for op, name, dtype, sizes in checks:
+            with contextlib.suppress(Exception), torch.enable_grad():
+                for rounded, _ in calls(op, name, device, dtype, sizes):
+                    op.run(op.implementations[name], rounded)
+    finally:
+        knobs.runtime.jit_cache_hook = before
+    with ThreadPoolExecutor(threads) as pool, AsyncCompileMode(pool, ignore_errors=True):
+        for function, data in wanted.values():
+            with contextlib.suppress(Exception):
+                function.preload(data)
+    return len(wanted)

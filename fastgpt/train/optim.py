@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from fastgpt.config.schema import OptimConfig
 from fastgpt.model.gpt import GPT
-from fastgpt.model.ops import Choice, Wish, choose_one
+from fastgpt.model.ops import Choice, Wish, choose_all
 from fastgpt.train.sharding import like, whole
 from fastgpt_kernels.record import Sizes, record
 
@@ -33,8 +34,8 @@ def choose(device: torch.device, wish: Wish | None = None) -> tuple[Choice, Call
     from fastgpt.train.adamw import FusedAdamW
 
     op = record("adamw")
-    kinds = {"eager": op.eager, "triton": FusedAdamW}
-    return choose_one(op, device, torch.float32, Sizes(), wish or Wish(), kinds)
+    op = replace(op, implementations={"eager": op.eager, "triton": FusedAdamW})
+    return choose_all([op], device, torch.float32, Sizes(), wish or Wish())[op.name]
 
 
 def make_optimizer(

@@ -7,7 +7,7 @@ op table, the self-check, benchmarks and traces are written in terms of these.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,8 @@ class Sizes:
     vocab_size: int = 50257
     padded_vocab_size: int = 50304
     dropout: float = 0.0
+    bias: bool = True
+    gelu: str = "tanh"  # or "erf"
 
     @property
     def tokens(self) -> int:
@@ -37,13 +39,30 @@ class Sizes:
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
 
+    @property
+    def approximate(self) -> str:
+        """The same GELU in PyTorch's words."""
+        return "none" if self.gelu == "erf" else "tanh"
+
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of one call: the differentiable ones in fp32, and the other arguments by name."""
+    """Inputs of one call: the differentiable ones in fp32, and the other arguments by name.
 
-    inputs: list[Tensor]
+    inputs     None stands for what a call goes without, such as a bias
+    masters    positions of the inputs that are fp32 in a run, whatever the activations are
+    gradients  whether a run differentiates this call
+    hints      arguments that only ours takes, and that change no result but by rounding
+    ours       True: only ours makes this call, for it draws what others cannot repeat; False: only
+               the others do; None: all do
+    """
+
+    inputs: list[Any]
     arguments: dict[str, Any] = field(default_factory=dict)
+    masters: Sequence[int] = ()
+    gradients: bool = True
+    hints: dict[str, Any] = field(default_factory=dict)
+    ours: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -65,12 +84,15 @@ def normal(device: torch.device, seed: int = 0) -> Random:
 
 def differentiate(function: Callable[..., Any], case: Case) -> list[Tensor]:
     """Results and gradients in fp32; all results are weighed by fixed random numbers."""
-    leaves = [x.clone().requires_grad_() for x in case.inputs]
+    leaves = [None if x is None else x.clone().requires_grad_(case.gradients) for x in case.inputs]
     out = function(*leaves, **case.arguments)
     outs = list(out) if isinstance(out, tuple) else [out]
-    weights = [normal(o.device, seed=1 + i)(*o.shape).to(o.dtype) for i, o in enumerate(outs)]
-    torch.autograd.backward(outs, weights)
-    return [t.detach().float() for t in (*outs, *(x.grad for x in leaves if x.grad is not None))]
+    if case.gradients:
+        weights = [normal(o.device, seed=1 + i)(*o.shape).to(o.dtype) for i, o in enumerate(outs)]
+        # A number, for which autograd does not load torch.fx: that takes a second.
+        sum((o * w).float().sum() for o, w in zip(outs, weights, strict=True)).backward()
+    grads = [x.grad for x in leaves if x is not None and x.grad is not None]
+    return [t.detach().float() for t in (*outs, *grads)]
 
 
 @dataclass(frozen=True)
@@ -81,7 +103,10 @@ class Record:
     implementations  by the name that a flag gives them. "eager" is plain PyTorch with the signature
                      of ours: it runs on every device, and is what the others are held against.
                      "triton" is ours
-    case             inputs at a model's sizes
+    case             inputs at a model's sizes, for benchmarks and tuning
+    calls            every kind of call that a run of these sizes makes: widths, biases, dropout,
+                     with and without gradients; if there is none, `case` is the only one
+    few_tokens       how many tokens show what the op does with more of them; 0: its rows are few
     work             FLOPs and bytes of each pass ("forward", "backward", or "both" if the gradient
                      is computed with the result), from sizes and bytes an element
     kernels          names of its Triton kernels, as a profile shows them
@@ -94,7 +119,6 @@ class Record:
                      architectures on which ours was measured faster
     measured_faster  these architectures
     made_of          other ops that "eager" takes as keyword arguments
-    masters          it works on fp32 masters, whatever the activations' dtype is
     run              (implementation, case) -> all that has to agree between implementations
     """
 
@@ -109,7 +133,8 @@ class Record:
     library: str = ""
     measured_faster: tuple[str, ...] = ()
     made_of: tuple[str, ...] = ()
-    masters: bool = False
+    calls: Callable[[Sizes, Random], list[Case]] | None = None
+    few_tokens: int = 4096
     run: Callable[[Callable[..., Any], Case], list[Tensor]] = differentiate
 
     @property
@@ -120,6 +145,10 @@ class Record:
     def twin(self) -> Callable[..., Any]:
         """The specification: the function in `reference`, or eager if there is none."""
         return getattr(reference, self.name, self.eager)
+
+    def cases(self, sizes: Sizes, random: Random) -> list[Case]:
+        """What has to agree before a run of these sizes uses an implementation."""
+        return [self.case(sizes, random)] if self.calls is None else self.calls(sizes, random)
 
     @property
     def ours(self) -> Callable[..., Any]:

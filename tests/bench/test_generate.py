@@ -14,7 +14,6 @@ from fastgpt.model.gpt import GPT
 from fastgpt.model.ops import Choice
 from fastgpt.weights.hugging_face import shape_of_size
 from fastgpt_kernels import reference
-from fastgpt_kernels.record import Record
 
 FEW = ["--device=cpu", "--dtype=float32", "--new=12", "--prompt=3"]
 
@@ -38,14 +37,13 @@ def test_fused_linear_layers_are_held_against_pytorchs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With the reference in the kernel's place: it takes the same way through the decoder."""
-    choose_one = decode.choose_one
+    choose_all = decode.choose_all
 
-    def choose(op: Record, *rest: Any) -> tuple[Choice, Callable[..., Any]]:
-        if op.name == "decode_linear":
-            return Choice(op.name, "triton", "fake"), reference.decode_linear
-        return choose_one(op, *rest)
+    def choose(*asked: Any) -> dict[str, tuple[Choice, Callable[..., Any]]]:
+        fake = Choice("decode_linear", "triton", "fake"), reference.decode_linear
+        return choose_all(*asked) | {"decode_linear": fake}
 
-    monkeypatch.setattr(decode, "choose_one", choose)
+    monkeypatch.setattr(decode, "choose_all", choose)
     assert generate.main([*FEW, "--rounds=2", "--every=1"]) == 0
     said = capsys.readouterr().out
     row = json.loads(said.splitlines()[-1])

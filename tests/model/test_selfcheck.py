@@ -1,29 +1,49 @@
-"""The self-check lets right ops through and names what is wrong with others."""
+"""The self-check lets right ops through, names what is wrong, and checks what trains."""
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
+from torch import Tensor
 
-from fastgpt.model.selfcheck import disagreement, few_rows
+from fastgpt.config.presets import laptop
+from fastgpt.config.settings import replace as replace_settings
+from fastgpt.inference import decode
+from fastgpt.inference.decode import Decoder
+from fastgpt.model import build, ops
+from fastgpt.model.device import Machine
+from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.model.ops import Choice, OpTable
+from fastgpt.model.selfcheck import calls, disagreement, few_rows
 from fastgpt.train.adamw import FusedAdamW
 from fastgpt_kernels import OPS
-from fastgpt_kernels.record import Sizes, record
+from fastgpt_kernels.record import Sizes, record, records
 from tests.model.test_ops import CPU, interpreted
 
 SMALL = Sizes(3, 40, 2, 64, 300, 384)
+DROPPING = replace(SMALL, dropout=0.3, bias=False, gelu="erf")
 FLAGGED = [name for name, op in OPS.items() if op.chosen_by]
 
 
-def check(op, function, dtype=torch.float32):
-    return disagreement(record(op), function, CPU, dtype, SMALL)
+def check(op, function=None, dtype=torch.float32, sizes=SMALL):
+    """As "triton" a function, as "eager" the record's own."""
+    known = record(op)
+    if function is None:
+        return disagreement(known, "eager", CPU, dtype, sizes)
+    known = replace(known, implementations={"eager": known.eager, "triton": function})
+    return disagreement(known, "triton", CPU, dtype, sizes)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/kernels run them for real")
+@pytest.mark.parametrize("sizes", [SMALL, DROPPING], ids=["bias", "dropout"])
 @pytest.mark.parametrize("op", FLAGGED)
-def test_selfcheck_passes_the_kernels(op, monkeypatch):
+def test_selfcheck_passes_the_kernels(op, sizes, monkeypatch):
     interpreted(monkeypatch)
-    assert check(op, FusedAdamW if op == "adamw" else record(op).ours) == ""
+    assert check(op, FusedAdamW if op == "adamw" else record(op).ours, sizes=sizes) == ""
 
 
 def broken(op):
@@ -33,6 +53,7 @@ def broken(op):
         return lambda groups, **options: eager(groups, **{**options, "betas": (0.899, 0.95)})
 
     def function(*args, **kwargs):
+        kwargs.pop("chunk_tokens", None)
         out = eager(*args, **kwargs)
         if chosen_by == "inference":
             return out * 1.01
@@ -50,18 +71,132 @@ def test_selfcheck_sees_what_is_wrong(op):
     def refuses(*args, **kwargs):
         raise RuntimeError("PassManager::run failed\nand more")
 
-    assert check(op, record(op).eager) == ""
     assert "is off by 0.0" in check(op, broken(op))
     assert check(op, refuses) == "does not run here (PassManager::run failed)"
 
 
+def test_a_wrong_dropout_mask_is_seen():
+    """Ours follows the specification's mask; PyTorch's, which draw their own, are held without."""
+    eager = record("attention").eager
+    assert "is off by" in check("attention", eager, sizes=DROPPING)
+    assert check("attention", sizes=DROPPING) == ""
+
+
 @pytest.mark.parametrize("op", FLAGGED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_eager_rows_are_right_in_low_precision(op, dtype):
-    assert check(op, record(op).eager, dtype) == ""
+@pytest.mark.parametrize("sizes", [SMALL, DROPPING], ids=["bias", "dropout"])
+def test_eager_rows_are_right_in_low_precision(op, dtype, sizes):
+    assert check(op, dtype=dtype, sizes=sizes) == ""
 
 
-def test_a_check_is_of_the_same_model_on_few_rows():
-    sizes = few_rows(Sizes(64, 1024, 25, 1600))
-    assert (sizes.n_head, sizes.n_embd, sizes.vocab_size) == (25, 1600, 50257)
-    assert sizes.tokens < 2000 and sizes.block_size % 16
+@pytest.mark.parametrize("T", [1, 40, 128, 200, 256, 300, 384, 520, 1000, 1024, 8192])
+@pytest.mark.parametrize("B", [1, 2, 3, 7, 12, 64, 480])
+@pytest.mark.parametrize("tokens", [512, 4096])
+def test_few_rows_compile_to_the_same_kernels(B, T, tokens):
+    """Triton compiles anew for multiples of 16 and for 1, attention for whole tiles of 128."""
+    sizes = Sizes(B, T, 25, 1600)
+    few = few_rows(sizes, tokens)
+    assert replace(few, batch_size=B, block_size=T) == sizes
+    assert few.block_size % 128 == T % 128
+    assert (few.tokens % 16 == 0) == (sizes.tokens % 16 == 0)
+    assert (few.tokens == 1) == (sizes.tokens == 1)
+    assert few.tokens <= min(sizes.tokens, 2 * tokens + 16 * 384)
+
+
+def watched(op, seen):
+    """Eager, noting what a call compiles to, as far as that hangs on dtypes, widths and options."""
+    eager = record(op).eager
+
+    def of(name, x):
+        if not isinstance(x, Tensor):
+            return x
+        return x.dtype, x.shape if name.endswith(("weight", "bias")) else x.shape[-1]
+
+    def function(*arguments, **options):
+        options.pop("chunk_tokens", None)
+        given = inspect.signature(eager).bind(*arguments, **options)
+        given.apply_defaults()
+        ignored = ("seed", "targets", "positions", *record(op).made_of)
+        found = {(k, of(k, x)) for k, x in given.arguments.items() if k not in ignored}
+        seen.setdefault(op, set()).add(frozenset(found))
+        return eager(*arguments, **options)
+
+    return function
+
+
+def checked(op, sizes, dtype):
+    seen: dict[str, set] = {}
+    for rounded, _ in calls(record(op), "triton", CPU, dtype, sizes):
+        record(op).run(watched(op, seen), rounded)
+    return seen[op]
+
+
+RUNS = pytest.mark.parametrize(
+    "shape",
+    [ModelShape(2, 2, 64, 40, 300, True), ModelShape(2, 2, 64, 40, 300, False, "erf")],
+    ids=["bias", "erf"],
+)
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+
+
+@RUNS
+@DTYPES
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_what_is_checked_is_what_the_model_calls(shape, dropout, dtype):
+    """In training and evaluation: each call is checked, and no other."""
+    seen: dict[str, set] = {}
+    names = [op.name for op in records("model")]
+    functions = {name: watched(name, seen) for name in names}
+    parts = {name: functions[name] for name in record("mlp").made_of}
+    functions["mlp"] = partial(functions["mlp"], **parts)
+    model = GPT(shape, dropout, OpTable(functions, ()), dtype).init_weights(0)
+    ids = torch.randint(300, (3, 41))
+    model(ids[:, :-1], ids[:, 1:]).backward()
+    with torch.no_grad():
+        model.eval()(ids[:, :-1], ids[:, 1:])
+    assert seen == {name: checked(name, shape.sizes(3, dropout), dtype) for name in names}
+
+
+@RUNS
+@DTYPES
+def test_what_is_checked_is_what_decoding_calls(shape, dtype, monkeypatch):
+    seen: dict[str, set] = {}
+    names, asked = ("decode_attention", "decode_linear"), []
+
+    def choose(ops, device, dtype, sizes, wish):
+        asked.append(sizes)
+        return {n: (Choice(n, "triton", ""), watched(n, seen)) for n in names}
+
+    monkeypatch.setattr(decode, "choose_all", choose)
+    decoder = Decoder(GPT(shape, dtype=dtype).init_weights(0), 3, 20)
+    decoder.prefill([[1], [2, 3], [4]])
+    decoder.step(torch.tensor([5, 6, 7]))
+    assert asked == [replace(shape.sizes(3), block_size=20)]
+    assert seen == {name: checked(name, asked[0], dtype) for name in names}
+    (_, case), *_ = calls(record("decode_attention"), "triton", CPU, dtype, asked[0])
+    assert [x.shape for x in case.inputs] == [(3, 192), (3, 2, 20, 32), (3, 2, 20, 32)]
+
+
+def test_chunks_evaluation_and_vocabulary_of_the_loss():
+    cases = [
+        c for c, _ in calls(record("linear_cross_entropy"), "triton", CPU, torch.bfloat16, SMALL)
+    ]
+    training, evaluation = cases
+    assert training.gradients and not evaluation.gradients
+    chunk = training.hints["chunk_tokens"]
+    assert 2 * chunk < SMALL.tokens < 3 * chunk, "three chunks, and the last is shorter"
+    for case in cases:
+        assert case.inputs[1].shape == (384, 64) and case.arguments["vocab_size"] == 300
+        assert case.arguments["targets"].max() < 300
+
+
+def test_checks_ask_for_the_sizes_of_the_config(monkeypatch):
+    asked = []
+    choose = ops.choose
+    monkeypatch.setattr(build.ops, "choose", lambda *a: asked.append(a) or choose(*a))
+    config = replace_settings(
+        laptop(), dropout=0.1, bias=True, gelu="erf", batch_size=5, kernels="eager"
+    )
+    build.build(config, 61, Machine(CPU, "bfloat16"))
+    want = Sizes(5, 64, 4, 128, 61, 128, 0.1, bias=True, gelu="erf")
+    assert asked == [(CPU, torch.bfloat16, want, ops.Wish("eager", vars(config.op)))]

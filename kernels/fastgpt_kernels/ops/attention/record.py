@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -49,6 +50,19 @@ def _case(s: Sizes, random: Random) -> Case:
     return Case([random(s.batch_size, s.block_size, 3 * s.n_embd)], {"n_head": s.n_head})
 
 
+def _calls(s: Sizes, random: Random) -> list[Case]:
+    """Training and evaluation, which drops nothing; each implementation draws masks of its own."""
+    case = _case(s, random)
+    if not s.dropout:
+        return [case]
+    dropout = {**case.arguments, "dropout_p": s.dropout, "seed": 1}
+    return [
+        replace(case, ours=False),
+        replace(case, ours=True, gradients=False),
+        replace(case, ours=True, arguments=dropout),
+    ]
+
+
 def _work(s: Sizes, itemsize: int) -> dict[str, Work]:
     """Two products of T x T x D a head forward, five backward, of which causal needs half."""
     product = 1.0 * s.batch_size * s.block_size**2 * s.n_embd
@@ -67,6 +81,6 @@ RECORDS = {
         },
         _case, _work,
         kernels=tuple(f"attention_{kernel}_kernel" for kernel in KERNELS),
-        part="attention", limits=_limits,
+        part="attention", limits=_limits, calls=_calls, few_tokens=512,
     )
 }  # fmt: skip

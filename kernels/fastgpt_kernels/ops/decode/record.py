@@ -47,7 +47,7 @@ def _attention_case(s: Sizes, random: Random) -> Case:
     qkv = random(B, 3 * s.n_embd)
     k, v = (random(B, s.n_head, S, s.head_dim) for _ in range(2))
     positions = torch.linspace(0, S - 1, B, device=qkv.device).long()
-    return Case([qkv, k, v], {"positions": positions})
+    return Case([qkv, k, v], {"positions": positions}, gradients=False)
 
 
 def _run_attention(function: Callable[..., Tensor], case: Case) -> list[Tensor]:
@@ -60,13 +60,34 @@ def _linear_case(s: Sizes, random: Random) -> Case:
     """x, weight, bias, norm and residual of the MLP's first layer."""
     K, N = s.n_embd, 4 * s.n_embd
     x, weight, bias = random(s.batch_size, K), random(N, K) / K**0.5, random(N)
-    return Case([x, weight, bias, random(K), random(K), random(s.batch_size, N)])
+    inputs = [x, weight, bias, random(K), random(K), random(s.batch_size, N)]
+    return Case(inputs, {"activation": "tanh"}, masters=(3, 4), gradients=False)
+
+
+def _linear_calls(s: Sizes, random: Random) -> list[Case]:
+    """A block's four layers and the head, as `fastgpt.inference.decode` calls them."""
+    B, C, H = s.batch_size, s.n_embd, 4 * s.n_embd
+
+    def layer(K: int, N: int, norm: bool, bias: bool, activation: str = "none") -> Case:
+        x, weight = random(B, K), random(N, K) / K**0.5
+        gain, shift = random(K) if norm else None, random(K) if norm and s.bias else None
+        residual = None if norm else random(B, N)
+        inputs = [x, weight, random(N) if bias else None, gain, shift, residual]
+        return Case(inputs, {"activation": activation}, masters=(3, 4), gradients=False)
+
+    return [
+        layer(C, 3 * C, True, s.bias),
+        layer(C, C, False, s.bias),
+        layer(C, H, True, s.bias, s.gelu),
+        layer(H, C, False, s.bias),
+        layer(C, s.vocab_size, True, False),
+    ]
 
 
 def _run_linear(function: Callable[..., Tensor], case: Case) -> list[Tensor]:
     x, weight, bias, gain, shift, residual = case.inputs
-    norm = {"norm_weight": gain, "norm_bias": shift}
-    return [function(x, weight, bias, **norm, residual=residual, activation="tanh").float()]
+    others = {"norm_weight": gain, "norm_bias": shift, "residual": residual}
+    return [function(x, weight, bias, **others, **case.arguments).float()]
 
 
 def _attention_work(s: Sizes, itemsize: int) -> dict[str, Work]:
@@ -82,11 +103,12 @@ RECORDS = {
         "decode_attention", {"eager": cached_attention, "triton": decode_attention},
         _attention_case, _attention_work,
         kernels=("decode_attention_kernel", "decode_attention_combine_kernel"), part="attention",
-        limits=_attention_limits, run=_run_attention,
+        limits=_attention_limits, few_tokens=0, run=_run_attention,
     ),
     "decode_linear": Record(
         "decode_linear", {"eager": reference.decode_linear, "triton": decode_linear}, _linear_case,
         _linear_work,
-        kernels=("decode_linear_kernel",), part="linear", limits=_linear_limits, run=_run_linear,
+        kernels=("decode_linear_kernel",), part="linear", limits=_linear_limits,
+        calls=_linear_calls, few_tokens=0, run=_run_linear,
     ),
 }  # fmt: skip

@@ -18,6 +18,11 @@ def _case(s: Sizes, random: Random) -> Case:
     return Case([random(s.tokens, 4 * s.n_embd), random(4 * s.n_embd)])
 
 
+def _calls(s: Sizes, random: Random) -> list[Case]:
+    x, bias = _case(s, random).inputs
+    return [Case([x, bias if s.bias else None], {"approximate": s.approximate}, masters=(1,))]
+
+
 def _work(s: Sizes, itemsize: int) -> dict[str, Work]:
     moved = 4.0 * s.tokens * s.n_embd * itemsize
     return {"forward": Work(0, 2 * moved), "backward": Work(0, 3 * moved)}
@@ -27,6 +32,6 @@ RECORDS = {
     "bias_gelu": Record(
         "bias_gelu", {"eager": eager, "triton": bias_gelu}, _case, _work,
         kernels=tuple(f"bias_gelu_{kernel}_kernel" for kernel in ("forward", "backward", "sum")),
-        part="memory", item="GELU",
+        part="memory", item="GELU", calls=_calls,
     )
 }  # fmt: skip

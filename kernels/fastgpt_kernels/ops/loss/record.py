@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -44,6 +46,15 @@ def _case(s: Sizes, random: Random) -> Case:
     return _with_targets(s, x, weight)
 
 
+def _calls(s: Sizes, random: Random) -> list[Case]:
+    """Training, in several chunks of which the last is a short one, and evaluation."""
+    case = _case(s, random)
+    return [
+        replace(case, hints={"chunk_tokens": -(-s.tokens // 48) * 16}),  # aligned, as long ones are
+        replace(case, gradients=False),
+    ]
+
+
 def _cross_entropy_case(s: Sizes, random: Random) -> Case:
     return _with_targets(s, random(s.tokens, s.padded_vocab_size))
 
@@ -61,7 +72,7 @@ def _cross_entropy_work(s: Sizes, itemsize: int) -> dict[str, Work]:
 RECORDS = {
     "linear_cross_entropy": Record(
         "linear_cross_entropy", {"eager": eager, "triton": linear_cross_entropy}, _case, _work,
-        kernels=KERNELS, part="head", item="cross entropy",
+        kernels=KERNELS, part="head", item="cross entropy", calls=_calls, few_tokens=512,
     ),
     "cross_entropy": Record(
         "cross_entropy", {"eager": eager_cross_entropy, "triton": cross_entropy},

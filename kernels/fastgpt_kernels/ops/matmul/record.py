@@ -55,10 +55,28 @@ def _linear_case(s: Sizes, random: Random) -> Case:
     return Case([random(s.tokens, C), random(3 * C, C) / C**0.5, random(3 * C)])
 
 
+def _linear_calls(s: Sizes, random: Random) -> list[Case]:
+    """Attention's two products, and those of an MLP that is made of them."""
+    C, H = s.n_embd, 4 * s.n_embd
+
+    def layer(K: int, N: int, bias: bool) -> Case:
+        inputs = [random(s.tokens, K), random(N, K) / K**0.5, random(N) if bias else None]
+        return Case(inputs, masters=(1, 2))
+
+    return [layer(C, 3 * C, s.bias), layer(C, C, s.bias), layer(C, H, False), layer(H, C, s.bias)]
+
+
 def _mlp_case(s: Sizes, random: Random) -> Case:
     C, H = s.n_embd, 4 * s.n_embd
     fc, proj = random(H, C) / C**0.5, random(C, H) / H**0.5
     return Case([random(s.tokens, C), fc, random(H), proj, random(C)])
+
+
+def _mlp_calls(s: Sizes, random: Random) -> list[Case]:
+    x, fc, fc_bias, proj, proj_bias = _mlp_case(s, random).inputs
+    biases = (fc_bias, proj_bias) if s.bias else (None, None)
+    inputs = [x, fc, biases[0], proj, biases[1]]
+    return [Case(inputs, {"approximate": s.approximate}, masters=(1, 2, 3, 4))]
 
 
 def _work(layers: int) -> Callable[[Sizes, int], dict[str, Work]]:
@@ -76,10 +94,11 @@ RECORDS = {
     "linear": Record(
         "linear", {"eager": eager_linear, "triton": linear}, _linear_case, _work(3),
         kernels=("matmul_kernel",), part="linear", limits=_limits, library="cuBLAS",
+        calls=_linear_calls,
     ),
     "mlp": Record(
         "mlp", {"eager": eager_mlp, "triton": mlp}, _mlp_case, _work(8),
         kernels=("matmul_kernel",), part="linear", limits=_limits, library="cuBLAS",
-        made_of=("linear", "bias_gelu"),
+        made_of=("linear", "bias_gelu"), calls=_mlp_calls,
     ),
 }  # fmt: skip

@@ -37,6 +37,11 @@ def _record(name: str, streams: int, tensors: tuple[int, int]) -> Record:
         shapes = [(s.tokens, s.n_embd)] * streams + [(s.n_embd,)] * 2
         return Case([random(*shape) for shape in shapes])
 
+    def calls(s: Sizes, random: Random) -> list[Case]:
+        *inputs, bias = case(s, random).inputs
+        inputs += [bias] if s.bias else []
+        return [Case(inputs, masters=range(streams, len(inputs)))]
+
     def work(s: Sizes, itemsize: int) -> dict[str, Work]:
         moved = 1.0 * s.tokens * s.n_embd * itemsize
         return {"forward": Work(0, tensors[0] * moved), "backward": Work(0, tensors[1] * moved)}
@@ -44,7 +49,7 @@ def _record(name: str, streams: int, tensors: tuple[int, int]) -> Record:
     return Record(
         name, {"eager": globals()[name], "triton": getattr(op, name)}, case, work,
         kernels=tuple(f"layer_norm_{kernel}_kernel" for kernel in ("forward", "backward", "sum")),
-        part="memory", item="norms", limits=_limits,
+        part="memory", item="norms", limits=_limits, calls=calls,
     )  # fmt: skip
 
 
