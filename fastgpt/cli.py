@@ -40,7 +40,7 @@ fastgpt {version}: train GPT-2-class models as fast as one CUDA GPU allows
   fastgpt export --to=FOLDER [--out_dir=RUN]             write it as a Hugging Face GPT-2 folder
   fastgpt import CKPT.pt [--out_dir=RUN] ...             go on with a checkpoint of nanoGPT's
   fastgpt prepare CORPUS [--key=value ...]               turn a corpus into token files
-  fastgpt doctor                                         what this machine has and what will run
+  fastgpt doctor [PRESET | FILE.toml] [--key=value ...]  what this machine has and what will run
 
 presets   {presets}
 corpora   python_stdlib  shakespeare_char  shakespeare  openwebtext  fineweb10B
@@ -103,7 +103,7 @@ def _command(args: list[str]) -> int:
         "export": (ExportConfig, "", _export),
         "import": (ImportConfig, "CKPT.pt", _import),
         "prepare": (PrepareConfig, "CORPUS", _prepare),
-        "doctor": (dict, "", _doctor),
+        "doctor": (dict, "[PRESET | FILE.toml]", _doctor),
     }
     if not args or args[0] in ("-h", "--help", "help"):
         presets = textwrap.fill("  ".join(PRESETS), 88, subsequent_indent=" " * 10)
@@ -119,7 +119,10 @@ def _command(args: list[str]) -> int:
     if "--help" not in rest and "-h" not in rest:
         return command(rest)
     if name == "doctor":
-        print("fastgpt doctor: Python, torch, triton, GPU and peak, disk, data, ops; no settings")
+        print(
+            "fastgpt doctor [PRESET | FILE.toml] [--key=value ...]: Python, torch, triton, GPU and "
+            "peak, disk, data, and the ops of `fastgpt train` with the same arguments"
+        )
         return 0
     if name == "train":
         defaults = PRESETS.get(rest[0], defaults)
@@ -153,7 +156,8 @@ def _help(config: Any, command: str, positional: str) -> int:
     return 0
 
 
-def _train(args: list[str]) -> int:
+def _training(args: list[str]) -> tuple[Config, str]:
+    """The config of a run, and what it is called."""
     positional, flags = settings.split_flags(args)
     if len(positional) > 1:
         raise UserError(f"{' '.join(positional)}: one preset or TOML file is wanted")
@@ -162,6 +166,11 @@ def _train(args: list[str]) -> int:
     config, name = _base(positional[0] if positional else None, flags)
     config = settings.apply_flags(config, flags)
     settings.check(config)
+    return config, name
+
+
+def _train(args: list[str]) -> int:
+    config, name = _training(args)
     from fastgpt.train.main import train
 
     return train(config, name)
@@ -256,9 +265,8 @@ def _prepare(args: list[str]) -> int:
 
 
 def _doctor(args: list[str]) -> int:
-    if args:
-        raise UserError(f"{args[0]}: doctor takes no settings")
+    config, name = _training(args)
     from fastgpt.doctor import doctor
 
-    doctor()
+    doctor(config, name)
     return 0

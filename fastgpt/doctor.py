@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,14 +14,22 @@ from rich.console import Console
 from rich.table import Table
 
 from fastgpt import __version__
+from fastgpt.config import settings
 from fastgpt.config.presets import default_name
+from fastgpt.config.schema import Config
 from fastgpt.data.build import cores
+from fastgpt.data.corpora import CORPORA
 from fastgpt.data.tokens import open_dataset
+from fastgpt.data.vocabulary import GPT2_VOCAB
 from fastgpt.errors import UserError
 from fastgpt.model import ops
+from fastgpt.model.build import choose
 from fastgpt.model.device import Machine
+from fastgpt.model.gpt import ModelShape
 from fastgpt.storage import run
 from fastgpt.train import optim
+from fastgpt.weights.hugging_face import SIZES, shape_of_size
+from fastgpt_kernels.record import records
 
 
 def _version(package: str) -> str:
@@ -58,13 +68,41 @@ def _runs() -> str:
         return str(e)
 
 
-def doctor() -> None:
-    """Print the screen."""
-    machine = Machine.of()
-    device = machine.device
+def _vocab_size(config: Config) -> int:
+    """As training will find it, if the data is there; else what such data has."""
+    data = config.data
+    with contextlib.suppress(UserError):
+        return config.model.vocab_size or open_dataset(Path(data.data_dir, data.dataset)).vocab_size
+    own = CORPORA[data.dataset].tokenizer if data.dataset in CORPORA else ""
+    return {"byte": 256, "char": 65}.get(data.tokenizer or own, GPT2_VOCAB)
+
+
+def _ops(config: Config, machine: Machine, vocab_size: int) -> tuple[ops.Choice, ...]:
+    """What computes the model, its optimizer, and the sample at the end of the run."""
+    device, wish = machine.device, ops.Wish(config.system.kernels, vars(config.op))
+    if config.run.init_from in SIZES:
+        size = shape_of_size(config.run.init_from)
+        block_size = min(config.model.block_size, size.block_size)
+        config = settings.replace(config, **{**vars(size), "block_size": block_size})
+    length = min(1 + config.log.sample_tokens, config.model.block_size)
+    sizes = replace(ModelShape.of(config.model, vocab_size).sizes(1), block_size=length)
+    decoding = ops.choose_all(
+        records("inference"), device, machine.torch_dtype, sizes, ops.Wish()
+    ).values()
+    table = choose(config, vocab_size, machine)
+    return (*table.choices, optim.choose(device, wish)[0], *(choice for choice, _ in decoding))
+
+
+def doctor(config: Config, name: str) -> None:
+    """Print the screen; ops, precision and peak are those of `fastgpt train` with this config.
+
+    Raises UserError if this machine cannot do what the config asks for.
+    """
+    s = config.system
+    machine = Machine.of(s.device, s.dtype, s.compile, s.peak_tflops)
+    device, vocab_size = machine.device, _vocab_size(config)
     free = shutil.disk_usage(".").free / 2**30
     bf16 = "yes" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "not used here"
-    choices = (*ops.choose(device, machine.torch_dtype).choices, optim.choose(device)[0])
     table = Table.grid(padding=(0, 2))
     rows = {
         "fastgpt": f"{__version__}, Python {platform.python_version()}, {platform.system()} "
@@ -74,7 +112,9 @@ def doctor() -> None:
         "GPU": _gpus(),
         "precision": f"{machine.dtype}; bf16 on a GPU: {bf16}",
         "peak": str(machine.peak),
-        "ops": "\n".join(f"{c.op}: {c.implementation} ({c.reason})" for c in choices),
+        f"ops of {name}": "\n".join(
+            f"{c.op}: {c.implementation} ({c.reason})" for c in _ops(config, machine, vocab_size)
+        ),
         "disk": f"{free:.1f} GiB free in {Path.cwd()}",
         "data": _data_folders(),
         "runs": _runs(),

@@ -80,7 +80,7 @@ def test_help_shows_a_presets_own_defaults(capsys):
         (["prepare"], "which corpus?"),
         (["prepare", "a", "b"], "a b: one corpus is wanted"),
         (["prepare", "shakespear"], "did you mean shakespeare"),
-        (["doctor", "x"], "doctor takes no settings"),
+        (["doctor", "x"], "x: no such preset; there are laptop, desktop"),
     ],
 )
 def test_mistakes(args, message, capsys):

@@ -5,9 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from fastgpt import doctor
+from fastgpt.config.presets import PRESETS, laptop
+from fastgpt.config.settings import replace
+from fastgpt.model import ops
+from fastgpt.model.ops import Choice
 
 
 def test_gpus_are_listed(monkeypatch):
@@ -25,7 +30,41 @@ def test_broken_data_is_named_and_does_not_stop_the_doctor(tmp_path: Path, monke
     broken = tmp_path / "data" / "broken"
     broken.mkdir(parents=True)
     (broken / "train.bin").write_bytes(b"x")
-    doctor.doctor()
+    doctor.doctor(laptop(), "laptop")
     out = capsys.readouterr().out
     assert "unusable: " in out and "broken" in out
     assert "no run with a checkpoint under runs/ yet" in out
+
+
+@pytest.mark.parametrize(
+    ("preset", "training", "decoding"),
+    [
+        ("laptop", (12, 64, 4, 128, 256, 256, 0.0), (1, 64, 4, 128, 256, 256, 0.0)),
+        ("shakespeare_char", (64, 256, 6, 384, 65, 128, 0.2), (1, 256, 6, 384, 65, 128, 0.0)),
+        ("gpt2", (32, 1024, 12, 768, 50257, 50304, 0.0), (1, 301, 12, 768, 50257, 50304, 0.0)),
+        (
+            "finetune_shakespeare",
+            (1, 1024, 25, 1600, 50257, 50304, 0.0),
+            (1, 301, 25, 1600, 50257, 50304, 0.0),
+        ),
+    ],
+)
+def test_the_ops_are_those_of_the_run(preset, training, decoding, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    asked = {}
+
+    def choose_all(asking, device, dtype, sizes, wish):
+        asked.update({op.name: (dtype, sizes, wish.kernels) for op in asking})
+        return {op.name: (Choice(op.name, "eager", "asked"), op.eager) for op in asking}
+
+    monkeypatch.setattr(ops, "choose_all", choose_all)
+    config = replace(PRESETS[preset](), dtype="bfloat16", kernels="eager")
+    doctor.doctor(config, preset)
+    dtype, sizes, kernels = asked["attention"]
+    assert (dtype, kernels) == (torch.bfloat16, "eager")
+    assert tuple(vars(sizes).values())[:7] == training
+    erf = preset == "shakespeare_char" or preset == "laptop"
+    assert (sizes.bias, sizes.gelu) == (preset[0] == "f", "erf" if erf else "tanh")
+    assert tuple(vars(asked["decode_linear"][1]).values())[:7] == decoding
+    out = capsys.readouterr().out
+    assert f"ops of {preset}" in out and "attention: eager (asked)" in out

@@ -13,6 +13,14 @@ from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
 
 
+def choose(config: Config, vocab_size: int, machine: Machine) -> ops.OpTable:
+    """The ops that a model of this config is made with. Raises UserError as `build` does."""
+    shape = ModelShape.of(config.model, vocab_size)
+    sizes = shape.sizes(config.optim.batch_size, config.model.dropout)
+    wish = ops.Wish(config.system.kernels, vars(config.op))
+    return ops.choose(machine.device, machine.torch_dtype, sizes, wish)
+
+
 def build(
     config: Config,
     vocab_size: int,
@@ -28,9 +36,7 @@ def build(
     # In float32 products are exact unless TF32 is asked for: it is what others are held against.
     exact = machine.dtype == "float32" and not system.tf32
     torch.set_float32_matmul_precision("highest" if exact else "high")
-    sizes = shape.sizes(config.optim.batch_size, config.model.dropout)
-    wish = ops.Wish(system.kernels, vars(config.op))
-    table = ops.choose(machine.device, machine.torch_dtype, sizes, wish)
+    table = choose(config, vocab_size, machine)
     model = GPT(shape, config.model.dropout, table, machine.torch_dtype)
     if weights is None:
         model.init_weights(config.run.seed)

@@ -13,6 +13,7 @@ from fastgpt.config.schema import Config, PrepareConfig
 from fastgpt.data.prepare import ensure
 from fastgpt.data.tokens import Dataset, open_dataset
 from fastgpt.errors import UserError
+from fastgpt.model import ops
 from fastgpt.model.build import build
 from fastgpt.model.device import Machine
 from fastgpt.storage import checkpoint, run
@@ -53,7 +54,8 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> int:
         for split in (dataset.train, dataset.val):
             split.require(config.model.block_size)
         vocab_size = _vocab_size(config, dataset)
-    model = build(config, vocab_size, machine, weights)
+    with ranks.together():
+        model = build(config, vocab_size, machine, weights)
     del weights
 
     r, again = config.run, restarted()
@@ -85,11 +87,19 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> int:
                 if dataset.tokenizer is not None:
                     dataset.tokenizer.save(run_dir)
         console.introduce(trainer, dataset, run_dir)
+        _say_if_ops_differ(ranks.gather(trainer.choices))
         loop = Loop(trainer, dataset, run_dir, start)
         code = loop.run(stack)
     if ranks.first:
         console.farewell(loop, dataset, run_dir)
     return code
+
+
+def _say_if_ops_differ(choices: list[tuple[ops.Choice, ...]]) -> None:
+    """Each rank checks its own GPU: one that runs other ops than rank 0 holds up all others."""
+    for rank, theirs in enumerate(choices):
+        if others := tuple(c for c in theirs if c not in choices[0]):
+            print(f"warning: other ops than rank 0 on rank {rank}: {ops.describe(others)}")
 
 
 def _start_from(config: Config, dataset: Dataset) -> tuple[Config, dict[str, Tensor] | None]:

@@ -25,7 +25,8 @@ def test_lookup_takes_the_nearest_key_at_or_above(arch: str, key: int, wanted: C
 
 
 def test_config_kwargs() -> None:
-    assert HOPPER.kwargs() == {"B": 3, "num_warps": 4, "num_stages": 2}
+    options = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+    assert HOPPER.options == options and HOPPER.kwargs() == {"B": 3, **options}
 
 
 def test_every_table_is_well_formed() -> None:

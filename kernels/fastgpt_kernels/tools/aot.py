@@ -35,6 +35,7 @@ from typing import Any
 
 import triton
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 import fastgpt_kernels
 from fastgpt_kernels.configs import ARCHITECTURES
@@ -53,10 +54,8 @@ README = Path(fastgpt_kernels.__file__).parents[1] / "README.md"
 
 def compile_launch(launch: Launch) -> tuple[Code, Any]:
     """(machine code, Triton's compiled kernel)."""
-    kernel, source_of = launch.kernel, ASTSource
-    if kernel.is_gluon():
-        from triton.experimental.gluon._runtime import GluonASTSource as source_of
-    source = source_of(kernel, launch.signature, launch.constexprs, launch.attrs)
+    source_of = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    source = source_of(launch.kernel, launch.signature, launch.constexprs, launch.attrs)
     compiled = triton.compile(source, target=target(launch.arch), options=dict(launch.options))
     if "cubin" in compiled.asm:
         code = sass.disassemble(compiled.asm["cubin"])
@@ -114,12 +113,11 @@ def measure(launch: Launch, code: Code, warps: int) -> dict[str, Any]:
 
 def inspect(launch: Launch) -> Verdict:
     """Compile a launch and judge it."""
-    start = time.perf_counter()
     code, compiled = compile_launch(launch)
     warps = compiled.metadata.num_warps
     return Verdict(
         launch.name, launch.arch, launch.op, launch.key, measure(launch, code, warps),
-        "; ".join(judge(launch, code, warps)), time.perf_counter() - start,
+        "; ".join(judge(launch, code, warps)), sass.summary(code),
     )  # fmt: skip
 
 
@@ -168,12 +166,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--arch", nargs="+", default=(), choices=ARCHITECTURES, help="compile all for these")
     add("--op", nargs="+", default=(), help="only the rooms of these ops")
+    add("--only", default="", help="only kernels with this text in their name")
+    add("--show", action="store_true", help="print each loop of a kernel too")
     add("--jobs", type=int, default=os.cpu_count() or 1)
     add("--timeout", type=float, default=60.0, help="seconds for one kernel")
     add("--update", action="store_true", help="compile what changed too, and write the baselines")
     add("--readme", action="store_true", help="write the table of kernels/README.md, nothing else")
     add("--triton", nargs="+", default=(), metavar="DIR", help="with the Tritons of these folders")
     args = parser.parse_args(arguments)
+    if args.update and args.only:
+        parser.error("--update is for whole rooms: leave --only out")
     if triton.knobs.runtime.interpret:
         print("unset TRITON_INTERPRET: interpreted kernels cannot be compiled", file=sys.stderr)
         return 2
@@ -193,6 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         launches += found
         for op, reason in left_out.items():
             print(f"{arch}: {op} runs eager: {reason}")
+    launches = [x for x in launches if args.only in x.name]
     changed = baseline.stale(launches, known, version) if args.update else []
     todo = [x for x in launches if x.arch in (args.arch or ALWAYS) or x in changed]
     verdicts = inspect_all(todo, jobs=args.jobs, timeout=args.timeout)
@@ -204,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         verdicts = [baseline.compare(v, known, version) for v in verdicts]
     bad = sum(bool(v.problem) for v in verdicts)
-    print(baseline.table(verdicts))
+    print(baseline.table(verdicts, args.show))
     print(
         f"{len(verdicts)} of {len(launches)} kernels compiled in {time.monotonic() - start:.0f} s "
         f"with Triton {version}: {bad} with problems"

@@ -38,11 +38,11 @@ class Verdict:
     key: str = ""
     figures: dict[str, Any] = field(default_factory=dict)
     problem: str = ""
-    seconds: float = 0.0
+    summary: str = ""
 
 
-def table(verdicts: Sequence[Verdict]) -> str:
-    """The verdicts as text, one row a kernel."""
+def table(verdicts: Sequence[Verdict], show: bool = False) -> str:
+    """The verdicts as text, one row a kernel; `show`: with a summary of its machine code."""
     width = max(len(v.name) for v in [*verdicts, Verdict("kernel", "")])
     lines = [f"{'kernel':{width}}  arch   regs shared per SM  hot bar flying  accesses, bounds"]
     for v in verdicts:
@@ -55,6 +55,7 @@ def table(verdicts: Sequence[Verdict]) -> str:
             )
         problem = f"  <- {v.problem}" if v.problem else ""
         lines.append(f"{v.name:{width}}  {v.arch:6} {text}{problem}")
+        lines += [v.summary] * show
     return "\n".join(lines)
 
 

@@ -1,7 +1,5 @@
 """Machine code as data: what a compiled kernel does, read off its disassembly.
 
-    python -m fastgpt_kernels.tools.sass FILE.cubin ...      a summary of each
-
 `disassemble` reads a cubin with Triton's own cuobjdump, `parse_sass` and `parse_amdgcn` turn text
 into a `Code`; all else is counting. What is counted is the hot path: the loop with the most matrix
 products or, where there are none, the most bytes; a kernel without a loop is its own hot path.
@@ -11,7 +9,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -156,13 +153,13 @@ class Code:
 
     @cached_property
     def serialised(self) -> int:
-        """Products of the hot path that wait for the one before them in the same sum.
+        """Products of the loops that wait for the one before them in the same sum.
 
         A chain of wgmma on one accumulator needs no wait inside. ptxas puts one there, for all
         that is in flight, if it cannot prove that nobody else touches the registers (C7515).
         """
         last, waits, found = "", False, 0
-        for i in self.hot:
+        for i in (i for loop in self.loops or [self.body] for i in loop):
             if i.base == "HGMMA":
                 accumulator = i.operands.partition(",")[0]
                 found += waits and accumulator == last
@@ -278,7 +275,7 @@ def parse_amdgcn(text: str) -> Code:
         return int(found[1])
 
     labels: dict[str, int] = {}
-    found = []
+    found: list[tuple[str, str]] = []
     for line in text.partition("s_endpgm")[0].splitlines():
         if label := re.match(r"^(\.LBB\w+):", line):
             labels[label[1]] = len(found)
@@ -301,7 +298,7 @@ def disassemble(cubin: bytes) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool, "-sass", "-res-usage", file.name]
+        command = [str(tool), "-sass", "-res-usage", file.name]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
     return parse_sass(done.stdout)
 
@@ -324,8 +321,3 @@ def summary(code: Code) -> str:
     if code.serialised:
         lines.append(f"  wgmma serialised: {code.serialised} products wait for the one before")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        print(f"{name}: {summary(disassemble(Path(name).read_bytes()))}")

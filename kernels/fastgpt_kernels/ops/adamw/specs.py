@@ -26,12 +26,11 @@ def uses(m: Model) -> Iterator[Use]:
     parameters = sum(prod(shape) for shape in shapes)
 
     def step(copies: bool) -> None:
-        lists = [[m.parameter(*shape).detach() for shape in shapes] for _ in range(4)]
+        p, g, m1, m2 = ([m.parameter(*shape).detach() for shape in shapes] for _ in range(4))
         rounded = [m.activation(*shape).detach() for shape in shapes] if copies else None
-        scalars = [torch.empty(1, device="meta") for _ in range(4)]
-        adamw_step(
-            AdamWTensors(*lists, rounded), *scalars[:2], grad_scale=scalars[2], found_inf=scalars[3]
-        )
+        count, lr, scale, inf = (torch.empty(1, device="meta") for _ in range(4))
+        tensors = AdamWTensors(p, g, m1, m2, rounded)
+        adamw_step(tensors, count, lr, grad_scale=scale, found_inf=inf)
 
     for copies in (False, True):
         moved = (30 if copies else 28) * parameters

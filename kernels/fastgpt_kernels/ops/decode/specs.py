@@ -19,9 +19,9 @@ def uses(m: Model) -> Iterator[Use]:
     C, H = m.n_embd, 4 * m.n_embd
 
     def attend(rows: int) -> Tensor:
-        caches = m.activation(2, rows, m.n_head, m.block_size, m.head_dim).detach()
+        k, v = m.activation(2, rows, m.n_head, m.block_size, m.head_dim).detach().unbind(0)
         positions = torch.empty(rows, dtype=torch.int64, device="meta")
-        return decode_attention(m.activation(rows, 3 * C), *caches.unbind(0), positions)
+        return decode_attention(m.activation(rows, 3 * C), k, v, positions)
 
     def layer(
         rows: int, inputs: int, outputs: int, norm: bool, residual: bool, gelu: str

@@ -50,7 +50,7 @@ def _calls(s: Sizes, random: Random) -> list[Case]:
     """Training, in several chunks of which the last is a short one, and evaluation."""
     case = _case(s, random)
     return [
-        replace(case, hints={"chunk_tokens": s.tokens // 3 + 1}),
+        replace(case, hints={"chunk_tokens": -(-s.tokens // 48) * 16}),  # aligned, as long ones are
         replace(case, gradients=False),
     ]
 
