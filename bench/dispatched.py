@@ -76,15 +76,15 @@ def _launch(func: Any, args: Any, kwargs: Any, result: Any) -> Launch:
     name = func._schema.name.partition("::")[2]
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     out = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
-    if not out and "_foreach_" in name or "_fused_" in name:
+    if (not out and "_foreach_" in name) or "_fused_" in name:
         out = tensors
-    written = out
     n = launches_of(func, args)
     reads, writes = (
         sum({id(t): t.numel() * t.element_size() for t in ts}.values()) // n
-        for ts in (tensors, written)
+        for ts in (tensors, out)
     )
-    flops, shape = 0, ()
+    flops = 0
+    shape: tuple[int, ...] = ()
     if name in ("mm", "addmm"):
         a, b = args[:2] if name == "mm" else args[1:3]
         shape = (a.shape[0], b.shape[1], a.shape[1])

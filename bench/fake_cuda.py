@@ -102,12 +102,10 @@ def _guard() -> None:
         cache.mkdir(parents=True, exist_ok=True)
         new = library.with_suffix(f".{os.getpid()}.tmp")
         lib = root / "lib"
-        done = subprocess.run(
-            [compiler, "-shared", "-fPIC", "-O0", "-std=c++20", f"-I{root / 'include'}", source]
-            + ["-o", new, f"-L{lib}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{lib}"],
-            capture_output=True,
-            text=True,
-        )
+        flags = ["-shared", "-fPIC", "-O0", "-std=c++20", f"-I{root / 'include'}", f"-L{lib}"]
+        flags += ["-lc10", "-ltorch_cpu", f"-Wl,-rpath,{lib}"]
+        command = [compiler, str(source), "-o", str(new), *flags]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"{source.name} does not compile: {done.stderr.strip()[:300]}")
         new.replace(library)
@@ -226,7 +224,7 @@ def captured(
     config.joint_graph_constant_folding = False
     compile, compile_inner = compile_fx.compile_fx, compile_fx.compile_fx_inner
     lower = GraphLowering._compile_to_module
-    compile_fx.compile_fx = compile_graph
+    compile_fx.compile_fx = compile_graph  # type: ignore[assignment]
     GraphLowering._compile_to_module = compile_to_module  # type: ignore[method-assign]
     try:
         with (
@@ -270,7 +268,8 @@ def _own_call(node: Any) -> tuple[Any, ...] | None:
 def _launch(node: Any) -> Launch:
     parts = node.get_nodes()
     fx = [n for part in parts if part.node is not None for n in part.node.get_origins()]
-    what, shape, flops = "triton", (), 0
+    what, flops = "triton", 0
+    shape: tuple[int, ...] = ()
     if node.is_extern():
         kernel = parts[0].node
         what = getattr(kernel, "python_kernel_name", None) or type(kernel).__name__

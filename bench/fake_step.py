@@ -68,7 +68,12 @@ def _step(found: dict[str, Any]) -> Step:
 
 
 def _launch(fields: dict[str, Any]) -> Launch:
-    return Launch(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    return Launch(**_with_tuples(fields))
+
+
+def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    """What JSON made lists of, as tuples again."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 
 def main() -> int:
@@ -84,8 +89,7 @@ def main() -> int:
 
 
 def _request(given: dict[str, Any]) -> Request:
-    gpu = {k: tuple(v) if isinstance(v, list) else v for k, v in given.pop("gpu").items()}
-    return Request(**given, gpu=FakeGpu(**gpu))
+    return Request(**{**given, "gpu": FakeGpu(**_with_tuples(given["gpu"]))})
 
 
 def _record(request: Request) -> Step:
@@ -98,10 +102,11 @@ def _record(request: Request) -> Step:
     from fastgpt.model import ops
     from fastgpt.model.gpt import GPT, ModelShape
 
-    ops.CHECKED_ON = ()  # nothing can be run here
+    ops.CHECKED_ON = ()  # type: ignore[assignment]  # nothing can be run here
     GPT.init_weights = lambda self, seed: self  # type: ignore[method-assign]
     _foreach_utils._foreach_supported_types.append(FakeTensor)
-    torch.nn.Module.to = lambda self, *a, **k: self  # type: ignore; fake tensors cannot move
+    # Fake tensors cannot move.
+    torch.nn.Module.to = lambda self, *a, **k: self  # type: ignore[method-assign]
     flags = {"device": "cuda:0", "compile": "True", **request.flags}
     config = setup.preset_of(request.preset, flags)
     vocab_size = setup.vocabulary(config)

@@ -81,7 +81,7 @@ def sheet(device_name: str) -> Sheet | None:
 def table_peak(device_name: str) -> Peak | None:
     """The data sheet's peak for a device's name, or None if the table has no such device."""
     found = sheet(device_name)
-    return found and Peak(found.tflops * 1e12, found.source)
+    return Peak(found.tflops * 1e12, found.source) if found else None
 
 
 def synchronize(device: torch.device) -> None:
