@@ -1,17 +1,15 @@
 """What an op's room tells the tools: the calls to compile (aot) and the configs to try (tune).
 
-A room's `specs.py` may define
+A room's `specs.py` defines
 
-    def uses(m: Model) -> Iterator[Use]                     how a model calls the room's ops
     def tunables(arch: str) -> Iterator[Tunable]            every entry of its config tables
-
-Without `uses`, an op is called as its record's case says: activations and vectors of parameters.
+    def uses(m: Model) -> Iterator[Use]                     how a model calls its ops, if that is
+                                                            not just what their records say
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,16 +20,14 @@ from torch import Tensor
 
 from fastgpt_kernels import OPS
 from fastgpt_kernels.configs import Config, entries
-from fastgpt_kernels.record import Record, Sizes, normal
+from fastgpt_kernels.record import Case, Record, Sizes, differentiate, normal
 
 
 @dataclass(frozen=True)
 class Model(Sizes):
-    """A model as the gate makes its tensors: on the meta device, without data."""
+    """A model whose tensors the gate makes on the meta device: shapes without data."""
 
     name: str = ""
-    bias: bool = False
-    gelu: str = "tanh"  # or "erf"
     dtype: torch.dtype = torch.bfloat16
 
     def activation(self, *shape: int) -> Tensor:
@@ -55,8 +51,8 @@ _SIZES = {
     "gpt2_medium": Sizes(16, 1024, 16, 1024),
     "gpt2_large": Sizes(8, 1024, 20, 1280),
     "gpt2_xl": Sizes(4, 1024, 25, 1600),
-    "shakespeare_char": Sizes(64, 256, 6, 384, 65, 128),
-    "laptop": Sizes(12, 64, 4, 128, 65, 128),
+    "shakespeare_char": Sizes(64, 256, 6, 384, 65, 128, gelu="erf"),
+    "laptop": Sizes(12, 64, 4, 128, 65, 128, gelu="erf"),
 }
 
 
@@ -68,14 +64,13 @@ def models(arch: str, names: Iterable[str] = ()) -> list[Model]:
     dtype = torch.float16 if arch == "sm_75" else torch.bfloat16
     found = []
     for name in names or (_SIZES if arch == "sm_90" else ("gpt2", "shakespeare_char")):
-        gelu = "tanh" if name.startswith("gpt2") else "erf"
-        for bias, dropout, suffix in (
-            (False, 0.0, ""),
-            (True, 0.0, " bias"),
-            (False, 0.2, " dropout"),
+        for suffix, bias, dropout in (
+            ("", False, 0.0),
+            (" bias", True, 0.0),
+            (" dropout", False, 0.2),
         ):
-            sizes = vars(replace(_SIZES[name], dropout=dropout))
-            found.append(Model(**sizes, name=name + suffix, bias=bias, gelu=gelu, dtype=dtype))
+            sizes = replace(_SIZES[name], bias=bias, dropout=dropout)
+            found.append(Model(**vars(sizes), name=name + suffix, dtype=dtype))
     return found
 
 
@@ -87,8 +82,7 @@ class Use:
     call    () -> results; makes its own tensors with the model's `activation` and `parameter`
     trains  gradients are computed too
     sizes   what the op's limits and work are asked about, if not the model
-    share   of the record's work that it does
-    often   how many times a training step of 12 layers makes it
+    often   how many times a training step makes it
     moved   bytes, if not those of the tensors among a kernel's arguments
     """
 
@@ -96,7 +90,6 @@ class Use:
     call: Callable[[], Any]
     trains: bool = True
     sizes: Sizes | None = None
-    share: float = 1.0
     often: int = 0
     moved: int = 0
 
@@ -108,13 +101,29 @@ def uses(module: str, m: Model) -> Iterator[Use]:
         yield from room.uses(m)
         return
     for op in importlib.import_module(module.rpartition(".")[0] + ".record").RECORDS.values():
-        yield Use(op.name, partial(_as_its_case, op, m))
+        yield from recorded(op, m)
 
 
-def _as_its_case(op: Record, m: Model) -> Any:
-    case = op.case(m, lambda *shape: torch.empty(shape, device="meta"))
-    inputs = [m.activation(*x.shape) if x.ndim > 1 else m.parameter(*x.shape) for x in case.inputs]
-    return op.ours(*inputs, **case.arguments)
+def recorded(op: Record, m: Model, rows: int = 1) -> Iterator[Use]:
+    """The calls that an op's record names; of an op of generation with this many rows."""
+    sizes = m if op.few_tokens else replace(m, batch_size=rows)
+    often = op.often
+    for case in op.cases(sizes, lambda *shape: torch.empty(shape, device="meta")):
+        if case.ours is not False:
+            trains = case.gradients and op.run is differentiate
+            yield Use(op.name, partial(_call, op, m, case), trains, sizes, often * trains)
+            often *= not trains  # the work is the first call's
+
+
+def _call(op: Record, m: Model, case: Case) -> Any:
+    dtypes = [torch.float32 if i in case.masters else m.dtype for i in range(len(case.inputs))]
+    inputs = [
+        None if x is None else torch.empty_like(x, dtype=dtype, requires_grad=case.gradients)
+        for x, dtype in zip(case.inputs, dtypes, strict=True)
+    ]
+    if op.run is differentiate:
+        return op.ours(*inputs, **case.arguments)
+    return op.run(op.ours, replace(case, inputs=inputs))
 
 
 @dataclass(frozen=True)

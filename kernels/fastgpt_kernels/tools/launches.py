@@ -228,7 +228,7 @@ def record_all(
                     continue
                 for phase in run(use):
                     work = op.work(use.sizes or model, model.dtype.itemsize) if op else {}
-                    flops = use.share * work[phase].flops if phase in work else 0.0
+                    flops = work[phase].flops if phase in work else 0.0
                     for key, n in Counter(launch.key for launch in launches).items():
                         if key in found:
                             continue

@@ -13,19 +13,18 @@ from fastgpt_kernels.configs import Config
 from fastgpt_kernels.ops.attention.op import attention
 from fastgpt_kernels.ops.attention.record import RECORDS
 from fastgpt_kernels.record import Sizes
-from fastgpt_kernels.specs import Model, Tunable, Use, tunable
+from fastgpt_kernels.specs import Model, Tunable, Use, recorded, tunable
 
 
 def uses(m: Model) -> Iterator[Use]:
-    """Of the training step, with gradients that are the same every time too, and of prompts."""
+    """Also gradients that are the same every time, and a prompt of odd length."""
     options = {"dropout_p": m.dropout, "seed": torch.empty(1, dtype=torch.int64, device="meta")}
 
     def call(T: int, **options: Any) -> Tensor:
         return attention(m.activation(m.batch_size, T, 3 * m.n_embd), m.n_head, **options)
 
-    for deterministic in (False, True):
-        training = partial(call, m.block_size, deterministic=deterministic, **options)
-        yield Use("attention", training, often=0 if deterministic else 12)
+    yield from recorded(RECORDS["attention"], m)
+    yield Use("attention", partial(call, m.block_size, deterministic=True, **options))
     yield Use("attention", partial(call, m.block_size - 1), trains=False)
 
 

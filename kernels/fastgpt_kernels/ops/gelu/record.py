@@ -32,6 +32,6 @@ RECORDS = {
     "bias_gelu": Record(
         "bias_gelu", {"eager": eager, "triton": bias_gelu}, _case, _work,
         kernels=tuple(f"bias_gelu_{kernel}_kernel" for kernel in ("forward", "backward", "sum")),
-        part="memory", item="GELU", calls=_calls,
+        part="memory", item="GELU", calls=_calls, often=12,
     )
 }  # fmt: skip

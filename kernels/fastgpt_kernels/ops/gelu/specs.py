@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 
 from torch import Tensor
 
@@ -12,19 +11,19 @@ from fastgpt_kernels.ops.gelu import configs
 from fastgpt_kernels.ops.gelu.op import bias_gelu
 from fastgpt_kernels.ops.gelu.record import RECORDS
 from fastgpt_kernels.record import Sizes
-from fastgpt_kernels.specs import Model, Tunable, Use, tunable
+from fastgpt_kernels.specs import Model, Tunable, Use, recorded, tunable
 
 
 def uses(m: Model) -> Iterator[Use]:
-    """At the width of the MLP, in training and for a prompt, whose model has its biases rounded."""
-    approximate, width = "none" if m.gelu == "erf" else "tanh", 4 * m.n_embd
+    """Also a prompt of odd length, whose model has its biases rounded."""
+    width = 4 * m.n_embd
 
-    def call(rows: int, bias: Tensor | None) -> Tensor:
-        return bias_gelu(m.activation(rows, width), bias, approximate)
+    def prompt() -> Tensor:
+        bias = m.activation(width) if m.bias else None
+        return bias_gelu(m.activation(5, width), bias, m.approximate)
 
-    yield Use("bias_gelu", partial(call, m.tokens, m.optional(width)), often=12)
-    rounded = m.activation(width) if m.bias else None
-    yield Use("bias_gelu", partial(call, 5, rounded), trains=False)
+    yield from recorded(RECORDS["bias_gelu"], m)
+    yield Use("bias_gelu", prompt, trains=False)
 
 
 def tunables(arch: str) -> Iterator[Tunable]:

@@ -15,30 +15,29 @@ from fastgpt_kernels.ops.loss.cross_entropy import cross_entropy
 from fastgpt_kernels.ops.loss.linear import linear_cross_entropy
 from fastgpt_kernels.ops.loss.record import RECORDS
 from fastgpt_kernels.record import Sizes
-from fastgpt_kernels.specs import Model, Tunable, Use, tunable
+from fastgpt_kernels.specs import Model, Tunable, Use, recorded, tunable
 
 
 def uses(m: Model) -> Iterator[Use]:
-    """The head in training and evaluation, also with targets that begin within a row of tokens, as
-    those of a single sequence do; and the loss alone, of logits that are an op's result.
+    """Also targets that begin within a row of tokens, as those of a single sequence do; and the
+    loss alone at the width of 124M only, of logits that are an op's result.
     """
-    columns = m.padded_vocab_size
     options: dict[str, Any] = {"vocab_size": m.vocab_size}
 
-    def targets(first: int = 0) -> Tensor:
+    def targets(first: int) -> Tensor:
         return torch.empty(first + m.tokens, dtype=torch.int64, device="meta")[first:]
 
-    def head(first: int) -> Tensor:
-        x, weight = m.activation(m.tokens, m.n_embd), m.activation(columns, m.n_embd)
-        return linear_cross_entropy(x, weight, targets(first), **options)
+    def head() -> Tensor:
+        x, weight = m.activation(m.tokens, m.n_embd), m.activation(m.padded_vocab_size, m.n_embd)
+        return linear_cross_entropy(x, weight, targets(1), **options)
 
     def loss(reduction: str) -> Tensor:
-        logits = m.activation(m.tokens, columns) * 1
-        return cross_entropy(logits, targets(), reduction=reduction, **options)
+        logits = m.activation(m.tokens, m.padded_vocab_size) * 1
+        return cross_entropy(logits, targets(0), reduction=reduction, **options)
 
-    for first in (0, 1):
-        yield Use("linear_cross_entropy", partial(head, first), often=1 - first)
-        yield Use("linear_cross_entropy", partial(head, first), trains=False)
+    yield from recorded(RECORDS["linear_cross_entropy"], m)
+    for trains in (True, False):
+        yield Use("linear_cross_entropy", head, trains)
     for reduction in ("mean", "none") if m.n_embd == 768 else ():
         yield Use("cross_entropy", partial(loss, reduction))
 

@@ -95,11 +95,11 @@ RECORDS = {
     "linear": Record(
         "linear", {"eager": eager_linear, "triton": linear}, _linear_case, _work(3),
         kernels=KERNELS, part="linear", limits=_limits, library="cuBLAS",
-        calls=_linear_calls,
+        calls=_linear_calls, often=12,
     ),
     "mlp": Record(
         "mlp", {"eager": eager_mlp, "triton": mlp}, _mlp_case, _work(8),
         kernels=KERNELS, part="linear", limits=_limits, library="cuBLAS",
-        made_of=("linear", "bias_gelu"), calls=_mlp_calls,
+        made_of=("linear", "bias_gelu"), calls=_mlp_calls, often=12,
     ),
 }  # fmt: skip

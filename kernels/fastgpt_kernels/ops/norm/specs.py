@@ -8,23 +8,21 @@ from typing import Any
 
 from fastgpt_kernels.configs import Config, entries
 from fastgpt_kernels.ops.norm import configs
-from fastgpt_kernels.ops.norm.op import add_layer_norm, layer_norm
 from fastgpt_kernels.ops.norm.record import RECORDS
 from fastgpt_kernels.record import Sizes
-from fastgpt_kernels.specs import Model, Tunable, Use, tunable
+from fastgpt_kernels.specs import Model, Tunable, Use, recorded, tunable
 
 
 def uses(m: Model) -> Iterator[Use]:
-    """Both norms, in training and for a prompt of odd length; the parameters are fp32."""
+    """Also a prompt of odd length."""
 
-    def call(norm: Callable[..., Any], streams: int, rows: int = m.tokens) -> Any:
-        inputs = [m.activation(rows, m.n_embd) for _ in range(streams)]
+    def call(norm: Callable[..., Any], streams: int) -> Any:
+        inputs = [m.activation(5, m.n_embd) for _ in range(streams)]
         return norm(*inputs, m.parameter(m.n_embd), m.optional(m.n_embd))
 
-    yield Use("layer_norm", partial(call, layer_norm, 1), often=1)
-    yield Use("add_layer_norm", partial(call, add_layer_norm, 2), often=24)
-    yield Use("layer_norm", partial(call, layer_norm, 1, 5), trains=False)
-    yield Use("add_layer_norm", partial(call, add_layer_norm, 2, 5), trains=False)
+    for streams, (name, op) in enumerate(RECORDS.items(), 1):
+        yield from recorded(op, m)
+        yield Use(name, partial(call, op.ours, streams), trains=False)
 
 
 def tunables(arch: str) -> Iterator[Tunable]:
