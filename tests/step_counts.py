@@ -1,0 +1,57 @@
+"""Launches and bytes of the compiled training step: none may come back that was got rid of.
+
+    make ledger
+
+Steps of two layers of GPT-2 124M's width are compiled for an H100 that need not be here, with and
+without biases and dropout, on our kernels and on Inductor's; what they launch is counted. They run
+on fake tensors, which have no values: a step that waited for the device to read one would fail.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from bench import fake_step, ledger, setup
+
+# (bias, dropout, kernels): launches a layer forward and backward, bytes a token of both.
+MOST = {
+    ("True", "0.0", "auto"): (0, 0, 0, 0),
+    ("False", "0.0", "auto"): (0, 0, 0, 0),
+    ("True", "0.1", "auto"): (0, 0, 0, 0),
+    ("False", "0.1", "auto"): (0, 0, 0, 0),
+    ("True", "0.0", "eager"): (0, 0, 0, 0),
+    ("False", "0.1", "eager"): (0, 0, 0, 0),
+}
+SMALL = {"n_layer": "2", "batch_size": "8", "gradient_accumulation_steps": "1"}
+
+
+@pytest.fixture(scope="module")
+def counts() -> dict[tuple[str, str, str], tuple[float, ...]]:
+    """By two recordings of each: what a layer adds is the difference of three and two layers."""
+    keys = [*MOST]
+    requests = [
+        fake_step.Request(
+            "gpt2",
+            {**SMALL, "dtype": "bfloat16", "bias": bias, "dropout": dropout, "kernels": kernels},
+        )
+        for bias, dropout, kernels in keys
+    ]
+    found = {}
+    for key, request, step in zip(keys, requests, fake_step.record(*requests), strict=True):
+        config = setup.preset_of("gpt2", {**request.flags, "device": "cpu"})
+        sizes = ledger.sizes_of(config, setup.GPT2_VOCAB)
+        p = ledger.predict(step, config, sizes, ledger.Rates(ledger.find("h100")))
+        found[key] = tuple(
+            f(phase) for f in (p.a_layer, p.bytes_a_token) for phase in ("forward", "backward")
+        )
+    return found
+
+
+@pytest.mark.parametrize("key", MOST, ids="-".join)
+def test_nothing_was_added(key: tuple[str, str, str], counts) -> None:
+    most, found = MOST[key], counts[key]
+    print(key, found)
+    assert found[:2] <= most[:2] and found[0] <= most[0] and found[1] <= most[1], (found, most)
+    assert all(x <= 1.005 * m for x, m in zip(found[2:], most[2:], strict=True)), (found, most)
