@@ -9,8 +9,6 @@ on fake tensors, which have no values: a step that waited for the device to read
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from bench import fake_step, ledger, setup
