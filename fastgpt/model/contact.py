@@ -70,7 +70,7 @@ class Limits:
 
     start: float = 120.0
     compile: float = 120.0
-    op: float = 60.0
+    op: float = 120.0
 
 
 LIMITS = Limits()

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from fastgpt.model.ops import Choice
 from fastgpt.storage import checkpoint
 from fastgpt.train import metrics
+from fastgpt.train.main import _say_if_ops_differ
 from tests import runs
 from tests.process import Command, fastgpt
 from tests.runs import TINY
@@ -324,3 +326,15 @@ def test_epochs_and_bfloat16_and_accumulation_resume_exactly(tmp_path: Path, tex
     train(tmp_path, text, *odd, "--out_dir=b", "--bias=True", "--max_iters=7")
     resume(tmp_path, "--out_dir=b", "--max_iters=20")
     assert runs.tensor_files(tmp_path / "a") == runs.tensor_files(tmp_path / "b")
+
+
+def test_a_rank_that_runs_other_ops_is_named(capsys):
+    plain = (Choice("attention", "triton", "fused kernels"), Choice("mlp", "eager", "no TMA"))
+    slow = Choice("attention", "eager", "triton: does not answer within 60 s")
+    _say_if_ops_differ([plain, plain])
+    assert capsys.readouterr().out == ""
+    _say_if_ops_differ([plain, plain, (slow, plain[1])])
+    assert capsys.readouterr().out == (
+        "warning: other ops than rank 0 on rank 2: "
+        "eager (triton: does not answer within 60 s): attention\n"
+    )
