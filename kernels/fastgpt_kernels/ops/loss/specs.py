@@ -46,7 +46,7 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
                 aligned=divisible,
             )  # fmt: skip
     for name, x, in_place in (("in place", "bf16", True), ("dW", "fp32", False)):
-        types = {"x_ptr": f"*{x}", "out_ptr": "*bf16", "scale_ptr": "*fp32", "n_cols": "i64"}
+        types = {"x_ptr": f"*{x}", "out_ptr": f"*{x}", "scale_ptr": "*fp32", "n_cols": "i64"}
         yield AotSpec.of(
             f"cross_entropy scale {name}", cross_entropy_scale_kernel, Config({}, SCALE_WARPS),
             types, {"BLOCK": SCALE_BLOCK, "STEPS": 1024, "IN_PLACE": in_place},
