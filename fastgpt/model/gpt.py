@@ -195,9 +195,5 @@ class GPT(nn.Module):
         y = self.hidden(idx)
         if targets is None:
             return self.logits(y)
-        return self.ops.linear_cross_entropy(
-            y.flatten(0, 1),
-            self.transformer.wte.weight.to(y.dtype),
-            targets.flatten(),
-            vocab_size=self.shape.vocab_size,
-        )
+        weight, vocab_size = self.transformer.wte.weight, self.shape.vocab_size
+        return self.ops.linear_cross_entropy(y, weight, targets, vocab_size=vocab_size)

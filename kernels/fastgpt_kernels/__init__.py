@@ -4,13 +4,15 @@
 
 This is the table of what the package exports. It imports neither PyTorch nor Triton: a function is
 loaded with its room when it is first asked for. On a CPU tensor, and if Triton is not installed, it
-runs its twin in `fastgpt_kernels.reference`.
+runs its twin in `fastgpt_kernels.reference`; the latter is said once, by a warning.
 """
 
 # ruff: noqa: F401 - what is imported for type checkers is exported by __getattr__
 from __future__ import annotations
 
+import functools
 import importlib
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -83,4 +85,12 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     function = getattr(importlib.import_module(f"fastgpt_kernels.ops.{_MODULES[name]}"), name)
     globals()[name] = function
+    if not importlib.import_module("fastgpt_kernels.host").HAS_TRITON:
+        _warn_without_triton()
     return function
+
+
+@functools.cache
+def _warn_without_triton() -> None:
+    message = "fastgpt_kernels: no triton here, so every function runs its reference in PyTorch"
+    warnings.warn(message, stacklevel=3)

@@ -83,11 +83,14 @@ def cross_entropy(
 ) -> Tensor:
     """loss_i = log(sum_j exp(z_ij)) - z_i,targets[i] over the columns j < vocab_size.
 
-    logits (M, V), targets (M,) int64; float32 or float64, () for reduction "mean" (over the rows
-    whose target is not `ignore_index`) and "sum", (M,) with 0 for ignored rows for "none".
+    logits (..., V), targets (...) int64; float32 or float64, () for reduction "mean" (over the rows
+    whose target is not `ignore_index`, -1 unless given; PyTorch's is -100) and "sum", for "none"
+    like targets, with 0 for ignored rows.
     """
-    z = logits[:, :vocab_size].to(_compute_dtype(logits))
-    return F.cross_entropy(z, targets, ignore_index=ignore_index, reduction=reduction)
+    z = logits[..., :vocab_size].to(_compute_dtype(logits))
+    rows, flat = z.reshape(targets.numel(), z.shape[-1]), targets.reshape(-1)
+    loss = F.cross_entropy(rows, flat, ignore_index=ignore_index, reduction=reduction)
+    return loss.view(targets.shape) if reduction == "none" else loss
 
 
 def linear_cross_entropy(
@@ -99,11 +102,18 @@ def linear_cross_entropy(
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """cross_entropy of the logits x @ weight.T, x (M, C), weight (V, C); all M rows at once.
+    """cross_entropy of the logits x @ weight.T, rounded to x's dtype: x (..., C), weight (V, C).
 
-    `chunk_tokens` is there for the signature's sake: the logits are materialised whole.
+    weight is like x or wider: then the products take it rounded to x's dtype, and its gradient is
+    not rounded. `chunk_tokens` is there for the signature's sake: the logits are there whole.
     """
-    return cross_entropy(F.linear(x, weight), targets, ignore_index, reduction, vocab_size)
+    if weight.dtype != x.dtype:
+        dtype = _compute_dtype(x, weight)
+        rounded = weight + (weight.to(x.dtype) - weight).detach()
+        logits = F.linear(x.to(dtype), rounded.to(dtype)).to(x.dtype)
+    else:
+        logits = F.linear(x, weight)
+    return cross_entropy(logits, targets, ignore_index, reduction, vocab_size)
 
 
 def attention(

@@ -375,13 +375,43 @@ def test_under_a_dispatch_mode(device: torch.device, small_tiles: None) -> None:
     torch.testing.assert_close(logits.grad, wanted)
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_batches_of_rows(reduction: str, device: torch.device, small_tiles: None) -> None:
+    """(B, T, V) with (B, T), and one row alone: the losses by row have the targets' shape."""
+    logits, targets = problem(6, 150, torch.float32, device)
+    targets.clamp_(max=139)
+    dloss = upstream(reduction, 6, device)
+    plain = forward_backward(
+        lambda z: cross_entropy(z * 1, targets, -1, reduction, 140), (logits,), [dloss]
+    )
+    for shape in ((2, 3), (3, 1, 2)):
+        batch, batch_targets = logits.view(*shape, 150), targets.view(shape)
+        batch_dloss = dloss.view(shape) if reduction == "none" else dloss
+        for op in (cross_entropy, reference.cross_entropy):
+            (loss,), (gradient,) = forward_backward(
+                lambda z, o=op, t=batch_targets: o(z * 1, t, -1, reduction, 140),
+                (batch,),
+                [batch_dloss],
+            )
+            assert loss.shape == batch_dloss.shape
+            torch.testing.assert_close(loss.flatten(), plain[0][0].flatten())
+            torch.testing.assert_close(gradient, plain[1][0].view_as(batch))
+    # Logits that an op made are overwritten, batch or not.
+    made = logits.view(2, 3, 150).clone().requires_grad_() * 1
+    (gradient,) = torch.autograd.grad(cross_entropy(made, targets.view(2, 3)), made)
+    assert gradient.data_ptr() == made.data_ptr()
+    one = cross_entropy(logits[0], targets[0], reduction=reduction)
+    torch.testing.assert_close(one, F.cross_entropy(logits[0], targets[0]))
+
+
 LOGITS, TARGETS = torch.zeros(3, 8), torch.zeros(3, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((LOGITS[0], TARGETS), ValueError, "logits must have 2 dimensions, got shape (8,)"),
+        ((LOGITS[0, 0], TARGETS), ValueError, "logits must have shape (..., V), got ()"),
+        ((LOGITS[0], TARGETS), ValueError, "targets must have shape (), got (3,)"),
         ((LOGITS.long(), TARGETS), TypeError, "logits must be of dtype bfloat16, float16, float32"),
         ((LOGITS.double(), TARGETS), TypeError, "got float64"),
         (([1.0], TARGETS), TypeError, "logits must be a tensor, got list"),

@@ -1,6 +1,7 @@
 """linear_cross_entropy against the fp64 oracle, in the interpreter or on a GPU."""
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastgpt_kernels import host, linear_cross_entropy, reference
 from fastgpt_kernels.configs import Config
 from fastgpt_kernels.ops.loss import kernels
-from fastgpt_kernels.ops.loss.linear import (
-    chunk_rows,
-)
+from fastgpt_kernels.ops.loss.linear import chunk_rows, room_for
 from tests.kernels.helpers import check_op, forward_backward, registered
 
 REDUCTIONS = ["mean", "sum", "none"]
@@ -197,6 +196,68 @@ def linear_module() -> Any:
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("op", ["triton", "reference"])
+def test_the_master_gets_a_gradient_that_was_never_rounded(
+    op: str, reduction: str, device: torch.device
+) -> None:
+    """16-bit activations and an fp32 weight: factors in 16 bits, sums in fp32 from row to .grad."""
+    half = torch.float16
+    x, master, targets = problem(40, 16, 30, half, device)
+    master = master.float() + torch.randn(30, 16, device=device) * 1e-4  # not numbers of fp16
+    targets[:] = targets.clamp(min=0)
+    dloss = torch.full((40,) if reduction == "none" else (), 3.0, device=device)
+    function = linear_cross_entropy if op == "triton" else reference.linear_cross_entropy
+    (loss,), (dx, dw) = forward_backward(
+        lambda x, w: function(x, w, targets, -1, reduction, None, 7), (x, master), [dloss]
+    )
+    assert (dx.dtype, dw.dtype) == (half, torch.float32)
+    assert (dw != dw.half().float()).float().mean() > 0.9
+    # By hand, on the numbers that the product sees.
+    logits = x.double() @ master.half().double().t()
+    dz = (logits.softmax(1) - F.one_hot(targets, 30)) * (3.0 / (40 if reduction == "mean" else 1))
+    assert (dw - dz.t() @ x.double()).norm() < 1e-3 * dw.norm()
+    wanted = F.cross_entropy(logits, targets, reduction=reduction)
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_add_product_is_summed_in_fp32(
+    dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dW's product: exact but for fp32 sums, in place, in slices of the widened factor or whole."""
+    monkeypatch.setattr(linear_module(), "WIDENED_ROWS", 4)
+    a, b = torch.randn(50, 10, device=device).to(dtype).t(), torch.randn(50, 7, device=device)
+    b = b.to(dtype)
+    total = torch.full((10, 7), float("nan"), device=device)
+    exact = a.double() @ b.double()
+    for times in (1, 2):
+        linear_module().add_product(total, a, b, first=times == 1)
+        torch.testing.assert_close(total.double(), times * exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_batches_of_rows(reduction: str, device: torch.device) -> None:
+    """(B, T, C) with (B, T): the losses by row have the targets' shape."""
+    x, weight, targets = problem(6, 16, 50, torch.float32, device)
+    dloss = upstream(reduction, 6, device)
+    plain = forward_backward(
+        lambda x, w: linear_cross_entropy(x, w, targets, reduction=reduction), (x, weight), [dloss]
+    )
+    batch_targets = targets.view(2, 3)
+    batch_dloss = dloss.view(2, 3) if reduction == "none" else dloss
+    for op in (linear_cross_entropy, reference.linear_cross_entropy):
+        (loss,), (dx, dw) = forward_backward(
+            lambda x, w, o=op: o(x, w, batch_targets, reduction=reduction),
+            (x.view(2, 3, 16), weight),
+            [batch_dloss],
+        )
+        assert loss.shape == batch_dloss.shape
+        torch.testing.assert_close(loss.flatten(), plain[0][0].flatten())
+        torch.testing.assert_close(dx.view(6, 16), plain[1][0])
+        torch.testing.assert_close(dw, plain[1][1])
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_two_backwards(reduction: str, device: torch.device) -> None:
     """What is saved is not used up, unlike in cross_entropy."""
     x, weight, targets = problem(4, 16, 50, torch.float32, device)
@@ -208,26 +269,42 @@ def test_two_backwards(reduction: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "element_size", "wanted"),
+    ("shape", "element_size", "gib", "wanted"),
     [
-        ((0, 50304), 2, 0),
-        ((1, 50304), 2, 1),
-        ((5000, 50304), 2, 5000),  # two chunks would be short of 4,096 rows
-        ((16384, 50304), 2, 16384),  # 1.65 GB
-        ((65536, 50304), 2, 16384),
-        ((65536, 50304), 4, 9472),  # 7 chunks of 1.9 GB
-        ((49152, 50304), 2, 16384),
-        ((65536, 128256), 2, 8192),
-        ((8192, 1 << 20), 2, 4096),  # never below, whatever the width
-        ((1 << 20, 256), 2, 1 << 20),
+        ((0, 50304), 2, 2, 0),
+        ((1, 50304), 2, 2, 1),
+        ((16384, 50304), 2, 2, 16384),  # 1.65 GB
+        ((65536, 50304), 2, 2, 16384),
+        ((65536, 50304), 2, 7, 65536),  # one pass: 6.6 GB
+        ((65536, 50304), 2, 6, 32768),
+        ((65536, 50304), 4, 2, 9472),  # 7 chunks of 1.9 GB
+        ((65536, 128256), 2, 2, 8192),
+        ((65536, 50304), 2, 0, 1024),  # never below
+        ((1 << 20, 256), 2, 2, 1 << 20),
     ],
 )
-def test_chunk_rows(shape: tuple[int, int], element_size: int, wanted: int) -> None:
-    rows = chunk_rows(*shape, element_size)
+def test_chunk_rows(shape: tuple[int, int], element_size: int, gib: int, wanted: int) -> None:
+    """As many chunks as memory asks for, and no more."""
+    rows = chunk_rows(*shape, element_size, room=gib << 30)
     assert rows == wanted
-    assert rows == shape[0] or rows >= 4096
-    assert rows * shape[1] * element_size <= 2**31 or rows < 2 * 4096
+    bytes_a_row = shape[1] * element_size
+    assert rows * bytes_a_row <= gib << 30 or rows == 1024
+    if rows < shape[0] and rows > 1024:  # one chunk less would not do
+        fewer = -(-shape[0] // rows) - 1
+        assert -(-shape[0] // fewer) * bytes_a_row > gib << 30
     assert chunk_rows(*shape, element_size, chunk_tokens=100) == min(100, shape[0])
+
+
+def test_room_is_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 << 30)
+    )
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 50 << 30)
+    assert room_for(7 << 30, gpu) == 15 << 30
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert room_for(7 << 30, gpu) == 2 << 30  # by the shapes alone
+    assert room_for(7 << 30, torch.device("cpu")) == 2 << 30
 
 
 @pytest.mark.parametrize(
@@ -260,6 +337,9 @@ def test_opcheck(device: torch.device) -> None:
             utils += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
         arguments = (*leaves, targets, -1, 45, 3, need_dw, need_dx, need_dw)
         torch.library.opcheck(registered("linear_cross_entropy"), arguments, test_utils=utils)
+    of_master = (x.half().requires_grad_(), weight.clone().requires_grad_(), targets, -1, 45, 3)
+    torch.library.opcheck(registered("linear_cross_entropy"), (*of_master, True, True, True))
+    torch.library.opcheck(registered("linear_cross_entropy_rows"), of_master)
     leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
     torch.library.opcheck(registered("linear_cross_entropy_rows"), (*leaves, targets, -1, 45, None))
     dlosses = torch.randn(4, device=device)
@@ -295,10 +375,15 @@ X, WEIGHT, TARGETS = torch.zeros(3, 4), torch.zeros(8, 4), torch.zeros(3, dtype=
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((X[0], WEIGHT, TARGETS), ValueError, "x must have 2 dimensions, got shape (4,)"),
+        ((X[0, 0], WEIGHT, TARGETS), ValueError, "x must have shape (..., C), got ()"),
+        ((X[0], WEIGHT, TARGETS), ValueError, "targets must have shape (), got (3,)"),
         ((X.double(), WEIGHT, TARGETS), TypeError, "x must be of dtype bfloat16, float16, float32"),
         ((X, WEIGHT.t(), TARGETS), ValueError, "weight must have shape (*, 4), got (4, 8)"),
-        ((X, WEIGHT.half(), TARGETS), TypeError, "weight must be of dtype float32, got float16"),
+        (
+            (X, WEIGHT.half(), TARGETS),
+            TypeError,
+            "weight must be of dtype float32, float32, got float16",
+        ),
         ((X, WEIGHT.to("meta"), TARGETS), ValueError, "weight must be on cpu, got meta"),
         ((X, None, TARGETS), TypeError, "weight must be a tensor, got NoneType"),
         ((X, WEIGHT, TARGETS[:2]), ValueError, "targets must have shape (3), got (2,)"),

@@ -5,8 +5,8 @@
 
 with s_i the row's upstream gradient: 1 / (rows not ignored) for "mean". logits (M, V) in bf16, fp16
 or fp32, targets (M,) int64; losses and all arithmetic in fp32. Rows whose target is `ignore_index`
-have loss 0 and gradient 0, whatever they hold. A target outside [0, vocab_size) cannot raise, since
-that would wait for the GPU: it makes the row's loss and gradient NaN.
+have loss 0 and gradient 0, whatever they hold. A target outside [0, vocab_size) cannot raise
+without waiting for the GPU: it makes the row's loss and gradient NaN.
 
 One kernel (kernels.py) reads a row and keeps it until the gradient is written. With
 L = the bytes of the logits, forward plus backward move through device memory
@@ -156,12 +156,19 @@ def _place_for_gradient(logits: Tensor, rows: Tensor) -> Tensor:
     return logits.detach()
 
 
+def check_rows(op: str, name: str, x: Tensor, size: str) -> None:
+    """Raise unless x is of shape (..., `size`) and a dtype that the losses take."""
+    check_tensor(op, name, x, dtypes=FLOAT_DTYPES)
+    if x.ndim == 0:
+        raise ValueError(f"{op}: {name} must have shape (..., {size}), got ()")
+
+
 def check_arguments(
     op: str, x: Tensor, n_cols: int, targets: Tensor, ignore_index: int, reduction: str,
     vocab_size: int | None,
 ) -> int:  # fmt: skip
-    """Check what both losses take besides (M, ...) x and n_cols classes; returns vocab_size."""
-    check_tensor(op, "targets", targets, shape=x.shape[:1], dtypes=(torch.int64,), like=x)
+    """Check what both losses take besides x (..., C) and n_cols classes; returns vocab_size."""
+    check_tensor(op, "targets", targets, shape=x.shape[:-1], dtypes=(torch.int64,), like=x)
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
     if ignore_index is None:
@@ -194,12 +201,13 @@ def cross_entropy(
     reduction: str = "mean",
     vocab_size: int | None = None,
 ) -> Tensor:
-    """Cross entropy of logits (M, V) and targets (M,) int64; the gradient replaces the logits.
+    """Cross entropy of logits (..., V) and targets (...) int64; the gradient replaces the logits.
 
-    logits bf16, fp16 or fp32; the loss is fp32: () for "mean" and "sum", (M,) for "none". Columns
-    from `vocab_size` on are padding: no probability, gradient 0. Rows whose target is
-    `ignore_index` count nowhere; if all are, the mean is NaN and the gradient 0, as in PyTorch. A
-    target outside [0, vocab_size) raises on the CPU; on a GPU its row is NaN, loss and gradient.
+    logits bf16, fp16 or fp32; the loss is fp32: () for "mean" and "sum", like targets for "none".
+    Columns from `vocab_size` on are padding: no probability, gradient 0. Rows whose target is
+    `ignore_index` count nowhere; if all are, the mean is NaN and the gradient 0, as in PyTorch,
+    whose own ignore_index is -100 unless given: here it is -1, and -100 is out of range. A target
+    outside [0, vocab_size) raises on the CPU; on a GPU its row is NaN, loss and gradient.
 
     In eager mode logits that an op computed are overwritten by their gradient (with reduction
     "none" or in fp16, in the backward): do not read them afterwards, and pass `logits.clone()`
@@ -209,14 +217,16 @@ def cross_entropy(
 
     Wrong shapes and values raise ValueError, wrong types and dtypes TypeError.
     """
-    check_tensor("cross_entropy", "logits", logits, ndim=2, dtypes=FLOAT_DTYPES)
+    check_rows("cross_entropy", "logits", logits, "V")
     vocab_size = check_arguments(
-        "cross_entropy", logits, logits.shape[1], targets, ignore_index, reduction, vocab_size
+        "cross_entropy", logits, logits.shape[-1], targets, ignore_index, reduction, vocab_size
     )
     if not use_kernel(logits):
         check_targets("cross_entropy", targets, ignore_index, vocab_size)
         return reference.cross_entropy(logits, targets, ignore_index, reduction, vocab_size)
     refuse_interpreted_bf16("cross_entropy", logits)
+    shape = targets.shape
+    logits, targets = logits.reshape(targets.numel(), logits.shape[-1]), targets.reshape(-1)
     # fp16 cannot hold gradients divided by the number of rows before a loss scale is applied.
     in_forward = reduction != "none" and logits.dtype != torch.float16
     wants_gradient = torch.is_grad_enabled() and logits.requires_grad
@@ -225,6 +235,6 @@ def cross_entropy(
         return _GradientInForward.apply(logits, targets, ignore_index, vocab_size, mean)
     losses = _op(logits, targets, ignore_index, vocab_size)
     if reduction == "none":
-        return losses
+        return losses.view(shape)
     total = losses.sum()
     return total if reduction == "sum" else total / targets.ne(ignore_index).sum()

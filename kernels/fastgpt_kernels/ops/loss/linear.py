@@ -5,17 +5,20 @@
 
 x (M, C), W (V, C), targets (M,); s_i the upstream gradient of row i's loss. For each chunk of rows
 cuBLAS writes its logits into one buffer, the cross-entropy kernel turns them into dz in place (see
-cross_entropy.py), and two more products consume them, dW summing up in fp32. For "mean" and "sum"
-every s_i is the same number s, known only in the backward: the forward does all the work for s = 1
-and the backward multiplies dx and dW by s, which also keeps fp16 within its range. For "none" the
-s_i differ and dW cannot be rescaled afterwards: the forward computes losses only and the backward
-computes the logits again, a fourth product.
+cross_entropy.py), and two more products consume them. W may be an fp32 master of 16-bit
+activations: it is rounded once, on the way in, and dW, a sum of products of 16-bit factors, is
+summed up in fp32 over rows and chunks alike, in place, and handed out as it is.
+
+For "mean" and "sum" every s_i is the same number s, known only in the backward: the forward does
+all the work for s = 1 and the backward multiplies dx and dW by s, which also keeps fp16 within its
+range. For "none" the s_i differ and dW cannot be rescaled afterwards: the forward computes losses
+only and the backward computes the logits again, a fourth product.
 
 Work is 6 M V C FLOPs (8 M V C for "none", 2 without gradients). With b bytes an element, memory
 moved is 5 M V b (logits written, read, dz written, read twice), and for n chunks 8 (n - 1) V C to
-sum dW in memory and 2 n reads of W. So chunks should be long: as long as 2 GiB of logits allow and
-never below 4,096 rows. 65,536 rows of 50,304 bf16 logits make 4 chunks of 16,384, 1.65 GB each; at
-C = 768 the sums of dW then add 3 % to the bytes; with chunks of 512 rows they would double them.
+sum dW in memory and 2 n reads of W. So chunks are as long as memory allows, which is mostly one:
+65,536 rows of 50,304 bf16 logits are 6.6 GB. They may take half of what is free; with deterministic
+algorithms 2 GiB, for the number of chunks decides how dW's sum is rounded.
 """
 
 from __future__ import annotations
@@ -25,31 +28,42 @@ from torch import Tensor
 
 from fastgpt_kernels import reference
 from fastgpt_kernels.host import (
-    FLOAT_DTYPES,
     HAS_TRITON,
     check_int,
     check_tensor,
     refuse_interpreted_bf16,
     use_kernel,
 )
-from fastgpt_kernels.ops.loss.cross_entropy import check_arguments, check_targets
+from fastgpt_kernels.ops.loss.cross_entropy import check_arguments, check_rows, check_targets
 from fastgpt_kernels.register import Op, call_directly, product_flops
 
-CHUNK_BYTES = 2 << 30  # of logits, if that is MIN_CHUNK_ROWS or more
-MIN_CHUNK_ROWS = 4096
+CHUNK_BYTES = 2 << 30  # of logits, if nobody asks how much memory is free
+SMALL_BYTES = 256 << 20  # of logits: not worth the question
+MIN_CHUNK_ROWS = 1024  # fewer do not fill a GPU with tiles of the products
 PITCH = 64  # rows of the chunk start at multiples of this many elements: aligned for any V
+WIDENED_ROWS = 4096  # of a factor of dW that is widened to fp32 at a time
 
 
-def chunk_rows(n_rows: int, n_cols: int, element_size: int, chunk_tokens: int | None = None) -> int:
-    """Rows of logits to hold at a time: `chunk_tokens`, or near-equal chunks from the shapes."""
+def chunk_rows(
+    n_rows: int, n_cols: int, element_size: int, chunk_tokens: int | None = None,
+    room: int = CHUNK_BYTES,
+) -> int:  # fmt: skip
+    """Rows of logits to hold at a time: `chunk_tokens`, or near-equal chunks of `room` bytes."""
     if chunk_tokens is not None:
         return min(chunk_tokens, n_rows)
-    limit = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (n_cols * element_size))
-    n_chunks = -(-n_rows // limit)
-    while n_chunks > 1 and n_rows // n_chunks < MIN_CHUNK_ROWS:
-        n_chunks -= 1
-    rows = -(-n_rows // max(n_chunks, 1))
-    return min(-(-rows // 128) * 128, n_rows)  # whole tiles of the matrix products
+    limit = max(MIN_CHUNK_ROWS, room // (n_cols * element_size))
+    rows = -(-n_rows // max(-(-n_rows // limit), 1))
+    return min(-(-rows // 128) * 128, limit, n_rows)  # whole tiles of the matrix products
+
+
+def room_for(logits_bytes: int, device: torch.device) -> int:
+    """Bytes that a chunk may take: half of what this process has not allocated of the GPU."""
+    if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+        return CHUNK_BYTES
+    if logits_bytes <= SMALL_BYTES:
+        return SMALL_BYTES
+    total = torch.cuda.get_device_properties(device).total_memory
+    return (total - torch.cuda.memory_allocated(device)) // 2
 
 
 def _chunks(
@@ -63,45 +77,51 @@ def _chunks(
     `scale` (M,) fp32 is the upstream gradient of the rows' losses, None for 1.
     """
     (n_rows, n_features), n_cols = x.shape, weight.shape[0]
-    rows = chunk_rows(n_rows, n_cols, x.element_size(), chunk_tokens)
-    pitch = -(-n_cols // PITCH) * PITCH
-    buffer = torch.empty(rows, pitch, dtype=x.dtype, device=x.device)
+    weight = weight.to(x.dtype)
     dx = torch.empty(x.shape if need_dx else 0, dtype=x.dtype, device=x.device)
     dw = torch.empty(weight.shape if need_dw else 0, dtype=torch.float32, device=x.device)
     if n_rows == 0 or n_features == 0:
         dw.zero_()
+    pitch, size = -(-n_cols // PITCH) * PITCH, x.element_size()
+    room = room_for(n_rows * pitch * size, x.device)
+    rows = chunk_rows(n_rows, pitch, size, chunk_tokens, room)
+    buffer = torch.empty(rows, pitch, dtype=x.dtype, device=x.device)
     for start in range(0, n_rows, max(rows, 1)):
         part = slice(start, min(start + rows, n_rows))
-        logits = buffer[: part.stop - start, :n_cols]
+        padded = buffer[: part.stop - start]  # columns from n_cols on are padding, too
+        logits = padded[:, :n_cols]
         torch.mm(x[part], weight.t(), out=logits)
         launch_cross_entropy(
-            logits, targets[part], ignore_index, vocab_size,
+            padded, targets[part], ignore_index, vocab_size,
             losses=None if losses is None else losses[part],
-            gradient=logits if need_dx or need_dw else None,
+            gradient=padded if need_dx or need_dw else None,
             scale=None if scale is None else scale[part],
         )  # fmt: skip
         if need_dx:
             torch.mm(logits, weight, out=dx[part])
         if need_dw:
-            _add_product(dw, logits.t(), x[part], first=start == 0)
+            add_product(dw, logits.t(), x[part], first=start == 0)
     return dx, dw
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total += a @ b in fp32, or total = a @ b, by a product that adds in its epilogue."""
-    if a.dtype == torch.float32:
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total += a @ b, or total = a @ b if it is the first: summed in fp32, and never rounded.
+
+    total (N, K) fp32; a (N, M) and b (M, K) of one dtype. On CUDA the product adds in its epilogue.
+    """
+    wide: dict[str, torch.dtype] = {}
+    parts = [(total, a)]
+    if a.dtype != torch.float32 and a.is_cuda and torch.version.hip is None:
+        wide = {"out_dtype": torch.float32}
+    elif a.dtype != torch.float32:  # elsewhere PyTorch would round the result: widen the factors
+        parts = [*zip(total.split(WIDENED_ROWS), a.split(WIDENED_ROWS), strict=True)]
+        b = b.float()
+    for sums, factor in parts:
+        factor = factor if wide else factor.float()
         if first:
-            torch.mm(a, b, out=total)
+            torch.mm(factor, b, out=sums, **wide)  # type: ignore[call-overload]
         else:
-            torch.addmm(total, a, b, out=total)
-    elif a.is_cuda and torch.version.hip is None:
-        if first:
-            torch.mm(a, b, out_dtype=torch.float32, out=total)
-        else:
-            torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:  # PyTorch has 16-bit products with an fp32 result on CUDA only: round each chunk's once
-        product = torch.mm(a, b)
-        total.copy_(product) if first else total.add_(product)
+            torch.addmm(sums, factor, b, out=sums, **wide)  # type: ignore[call-overload]
 
 
 def _with_gradients(
@@ -208,17 +228,22 @@ def linear_cross_entropy(
 ) -> Tensor:
     """cross_entropy(x @ weight.T, targets) without ever holding more than a chunk of the logits.
 
-    x (M, C) and weight (V, C) of one dtype, bf16, fp16 or fp32; targets (M,) int64. The loss and
-    the meaning of the other arguments are those of `cross_entropy`. `chunk_tokens` is the number of
-    rows of logits held at a time; None chooses it from the shapes. Gradients are computed together
-    with the loss, unless grad mode is off or neither x nor weight requires them; with reduction
-    "none" in the backward. dW is summed in fp32 and comes in the dtype of `weight`.
+    x (..., C) bf16, fp16 or fp32; weight (V, C) like x or fp32, such as a master, which is rounded
+    to x's dtype on the way in; targets (...) int64. The loss and the meaning of the other arguments
+    are those of `cross_entropy`; ignore_index is -1 unless given, where PyTorch's is -100.
+    `chunk_tokens` is the number of rows of logits held at a time; None makes as few chunks as fit
+    into half of the memory that is free (2 GiB a chunk with deterministic algorithms). Gradients
+    are computed together with the loss, unless grad mode is off or neither x nor weight requires
+    them; with reduction "none" in the backward. dW is summed in fp32 and comes in the dtype of
+    `weight`: an fp32 one is never rounded.
 
     Wrong shapes and values raise ValueError, wrong types and dtypes TypeError.
     """
     op = "linear_cross_entropy"
-    check_tensor(op, "x", x, ndim=2, dtypes=FLOAT_DTYPES)
-    check_tensor(op, "weight", weight, shape=(None, x.shape[1]), like=x)
+    check_rows(op, "x", x, "C")
+    check_tensor(
+        op, "weight", weight, shape=(None, x.shape[-1]), dtypes=(x.dtype, torch.float32), like=x
+    )
     n_cols = weight.shape[0]
     vocab_size = check_arguments(op, x, n_cols, targets, ignore_index, reduction, vocab_size)
     check_int(op, "chunk_tokens", chunk_tokens, least=1, optional=True)
@@ -228,9 +253,11 @@ def linear_cross_entropy(
             x, weight, targets, ignore_index, reduction, vocab_size
         )
     refuse_interpreted_bf16(op, x)
+    shape = targets.shape
+    x, targets = x.reshape(targets.numel(), x.shape[-1]), targets.reshape(-1)
     options = (ignore_index, vocab_size, chunk_tokens)
     if reduction == "none":
-        return _rows(x, weight, targets, *options)
+        return _rows(x, weight, targets, *options).view(shape)
     enabled = torch.is_grad_enabled()
     needs = (enabled and x.requires_grad, enabled and weight.requires_grad)
     return _total(x, weight, targets, *options, reduction == "mean", *needs)

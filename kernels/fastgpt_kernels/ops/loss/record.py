@@ -19,9 +19,11 @@ def eager_cross_entropy(
     logits: Tensor, targets: Tensor, ignore_index: int = -1, reduction: str = "mean",
     vocab_size: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """In fp32, whatever logits (M, V) is; columns past vocab_size are padding."""
-    logits = logits[:, :vocab_size].float()
-    return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)
+    """In fp32, whatever logits (..., V) is; columns past vocab_size are padding."""
+    logits = logits[..., :vocab_size].flatten(0, -2).float()
+    options = {"ignore_index": ignore_index, "reduction": reduction}
+    loss = F.cross_entropy(logits, targets.flatten(), **options)
+    return loss.view(targets.shape) if reduction == "none" else loss
 
 
 def eager(
@@ -29,7 +31,8 @@ def eager(
     vocab_size: int | None = None,
 ) -> Tensor:  # fmt: skip
     """The same of x @ weight.T, without the logits of padding: weight's rows past vocab_size."""
-    return eager_cross_entropy(F.linear(x, weight[:vocab_size]), targets, ignore_index, reduction)
+    logits = F.linear(x, weight[:vocab_size].to(x.dtype))
+    return eager_cross_entropy(logits, targets, ignore_index, reduction)
 
 
 def _with_targets(s: Sizes, *inputs: Tensor) -> Case:

@@ -28,7 +28,7 @@ def uses(m: Model) -> Iterator[Use]:
         return torch.empty(first + m.tokens, dtype=torch.int64, device="meta")[first:]
 
     def head() -> Tensor:
-        x, weight = m.activation(m.tokens, m.n_embd), m.activation(m.padded_vocab_size, m.n_embd)
+        x, weight = m.activation(m.tokens, m.n_embd), m.parameter(m.padded_vocab_size, m.n_embd)
         return linear_cross_entropy(x, weight, targets(1), **options)
 
     def loss(reduction: str) -> Tensor:
