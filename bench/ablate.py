@@ -21,7 +21,7 @@ def contenders(arch: str = "") -> list[Variant]:
     ops = [*records("model"), *records("train")]
     if not arch:
         return [Variant(name) for name in ("eager", *(f"{op.name} eager" for op in ops))]
-    ops = [op for op in ops if not op.limits(Sizes(), torch.bfloat16, arch)]
+    ops = [op for op in ops if not op.refusal(Sizes(), torch.bfloat16, arch)]
     to = {op.name: "eager" for op in ops}
     to |= {op.name: "triton" for op in ops if op.library and arch not in op.measured_faster}
     # First what is not decided yet, in case that time runs out.

@@ -109,7 +109,7 @@ def complete(case: Case, without: str = "") -> Case:
     """The case with all who compute it here: fastgpt, eager PyTorch and the op's rivals, of which
     one can be left out."""
     op, arch = record(case.op), setup.arch(case.device)
-    obstacle = op.limits(Sizes(), torch.bfloat16, arch) if arch else "needs a GPU"
+    obstacle = op.refusal(Sizes(), torch.bfloat16, arch) if arch else "needs a GPU"
     if obstacle and op.library:
         case.skipped["fastgpt"] = obstacle
     else:

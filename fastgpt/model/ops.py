@@ -157,7 +157,7 @@ def _obstacle(op: Record, name: str, device: torch.device, dtype: torch.dtype, s
         return "triton is not installed"
     if device.type != "cuda" and not host.INTERPRETED:
         return "no GPU"
-    return op.limits(sizes, dtype, _arch(device))
+    return op.refusal(sizes, dtype, _arch(device))
 
 
 def _arch(device: torch.device) -> str:

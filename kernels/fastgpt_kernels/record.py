@@ -152,6 +152,12 @@ class Record:
         """What has to agree before a run of these sizes uses an implementation."""
         return [self.case(sizes, random)] if self.calls is None else self.calls(sizes, random)
 
+    def refusal(self, sizes: Sizes, dtype: torch.dtype, arch: str) -> str:
+        """Why ours cannot run so: `limits`, and what no kernel can; empty if it can."""
+        if arch == "sm_75" and dtype == torch.bfloat16:
+            return "sm_75 has no bfloat16, only float16"
+        return self.limits(sizes, dtype, arch)
+
     @property
     def ours(self) -> Callable[..., Any]:
         return self.implementations["triton"]

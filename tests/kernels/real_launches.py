@@ -58,7 +58,7 @@ def main(arch: str) -> int:
     dtype = "float16" if arch == "sm_75" else "bfloat16"
 
     def obstacle(op, name, device, dtype, sizes) -> str:
-        return op.limits(sizes, dtype, arch) if name == "triton" else ""
+        return op.refusal(sizes, dtype, arch) if name == "triton" else ""
 
     with (
         recording(arch) as launches,

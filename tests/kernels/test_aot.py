@@ -15,7 +15,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from fastgpt_kernels.record import Sizes, record
 from fastgpt_kernels.specs import spec_modules
 from fastgpt_kernels.tools import aot, baseline
 from fastgpt_kernels.tools.baseline import Verdict
@@ -231,6 +233,14 @@ def test_readme_shows_the_baselines() -> None:
 
 
 # --------------------------------------------------------------------------------------- everything
+
+
+def test_an_architecture_says_what_it_cannot_have() -> None:
+    op = record("layer_norm")
+    assert op.refusal(Sizes(), torch.bfloat16, "sm_75") == "sm_75 has no bfloat16, only float16"
+    assert op.refusal(Sizes(), torch.float16, "sm_75") == ""
+    assert "no TMA" in record("linear").refusal(Sizes(), torch.float16, "sm_75")
+
 
 SAMPLES = """
 import json

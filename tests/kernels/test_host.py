@@ -28,6 +28,17 @@ def test_whoever_looks_at_ops_sees_the_registered_one() -> None:
     assert seen == [False] * 5
 
 
+def test_meta_tensors_pretend_to_lie_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "INTERPRETED", False)
+    x = torch.empty(2, device="meta", dtype=torch.bfloat16)
+    with host.pretend("sm_89"):
+        assert host.use_kernel(x) and not host.use_kernel(X)
+        assert (host.arch_of(x), host.multiprocessors(x)) == ("sm_89", 128)
+        host.refuse_interpreted_bf16("op", x)
+    assert not host.use_kernel(x)
+    assert (host.arch_of(x), host.multiprocessors(x)) == ("cpu", 2)
+
+
 @pytest.mark.parametrize("op", ["layer_norm", "bias_gelu"])
 def test_fake_tensors_get_fake_results(op: str) -> None:
     with FakeTensorMode():

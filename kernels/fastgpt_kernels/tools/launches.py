@@ -222,7 +222,7 @@ def record_all(
         for model in chosen or models(arch):
             for use in (use for module in modules for use in uses(module, model)):
                 op = record(use.op) if use.op in OPS else None
-                reason = op.limits(use.sizes or model, model.dtype, arch) if op else ""
+                reason = op.refusal(use.sizes or model, model.dtype, arch) if op else ""
                 if reason:
                     left_out[use.op] = reason
                     continue

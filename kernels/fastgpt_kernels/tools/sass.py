@@ -120,10 +120,8 @@ class Code:
             for n, i in enumerate(self.body)
             if i.base in branches and i.target in at and at[i.target] < n
         ]
-        # Several branches back to one place are one loop; a branch into the middle of another
-        # span is a loop around or beside it.
         ends: dict[int, int] = {}
-        for start, end in spans:
+        for start, end in spans:  # several branches back to one place are one loop
             ends[start] = max(end, ends.get(start, 0))
         inner = [
             (s, e)
@@ -136,15 +134,15 @@ class Code:
     def hot(self) -> tuple[Instruction, ...]:
         """The loop that does the work, or the whole body.
 
-        With a loop the work is in it if it has matrix products, or at least half as many bytes an
-        iteration
+        A loop does it if it has matrix products, or moves at least an eighth of the bytes that the
+        body does if all loops run once: what moves less only tidies up.
         """
         if not self.loops:
             return self.body
-        if any(i.flops for i in self.body) or any(i.base.startswith("UTC") for i in self.body):
-            return max(self.loops, key=lambda loop: (flops(loop), -len(loop)))
-        best = max(self.loops, key=lambda loop: (traffic(loop), len(loop)))
-        return best if 8 * traffic(best) >= traffic(self.body) else self.body
+        best = max(self.loops, key=lambda loop: (products(loop), -len(loop)))
+        if not products(best):
+            best = max(self.loops, key=lambda loop: (traffic(loop), len(loop)))
+        return best if products(best) or 8 * traffic(best) >= traffic(self.body) else self.body
 
     @property
     def loops_over(self) -> bool:
@@ -158,14 +156,16 @@ class Code:
         A chain of wgmma on one accumulator needs no wait inside. ptxas puts one there, for all
         that is in flight, if it cannot prove that nobody else touches the registers (C7515).
         """
-        last, waits, found = "", False, 0
-        for i in (i for loop in self.loops or [self.body] for i in loop):
-            if i.base == "HGMMA":
-                accumulator = i.operands.partition(",")[0]
-                found += waits and accumulator == last
-                last, waits = accumulator, False
-            elif i.op.startswith("WARPGROUP.DEPBAR") and i.operands.endswith("0x0"):
-                waits = True
+        found = 0
+        for loop in self.loops or [self.body]:
+            last, waits = "", False
+            for i in loop:
+                if i.base == "HGMMA":
+                    accumulator = i.operands.partition(",")[0]
+                    found += waits and accumulator == last
+                    last, waits = accumulator, False
+                elif i.op.startswith("WARPGROUP.DEPBAR") and i.operands.endswith("0x0"):
+                    waits = True
         return found
 
     @cached_property
@@ -177,8 +177,8 @@ class Code:
         bytes are not in the code.
         """
         pending: list[tuple[str, int]] = []  # registers awaited, bytes
-        groups, group = [0], 0  # bytes of the committed groups of copies
-        most, first = 0, {"LDG", "LDGSTS"}
+        groups, group = [0], 0  # bytes of the committed groups of copies, and of the next one
+        most = 0
         for i in self.body:
             reads = i.operands if i.base in ("STG", "STS") else i.operands.partition(",")[2]
             for n in range(len(pending) - 1, -1, -1):
@@ -195,8 +195,7 @@ class Code:
             elif i.base == "DEPBAR" and i.operands.startswith("SB0"):
                 allowed = int(i.operands.rpartition(" ")[2], 16)
                 groups = groups[-allowed:] if allowed else [0]
-            if i.base in first or i.base == "LDGDEPBAR":
-                most = max(most, sum(b for _, b in pending) + sum(groups) + group)
+            most = max(most, sum(b for _, b in pending) + sum(groups) + group)
         return most
 
 
@@ -212,6 +211,11 @@ def _registers(load: Instruction) -> str:
 def flops(code: Iterable[Instruction]) -> float:
     """FLOPs of the matrix products, a warp's share."""
     return sum(i.flops for i in code)
+
+
+def products(code: Iterable[Instruction]) -> float:
+    """The same where the code tells, else how many products there are (tcgen05)."""
+    return sum(i.flops or (i.base.startswith("UTC") and i.base.endswith("MMA")) for i in code)
 
 
 def traffic(code: Iterable[Instruction]) -> int:
