@@ -9,8 +9,9 @@ Each key and value is used once, so this is bound by memory: 4*D*(t+1) bytes a h
 dtype, without tensor cores. One row has few heads (12 in GPT-2 124M, for the 132 SMs of a GPU), so
 the cache is cut into chunks that programs work on side by side ("flash-decoding", Dao et al. 2023):
 each leaves a running maximum m, a sum l and an unnormalised fp32 y, which the last one of a head to
-finish puts together, in the chunks' order. The number of chunks follows from the cache's size S and not from what it holds, so
-that every step is the same launch and fits into a CUDA graph; chunks past t end at once.
+finish puts together, in the chunks' order. The number of chunks follows from the cache's size S and
+not from what it holds, so that every step is the same launch and fits into a CUDA graph; chunks
+past t end at once.
 
 The new key and value are stored by the one program whose chunk holds t, which takes them from qkv:
 no program reads what another writes.
@@ -85,7 +86,7 @@ def check_caches(
     """TypeError/ValueError unless these are the caches and positions of rows (B, C), like x."""
     check_tensor(op, "k_cache", k_cache, ndim=4, like=x)
     B, H, S, D = k_cache.shape
-    if not 1 <= D <= MAX_HEAD_DIM or S < 1 or (B, H * D) != shape:
+    if not 1 <= D <= MAX_HEAD_DIM or S < 1 or shape != (B, H * D):
         raise ValueError(
             f"{op}: k_cache must have shape (B={shape[0]}, H, S >= 1, D in 1 .. {MAX_HEAD_DIM}) "
             f"with H * D = {shape[1]}, got {tuple(k_cache.shape)}"

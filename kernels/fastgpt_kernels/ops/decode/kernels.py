@@ -25,11 +25,9 @@ PROGRAMS_PER_SM = 4  # of attention; not measured: enough loads in flight to fil
 LOG2_E = 1.4426950408889634
 WARPS = 4  # of every kernel; in a matrix-vector product each has rows of its own
 
-# Layout of a layer's counters, int32, all zero between launches.
-TICKET, FIRST_DONE, HEADS_DONE, LAST_DONE, ARRIVED = 0, 1, 2, 3, 4
-_FIRST, _HEADS, _LAST, _ARRIVED = (
-    tl.constexpr(n) for n in (FIRST_DONE, HEADS_DONE, LAST_DONE, ARRIVED)
-)
+# A layer's counters, int32, all zero between launches: tickets drawn, tiles of the first product
+# done, heads done, tiles of the last product done, and from _ARRIVED on chunks done, by head.
+_FIRST, _HEADS, _LAST, _ARRIVED = (tl.constexpr(n) for n in (1, 2, 3, 4))
 
 
 @triton.jit
@@ -142,34 +140,38 @@ def _few_rows(
         for j in tl.static_range(ROWS):
             mean, rstd = _statistics(xs, j * STEPS, eps, WARPS, K, BLOCK_K)
             means, rstds = means + (mean,), rstds + (rstd,)
-    for r in tl.static_range(REPEAT):
-        sums = ()
+    sums = ()
+    for _ in tl.static_range(REPEAT * ROWS):
+        sums = sums + (tl.zeros([WARPS, BLOCK_K], tl.float32),)
+    for i in tl.static_range(STEPS):
+        values = ()
+        if norm_weight is not None:
+            gain = _x_tile(norm_weight, i, WARPS, K, BLOCK_K)
+        if norm_bias is not None:
+            shift = _x_tile(norm_bias, i, WARPS, K, BLOCK_K)
         for j in tl.static_range(ROWS):
-            sums = sums + (tl.zeros([WARPS, BLOCK_K], tl.float32),)
-        for i in tl.static_range(STEPS):
+            if norm_weight is not None:
+                value = (xs[j * STEPS + i] - means[j]) * rstds[j] * gain
+                if norm_bias is not None:
+                    value += shift
+            else:
+                row = x + tl.minimum(first + j, B - 1) * stride_x
+                value = _x_tile(row, i, WARPS, K, BLOCK_K)
+            values = values + (value,)
+        more = ()
+        for r in tl.static_range(REPEAT):
             if i < AHEAD:
                 w = ws[i * REPEAT + r].to(tl.float32)
             else:
                 w = _weight_tile(tile * REPEAT + r, i, weight, stride_w, N, K, WARPS, BLOCK_K)
                 w = w.to(tl.float32)
-            if norm_weight is not None:
-                gain = _x_tile(norm_weight, i, WARPS, K, BLOCK_K)
-            if norm_bias is not None:
-                shift = _x_tile(norm_bias, i, WARPS, K, BLOCK_K)
-            more = ()
             for j in tl.static_range(ROWS):
-                if norm_weight is not None:
-                    value = (xs[j * STEPS + i] - means[j]) * rstds[j] * gain
-                    if norm_bias is not None:
-                        value += shift
-                else:
-                    row = x + tl.minimum(first + j, B - 1) * stride_x
-                    value = _x_tile(row, i, WARPS, K, BLOCK_K)
-                more = more + (sums[j] + value * w,)
-            sums = more
+                more = more + (sums[r * ROWS + j] + values[j] * w,)
+        sums = more
+    for r in tl.static_range(REPEAT):
         outputs = (tile * REPEAT + r) * WARPS + warp
         for j in tl.static_range(ROWS):
-            out = tl.sum(sums[j], 1) + biases[r]
+            out = tl.sum(sums[r * ROWS + j], 1) + biases[r]
             if ACTIVATION != "none":
                 gate, _ = gate_and_slope(out, ACTIVATION == "tanh")
                 out = out * gate
@@ -359,7 +361,8 @@ def decode_attention_layer_kernel(
     proj_weight, proj_bias, qkv, attended, partial, stats, y, counters,
     stride_x, stride_b, stride_h, stride_s, B, n_head, S, chunk, chunks, scale_log2, eps,
     C: tl.constexpr, ROWS: tl.constexpr, MORE: tl.constexpr, HEAD: tl.constexpr,
-    HEAD_PAD: tl.constexpr, CHUNKS_PAD: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr, BLOCK_K: tl.constexpr,
+    HEAD_PAD: tl.constexpr, CHUNKS_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
+    WARPS: tl.constexpr, BLOCK_K: tl.constexpr,
     QKV_REPEAT: tl.constexpr, PROJ_REPEAT: tl.constexpr, QKV_AHEAD: tl.constexpr,
     PROJ_AHEAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -435,8 +438,9 @@ def repeat_and_ahead(N: int, K: int, itemsize: int, config: Config, sms: int) ->
     step_bytes = config.blocks["BLOCK_K"] * itemsize // 32
     repeat = 1
     while (
-        2 * repeat * steps * step_bytes <= config.blocks["BYTES"]
-        and N >= 2 * WARPS * (2 * repeat) * sms
+        repeat < 4
+        and 2 * repeat * steps * step_bytes <= config.blocks["BYTES"]
+        and 2 * WARPS * (2 * repeat) * sms <= N
     ):
         repeat *= 2
     return repeat, min(steps, config.blocks["MOST"] // (repeat * step_bytes))
@@ -454,27 +458,37 @@ def _launch_options(x: Tensor, early: bool) -> dict[str, Any]:
     return {"EARLY": early, "launch_pdl": early, "maxnreg": registers, "num_warps": WARPS}
 
 
-def _attention_plan(
-    k_cache: Tensor, config: Config | None
-) -> tuple[tuple[int, int], dict[str, int], tuple[Tensor, Tensor]]:
-    """(chunk, chunks), the kernel's constants, and room for what the chunks leave."""
-    B, H, S, D = k_cache.shape
-    config = config or lookup(configs.ATTENTION, arch_of(k_cache), D)
-    chunk = chunk_size(S, B * H, multiprocessors(k_cache), config.blocks["BLOCK_N"])
+def attention_constants(
+    B: int, H: int, S: int, D: int, config: Config, sms: int
+) -> tuple[tuple[int, int], dict[str, int]]:
+    """(positions a chunk, chunks), and the kernels' constants."""
+    chunk = chunk_size(S, B * H, sms, config.blocks["BLOCK_N"])
     chunks = triton.cdiv(S, chunk)
-    sizes = {
+    return (chunk, chunks), {
         "HEAD": D,
         "HEAD_PAD": max(16, triton.next_power_of_2(D)),
         "CHUNKS_PAD": triton.next_power_of_2(chunks),
         "BLOCK_N": config.blocks["BLOCK_N"],
     }
-    partial = torch.empty((B * H, chunks, D), dtype=torch.float32, device=k_cache.device)
-    stats = torch.empty((B * H, chunks, 2), dtype=torch.float32, device=k_cache.device)
-    return (chunk, chunks), sizes, (partial, stats)
 
 
-def _product_plan(B: int, config: Config) -> dict[str, int]:
-    return {"ROWS": min(B, 2), "MORE": B > 2, "WARPS": WARPS, "BLOCK_K": config.blocks["BLOCK_K"]}
+def product_constants(B: int, config: Config) -> dict[str, int | bool]:
+    """What all products of a launch have in common."""
+    return {
+        "ROWS": min(B, 2), "MORE": B > 2, "WARPS": WARPS, "BLOCK_K": config.blocks["BLOCK_K"],
+    }  # fmt: skip
+
+
+def _attention_plan(
+    k_cache: Tensor, config: Config | None
+) -> tuple[tuple[int, int], dict[str, int], tuple[Tensor, Tensor]]:
+    """`attention_constants`, and room for what the chunks leave."""
+    B, H, S, D = k_cache.shape
+    config = config or lookup(configs.ATTENTION, arch_of(k_cache), D)
+    chunks, constants = attention_constants(B, H, S, D, config, multiprocessors(k_cache))
+    partial = torch.empty((B * H, chunks[1], D), dtype=torch.float32, device=k_cache.device)
+    stats = torch.empty((B * H, chunks[1], 2), dtype=torch.float32, device=k_cache.device)
+    return chunks, constants, (partial, stats)
 
 
 def _unit_rows(x: Tensor) -> Tensor:
@@ -492,7 +506,8 @@ def launch_attention(
     if y.numel() == 0:
         return y
     (chunk, chunks), sizes, rooms = _attention_plan(k_cache, config)
-    arrived = torch.zeros(B * H, dtype=torch.int32, device=qkv.device)
+    allocate = torch.zeros if chunks > 1 else torch.empty
+    arrived = allocate(B * H, dtype=torch.int32, device=qkv.device)
     with on_device(qkv):
         decode_attention_kernel[(B * H * chunks,)](
             qkv, k_cache, v_cache, positions, y, *rooms, arrived,
@@ -520,7 +535,7 @@ def launch_linear(
         decode_linear_kernel[(triton.cdiv(N, WARPS * repeat),)](
             x, weight, bias, norm_weight, norm_bias, residual, y,
             x.stride(0), weight.stride(0), N, B, eps,
-            K=K, ACTIVATION=activation, REPEAT=repeat, AHEAD=ahead, **_product_plan(B, config),
+            K=K, ACTIVATION=activation, REPEAT=repeat, AHEAD=ahead, **product_constants(B, config),
             **_launch_options(x, early),
         )  # fmt: skip
     return y
@@ -548,7 +563,7 @@ def launch_attention_layer(
             proj_weight, proj_bias, qkv, attended, *rooms, y, counters,
             x.stride(0), *k_cache.stride()[:3], B, H, S, chunk, chunks, scale * LOG2_E, eps,
             C=C, QKV_REPEAT=qkv_repeat, PROJ_REPEAT=repeat, QKV_AHEAD=qkv_ahead, PROJ_AHEAD=ahead,
-            **sizes, **_product_plan(B, config), **_launch_options(x, early),
+            **sizes, **product_constants(B, config), **_launch_options(x, early),
         )  # fmt: skip
     return y
 
@@ -573,6 +588,6 @@ def launch_mlp_layer(
             counters, x.stride(0), B, eps,
             C=C, HIDDEN=hidden_size, ACTIVATION=activation, FC_REPEAT=fc_repeat,
             PROJ_REPEAT=repeat, FC_AHEAD=fc_ahead, PROJ_AHEAD=ahead,
-            **_product_plan(B, config), **_launch_options(x, early),
+            **product_constants(B, config), **_launch_options(x, early),
         )  # fmt: skip
     return y

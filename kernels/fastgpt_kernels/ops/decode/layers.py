@@ -7,26 +7,28 @@ x (B, C), B up to 8. A token costs as many launches as there are halves of layer
 
 The programs of a launch have stages: qkv, then chunks of attention, then proj; or fc, then proj. A
 program's number is a ticket that it draws, and those of a later stage wait, by a counter in memory,
-for those of the stage before, which drew theirs earlier and so are running or done. Before they wait
-they load their weights into registers, so that the memory system is busy while results travel: that
-is what the time of a token is made of. With `early` the weights are even loaded while the launch
-before is still running (programmatic dependent launch, on NVIDIA GPUs from sm_90 on).
+for those of the stage before, which drew theirs earlier and so are running or done. Before they
+wait they load their weights into registers: memory is busy while results travel, which is what most
+of a token's time is made of. With `early` the weights are even loaded while the launch before is
+still running (programmatic dependent launch, on NVIDIA GPUs from sm_90 on).
 
-The bound, for GPT-2 124M in bf16, one row: a token reads 248 MB of weights, 83 us on an H100 at 3.0
-TB/s and 58 on an H200 at 4.3. A stage's results take about 1.1 us to the next one: a store and a
-release (0.4), the poll that sees it (0.3), loads of x and the sums over it (0.4); five stages of 12
-layers are 66 us. A layer's weights, 14 MB, take 4.7 us on an H100 and 3.3 on an H200. If none of it
-overlaps, a token takes 12 * (5.5 + 4.7) + 26 for the head = 148 us, 56 % of the roof; on an H200
-12 * (5.5 + 3.3) + 18 = 124 us, 47 %. If all but what does not fit in flight overlaps, 12 * 5.5 + 26 =
-92 us (90 %) and 12 * 5.5 + 18 = 84 us (69 %). By Little's law, 3.0 TB/s at 0.9 us under load need 20
-KB in flight an SM and 4.3 TB/s 29 KB; four programs of 12 KB are 48. Nothing of this is measured.
+The bound, for GPT-2 124M in bf16, one row, nothing of it measured. A token reads 248 MB of weights:
+83 us on an H100 at 3.0 TB/s, 58 on an H200 at 4.3. A stage's results take about 1.1 us to the next
+one: store and release 0.4, the poll that sees them 0.3, loads of x and sums over it 0.4; that is
+5.5 us a layer, whose weights, 14.2 MB, take 4.7 us (H200: 3.3), and the head's 26 us (18).
+
+                             H100             H200
+    nothing overlaps         148 us, 56 %     124 us, 47 % of the weights' roof
+    a layer's weights do      92 us, 90 %      84 us, 69 %
+
+They do if they are in flight: by Little's law 3.0 TB/s at 0.9 us need 20 KB an SM, 4.3 TB/s 29 KB.
+Four programs an SM (128 registers a thread) with 12 KB each, 24 in the second stage, are 48 KB.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastgpt_kernels import reference
 from fastgpt_kernels.host import (
@@ -58,8 +60,12 @@ if HAS_TRITON:
 
 
 def decode_counters(B: int, n_head: int, launches: int, device: torch.device) -> Tensor:
-    """(launches, 4 + B * n_head) int32 zeros: a row for each launch of a token."""
-    return torch.zeros(launches, 4 + B * n_head, dtype=torch.int32, device=device)
+    """(launches, 4 + B * n_head rounded up to 4) int32 zeros: a row for each launch of a token.
+
+    Launches that may overlap need rows of their own, so those of a token all do.
+    """
+    per_launch = 4 + -(-B * n_head // 4) * 4  # so that all rows are aligned alike
+    return torch.zeros(launches, per_launch, dtype=torch.int32, device=device)
 
 
 def decode_attention_layer(
@@ -86,14 +92,14 @@ def decode_attention_layer(
     qkv_weight, qkv_bias      (3*C, C) contiguous and (3*C,), of x's dtype
     proj_weight, proj_bias    (C, C) contiguous and (C,), of x's dtype
     k_cache, v_cache, positions, scale   as for `decode_attention`; C = H * D
-    counters                  (>= 4 + B*H,) int32, contiguous, zero; zero again when the launch ends.
-                              No other launch may use them meanwhile
-    early     on NVIDIA GPUs from sm_90 on: read the weights before the launches ahead have ended,
-              which must not write them
+    counters                  (>= 4 + B*H,) int32 zeros, contiguous, as of `decode_counters`; zero
+                              again when the launch ends. No other launch may use them meanwhile
+    early                     on NVIDIA GPUs from sm_90 on: read the weights before the launches
+                              ahead have ended, which must not write them
 
-    Returns y (B, C), contiguous, x's dtype; sums are fp32, qkv and attention's result are rounded to
-    x's dtype. For inference: not differentiable. On a CPU tensor the twins of `decode_linear` and
-    `decode_attention` run. Raises TypeError/ValueError naming the argument.
+    Returns y (B, C), contiguous, x's dtype; sums are fp32, qkv and attention's result are rounded
+    to x's dtype. For inference: not differentiable. On a CPU tensor the twins of `decode_linear`
+    and `decode_attention` run. Raises TypeError/ValueError naming the argument.
     """
     op = "decode_attention_layer"
     C = _check(op, x, norm_weight, norm_bias)
@@ -108,10 +114,10 @@ def decode_attention_layer(
             x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias,
             k_cache, v_cache, positions, counters, scale, eps, early,
         )  # fmt: skip
-    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
-    qkv = reference.decode_linear(x, qkv_weight, qkv_bias, eps=eps, **norm)
-    y = reference.decode_attention(qkv, k_cache, v_cache, positions, scale=scale)
-    return reference.decode_linear(y, proj_weight, proj_bias, residual=x)
+    return plain_attention_layer(
+        x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias,
+        k_cache, v_cache, positions, counters, scale=scale, eps=eps,
+    )  # fmt: skip
 
 
 def decode_mlp_layer(
@@ -137,9 +143,9 @@ def decode_mlp_layer(
     activation               "none", or GELU: "tanh" or "erf"
     counters                 (>= 4,); they and `early` are as for `decode_attention_layer`
 
-    Returns y (B, C), contiguous, x's dtype; sums are fp32, the hidden layer is rounded to x's dtype.
-    For inference: not differentiable. On a CPU tensor the twin of `decode_linear` runs. Raises
-    TypeError/ValueError naming the argument.
+    Returns y (B, C), contiguous, x's dtype; sums are fp32, the hidden layer is rounded to x's
+    dtype. For inference: not differentiable. On a CPU tensor the twin of `decode_linear` runs.
+    Raises TypeError/ValueError naming the argument.
     """
     op = "decode_mlp_layer"
     C = _check(op, x, norm_weight, norm_bias)
@@ -156,6 +162,31 @@ def decode_mlp_layer(
             x, norm_weight, norm_bias, fc_weight, fc_bias, proj_weight, proj_bias,
             counters, activation, eps, early,
         )  # fmt: skip
+    return plain_mlp_layer(
+        x, norm_weight, norm_bias, fc_weight, fc_bias, proj_weight, proj_bias, counters,
+        activation=activation, eps=eps,
+    )  # fmt: skip
+
+
+def plain_attention_layer(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, qkv_weight: Tensor,
+    qkv_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None, k_cache: Tensor,
+    v_cache: Tensor, positions: Tensor, counters: Tensor, *, scale: float | None = None,
+    eps: float = 1e-5, early: bool = False,
+) -> Tensor:  # fmt: skip
+    """`decode_attention_layer` in plain PyTorch: the specification; counters are left alone."""
+    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    qkv = reference.decode_linear(x, qkv_weight, qkv_bias, eps=eps, **norm)
+    y = reference.decode_attention(qkv, k_cache, v_cache, positions, scale=scale)
+    return reference.decode_linear(y, proj_weight, proj_bias, residual=x)
+
+
+def plain_mlp_layer(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, fc_weight: Tensor,
+    fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None, counters: Tensor, *,
+    activation: str = "tanh", eps: float = 1e-5, early: bool = False,
+) -> Tensor:  # fmt: skip
+    """`decode_mlp_layer` in plain PyTorch: the specification; counters are left alone."""
     norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
     h = reference.decode_linear(x, fc_weight, fc_bias, activation=activation, eps=eps, **norm)
     return reference.decode_linear(h, proj_weight, proj_bias, residual=x)

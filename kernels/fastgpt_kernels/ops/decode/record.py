@@ -10,6 +10,13 @@ from torch.nn import functional as F
 
 from fastgpt_kernels import reference
 from fastgpt_kernels.ops.decode.attention import MAX_HEAD_DIM, decode_attention
+from fastgpt_kernels.ops.decode.layers import (
+    decode_attention_layer,
+    decode_counters,
+    decode_mlp_layer,
+    plain_attention_layer,
+    plain_mlp_layer,
+)
 from fastgpt_kernels.ops.decode.linear import MAX_ROWS, decode_linear
 from fastgpt_kernels.record import Case, Random, Record, Sizes, Work
 
@@ -34,20 +41,33 @@ def cached_attention(
     return y.reshape(B, H * D)
 
 
+MAX_WIDTH = 4096  # a product's steps are unrolled: more takes long to compile
+
+
 def _attention_limits(s: Sizes, dtype: torch.dtype, arch: str) -> str:
     return "" if s.head_dim <= MAX_HEAD_DIM else f"head dim {s.head_dim} is over {MAX_HEAD_DIM}"
 
 
 def _linear_limits(s: Sizes, dtype: torch.dtype, arch: str) -> str:
-    return "" if s.batch_size <= MAX_ROWS else f"{s.batch_size} rows are more than {MAX_ROWS}"
+    if s.batch_size > MAX_ROWS:
+        return f"{s.batch_size} rows are more than {MAX_ROWS}"
+    return "" if s.n_embd <= MAX_WIDTH else f"width {s.n_embd} is more than {MAX_WIDTH}"
+
+
+def _attention_layer_limits(s: Sizes, dtype: torch.dtype, arch: str) -> str:
+    return _linear_limits(s, dtype, arch) or _attention_limits(s, dtype, arch)
 
 
 def _attention_case(s: Sizes, random: Random) -> Case:
     B, S = s.batch_size, s.block_size
     qkv = random(B, 3 * s.n_embd)
     k, v = (random(B, s.n_head, S, s.head_dim) for _ in range(2))
-    positions = torch.linspace(0, S - 1, B, device=qkv.device).long()
-    return Case([qkv, k, v], {"positions": positions})
+    return Case([qkv, k, v], {"positions": _positions(B, S, qkv.device)})
+
+
+def _positions(B: int, S: int, device: torch.device) -> Tensor:
+    """From a full cache, which a single row has, to an empty one."""
+    return torch.linspace(S - 1, 0, B, device=device).long()
 
 
 def _run_attention(function: Callable[..., Tensor], case: Case) -> list[Tensor]:
@@ -69,6 +89,41 @@ def _run_linear(function: Callable[..., Tensor], case: Case) -> list[Tensor]:
     return [function(x, weight, bias, **norm, residual=residual, activation="tanh").float()]
 
 
+def _attention_layer_case(s: Sizes, random: Random) -> Case:
+    """x, norm, qkv, proj and the caches."""
+    B, C = s.batch_size, s.n_embd
+    x, gain, shift = random(B, C), random(C), random(C)
+    qkv, proj = (random(3 * C, C) / C**0.5, random(3 * C)), (random(C, C) / C**0.5, random(C))
+    k, v = (random(B, s.n_head, s.block_size, s.head_dim) for _ in range(2))
+    positions = _positions(B, s.block_size, x.device)
+    return Case([x, gain, shift, *qkv, *proj, k, v], {"positions": positions})
+
+
+def _run_attention_layer(function: Callable[..., Tensor], case: Case) -> list[Tensor]:
+    """The result and both caches, the second time: the first must leave the counters at 0."""
+    *tensors, k, v = (x.clone() for x in case.inputs)
+    counters = decode_counters(len(k), k.shape[1], 1, k.device)[0]
+    for _ in range(2):
+        y = function(*tensors, k, v, counters=counters, **case.arguments)
+    return [y.float(), k.float(), v.float()]
+
+
+def _mlp_layer_case(s: Sizes, random: Random) -> Case:
+    """x, norm and both layers."""
+    C, H = s.n_embd, 4 * s.n_embd
+    fc, proj = (random(H, C) / C**0.5, random(H)), (random(C, H) / H**0.5, random(C))
+    return Case([random(s.batch_size, C), random(C), random(C), *fc, *proj])
+
+
+def _run_mlp_layer(function: Callable[..., Tensor], case: Case) -> list[Tensor]:
+    """The result, the second time; with either GELU."""
+    results = []
+    counters = decode_counters(1, 0, 1, case.inputs[0].device)[0]
+    for activation in ("tanh", "erf") * 2:
+        results.append(function(*case.inputs, counters, activation=activation).float())
+    return results[2:]
+
+
 def _attention_work(s: Sizes, itemsize: int) -> dict[str, Work]:
     return {"forward": Work(0, 2.0 * s.tokens * s.n_embd * itemsize)}
 
@@ -77,16 +132,38 @@ def _linear_work(s: Sizes, itemsize: int) -> dict[str, Work]:
     return {"forward": Work(0, 4.0 * s.n_embd**2 * itemsize)}
 
 
+def _attention_layer_work(s: Sizes, itemsize: int) -> dict[str, Work]:
+    C = s.n_embd
+    return {"forward": Work(0, (4.0 * C * C + 2.0 * s.tokens * C) * itemsize)}
+
+
+def _mlp_layer_work(s: Sizes, itemsize: int) -> dict[str, Work]:
+    return {"forward": Work(0, 8.0 * s.n_embd**2 * itemsize)}
+
+
 RECORDS = {
     "decode_attention": Record(
         "decode_attention", {"eager": cached_attention, "triton": decode_attention},
         _attention_case, _attention_work,
-        kernels=("decode_attention_kernel", "decode_attention_combine_kernel"), part="attention",
-        limits=_attention_limits, run=_run_attention,
+        kernels=("decode_attention_kernel",), part="attention", limits=_attention_limits,
+        run=_run_attention,
     ),
     "decode_linear": Record(
         "decode_linear", {"eager": reference.decode_linear, "triton": decode_linear}, _linear_case,
         _linear_work,
         kernels=("decode_linear_kernel",), part="linear", limits=_linear_limits, run=_run_linear,
+    ),
+    "decode_attention_layer": Record(
+        "decode_attention_layer",
+        {"eager": plain_attention_layer, "triton": decode_attention_layer},
+        _attention_layer_case, _attention_layer_work,
+        kernels=("decode_attention_layer_kernel",), part="attention",
+        limits=_attention_layer_limits, run=_run_attention_layer,
+    ),
+    "decode_mlp_layer": Record(
+        "decode_mlp_layer", {"eager": plain_mlp_layer, "triton": decode_mlp_layer},
+        _mlp_layer_case, _mlp_layer_work,
+        kernels=("decode_mlp_layer_kernel",), part="linear", limits=_linear_limits,
+        run=_run_mlp_layer,
     ),
 }  # fmt: skip
