@@ -69,7 +69,8 @@ class Decoder:
         self.attend = chosen["decode_attention"][1]
         # Without our kernel PyTorch's layers and the op table's norms do better than its twin.
         self.linear = chosen["decode_linear"][1] if "decode_linear" in ours else None
-        self.halves = [chosen[op][1] for op in _HALVES] if ours.issuperset(_HALVES) else None
+        attention, mlp = (chosen[op][1] for op in _HALVES)
+        self.halves = (attention, mlp) if ours.issuperset(_HALVES) else None
         # Launches overlap, so that each has its own.
         launches = 2 * shape.n_layer
         self.counters = decode_counters(batch_size, shape.n_head, launches, device)

@@ -26,9 +26,12 @@ def instructions(cubin: bytes) -> tuple[list[str], dict[str, int]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        run = {"check": True, "capture_output": True, "text": True}
-        sass = subprocess.run([TOOL, "--dump-sass", file.name], **run).stdout
-        usage = subprocess.run([TOOL, "-res-usage", file.name], **run).stdout
+        sass, usage = (
+            subprocess.run(
+                [TOOL, flag, file.name], check=True, capture_output=True, text=True
+            ).stdout
+            for flag in ("--dump-sass", "-res-usage")
+        )
     found = re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)
     return re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(.*?) ?;", sass), {k: int(n) for k, n in found}
 

@@ -6,6 +6,8 @@ launch hand results on. Whoever waits for others took its number after them (`_t
 it waits for has begun: no order of programs, and no number of them on the GPU at once, is assumed.
 """
 
+# mypy: disable-error-code="assignment"
+# Tiles are gathered in tuples that grow, to which mypy gives the type of their first value, ().
 from __future__ import annotations
 
 from typing import Any
@@ -178,7 +180,8 @@ def _few_rows(
             mask = (outputs < N) & (first + j < B)
             place = (first + j) * N + outputs
             if residual is not None:
-                out += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
+                before = tl.load(residual + place, mask=mask, other=0.0, cache_modifier=".cg")
+                out += before.to(tl.float32)
             tl.store(y + place, out.to(y.dtype.element_ty), mask=mask)
 
 

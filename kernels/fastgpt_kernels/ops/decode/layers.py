@@ -175,8 +175,9 @@ def plain_attention_layer(
     eps: float = 1e-5, early: bool = False,
 ) -> Tensor:  # fmt: skip
     """`decode_attention_layer` in plain PyTorch: the specification; counters are left alone."""
-    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
-    qkv = reference.decode_linear(x, qkv_weight, qkv_bias, eps=eps, **norm)
+    qkv = reference.decode_linear(
+        x, qkv_weight, qkv_bias, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps
+    )
     y = reference.decode_attention(qkv, k_cache, v_cache, positions, scale=scale)
     return reference.decode_linear(y, proj_weight, proj_bias, residual=x)
 
@@ -187,8 +188,10 @@ def plain_mlp_layer(
     activation: str = "tanh", eps: float = 1e-5, early: bool = False,
 ) -> Tensor:  # fmt: skip
     """`decode_mlp_layer` in plain PyTorch: the specification; counters are left alone."""
-    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
-    h = reference.decode_linear(x, fc_weight, fc_bias, activation=activation, eps=eps, **norm)
+    h = reference.decode_linear(
+        x, fc_weight, fc_bias, norm_weight=norm_weight, norm_bias=norm_bias,
+        activation=activation, eps=eps,
+    )  # fmt: skip
     return reference.decode_linear(h, proj_weight, proj_bias, residual=x)
 
 
