@@ -19,7 +19,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastgpt.model.gpt import GPT, Block, LayerNorm
 from fastgpt.model.ops import Wish, choose_all
+from fastgpt_kernels import decode_counters
 from fastgpt_kernels.record import records
+
+_HALVES = ("decode_attention_layer", "decode_mlp_layer")
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,15 @@ class Decoder:
         self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
         sizes = replace(shape.sizes(batch_size), block_size=max_len)
         chosen = choose_all(records("inference"), device, dtype, sizes, Wish())
-        attention, linear = chosen["decode_attention"], chosen["decode_linear"]
-        self.attend = attention[1]
+        ours = {op for op, (choice, _) in chosen.items() if choice.implementation == "triton"}
+        self.attend = chosen["decode_attention"][1]
         # Without our kernel PyTorch's layers and the op table's norms do better than its twin.
-        self.linear = linear[1] if linear[0].implementation == "triton" else None
+        self.linear = chosen["decode_linear"][1] if "decode_linear" in ours else None
+        attention, mlp = (chosen[op][1] for op in _HALVES)
+        self.halves = (attention, mlp) if ours.issuperset(_HALVES) else None
+        # Launches overlap, so that each has its own.
+        launches = 2 * shape.n_layer
+        self.counters = decode_counters(batch_size, shape.n_head, launches, device)
 
     def _layer(self, block: Block) -> Layer:
         def cast_linear(layer: torch.nn.Linear) -> tuple[Tensor, Tensor | None]:
@@ -132,28 +140,61 @@ class Decoder:
         x = self.wte[tokens] + self.wpe[at]
         if self.linear is None:
             logits = F.linear(self._hidden(x, attend), self.head)
+        elif self.halves is None:
+            logits = self._by_layers(self.linear, x.to(self.dtype), attend)
         else:
-            logits = self._fused(self.linear, x.to(self.dtype), attend)
+            logits = self._by_halves(self.linear, *self.halves, x.to(self.dtype), at, S)
         self.positions += 1
         return logits
 
-    def _fused(
+    def _by_layers(
         self, linear: Callable[..., Tensor], x: Tensor, attend: Callable[[int, Tensor], Tensor]
     ) -> Tensor:
         """Embeddings (B, C) -> logits (B, V): five launches a layer, each weight read once."""
-
-        def norm(n: LayerNorm) -> dict[str, Tensor | None]:
-            return {"norm_weight": n.weight.detach(), "norm_bias": n.bias}
-
         for i, layer in enumerate(self.layers):
-            y = attend(i, linear(x, *layer.attn_in, **norm(layer.attn_norm)))
+            y = attend(i, linear(x, *layer.attn_in, **_norm(layer.attn_norm)))
             x = linear(y, *layer.attn_out, residual=x)
-            h = linear(x, *layer.mlp_in, **norm(layer.mlp_norm), activation=self.shape.gelu)
+            h = linear(x, *layer.mlp_in, **_norm(layer.mlp_norm), activation=self.shape.gelu)
             x = linear(h, *layer.mlp_out, residual=x)
-        return linear(x, self.head, **norm(self.final_norm))
+        return linear(x, self.head, **_norm(self.final_norm))
+
+    def _by_halves(
+        self, linear: Callable[..., Tensor], attention_half: Callable[..., Tensor],
+        mlp_half: Callable[..., Tensor], x: Tensor, at: Tensor, S: int,
+    ) -> Tensor:  # fmt: skip
+        """Embeddings (B, C) -> logits (B, V): two launches a layer, S positions of the cache.
+
+        The weights are as old as this decoder, so that a launch may read them early.
+        """
+        gelu = self.shape.gelu
+        for i, layer in enumerate(self.layers):
+            caches, counters = (
+                self.cache[i, :, :, :, :S].unbind(0),
+                self.counters[2 * i : 2 * i + 2],
+            )
+            x = attention_half(
+                x, **_norm(layer.attn_norm),
+                **_linear("qkv", layer.attn_in), **_linear("proj", layer.attn_out),
+                k_cache=caches[0], v_cache=caches[1], positions=at, counters=counters[0],
+                early=True,
+            )  # fmt: skip
+            x = mlp_half(
+                x, **_norm(layer.mlp_norm),
+                **_linear("fc", layer.mlp_in), **_linear("proj", layer.mlp_out),
+                counters=counters[1], activation=gelu, early=True,
+            )  # fmt: skip
+        return linear(x, self.head, **_norm(self.final_norm), early=True)
 
     @torch.no_grad()
     def windows(self, ids: Tensor) -> Tensor:
         """Logits (rows, V) after full windows ids (rows, T), T <= block_size; no cache."""
         lengths = torch.full((len(ids),), ids.shape[1], device=ids.device)
         return self._last_logits(ids, lengths, keep=False)
+
+
+def _norm(norm: LayerNorm) -> dict[str, Tensor | None]:
+    return {"norm_weight": norm.weight.detach(), "norm_bias": norm.bias}
+
+
+def _linear(name: str, layer: tuple[Tensor, Tensor | None]) -> dict[str, Tensor | None]:
+    return {f"{name}_weight": layer[0], f"{name}_bias": layer[1]}

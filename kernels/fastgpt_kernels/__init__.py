@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from fastgpt_kernels.ops.adamw.op import AdamWTensors, adamw_step
     from fastgpt_kernels.ops.attention.op import attention
     from fastgpt_kernels.ops.decode.attention import decode_attention
+    from fastgpt_kernels.ops.decode.layers import (
+        decode_attention_layer,
+        decode_counters,
+        decode_mlp_layer,
+    )
     from fastgpt_kernels.ops.decode.linear import decode_linear
     from fastgpt_kernels.ops.gelu.op import bias_gelu
     from fastgpt_kernels.ops.loss.cross_entropy import cross_entropy
@@ -75,6 +80,15 @@ OPS: dict[str, Entry] = {
     ),
     "decode_attention": Entry("decode.attention", "Attention of a new token.", "inference"),
     "decode_linear": Entry("decode.linear", "Linear layers of a new token.", "inference"),
+    "decode_attention_layer": Entry(
+        "decode.layers",
+        "The attention half of a layer for a new token, one launch.",
+        "inference",
+        exports=("decode_attention_layer", "decode_counters"),
+    ),
+    "decode_mlp_layer": Entry(
+        "decode.layers", "The MLP half of a layer for a new token, one launch.", "inference"
+    ),
 }
 _MODULES = {name: e.module for op, e in OPS.items() for name in e.exports or (op,)}
 __all__ = [*_MODULES]

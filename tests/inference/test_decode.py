@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt.inference.decode import Decoder
 from fastgpt.model.gpt import GPT, ModelShape
@@ -99,16 +102,72 @@ def test_a_cache_longer_than_the_positions():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="chosen by itself on a GPU")
 @pytest.mark.parametrize(("bias", "gelu"), [(True, "tanh"), (False, "erf")])
 def test_the_kernels_change_nothing_but_rounding(bias, gelu, monkeypatch):
-    from fastgpt_kernels import decode_attention, decode_linear
+    from fastgpt_kernels import decode_attention_layer, decode_linear, decode_mlp_layer
 
     model = lively(shape(bias, gelu))  # on eager ops: only those of decoding are in question
-    prompts, tokens = [[3, 1, 4], [1, 5]], torch.tensor([[9, 2], [6, 5], [3, 5]])
+    prompts, tokens = [[3, 1, 4], [1, 5]], torch.tensor([[9, 2], [6, 5]])
     plain = Decoder(model, 2, 24)
     interpreted(monkeypatch)
     fused = Decoder(model, 2, 24)
     assert plain.linear is None
-    assert (fused.linear, fused.attend) == (decode_linear, decode_attention)
-    for decoder in (plain, fused):
+    assert fused.linear is decode_linear
+    assert fused.halves == (decode_attention_layer, decode_mlp_layer)
+    by_layers = Decoder(model, 2, 24)
+    by_layers.halves = None
+    for decoder in (plain, fused, by_layers):
         decoder.prefill(prompts)
     for token in tokens:
-        torch.testing.assert_close(fused.step(token), plain.step(token), rtol=1e-4, atol=1e-4)
+        want = plain.step(token)
+        torch.testing.assert_close(fused.step(token), want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(by_layers.step(token), want, rtol=1e-4, atol=1e-4)
+    assert not fused.counters.any()
+
+
+class Launches(TorchDispatchMode):
+    """Counts what a step does on a GPU: PyTorch's ops that are no view or allocation."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        aliases = any(
+            r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns
+        )
+        if not aliases and name not in ("empty", "new_empty", "detach"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counted without a GPU")
+def test_a_token_of_twelve_layers_takes_at_most_40_launches(monkeypatch):
+    """Of our kernels, counted where they are launched, and of PyTorch's, by its ops."""
+    kernels = importlib.import_module("fastgpt_kernels.ops.decode.kernels")
+    model = lively(ModelShape(12, 1, 8, 24, 16, True, "tanh"), dtype=torch.float16)
+    interpreted(monkeypatch)
+    decoder = Decoder(model, 1, 24)
+    decoder.prefill([[3, 1, 4]])
+    launched: list[str] = []
+
+    class Counted:
+        def __init__(self, name):
+            self.name, self.kernel = name, getattr(kernels, name)
+
+        def __getitem__(self, grid):
+            launched.append(self.name)
+            return self.kernel[grid]
+
+    names = [n for n in vars(kernels) if n.startswith("decode_") and n.endswith("_kernel")]
+    for name in names:
+        monkeypatch.setattr(kernels, name, Counted(name))
+    decoder.step(torch.tensor([5]))
+    halves = ["decode_attention_layer_kernel", "decode_mlp_layer_kernel"] * 12
+    assert launched == [*halves, "decode_linear_kernel"]
+    decoder.linear = decoder.halves = None  # PyTorch's ops around the layers are the same
+    monkeypatch.setattr(decoder, "_hidden", lambda x, attend: x.to(decoder.dtype))
+    with Launches() as around:
+        decoder.step(torch.tensor([5]))
+    others = [n for n in around.names if n not in ("mm", "addmm", "linear")]
+    assert others == ["clamp", "index", "index", "add", "_to_copy", "add_"]
+    assert len(launched) + len(others) <= 40

@@ -86,6 +86,7 @@ def test_registered_op() -> None:
         *(t[n] for n in ("x", "weight", "bias", "norm_weight", "norm_bias", "residual")),
         "tanh",
         1e-5,
+        False,
     )
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(registered("decode_linear"), arguments, test_utils=tests)

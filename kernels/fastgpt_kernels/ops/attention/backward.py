@@ -420,7 +420,8 @@ def launch_backward(
     scales = (scale, scale * LOG2_E, keep_scale, threshold)
     sizes = (T, n_head, head_count, group)
     seed_or_any = lse if seed is None else seed
-    target = "amd" if torch.version.hip else arch_of(qkv)
+    arch = arch_of(qkv)
+    target = "amd" if arch.startswith("gfx") else arch
     head = {"HEAD": head_dim, "HEAD_PAD": head_pad}
     flags = dict(head, CAUSAL=causal, DROPOUT=dropout, EVEN=T % EVEN_T == 0, PRECISION="ieee")
     with on_device(qkv):

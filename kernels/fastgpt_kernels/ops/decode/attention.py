@@ -8,9 +8,10 @@ For row b with its new q, k, v (D) a head, at position t = positions[b] of a cac
 Each key and value is used once, so this is bound by memory: 4*D*(t+1) bytes a head in a 2-byte
 dtype, without tensor cores. One row has few heads (12 in GPT-2 124M, for the 132 SMs of a GPU), so
 the cache is cut into chunks that programs work on side by side ("flash-decoding", Dao et al. 2023):
-each leaves a running maximum m, a sum l and an unnormalised fp32 y, which a second, small kernel
-puts together. The number of chunks follows from the cache's size S and not from what it holds, so
-that every step is the same launch and fits into a CUDA graph; chunks past t end at once.
+each leaves a running maximum m, a sum l and an unnormalised fp32 y, which the last one of a head to
+finish puts together, in the chunks' order. The number of chunks follows from the cache's size S and
+not from what it holds, so that every step is the same launch and fits into a CUDA graph; chunks
+past t end at once.
 
 The new key and value are stored by the one program whose chunk holds t, which takes them from qkv:
 no program reads what another writes.
@@ -73,15 +74,25 @@ def _check(qkv, k_cache, v_cache, positions, scale) -> None:
     dtypes = FLOAT_DTYPES if use_kernel(qkv) else (*FLOAT_DTYPES, torch.float64)
     check_tensor(op, "qkv", qkv, ndim=2, dtypes=dtypes)
     check_tensor(op, "k_cache", k_cache, ndim=4, like=qkv)
-    B, H, S, D = k_cache.shape
-    if not 1 <= D <= MAX_HEAD_DIM or S < 1:
-        raise ValueError(
-            f"{op}: k_cache must have shape (B, H, S >= 1, D in 1 .. {MAX_HEAD_DIM}), "
-            f"got {tuple(k_cache.shape)}"
-        )
-    check_tensor(op, "v_cache", v_cache, shape=k_cache.shape, like=qkv)
+    B, H, _, D = k_cache.shape
+    check_caches(op, qkv, (B, H * D), k_cache, v_cache, positions, scale)
     check_tensor(op, "qkv", qkv, shape=(B, 3 * H * D))
-    check_tensor(op, "positions", positions, shape=(B,), dtypes=(torch.int64,), like=qkv)
+
+
+def check_caches(
+    op: str, x: Tensor, shape: tuple[int, int], k_cache: Tensor, v_cache: Tensor,
+    positions: Tensor, scale: float | None,
+) -> None:  # fmt: skip
+    """TypeError/ValueError unless these are the caches and positions of rows (B, C), like x."""
+    check_tensor(op, "k_cache", k_cache, ndim=4, like=x)
+    B, H, S, D = k_cache.shape
+    if not 1 <= D <= MAX_HEAD_DIM or S < 1 or shape != (B, H * D):
+        raise ValueError(
+            f"{op}: k_cache must have shape (B={shape[0]}, H, S >= 1, D in 1 .. {MAX_HEAD_DIM}) "
+            f"with H * D = {shape[1]}, got {tuple(k_cache.shape)}"
+        )
+    check_tensor(op, "v_cache", v_cache, shape=k_cache.shape, like=x)
+    check_tensor(op, "positions", positions, shape=(B,), dtypes=(torch.int64,), like=x)
     if k_cache.stride() != v_cache.stride() or k_cache.stride(3) != 1:
         raise ValueError(
             f"{op}: k_cache and v_cache must have the same strides, the last 1, "

@@ -14,13 +14,8 @@ ATTENTION: Table = {
     },
 }
 
-# Key: rows, a power of two. A program keeps rows x BLOCK_N x BLOCK_K sums, 16 a thread, so that
-# registers leave room for several programs an SM; each loads 8 to 16 weights a thread and step.
+# Key: rows. A step is BLOCK_K weights of a row, 8 a thread; BYTES and MOST are those of weights in
+# flight in a thread's registers (see `repeat_and_ahead`). Not measured.
 LINEAR: Table = {
-    "default": {
-        1: Config({"BLOCK_N": 4, "BLOCK_K": 512}, num_warps=4),
-        2: Config({"BLOCK_N": 4, "BLOCK_K": 256}, num_warps=4),
-        4: Config({"BLOCK_N": 4, "BLOCK_K": 256}, num_warps=8),
-        8: Config({"BLOCK_N": 4, "BLOCK_K": 128}, num_warps=8),
-    },
+    "default": {8: Config({"BLOCK_K": 256, "BYTES": 128, "MOST": 256}, num_warps=4)},
 }

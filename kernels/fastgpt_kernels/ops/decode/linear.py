@@ -7,12 +7,13 @@
 
 One new token makes every matmul of a model a matrix-vector product: each weight is read once and
 used B times, so that the time is that of reading weights and of launches. That is why norm, bias,
-GELU and residual are in the same launch: a layer takes four of these and one decode_attention.
+GELU and residual are in the same launch. layers.py puts several such products into one.
 
-A program makes BLOCK_N outputs: it walks K in steps of BLOCK_K, weights [BLOCK_N, BLOCK_K] times x
-[B, BLOCK_K] summed up in fp32 by plain multiply-adds, since so few rows leave tensor cores idle.
-With a norm each program computes the statistics of the B rows for itself: x is a few kilobytes that
-all programs share in the L2, and a launch is saved. `python -m bench generate` measures it.
+A warp has one to four rows of weights, which it loads 16 bytes a thread at a time, all at once and
+first of all, and multiplies by x in fp32 by plain multiply-adds, since so few rows leave tensor
+cores idle. Sums stay within the warp. With a norm each warp
+computes the statistics of the B rows for itself: x is a few kilobytes that all programs share in
+the L2, and a launch is saved. `python -m bench generate` measures it.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def decode_linear(
     residual: Tensor | None = None,
     activation: str = "none",
     eps: float = 1e-5,
+    early: bool = False,
 ) -> Tensor:
     """act(norm(x) @ weight.T + bias) + residual for a few rows, as one launch.
 
@@ -61,6 +63,8 @@ def decode_linear(
     norm_weight  (K,), any of these dtypes: layer-normalise x first, with norm_bias if there is one
     residual     (B, N), x's dtype, added at the end
     activation   "none", or GELU: "tanh" or "erf"
+    early        on NVIDIA GPUs from sm_90 on: read the weights before the launches ahead have
+                 ended, which must not write them
 
     Returns y (B, N), contiguous, x's dtype; sums are fp32. For inference: not differentiable. On a
     CPU tensor `reference.decode_linear` runs. Raises TypeError/ValueError naming the argument.
@@ -70,7 +74,7 @@ def decode_linear(
     if not use_kernel(x):
         return reference.decode_linear(x, weight, bias, activation=activation, eps=eps, **arguments)
     refuse_interpreted_bf16("decode_linear", x)
-    return _op(x, weight, bias, norm_weight, norm_bias, residual, activation, eps)
+    return _op(x, weight, bias, norm_weight, norm_bias, residual, activation, eps, early)
 
 
 def _check(x, weight, bias, norm_weight, norm_bias, residual, activation) -> None:

@@ -10,6 +10,13 @@ from torch.nn import functional as F
 
 from fastgpt_kernels import reference
 from fastgpt_kernels.ops.decode.attention import MAX_HEAD_DIM, decode_attention
+from fastgpt_kernels.ops.decode.layers import (
+    decode_attention_layer,
+    decode_counters,
+    decode_mlp_layer,
+    plain_attention_layer,
+    plain_mlp_layer,
+)
 from fastgpt_kernels.ops.decode.linear import MAX_ROWS, decode_linear
 from fastgpt_kernels.record import Case, Random, Record, Sizes, Work
 
@@ -34,20 +41,33 @@ def cached_attention(
     return y.reshape(B, H * D)
 
 
+MAX_WIDTH = 4096  # a product's steps are unrolled: more takes long to compile
+
+
 def _attention_limits(s: Sizes, dtype: torch.dtype, arch: str) -> str:
     return "" if s.head_dim <= MAX_HEAD_DIM else f"head dim {s.head_dim} is over {MAX_HEAD_DIM}"
 
 
 def _linear_limits(s: Sizes, dtype: torch.dtype, arch: str) -> str:
-    return "" if s.batch_size <= MAX_ROWS else f"{s.batch_size} rows are more than {MAX_ROWS}"
+    if s.batch_size > MAX_ROWS:
+        return f"{s.batch_size} rows are more than {MAX_ROWS}"
+    return "" if s.n_embd <= MAX_WIDTH else f"width {s.n_embd} is more than {MAX_WIDTH}"
+
+
+def _attention_layer_limits(s: Sizes, dtype: torch.dtype, arch: str) -> str:
+    return _linear_limits(s, dtype, arch) or _attention_limits(s, dtype, arch)
 
 
 def _attention_case(s: Sizes, random: Random) -> Case:
     B, S = s.batch_size, s.block_size
     qkv = random(B, 3 * s.n_embd)
     k, v = (random(B, s.n_head, S, s.head_dim) for _ in range(2))
-    positions = torch.linspace(0, S - 1, B, device=qkv.device).long()
-    return Case([qkv, k, v], {"positions": positions}, gradients=False)
+    return Case([qkv, k, v], {"positions": _positions(B, S, qkv.device)}, gradients=False)
+
+
+def _positions(B: int, S: int, device: torch.device) -> Tensor:
+    """From a full cache, which a single row has, to an empty one."""
+    return torch.linspace(S - 1, 0, B, device=device).long()
 
 
 def _run_attention(function: Callable[..., Tensor], case: Case) -> list[Tensor]:
@@ -90,6 +110,43 @@ def _run_linear(function: Callable[..., Tensor], case: Case) -> list[Tensor]:
     return [function(x, weight, bias, **others, **case.arguments).float()]
 
 
+def _attention_layer_case(s: Sizes, random: Random, bias: bool = True) -> Case:
+    """x, norm, qkv, proj and the caches."""
+    B, C = s.batch_size, s.n_embd
+    shift, *biases = (random(n) if bias else None for n in (C, 3 * C, C))
+    qkv, proj = random(3 * C, C) / C**0.5, random(C, C) / C**0.5
+    k, v = (random(B, s.n_head, s.block_size, s.head_dim) for _ in range(2))
+    inputs = [random(B, C), random(C), shift, qkv, biases[0], proj, biases[1], k, v]
+    positions = _positions(B, s.block_size, qkv.device)
+    return Case(inputs, {"positions": positions}, masters=(1, 2), gradients=False)
+
+
+def _run_attention_layer(function: Callable[..., Tensor], case: Case) -> list[Tensor]:
+    """The result and both caches, the second time: the first must leave the counters at 0."""
+    *tensors, k, v = (None if x is None else x.clone() for x in case.inputs)
+    counters = decode_counters(len(k), k.shape[1], 1, k.device)[0]
+    for _ in range(2):
+        y = function(*tensors, k, v, counters=counters, **case.arguments)
+    return [y.float(), k.float(), v.float()]
+
+
+def _mlp_layer_case(s: Sizes, random: Random, bias: bool = True, gelu: str = "tanh") -> Case:
+    """x, norm and both layers."""
+    C, H = s.n_embd, 4 * s.n_embd
+    shift, *biases = (random(n) if bias else None for n in (C, H, C))
+    fc, proj = random(H, C) / C**0.5, random(C, H) / H**0.5
+    inputs = [random(s.batch_size, C), random(C), shift, fc, biases[0], proj, biases[1]]
+    return Case(inputs, {"activation": gelu}, masters=(1, 2), gradients=False)
+
+
+def _run_mlp_layer(function: Callable[..., Tensor], case: Case) -> list[Tensor]:
+    """The result, the second time: the first must leave the counters at 0."""
+    counters = decode_counters(1, 0, 1, case.inputs[0].device)[0]
+    for _ in range(2):
+        y = function(*case.inputs, counters, **case.arguments)
+    return [y.float()]
+
+
 def _attention_work(s: Sizes, itemsize: int) -> dict[str, Work]:
     return {"forward": Work(0, 2.0 * s.tokens * s.n_embd * itemsize)}
 
@@ -98,17 +155,41 @@ def _linear_work(s: Sizes, itemsize: int) -> dict[str, Work]:
     return {"forward": Work(0, 4.0 * s.n_embd**2 * itemsize)}
 
 
+def _attention_layer_work(s: Sizes, itemsize: int) -> dict[str, Work]:
+    C = s.n_embd
+    return {"forward": Work(0, (4.0 * C * C + 2.0 * s.tokens * C) * itemsize)}
+
+
+def _mlp_layer_work(s: Sizes, itemsize: int) -> dict[str, Work]:
+    return {"forward": Work(0, 8.0 * s.n_embd**2 * itemsize)}
+
+
 RECORDS = {
     "decode_attention": Record(
         "decode_attention", {"eager": cached_attention, "triton": decode_attention},
         _attention_case, _attention_work,
-        kernels=("decode_attention_kernel", "decode_attention_combine_kernel"), part="attention",
-        limits=_attention_limits, few_tokens=0, run=_run_attention,
+        kernels=("decode_attention_kernel",), part="attention", limits=_attention_limits,
+        few_tokens=0, run=_run_attention,
     ),
     "decode_linear": Record(
         "decode_linear", {"eager": reference.decode_linear, "triton": decode_linear}, _linear_case,
         _linear_work,
         kernels=("decode_linear_kernel",), part="linear", limits=_linear_limits,
         calls=_linear_calls, few_tokens=0, run=_run_linear,
+    ),
+    "decode_attention_layer": Record(
+        "decode_attention_layer",
+        {"eager": plain_attention_layer, "triton": decode_attention_layer},
+        _attention_layer_case, _attention_layer_work,
+        kernels=("decode_attention_layer_kernel",), part="attention",
+        limits=_attention_layer_limits, few_tokens=0, run=_run_attention_layer,
+        calls=lambda s, random: [_attention_layer_case(s, random, s.bias)],
+    ),
+    "decode_mlp_layer": Record(
+        "decode_mlp_layer", {"eager": plain_mlp_layer, "triton": decode_mlp_layer},
+        _mlp_layer_case, _mlp_layer_work,
+        kernels=("decode_mlp_layer_kernel",), part="linear", limits=_linear_limits,
+        few_tokens=0, run=_run_mlp_layer,
+        calls=lambda s, random: [_mlp_layer_case(s, random, s.bias, s.gelu)],
     ),
 }  # fmt: skip

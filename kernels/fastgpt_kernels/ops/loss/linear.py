@@ -29,6 +29,7 @@ from torch import Tensor
 from fastgpt_kernels import reference
 from fastgpt_kernels.host import (
     HAS_TRITON,
+    arch_of,
     check_int,
     check_tensor,
     refuse_interpreted_bf16,
@@ -111,7 +112,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """
     wide: dict[str, torch.dtype] = {}
     parts = [(total, a)]
-    if a.dtype != torch.float32 and a.is_cuda and torch.version.hip is None:
+    if a.dtype != torch.float32 and arch_of(a).startswith("sm_"):
         wide = {"out_dtype": torch.float32}
     elif a.dtype != torch.float32:  # elsewhere PyTorch would round the result: widen the factors
         parts = [*zip(total.split(WIDENED_ROWS), a.split(WIDENED_ROWS), strict=True)]

@@ -247,7 +247,7 @@ def launch_backward(
         layer_norm_backward_kernel[(programs,)](
             dy_rows, others, rows, weight.contiguous(), stats, ds, partials, dweight, dbias,
             dy_rows.stride(0), 0 if others is None else others.stride(0), rows.stride(0), M,
-            C, TILE, ROWS, sum_columns(config.num_warps), torch.version.hip is not None,
+            C, TILE, ROWS, sum_columns(config.num_warps), arch_of(s).startswith("gfx"),
             **config.options,
         )  # fmt: skip
     return ds, dweight, dbias
