@@ -21,9 +21,9 @@ def eager_cross_entropy(
 ) -> Tensor:  # fmt: skip
     """In fp32, whatever logits (..., V) is; columns past vocab_size are padding."""
     logits = logits[..., :vocab_size].flatten(0, -2).float()
-    options = {"ignore_index": ignore_index, "reduction": reduction}
-    loss = F.cross_entropy(logits, targets.flatten(), **options)
-    return loss.view(targets.shape) if reduction == "none" else loss
+    targets, shape = targets.flatten(), targets.shape
+    loss = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)
+    return loss.view(shape) if reduction == "none" else loss
 
 
 def eager(
