@@ -51,7 +51,7 @@ def _case(s: Sizes, random: Random) -> Case:
 
 def _calls(s: Sizes, random: Random) -> list[Case]:
     """Training, in several chunks of which the last is a short one, and evaluation."""
-    case = _case(s, random)
+    case = replace(_case(s, random), masters=(1,))
     return [
         replace(case, hints={"chunk_tokens": -(-s.tokens // 48) * 16}),  # aligned, as long ones are
         replace(case, gradients=False),
