@@ -35,7 +35,6 @@ from typing import Any
 
 import triton
 from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
 
 import fastgpt_kernels
 from fastgpt_kernels.configs import ARCHITECTURES
@@ -54,8 +53,12 @@ README = Path(fastgpt_kernels.__file__).parents[1] / "README.md"
 
 def compile_launch(launch: Launch) -> tuple[Code, Any]:
     """(machine code, Triton's compiled kernel)."""
-    source_of = GluonASTSource if launch.kernel.is_gluon() else ASTSource
-    source = source_of(launch.kernel, launch.signature, launch.constexprs, launch.attrs)
+    make: Any = ASTSource
+    if launch.kernel.is_gluon():  # it cannot be imported where kernels are interpreted
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        make = GluonASTSource
+    source = make(launch.kernel, launch.signature, launch.constexprs, launch.attrs)
     compiled = triton.compile(source, target=target(launch.arch), options=dict(launch.options))
     if "cubin" in compiled.asm:
         code = sass.disassemble(compiled.asm["cubin"])
