@@ -239,6 +239,7 @@ def test_an_architecture_says_what_it_cannot_have() -> None:
     op = record("layer_norm")
     assert op.refusal(Sizes(), torch.bfloat16, "sm_75") == "sm_75 has no bfloat16, only float16"
     assert op.refusal(Sizes(), torch.float16, "sm_75") == ""
+    assert "no tensor-core" in record("attention").refusal(Sizes(), torch.float16, "sm_75")
     assert "no TMA" in record("linear").refusal(Sizes(), torch.float16, "sm_75")
 
 

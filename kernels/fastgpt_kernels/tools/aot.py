@@ -132,7 +132,7 @@ def _task(cache: str, launch: Launch) -> Verdict:
 
 
 def inspect_all(
-    launches: Sequence[Launch], *, jobs: int = 2, timeout: float = 60.0
+    launches: Sequence[Launch], *, jobs: int = 2, timeout: float = 120.0
 ) -> list[Verdict]:
     """Verdicts on all launches, in `jobs` processes.
 
@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--only", default="", help="only kernels with this text in their name")
     add("--show", action="store_true", help="print each loop of a kernel too")
     add("--jobs", type=int, default=os.cpu_count() or 1)
-    add("--timeout", type=float, default=60.0, help="seconds for one kernel")
+    add("--timeout", type=float, default=120.0, help="seconds for one kernel")
     add("--update", action="store_true", help="compile what changed too, and write the baselines")
     add("--readme", action="store_true", help="write the table of kernels/README.md, nothing else")
     add("--triton", nargs="+", default=(), metavar="DIR", help="with the Tritons of these folders")
