@@ -35,7 +35,6 @@ from typing import Any
 
 import triton
 from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
 
 import fastgpt_kernels
 from fastgpt_kernels.configs import ARCHITECTURES
@@ -54,8 +53,12 @@ README = Path(fastgpt_kernels.__file__).parents[1] / "README.md"
 
 def compile_launch(launch: Launch) -> tuple[Code, Any]:
     """(machine code, Triton's compiled kernel)."""
-    source_of = GluonASTSource if launch.kernel.is_gluon() else ASTSource
-    source = source_of(launch.kernel, launch.signature, launch.constexprs, launch.attrs)
+    make: Any = ASTSource
+    if launch.kernel.is_gluon():  # it cannot be imported where kernels are interpreted
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        make = GluonASTSource
+    source = make(launch.kernel, launch.signature, launch.constexprs, launch.attrs)
     compiled = triton.compile(source, target=target(launch.arch), options=dict(launch.options))
     if "cubin" in compiled.asm:
         code = sass.disassemble(compiled.asm["cubin"])
@@ -129,7 +132,7 @@ def _task(cache: str, launch: Launch) -> Verdict:
 
 
 def inspect_all(
-    launches: Sequence[Launch], *, jobs: int = 2, timeout: float = 60.0
+    launches: Sequence[Launch], *, jobs: int = 2, timeout: float = 120.0
 ) -> list[Verdict]:
     """Verdicts on all launches, in `jobs` processes.
 
@@ -169,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--only", default="", help="only kernels with this text in their name")
     add("--show", action="store_true", help="print each loop of a kernel too")
     add("--jobs", type=int, default=os.cpu_count() or 1)
-    add("--timeout", type=float, default=60.0, help="seconds for one kernel")
+    add("--timeout", type=float, default=120.0, help="seconds for one kernel")
     add("--update", action="store_true", help="compile what changed too, and write the baselines")
     add("--readme", action="store_true", help="write the table of kernels/README.md, nothing else")
     add("--triton", nargs="+", default=(), metavar="DIR", help="with the Tritons of these folders")
