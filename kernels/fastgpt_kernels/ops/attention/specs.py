@@ -63,7 +63,7 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
                 "CAUSAL": causal, "DROPOUT": dropout, "EVEN": even, "PRECISION": "ieee",
             }  # fmt: skip
             if op in ("BACKWARD", "KEY_VALUE"):
-                flags["TARGET"] = arch if arch.startswith("sm_") else "amd"
+                flags["TARGET"] = {"sm_90": "wgmma", "gfx942": "amd"}.get(arch, "")
             if op == "KEY_VALUE":
                 flags |= dict.fromkeys(("dq_tiles", "dq_sum", "arrived"))
             name = (
