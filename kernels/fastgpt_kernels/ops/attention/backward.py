@@ -44,7 +44,6 @@ from fastgpt_kernels.ops.attention.forward import (
 from fastgpt_kernels.ops.attention.tiles import head_offset, kept, load_tile, locate, store_tile
 from fastgpt_kernels.reference import dropout_threshold
 
-FIRST = tl.constexpr("evict_first")  # leaves the L2 cache to the ring, q and dO
 PAIR_ROWS = tl.constexpr(EVEN_T)  # a kernel reads no other globals
 SCALARS = ["T", "n_head", "head_count", "group", "ring", "threshold"]
 
@@ -95,15 +94,32 @@ def attention_prepare_kernel(
 
 
 @triton.jit
-def _landed(x):
-    """x, which the compiler may not suppose to be still in flight in the matrix units.
+def _operand(x, TARGET: tl.constexpr):
+    """x, 16 bits wide, in registers before the product that reads it begins.
 
-    Triton lets the products of an iteration end in the next one, and ptxas then cannot tell which
-    registers they write: it waits after every instruction (C7515) unless the loop ends here.
+    LLVM would compute it between the wgmma instructions of that product, which ptxas mends by
+    starting anew before each, or by waiting after each.
     """
-    return tl.inline_asm_elementwise(
-        "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=False, pack=1
-    )
+    if TARGET == "wgmma":
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
+        )
+    else:
+        return x
+
+
+@triton.jit
+def _end_products(TARGET: tl.constexpr):
+    """Waits for all products in flight; at the end of a loop's body.
+
+    Sums that are in flight over the back edge are copied there, as ptxas sees it, and then it waits
+    after every wgmma instruction of the kernel (C7515).
+    """
+    if TARGET == "wgmma":
+        tl.inline_asm_elementwise(
+            "wgmma.wait_group.sync.aligned 0; mov.u32 $0, 0;",
+            "=r", [], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -149,7 +165,7 @@ def _finish_dq(
             tl.debug_barrier()  # the zeros' layout may be another
             store_tile(sum_base + sum_offsets, zero, rows, columns, T, CHECK_T, CHECK_HEAD)
             dq *= scale
-            store_tile(q_base + out_offsets, dq, rows, columns, T, CHECK_T, CHECK_HEAD, FIRST)
+            store_tile(q_base + out_offsets, dq, rows, columns, T, CHECK_T, CHECK_HEAD, True)
             sum_base += ROWS * HEAD
             q_base += ROWS * row_stride
         _fence(TMA_REDUCE, TARGET)
@@ -194,8 +210,9 @@ def _walk_rows(
             dp = tl.where(keep, dp * keep_scale, 0.0)
         else:
             p_kept = p
-        dv = tl.dot(p_kept.to(grad.dtype), grad, dv, input_precision=PRECISION)
-        ds = (p * (dp - row_delta[None, :])).to(q.dtype)
+        p_kept = _operand(p_kept.to(grad.dtype), TARGET)
+        dv = tl.dot(p_kept, grad, dv, input_precision=PRECISION)
+        ds = _operand((p * (dp - row_delta[None, :])).to(q.dtype), TARGET)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
         if dq_tiles is not None:
             dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)  # [M, D]
@@ -210,8 +227,7 @@ def _walk_rows(
                     tl.atomic_add(pointers, dq, sem="relaxed")
         q_base += BLOCK_M * stride_t
         grad_base += BLOCK_M * stride_gt
-        if TARGET == "sm_90":
-            dk, dv = _landed(dk), _landed(dv)
+        _end_products(TARGET)
     return dk, dv
 
 
@@ -244,8 +260,8 @@ def attention_key_value_kernel(
     q_base = qkv + head_offset(batch_head, n_head, stride_b, HEAD)
     grad_base = grad_y + head_offset(batch_head, n_head, stride_gb, HEAD)
     k_pointers = q_base + C + start * stride_t + local * stride_t + columns[None, :]
-    k = load_tile(k_pointers, keys, columns, T, not EVEN, CHECK_HEAD, FIRST)
-    v = load_tile(k_pointers + C, keys, columns, T, not EVEN, CHECK_HEAD, FIRST)
+    k = load_tile(k_pointers, keys, columns, T, not EVEN, CHECK_HEAD, True)
+    v = load_tile(k_pointers + C, keys, columns, T, not EVEN, CHECK_HEAD, True)
     seed = tl.load(seed_pointer) if DROPOUT else 0
     lse_delta = _pairs_of_head(lse_delta, batch_head, T)
     slot = batch_head % ring
@@ -278,8 +294,8 @@ def attention_key_value_kernel(
 
     out_base = dqkv + head_offset(batch_head, n_head, T.to(tl.int64) * (3 * C), HEAD)
     dk_pointers = out_base + C + start * (3 * C) + local * (3 * C) + columns[None, :]
-    store_tile(dk_pointers, dk * scale, keys, columns, T, not EVEN, CHECK_HEAD, FIRST)
-    store_tile(dk_pointers + C, dv * keep_scale, keys, columns, T, not EVEN, CHECK_HEAD, FIRST)
+    store_tile(dk_pointers, dk * scale, keys, columns, T, not EVEN, CHECK_HEAD, True)
+    store_tile(dk_pointers + C, dv * keep_scale, keys, columns, T, not EVEN, CHECK_HEAD, True)
     if dq_tiles is not None:
         _finish_dq(
             dq_sum, out_base, arrived, batch_head, slot, tile_count, scale, T, 3 * C,
@@ -421,7 +437,8 @@ def launch_backward(
     sizes = (T, n_head, head_count, group)
     seed_or_any = lse if seed is None else seed
     arch = arch_of(qkv)
-    target = "amd" if arch.startswith("gfx") else arch
+    wgmma = arch == "sm_90" and qkv.dtype != torch.float32
+    target = "amd" if arch.startswith("gfx") else "wgmma" if wgmma else ""
     head = {"HEAD": head_dim, "HEAD_PAD": head_pad}
     flags = dict(head, CAUSAL=causal, DROPOUT=dropout, EVEN=T % EVEN_T == 0, PRECISION="ieee")
     with on_device(qkv):

@@ -41,40 +41,42 @@ def head_offset(batch_head, n_head, stride_batch, HEAD: tl.constexpr):
 @triton.jit
 def load_tile(
     pointers, rows, columns, T, CHECK_T: tl.constexpr, CHECK_HEAD: tl.constexpr,
-    EVICT: tl.constexpr = "",
+    EVICT_FIRST: tl.constexpr = False,
 ):  # fmt: skip
     """A tile; reads nothing, and has zeros, past T (if CHECK_T) and past CHECK_HEAD (unless 0).
 
-    EVICT: "evict_first" for what no other program reads, so that it leaves the L2 cache first.
+    EVICT_FIRST: no other program reads it, so it may leave the L2 cache first.
     """
+    policy: tl.constexpr = "evict_first" if EVICT_FIRST else ""
     if CHECK_T and CHECK_HEAD:
         mask = (rows < T)[:, None] & (columns < CHECK_HEAD)[None, :]
-        return tl.load(pointers, mask=mask, other=0.0, eviction_policy=EVICT)
+        return tl.load(pointers, mask=mask, other=0.0, eviction_policy=policy)
     elif CHECK_T:
-        return tl.load(pointers, mask=(rows < T)[:, None], other=0.0, eviction_policy=EVICT)
+        return tl.load(pointers, mask=(rows < T)[:, None], other=0.0, eviction_policy=policy)
     elif CHECK_HEAD:
         mask = (columns < CHECK_HEAD)[None, :]
-        return tl.load(pointers, mask=mask, other=0.0, eviction_policy=EVICT)
+        return tl.load(pointers, mask=mask, other=0.0, eviction_policy=policy)
     else:
-        return tl.load(pointers, eviction_policy=EVICT)
+        return tl.load(pointers, eviction_policy=policy)
 
 
 @triton.jit
 def store_tile(
     pointers, tile, rows, columns, T, CHECK_T: tl.constexpr, CHECK_HEAD: tl.constexpr,
-    EVICT: tl.constexpr = "",
+    EVICT_FIRST: tl.constexpr = False,
 ):  # fmt: skip
     """Counterpart of `load_tile`, rounding to the dtype stored."""
+    policy: tl.constexpr = "evict_first" if EVICT_FIRST else ""
     tile = tile.to(pointers.dtype.element_ty)
     if CHECK_T and CHECK_HEAD:
         mask = (rows < T)[:, None] & (columns < CHECK_HEAD)[None, :]
-        tl.store(pointers, tile, mask=mask, eviction_policy=EVICT)
+        tl.store(pointers, tile, mask=mask, eviction_policy=policy)
     elif CHECK_T:
-        tl.store(pointers, tile, mask=(rows < T)[:, None], eviction_policy=EVICT)
+        tl.store(pointers, tile, mask=(rows < T)[:, None], eviction_policy=policy)
     elif CHECK_HEAD:
-        tl.store(pointers, tile, mask=(columns < CHECK_HEAD)[None, :], eviction_policy=EVICT)
+        tl.store(pointers, tile, mask=(columns < CHECK_HEAD)[None, :], eviction_policy=policy)
     else:
-        tl.store(pointers, tile, eviction_policy=EVICT)
+        tl.store(pointers, tile, eviction_policy=policy)
 
 
 @triton.jit
