@@ -2,7 +2,7 @@
 
 All are put together from three parts: `_linear_tile`, a few outputs of a matrix-vector product;
 `_attend`, a chunk of one head's cache; and `_signal` and `_wait_for`, by which programs of one
-launch hand results on. Whoever waits for others took its number after them (`_ticket`), so that all
+launch hand results on. Whoever waits for others drew its ticket after them, so that all
 it waits for has begun: no order of programs, and no number of them on the GPU at once, is assumed.
 """
 
@@ -452,13 +452,13 @@ def repeat_and_ahead(N: int, K: int, itemsize: int, config: Config, sms: int) ->
 def _launch_options(x: Tensor, early: bool) -> dict[str, Any]:
     """EARLY, and what only NVIDIA's compiler knows: registers, and beginning before the end.
 
-    128 registers let four programs on an SM, 168 three; with two rows, fewer than these spill.
+    128 registers let four programs on an SM, 168 three; with two rows or more columns, 128 spill.
     """
     arch = arch_of(x)
     if not arch.startswith("sm_"):
         return {"EARLY": False, **options(WARPS)}
     early = early and int(arch[3:]) >= 90
-    registers = 128 if x.shape[0] == 1 else 168
+    registers = 128 if x.shape[0] == 1 and x.shape[1] <= 1024 else 168
     return {"EARLY": early, "launch_pdl": early, "maxnreg": registers, **options(WARPS)}
 
 
