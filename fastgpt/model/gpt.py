@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,40 @@ class ModelShape:
         return Sizes(batch_size, self.block_size, *width, *vocab, dropout, self.bias, self.gelu)
 
 
+class _Rounded(torch.autograd.Function):
+    """A master's copy in its place: the gradient of the copy, widened, is the master's."""
+
+    @staticmethod
+    def forward(ctx: Any, master: Tensor, copy: Tensor) -> Tensor:
+        ctx.dtype = master.dtype
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient.to(ctx.dtype), None
+
+
+class Linear(nn.Linear):
+    """The parameters of a linear layer, fp32, with copies in 16 bits if the model keeps them."""
+
+    weight_copy: Tensor | None
+    bias_copy: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool):
+        super().__init__(in_features, out_features, bias=bias)
+        for name in ("weight_copy", "bias_copy"):
+            self.register_buffer(name, None, persistent=False)
+
+    def read(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as ops get them: a copy where there is one, else the master."""
+        weight, bias = self.weight, self.bias
+        if self.weight_copy is not None:
+            weight = _Rounded.apply(weight, self.weight_copy)
+        if self.bias_copy is not None:
+            bias = _Rounded.apply(bias, self.bias_copy)
+        return weight, bias
+
+
 class LayerNorm(nn.Module):
     """The parameters of a layer norm with an optional bias; the op table computes it."""
 
@@ -69,29 +103,28 @@ class LayerNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, shape: ModelShape, dropout: float, table: ops.OpTable):
         super().__init__()
-        self.c_attn = nn.Linear(shape.n_embd, 3 * shape.n_embd, bias=shape.bias)
-        self.c_proj = nn.Linear(shape.n_embd, shape.n_embd, bias=shape.bias)
+        self.c_attn = Linear(shape.n_embd, 3 * shape.n_embd, bias=shape.bias)
+        self.c_proj = Linear(shape.n_embd, shape.n_embd, bias=shape.bias)
         self.n_head, self.dropout, self.ops = shape.n_head, dropout, table
 
     def forward(self, x: Tensor) -> Tensor:
         dropout_p = self.dropout if self.training else 0.0
-        qkv = self.ops.linear(x, self.c_attn.weight, self.c_attn.bias)
+        qkv = self.ops.linear(x, *self.c_attn.read())
         y = self.ops.attention(qkv, self.n_head, dropout_p=dropout_p)
-        y = self.ops.linear(y, self.c_proj.weight, self.c_proj.bias)
+        y = self.ops.linear(y, *self.c_proj.read())
         return F.dropout(y, self.dropout, self.training)
 
 
 class MLP(nn.Module):
     def __init__(self, shape: ModelShape, dropout: float, table: ops.OpTable):
         super().__init__()
-        self.c_fc = nn.Linear(shape.n_embd, 4 * shape.n_embd, bias=shape.bias)
-        self.c_proj = nn.Linear(4 * shape.n_embd, shape.n_embd, bias=shape.bias)
+        self.c_fc = Linear(shape.n_embd, 4 * shape.n_embd, bias=shape.bias)
+        self.c_proj = Linear(4 * shape.n_embd, shape.n_embd, bias=shape.bias)
         self.approximate = "none" if shape.gelu == "erf" else "tanh"
         self.dropout, self.ops = dropout, table
 
     def forward(self, x: Tensor) -> Tensor:
-        fc, proj = self.c_fc, self.c_proj
-        y = self.ops.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, self.approximate)
+        y = self.ops.mlp(x, *self.c_fc.read(), *self.c_proj.read(), self.approximate)
         return F.dropout(y, self.dropout, self.training)
 
 
@@ -129,7 +162,8 @@ class GPT(nn.Module):
     without, the logits (B, T, vocab_size). T is at most block_size.
 
     Parameters are fp32 masters; `dtype` is that of activations, the residual stream and what the
-    matmuls read. Norm statistics, softmax and the loss are fp32 in any case.
+    matmuls read: masters rounded in each pass, or copies that `keep_copies` makes. Norm statistics,
+    softmax and the loss are fp32 in any case.
     """
 
     def __init__(
@@ -163,6 +197,36 @@ class GPT(nn.Module):
             p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
         self.transformer.wte.weight[self.shape.vocab_size :] = 0.0
         return self
+
+    def keep_copies(self) -> None:
+        """Let the linear layers read copies in `dtype`, which follow the masters by `copy_masters`.
+
+        Of what the eager ops would round in each pass; ours take the masters, whose gradients they
+        return in fp32. Who changes masters other than by loading a state dict calls `copy_masters`.
+        """
+        eager = {c.op for c in self.ops.choices if c.implementation == "eager"}
+        if self.dtype == torch.float32 or "linear" not in eager:
+            return
+        for name, layer in self.named_modules():
+            if not isinstance(layer, Linear) or (".mlp." in name and "mlp" not in eager):
+                continue
+            layer.weight_copy = layer.weight.detach().to(self.dtype)
+            gelu = name.endswith("c_fc") and "bias_gelu" not in eager  # it reads any dtype
+            if layer.bias is not None and not gelu:
+                layer.bias_copy = layer.bias.detach().to(self.dtype)
+        self.register_load_state_dict_post_hook(lambda model, _: model.copy_masters())
+
+    def copies(self) -> dict[Tensor, Tensor]:
+        """The copy of each master that has one."""
+        layers = [m for m in self.modules() if isinstance(m, Linear)]
+        pairs = [p for m in layers for p in ((m.weight, m.weight_copy), (m.bias, m.bias_copy))]
+        return {master: copy for master, copy in pairs if copy is not None}
+
+    @torch.no_grad()
+    def copy_masters(self) -> None:
+        """Round the masters into their copies, if there are any."""
+        if copies := self.copies():
+            torch._foreach_copy_([*copies.values()], [*copies])
 
     def n_params(self, position_embeddings: bool = False) -> int:
         """Number of parameters; without the position embeddings it is the N of 6N."""

@@ -6,7 +6,7 @@ that either goes on from the other's checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,13 +26,15 @@ class FusedAdamW(torch.optim.AdamW):
 
     Parameters and state are fp32, contiguous and on one device, or DTensors, of which each rank
     updates its part. The state is PyTorch's, but `step` is the same tensor for all parameters. Like
-    PyTorch's it skips parameters without a gradient. If these attributes are set, it divides
+    PyTorch's it skips parameters without a gradient. A parameter's tensor in `copies`, of 16 bits,
+    becomes its rounded copy in the same pass. If these attributes are set, it divides
     gradients by the tensor `grad_scale` and does nothing if the tensor `found_inf` is not 0. The
     gradients themselves are not changed.
     """
 
     def __init__(self, groups: Any, **options: Any):
         super().__init__(groups, fused=True, **options)
+        self.copies: Mapping[Tensor, Tensor] = {}
         self._tensors: AdamWTensors | None = None
         self._made_from: list[Tensor] = []
         self._lr = torch.empty(0)
@@ -94,14 +96,17 @@ class FusedAdamW(torch.optim.AdamW):
             return self._tensors
         self.share_step(params)
         m, v = ([_local(self.state[p][k]) for p in params] for k in ("exp_avg", "exp_avg_sq"))
-        self._tensors = AdamWTensors([_local(p) for p in params], grads, m, v, weight_decay=decays)
+        copies = [self.copies.get(p) for p in params]
+        local = [_local(p) for p in params]
+        self._tensors = AdamWTensors(local, grads, m, v, copies, weight_decay=decays)
         self._made_from = self._sources(params)
         self._lr = torch.zeros((), device=self._tensors.device)
         return self._tensors
 
     def _sources(self, params: list[Tensor]) -> list[Tensor]:
         """What a table of these is made from: as long as it is the same, so is the table."""
-        return [t for p in params for t in (p, *self.state[p].values())]
+        own = ((p, *self.state[p].values(), self.copies.get(p)) for p in params)
+        return [t for tensors in own for t in tensors if t is not None]
 
     def share_step(self, params: list[Tensor]) -> None:
         """Make the step count of these parameters one new tensor, which is no others'.

@@ -41,7 +41,7 @@ class Estimate:
     optimizer: int
     """AdamW's two moments, fp32."""
     casts: int
-    """Weights in the activations' dtype, from the forward to the backward pass."""
+    """Weights in the activations' dtype: copies, or rounded in the forward pass."""
     activations: int
     """What the blocks keep for the backward pass."""
     loss: int

@@ -51,7 +51,10 @@ def make_optimizer(
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": c.weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return make(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2)), choice
+    optimizer = make(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2))
+    if hasattr(optimizer, "copies"):  # FusedAdamW's
+        optimizer.copies = model.copies()
+    return optimizer, choice
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

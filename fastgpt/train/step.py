@@ -67,6 +67,8 @@ class Trainer:
         self.micro_batch = self.ranks.micro_batch(rows, self.batch_size)
         with self.ranks.together():
             self.wrapped, self.layout = sharding.wrap(model, system, machine)
+        if self.layout != "fsdp":  # which gathers weights in their copies' dtype itself
+            model.keep_copies()
         wish = Wish(system.kernels, vars(config.op))
         self.optimizer, choice = optim.make_optimizer(model, config.optim, wish)
         self.choices = (*model.ops.choices, choice)
@@ -132,6 +134,8 @@ class Trainer:
             self.check()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if not hasattr(self.optimizer, "copies"):  # FusedAdamW writes them itself
+            self.model.copy_masters()
         self._zero_grad()
         return loss, grad_norm
 

@@ -84,7 +84,6 @@ def test_tunables_name_real_tables_and_their_entries(arch: str) -> None:
 
 
 SMALL = Sizes(2, 32, 2, 64, 50, 64)
-HALF = Config({"ROWS": 2, "PROGRAMS_PER_SM": 1}, 4)
 
 
 @pytest.mark.parametrize(
@@ -98,8 +97,14 @@ HALF = Config({"ROWS": 2, "PROGRAMS_PER_SM": 1}, 4)
             Config({"BLOCK_M": 16, "BLOCK_N": 32, "TMA_REDUCE": 0}, 4),
             {"backward": True, "dropout_p": 0.5, "seed": 3},
         ),
-        ("add_layer_norm", "FORWARD", 256, Config({"ROWS": 2}, 4), {}),
-        ("add_layer_norm", "BACKWARD", 256, HALF, {"backward": True}),
+        ("add_layer_norm", "FORWARD", 2048, Config({"TILE": 32, "ROWS": 2, "STEPS": 2}, 4), {}),
+        (
+            "add_layer_norm",
+            "BACKWARD",
+            768,
+            Config({"TILE": 32, "ROWS": 2, "PROGRAMS_PER_SM": 1}, 4),
+            {"backward": True},
+        ),
         ("cross_entropy", "CROSS_ENTROPY", 256, Config({"BLOCK": 32, "TILES": 2}, 4), {}),
     ],
 )
@@ -113,7 +118,7 @@ def test_a_candidate_is_what_runs(op, table, key, config, options, device) -> No
     before = dict(configs.entries(tables, arch))
     given = made.inputs(device)
     assert tune.check(made.run(given, config), made.reference(given)) == ""
-    with pytest.raises(Exception, match="BLOCK|ROWS|KeyError"):
+    with pytest.raises(Exception, match="BLOCK|TILE|KeyError"):
         made.run(given, Config({}, 4))  # it does look at the config
     assert dict(configs.entries(tables, arch)) == before
 

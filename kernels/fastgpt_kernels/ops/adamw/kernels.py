@@ -98,10 +98,14 @@ def adamw_kernel(
             copy_ptr = copy_address.to(tl.pointer_type(COPY_DTYPE))
             if ALIGNED:
                 copy_ptr = tl.multiple_of(copy_ptr, 16)
+            # By eights: 128 bits of the copy are two accesses of the others, which have to lie side
+            # by side in a warp. Of another shape, the copy alone changes threads.
+            rounded = tl.reshape(p.to(COPY_DTYPE), (BLOCK // 8, 8))
+            eights = first + tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
             if whole:
-                tl.store(copy_ptr + offsets, p.to(COPY_DTYPE))
+                tl.store(copy_ptr + eights, rounded)
             else:
-                tl.store(copy_ptr + offsets, p.to(COPY_DTYPE), mask=offsets < size)
+                tl.store(copy_ptr + eights, rounded, mask=eights < size)
 
 
 def launch_adamw(

@@ -8,13 +8,14 @@
 (Loshchilov and Hutter 2019, in the order and rounding of `torch.optim.AdamW`.) Bytes a parameter:
 
     this kernel                      read p g m v 16, write p m v 12, write the bf16 copy 2       30
-    torch.optim.AdamW(fused=True)    28, clip g 8 (4 as its `grad_scale`), cast p 4 + 2      38 - 42
+    torch.optim.AdamW(fused=True)    28, clip g 8 (4 as its `grad_scale`), then copy 4 + 2   38 - 42
 
-and both read g once more for its norm, 4. So 8 to 12 bytes of 42 to 46 are saved, 19 to 26 %; at
-4.3 TB/s 0.23 to 0.35 ms a step of GPT-2 124M and 2.9 to 4.3 ms of 1558M (bytes over bandwidth, not
-measured). Gradients in bf16, if a step has one micro-batch, save 2 more. All tensors go in one
-launch: a table of their addresses lies on the device. Step count, learning rate and clip factor are
-device tensors, so that a CUDA graph replays it as it is.
+and both read g once more for its norm, 4; a parameter without a copy (a norm's, the embedding)
+takes 28 here. So 8 to 12 bytes of 42 to 46 are saved, 19 to 26 %; at 4.3 TB/s 0.23 to 0.35 ms a
+step of GPT-2 124M and 2.9 to 4.3 ms of 1558M (bytes over bandwidth, not measured), if all have one.
+Gradients in bf16, if a step has one micro-batch, save 2 more. All tensors go in one launch: a table
+of their addresses lies on the device. Step count, learning rate and clip factor are device tensors,
+so that a CUDA graph replays it as it is.
 """
 
 from __future__ import annotations
