@@ -123,7 +123,7 @@ def _call(op: Record, m: Model, case: Case) -> Any:
     ]
     if op.run is differentiate:
         return op.ours(*inputs, **case.arguments)
-    return op.run(op.ours, replace(case, inputs=inputs))
+    return op.run(op.ours, replace(case, inputs=inputs, arguments={**case.arguments, **case.hints}))
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ more, hence smaller tiles again in the tables with dropout.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -423,11 +425,11 @@ def launch_backward(
     group, tile_count = heads_together(shared_bytes), triton.cdiv(T, config.blocks["BLOCK_N"])
     ring = ring_size(head_count, group, tile_count, multiprocessors(qkv))
     head_pad = triton.next_power_of_2(head_dim)
-    fp32 = {"dtype": torch.float32, "device": qkv.device}
-    lse_delta = torch.empty((head_count, triton.cdiv(T, EVEN_T) * EVEN_T, 2), **fp32)
+    fp32 = partial(torch.empty, dtype=torch.float32, device=qkv.device)
+    lse_delta = fp32((head_count, triton.cdiv(T, EVEN_T) * EVEN_T, 2))
     dq_sum = dq_tiles = arrived = None
     if not deterministic:
-        dq_sum = dq_tiles = torch.empty((ring, T, head_dim), **fp32)
+        dq_sum = dq_tiles = fp32((ring, T, head_dim))
         arrived = torch.empty(head_count, dtype=torch.int32, device=qkv.device)
         if config.blocks["TMA_REDUCE"]:
             box = [1, config.blocks["BLOCK_M"], head_pad]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +95,7 @@ def _linear_calls(s: Sizes, random: Random) -> list[Case]:
         gain, shift = random(K) if norm else None, random(K) if norm and s.bias else None
         residual = None if norm else random(B, N)
         inputs = [x, weight, random(N) if bias else None, gain, shift, residual]
-        return Case(inputs, {"activation": activation}, masters=(3, 4), gradients=False)
+        return _early(Case(inputs, {"activation": activation}, masters=(3, 4), gradients=False))
 
     return [
         layer(C, 3 * C, True, s.bias),
@@ -110,6 +112,11 @@ def _run_linear(function: Callable[..., Tensor], case: Case) -> list[Tensor]:
     return [function(x, weight, bias, **others, **case.arguments).float()]
 
 
+def _early(case: Case) -> Case:
+    """As decoding calls it: its weights are older than all launches ahead."""
+    return replace(case, hints={"early": True})
+
+
 def _attention_layer_case(s: Sizes, random: Random, bias: bool = True) -> Case:
     """x, norm, qkv, proj and the caches."""
     B, C = s.batch_size, s.n_embd
@@ -118,12 +125,13 @@ def _attention_layer_case(s: Sizes, random: Random, bias: bool = True) -> Case:
     k, v = (random(B, s.n_head, s.block_size, s.head_dim) for _ in range(2))
     inputs = [random(B, C), random(C), shift, qkv, biases[0], proj, biases[1], k, v]
     positions = _positions(B, s.block_size, qkv.device)
-    return Case(inputs, {"positions": positions}, masters=(1, 2), gradients=False)
+    return _early(Case(inputs, {"positions": positions}, masters=(1, 2), gradients=False))
 
 
 def _run_attention_layer(function: Callable[..., Tensor], case: Case) -> list[Tensor]:
     """The result and both caches, the second time: the first must leave the counters at 0."""
-    *tensors, k, v = (None if x is None else x.clone() for x in case.inputs)
+    inputs: list[Any] = [None if x is None else x.clone() for x in case.inputs]
+    *tensors, k, v = inputs
     counters = decode_counters(len(k), k.shape[1], 1, k.device)[0]
     for _ in range(2):
         y = function(*tensors, k, v, counters=counters, **case.arguments)
@@ -136,7 +144,7 @@ def _mlp_layer_case(s: Sizes, random: Random, bias: bool = True, gelu: str = "ta
     shift, *biases = (random(n) if bias else None for n in (C, H, C))
     fc, proj = random(H, C) / C**0.5, random(C, H) / H**0.5
     inputs = [random(s.batch_size, C), random(C), shift, fc, biases[0], proj, biases[1]]
-    return Case(inputs, {"activation": gelu}, masters=(1, 2), gradients=False)
+    return _early(Case(inputs, {"activation": gelu}, masters=(1, 2), gradients=False))
 
 
 def _run_mlp_layer(function: Callable[..., Tensor], case: Case) -> list[Tensor]:
