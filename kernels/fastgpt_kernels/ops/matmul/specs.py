@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fastgpt_kernels.configs import Config, entries
 from fastgpt_kernels.ops.matmul import configs
-from fastgpt_kernels.ops.matmul.configs import MATMUL, MATMUL_REDUCE, runs_on
+from fastgpt_kernels.ops.matmul.configs import MATMUL, MATMUL_GELU, MATMUL_REDUCE, runs_on
 from fastgpt_kernels.ops.matmul.kernels import (
     COST,
     ONES,
@@ -34,7 +34,7 @@ FLAGS = ("A_TRANSPOSED", "B_TRANSPOSED", "SHARES", "ACCUMULATE")
 OPTIONAL = ("bias_ptr", "slope", "factor_ptr", "partials", "column_sums_ptr")
 
 
-def _spec(name: str, config: Config, given: set[str]) -> AotSpec:
+def _spec(name: str, config: Config, given: set[str], form: str | None = "tanh.approx") -> AotSpec:
     m, n, k, halves = (config.blocks[x] for x in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SUBTILES"))
     boxes = {
         "a": f"bf16[{k},{m}]" if "A_TRANSPOSED" in given else f"bf16[{m},{k}]",
@@ -46,7 +46,7 @@ def _spec(name: str, config: Config, given: set[str]) -> AotSpec:
     types = dict.fromkeys(OPTIONAL, "*fp32") | {"factor_ptr": "*bf16"}
     types |= {name: f"tensordesc<{box}>" for name, box in boxes.items()}
     flags: dict[str, object] = {flag: flag in given for flag in FLAGS}
-    flags |= {"FORM": "tanh.approx" if "slope" in given else None}
+    flags |= {"FORM": form if "slope" in given else None}
     return AotSpec.of(
         f"matmul {name} {m}x{n}x{k}", matmul_kernel, config, types,
         flags | {"PRECISION": "tf32", "ONES": ONES, "COST": COST},
@@ -62,6 +62,9 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
         table = MATMUL_REDUCE if "A_TRANSPOSED" in given else MATMUL
         for config in entries(table, arch).values():
             yield _spec(name, config, given)
+    for config in entries(MATMUL_GELU, arch).values():
+        for form in ("tanh", "erf"):
+            yield _spec(f"y gelu {form}", config, VARIANTS["y gelu"], form)
     pointers = dict.fromkeys(("out_ptr", "partials_ptr", "column_sums_ptr", "sums_ptr"), "*fp32")
     for config in entries(MATMUL_REDUCE, arch).values():
         config = replace(config, num_warps=SUM_WARPS, num_stages=1)
@@ -72,7 +75,7 @@ def aot_specs(arch: str) -> Iterator[AotSpec]:
 
 
 def tunables(arch: str) -> Iterator[Tunable]:
-    """GPT-2's c_attn, of 65,536 tokens: y for MATMUL, dx and dW for MATMUL_REDUCE.
+    """GPT-2's c_attn, of 65,536 tokens: y for MATMUL, dx and dW for MATMUL_REDUCE; its MLP by erf.
 
     N = 768, which has the fewest tiles, is tuned by itself once the tables have an entry for it.
     """
@@ -92,3 +95,8 @@ def tunables(arch: str) -> Iterator[Tunable]:
             yield tunable(
                 RECORDS["linear"], arch, table, key, Sizes(64, 1024), candidates, backward=backward
             )
+    for key in entries(MATMUL_GELU, arch):
+        yield tunable(
+            RECORDS["mlp"], arch, "MATMUL_GELU", key, Sizes(64, 1024), candidates,
+            approximate="none",
+        )  # fmt: skip
