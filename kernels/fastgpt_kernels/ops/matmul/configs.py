@@ -31,6 +31,11 @@ _WHOLE = {1 << 31: matmul(128, 256, 64, 8, 3, 1, 1)}
 MATMUL: Table = {
     "default": {1 << 31: matmul(32, 64, 32, 4, 1, 1, 2)}, "sm_90": _HALVES, "sm_100": _WHOLE,
 }  # fmt: skip
+# With gelu by an exact tanh or erf, two results of which want registers: half as many sums.
+_FEW_SUMS = {1 << 31: matmul(128, 128, 64, 8, 4, 1, 2)}
+MATMUL_GELU: Table = {
+    "default": {1 << 31: matmul(32, 64, 32, 4, 1, 1, 4)}, "sm_90": _FEW_SUMS, "sm_100": _FEW_SUMS,
+}  # fmt: skip
 MATMUL_REDUCE: Table = {
     "default": {1 << 31: matmul(32, 32, 16, 4, 1, 1, 1)}, "sm_90": _HALVES, "sm_100": _HALVES,
 }  # fmt: skip

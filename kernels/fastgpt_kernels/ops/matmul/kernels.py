@@ -47,7 +47,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastgpt_kernels.configs import Config, lookup, options
 from fastgpt_kernels.host import arch_of, multiprocessors, on_device, refuse_interpreted_bf16
 from fastgpt_kernels.ops.gelu.kernels import form_of, gelu_and_slope
-from fastgpt_kernels.ops.matmul.configs import ALIGNMENT, MATMUL, MATMUL_REDUCE
+from fastgpt_kernels.ops.matmul.configs import ALIGNMENT, MATMUL, MATMUL_GELU, MATMUL_REDUCE
 
 ONES = 16  # columns of the product that adds up `column_sums`: the narrowest Triton has
 SHORTEST = 16  # steps of K: below that a share costs more to write and add than it saves
@@ -109,25 +109,25 @@ def _add_steps(
 
 
 @triton.jit
-def _halves(x, SUBTILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The left and the right half of x [BLOCK_M, BLOCK_N]; x twice if it is to stay whole."""
-    if SUBTILES == 2:
-        return x.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-    else:
-        return x, x
-
-
-@triton.jit
 def _finish(
     acc, row, column, out, slope, FORM: tl.constexpr, ACCUMULATE: tl.constexpr,
+    SUBTILES: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue of sums of the output from (row, column) on."""
-    if FORM is not None:
-        acc, derivative = gelu_and_slope(acc, FORM)
-        slope.store([row, column], derivative.to(slope.dtype))
-    if ACCUMULATE:
-        acc += out.load([row, column])
-    out.store([row, column], acc.to(out.dtype))
+    """The epilogue of sums [BLOCK_M, WIDTH] of the output from (row, column) on, part by part."""
+    if SUBTILES > 1:
+        left, right = acc.reshape(BLOCK_M, 2, WIDTH // 2).permute(0, 2, 1).split()
+        _finish(left, row, column, out, slope, FORM, ACCUMULATE, SUBTILES // 2, BLOCK_M, WIDTH // 2)
+        column += WIDTH // 2
+        _finish(
+            right, row, column, out, slope, FORM, ACCUMULATE, SUBTILES // 2, BLOCK_M, WIDTH // 2
+        )
+    else:
+        if FORM is not None:
+            acc, derivative = gelu_and_slope(acc, FORM)
+            slope.store([row, column], derivative.to(slope.dtype))
+        if ACCUMULATE:
+            acc += out.load([row, column])
+        out.store([row, column], acc.to(out.dtype))
 
 
 @triton.jit
@@ -176,16 +176,11 @@ def _segment(
         acc += bias.to(tl.float32)[None, :]
     if factor_ptr is not None:
         acc *= factor.to(tl.float32)
-    left, right = _halves(acc, SUBTILES, BLOCK_M, BLOCK_N)
     if partials is None or number < tiles_m * tiles_n:
-        _finish(left, row, column, out, slope, FORM, ACCUMULATE)
-        if SUBTILES == 2:
-            _finish(right, row, column + BLOCK_N // 2, out, slope, FORM, ACCUMULATE)
+        _finish(acc, row, column, out, slope, FORM, ACCUMULATE, SUBTILES, BLOCK_M, BLOCK_N)
     else:
         slot = (number - tiles_m * tiles_n) * BLOCK_M
-        partials.store([slot, 0], left)
-        if SUBTILES == 2:
-            partials.store([slot, BLOCK_N // 2], right)
+        _finish(acc, slot, 0, partials, None, None, False, SUBTILES, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -205,7 +200,7 @@ def matmul_kernel(
     ACCUMULATE: tl.constexpr,  # out is added to
     PRECISION: tl.constexpr, ONES: tl.constexpr, COST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    SUBTILES: tl.constexpr,  # 2: the epilogue goes half by half, with half the registers
+    SUBTILES: tl.constexpr,  # parts of the epilogue, which has fewer registers by them
 ):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tiles = tiles_m * tiles_n
@@ -371,7 +366,9 @@ def launch_matmul(
             f"{out.dtype} of shape {tuple(out.shape)} and strides {out.stride()}"
         )
     shares = a_transposed  # dW: few tiles, a long K
-    config = config or lookup(MATMUL_REDUCE if shares else MATMUL, arch_of(a), N)
+    form = None if slope is None else form_of(tanh, a)
+    table = MATMUL_GELU if form in ("tanh", "erf") else MATMUL
+    config = config or lookup(MATMUL_REDUCE if shares else table, arch_of(a), N)
     blocks = dict(config.blocks)
     m, n, k = blocks["BLOCK_M"], blocks["BLOCK_N"], blocks["BLOCK_K"]
     tiles_m, steps = triton.cdiv(M, m), triton.cdiv(K, k)
@@ -398,10 +395,11 @@ def launch_matmul(
             describe(a, [k, m] if a_transposed else [m, k]),
             describe(b, [k, n] if b_transposed else [n, k]),
             describe(out, box), None if bias is None else bias.contiguous(),
-            None if slope is None else describe(slope, box), factor,
+            None if slope is None else describe(slope, box),
+            None if factor is None else factor.contiguous(),
             None if partials is None else describe(partials, box), segment_sums, M, N, K,
             A_TRANSPOSED=a_transposed, B_TRANSPOSED=b_transposed, SHARES=shares,
-            FORM=None if slope is None else form_of(tanh, a), ACCUMULATE=accumulate,
+            FORM=form, ACCUMULATE=accumulate,
             PRECISION="ieee" if a.dtype == torch.float32 else "tf32", ONES=ONES, COST=COST,
             **tile_sizes, SUBTILES=blocks["SUBTILES"],
             **config.options,

@@ -13,7 +13,7 @@ from fastgpt_kernels.specs import Tunable, tunable
 
 
 def tunables(arch: str) -> Iterator[Tunable]:
-    """GPT-2's c_attn, of 65,536 tokens: y for MATMUL, dx and dW for MATMUL_REDUCE.
+    """GPT-2's c_attn, of 65,536 tokens: y for MATMUL, dx and dW for MATMUL_REDUCE; its MLP by erf.
 
     N = 768, which has the fewest tiles, is tuned by itself once the tables have an entry for it.
     """
@@ -33,3 +33,8 @@ def tunables(arch: str) -> Iterator[Tunable]:
             yield tunable(
                 RECORDS["linear"], arch, table, key, Sizes(64, 1024), candidates, backward=backward
             )
+    for key in entries(MATMUL_GELU, arch):
+        yield tunable(
+            RECORDS["mlp"], arch, "MATMUL_GELU", key, Sizes(64, 1024), candidates,
+            approximate="none",
+        )  # fmt: skip
