@@ -110,7 +110,7 @@ def source(kernel: Any) -> str:
         names |= {n: getattr(module, n) for n in used.unbound if hasattr(module, n)}
     text = [ast.unparse(ast.parse(kernel.src))]
     for name, value in sorted(names.items()):
-        if not inspect.ismodule(value) and not _from_triton(value):
+        if not inspect.ismodule(value) and not _from_triton(value) and value is not kernel:
             text.append(f"{name} = {_stable(value)}")
     return "\n".join(text)
 

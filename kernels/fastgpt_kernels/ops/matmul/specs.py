@@ -33,7 +33,7 @@ def tunables(arch: str) -> Iterator[Tunable]:
             yield tunable(
                 RECORDS["linear"], arch, table, key, Sizes(64, 1024), candidates, backward=backward
             )
-    for key in entries(MATMUL_GELU, arch):
+    for key in entries(configs.MATMUL_GELU, arch):
         yield tunable(
             RECORDS["mlp"], arch, "MATMUL_GELU", key, Sizes(64, 1024), candidates,
             approximate="none",
