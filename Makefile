@@ -2,6 +2,7 @@
 # make test    install what the tests need and run them
 # make lint    ruff and mypy
 # make gate    compile the kernels for GPUs that need not be here and judge their machine code
+# make ledger  count launches and bytes of the compiled training step
 #
 # A machine that already has a torch in range can use it:
 #   make VENV_ARGS=--system-site-packages train
@@ -18,7 +19,7 @@ BIN    := $(VENV)/bin
 # Versions that are known to pass all tests; `pip install -e .` alone takes what pyproject.toml admits.
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test lint gate install clean
+.PHONY: train test lint gate ledger install clean
 
 train: $(VENV)/.installed
 	$(BIN)/fastgpt train $(ARGS)
@@ -33,6 +34,9 @@ lint: $(VENV)/.installed-test
 
 gate: $(VENV)/.installed-test
 	$(BIN)/python -m fastgpt_kernels.tools.aot $(GATE_ARGS)
+
+ledger: $(VENV)/.installed-test
+	$(BIN)/python -m pytest tests/step_counts.py
 
 install: $(VENV)/.installed
 
