@@ -48,7 +48,7 @@ KEY_VALUE: Table = {
 }
 KEY_VALUE_DROPOUT: Table = {
     "default": {64: _attention(32, 64, 4, 2, tma=0), 128: _attention(32, 64, 8, 2, tma=0)},
-    "sm_90": {64: _attention(32, 128, 8, 2, tma=0), 128: _attention(32, 128, 8, 2, tma=0)},
+    "sm_90": {64: _attention(32, 128, 8, 2, tma=0), 128: _attention(32, 64, 8, 2, tma=0)},
     "sm_100": {64: _attention(64, 128, 8, 2, tma=0), 128: _attention(32, 128, 8, 2, tma=0)},
     "gfx942": {64: _attention(32, 64, 4, tma=0), 128: _attention(32, 32, 4, tma=0)},
 }

@@ -40,6 +40,8 @@ def _sdpa(backend: SDPBackend, *args, **kwargs) -> Tensor:
 
 
 def _limits(s: Sizes, dtype: torch.dtype, arch: str) -> str:
+    if arch.startswith("sm_7"):
+        return f"Triton has no tensor-core products for {arch}: without them the tiles spill"
     if s.head_dim in HEAD_DIMS:
         return ""
     return f"head dim {s.head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"

@@ -55,6 +55,8 @@ def _spec(kernel, name: str, config: Config, flags: Mapping[str, object]) -> Aot
 
 def aot_specs(arch: str) -> Iterator[AotSpec]:
     """Every kernel with every config of `arch`, bf16, in the variants that change its registers."""
+    if arch.startswith("sm_7"):  # see the record's limits
+        return
     for op, kernel in KERNELS.items():
         for head, causal, dropout, even in VARIANTS:
             table = getattr(configs, f"{op}{'_DROPOUT' if dropout else ''}")
