@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastgpt_kernels import attention, host
+from fastgpt_kernels.record import Sizes, record
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GOOD = torch.zeros(1, 4, 192)
@@ -71,3 +72,10 @@ def test_bad_arguments_are_refused_without_a_gpu_too(monkeypatch: pytest.MonkeyP
 def test_the_interpreter_refuses_bf16() -> None:
     with pytest.raises(TypeError, match="attention: Triton's interpreter"):
         attention(GOOD.bfloat16(), 2)
+
+
+def test_limits_say_why() -> None:
+    limits = record("attention").limits
+    assert "tensor-core" in limits(Sizes(), torch.float16, "sm_75")
+    assert "head dim 48" in limits(Sizes(n_head=16), torch.float16, "sm_80")
+    assert limits(Sizes(), torch.bfloat16, "sm_80") == ""

@@ -50,7 +50,9 @@ def _attend(
     CHECK_HEAD: tl.constexpr = HEAD if columns.shape[0] != HEAD else 0
     offsets = tl.arange(0, BLOCK_N)[:, None] * stride_t + columns[None, :]
     k_base += lo.to(tl.int64) * stride_t
-    for n in range(lo, hi, BLOCK_N):
+    # The ragged end is one or two tiles: fewer stages there spare registers (128 x 64, 4 warps).
+    stages: tl.constexpr = 2 if MASK and CHECK_T else None
+    for n in tl.range(lo, hi, BLOCK_N, num_stages=stages):
         n = tl.multiple_of(n, BLOCK_N)
         keys = n + tl.arange(0, BLOCK_N)
         k = load_tile(k_base + offsets, keys, columns, T, CHECK_T, CHECK_HEAD)
@@ -102,7 +104,7 @@ def attention_forward_kernel(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     full = row // BLOCK_N * BLOCK_N if CAUSAL else T // BLOCK_N * BLOCK_N
-    if not CAUSAL and not EVEN and DROPOUT:  # of two loops with dropout ptxas serialises one
+    if not CAUSAL and not EVEN and DROPOUT:  # in two loops ptxas serialises wgmma (Triton 3.9)
         full = row * 0
     else:
         acc, row_sum, row_max = _attend(

@@ -41,8 +41,8 @@ def _sdpa(backend: SDPBackend, *args, **kwargs) -> Tensor:
 
 
 def _limits(s: Sizes, dtype: torch.dtype, arch: str) -> str:
-    if arch == "sm_75":  # 3.2 KB a thread spilled by the plain FMAs that stand for them
-        return "Triton has no tensor-core products for sm_75"
+    if arch.startswith("sm_7"):
+        return f"Triton has no tensor-core products for {arch}: without them the tiles spill"
     if s.head_dim in HEAD_DIMS:
         return ""
     return f"head dim {s.head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
