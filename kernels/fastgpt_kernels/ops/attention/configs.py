@@ -12,8 +12,8 @@ def _attention(m: int, n: int, warps: int, stages: int = 1, tma: int | None = No
 
 
 # Attention. Key: the head dim. Not measured: by register count, the largest tiles with which no
-# variant (causal or full, ragged T, padded head dim) spills with Triton 3.6, 3.7 or 3.9. Dropout and
-# fp32 have tables of their own (`forward.pick`). "default" fits 99 KB of shared memory (sm_86,
+# variant (causal or full, ragged T, padded head dim) spills with Triton 3.6, 3.7 or 3.9. Dropout
+# and fp32 have tables of their own (`forward.pick`). "default" fits 99 KB of shared memory (sm_86,
 # sm_89, sm_120); Turing (sm_75) has none: see the record's limits.
 FORWARD: Table = {
     "default": {64: _attention(128, 64, 8, 3), 128: _attention(128, 32, 8, 3)},
