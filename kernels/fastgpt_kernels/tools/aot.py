@@ -84,7 +84,8 @@ def judge(launch: Launch, code: Code, warps: int) -> list[str]:
         problems.append("matrix products without wgmma")
     accesses = sass.widths(code.hot)
     narrow = sum(n for bits, n in accesses.items() if bits <= 16)
-    if narrow > max(NARROW, sum(accesses.values()) / 8):
+    share = sum(n * bits for bits, n in accesses.items() if bits <= 16)
+    if narrow > NARROW and 8 * share > sum(n * bits for bits, n in accesses.items()):
         problems.append(f"{narrow} of {sum(accesses.values())} global accesses of 16 bits or less")
     if "enable_fp_fusion" not in launch.options:
         problems.append("the launch does not say enable_fp_fusion: see configs.options")
@@ -217,8 +218,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     looked_at = {(version, x.arch) for x in todo}
     for other in sorted({v for b in known.values() for v in b}):
+        # What nobody has compiled at all with a version is not held against it.
+        held = {arch for b in known.values() for arch in b.get(other, {})}
         old = [
-            x for x in baseline.stale(launches, known, other) if (other, x.arch) not in looked_at
+            x
+            for x in baseline.stale([x for x in launches if x.arch in held], known, other)
+            if (other, x.arch) not in looked_at
         ]
         if old:
             where = "" if other == version else f" --triton DIR, where DIR has triton=={other}"

@@ -264,7 +264,7 @@ def _add_segments(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["team"])  # a team of one would become a constant
 def matmul_sum_kernel(
     out_ptr,  # (M, N) fp32: the partials are added to it
     partials_ptr,  # as in `matmul_kernel`, or None
