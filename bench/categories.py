@@ -85,6 +85,7 @@ _HEAD = _rule(
 )
 _CAST = _rule(
     r"^aten::_to_copy$|^triton_poi_fused__to_copy(_(t|view|permute|transpose|mm))*_\d+$|ToCopyBackward"
+    r"|^_Rounded(Backward)?$"  # the model's: gradients of 16-bit copies, on their way to masters
 )
 _MEMORY: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("norms", _rule(r"layer_?norm|LayerNorm|GammaBeta|RowwiseMoments")),

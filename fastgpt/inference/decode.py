@@ -19,7 +19,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastgpt.model.gpt import GPT, Block, LayerNorm
 from fastgpt.model.ops import Wish, choose_all
-from fastgpt_kernels import decode_counters
 from fastgpt_kernels.record import records
 
 _HALVES = ("decode_attention_layer", "decode_mlp_layer")
@@ -68,6 +67,8 @@ class Decoder:
         self.linear = chosen["decode_linear"][1] if "decode_linear" in ours else None
         attention, mlp = (chosen[op][1] for op in _HALVES)
         self.halves = (attention, mlp) if ours.issuperset(_HALVES) else None
+        from fastgpt_kernels import decode_counters  # loads Triton, which training does without
+
         # Launches overlap, so that each has its own.
         launches = 2 * shape.n_layer
         self.counters = decode_counters(batch_size, shape.n_head, launches, device)
@@ -152,11 +153,12 @@ class Decoder:
     ) -> Tensor:
         """Embeddings (B, C) -> logits (B, V): five launches a layer, each weight read once."""
         for i, layer in enumerate(self.layers):
-            y = attend(i, linear(x, *layer.attn_in, **_norm(layer.attn_norm)))
-            x = linear(y, *layer.attn_out, residual=x)
-            h = linear(x, *layer.mlp_in, **_norm(layer.mlp_norm), activation=self.shape.gelu)
-            x = linear(h, *layer.mlp_out, residual=x)
-        return linear(x, self.head, **_norm(self.final_norm))
+            qkv = linear(x, *layer.attn_in, **_norm(layer.attn_norm), early=True)
+            x = linear(attend(i, qkv), *layer.attn_out, residual=x, early=True)
+            norm, gelu = _norm(layer.mlp_norm), self.shape.gelu
+            h = linear(x, *layer.mlp_in, **norm, activation=gelu, early=True)
+            x = linear(h, *layer.mlp_out, residual=x, early=True)
+        return linear(x, self.head, **_norm(self.final_norm), early=True)
 
     def _by_halves(
         self, linear: Callable[..., Tensor], attention_half: Callable[..., Tensor],

@@ -181,8 +181,12 @@ def decode_linear(
     residual: Tensor | None = None,
     activation: str = "none",
     eps: float = 1e-5,
+    early: bool = False,
 ) -> Tensor:
-    """act(layer_norm(x) @ weight.T + bias) + residual: x (B, K), weight (N, K) -> (B, N)."""
+    """act(layer_norm(x) @ weight.T + bias) + residual: x (B, K), weight (N, K) -> (B, N).
+
+    `early`, when the kernel may read the weights, changes nothing here.
+    """
     dtype = _compute_dtype(x)
     h = x.to(dtype)
     if norm_weight is not None:

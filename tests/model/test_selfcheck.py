@@ -116,7 +116,7 @@ def watched(op, seen):
         options.pop("chunk_tokens", None)
         given = inspect.signature(eager).bind(*arguments, **options)
         given.apply_defaults()
-        ignored = ("seed", "targets", "positions", *record(op).made_of)
+        ignored = ("seed", "targets", "positions", "counters", *record(op).made_of)
         found = {(k, of(k, x)) for k, x in given.arguments.items() if k not in ignored}
         seen.setdefault(op, set()).add(frozenset(found))
         return eager(*arguments, **options)
@@ -159,20 +159,30 @@ def test_what_is_checked_is_what_the_model_calls(shape, dropout, dtype):
 
 @RUNS
 @DTYPES
-def test_what_is_checked_is_what_decoding_calls(shape, dtype, monkeypatch):
+@pytest.mark.parametrize("halves", [False, True])
+def test_what_is_checked_is_what_decoding_calls(shape, dtype, halves, monkeypatch):
+    """With half a layer a launch, and if that is refused: each call is checked, and no other."""
     seen: dict[str, set] = {}
-    names, asked = ("decode_attention", "decode_linear"), []
+    layers, asked = ("decode_attention_layer", "decode_mlp_layer"), []
 
     def choose(ops, device, dtype, sizes, wish):
         asked.append(sizes)
-        return {n: (Choice(n, "triton", ""), watched(n, seen)) for n in names}
+        kinds = {op.name: "eager" if op.name in layers and not halves else "triton" for op in ops}
+        return {n: (Choice(n, kind, ""), watched(n, seen)) for n, kind in kinds.items()}
 
     monkeypatch.setattr(decode, "choose_all", choose)
     decoder = Decoder(GPT(shape, dtype=dtype).init_weights(0), 3, 20)
     decoder.prefill([[1], [2, 3], [4]])
     decoder.step(torch.tensor([5, 6, 7]))
     assert asked == [replace(shape.sizes(3), block_size=20)]
-    assert seen == {name: checked(name, asked[0], dtype) for name in names}
+    known = {name: checked(name, asked[0], dtype) for name in seen}
+    if halves:
+        assert {*seen} == {*layers, "decode_linear"}
+        assert seen["decode_linear"] < known["decode_linear"], "the head's, of five"
+        del seen["decode_linear"], known["decode_linear"]
+    else:
+        assert {*seen} == {"decode_attention", "decode_linear"}
+    assert seen == known
     (_, case), *_ = calls(record("decode_attention"), "triton", CPU, dtype, asked[0])
     assert [x.shape for x in case.inputs] == [(3, 192), (3, 2, 20, 32), (3, 2, 20, 32)]
 
