@@ -18,6 +18,8 @@ the L2, and a launch is saved. `python -m bench generate` measures it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -70,7 +72,11 @@ def decode_linear(
     CPU tensor `reference.decode_linear` runs. Raises TypeError/ValueError naming the argument.
     """
     _check(x, weight, bias, norm_weight, norm_bias, residual, activation)
-    arguments = {"norm_weight": norm_weight, "norm_bias": norm_bias, "residual": residual}
+    arguments: dict[str, Any] = {
+        "norm_weight": norm_weight,
+        "norm_bias": norm_bias,
+        "residual": residual,
+    }
     if not use_kernel(x):
         return reference.decode_linear(x, weight, bias, activation=activation, eps=eps, **arguments)
     refuse_interpreted_bf16("decode_linear", x)
