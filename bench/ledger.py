@@ -53,7 +53,7 @@ COLUMNS = ("launch", "times (a)", "line", "part", "reads MB", "writes MB", "GFLO
            "share")  # fmt: skip
 GPU_COLUMNS = ("GPU", "fits", "micro-batch", "ms", "tokens/s", "MFU %", "hours to 10 B tokens")
 FREE = ("reshape", "permute", "view", "expand", "unsqueeze", "full", "clone")  # moves no data
-OWN = ("gpu", "all-gpus", "peer-path", "out", "matmul_share", "copy_share", "kernel_share")
+OWN = ("gpu", "all_gpus", "peer_path", "out", "matmul_share", "copy_share", "kernel_share")
 
 
 @dataclass(frozen=True)
@@ -246,10 +246,10 @@ def run(argv: Sequence[str]) -> int:
     config = setup.with_values(setup.preset_of(name, {**flags, "device": "cpu"}), {"compile": True})
     vocab_size = setup.vocabulary(config)
     print(f"{name}: {setup.describe(config, vocab_size)}", flush=True)
-    request = fake_step.Request(name, flags, own["peer-path"], gpu_of(rates.sheet))
+    request = fake_step.Request(name, flags, own["peer_path"], gpu_of(rates.sheet))
     (step,) = fake_step.record(request)
     p = predict(step, config, sizes_of(config, vocab_size), rates)
-    if own["all-gpus"]:
+    if own["all_gpus"]:
         print(table(GPU_COLUMNS, list(each_gpu(step, config, vocab_size, shares))))
         return 0
     result = results.Result("ledger", list(argv), settings.to_dict(config))

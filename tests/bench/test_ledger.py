@@ -97,6 +97,8 @@ def test_gpus_by_name(name: str) -> None:
         (["gpt2", "laptop"], "gpt2 laptop: one preset is wanted"),
         (["--gpu=mi300x"], "--gpu=MI300X: steps can be looked at for NVIDIA's GPUs only"),
         (["--n_layerz=3"], "--n_layerz"),
+        (["--all-gpus", "--copy_share=no"], "--copy_share=no: wanted a share"),
+        (["--peer-path=gone", "--gpu=voodoo2"], "--gpu=voodoo2"),
     ],
 )
 def test_mistakes(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
