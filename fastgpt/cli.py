@@ -7,11 +7,14 @@ at once, without PyTorch, which takes a second to load.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
+import io
 import os
 import sys
 import textwrap
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +31,7 @@ from fastgpt.config.schema import (
     SampleConfig,
     SourceConfig,
 )
-from fastgpt.errors import RankError, SharedError, UserError
+from fastgpt.errors import RankError, SharedError, UserError, explained, one_line
 from fastgpt.storage import run
 
 OVERVIEW = """\
@@ -57,11 +60,13 @@ C = TypeVar("C", bound=SourceConfig)
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 2 a mistake of the user's, 128 + N a signal, 1 our fault."""
     args = list(sys.argv[1:] if args is None else args)
+    _mend_streams()
     try:
         code = _command(args)
         sys.stdout.flush()
     except UserError as e:
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         _say(e)
         code = 2
     except KeyboardInterrupt:
@@ -71,6 +76,8 @@ def main(args: Sequence[str] | None = None) -> None:
         # The reader of our output is gone (`| head`): nothing more to say, and nothing went wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    except Exception as e:
+        code = _failed(e)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # FSDP's device mesh keeps Gloo's threads beyond destroy_process_group, and one of them that
         # lets go of a tensor while Python shuts down aborts the process: leave before it does.
@@ -78,6 +85,36 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _mend_streams() -> None:
+    """Output that is closed goes nowhere; a character that it does not have is shown escaped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _failed(e: Exception) -> int:
+    """Say what an error that nobody turned into a UserError means. Returns the exit code."""
+    try:
+        sys.stdout.flush()
+    except OSError as full:  # its disk is full: what it holds is lost, and asked for again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(e, OSError) and not e.filename:
+            e = OSError(full.errno, full.strerror, "standard output")
+    if (said := explained(e)) is not None:
+        _say(UserError(said))
+        return 2
+    traceback.print_exception(e)
+    print(
+        f"fastgpt: a fault of fastgpt {__version__}'s ({one_line(repr(e))[:200]}), not of yours: "
+        "please report it with the lines above, the command, and what `fastgpt doctor` says",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def _say(mistake: UserError) -> None:

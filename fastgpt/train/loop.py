@@ -78,6 +78,7 @@ class Loop:
                 start_step=start,
                 tokens_per_step=self.tokens_per_step,
                 keeps=self.ranks.first,
+                seal=self.progress.seal,
             )
         )
         self.stop = stack.enter_context(StopRequest())
@@ -231,7 +232,8 @@ class Loop:
         at = self.progress
         self.metrics.working("saving", at.step, 0, 1)
         self.metrics.sync()
-        self.saved = resume.save(self.trainer, at, self.dataset, self.run_dir, best=best)
+        seal = self.metrics.seal()
+        self.saved = resume.save(self.trainer, at, self.dataset, self.run_dir, best=best, seal=seal)
         self.metrics.say(f"saving checkpoint to {self.saved}")
 
     def non_finite(self, step: int) -> UserError:

@@ -17,9 +17,9 @@ from fastgpt.model import ops
 from fastgpt.model.build import build
 from fastgpt.model.device import Machine
 from fastgpt.storage import checkpoint, run
-from fastgpt.train import console, graph, memory, resume
+from fastgpt.train import console, graph, memory, resume, trackers
 from fastgpt.train.loop import Loop
-from fastgpt.train.ranks import Ranks, check_launch, join, local_device, restarted
+from fastgpt.train.ranks import Ranks, check_launch, join, launcher, local_device, restarted
 from fastgpt.train.resume import Progress
 from fastgpt.train.step import Trainer
 from fastgpt.weights import hf_tokenizer
@@ -46,6 +46,8 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> int:
     """`train` on one of the ranks."""
     with ranks.together():
         graph.check(config.system, machine)
+        if ranks.first:
+            trackers.check(config.log)
         folder = ensure(PrepareConfig(**vars(config.data))) if ranks.first else Path()
     folder = ranks.gather(folder)[0]
     with ranks.together():
@@ -58,7 +60,10 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> int:
         model = build(config, vocab_size, machine, weights)
     del weights
 
-    r, again = config.run, restarted()
+    # Consent to go on with a run, or to replace it, is given by flags; a restart by torchrun has
+    # it for the run that its own first attempt made.
+    r, launch = config.run, ranks.gather(launcher())
+    again = ranks.gather(restarted() and run.made_by(Path(r.out_dir), launch))[0]
     resuming = r.init_from == "resume" or again and bool(checkpoint.names(Path(r.out_dir)))
     batch_size = config.optim.batch_size
     if config.optim.auto_batch_size and not resuming:
@@ -68,11 +73,9 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> int:
         run_dir = Path()
         with ranks.together():
             if ranks.first:
-                if resuming:
-                    run_dir = run.find(r.out_dir)
-                else:
-                    run_dir = run.create(r.out_dir, name, r.overwrite or again)
-                stack.enter_context(run.lock(run_dir))
+                held = run.resumed(r.out_dir) if resuming else None
+                held = held or run.begin(r.out_dir, name, r.overwrite or again)
+                run_dir = stack.enter_context(held)
         run_dir = ranks.gather(run_dir)[0]
         with ranks.together():
             start = resume.load(trainer, dataset, run_dir) if resuming else Progress()
@@ -83,7 +86,7 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> int:
                 )
         with ranks.together():
             if ranks.first:
-                run.save_config(run_dir, trainer.resolved)
+                run.save_config(run_dir, trainer.resolved, launch)
                 if dataset.tokenizer is not None:
                     dataset.tokenizer.save(run_dir)
         console.introduce(trainer, dataset, run_dir)

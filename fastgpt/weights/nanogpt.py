@@ -25,7 +25,7 @@ from fastgpt.config.schema import Config, ImportConfig
 from fastgpt.data.tokenizers import Tokenizer, make_tokenizer
 from fastgpt.data.tokens import has_tokens, open_dataset
 from fastgpt.data.vocabulary import GPT2_VOCAB
-from fastgpt.errors import UserError, reading
+from fastgpt.errors import UserError, open_regular, reading
 from fastgpt.model.gpt import ModelShape
 from fastgpt.storage import checkpoint, run
 from fastgpt.weights.hugging_face import check, describe, expected, pad_vocabulary, tie
@@ -61,7 +61,7 @@ def _inspect(path: Path) -> None:
     def refuse(why: str) -> NoReturn:
         raise UserError(f"{path}: is refused, nothing in it was run: {why}")
 
-    with open(path, "rb") as f:
+    with open_regular(path) as f:
         if f.read(4) != b"PK\x03\x04":
             refuse(
                 "not in the zip format that torch.save has had since PyTorch 1.6; load and save it "
@@ -191,8 +191,8 @@ def import_checkpoint(source: str, options: ImportConfig) -> int:
     # nanoGPT does not say which data it was, so the run may go on with any.
     state |= {"data": None, "imported_from": path.name}
     tokenizer = find_tokenizer(config, shape.vocab_size)
-    run_dir = run.create(options.out_dir, path.stem, options.overwrite)
-    with run.lock(run_dir):
+    state["tokenizer"] = tokenizer.fingerprint if tokenizer else None
+    with run.begin(options.out_dir, path.stem, options.overwrite) as run_dir:
         run.save_config(run_dir, config)
         if tokenizer is not None:
             tokenizer.save(run_dir)

@@ -13,11 +13,13 @@ from torch import Tensor
 from fastgpt.config import settings
 from fastgpt.config.schema import Config, SourceConfig
 from fastgpt.data.tokenizers import JSON_NAME, Tokenizer, load_tokenizer
+from fastgpt.errors import UserError, reading
 from fastgpt.model.build import build
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.storage import checkpoint, run
 from fastgpt.weights import hf_tokenizer, hub, hugging_face
+from fastgpt.weights.hugging_face import expected
 
 
 @dataclass
@@ -55,5 +57,17 @@ def open_source(config: SourceConfig) -> Source:
     saved = checkpoint.load(run_dir, config.checkpoint, warn=warn)
     state: dict[str, Any] = saved.state
     tokenizer = load_tokenizer(run_dir) if (run_dir / JSON_NAME).exists() else None
-    about = f"{saved.folder}: step {state['step']}, val loss {state['val_loss']:.4f}"
-    return Source(ModelShape(**state["model"]), saved.model, tokenizer, about, run_dir)
+    want = state.get("tokenizer")
+    if tokenizer is not None and want not in (None, tokenizer.fingerprint):
+        raise UserError(
+            f"{run_dir / JSON_NAME}: is not the tokenizer that the checkpoint was trained with: "
+            "changed, or damaged; `fastgpt train --init_from=resume` writes it anew from the data"
+        )
+    with reading(saved.folder / "state.json", "is damaged"):
+        about = f"{saved.folder}: step {state['step']}, val loss {state['val_loss']:.4f}"
+        shape = ModelShape(**state["model"])
+        sizes = expected(shape)
+        sizes["transformer.wte.weight"] = (shape.padded_vocab_size, shape.n_embd)
+    path = saved.folder / "model.safetensors"
+    hugging_face.check(path, hugging_face.describe(path, saved.model), sizes, shape.n_layer)
+    return Source(shape, saved.model, tokenizer, about, run_dir)
