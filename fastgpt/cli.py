@@ -68,7 +68,7 @@ def main(args: Sequence[str] | None = None) -> None:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         _say(e)
-        code = 2
+        code = e.code
     except KeyboardInterrupt:
         print("fastgpt: interrupted", file=sys.stderr)
         code = 130

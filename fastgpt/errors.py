@@ -38,11 +38,19 @@ class UserError(Exception):
     """Something the user gave or has cannot be used.
 
     The message is one line: what was given, what is wanted, what to do. The command line prints
-    it to stderr without a traceback and exits with code 2; nothing may be half-written by then.
+    it to stderr without a traceback and exits with `code`; nothing may be half-written by then.
     """
+
+    code = 2
 
     def __init__(self, message: str):
         super().__init__(one_line(message))
+
+
+class BadWeights(UserError):
+    """A model's weights are not finite numbers: the files are in order, the model is not."""
+
+    code = 1
 
 
 class SharedError(UserError):

@@ -288,7 +288,7 @@ class EvalConfig(SourceConfig):
     task: Literal["loss", "hellaswag"] = "loss"
     """loss: of every token of a file; hellaswag: which of four endings is the likeliest."""
     input: str = ""
-    """Token file (.bin) or HellaSwag's .jsonl; empty: the validation data of the run."""
+    """Text, a token file (.bin), or HellaSwag's .jsonl; empty: the validation data of the run."""
     dataset: str = ""
     """Prepared data to take in place of the run's: a name or a folder."""
     split: Literal["train", "val"] = "val"

@@ -25,7 +25,7 @@ from fastgpt.data.sources import open_input
 from fastgpt.data.tokenizers import parse_spec
 from fastgpt.data.tokens import DATASET_JSON, has_tokens, open_dataset
 from fastgpt.data.vocabulary import read_vocab_file
-from fastgpt.errors import UserError
+from fastgpt.errors import UserError, read_text
 from fastgpt.storage.files import explain_os_error, recover_folder, replace_folder
 
 
@@ -137,8 +137,8 @@ def _locate(data_dir: Path, plan: Plan) -> tuple[Path, bool]:
         if not folder.exists():
             return folder, False
         try:
-            info = json.loads((folder / DATASET_JSON).read_text())
-        except (OSError, ValueError):
+            info = json.loads(read_text(folder / DATASET_JSON))
+        except (OSError, UserError, ValueError, RecursionError):
             continue
         if isinstance(info, dict) and info.get("recipe") == plan.recipe:
             return folder, True

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fastgpt.data.progress import progress
-from fastgpt.errors import UserError
+from fastgpt.errors import UserError, open_regular, read_text
 from fastgpt.storage.files import write_text
 
 _CHUNK = 1 << 20
@@ -59,7 +59,7 @@ class Look:
     val_bytes: int
 
 
-class NotText(Exception):
+class NotText(ValueError):
     """A file is no UTF-8 text; the message gives the place."""
 
 
@@ -218,10 +218,10 @@ def open_input(root: Path, val_fraction: float, memory: Path) -> TextFiles:
     signature, newest = _signature(root)
     key = f"{root.resolve()} {val_fraction}"
     try:
-        known = json.loads(memory.read_text())
+        known = json.loads(read_text(memory))
         if known[key]["signature"] == signature:
             return TextFiles(root, val_fraction, look=Look(**known[key]["look"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, UserError, ValueError, KeyError, TypeError, RecursionError):
         known = {}
     source = TextFiles(root, val_fraction)
     # A file that changed just now may change again within the clock's resolution.
@@ -283,7 +283,7 @@ def decode_python(data: bytes) -> bytes | None:
 
 def _read(path: Path) -> Iterator[bytes]:
     try:
-        with open(path, "rb") as f:
+        with open_regular(path) as f:
             while chunk := f.read(_CHUNK):
                 yield chunk
     except FileNotFoundError:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from fastgpt.data.progress import progress
-from fastgpt.errors import UserError
+from fastgpt.errors import UserError, open_regular, read_text, reading
 from fastgpt.storage.files import explain_os_error, fsync_dir, write_text
 
 MAGIC = 20240520
@@ -56,11 +56,19 @@ def header(count: int, dtype: np.dtype) -> bytes:
     return head.tobytes()
 
 
+def is_token_file(path: Path) -> bool:
+    """Whether `path` is to be read as ids: with the header, or named *.bin as nanoGPT's are."""
+    if path.suffix == ".bin":
+        return True
+    with reading(path, "cannot be read"), open_regular(path) as f:
+        return f.read(4) == header(0, DTYPES[1])[:4]
+
+
 def inspect(path: Path) -> TokenFile:
     """What `path` holds. UserError that names the file when its length is not what it says."""
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as f:
+        with open_regular(path) as f:
+            size = os.fstat(f.fileno()).st_size
             head = np.frombuffer(f.read(12), "<i4") if size >= 12 else None
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
@@ -105,7 +113,7 @@ def scan(file: TokenFile, advance=lambda n: None) -> Scan:
     """Read the whole file once: sha256 of its bytes, the largest of its ids."""
     digest, top = hashlib.sha256(), 0
     try:
-        with open(file.path, "rb") as f:
+        with open_regular(file.path) as f:
             stat = os.fstat(f.fileno())
             digest.update(f.read(file.offset))
             while chunk := f.read(_CHUNK):
@@ -148,8 +156,8 @@ def load_scans(folder: Path) -> dict[str, Scan]:
     """Remembered scans by file name; none if there are none or they cannot be read."""
     for path in _scan_paths(folder):
         try:
-            return {name: Scan(**entry) for name, entry in json.loads(path.read_text()).items()}
-        except (OSError, ValueError, TypeError, AttributeError):
+            return {name: Scan(**entry) for name, entry in json.loads(read_text(path)).items()}
+        except (OSError, UserError, ValueError, TypeError, AttributeError, RecursionError):
             continue  # only a memory of work that can be done again
     return {}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from fastgpt.data.meta_pkl import read_meta
 from fastgpt.data.token_files import Scan, TokenFile
 from fastgpt.data.tokenizers import JSON_NAME, Tokenizer, load_tokenizer
 from fastgpt.data.vocabulary import GPT2_VOCAB
-from fastgpt.errors import UserError
+from fastgpt.errors import UserError, read_text
 
 DATASET_JSON = "dataset.json"
 FORMAT = "fastgpt-dataset"
@@ -155,10 +156,10 @@ def open_dataset(folder: Path, *, verify: bool = False, vocab_size: int | None =
 
 def _read_json(folder: Path) -> dict[str, Any] | None:
     path = folder / DATASET_JSON
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
-        info = json.loads(path.read_text())
+        info = json.loads(read_text(path))
         if info["format"] != FORMAT or info["version"] != VERSION:
             raise UserError(
                 f"{path} is of format {info['format']} {info['version']}, this fastgpt reads "
@@ -166,10 +167,13 @@ def _read_json(folder: Path) -> dict[str, Any] | None:
             )
         for split in ("train", "val"):
             for entry in info["splits"][split]:
-                Path(entry["file"]), entry["tokens"], entry["sha256"]
-        int(info["vocab_size"]), info["tokenizer"]["fingerprint"]
+                Path(entry["file"]), int(entry["tokens"]), entry["sha256"][:16]
+        size = info["vocab_size"]
+        if type(size) is not int or not 1 <= size < 1 << 32:
+            raise ValueError(f"vocab_size {str(size)[:40]}")
+        info["tokenizer"]["fingerprint"]
         return info
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{path} is damaged ({e}): prepare the data again") from None
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None

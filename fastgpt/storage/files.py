@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import re
@@ -107,6 +108,21 @@ def sweep(folder: Path, *patterns: str) -> None:
                     shutil.rmtree(path, ignore_errors=True)
                 else:
                     path.unlink()
+
+
+def hold(folder: Path) -> int:
+    """A descriptor that marks a temporary folder as in use, until it or its process is closed."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return fd
+
+
+def sweep_unheld(folder: Path, pattern: str) -> None:
+    """Remove temporary folders that no process holds: their writers were killed."""
+    for path in folder.glob(pattern):
+        with contextlib.suppress(OSError):
+            os.close(hold(path))
+            shutil.rmtree(path)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -28,7 +28,14 @@ from fastgpt.data.vocabulary import GPT2_VOCAB
 from fastgpt.errors import UserError, open_regular, reading
 from fastgpt.model.gpt import ModelShape
 from fastgpt.storage import checkpoint, run
-from fastgpt.weights.hugging_face import check, describe, expected, pad_vocabulary, tie
+from fastgpt.weights.hugging_face import (
+    check,
+    check_layers,
+    describe,
+    expected,
+    pad_vocabulary,
+    tie,
+)
 
 _STORAGES = ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
 _GLOBALS = {
@@ -109,6 +116,7 @@ def model_of(
         if not (k.endswith(".attn.bias") and isinstance(v, Tensor) and v.ndim == 4)
     }
     shape = ModelShape(**sizes, bias="transformer.ln_f.bias" in stored, gelu=gelu)
+    check_layers(path, stored, shape)
     check(path, describe(path, stored), expected(shape), shape.n_layer)
     tensors = {name: t.float() for name, t in stored.items()}
     tie(path, tensors, shape)

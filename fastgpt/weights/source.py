@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastgpt.config import settings
 from fastgpt.config.schema import Config, SourceConfig
 from fastgpt.data.tokenizers import JSON_NAME, Tokenizer, load_tokenizer
-from fastgpt.errors import UserError, reading
+from fastgpt.errors import BadWeights, UserError, reading
 from fastgpt.model.build import build
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
@@ -32,6 +33,22 @@ class Source:
     about: str
     """One line for people: its origin, and its loss if that is known."""
     run_dir: Path | None = None
+
+    @property
+    def origin(self) -> str:
+        return self.about.partition(": ")[0]
+
+    def not_finite(self) -> list[str]:
+        """Names of the tensors that hold a NaN or an infinity."""
+        return [name for name, t in self.tensors.items() if not bool(torch.isfinite(t).all())]
+
+    def check_finite(self) -> None:
+        """Raise BadWeights if a tensor holds a NaN or an infinity."""
+        if bad := self.not_finite():
+            raise BadWeights(
+                f"{self.origin}: {len(bad)} of {len(self.tensors)} tensors hold NaN or infinity, "
+                f"{bad[0]} first: nothing can be computed with these weights"
+            )
 
     def model(self, machine: Machine) -> GPT:
         """The model, ready to evaluate or to generate."""
@@ -66,6 +83,7 @@ def open_source(config: SourceConfig) -> Source:
     with reading(saved.folder / "state.json", "is damaged"):
         about = f"{saved.folder}: step {state['step']}, val loss {state['val_loss']:.4f}"
         shape = ModelShape(**state["model"])
+        hugging_face.check_layers(saved.folder, saved.model, shape)
         sizes = expected(shape)
         sizes["transformer.wte.weight"] = (shape.padded_vocab_size, shape.n_embd)
     path = saved.folder / "model.safetensors"

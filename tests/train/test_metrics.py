@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from fastgpt.config.schema import Config
-from fastgpt.config.settings import replace
 from fastgpt.errors import UserError
 from fastgpt.train import metrics, plot
 
@@ -77,15 +76,32 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path):
         metrics.read(path)
 
 
-@pytest.mark.parametrize("flag", ["wandb_log", "tensorboard"])
-def test_a_missing_tracker_is_named(flag, tmp_path: Path, monkeypatch):
-    import sys
+def test_a_log_that_is_not_what_it_was_is_named(tmp_path: Path, capsys):
+    """Its sha256 is kept with the checkpoint; a digit that changed is said when the run goes on."""
+    with log(tmp_path) as m:
+        m.train(0, 0.5, RECORD)
+        m.evaluation(1, 1.0, 2.0)
+        seal = m.seal()
+        m.train(1, 0.5, RECORD)
+    path = tmp_path / "metrics.jsonl"
+    text = path.read_text()
 
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    config = replace(Config(), **{flag: True})
-    with pytest.raises(UserError, match=rf"--{flag}=True: .* is not installed; pip install"):
-        metrics.Metrics(tmp_path, config, start_step=0, tokens_per_step=1)
+    def resumed() -> str:
+        arguments = dict(start_step=1, tokens_per_step=100, seal=seal)
+        capsys.readouterr()
+        with metrics.Metrics(tmp_path, Config(), **arguments):  # type: ignore[arg-type]
+            return capsys.readouterr().out
+
+    assert resumed() == ""
+    path.write_text(text.replace("0.80104", "0.80105", 1))
+    assert "metrics.jsonl: is not what it was at step 1" in resumed()
+
+
+@pytest.mark.parametrize("line", ["[]", "3", '{"kind": "train"}', '{"kind": "train", "step": "x"}'])
+def test_a_line_that_is_no_record_is_named(line: str, tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match="line 1 is not JSON, or no record"):
+        metrics.read(tmp_path / "metrics.jsonl")
 
 
 @pytest.mark.parametrize(
