@@ -95,7 +95,8 @@ class Dataset:
     """An opened, checked folder of token files.
 
     `fingerprint` is a hash of the contents of all files, whatever their folder is called.
-    `vocab_size` counts real ids, without padding. `tokenizer` is None if the folder has none.
+    `vocab_size` counts real ids, without padding; `max_id` is the largest that occurs. `tokenizer`
+    is None if the folder has none.
     """
 
     folder: Path
@@ -104,6 +105,7 @@ class Dataset:
     vocab_size: int
     tokenizer: Tokenizer | None
     fingerprint: str
+    max_id: int = 0
     info: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def describe(self) -> str:
@@ -151,7 +153,8 @@ def open_dataset(folder: Path, *, verify: bool = False, vocab_size: int | None =
         _check(file, found, size, info)
         digest.update(f"{split} {found.sha256}\n".encode())
     train, val = (TokenSplit(split, files[split], folder) for split in ("train", "val"))
-    return Dataset(folder, train, val, size, tokenizer, digest.hexdigest(), info or {})
+    largest = max(found.max_id for found in scans)
+    return Dataset(folder, train, val, size, tokenizer, digest.hexdigest(), largest, info or {})
 
 
 def _read_json(folder: Path) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -68,11 +69,20 @@ def farewell(loop: Loop, dataset: Dataset, run_dir: Path) -> None:
             seed=c.run.seed,
         )
         # A model of more ids than its data's, as nanoGPT's 50,304, may draw one that is no text.
-        ids = (i for i in ids if i < dataset.vocab_size)
+        known = dataset.tokenizer.vocab_size
+        ids = (i for i in ids if i < known)
         print(f"\n--- sample {'-' * 61}")
         print("".join(decode_stream(dataset.tokenizer, itertools.chain(prompt, ids))).strip())
         print("-" * 72)
     if loop.saved:
         more = "" if at.step < c.run.max_iters else f" --max_iters={2 * c.run.max_iters}"
-        print(f"\nsample:   fastgpt sample --out_dir={run_dir}")
-        print(f"continue: fastgpt train --init_from=resume --out_dir={run_dir}{more}")
+        print()
+        place = shlex.quote(str(run_dir))
+        if dataset.tokenizer is not None:
+            print(f"sample:   fastgpt sample --out_dir={place}")
+        print(f"continue: fastgpt train --init_from=resume --out_dir={place}{more}")
+        if dataset.tokenizer is None:
+            print(
+                "no sample: these token files have no tokenizer; if you know it, continue with "
+                "--tokenizer=gpt2 --vocab_file=FILE"
+            )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgpt.config import settings
 from fastgpt.config.schema import Config, PrepareConfig
-from fastgpt.data.prepare import ensure
+from fastgpt.data.prepare import ensure, with_tokenizer
 from fastgpt.data.tokens import Dataset, open_dataset
 from fastgpt.errors import UserError
 from fastgpt.model import ops
@@ -51,7 +51,7 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> int:
         folder = ensure(PrepareConfig(**vars(config.data))) if ranks.first else Path()
     folder = ranks.gather(folder)[0]
     with ranks.together():
-        dataset = open_dataset(folder)
+        dataset = with_tokenizer(open_dataset(folder), config.data)
         config, weights = _start_from(config, dataset)
         for split in (dataset.train, dataset.val):
             split.require(config.model.block_size)
