@@ -37,13 +37,13 @@ from fastgpt.storage import run
 OVERVIEW = """\
 fastgpt {version}: train GPT-2-class models as fast as one CUDA GPU allows
 
-  fastgpt train [PRESET | FILE.toml] [--key=value ...]   train; no preset: what fits this machine
+  fastgpt train [PRESET | FILE] [--key=value ...]        train; no preset: what fits this machine
   fastgpt sample [--out_dir=RUN] [--start=TEXT] ...      generate text from a trained model
   fastgpt eval [--out_dir=RUN] [--input=FILE] ...        its loss on a whole file, or HellaSwag
   fastgpt export --to=FOLDER [--out_dir=RUN]             write it as a Hugging Face GPT-2 folder
   fastgpt import CKPT.pt [--out_dir=RUN] ...             go on with a checkpoint of nanoGPT's
   fastgpt prepare CORPUS [--key=value ...]               turn a corpus into token files
-  fastgpt doctor [PRESET | FILE.toml] [--key=value ...]  what this machine has and what will run
+  fastgpt doctor [PRESET | FILE] [--key=value ...]       what this machine has and what will run
 
 presets   {presets}
 corpora   python_stdlib  shakespeare_char  shakespeare  openwebtext  fineweb10B
@@ -134,13 +134,13 @@ def _say(mistake: UserError) -> None:
 
 def _command(args: list[str]) -> int:
     commands: dict[str, tuple[Callable[[], Any], str, Callable[[list[str]], int]]] = {
-        "train": (PRESETS["laptop"], "[PRESET | FILE.toml]", _train),
+        "train": (PRESETS["laptop"], "[PRESET | FILE]", _train),
         "sample": (SampleConfig, "", _sample),
         "eval": (EvalConfig, "", _eval),
         "export": (ExportConfig, "", _export),
         "import": (ImportConfig, "CKPT.pt", _import),
         "prepare": (PrepareConfig, "CORPUS", _prepare),
-        "doctor": (dict, "[PRESET | FILE.toml]", _doctor),
+        "doctor": (dict, "[PRESET | FILE]", _doctor),
     }
     if not args or args[0] in ("-h", "--help", "help"):
         presets = textwrap.fill("  ".join(PRESETS), 88, subsequent_indent=" " * 10)
@@ -157,7 +157,7 @@ def _command(args: list[str]) -> int:
         return command(rest)
     if name == "doctor":
         print(
-            "fastgpt doctor [PRESET | FILE.toml] [--key=value ...]: Python, torch, triton, GPU and "
+            "fastgpt doctor [PRESET | FILE] [--key=value ...]: Python, torch, triton, GPU and "
             "peak, disk, data, and the ops of `fastgpt train` with the same arguments"
         )
         return 0
@@ -197,7 +197,7 @@ def _training(args: list[str]) -> tuple[Config, str]:
     """The config of a run, and what it is called."""
     positional, flags = settings.split_flags(args)
     if len(positional) > 1:
-        raise UserError(f"{' '.join(positional)}: one preset or TOML file is wanted")
+        raise UserError(f"{' '.join(positional)}: one preset or file is wanted")
     flags = _weights_alone(flags)
     settings.apply_flags(Config(), flags)  # names and values first: the preset may ask PyTorch
     config, name = _base(positional[0] if positional else None, flags)
@@ -214,7 +214,7 @@ def _train(args: list[str]) -> int:
 
 
 def _base(source: str | None, flags: dict[str, str]) -> tuple[Config, str]:
-    """What the flags apply to: the run to resume, a TOML file, a preset, this machine's preset."""
+    """What the flags apply to: the run to resume, a file, a preset, this machine's preset."""
     if flags.get("init_from") == "resume":
         run_dir = run.find(flags.get("out_dir", ""))
         if source is not None:
@@ -229,10 +229,14 @@ def _base(source: str | None, flags: dict[str, str]) -> tuple[Config, str]:
     if source.endswith(".toml"):
         path = Path(source)
         return settings.load_toml(path), path.parent.name if path.stem == "config" else path.stem
-    stem = Path(source).stem.removeprefix("train_")
     if source.endswith(".py"):
-        known = f"; the preset {stem} is built in" if stem in PRESETS else ""
-        raise UserError(f"{source}: Python is not run as configuration; write TOML{known}")
+        stem = Path(source).stem.removeprefix("train_")
+        try:
+            return settings.load_python(Path(source)), stem
+        except UserError as e:
+            if isinstance(e.__cause__, FileNotFoundError) and stem in PRESETS:
+                raise UserError(f"{e}; the preset {stem} is built in") from e
+            raise
     raise settings.unknown_key(source, list(PRESETS), "", what="preset")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+from fastgpt.config import literals
 from fastgpt.config.schema import Config, Range, SourceConfig
 from fastgpt.errors import UserError, read_text, reading
 
@@ -107,13 +109,10 @@ def _parse(leaf: Leaf, text: str) -> Any:
     words = {"True": True, "true": True, "False": False, "false": False}
     if kind is bool or bool in typing.get_args(kind):
         return words.get(text, text)
-    try:
-        if kind is int:
-            return int(text)
-        if kind is float:
-            return float(text)
-    except ValueError:
-        return text
+    if kind in (int, float):
+        for read in (kind, literals.arithmetic):
+            with contextlib.suppress(ValueError):
+                return read(text)
     return text
 
 
@@ -245,6 +244,22 @@ def parse_toml(text: str, path: Path) -> Config:
                 raise unknown_key(name, list(table), f"{path}: ")
             values[name] = check_value(table[name], v, f"{path}: ")
     return replace(Config(), **values)
+
+
+def load_python(path: Path) -> Config:
+    """A config from a file of assignments, as nanoGPT's config/*.py are; nothing in it is run.
+
+    What it does not say is as in nanoGPT, whose GELU is the exact one.
+    """
+    table, values = leaves(Config), {}
+    for name, (value, line) in literals.assignments(path).items():
+        where = f"{path}: line {line}: "
+        if name not in table:
+            raise unknown_key(name, list(table), where)
+        if table[name].type is int and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        values[name] = check_value(table[name], value, where)
+    return replace(Config(), **{"gelu": "erf", **values})
 
 
 def from_dict(flat: Mapping[str, Any], where: str) -> Config:

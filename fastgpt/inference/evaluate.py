@@ -65,7 +65,7 @@ def total_loss(
     device = next(model.parameters()).device
     total, count = torch.zeros((), dtype=torch.float64), 0
     todo = windows(len(tokens), block_size, stride)
-    with progress("evaluating", len(tokens)) as advance:
+    with progress("evaluating", len(tokens), unit="tokens") as advance:
         while batch := list(islice(todo, batch_size)):
             inputs, targets = [], []
             for w in batch:
@@ -255,7 +255,7 @@ def ending_losses(model: GPT, questions: list[Question]) -> tuple[Tensor, Tensor
 def hellaswag(model: GPT, questions: list[Question], batch_size: int) -> dict[str, float]:
     """Shares of right answers: by the least loss (acc), by the least loss per token (acc_norm)."""
     right = torch.zeros(2)
-    with progress("questions", len(questions)) as advance:
+    with progress("evaluating", len(questions), unit="questions") as advance:
         for first in range(0, len(questions), batch_size):
             part = questions[first : first + batch_size]
             labels = torch.tensor([q.label for q in part])

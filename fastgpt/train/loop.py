@@ -14,6 +14,7 @@ import torch
 
 from fastgpt.data.batches import Batches, eval_batches
 from fastgpt.data.prefetch import Prefetcher
+from fastgpt.data.progress import ticking
 from fastgpt.data.tokens import Dataset, TokenSplit
 from fastgpt.errors import SharedError, UserError
 from fastgpt.storage import checkpoint
@@ -155,7 +156,8 @@ class Loop:
     def _compile(self) -> None:
         """Trace and compile before the first step, so that no iteration's time has it in it."""
         started = time.perf_counter()
-        self.trainer.warm_up(self.progress.step, self._micro_batch())
+        with ticking(self.metrics.say, "compiling"):
+            self.trainer.warm_up(self.progress.step, self._micro_batch())
         self.metrics.say(f"compiled in {time.perf_counter() - started:.1f}s")
 
     def _micro_batch(self) -> torch.Tensor:

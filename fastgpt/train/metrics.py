@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fastgpt.config.schema import Config
+from fastgpt.data.progress import Every
 from fastgpt.errors import UserError, read_text, reading
 from fastgpt.storage.files import explain_os_error, write_text
 from fastgpt.train import trackers
@@ -116,7 +117,8 @@ class Metrics:
             columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"))
             self._progress = Progress(*columns, console=Console(highlight=False), transient=True)
             self._task = self._progress.add_task("", total=self._max_iters, completed=start_step)
-        self._speed = ""
+        self._speed, self._seconds = "", 0.0
+        self._every = Every()
 
     def __enter__(self) -> Metrics:
         if self._progress:
@@ -140,12 +142,12 @@ class Metrics:
     def train(self, step: int, seconds: float, record: dict[str, float]) -> None:
         """One optimizer step: its loss and, in `seconds`, the mean time since the last log line."""
         tokens_per_second = self._tokens_per_step / seconds
-        eta = (self._max_iters - step - 1) * seconds
-        self._speed = f"{count(tokens_per_second)} tok/s, ETA {duration(eta)}"
+        self._seconds, self._speed = seconds, f"{count(tokens_per_second)} tok/s"
         self.say(
             f"iter {step}: loss {record['loss']:.4f}, time {seconds * 1000:.2f}ms, "
             f"mfu {record['mfu'] * 100:.2f}%"
         )
+        self._every = Every()  # a line was just said
         self._advance(step + 1)
         self._write(
             {
@@ -163,21 +165,28 @@ class Metrics:
         self.say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         seen = step * self._tokens_per_step
         if self._speed and not self._progress:
-            self.say(f"{count(seen)} tokens seen, {self._speed}")
+            self.say(f"{count(seen)} tokens seen, {self._speed}{self._eta(step)}")
         losses = {"train_loss": train_loss, "val_loss": val_loss}
         self._write({"kind": "eval", "step": step, **losses, "tokens": seen})
 
     def working(self, what: str, step: int, done: int, total: int) -> None:
-        """Progress of something between two steps, on a terminal."""
+        """Progress of something between two steps; in a pipe every ten seconds at most."""
         if self._progress:
             description = f"{what} {done}/{total}"
             self._progress.update(self._task, completed=step, description=description)
+        elif done and self._every.due():
+            self.say(f"{what} {done}/{total}")
 
     def _advance(self, done: int) -> None:
         if self._progress:
             seen = f"{count(done * self._tokens_per_step)} tokens"
-            text = f"{done}/{self._max_iters} {seen}, {self._speed}"
+            text = f"{done}/{self._max_iters} {seen}, {self._speed}{self._eta(done)}"
             self._progress.update(self._task, completed=done, description=text)
+
+    def _eta(self, done: int) -> str:
+        """What is left of the run after `done` steps, if anything is."""
+        left = self._max_iters - done
+        return f", ETA {duration(left * self._seconds)}" if left > 0 else ""
 
     def _write(self, record: dict[str, Any]) -> None:
         line = json.dumps(record) + "\n"

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from fastgpt.config.schema import Config
+from fastgpt.config.settings import replace
+from fastgpt.data import progress
 from fastgpt.errors import UserError
 from fastgpt.train import metrics, plot
 
@@ -35,7 +37,32 @@ def test_lines_are_nanogpts(tmp_path: Path, capsys):
     assert lines[1] == "step 5000: train loss 0.6224, val loss 1.7044"
     # What people's parsers look for.
     assert re.fullmatch(r"iter (\d+): loss ([\d.]+), time ([\d.]+)ms, mfu ([\d.]+)%", lines[0])
-    assert re.fullmatch(r"500k tokens seen, 3.01k tok/s, ETA \d+h \d\dm", lines[2])
+    assert lines[2] == "500k tokens seen, 3.01k tok/s, ETA 5h 29m", "595,000 steps of 33.222 ms"
+
+
+def test_at_the_end_nothing_is_left(tmp_path: Path, capsys):
+    config = replace(Config(), max_iters=100)
+    with metrics.Metrics(tmp_path, config, start_step=0, tokens_per_step=100) as m:
+        m.train(98, 2.0, RECORD)
+        m.evaluation(99, 1.0, 2.0)
+        m.evaluation(100, 1.0, 2.0)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "9.9k tokens seen, 50 tok/s, ETA 2s"
+    assert lines[4] == "10k tokens seen, 50 tok/s"
+
+
+def test_an_evaluation_in_a_pipe_says_how_far_it_is(tmp_path: Path, capsys, monkeypatch):
+    """At most every ten seconds, counted from the last line of the log."""
+    now = 0.0
+    monkeypatch.setattr(progress, "_clock", lambda: now)
+    with log(tmp_path) as m:
+        for k in range(1, 31):
+            now = 1.0 * k
+            m.working("evaluating train", 0, k, 60)
+            if k == 15:
+                m.train(0, 0.5, RECORD)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "evaluating" in line]
+    assert lines == ["evaluating train 10/60", "evaluating train 25/60"]
 
 
 def test_records(tmp_path: Path):
