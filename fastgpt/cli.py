@@ -1,4 +1,4 @@
-"""The command line: fastgpt prepare | train | sample | eval | export | import | doctor.
+"""The command line: prepare, train, sample, eval, export, import, compare, doctor.
 
 A command's module is imported once its arguments are known to be good: `--help` and mistakes answer
 at once, without PyTorch, which takes a second to load.
@@ -23,6 +23,7 @@ from fastgpt import __version__
 from fastgpt.config import settings
 from fastgpt.config.presets import PRESETS, default_name
 from fastgpt.config.schema import (
+    CompareConfig,
     Config,
     EvalConfig,
     ExportConfig,
@@ -43,6 +44,7 @@ fastgpt {version}: train GPT-2-class models as fast as one CUDA GPU allows
   fastgpt export --to=FOLDER [--out_dir=RUN]             write it as a Hugging Face GPT-2 folder
   fastgpt import CKPT.pt [--out_dir=RUN] ...             go on with a checkpoint of nanoGPT's
   fastgpt prepare CORPUS [--key=value ...]               turn a corpus into token files
+  fastgpt compare RUN RUN ... [--to=FILE.png]            their curves, figures, and a verdict
   fastgpt doctor [PRESET | FILE] [--key=value ...]       what this machine has and what will run
 
 presets   {presets}
@@ -140,6 +142,7 @@ def _command(args: list[str]) -> int:
         "export": (ExportConfig, "", _export),
         "import": (ImportConfig, "CKPT.pt", _import),
         "prepare": (PrepareConfig, "CORPUS", _prepare),
+        "compare": (CompareConfig, "RUN RUN ...", _compare),
         "doctor": (dict, "[PRESET | FILE]", _doctor),
     }
     if not args or args[0] in ("-h", "--help", "help"):
@@ -288,6 +291,16 @@ def _import(args: list[str]) -> int:
     from fastgpt.weights.nanogpt import import_checkpoint
 
     return import_checkpoint(positional[0], config)
+
+
+def _compare(args: list[str]) -> int:
+    folders, flags = settings.split_flags(args)
+    if len(folders) < 2:
+        raise UserError(f"compare: two runs or more are wanted, {len(folders)} given")
+    config = settings.apply_flags(CompareConfig(), flags)
+    from fastgpt.train.compare import compare
+
+    return compare(folders, config)
 
 
 def _prepare(args: list[str]) -> int:

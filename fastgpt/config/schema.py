@@ -319,6 +319,14 @@ class ExportConfig(SourceConfig):
 
 
 @dataclass(frozen=True)
+class CompareConfig:
+    """Compare runs: their curves in one picture, their figures in a table, and a verdict."""
+
+    to: str = "compare.png"
+    """The picture."""
+
+
+@dataclass(frozen=True)
 class ImportConfig:
     """Make nanoGPT's ckpt.pt a run that can be resumed and sampled."""
 
