@@ -172,6 +172,9 @@ def _command(args: list[str]) -> int:
 def _help(config: Any, command: str, positional: str) -> int:
     import tyro
 
+    # A default that is a line break, as --start's, would be one in the help.
+    texts = {k: v for k, v in settings.to_dict(config).items() if isinstance(v, str)}
+    config = settings.replace(config, **{k: one_line(v) for k, v in texts.items()})
     # Sections only group the settings, but for op: its names are --op.NAME.
     kind = type(config)
     sections = [
@@ -211,9 +214,23 @@ def _training(args: list[str]) -> tuple[Config, str]:
 
 def _train(args: list[str]) -> int:
     config, name = _training(args)
+    if "RANK" not in os.environ:  # ranks find out together, and rank 0 speaks
+        _check_places(config)
     from fastgpt.train.main import train
 
     return train(config, name)
+
+
+def _check_places(config: Config) -> None:
+    """Raise UserError for files and folders that are not as a run needs them, PyTorch unloaded."""
+    from fastgpt.data import prepare
+
+    r = config.run
+    if r.init_from != "resume":
+        run.check_free(r.out_dir, r.overwrite)
+    if r.weights and not Path(r.weights).exists():
+        raise UserError(f"--weights={r.weights}: there is no such file or folder")
+    prepare.check(PrepareConfig.of(config.data))
 
 
 def _base(source: str | None, flags: dict[str, str]) -> tuple[Config, str]:

@@ -122,6 +122,9 @@ for args in {args!r}:
 def test_help_and_mistakes_do_not_load_torch(tmp_path: Path):
     """One process for all: what an argument loads stays loaded, so the first that does is named."""
     (tmp_path / "bad.toml").write_text("n_layr = 3")
+    (tmp_path / "bad.py").write_text("import os\nos.remove('bad.toml')\n")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
     args = [
         "--help",
         "trian",
@@ -139,6 +142,15 @@ def test_help_and_mistakes_do_not_load_torch(tmp_path: Path):
         "train laptop --min_lr=1",
         "train laptop --init_from=weights",
         "train --init_from=resume",
+        "train laptop --input=none.txt",
+        "train laptop --dataset=none",
+        "train laptop --tokenizer=nope --input=bad.toml",
+        "train shakespeare_char",
+        "train laptop --weights=none",
+        "train laptop --out_dir=full",
+        "train laptop --batch_size=5*x",
+        "train bad.py",
+        "compare one",
         "sample --top_p=3",
         "sample --device=tpu",
         "sample --out_dir=none",

@@ -7,7 +7,7 @@ Flags are flat (`--n_layer=4`) and have nanoGPT's names and meanings; the tree o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Annotated, Any, Literal
 
 from typing_extensions import Doc
@@ -64,7 +64,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class CorpusConfig:
     dataset: str = "openwebtext"
     """python_stdlib, shakespeare_char, shakespeare, openwebtext, fineweb10B, or a token folder."""
     input: str = ""
@@ -81,6 +81,10 @@ class DataConfig:
     """fineweb10B: how many shards of 100M tokens to fetch."""
     workers: CountOrZero = 0
     """Threads that tokenize; 0: one a core."""
+
+
+@dataclass(frozen=True)
+class DataConfig(CorpusConfig):
     sampling: Literal["random", "epochs"] = "random"
     """random: windows with replacement, as nanoGPT; epochs: each window once an epoch, shuffled."""
 
@@ -224,13 +228,18 @@ class Config:
 
 
 @dataclass(frozen=True)
-class PrepareConfig(DataConfig):
+class PrepareConfig(CorpusConfig):
     """Turn a corpus into token files."""
 
     dataset: str = "python_stdlib"
     """python_stdlib, shakespeare_char, shakespeare, openwebtext or fineweb10B."""
     overwrite: bool = False
     """Make the token files anew if they exist."""
+
+    @classmethod
+    def of(cls, data: CorpusConfig) -> PrepareConfig:
+        """What has to be prepared for a run with this data."""
+        return cls(**{f.name: getattr(data, f.name) for f in fields(CorpusConfig)})
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastgpt.config.schema import DataConfig, PrepareConfig
+from fastgpt.config.schema import CorpusConfig, PrepareConfig
 from fastgpt.data.build import Plan, build
 from fastgpt.data.corpora import CORPORA, INPUT
-from fastgpt.data.sources import open_input
+from fastgpt.data.sources import existing, open_input
 from fastgpt.data.tokenizers import make_tokenizer, parse_spec
 from fastgpt.data.tokens import DATASET_JSON, Dataset, has_tokens, open_dataset
 from fastgpt.data.vocabulary import GPT2_VOCAB, read_vocab_file
@@ -48,6 +48,22 @@ def ensure(cfg: PrepareConfig) -> Path:
     if folder := _ready_made(cfg):
         return folder
     plan = _plan(cfg)
+    if folder := _there(cfg, plan):
+        return folder
+    return _obtain(cfg, plan, network=False)
+
+
+def check(cfg: PrepareConfig) -> None:
+    """Raise the UserErrors of `ensure` that can be known at once: data that is not there."""
+    if cfg.input:
+        existing(Path(cfg.input).expanduser())
+        parse_spec(cfg.tokenizer or INPUT.tokenizer)
+    elif _ready_made(cfg) is None:
+        _there(cfg, _plan(cfg))
+
+
+def _there(cfg: PrepareConfig, plan: Plan) -> Path | None:
+    """The dataset's folder if it is there. UserError if making it takes the network."""
     folder, there = _locate(Path(cfg.data_dir), plan)
     if there:
         return folder
@@ -56,10 +72,10 @@ def ensure(cfg: PrepareConfig) -> Path:
             f"the data of {plan.corpus.name} is not in {cfg.data_dir}: run `{_command(cfg)}` once "
             "to download it, or train on your own text with --input=FILE"
         )
-    return _obtain(cfg, plan, network=False)
+    return None
 
 
-def with_tokenizer(dataset: Dataset, cfg: DataConfig) -> Dataset:
+def with_tokenizer(dataset: Dataset, cfg: CorpusConfig) -> Dataset:
     """The dataset with the tokenizer of its ids, where its folder has none and it can be known.
 
     That is the one that --tokenizer and --vocab_file name; else GPT-2's, if it is on this machine

@@ -205,16 +205,21 @@ def walk(
 _REMEMBER = 64 << 20
 
 
+def existing(root: Path) -> None:
+    """Raise UserError unless --input names a file or a folder."""
+    if not root.exists():
+        raise UserError(f"--input={root}: there is no such file or folder")
+    if not (root.is_file() or root.is_dir()):
+        raise UserError(f"--input={root} is neither a file nor a folder")
+
+
 def open_input(root: Path, val_fraction: float, memory: Path) -> TextFiles:
     """`TextFiles` of what --input names; what was found in many bytes is remembered in `memory`.
 
     So that training on 50 GB again need not look through them again. It holds while no file's
     size or time of change differs; making a dataset checks the contents anyway.
     """
-    if not root.exists():
-        raise UserError(f"--input={root}: there is no such file or folder")
-    if not (root.is_file() or root.is_dir()):
-        raise UserError(f"--input={root} is neither a file nor a folder")
+    existing(root)
     signature, newest = _signature(root)
     key = f"{root.resolve()} {val_fraction}"
     try:

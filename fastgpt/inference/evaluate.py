@@ -179,7 +179,7 @@ def _token_files(config: EvalConfig, source: Source) -> list[TokenFile]:
     if config.dataset:
         settings = PrepareConfig(dataset=config.dataset, data_dir=config.data_dir)
     elif source.run_dir is not None:
-        settings = PrepareConfig(**vars(run.load_config(source.run_dir).data))
+        settings = PrepareConfig.of(run.load_config(source.run_dir).data)
     else:
         raise UserError("eval: on what? name a token file with --input, or data with --dataset")
     dataset = open_dataset(ensure(settings))

@@ -204,6 +204,12 @@ def resumed(out_dir: str) -> Iterator[Path]:
         yield run_dir
 
 
+def check_free(out_dir: str, overwrite: bool) -> None:
+    """Raise the UserError of `begin` for a folder that a new run may not have; touch nothing."""
+    if out_dir and Path(out_dir).is_dir():
+        _check_free(Path(out_dir), out_dir, overwrite)
+
+
 def settle(run_dir: Path) -> None:
     """The new run has its first checkpoint: remove the one whose place it takes."""
     _bring_back(run_dir)

@@ -48,7 +48,7 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> int:
         graph.check(config.system, machine)
         if ranks.first:
             trackers.check(config.log)
-        folder = ensure(PrepareConfig(**vars(config.data))) if ranks.first else Path()
+        folder = ensure(PrepareConfig.of(config.data)) if ranks.first else Path()
     folder = ranks.gather(folder)[0]
     with ranks.together():
         dataset = with_tokenizer(open_dataset(folder), config.data)

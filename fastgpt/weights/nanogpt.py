@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import pickle
 import pickletools
+import shlex
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -209,7 +210,9 @@ def import_checkpoint(source: str, options: ImportConfig) -> int:
     moments = "with" if optimizer else "without"
     print(f"{path}: {shape}, step {step}, val loss {best:.4f}, {moments} optimizer state")
     print(f"imported to {saved}")
-    print(f"continue: fastgpt train --init_from=resume --out_dir={run_dir}")
     if tokenizer is None:
         print("no tokenizer found: sample needs one; name the data's folder with --dataset")
+    else:
+        print(f"sample:   fastgpt sample --out_dir={shlex.quote(str(run_dir))}")
+    print(f"continue: fastgpt train --init_from=resume --out_dir={shlex.quote(str(run_dir))}")
     return 0
