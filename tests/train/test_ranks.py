@@ -91,6 +91,7 @@ def test_any_number_of_ranks_gives_the_curve_of_one(home: Path, n: int, strategy
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs in the interpreter here")
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_adamw_on_the_kernel(home: Path, strategy: str):
@@ -109,6 +110,7 @@ def test_adamw_on_the_kernel(home: Path, strategy: str):
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_compiled_on_two_ranks(home: Path, strategy: str):
     name = f"compiled-{strategy}"
@@ -152,6 +154,7 @@ def test_resumed_under_other_layouts(home: Path):
     assert mixed == pytest.approx([r["loss"] for r in runs.records(home / "one")], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_resumed_in_the_same_layout_is_exact(home: Path):
     args = (*TINY, "--input=text.txt", "--parallel=fsdp", "--dropout=0.1")
     train(home, 2, *args, "--out_dir=straight")
@@ -200,6 +203,7 @@ def test_a_killed_rank_ends_the_job(home: Path):
     assert "lost the others (silent: rank 1" in text or "rank      : 1 (local_rank: 1)" in text
 
 
+@pytest.mark.slow
 def test_a_hanging_rank_ends_the_job(home: Path):
     """Bounded by --dist_timeout and torchrun's 30 s between SIGTERM and SIGKILL."""
     args = (*TINY, "--input=text.txt", "--out_dir=hung", "--parallel=ddp", "--dist_timeout=4")
