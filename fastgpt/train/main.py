@@ -32,6 +32,15 @@ def train(config: Config, name: str) -> int:
     `name` ends up in the name of a new run's folder. Raises UserError if the run cannot be done as
     asked.
     """
+    return run_training(config, name)[0]
+
+
+def run_training(config: Config, name: str) -> tuple[int, Path]:
+    """`train`, and the folder of the run.
+
+    `name` ends up in the name of a new run's folder. Raises UserError if the run cannot be done as
+    asked.
+    """
     system = config.system
     check_launch(config)
     device = local_device(system.device)
@@ -42,8 +51,8 @@ def train(config: Config, name: str) -> int:
         return _train(config, name, machine, ranks)
 
 
-def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> int:
-    """`train` on one of the ranks."""
+def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[int, Path]:
+    """`run_training` on one of the ranks."""
     with ranks.together():
         graph.check(config.system, machine)
         if ranks.first:
@@ -95,7 +104,7 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> int:
         code = loop.run(stack)
     if ranks.first:
         console.farewell(loop, dataset, run_dir)
-    return code
+    return code, run_dir
 
 
 def _say_if_ops_differ(choices: list[tuple[ops.Choice, ...]]) -> None:
