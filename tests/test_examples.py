@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastgpt
 from fastgpt.data.tokenizers import ByteTokenizer
@@ -29,6 +30,15 @@ SMALL = {
     "device": "cpu",
     "compile": False,
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As tests run side by side."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
