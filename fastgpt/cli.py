@@ -103,10 +103,8 @@ def _failed(e: Exception) -> int:
     """Say what an error that nobody turned into a UserError means. Returns the exit code."""
     try:
         sys.stdout.flush()
-    except OSError as full:  # its disk is full: what it holds is lost, and asked for again at exit
+    except OSError:  # its disk is full: what it holds is lost, and asked for again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(e, OSError) and not e.filename:
-            e = OSError(full.errno, full.strerror, "standard output")
     if (said := explained(e)) is not None:
         _say(UserError(said))
         return 2

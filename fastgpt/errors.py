@@ -133,8 +133,10 @@ def explained(e: BaseException) -> str | None:
     """One line for an error of the system or the machine; None: it is a fault of ours."""
     if isinstance(e, OSError):
         names = [os.fsdecode(n) for n in (e.filename, e.filename2) if isinstance(n, str | bytes)]
-        where = f"{' -> '.join(names)}: " if names else ""
-        return f"{where}{e.strerror or str(e) or type(e).__name__}; is the file as it should be?"
+        if not names:
+            return f"standard output, or a file: {e.strerror or str(e) or type(e).__name__}"
+        why = e.strerror or type(e).__name__
+        return f"{' -> '.join(names)}: {why}; a file or folder that can be used is wanted"
     text = str(e)
     # PyTorch's words for the same, as RuntimeError or torch.OutOfMemoryError.
     words = ("DefaultCPUAllocator", "not enough memory", "out of memory", "can't allocate memory")

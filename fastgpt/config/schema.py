@@ -91,7 +91,7 @@ class DataConfig(CorpusConfig):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    n_layer: Count = 12
+    n_layer: Annotated[int, Range(ge=1, le=4096)] = 12
     """Transformer blocks."""
     n_head: Count = 12
     """Attention heads; divides n_embd."""

@@ -1,4 +1,4 @@
-"""A kill, an EIO or a full disk at any change of a file: what was there or what was asked for stays.
+"""A kill, an EIO or a full disk at any change of a file: what is there after is old or new, whole.
 
 Each job is done in a forked process whose n-th rename, removal, folder or open for writing is its
 last, or fails. After that the folder must hold the old state or the new one, whole, and the same
