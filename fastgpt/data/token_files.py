@@ -42,10 +42,59 @@ class TokenFile:
     count: int
     dtype: np.dtype
 
-    def open(self) -> np.ndarray:
-        """(count,) ids, mapped read-only: pages come in when touched and can be dropped again."""
-        mapped = np.memmap(self.path, self.dtype, "r", self.offset, (self.count,))
-        return mapped.view(np.ndarray)  # slices of a plain array are several times cheaper
+    def open(self) -> Ids:
+        """Its ids, read where they are asked for."""
+        return Ids(self)
+
+
+class Ids:
+    """The ids of an open token file: `ids[a:b]` reads them, `len(ids)` counts them.
+
+    They are read, not mapped: a mapped file that is cut off ends the process by SIGBUS. Raises
+    UserError once the file is no longer what it was.
+    """
+
+    def __init__(self, file: TokenFile):
+        self.file = file
+        self._open = open_regular(file.path)
+        self._was = self._status(os.fstat(self._open.fileno()))
+
+    def __len__(self) -> int:
+        return self.file.count
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(len(self))
+        out = np.empty(max(0, stop - start), self.file.dtype)
+        self.read_into(out, start)
+        return out
+
+    def read_into(self, out: np.ndarray, at: int) -> None:
+        """Fill the contiguous array `out` (n,) with the ids from position `at` on."""
+        if not len(out):
+            return
+        view = memoryview(out).cast("B")
+        offset = self.file.offset + at * self.file.dtype.itemsize
+        while view:
+            n = os.preadv(self._open.fileno(), [view], offset)
+            if n == 0:
+                raise UserError(f"{self.file.path}: was cut off while it was read; {_AGAIN}")
+            view, offset = view[n:], offset + n
+
+    def check(self) -> None:
+        """Raise UserError if the file is not what was opened, by its size and time of change."""
+        try:
+            now = self._status(os.stat(self.file.path))
+        except OSError as e:
+            raise UserError(f"{self.file.path}: is gone while it is read: {e.strerror}") from e
+        if now != self._was:
+            raise UserError(
+                f"{self.file.path}: changed while it was read ({self._was[0]:,} bytes, now "
+                f"{now[0]:,}); {_AGAIN}, and go on from the last checkpoint"
+            )
+
+    @staticmethod
+    def _status(status: os.stat_result) -> tuple[int, int, int]:
+        return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def header(count: int, dtype: np.dtype) -> bytes:

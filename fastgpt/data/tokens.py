@@ -40,7 +40,7 @@ class TokenSplit:
         self.name = name
         self.folder = folder
         self.shards = files
-        self._arrays = [file.open() for file in files]
+        self._ids = [file.open() for file in files]
         counts = np.array([file.count for file in files], np.int64)
         self._ends = np.cumsum(counts)
         self._first = self._ends - counts
@@ -66,6 +66,11 @@ class TokenSplit:
     def _starts(self, block_size: int) -> np.ndarray:
         return np.cumsum(np.maximum(self._ends - self._first - block_size, 0))
 
+    def check(self) -> None:
+        """Raise UserError if a file changed since it was opened; asked before each evaluation."""
+        for ids in self._ids:
+            ids.check()
+
     def require(self, block_size: int) -> None:
         """UserError when no window of this block size fits into any shard."""
         if self.n_starts(block_size) == 0:
@@ -86,7 +91,7 @@ class TokenSplit:
             raise IndexError(f"windows of {length} tokens do not fit at all of these positions")
         offsets = starts - self._first[shard]
         for row, i, at in zip(out, shard.tolist(), offsets.tolist(), strict=True):
-            row[:] = self._arrays[i][at : at + length]
+            self._ids[i].read_into(row, at)
         return out
 
 

@@ -25,7 +25,7 @@ from fastgpt.data import token_files
 from fastgpt.data.prepare import ensure
 from fastgpt.data.progress import progress
 from fastgpt.data.sources import check_text
-from fastgpt.data.token_files import TokenFile
+from fastgpt.data.token_files import Ids, TokenFile
 from fastgpt.data.tokens import open_dataset
 from fastgpt.errors import BadWeights, UserError, read_bytes, read_text, reading
 from fastgpt.model.device import Machine
@@ -59,13 +59,19 @@ def windows(n: int, block_size: int, stride: int) -> Iterator[Window]:
 
 @torch.no_grad()
 def total_loss(
-    model: GPT, tokens: np.ndarray, block_size: int, stride: int, batch_size: int
+    model: GPT,
+    tokens: np.ndarray | Ids,
+    block_size: int,
+    stride: int,
+    batch_size: int,
+    size: int | None = None,
 ) -> tuple[float, int]:
-    """(sum of the cross entropy in nats, how many tokens) over an array of token ids (n,)."""
+    """(sum of the cross entropy in nats, how many tokens) over the first `size` token ids."""
+    size = len(tokens) if size is None else size
     device = next(model.parameters()).device
     total, count = torch.zeros((), dtype=torch.float64), 0
-    todo = windows(len(tokens), block_size, stride)
-    with progress("evaluating", len(tokens), unit="tokens") as advance:
+    todo = windows(size, block_size, stride)
+    with progress("evaluating", size, unit="tokens") as advance:
         while batch := list(islice(todo, batch_size)):
             inputs, targets = [], []
             for w in batch:
@@ -107,10 +113,10 @@ def evaluate(config: EvalConfig) -> int:
         model = source.model(machine)
         total, count, left = 0.0, 0, config.limit or None
         for tokens in arrays:
-            tokens = tokens[:left]
-            nats, n = total_loss(model, tokens, block_size, stride, config.batch_size)
+            size = len(tokens) if left is None else min(left, len(tokens))
+            nats, n = total_loss(model, tokens, block_size, stride, config.batch_size, size)
             total, count = total + nats, count + n
-            left = None if left is None else left - len(tokens)
+            left = None if left is None else left - size
             if left == 0:
                 break
         if not count:
@@ -137,7 +143,7 @@ def _line(task: str, figures: dict[str, Any], ran_on: dict[str, str]) -> str:
     return json.dumps({"task": task, **plain, **ran_on}, allow_nan=False)
 
 
-def _tokens(config: EvalConfig, source: Source) -> tuple[list[str], list[np.ndarray]]:
+def _tokens(config: EvalConfig, source: Source) -> tuple[list[str], list[np.ndarray | Ids]]:
     """Names and ids (n,) of what to evaluate on: token files, or a text; the model knows all ids.
 
     Raises UserError for a file that is neither.

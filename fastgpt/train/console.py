@@ -44,6 +44,15 @@ def introduce(trainer: Trainer, dataset: Dataset, run_dir: Path) -> None:
     print(f"run {run_dir}", flush=True)
 
 
+def draw_if_missing(run_dir: Path) -> None:
+    """The picture of a run that was killed after its last save."""
+    picture, log = run_dir / "loss.png", run_dir / "metrics.jsonl"
+    if not log.exists():
+        return
+    if not picture.exists() or picture.stat().st_mtime_ns < log.stat().st_mtime_ns:
+        print(f"loss curve {plot.loss_curve(run_dir)}")
+
+
 def farewell(loop: Loop, dataset: Dataset, run_dir: Path) -> None:
     """Say how it went: losses, the picture, a sample, and the commands to go on."""
     at, c = loop.progress, loop.config

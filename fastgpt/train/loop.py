@@ -189,6 +189,9 @@ class Loop:
 
     def evaluate(self, step: int) -> bool:
         """Both mean losses on the fixed batches, shared by the ranks. False: a signal came."""
+        with self.ranks.together():
+            self.dataset.train.check()
+            self.dataset.val.check()
         means, n = {}, self.config.log.eval_iters
         splits = {"train": self.dataset.train, "val": self.dataset.val}
         for i, (name, split) in enumerate(splits.items()):

@@ -89,6 +89,8 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
         with ranks.together():
             start = resume.load(trainer, dataset, run_dir) if resuming else Progress()
             if start.step >= r.max_iters and not config.log.eval_only:
+                if ranks.first:
+                    console.draw_if_missing(run_dir)
                 raise UserError(
                     f"{run_dir}: already at step {start.step} of --max_iters={r.max_iters}; give "
                     "more to go on"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import random
 import resource
 import shutil
@@ -361,3 +362,25 @@ def test_token_files_of_others_get_their_tokenizer_by_flags(tmp_path: Path, capf
     assert "fastgpt sample --out_dir=out" in said
     made = fastgpt(tmp_path, "sample", "--out_dir=out", "--start=so", "--max_new_tokens=2")
     assert "so" in made
+
+
+def test_data_cut_off_in_a_run_is_one_line(tmp_path: Path, text: str):
+    """Not a SIGBUS: the run ends at the next window or evaluation, and its checkpoints stay."""
+    many = ("--max_iters=100000", "--eval_interval=20", "--eval_iters=1")
+    command = Command(tmp_path, "train", *TINY, text, *many, "--out_dir=out")
+    command.wait_until(lambda: bool(checkpoint.names(tmp_path / "out")))
+    (tokens,) = (tmp_path / "data").glob("text-byte-*/*_train_*.bin")
+    os.truncate(tokens, 2000)
+    assert command.wait() == 2
+    last = command.output.splitlines()[-1]
+    assert last.startswith("fastgpt: data/text-byte-") and "while it was read" in last
+    assert checkpoint.load(tmp_path / "out").state["step"] >= 20
+
+
+def test_a_finished_run_without_its_picture_gets_it(tmp_path: Path, text: str):
+    train(tmp_path, text, "--out_dir=out", "--max_iters=2", "--sample_tokens=0")
+    (tmp_path / "out" / "loss.png").unlink()
+    (tmp_path / "out" / ".loss.png.x.tmp").touch()  # what the kill left of it
+    said = resume(tmp_path, "--out_dir=out", code=2)
+    assert "loss curve out/loss.png" in said and "already at step 2" in said
+    assert not (tmp_path / "out" / ".loss.png.x.tmp").exists()
