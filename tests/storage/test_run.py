@@ -295,3 +295,15 @@ def test_one_process_at_a_time():
         pass
     with run.lock(folder):
         pass
+
+
+def test_a_place_is_looked_at_without_being_touched():
+    """Before PyTorch is loaded: the same answers as `begin`, and nothing is made."""
+    run.check_free("", False)
+    run.check_free("new/deep", False)
+    assert not Path("new").exists()
+    before = old_run(Path("out"))
+    with pytest.raises(UserError, match="a run stands there"):
+        run.check_free("out", False)
+    run.check_free("out", True)
+    assert contents(Path("out")) == before and not (Path("out") / ".lock").exists()
