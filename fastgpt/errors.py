@@ -13,8 +13,9 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
+from typing import cast
 
 # The text of C1 controls, bidirectional overrides and line separators too: all that could begin a
 # new line, or make a terminal show another one.
@@ -90,7 +91,7 @@ _KINDS = {
 }
 
 
-def open_regular(path: Path | str) -> IO[bytes]:
+def open_regular(path: Path | str) -> BufferedReader:
     """`open(path, "rb")`, but a FIFO, socket, device or folder is refused, and nothing waits.
 
     Raises UserError for these, and OSError as `open` does.
@@ -112,7 +113,7 @@ def open_regular(path: Path | str) -> IO[bytes]:
         os.close(fd)
         kind = _KINDS.get(stat.S_IFMT(mode), "no file")
         raise UserError(f"{path}: is {kind}, a file is wanted")
-    return os.fdopen(fd, "rb")
+    return cast(BufferedReader, os.fdopen(fd, "rb"))
 
 
 def read_bytes(path: Path | str, limit: int | None = None) -> bytes:

@@ -96,6 +96,7 @@ def assignments(path: Path) -> dict[str, tuple[Any, int]]:
     lines: dict[str, int] = {}
     used: set[str] = set()
     for node in tree.body:
+        expression: ast.expr | None
         match node:
             case ast.Import() | ast.ImportFrom() | ast.Expr(value=ast.Constant()):
                 continue

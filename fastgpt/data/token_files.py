@@ -72,7 +72,7 @@ class Ids:
         """Fill the contiguous array `out` (n,) with the ids from position `at` on."""
         if not len(out):
             return
-        view = memoryview(out).cast("B")
+        view = memoryview(out.data).cast("B")
         offset = self.file.offset + at * self.file.dtype.itemsize
         while view:
             n = os.preadv(self._open.fileno(), [view], offset)

@@ -175,7 +175,7 @@ def _read_json(folder: Path) -> dict[str, Any] | None:
             )
         for split in ("train", "val"):
             for entry in info["splits"][split]:
-                Path(entry["file"]), int(entry["tokens"]), entry["sha256"][:16]
+                Path(entry["file"]).name.encode(), int(entry["tokens"]), entry["sha256"][:16]
         size = info["vocab_size"]
         if type(size) is not int or not 1 <= size < 1 << 32:
             raise ValueError(f"vocab_size {str(size)[:40]}")
@@ -193,8 +193,8 @@ def _listed(folder: Path, info: dict[str, Any]) -> dict[str, list[str]]:
         if not part:
             raise UserError(f"{folder / DATASET_JSON} lists no {split} file: prepare it again")
         for name in part:
-            if Path(name).name != name or not (folder / name).is_file():
-                listed = f"{folder / name} is missing, though {DATASET_JSON} lists it"
+            if len(name) > 255 or Path(name).name != name or not (folder / name).is_file():
+                listed = f"{folder / name[:255]} is missing, though {DATASET_JSON} lists it"
                 raise UserError(f"{listed}: prepare the data again")
     return names
 

@@ -1,8 +1,8 @@
 """`fastgpt compare RUN RUN ...`: curves, figures, and which is better, if noise lets one say it.
 
 Noise is told by runs that differ in their seed alone, if there are any: the spread of their loss.
-Else by each curve itself: how its last evaluations scatter about a straight line. Runs are called
-different if their losses, at the last step that both evaluated, differ by more than twice the noise
+Else by the curves themselves: how the difference of their last evaluations scatters. Runs are
+called different if their losses, at the last step that both evaluated, differ by more than twice the noise
 of that difference.
 """
 
@@ -95,18 +95,17 @@ def table(runs: Sequence[Compared]) -> str:
     )
 
 
-def scatter(evals: Sequence[tuple[int, float]]) -> float | None:
-    """How the last (step, loss) of a curve scatter about a line: a standard deviation.
+def scatter(losses: Sequence[float]) -> float | None:
+    """The noise of the last values of a curve: a standard deviation; None with fewer than four.
 
-    None with fewer than four.
+    From second differences, in which a slope cancels: for independent noise their variance is six
+    times its own.
     """
-    tail = list(evals)[-_TAIL:]
+    tail = list(losses)[-_TAIL:]
     if len(tail) < 4:
         return None
-    steps, losses = zip(*tail, strict=True)
-    slope, intercept = statistics.linear_regression(steps, losses)
-    squares = sum((y - slope * x - intercept) ** 2 for x, y in tail)
-    return math.sqrt(squares / (len(tail) - 2))
+    bends = [x - 2 * y + z for x, y, z in zip(tail, tail[1:], tail[2:], strict=False)]
+    return math.sqrt(sum(b * b for b in bends) / len(bends) / 6)
 
 
 def verdict(runs: Sequence[Compared]) -> list[str]:
@@ -177,13 +176,10 @@ def _noise(
         degrees = sum(len(g) - 1 for g in losses)
         squares = sum((x - statistics.mean(g)) ** 2 for g in losses for x in g)
         return math.sqrt(squares / degrees * sum(1 / len(g) for g in losses)), "between seeds"
-    found = []
-    for r in (g[0] for g in groups):
-        points = [(e["step"], e["val_loss"]) for e in r.curves.evals if e["step"] <= step]
-        found.append(scatter(points))
-    if None in found:
-        return None, ""
-    return math.hypot(*(x for x in found if x is not None)), "scatter of each curve"
+    # Of the difference itself: what both curves share, as the batches evaluated, cancels.
+    a, b = ({e["step"]: e["val_loss"] for e in g[0].curves.evals} for g in groups)
+    common = sorted(k for k in a.keys() & b.keys() if k <= step)
+    return scatter([a[k] - b[k] for k in common]), "scatter of their difference"
 
 
 def draw(runs: Sequence[Compared], path: Path) -> Path:

@@ -78,8 +78,8 @@ class Curves:
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Running means over a fiftieth of the curve, so that a line shows and not its noise."""
-    width, out, total = max(1, len(values) // 50), [], 0.0
+    """Running means over a twentieth of the curve, so that a line shows and not its noise."""
+    width, out, total = max(1, len(values) // 20), [], 0.0
     for i, value in enumerate(values):
         total += value - (values[i - width] if i >= width else 0.0)
         out.append(total / min(i + 1, width))

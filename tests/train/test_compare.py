@@ -49,7 +49,7 @@ def test_a_difference_beyond_the_noise_is_called_one():
     runs = [open_run(make(n, level, 0.002, n_layer=i)) for i, (n, level) in A_AND_B.items()]
     (line,) = verdict(runs)
     assert line.startswith("b is better than a by 0.0") and "at step 1000" in line
-    assert "scatter of each curve" in line
+    assert "scatter of their difference" in line
 
 
 A_AND_B = {1: ("a", 1.50), 2: ("b", 1.45)}
@@ -94,12 +94,19 @@ def test_too_little_to_judge():
         open_run(b)
 
 
-def test_the_scatter_about_a_line():
-    assert scatter([(0, 1.0), (1, 2.0), (2, 3.0)]) is None
-    assert scatter([(i, 5.0 - i) for i in range(9)]) == pytest.approx(0.0, abs=1e-12)
-    # Residuals +-1 alternate about a flat line: their squares sum to about 6, less two for the fit.
-    got = scatter([(i, float((-1) ** i)) for i in range(6)])
-    assert got == pytest.approx((6 * (1 - 3 / 35)) ** 0.5 / 2, rel=0.02)
+def test_the_noise_of_a_curve_is_not_its_slope():
+    assert scatter([1.0, 2.0, 3.0]) is None
+    assert scatter([5.0 - i for i in range(9)]) == pytest.approx(0.0, abs=1e-12)
+    rng = random.Random(0)
+    found = [scatter([3.0 - 0.1 * i + rng.gauss(0, 0.2) for i in range(9)]) for _ in range(500)]
+    assert sum(x * x for x in found) / 500 == pytest.approx(0.2**2, rel=0.15)
+
+
+def test_a_shape_that_both_curves_have_is_no_noise():
+    """Both still fall steeply, one above the other by a constant: that is a difference."""
+    names = [make("a", 1.5, 0.0), make("b", 1.45, 0.0, n_layer=3)]
+    (line,) = verdict([open_run(n) for n in names])
+    assert line.startswith("b is better than a by 0.0500") and "noise 0.0000" in line
 
 
 def test_figures_and_picture(capsys):
