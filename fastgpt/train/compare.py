@@ -2,8 +2,8 @@
 
 Noise is told by runs that differ in their seed alone, if there are any: the spread of their loss.
 Else by the curves themselves: how the difference of their last evaluations scatters. Runs are
-called different if their losses, at the last step that both evaluated, differ by more than twice the noise
-of that difference.
+called different if their losses, at the last step that both evaluated, differ by more than twice
+the noise of that difference.
 """
 
 from __future__ import annotations
