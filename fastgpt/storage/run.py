@@ -41,7 +41,7 @@ from fastgpt.storage.files import (
 
 RUNS = Path("runs")
 IDENTITY = "run.json"
-_OWN = (IDENTITY, "config.toml", "metrics.jsonl", "loss.png")
+_OWN: tuple[str, ...] = (IDENTITY, "config.toml", "metrics.jsonl", "loss.png")
 _OWN += ("tokenizer.json", "tokenizer.tiktoken")
 _OWN += ("checkpoints", "nonfinite", "tensorboard", "wandb")
 _ASIDE, _MOVING, _LOCK = ".replaced", ".replaced.part", ".lock"

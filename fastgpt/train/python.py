@@ -71,7 +71,7 @@ def load(
     """
     path, name = Path(folder), str(folder)
     if name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") and not path.exists():
-        source = SourceConfig(init_from=name)
+        source = settings.replace(SourceConfig(), init_from=name)
     elif name and ((path / "config.json").is_file() or path.suffix == ".safetensors"):
         source = SourceConfig(init_from="weights", weights=name)
     else:
