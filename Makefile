@@ -23,7 +23,7 @@ BIN    := $(VENV)/bin
 # Versions that are known to pass all tests; `pip install -e .` alone takes what pyproject.toml admits.
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test slow chaos soak mutants lock lint gate ledger install clean
+.PHONY: train test slow chaos soak mutants lint gate ledger install clean
 
 train: $(VENV)/.installed
 	$(BIN)/fastgpt train $(ARGS)
