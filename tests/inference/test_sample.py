@@ -142,4 +142,4 @@ def test_a_damaged_best_checkpoint_is_named(trained: Path, tmp_path: Path):
 def test_a_run_without_a_tokenizer(trained: Path, tmp_path: Path):
     shutil.copytree(trained / "out", tmp_path / "out")
     (tmp_path / "out" / "tokenizer.json").unlink()
-    assert "has no tokenizer.json" in sample(tmp_path, code=2)
+    assert "its data has no tokenizer, so there is no text" in sample(tmp_path, code=2)
