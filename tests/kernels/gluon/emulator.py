@@ -391,6 +391,12 @@ def _pause() -> None:
     Cta.now.running.pause()
 
 
+def _where(condition: Any, x: Any, y: Any) -> Any:
+    if isinstance(condition, bool):
+        return x if condition else y
+    return Tensor(torch.where(raw(condition), raw(x), raw(y)))
+
+
 def _minimum(x: Any, y: Any) -> Any:
     if isinstance(x, Tensor) or isinstance(y, Tensor):
         return Tensor(torch.minimum(raw(x), raw(y)))
@@ -435,7 +441,7 @@ def _gl() -> SimpleNamespace:
         "sum": lambda x, axis: Tensor(raw(x).sum(axis)),
         "exp2": lambda x: Tensor(torch.exp2(raw(x))),
         "log2": lambda x: Tensor(torch.log2(raw(x))),
-        "where": lambda c, x, y: Tensor(torch.where(raw(c), raw(x), raw(y))),
+        "where": _where,
         "maximum": lambda x, y: Tensor(torch.maximum(raw(x), raw(y))),
         "minimum": _minimum,
         "load": _load,
