@@ -196,6 +196,8 @@ def _consumer(
     else:  # all need one where keys are past T
         lo = 0
         masked = gl.where(key + TILE > T, tiles, 0)
+    if HEAD == 128:  # one loop: registers do not suffice for what two have in common
+        masked = tiles
     dk = gl.zeros([64, HEAD], gl.float32, layout=ACC)
     dv = gl.zeros([64, HEAD], gl.float32, layout=ACC)
     mbarrier.wait(kv_full, 0)
@@ -204,10 +206,11 @@ def _consumer(
         dk, dv, dq_tiles, memory, slot_head, key, lo, masked, T, count, scale_log2,
         GROUP, True, CAUSAL, HEAD, ROWS, PART, STAGES,
     )  # fmt: skip
-    dk, dv, count = _walk_rows(
-        dk, dv, dq_tiles, memory, slot_head, key, masked, tiles, T, count, scale_log2,
-        GROUP, False, CAUSAL, HEAD, ROWS, PART, STAGES,
-    )  # fmt: skip
+    if HEAD == 64:
+        dk, dv, count = _walk_rows(
+            dk, dv, dq_tiles, memory, slot_head, key, masked, tiles, T, count, scale_log2,
+            GROUP, False, CAUSAL, HEAD, ROWS, PART, STAGES,
+        )  # fmt: skip
     batch_head = first_head + slot_head
     batch = batch_head // n_head
     column = (n_head + batch_head % n_head) * HEAD
