@@ -124,8 +124,11 @@ def _find(module: str, name: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-# Launches go to other processes, kernels by name.
-copyreg.pickle(JITFunction, lambda kernel: (_find, (kernel.fn.__module__, kernel.fn.__name__)))
+def _by_name(kernel: Any) -> tuple[Any, ...]:
+    return _find, (kernel.fn.__module__, kernel.fn.__name__)
+
+
+copyreg.pickle(JITFunction, _by_name)  # launches go to other processes, kernels by name
 
 
 class _Driver:
@@ -158,8 +161,8 @@ class _Recorded:
 
     def run(self, x: int, y: int, z: int, *rest: Any) -> None:
         arguments = rest[6:]
-        tensors = [getattr(a, "base", a) for a in arguments]
-        moved = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+        tensors = {id(t): t for t in (getattr(a, "base", a) for a in arguments)}
+        moved = sum(t.numel() * t.element_size() for t in tensors.values() if isinstance(t, Tensor))
         self.found.append(replace(self.launch, grid=x * y * z, moved=moved))
 
 
@@ -183,6 +186,7 @@ def recording(arch: str) -> Iterator[list[Launch]]:
     def stand_in(self: Any, key: Any, signature: Any, device: Any, constexprs: Any, *rest: Any):
         launch = Launch(self, arch, signature, constexprs, rest[1], dict(given))
         kernels.add(self)
+        copyreg.pickle(type(self), _by_name)  # Gluon has a class of its own
         self.device_caches[device][0][key] = _Recorded(launch, found)
         return self.device_caches[device][0][key]
 

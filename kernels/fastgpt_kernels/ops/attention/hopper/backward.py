@@ -10,9 +10,10 @@ What `ops/attention/backward.py` computes (its formulas are there), in three ker
   sum in memory;
 - `finish` scales and rounds dq.
 
-dq's sum would be as large as qkv in fp32, cleared, added to and read again: a fifth of all time if it
-went through DRAM. So heads are worked on in chunks, few enough that the sum stays in the L2 cache and
-enough that the programs of a chunk fill the GPU several times (`heads_together`).
+dq's sum, in fp32, would be two thirds as large as qkv: cleared, added to and read again it would cost
+a fifth of all time if it went through DRAM. So a few batch entries are worked on at a time: few
+enough that the sum stays in the L2 cache, and enough that their programs fill the GPU several times
+(`together`).
 
 dq's last bits depend on the order in which the addends arrive. Gradients that must be the same every
 time are left to the kernels in plain Triton: in a fixed order every program would wait for the one
@@ -46,21 +47,21 @@ from fastgpt_kernels.ops.attention.hopper.host import blocks, in_place
 TILE = gl.constexpr(128)  # keys of a program, two consumers' 64
 LN_2 = gl.constexpr(0.6931471805599453)
 L2_BUDGET = 36 << 20  # bytes of dq's sum: with what else is read they fit into 50 MB
+SCALARS = ["T", "n_head", "head_count"]
 
 
-@gluon.jit(do_not_specialize=["first_head", "T", "n_head", "padded"])
+@gluon.jit(do_not_specialize=["T", "n_head", "padded"])
 def attention_hopper_prepare_kernel(
     y,  # (B, T, C) contiguous
     grad_y,  # (B, T, C), strides (stride_b, stride_t, 1)
     lse,  # (B * H, T) fp32
     stats,  # (2, B * H, padded) fp32, out: lse, past T inf, and delta, past T zero
-    dq_sum,  # (heads of the chunk, T, HEAD) fp32, out: zeros
-    stride_b, stride_t, first_head, T, n_head, head_count, padded, HEAD: gl.constexpr,
+    dq_sum,  # (B * H, T, HEAD) fp32, out: zeros
+    stride_b, stride_t, T, n_head, padded, HEAD: gl.constexpr,
 ):  # fmt: skip
-    """Rows of one tile, program 0, of one head of the chunk, program 1."""
+    """A program has the rows of a tile of a head."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD, HEAD // 8], [4, 1], [1, 0])
-    slot = gl.program_id(1)
-    batch_head = first_head + slot
+    batch_head = gl.program_id(1)
     batch = (batch_head // n_head).to(gl.int64)
     C = n_head * HEAD
     column = batch_head % n_head * HEAD
@@ -77,21 +78,20 @@ def attention_hopper_prepare_kernel(
     head = batch_head.to(gl.int64)
     row_lse = gl.load(lse + head * T + rows, mask=rows < T, other=float("inf"))
     gl.store(stats + head * padded + rows, row_lse)
-    gl.store(stats + (head_count + head) * padded + rows, delta)
+    gl.store(stats + (gl.num_programs(1) + head) * padded + rows, delta)
     zero = gl.zeros([TILE, HEAD], gl.float32, layout=LAYOUT)
-    gl.store(dq_sum + slot.to(gl.int64) * T * HEAD + row * HEAD + across, zero, mask=inside)
+    gl.store(dq_sum + head * T * HEAD + row * HEAD + across, zero, mask=inside)
 
 
-@gluon.jit(do_not_specialize=["first_head", "T", "n_head"])
+@gluon.jit(do_not_specialize=["T", "n_head"])
 def attention_hopper_finish_kernel(
-    dq_sum,  # (heads of the chunk, T, HEAD) fp32
+    dq_sum,  # (B * H, T, HEAD) fp32
     dqkv,  # (B, T, 3 * C) contiguous, out: its q columns
-    first_head, T, n_head, scale, HEAD: gl.constexpr,
+    T, n_head, scale, HEAD: gl.constexpr,
 ):  # fmt: skip
-    """Rows of one tile, program 0, of one head of the chunk, program 1."""
+    """A program has the rows of a tile of a head."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD, HEAD // 8], [4, 1], [1, 0])
-    slot = gl.program_id(1)
-    batch_head = first_head + slot
+    batch_head = gl.program_id(1)
     batch = (batch_head // n_head).to(gl.int64)
     C3 = 3 * n_head * HEAD
     rows = gl.program_id(0) * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(1, LAYOUT))
@@ -99,14 +99,15 @@ def attention_hopper_finish_kernel(
     inside = gl.expand_dims(rows, 1) < T
     row = gl.expand_dims(rows, 1).to(gl.int64)
     across = gl.expand_dims(columns, 0)
-    dq = gl.load(dq_sum + slot.to(gl.int64) * T * HEAD + row * HEAD + across, mask=inside, other=0.0)
+    head = dq_sum + batch_head.to(gl.int64) * T * HEAD
+    dq = gl.load(head + row * HEAD + across, mask=inside, other=0.0)
     out = dqkv + batch * T * C3 + batch_head % n_head * HEAD + row * C3 + across
     gl.store(out, (dq * scale).to(dqkv.dtype.element_ty), mask=inside)
 
 
 @gluon.jit
 def _walk_rows(
-    dk, dv, dq_tiles, memory, slot_head, key, lo, hi, T, count, scale_log2,
+    dk, dv, dq_tiles, memory, batch_head, key, lo, hi, T, count, scale_log2,
     GROUP: gl.constexpr, MASK: gl.constexpr, CAUSAL: gl.constexpr, HEAD: gl.constexpr,
     ROWS: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -173,7 +174,7 @@ def _walk_rows(
         dq_s.index(GROUP).store(dq)
         fence_async_shared()
         barrier()
-        reduce_add(dq_tiles, [slot_head, m * ROWS + HALF_ROW, HALF_COLUMN], dq_s.index(GROUP))
+        reduce_add(dq_tiles, [batch_head, m * ROWS + HALF_ROW, HALF_COLUMN], dq_s.index(GROUP))
         count += 1
     return dk, dv, count
 
@@ -186,9 +187,9 @@ def _consumer(
 ):  # fmt: skip
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD, 16])
     _, v_s, q_s, _, _, _, _, kv_full, _, _, _, _ = memory
-    first_head, chunk, T, n_head, _ = sizes
-    slot_head = gl.program_id(0) % chunk
-    key = gl.program_id(0) // chunk * TILE
+    T, n_head, head_count = sizes
+    batch_head = gl.program_id(0) % head_count
+    key = gl.program_id(0) // head_count * TILE
     tiles = gl.cdiv(T, ROWS)
     if CAUSAL:  # the diagonal's tiles need a mask
         lo = key // ROWS
@@ -203,15 +204,14 @@ def _consumer(
     mbarrier.wait(kv_full, 0)
     count = 0
     dk, dv, count = _walk_rows(
-        dk, dv, dq_tiles, memory, slot_head, key, lo, masked, T, count, scale_log2,
+        dk, dv, dq_tiles, memory, batch_head, key, lo, masked, T, count, scale_log2,
         GROUP, True, CAUSAL, HEAD, ROWS, PART, STAGES,
     )  # fmt: skip
     if HEAD == 64:
         dk, dv, count = _walk_rows(
-            dk, dv, dq_tiles, memory, slot_head, key, masked, tiles, T, count, scale_log2,
+            dk, dv, dq_tiles, memory, batch_head, key, masked, tiles, T, count, scale_log2,
             GROUP, False, CAUSAL, HEAD, ROWS, PART, STAGES,
         )  # fmt: skip
-    batch_head = first_head + slot_head
     batch = batch_head // n_head
     column = (n_head + batch_head % n_head) * HEAD
     row = key + GROUP * 64
@@ -235,9 +235,9 @@ def _producer(
     CAUSAL: gl.constexpr, HEAD: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     k_s, v_s, q_s, g_s, stat_s, _, _, kv_full, full, empty, _, _ = memory
-    first_head, chunk, T, n_head, head_count = sizes
-    batch_head = first_head + gl.program_id(0) % chunk
-    key = gl.program_id(0) // chunk * TILE
+    T, n_head, head_count = sizes
+    batch_head = gl.program_id(0) % head_count
+    key = gl.program_id(0) // head_count * TILE
     batch = batch_head // n_head
     C = n_head * HEAD
     column = batch_head % n_head * HEAD
@@ -262,19 +262,19 @@ def _producer(
         count += 1
 
 
-@gluon.jit(do_not_specialize=["first_head", "chunk", "T", "n_head", "head_count"])
+@gluon.jit(do_not_specialize=SCALARS)
 def attention_hopper_backward_kernel(
     q_tiles,  # of qkv (B, T, 3 * C): blocks (1, ROWS, HEAD)
     kv_tiles,  # of the same: blocks (1, 64, HEAD)
     grad_tiles,  # of grad_y (B, T, C): blocks (1, ROWS, HEAD)
     stat_tiles,  # of stats (2 * B * H, padded) fp32: blocks (1, ROWS)
-    dq_tiles,  # of dq's sum (chunk, T, HEAD) fp32, added to: blocks (1, 64, 64)
+    dq_tiles,  # of dq's sum (B * H, T, HEAD) fp32, added to: blocks (1, 64, 64)
     out_tiles,  # of dqkv (B, T, 3 * C), out: its k and v columns; blocks (1, 64, HEAD)
-    first_head, chunk, T, n_head, head_count, scale_log2,
+    T, n_head, head_count, scale_log2,
     CAUSAL: gl.constexpr, HEAD: gl.constexpr, ROWS: gl.constexpr, PART: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """First the first keys of each head of the chunk, which the most rows see, then the next."""
+    """First the first keys of each head, which the most rows see, then the next."""
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, HEAD], q_tiles.dtype)
     DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, ROWS], q_tiles.dtype)
     DQ: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.float32)
@@ -301,7 +301,7 @@ def attention_hopper_backward_kernel(
     fence_async_shared()
     barrier()
     memory = (k_s, v_s, q_s, g_s, stat_s, ds_s, dq_s, kv_full, full, empty, ds_full, ds_empty)
-    sizes = (first_head, chunk, T, n_head, head_count)
+    sizes = (T, n_head, head_count)
     gl.warp_specialize(
         [
             (_consumer, (dq_tiles, out_tiles, memory, sizes, scale_log2, 0, CAUSAL, HEAD, ROWS, PART, STAGES)),
@@ -313,11 +313,13 @@ def attention_hopper_backward_kernel(
     )  # fmt: skip
 
 
-def heads_together(T: int, head_dim: int, sm_count: int) -> int:
-    """How many heads a chunk has: as many as fit the L2 budget, but eight programs an SM at most."""
-    fit = L2_BUDGET // (4 * T * head_dim)
-    enough = triton.cdiv(8 * sm_count, triton.cdiv(T, TILE.value))
-    return max(1, min(fit, enough))
+def together(n_head: int, T: int, head_dim: int, sm_count: int) -> int:
+    """Of how many batch entries dq's sum is in memory at a time, one at least.
+
+    As many as fit the L2 cache, but no more than give an SM eight programs.
+    """
+    heads = min(L2_BUDGET // (4 * T * head_dim), 8 * sm_count // triton.cdiv(T, TILE.value))
+    return max(1, heads // n_head)
 
 
 def launch_backward(
@@ -327,34 +329,34 @@ def launch_backward(
     """grad_y (B, T, C) and what the forward pass saved -> dqkv (B, T, 3*C), contiguous."""
     qkv, grad_y = in_place(qkv), in_place(grad_y)
     batch, T, width = qkv.shape
-    head_dim, head_count = width // (3 * n_head), batch * n_head
     dqkv = torch.empty((batch, T, width), dtype=qkv.dtype, device=qkv.device)
     if dqkv.numel() == 0:
         return dqkv
+    head_dim = width // (3 * n_head)
     config = config or lookup(BACKWARD, "sm_90", head_dim)
     row_tiles = triton.cdiv(T, TILE.value)
     padded = row_tiles * TILE.value
-    chunk = min(head_count, heads_together(T, head_dim, multiprocessors(qkv)))
-    stats = torch.empty((2 * head_count, padded), dtype=torch.float32, device=qkv.device)
-    dq_sum = torch.empty((chunk, T, head_dim), dtype=torch.float32, device=qkv.device)
-    rows = [1, config.blocks["ROWS"], head_dim]
-    descriptors = (
-        blocks(qkv, rows), blocks(qkv, [1, 64, head_dim]), blocks(grad_y, rows),
-        blocks(stats, [1, config.blocks["ROWS"]]), blocks(dq_sum, [1, 64, 64]),
-        blocks(dqkv, [1, 64, head_dim]),
-    )  # fmt: skip
+    step = min(batch, together(n_head, T, head_dim, multiprocessors(qkv)))
+    stats = torch.empty((2 * step * n_head, padded), dtype=torch.float32, device=qkv.device)
+    dq_sum = torch.empty((step * n_head, T, head_dim), dtype=torch.float32, device=qkv.device)
+    rows = config.blocks["ROWS"]
     with on_device(qkv):
-        for first in range(0, head_count, chunk):
-            heads = min(chunk, head_count - first)
+        for first in range(0, batch, step):
+            part = slice(first, min(first + step, batch))
+            heads = (part.stop - first) * n_head
+            x, g, out = qkv[part], grad_y[part], dqkv[part]
+            sums, pairs = dq_sum[:heads], stats[: 2 * heads]
             attention_hopper_prepare_kernel[(row_tiles, heads)](
-                y, grad_y, lse, stats, dq_sum, grad_y.stride(0), grad_y.stride(1),
-                first, T, n_head, head_count, padded, HEAD=head_dim, **options(4),
+                y[part], g, lse[first * n_head : part.stop * n_head], pairs, sums,
+                g.stride(0), g.stride(1), T, n_head, padded, HEAD=head_dim, **options(4),
             )  # fmt: skip
             attention_hopper_backward_kernel[(row_tiles * heads,)](
-                *descriptors, first, heads, T, n_head, head_count, scale * LOG2_E,
+                blocks(x, [1, rows, head_dim]), blocks(x, [1, 64, head_dim]),
+                blocks(g, [1, rows, head_dim]), blocks(pairs, [1, rows]), blocks(sums, [1, 64, 64]),
+                blocks(out, [1, 64, head_dim]), T, n_head, heads, scale * LOG2_E,
                 CAUSAL=causal, HEAD=head_dim, **config.kwargs(),
             )  # fmt: skip
             attention_hopper_finish_kernel[(row_tiles, heads)](
-                dq_sum, dqkv, first, T, n_head, scale, HEAD=head_dim, **options(4),
+                sums, out, T, n_head, scale, HEAD=head_dim, **options(4),
             )  # fmt: skip
     return dqkv
