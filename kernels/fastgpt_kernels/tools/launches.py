@@ -107,6 +107,8 @@ def source(kernel: Any) -> str:
     used = inspect.getclosurevars(kernel.fn)
     names = {**used.globals, **used.nonlocals}
     for module in [m for m in names.values() if inspect.ismodule(m)]:
+        if module.__name__.split(".")[0] in ("triton", "torch"):  # their versions are no part of it
+            continue
         names |= {n: getattr(module, n) for n in used.unbound if hasattr(module, n)}
     text = [ast.unparse(ast.parse(kernel.src))]
     for name, value in sorted(names.items()):

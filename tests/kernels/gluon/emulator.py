@@ -3,15 +3,16 @@
     with emulated(seed=7):
         module.launch(tensors on the CPU)
 
-Within, `kernel[grid](...)` of a Gluon kernel calls the very function under `@gluon.jit`; of what it sees, `gl`, `tma`, `mbarrier`, wgmma's functions and this project's `compat`
-are replaced. Each partition of `warp_specialize` is a task. One task runs at a time; at every
-primitive a scheduler seeded by `seed` picks who goes on: a task, or an asynchronous operation that
-was issued before (a TMA copy lands, a wgmma or a TMA store reads its operands). Nothing but what
-waits for an operation forces it, so it comes as late or as early as the rules allow.
+Within, `kernel[grid](...)` of a Gluon kernel calls the very function under `@gluon.jit`; of what
+it sees, `gl`, `tma`, `mbarrier`, wgmma's functions and `hopper.compat` are replaced. A partition of
+`warp_specialize` is a task. One task runs at a time; at every primitive a scheduler seeded by `seed`
+picks who goes on: a task, or an asynchronous operation that was issued before (a TMA copy lands, a
+wgmma or a TMA store reads its operands). Nothing but what waits for an operation forces it, so it
+comes as late or as early as the rules allow.
 
 Two nets catch what is wrong, and the second needs no luck:
 
-- values: shared memory begins as NaN, and so does a buffer while a copy into it is under way. Before
+- values: shared memory begins as NaN, and a buffer is NaN while a copy into it is under way. Before
   `fence_async_shared` wgmma and TMA see of a store by threads what was there, the new, or NaN. Sums
   with products are rounded once on some CTAs, as FMA does. Whoever calls compares the results.
 - order: vector clocks (Mattern 1989) say which accesses to a box of shared memory come after which.
@@ -251,7 +252,7 @@ class Task:
         return clock
 
     def wait_for(self, pending: list[Operation], most: int, what: str) -> list[Operation]:
-        """Wait for all but the last `most` operations; returns those that may still be under way."""
+        """Wait for all but the last `most` operations; returns those not waited for."""
         line, first = where(), max(0, len(pending) - most)
         awaited = pending[:first]
         self.pause(lambda: all(op.done for op in awaited), lambda: f"{what} at {line}")

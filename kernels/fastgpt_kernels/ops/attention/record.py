@@ -15,7 +15,9 @@ from fastgpt_kernels.ops.attention.op import HEAD_DIMS, attention
 from fastgpt_kernels.record import Case, Random, Record, Sizes, Work
 
 KERNELS = ("forward", "prepare", "key_value", "query")
-HOPPER_KERNELS = tuple(f"hopper_{kernel}" for kernel in ("forward", "prepare", "backward", "finish"))
+HOPPER_KERNELS = tuple(
+    f"hopper_{kernel}" for kernel in ("forward", "prepare", "backward", "finish")
+)
 
 
 def eager(
@@ -86,6 +88,7 @@ RECORDS = {
         },
         _case, _work,
         kernels=tuple(f"attention_{kernel}_kernel" for kernel in KERNELS + HOPPER_KERNELS),
-        part="attention", limits=_limits, limits_of={"hopper": refusal}, calls=_calls, few_tokens=512, often=12,
+        part="attention", limits=_limits, calls=_calls, few_tokens=512, often=12,
+        limits_of={"hopper": refusal},
     )
 }  # fmt: skip

@@ -38,7 +38,10 @@ def _hopper_uses(m: Model) -> Iterator[Use]:
         for dtype, causal in (
             (torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True)
         ):  # fmt: skip
-            def call(n_head: int = n_head, dtype: torch.dtype = dtype, causal: bool = causal) -> Tensor:
+
+            def call(
+                n_head: int = n_head, dtype: torch.dtype = dtype, causal: bool = causal
+            ) -> Tensor:
                 shape = (m.batch_size, m.block_size, 3 * m.n_embd)
                 qkv = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
                 return hopper_attention(qkv, n_head, causal=causal)

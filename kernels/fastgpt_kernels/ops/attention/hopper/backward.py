@@ -10,8 +10,8 @@ What `ops/attention/backward.py` computes (its formulas are there), in three ker
   sum in memory;
 - `finish` scales and rounds dq.
 
-dq's sum, in fp32, would be two thirds as large as qkv: cleared, added to and read again it would cost
-a fifth of all time if it went through DRAM. So a few batch entries are worked on at a time: few
+dq's sum, in fp32, would be two thirds as large as qkv: cleared, added to and read again it would
+cost a fifth of all time if it went through DRAM. So a few batch entries are worked on at a time: few
 enough that the sum stays in the L2 cache, and enough that their programs fill the GPU several times
 (`together`).
 
@@ -19,8 +19,12 @@ dq's last bits depend on the order in which the addends arrive. Gradients that m
 time are left to the kernels in plain Triton: in a fixed order every program would wait for the one
 before it.
 
-What past T is: q, dO, k and v are zeros there, lse is inf and so p zero, delta is zero; TMA writes
-nothing there. Only full attention has to mask keys past T, whose p is not zero.
+Past T, q, dO, k and v are zeros, lse is inf and so p zero, and TMA writes nothing. Full attention
+alone has to mask keys past T, whose p is not zero.
+
+Registers. Head dim 64: dk and dv take 64 of a thread's, scores and dP of 64 rows 64. Head dim 128:
+128 and, of 32 rows at a time, 32; a second loop without the mask has too much in common with the
+first to fit.
 """
 
 from __future__ import annotations
@@ -181,11 +185,12 @@ def _walk_rows(
 
 @gluon.jit
 def _consumer(
-    dq_tiles, out_tiles, memory, sizes, scale_log2,
+    out, memory, sizes, scale_log2,
     GROUP: gl.constexpr, CAUSAL: gl.constexpr, HEAD: gl.constexpr, ROWS: gl.constexpr,
     PART: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD, 16])
+    dq_tiles, out_tiles = out
     _, v_s, q_s, _, _, _, _, kv_full, _, _, _, _ = memory
     T, n_head, head_count = sizes
     batch_head = gl.program_id(0) % head_count
@@ -215,25 +220,26 @@ def _consumer(
     batch = batch_head // n_head
     column = (n_head + batch_head % n_head) * HEAD
     row = key + GROUP * 64
-    out = v_s.index(GROUP)  # nobody else reads it
-    out.store(dv.to(q_s.dtype))
+    tile = v_s.index(GROUP)  # nobody else reads it
+    tile.store(dv.to(q_s.dtype))
     fence_async_shared()
     barrier()
-    store(out_tiles, [batch, row, column + n_head * HEAD], out)
+    store(out_tiles, [batch, row, column + n_head * HEAD], tile)
     tma.store_wait(pendings=0)
     barrier()
-    out.store((dk * (scale_log2 * LN_2)).to(q_s.dtype))
+    tile.store((dk * (scale_log2 * LN_2)).to(q_s.dtype))
     fence_async_shared()
     barrier()
-    store(out_tiles, [batch, row, column], out)
+    store(out_tiles, [batch, row, column], tile)
     tma.store_wait(pendings=0)
 
 
 @gluon.jit
 def _producer(
-    q_tiles, kv_tiles, grad_tiles, stat_tiles, memory, sizes,
+    given, memory, sizes,
     CAUSAL: gl.constexpr, HEAD: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    q_tiles, kv_tiles, grad_tiles, stat_tiles = given
     k_s, v_s, q_s, g_s, stat_s, _, _, kv_full, full, empty, _, _ = memory
     T, n_head, head_count = sizes
     batch_head = gl.program_id(0) % head_count
@@ -245,12 +251,9 @@ def _producer(
     for i in gl.static_range(2):
         load(kv_tiles, [batch, key + i * 64, column + C], kv_full, k_s.index(i))
         load(kv_tiles, [batch, key + i * 64, column + 2 * C], kv_full, v_s.index(i))
-    if CAUSAL:
-        lo = key // ROWS
-    else:
-        lo = 0
+    lo = key // ROWS if CAUSAL else 0
     count = 0
-    for m in range(lo, gl.cdiv(T, ROWS)):
+    for m in range(lo, gl.cdiv(T, ROWS)):  # noqa: SIM113
         slot = count % STAGES
         bar = full.index(slot)
         mbarrier.wait(empty.index(slot), count // STAGES & 1 ^ 1)
@@ -302,11 +305,13 @@ def attention_hopper_backward_kernel(
     barrier()
     memory = (k_s, v_s, q_s, g_s, stat_s, ds_s, dq_s, kv_full, full, empty, ds_full, ds_empty)
     sizes = (T, n_head, head_count)
+    given = (q_tiles, kv_tiles, grad_tiles, stat_tiles)
+    out = (dq_tiles, out_tiles)
     gl.warp_specialize(
         [
-            (_consumer, (dq_tiles, out_tiles, memory, sizes, scale_log2, 0, CAUSAL, HEAD, ROWS, PART, STAGES)),
-            (_consumer, (dq_tiles, out_tiles, memory, sizes, scale_log2, 1, CAUSAL, HEAD, ROWS, PART, STAGES)),
-            (_producer, (q_tiles, kv_tiles, grad_tiles, stat_tiles, memory, sizes, CAUSAL, HEAD, ROWS, STAGES)),
+            (_consumer, (out, memory, sizes, scale_log2, 0, CAUSAL, HEAD, ROWS, PART, STAGES)),
+            (_consumer, (out, memory, sizes, scale_log2, 1, CAUSAL, HEAD, ROWS, PART, STAGES)),
+            (_producer, (given, memory, sizes, CAUSAL, HEAD, ROWS, STAGES)),
         ],
         [4, 1],
         [REGISTERS, 504 - 2 * REGISTERS],  # as in the forward kernel

@@ -42,7 +42,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from fastgpt_kernels.configs import Config, lookup
 from fastgpt_kernels.host import multiprocessors, on_device
 from fastgpt_kernels.ops.attention.forward import LOG2_E
-from fastgpt_kernels.ops.attention.hopper.compat import barrier, load, store
+from fastgpt_kernels.ops.attention.hopper.compat import barrier, load, steps_a_loop, store
 from fastgpt_kernels.ops.attention.hopper.configs import FORWARD
 from fastgpt_kernels.ops.attention.hopper.host import blocks, in_place
 
@@ -90,7 +90,6 @@ def _step(
 def _consumer(
     y_tiles, lse, memory, sizes, scale_log2,
     GROUP: gl.constexpr, CAUSAL: gl.constexpr, HEAD: gl.constexpr, STAGES: gl.constexpr,
-    UNROLL: gl.constexpr,
 ):  # fmt: skip
     q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty = memory
     T, n_head, head_count = sizes
@@ -98,6 +97,7 @@ def _consumer(
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
+    STEPS: gl.constexpr = steps_a_loop(HEAD)
     KEYS: gl.constexpr = gl.SliceLayout(0, SCORES)
     order = gl.allocate_shared_memory(gl.float32, [64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     zero = gl.zeros([64, TILE], gl.float32, layout=SCORES)
@@ -110,10 +110,7 @@ def _consumer(
         pair = item % pairs
         for half in range(0, gl.minimum(tiles - 2 * pair, 2)):
             tile = pair + (1 - half) * (tiles - 1 - 2 * pair)
-            if CAUSAL:
-                last = tile
-            else:
-                last = tiles - 1
+            last = tile if CAUSAL else tiles - 1
             row = tile * TILE + GROUP * 64
             rows = row + gl.arange(0, 64, layout=ROWS)
 
@@ -122,7 +119,9 @@ def _consumer(
             mbarrier.wait(q_full.index(q_slot), done // 2 & 1)
             slot = count % STAGES
             mbarrier.wait(k_full.index(slot), count // STAGES & 1)
-            s = warpgroup_mma(q, k_s.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+            s = warpgroup_mma(
+                q, k_s.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True
+            )
             s = warpgroup_mma_wait(0, deps=[s])
             barrier()
             mbarrier.arrive(k_empty.index(slot))
@@ -138,13 +137,13 @@ def _consumer(
             p = gl.convert_layout(p.to(q.dtype), LEFT)
             o = gl.zeros([64, HEAD], gl.float32, layout=ACC)
 
-            for _ in range(0, last // UNROLL):
-                for _ in gl.static_range(UNROLL):
+            for _ in range(0, last // STEPS):
+                for _ in gl.static_range(STEPS):
                     o, p, row_max, row_sum, count = _step(
                         q, memory, order, zero, o, p, row_max, row_sum, count, scale_log2,
                         STAGES, ACC, LEFT,
                     )  # fmt: skip
-            if last % UNROLL == 1:
+            if last % STEPS == 1:
                 o, p, row_max, row_sum, count = _step(
                     q, memory, order, zero, o, p, row_max, row_sum, count, scale_log2,
                     STAGES, ACC, LEFT,
@@ -188,10 +187,7 @@ def _producer(
         column = batch_head % n_head * HEAD
         for half in range(0, gl.minimum(tiles - 2 * pair, 2)):
             tile = pair + (1 - half) * (tiles - 1 - 2 * pair)
-            if CAUSAL:
-                last = tile
-            else:
-                last = tiles - 1
+            last = tile if CAUSAL else tiles - 1
             q_slot = done % 2
             bar = q_full.index(q_slot)
             mbarrier.wait(q_empty.index(q_slot), done // 2 & 1 ^ 1)
@@ -221,8 +217,7 @@ def attention_hopper_forward_kernel(
     y_tiles,  # of y (B, T, C), out: blocks (1, 64, HEAD)
     lse,  # (B * H, T) fp32, out: base-2 log of softmax's divisors
     T, n_head, head_count, scale_log2,
-    CAUSAL: gl.constexpr, HEAD: gl.constexpr, STAGES: gl.constexpr, UNROLL: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    CAUSAL: gl.constexpr, HEAD: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, HEAD], q_tiles.dtype)
     MBARRIER: gl.constexpr = mbarrier.MBarrierLayout()
@@ -249,8 +244,8 @@ def attention_hopper_forward_kernel(
     sizes = (T, n_head, head_count)
     gl.warp_specialize(
         [
-            (_consumer, (y_tiles, lse, memory, sizes, scale_log2, 0, CAUSAL, HEAD, STAGES, UNROLL)),
-            (_consumer, (y_tiles, lse, memory, sizes, scale_log2, 1, CAUSAL, HEAD, STAGES, UNROLL)),
+            (_consumer, (y_tiles, lse, memory, sizes, scale_log2, 0, CAUSAL, HEAD, STAGES)),
+            (_consumer, (y_tiles, lse, memory, sizes, scale_log2, 1, CAUSAL, HEAD, STAGES)),
             (_producer, (q_tiles, kv_tiles, memory, sizes, CAUSAL, HEAD, STAGES)),
         ],
         [4, 1],

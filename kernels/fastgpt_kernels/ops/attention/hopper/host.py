@@ -27,7 +27,9 @@ def in_place(x: torch.Tensor) -> torch.Tensor:
     It needs rows of consecutive elements that begin at multiples of 16 bytes.
     """
     *outer, inner = _strides(x)
-    aligned = all(0 < s * x.element_size() < 2**40 and s * x.element_size() % 16 == 0 for s in outer)
+    aligned = all(
+        0 < s * x.element_size() < 2**40 and s * x.element_size() % 16 == 0 for s in outer
+    )
     if inner == 1 and aligned and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
