@@ -5,9 +5,9 @@
 
 Within, `kernel[grid](...)` of a Gluon kernel calls the very function under `@gluon.jit`; of what
 it sees, `gl`, `tma`, `mbarrier`, wgmma's functions and `hopper.compat` are replaced. A partition of
-`warp_specialize` is a task. One task runs at a time; at every primitive a scheduler seeded by `seed`
-picks who goes on: a task, or an asynchronous operation that was issued before (a TMA copy lands, a
-wgmma or a TMA store reads its operands). Nothing but what waits for an operation forces it, so it
+`warp_specialize` is a task. One task runs at a time; at every primitive a scheduler seeded by
+`seed` picks who goes on: a task, or an asynchronous operation that was issued before (a TMA copy
+lands, a wgmma or a TMA store reads its operands). Nothing but what waits for an operation forces it, so it
 comes as late or as early as the rules allow.
 
 Two nets catch what is wrong, and the second needs no luck:
@@ -284,6 +284,11 @@ class Accumulator:
 
     def __init__(self, op: Operation):
         self.op, self.unfinished = op, op.text
+
+    def __mul__(self, other: Any) -> Any:
+        return raw(self)
+
+    __add__ = __sub__ = __truediv__ = __rmul__ = to = __mul__
 
 
 class Cta:

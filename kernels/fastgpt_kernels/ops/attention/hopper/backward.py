@@ -11,13 +11,13 @@ What `ops/attention/backward.py` computes (its formulas are there), in three ker
 - `finish` scales and rounds dq.
 
 dq's sum, in fp32, would be two thirds as large as qkv: cleared, added to and read again it would
-cost a fifth of all time if it went through DRAM. So a few batch entries are worked on at a time: few
-enough that the sum stays in the L2 cache, and enough that their programs fill the GPU several times
-(`together`).
+cost a fifth of all time if it went through DRAM. So a few batch entries are worked on at a time:
+few enough that the sum stays in the L2 cache, and enough that their programs fill the GPU several
+times (`together`).
 
-dq's last bits depend on the order in which the addends arrive. Gradients that must be the same every
-time are left to the kernels in plain Triton: in a fixed order every program would wait for the one
-before it.
+dq's last bits depend on the order in which the addends arrive. Gradients that must be the same
+every time are left to the kernels in plain Triton: in a fixed order every program would wait for
+the one before it.
 
 Past T, q, dO, k and v are zeros, lse is inf and so p zero, and TMA writes nothing. Full attention
 alone has to mask keys past T, whose p is not zero.

@@ -18,8 +18,9 @@ bytes of a copy, and `empty`, an arrival of each consumer. y leaves through q's 
 
 What is not obvious:
 
-- The maximum starts at a finite floor and masked scores are -inf. With both at -inf, or both
-  finite, s * c - max becomes inf or NaN: contracted to one FMA the product is not the rounded one.
+- Masked scores are -inf and the maximum starts at a finite floor. If a maximum could be that of
+  masked scores alone, s * c - max would not be 0 or -inf but whatever the rounding of s * c left:
+  contracted to one FMA, the product is not the rounded one.
 - ptxas moves all exponentials below the wait for the second product. A store of the row sums to
   memory that nobody reads, before that wait, holds them where they are.
 - Two steps in a loop's body: with one, p's 32 registers move to where the product reads them.
@@ -171,7 +172,8 @@ def _consumer(
 
 @gluon.jit
 def _producer(
-    q_tiles, kv_tiles, memory, sizes, CAUSAL: gl.constexpr, HEAD: gl.constexpr, STAGES: gl.constexpr,
+    q_tiles, kv_tiles, memory, sizes,
+    CAUSAL: gl.constexpr, HEAD: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty = memory
     T, n_head, head_count = sizes
