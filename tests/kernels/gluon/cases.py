@@ -1,9 +1,13 @@
-"""Attention for Hopper in the emulator: problems, what is right, and one run of a pass."""
+"""Attention for Hopper in the emulator: problems, what is right, and one run of a pass.
+
+python -m tests.kernels.gluon.cases [SEEDS]      one problem of each pass under 1,000 seeds
+"""
 
 from __future__ import annotations
 
 import functools
 import math
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -11,11 +15,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from tests.kernels.gluon.emulator import emulated  # isort: skip - before Gluon is
+from tests.kernels.gluon.values import KernelError  # isort: skip
 from fastgpt_kernels import reference
 from fastgpt_kernels.configs import lookup
 from fastgpt_kernels.ops.attention.forward import LOG2_E
 from fastgpt_kernels.ops.attention.hopper import backward, configs, forward
-from tests.kernels.gluon.emulator import emulated
 
 
 @dataclass(frozen=True)
@@ -98,3 +103,43 @@ def _compare(p: Problem, pairs: dict[str, tuple[Tensor, Tensor]]) -> str:
 def _off(name: str, got: Tensor, want: Tensor, allowed: float) -> str:
     off = (got.double() - want).norm().item()
     return "" if off <= allowed else f"{name} is off by {off:.3g}, {allowed:.3g} are allowed"
+
+
+# Tiles are of 128 keys and 128 rows, backward at head dim 128 of 64 rows: rings of two slots go
+# round twice in 512 and 300 positions. A ragged end of one row, of less and more than half a tile.
+FORWARD = [
+    Problem(512, programs=1),
+    Problem(300, causal=False, n_head=2),
+    Problem(385, head_dim=128, programs=1),
+    Problem(257, head_dim=128, causal=False, dtype=torch.float16),
+    Problem(130, batch=2, n_head=2, dtype=torch.float16, spread=4.0),
+    Problem(1),
+]
+BACKWARD = [
+    Problem(512),
+    Problem(300, causal=False),
+    Problem(300, head_dim=128),
+    Problem(193, head_dim=128, causal=False, dtype=torch.float16),
+    Problem(130, batch=2, dtype=torch.float16),
+    Problem(1),
+]
+
+
+def main(seeds: int = 1000) -> int:
+    """The first problem of each pass, over many seeds."""
+    failures = 0
+    for run, problem in ((run_forward, FORWARD[0]), (run_backward, BACKWARD[0])):
+        for seed in range(seeds):
+            try:
+                wrong = run(problem, seed)
+            except KernelError as error:
+                wrong = str(error)
+            failures += bool(wrong)
+            if wrong:
+                print(f"{run.__name__} seed {seed}: {wrong}", flush=True)
+        print(f"{run.__name__} of {problem}: {seeds} seeds, {failures} failures so far", flush=True)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*map(int, sys.argv[1:])))

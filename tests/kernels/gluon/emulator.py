@@ -7,8 +7,8 @@ Within, `kernel[grid](...)` of a Gluon kernel calls the very function under `@gl
 it sees, `gl`, `tma`, `mbarrier`, wgmma's functions and `hopper.compat` are replaced. A partition of
 `warp_specialize` is a task. One task runs at a time; at every primitive a scheduler seeded by
 `seed` picks who goes on: a task, or an asynchronous operation that was issued before (a TMA copy
-lands, a wgmma or a TMA store reads its operands). Nothing but what waits for an operation forces it, so it
-comes as late or as early as the rules allow.
+lands, a wgmma or a TMA store reads its operands). Nothing but what waits for an operation forces
+it, so it comes as late or as early as the rules allow.
 
 Two nets catch what is wrong, and the second needs no luck:
 
@@ -204,6 +204,13 @@ class Barriers(list[Barrier]):
 # ---- Who runs -----------------------------------------------------------------------------------
 
 
+def _taken() -> threading.Lock:
+    """A lock that one thread waits for and another releases."""
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
 class Task:
     """A partition: a Python thread that runs only while it holds the turn."""
 
@@ -213,15 +220,16 @@ class Task:
         self.products, self.stores = list[Operation](), list[Operation]()  # not waited for yet
         self.ready: Callable[[], bool] | None = None
         self.waits_for: Callable[[], str] = str
-        self.priority, self.done, self.wake = cta.rng.random(), False, threading.Semaphore(0)
+        self.priority, self.done, self.wake = cta.rng.random(), False, _taken()
         threading.Thread(target=self._main, daemon=True).start()
         cta.tasks.append(self)
 
     def _main(self) -> None:
         self.wake.acquire()
         try:
-            if not self.cta.aborting:
-                self.function()
+            with torch.no_grad():  # a thread begins with gradients
+                if not self.cta.aborting:
+                    self.function()
         except Abort:
             pass
         except Exception as error:
@@ -303,7 +311,7 @@ class Cta:
         # Of a kind, operations are mostly late (< 0), among the tasks, or at once (> 1).
         kinds = ("TMA load", "TMA store", "TMA reduce", "wgmma")
         self.haste = {kind: self.rng.uniform(-1.5, 1.5) for kind in kinds}
-        self.agents, self.turn, self.aborting = 0, threading.Semaphore(0), False
+        self.agents, self.turn, self.aborting = 0, _taken(), False
         self.tasks, self.operations = list[Task](), list[Operation]()
         self.memory, self.barriers = list[Shared](), Barriers()
         self.running: Task

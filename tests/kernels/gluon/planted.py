@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # see conftest.py
-    import tests.kernels.gluon.emulator  # noqa: F401
+from tests.kernels.gluon.cases import Problem, run_backward, run_forward  # isort: skip
 from fastgpt_kernels.ops.attention.hopper import backward, forward
-from tests.kernels.gluon.cases import Problem, run_backward, run_forward
 from tests.kernels.gluon.values import KernelError
 
 
@@ -55,8 +53,8 @@ FORWARD = [
         "parity of the tile before",
     ),  # noqa: E501
     instead(
-        "            bar = q_full.index(q_slot)\n            mbarrier.wait(q_empty.index(q_slot), done // 2 & 1 ^ 1)\n",
-        "            bar = q_full.index(q_slot)\n            mbarrier.wait(q_empty.index(q_slot), done // 2 & 1)\n",
+        "            bar = q_full.index(q_slot)\n            mbarrier.wait(q_empty.index(q_slot), done // 2 & 1 ^ 1)\n",  # noqa: E501
+        "            bar = q_full.index(q_slot)\n            mbarrier.wait(q_empty.index(q_slot), done // 2 & 1)\n",  # noqa: E501
         "producer's parity of q",
         "deadlock",
     ),  # noqa: E501
@@ -88,8 +86,8 @@ FORWARD = [
         "o = warpgroup_mma(p, v_s.index(v_slot), o", "o = warpgroup_mma(p, v_s.index(k_slot), o"
     ),
     instead(
-        "mbarrier.expect(bar, TILE * HEAD * 2)\n                load(kv_tiles, [batch, key, column + C]",
-        "mbarrier.expect(bar, TILE * HEAD)\n                load(kv_tiles, [batch, key, column + C]",
+        "mbarrier.expect(bar, TILE * HEAD * 2)\n                load(kv_tiles, [batch, key, column + C]",  # noqa: E501
+        "mbarrier.expect(bar, TILE * HEAD)\n                load(kv_tiles, [batch, key, column + C]",  # noqa: E501
         "half of k's bytes expected",
     ),  # noqa: E501
     instead(

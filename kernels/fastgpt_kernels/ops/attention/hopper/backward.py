@@ -262,7 +262,7 @@ def _producer(
         load(stat_tiles, [batch_head, m * ROWS], bar, stat_s.index(slot * 2))
         load(grad_tiles, [batch, m * ROWS, column], bar, g_s.index(slot))
         load(stat_tiles, [head_count + batch_head, m * ROWS], bar, stat_s.index(slot * 2 + 1))
-        count += 1
+        count += 1  # noqa: SIM113
 
 
 @gluon.jit(do_not_specialize=SCALARS)
