@@ -88,6 +88,9 @@ def row_view(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
+_INTEGER = int | torch.SymInt
+
+
 def check_tensor(
     op: str,
     name: str,
@@ -113,15 +116,19 @@ def check_tensor(
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
     if ndim is not None and x.ndim != ndim:
         raise ValueError(f"{op}: {name} must have {ndim} dimensions, got shape {tuple(x.shape)}")
-    if shape is not None and (
-        x.ndim != len(shape)
-        or any(s is not None and s != g for s, g in zip(shape, x.shape, strict=True))
+    if (
+        shape is not None
+        and x.shape != shape
+        and (
+            x.ndim != len(shape)
+            or any(s not in (None, g) for s, g in zip(shape, x.shape, strict=True))
+        )
     ):
         wanted = "(" + ", ".join("*" if s is None else str(s) for s in shape) + ")"
         raise ValueError(f"{op}: {name} must have shape {wanted}, got {tuple(x.shape)}")
-    if dtypes is None and like is not None:
-        dtypes = (like.dtype,)
-    if dtypes is not None and x.dtype not in dtypes:
+    if dtypes is None:
+        dtypes = (x.dtype if like is None else like.dtype,)
+    if x.dtype not in dtypes:
         wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(
             f"{op}: {name} must be of dtype {wanted}, got {str(x.dtype).removeprefix('torch.')}"
@@ -136,7 +143,7 @@ def check_int(
     """TypeError unless `value` is an int (None if optional), ValueError if it is below `least`."""
     if value is None and optional:
         return
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, _INTEGER):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
     if least is not None and value < least:
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}")

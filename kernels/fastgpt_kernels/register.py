@@ -30,13 +30,17 @@ Saved = tuple[Sequence[Tensor | None], Sequence[Any]]
 # What an argument is in plain eager mode. Fake tensors and other subclasses are not among these.
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, torch.dtype}
 
+_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch = torch._C._functorch.peek_interpreter_stack
+
 
 def call_directly(*inputs: Any) -> bool:
     """True in plain eager mode: nobody looks at ops, and every tensor is a plain one."""
     return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        not _compiling()
+        and not _dispatch_modes()
+        and _functorch() is None
         and _PLAIN.issuperset(map(type, inputs))
     )
 
@@ -105,10 +109,16 @@ class Op:
         # Arguments past those with a gradient have none.
         self._rest = (None,) * (len(self.registered._schema.arguments) - len(self.gradients))
         self.direct = direct or (self._direct() if backward else None)
+        self._apply = self.direct and self.direct.apply
 
     def __call__(self, *inputs: Any) -> Any:
-        if call_directly(*inputs):
-            return self.forward(*inputs) if self.direct is None else self.direct.apply(*inputs)
+        if (  # call_directly(*inputs), without another call
+            not _compiling()
+            and not _dispatch_modes()
+            and _functorch() is None
+            and _PLAIN.issuperset(map(type, inputs))
+        ):
+            return self.forward(*inputs) if self._apply is None else self._apply(*inputs)
         results = self.registered(*inputs)
         if self.backward is None or not isinstance(results, tuple):
             return results
@@ -153,15 +163,20 @@ class Op:
             return results[0] if isinstance(results, tuple) else results
 
         def gradients(ctx: Any, *dys: Any) -> tuple[Tensor | None, ...]:
+            if torch.is_grad_enabled():  # create_graph=True
+                return once(ctx, *dys)
             # What was saved is plain, or `forward` would not have run: only dys can be otherwise.
             launch = op.forward if isinstance(op, Op) and call_directly(*dys) else op
             if one:
                 return launch(*dys, *ctx.saved_tensors, *ctx.values), *rest  # type: ignore[misc]
             return self._differentiate(ctx, dys, launch)
 
+        # Refuses second derivatives. It costs 7 us, which the usual backward pass need not pay.
+        once = once_differentiable(gradients)
+
         body = {
             "forward": staticmethod(forward),
-            "backward": staticmethod(once_differentiable(gradients)),
+            "backward": staticmethod(gradients),
         }
         return type(f"fastgpt::{self.name}", (torch.autograd.Function,), body)
 

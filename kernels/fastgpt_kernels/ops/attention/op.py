@@ -36,6 +36,10 @@ from fastgpt_kernels.register import Op
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
 
+_OPTIONAL_BOOL, _OPTIONAL_INT, _NUMBER = bool | None, int | None, int | float
+_OPTIONAL_NUMBER = int | float | None
+_DTYPES = (*FLOAT_DTYPES, torch.float64)
+
 
 def _save(inputs, results):
     qkv, n_head, causal, dropout_p, seed, scale, deterministic = inputs
@@ -127,7 +131,7 @@ def attention(
 
 def _check(qkv, n_head, causal, dropout_p, seed, scale, deterministic) -> None:
     op = "attention"
-    check_tensor(op, "qkv", qkv, ndim=3, dtypes=(*FLOAT_DTYPES, torch.float64))
+    check_tensor(op, "qkv", qkv, ndim=3, dtypes=_DTYPES)
     if qkv.dtype == torch.float64 and use_kernel(qkv):
         check_tensor(op, "qkv", qkv, dtypes=FLOAT_DTYPES)
     check_int(op, "n_head", n_head, least=1)
@@ -146,12 +150,12 @@ def _check(qkv, n_head, causal, dropout_p, seed, scale, deterministic) -> None:
         )
     if not isinstance(causal, bool):
         raise TypeError(f"{op}: causal must be a bool, got {type(causal).__name__}")
-    if not isinstance(deterministic, bool | None):
+    if not isinstance(deterministic, _OPTIONAL_BOOL):
         kind = type(deterministic).__name__
         raise TypeError(f"{op}: deterministic must be a bool or None, got {kind}")
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float):
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, _NUMBER):
         raise TypeError(f"{op}: dropout_p must be a float, got {type(dropout_p).__name__}")
-    if isinstance(scale, bool) or not isinstance(scale, int | float | None):
+    if isinstance(scale, bool) or not isinstance(scale, _OPTIONAL_NUMBER):
         raise TypeError(f"{op}: scale must be a float or None, got {type(scale).__name__}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
@@ -161,7 +165,7 @@ def _check(qkv, n_head, causal, dropout_p, seed, scale, deterministic) -> None:
         check_tensor(op, "seed", seed, dtypes=(torch.int64,), like=qkv)
         if seed.numel() != 1:
             raise ValueError(f"{op}: seed must have one element, got shape {tuple(seed.shape)}")
-    elif isinstance(seed, bool) or not isinstance(seed, int | None):
+    elif isinstance(seed, bool) or not isinstance(seed, _OPTIONAL_INT):
         raise TypeError(f"{op}: seed must be an int, a tensor or None, got {type(seed).__name__}")
     elif seed is not None and not -(2**63) <= seed < 2**63:
         raise ValueError(f"{op}: seed must fit in 64 bits, got {seed}")
