@@ -116,8 +116,6 @@ class Record:
     limits           why ours cannot take these sizes and this dtype on this architecture ("sm_90";
                      "cpu" is Triton's interpreter); empty if it can
     limits_of        the same of further implementations of ours, by name
-    best             architectures on which one of those was measured faster than "triton", and its
-                     name: auto takes it there
     library          whose fused kernel "eager" is already, if it is one: such an op is left only on
                      architectures on which ours was measured faster
     measured_faster  these architectures
@@ -135,7 +133,6 @@ class Record:
     item: str = ""
     limits: Callable[[Sizes, torch.dtype, str], str] = lambda sizes, dtype, arch: ""
     limits_of: Mapping[str, Callable[[Sizes, torch.dtype, str], str]] = field(default_factory=dict)
-    best: Mapping[str, str] = field(default_factory=dict)
     library: str = ""
     measured_faster: tuple[str, ...] = ()
     made_of: tuple[str, ...] = ()
