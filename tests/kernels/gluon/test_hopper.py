@@ -64,6 +64,7 @@ def test_batches_in_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def as_on_hopper(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     """CPU tensors go to the emulated kernels, as those of a Hopper GPU would to the real ones."""
     monkeypatch.setattr(op, "arch_of", lambda x: "sm_90")
+    monkeypatch.setattr(op, "use_kernel", lambda x: True)
     with emulated(seed=3):
         yield
 
@@ -106,6 +107,7 @@ def test_what_is_left_to_triton(
     assert torch.equal(op.hopper_attention(qkv, 1, **more), ours(qkv, 1, **more))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there Triton's kernels are not interpreted")
 def test_deterministic_gradients_are_those_of_triton(
     as_on_hopper: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +144,16 @@ def test_an_unknown_triton_is_refused(version: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("triton.__version__", version)
     said = f"hopper is not available with Triton {version}: known are 3.6 to 3.9"
     assert RECORDS["attention"].refusal(Sizes(), torch.bfloat16, "sm_90", "hopper") == said
+
+
+def test_what_spills_is_left_to_triton(as_on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With Triton 3.9, full attention of head dim 128: the emulated launch is not asked."""
+    monkeypatch.setattr(forward, "launch_forward", None)
+    monkeypatch.setattr("triton.__version__", "3.9.0")
+    qkv = random_qkv(1, 20, 1, 128, torch.float16, CPU)
+    assert op.hopper_attention(qkv, 1, causal=False).isfinite().all()
+    with pytest.raises(TypeError, match="not callable"):
+        op.hopper_attention(qkv, 1, causal=True)
 
 
 # --- versions of Triton --------------------------------------------------------------------------

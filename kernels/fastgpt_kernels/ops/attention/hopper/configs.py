@@ -16,7 +16,7 @@ def _config(**blocks: int) -> Config:
 FORWARD: Table = {
     "default": {
         64: _config(STAGES=4, REGISTERS=232),
-        128: _config(STAGES=2, REGISTERS=224),
+        128: _config(STAGES=2, REGISTERS=232),
     }
 }
 # ROWS: of a tile of q and of y's gradient; PART: of which so many at a time are in registers.

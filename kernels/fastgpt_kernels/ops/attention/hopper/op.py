@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastgpt_kernels.host import HAS_TRITON, arch_of, use_kernel
+from fastgpt_kernels import reference
+from fastgpt_kernels.host import HAS_TRITON, arch_of, refuse_interpreted_bf16, use_kernel
 from fastgpt_kernels.ops.attention import op as plain
 from fastgpt_kernels.record import Sizes
 from fastgpt_kernels.register import Op
@@ -35,17 +36,32 @@ def refusal(s: Sizes, dtype: torch.dtype, arch: str) -> str:
     return ""
 
 
+def _version() -> tuple[int, ...]:
+    """Triton's, (3, 7)."""
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2]))
+
+
 def version_refusal() -> str:
     """Why not with the Triton that is installed; empty for one that the kernels are known to."""
     if not HAS_TRITON:
         return "triton is not installed"
+    if FIRST <= _version() <= LAST:
+        return ""
     import triton
 
-    major, minor = map(int, triton.__version__.split(".")[:2])
-    if FIRST <= (major, minor) <= LAST:
-        return ""
     known = " to ".join(f"{a}.{b}" for a, b in (FIRST, LAST))
     return f"hopper is not available with Triton {triton.__version__}: known are {known}"
+
+
+def _applies(qkv: Tensor, n_head: int, causal: bool, dropout_p: float) -> bool:
+    """Whether the kernels take this call."""
+    sizes = Sizes(n_head=n_head, n_embd=qkv.shape[2] // 3, dropout=dropout_p)
+    if refusal(sizes, qkv.dtype, arch_of(qkv)):
+        return False
+    # With Triton 3.9 the forward kernel of full attention spills at head dim 128.
+    return causal or sizes.head_dim == 64 or _version() < (3, 9)
 
 
 if HAS_TRITON:
@@ -54,6 +70,10 @@ if HAS_TRITON:
         qkv: Tensor, n_head: int, causal: bool, dropout_p: float, seed: Tensor | None,
         scale: float, deterministic: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """(y, lse), the same numbers by either kernels."""
+        if not _applies(qkv, n_head, causal, dropout_p):
+            refuse_interpreted_bf16("attention", qkv)
+            return plain.launch_forward(qkv, n_head, causal, dropout_p, seed, scale)
         from fastgpt_kernels.ops.attention.hopper.forward import launch_forward
 
         return launch_forward(qkv, n_head, causal, scale)
@@ -63,7 +83,7 @@ if HAS_TRITON:
         causal: bool, dropout_p: float, scale: float, deterministic: bool,
     ) -> Tensor:  # fmt: skip
         """dq's addends arrive in any order: if that must not be, Triton's kernels do it."""
-        if deterministic:
+        if deterministic or not _applies(qkv, n_head, causal, dropout_p):
             return plain.launch_backward(
                 grad_y, qkv, y, lse, seed, n_head, causal, dropout_p, scale, deterministic
             )
@@ -97,18 +117,18 @@ def hopper_attention(
     """`attention`, by the kernels for Hopper where they apply: arguments, results, errors as there.
 
     They apply to bf16 and fp16 with head dim 64 or 128 and without dropout, on sm_90, with a Triton
-    that they are known to compile with. Gradients that are the same to the bit every time
-    (`deterministic`) and every other call are left to the kernels in plain Triton.
+    that they are known to compile with (3.9: not full attention of head dim 128). Gradients that
+    are the same to the bit every time (`deterministic`) and every other call are left to the
+    kernels in plain Triton.
     """
     plain._check(qkv, n_head, causal, dropout_p, seed, scale, deterministic)
-    sizes = Sizes(n_head=n_head, n_embd=qkv.shape[2] // 3, dropout=dropout_p)
-    if not use_kernel(qkv) or refusal(sizes, qkv.dtype, arch_of(qkv)):
-        return plain.attention(
-            qkv, n_head, causal=causal, dropout_p=dropout_p, seed=seed, scale=scale,
-            deterministic=deterministic,
-        )  # fmt: skip
+    if not use_kernel(qkv):
+        return reference.attention(
+            qkv, n_head, causal=causal, dropout_p=dropout_p, seed=seed, scale=scale
+        )
     if scale is None:
-        scale = 1.0 / math.sqrt(sizes.head_dim)
+        scale = 1.0 / math.sqrt(qkv.shape[2] // (3 * n_head))
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    return _op(qkv, n_head, causal, 0.0, None, scale, deterministic)
+    seed = reference.seed_tensor(seed, qkv.device) if dropout_p > 0 else None
+    return _op(qkv, n_head, causal, dropout_p, seed, scale, deterministic)
