@@ -271,7 +271,7 @@ def hopper(case: Case) -> list[Provider]:
     if qkv.device.type != "cuda":
         case.skipped[name] = "needs a GPU"
         return []
-    sizes = Sizes(*qkv.shape[:2], case.extras[0], qkv.shape[2] // 3)
+    sizes = Sizes(n_head=case.extras[0], n_embd=qkv.shape[2] // 3)
     if wrong := known.refusal(sizes, qkv.dtype, arch(qkv.device.index or 0), "hopper"):
         case.skipped[name] = wrong
         return []

@@ -274,7 +274,8 @@ class Operation:
 
     def __init__(self, kind: str, act: Callable[[Operation], Any], after: Operation | None = None):
         self.cta, self.text, self.act, self.after = Cta.now, f"{kind} of {where()}", act, after
-        self.agent, self.done, self.value = self.cta.new_agent(), False, None
+        self.agent, self.done = self.cta.new_agent(), False
+        self.value: Any = None
         self.clock = {**self.cta.running.publish(), self.agent: 1}
         self.priority = self.cta.haste[kind] + self.cta.rng.uniform(-0.5, 0.5)
         self.cta.operations.append(self)
