@@ -569,7 +569,7 @@ def _product(a: Any, b: Any, acc: Any, *, use_acc: Any = True, is_async: bool = 
     if not isinstance(b, Shared) or a.shape[1] != b.shape[0]:
         raise KernelError(f"{where()}: wgmma of {a.shape} and {b.shape}")
     before = acc.op if isinstance(acc, Accumulator) else None
-    start = None if before else raw(acc)
+    start: Any = None if before else raw(acc)
 
     def act(op: Operation) -> torch.Tensor:
         for x in (a, b):
