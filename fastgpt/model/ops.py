@@ -155,13 +155,13 @@ def _obstacle(op: Record, name: str, device: torch.device, dtype: torch.dtype, s
     """Why an implementation cannot run here; empty if it can."""
     if name == "eager":
         return ""
-    if name != "triton":
+    if name != "triton" and name not in op.limits_of:
         return "" if device.type == "cuda" else "no GPU"
     if not host.HAS_TRITON:
         return "triton is not installed"
     if device.type != "cuda" and not host.INTERPRETED:
         return "no GPU"
-    return op.refusal(sizes, dtype, _arch(device))
+    return op.refusal(sizes, dtype, _arch(device), name)
 
 
 def _arch(device: torch.device) -> str:

@@ -56,8 +56,8 @@ class Entry:
 OPS: dict[str, Entry] = {
     "attention": Entry(
         "attention.op",
-        "Causal self-attention; cudnn and flash are PyTorch's own.",
-        choices=("triton", "eager", "cudnn", "flash"),
+        "Causal self-attention; hopper is for sm_90 alone; cudnn and flash are PyTorch's own.",
+        choices=("triton", "eager", "cudnn", "flash", "hopper"),
     ),
     "layer_norm": Entry("norm.op", "The first norm."),
     "add_layer_norm": Entry("norm.op", "Residual addition and the norm behind it."),

@@ -115,6 +115,7 @@ class Record:
     item             what a trace calls it inside of that part
     limits           why ours cannot take these sizes and this dtype on this architecture ("sm_90";
                      "cpu" is Triton's interpreter); empty if it can
+    limits_of        the same of further implementations of ours, by name
     library          whose fused kernel "eager" is already, if it is one: such an op is left only on
                      architectures on which ours was measured faster
     measured_faster  these architectures
@@ -131,6 +132,7 @@ class Record:
     part: str
     item: str = ""
     limits: Callable[[Sizes, torch.dtype, str], str] = lambda sizes, dtype, arch: ""
+    limits_of: Mapping[str, Callable[[Sizes, torch.dtype, str], str]] = field(default_factory=dict)
     library: str = ""
     measured_faster: tuple[str, ...] = ()
     made_of: tuple[str, ...] = ()
@@ -152,11 +154,14 @@ class Record:
         """What has to agree before a run of these sizes uses an implementation."""
         return [self.case(sizes, random)] if self.calls is None else self.calls(sizes, random)
 
-    def refusal(self, sizes: Sizes, dtype: torch.dtype, arch: str) -> str:
-        """Why ours cannot run so: `limits`, and what no kernel can; empty if it can."""
+    def refusal(
+        self, sizes: Sizes, dtype: torch.dtype, arch: str, name: str = "triton"
+    ) -> str:  # fmt: skip
+        """Why ours cannot run so: its limits, and what no kernel can; empty if it can."""
         if arch == "sm_75" and dtype == torch.bfloat16:
             return "sm_75 has no bfloat16, only float16"
-        return self.limits(sizes, dtype, arch)
+        limits = self.limits if name == "triton" else self.limits_of[name]
+        return limits(sizes, dtype, arch)
 
     @property
     def ours(self) -> Callable[..., Any]:
