@@ -24,7 +24,7 @@ from typing import IO
 import torch
 
 from bench import results, setup
-from bench.stats import MIN_ROUNDS
+from fastgpt_kernels.stats import MIN_ROUNDS
 from bench.tables import table
 
 ROOT = Path(__file__).resolve().parents[1]

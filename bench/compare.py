@@ -21,7 +21,7 @@ from pathlib import Path
 
 from bench import results
 from bench.provenance import ROOT
-from bench.stats import TOO_FEW, Ratio, ratio_of_independent_medians, ratio_of_medians
+from fastgpt_kernels.stats import TOO_FEW, Ratio, ratio_of_independent_medians, ratio_of_medians
 from bench.tables import table
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bench import results, roof, setup
-from bench.stats import summarize
+from fastgpt_kernels.stats import summarize
 from bench.tables import table
 from fastgpt.config import settings
 from fastgpt.config.schema import Config

@@ -20,7 +20,7 @@ import torch
 
 from bench import provenance, results, setup, turns
 from bench.setup import at_least
-from bench.stats import MIN_ROUNDS, ratio_of_medians
+from fastgpt_kernels.stats import MIN_ROUNDS, ratio_of_medians
 from bench.tables import table
 from bench.turns import Measured
 from bench.variants import Variant, contenders

@@ -21,7 +21,7 @@ import torch
 
 from bench import provenance, results, setup
 from bench.setup import at_least
-from bench.stats import ratio_of_medians, summarize
+from fastgpt_kernels.stats import ratio_of_medians, summarize
 from bench.tables import table
 from bench.turns import quietly_built, serve
 from bench.variants import Variant, contenders

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from fastgpt.model.selfcheck import compile_ahead, disagreement, why
+from fastgpt_kernels.selfcheck import compile_ahead, disagreement, why
 from fastgpt_kernels import host
 from fastgpt_kernels.record import Record, Sizes, record, records
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bench.stats import (
+from fastgpt_kernels.stats import (
     TOO_FEW,
     neighbours,
     ratio_of_independent_medians,
