@@ -24,8 +24,8 @@ from typing import IO
 import torch
 
 from bench import results, setup
-from fastgpt_kernels.stats import MIN_ROUNDS
 from bench.tables import table
+from fastgpt_kernels.stats import MIN_ROUNDS
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES = 60

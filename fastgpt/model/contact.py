@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from fastgpt_kernels.selfcheck import compile_ahead, disagreement, why
 from fastgpt_kernels import host
 from fastgpt_kernels.record import Record, Sizes, record, records
+from fastgpt_kernels.selfcheck import compile_ahead, disagreement, why
 
 
 @dataclass(frozen=True)

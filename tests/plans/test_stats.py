@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from fastgpt_kernels.stats import (
     TOO_FEW,
@@ -11,6 +12,15 @@ from fastgpt_kernels.stats import (
     summarize,
     t_quantile,
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Thousands of small operations, for which a second thread is in the way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_summary_of_known_samples() -> None:
