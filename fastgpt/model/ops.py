@@ -134,31 +134,16 @@ def _plan(
     """
     wanted, flag = wish.of(op)
     if wanted == "auto":
-        return "triton", _obstacle(op, "triton", device, dtype, sizes) or _slower(op, device), ""
+        return (
+            "triton",
+            _obstacle(op, "triton", device, dtype, sizes) or op.slower(host.arch_on(device)),
+            "",
+        )
     if obstacle := _obstacle(op, wanted, device, dtype, sizes):
         raise UserError(f"{flag}: {obstacle}")
     return wanted, "", flag
 
 
-def _slower(op: Record, device: torch.device) -> str:
-    """Why an op that could run stays with a library; empty for all others."""
-    if not op.library or _arch(device) in op.measured_faster:
-        return ""
-    return f"nothing measured faster than {op.library}"
-
-
 def _obstacle(op: Record, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> str:
     """Why an implementation cannot run here; empty if it can."""
-    if name == "eager":
-        return ""
-    if name != "triton":
-        return "" if device.type == "cuda" else "no GPU"
-    if not host.HAS_TRITON:
-        return "triton is not installed"
-    if device.type != "cuda" and not host.INTERPRETED:
-        return "no GPU"
-    return op.refusal(sizes, dtype, _arch(device))
-
-
-def _arch(device: torch.device) -> str:
-    return host.arch(device.index or 0) if device.type == "cuda" else "cpu"
+    return op.obstacle(name, device, dtype, sizes, host.arch_on(device))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt_kernels import OPS, reference
+from fastgpt_kernels import OPS, host, reference
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,8 @@ class Record:
     made_of          other ops that "eager" takes as keyword arguments
     often            how many times a training step of GPT-2 124M, 12 layers, calls it
     run              (implementation, case) -> all that has to agree between implementations
+    devices          types of devices on which an implementation besides eager and triton runs; of
+                     one that is not named here: "cuda"
     """
 
     name: str
@@ -138,6 +140,7 @@ class Record:
     few_tokens: int = 4096
     often: int = 0
     run: Callable[[Callable[..., Any], Case], list[Tensor]] = differentiate
+    devices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def eager(self) -> Callable[..., Any]:
@@ -157,6 +160,26 @@ class Record:
         if arch == "sm_75" and dtype == torch.bfloat16:
             return "sm_75 has no bfloat16, only float16"
         return self.limits(sizes, dtype, arch)
+
+    def obstacle(
+        self, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes, arch: str
+    ) -> str:
+        """Why an implementation cannot run on a device of this architecture; empty if it can."""
+        if name == "eager":
+            return ""
+        if name != "triton":
+            return "" if device.type in self.devices.get(name, ("cuda",)) else "no GPU"
+        if not host.HAS_TRITON:
+            return "triton is not installed"
+        if device.type != "cuda" and not host.INTERPRETED:
+            return "no GPU"
+        return self.refusal(sizes, dtype, arch)
+
+    def slower(self, arch: str) -> str:
+        """Why an op that could run stays with a library, unmeasured; empty for all others."""
+        if not self.library or arch in self.measured_faster:
+            return ""
+        return f"nothing measured faster than {self.library}"
 
     @property
     def ours(self) -> Callable[..., Any]:

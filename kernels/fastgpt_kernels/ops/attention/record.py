@@ -80,9 +80,11 @@ RECORDS = {
             "triton": attention,
             "cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
             "flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION),
+            "math": partial(_sdpa, SDPBackend.MATH),
         },
         _case, _work,
         kernels=tuple(f"attention_{kernel}_kernel" for kernel in KERNELS),
         part="attention", limits=_limits, calls=_calls, few_tokens=512, often=12,
+        devices={"flash": ("cuda", "cpu"), "math": ("cuda", "cpu")},
     )
 }  # fmt: skip
