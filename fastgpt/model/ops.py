@@ -8,17 +8,20 @@ depends on the choice:
     triton   fastgpt_kernels, on a GPU
     others   as the op's record lists them: attention has PyTorch's cudnn and flash
 
-By itself (`--kernels=auto`) a GPU gets Triton if the shapes allow it and the op agrees with its
-specification on this very device (`selfcheck.py`, in a process of its own: `contact.py`), and
-everything else gets eager. Ops whose eager implementation is a library's own kernel (matrix
-products, the optimizer) are different: they leave it only on GPUs on which ours was measured
+By itself (`--kernels=auto`) a GPU gets what a plan says, which was measured there (`plan.py`). What
+has no plan gets Triton if the shapes allow it and the op agrees with its specification on this very
+device (`fastgpt_kernels/selfcheck.py`, in a process of its own: `contact.py`), and everything else
+gets eager. Ops whose eager implementation is a library's own kernel (matrix products, the
+optimizer) are different: without a plan they leave it only on GPUs on which ours was measured
 faster, or for a flag such as --op.linear=triton.
 """
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,8 +29,11 @@ import torch
 
 from fastgpt.errors import UserError
 from fastgpt.model.contact import Task, first_contact
+from fastgpt.model.plan import Plan
 from fastgpt_kernels import host
+from fastgpt_kernels.plans.measure import put
 from fastgpt_kernels.record import Record, Sizes, records
+from fastgpt_kernels.telling import telling
 
 CHECKED_ON = ("cuda",)  # types of devices; Triton's interpreter is not worth the time
 
@@ -83,13 +89,15 @@ def choose(
     dtype: torch.dtype = torch.float32,
     sizes: Sizes | None = None,
     wish: Wish | None = None,
+    plan: Plan | None = None,
 ) -> OpTable:
     """The table for a device, activations of `dtype`, and a model's sizes.
 
     Raises UserError if what was asked for cannot run here.
     """
     sizes, wish = sizes or Sizes(), wish or Wish()
-    chosen = choose_all(records("model"), device, dtype, sizes, wish)
+    chosen = choose_all(records("model"), device, dtype, sizes, wish, plan)
+    _name_in_caches([choice for choice, _ in chosen.values()])
     functions = {name: function for name, (_, function) in chosen.items()}
     for op in records("model"):
         choice, function = chosen[op.name]
@@ -104,44 +112,83 @@ def choose_all(
     dtype: torch.dtype,
     sizes: Sizes,
     wish: Wish,
+    plan: Plan | None = None,
 ) -> dict[str, tuple[Choice, Callable[..., Any]]]:
-    """Choice and function of each op, by name. Raises UserError as `choose` does."""
-    plans = {op.name: _plan(op, device, dtype, sizes, wish) for op in ops}
+    """Choice and function of each op, by name. Raises UserError as `choose` does.
+
+    From then on launches have the plan's configs, in this process.
+    """
+    wanted = {op.name: _wanted(op, device, dtype, sizes, wish, plan) for op in ops}
+    configs = _configs(wanted, host.arch_on(device), plan)
     tasks = {}
     for op in ops:
-        name, obstacle, _ = plans[op.name]
+        name, obstacle, *_ = wanted[op.name]
         if name != "eager" and not obstacle and device.type in CHECKED_ON:
-            tasks[op.name] = Task.of(op, name, device, dtype, sizes)
-    found = dict(zip(tasks, first_contact([*tasks.values()]), strict=True))
+            task = Task.of(op, name, device, dtype, sizes)
+            tasks[op.name] = replace(task, configs=json.dumps(configs.get(op.name, [])))
+    with telling("checking kernels"):
+        found = dict(zip(tasks, first_contact([*tasks.values()]), strict=True))
     chosen = {}
     for op in ops:
-        name, obstacle, flag = plans[op.name]
+        name, obstacle, flag, reason = wanted[op.name]
         if wrong := found.get(op.name, ""):
             if flag:
                 raise UserError(f"{flag}: {wrong}")
             obstacle = f"{name}: {wrong}"
-        kind, reason = ("eager", obstacle) if obstacle else (name, flag or "fused kernels")
+        kind, reason = ("eager", obstacle) if obstacle else (name, reason)
+        if not obstacle:
+            put(configs.get(op.name, ()), host.arch_on(device))
         chosen[op.name] = Choice(op.name, kind, reason), op.implementations[kind]
     return chosen
 
 
-def _plan(
-    op: Record, device: torch.device, dtype: torch.dtype, sizes: Sizes, wish: Wish
-) -> tuple[str, str, str]:
-    """(the implementation to take, why it cannot be, the flag that asks for it or nothing).
+def _wanted(
+    op: Record,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: Sizes,
+    wish: Wish,
+    plan: Plan | None,
+) -> tuple[str, str, str, str]:
+    """(the implementation to take, why it cannot be, the flag that asks for it or nothing, why it
+    is taken).
 
     Raises UserError if the one that is asked for cannot run here.
     """
     wanted, flag = wish.of(op)
     if wanted == "auto":
-        return (
-            "triton",
-            _obstacle(op, "triton", device, dtype, sizes) or op.slower(host.arch_on(device)),
-            "",
-        )
+        measured = plan.ops.get(op.name) if plan else None
+        if measured and measured.implementation in op.implementations:
+            name = measured.implementation
+            return name, _obstacle(op, name, device, dtype, sizes), "", measured.reason
+        obstacle = _obstacle(op, "triton", device, dtype, sizes)
+        return "triton", obstacle or op.slower(host.arch_on(device)), "", "fused kernels"
     if obstacle := _obstacle(op, wanted, device, dtype, sizes):
         raise UserError(f"{flag}: {obstacle}")
-    return wanted, "", flag
+    return wanted, "", flag, flag
+
+
+def _configs(
+    wanted: Mapping[str, tuple[str, str, str, str]], arch: str, plan: Plan | None
+) -> dict[str, list[Any]]:
+    """The plan's launch configs, by op, of those ops that follow it; none for another GPU."""
+    if plan is None or plan.arch != arch:
+        return {}
+    return {
+        op: [*plan.ops[op].configs]
+        for op, (name, _, flag, _) in wanted.items()
+        if op in plan.ops and not flag and name == plan.ops[op].implementation
+    }
+
+
+def _name_in_caches(choices: Sequence[Choice]) -> None:
+    """Have compiled graphs told apart by the attention that PyTorch was told to take: their cache
+    does not see that.
+    """
+    told = [f"{c.op}={c.implementation}" for c in choices]
+    told = [text for text in told if not text.endswith(("=eager", "=triton"))]
+    base = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "")
+    torch.compiler.config.cache_key_tag = " ".join([base, *told]).strip()
 
 
 def _obstacle(op: Record, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> str:

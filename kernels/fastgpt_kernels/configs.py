@@ -61,12 +61,11 @@ def lookup(table: Table, arch: str, key: int) -> Config:
 
     An architecture without entries of its own uses "default". Keys must be in rising order.
     """
-    for bound, config in entries(table, arch).items():
-        if key <= bound:
-            break
+    found = entries(table, arch)
+    bound = next((b for b in found if key <= b), max(found))
     if _WATCHED is not None:
         _WATCHED.append((table, arch, bound))
-    return config
+    return found[bound]
 
 
 def entries(table: Table, arch: str) -> Mapping[int, Config]:

@@ -69,7 +69,8 @@ class OpBench:
         name = spec["implementation"]
         given = spec.get("configs", ())
         if given and self.device.type == "cuda":
-            if problem := gate(self.op, self.sizes, self.dtype, self.arch, given):
+            problem = gate(self.op, self.sizes, self.dtype, self.arch, given)
+            if problem:
                 raise Failed(f"the gate: {problem}")
         with using(given, self.arch):
             problem = selfcheck.disagreement(self.op, name, self.device, self.dtype, self.sizes)
