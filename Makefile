@@ -1,5 +1,6 @@
 # make train   install into .venv and train (no GPU, no network data needed)
-# make test    install what the tests need and run them
+# make test    install what the tests need and run them, but for the slow ones
+# make slow    run the slow ones: many sizes, many processes, whole commands
 # make lint    ruff and mypy
 # make gate    compile the kernels for GPUs that need not be here and judge their machine code
 # make ledger  count launches and bytes of the compiled training step
@@ -19,13 +20,16 @@ BIN    := $(VENV)/bin
 # Versions that are known to pass all tests; `pip install -e .` alone takes what pyproject.toml admits.
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test lint gate ledger install clean
+.PHONY: train test slow lint gate ledger install clean
 
 train: $(VENV)/.installed
 	$(BIN)/fastgpt train $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
+
+slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -17,40 +19,88 @@ _context.set_forkserver_preload(
         "fastgpt.train.main",
         "fastgpt.inference.sample",
         "torch._dynamo",  # what making an optimizer imports
+        "torch.distributed.run",
+        "torch.distributed.fsdp",
+        "torch.nn.parallel",
         "matplotlib.figure",
         "matplotlib.backends.backend_agg",
     ]
 )
 
 
+def _default_signals() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _child(
-    args: list[str], cwd: str, out: str, limits: dict[int, int], environment: dict[str, str]
+    program: str,
+    args: list[str],
+    cwd: str,
+    outputs: tuple[str, str],
+    limits: dict[int, int],
+    environment: dict[str, str],
 ) -> None:
     import resource
 
     os.chdir(cwd)
     os.environ.update(environment)
-    fd = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(fd, 1)
-    os.dup2(fd, 2)
+    for number, path in enumerate(outputs, start=1):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(fd, number)
     sys.stdout = open(1, "w", closefd=False, buffering=1)  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
-    for number in (signal.SIGINT, signal.SIGTERM):
-        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-        signal.signal(number, default)
+    _default_signals()
     for what, value in limits.items():
         resource.setrlimit(what, (value, value))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write past the limit fails with EFBIG
     import torch
 
-    from fastgpt.cli import main
-
     torch.set_num_threads(1)
+    if program.startswith("torchrun"):
+        from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+        from torch.distributed.run import main
+
+        if program == "torchrun":
+            SubprocessHandler._popen = lambda _, args, env: _Rank(args, env)  # type: ignore
+    else:
+        from fastgpt.cli import main
     main(args)
 
 
+class _Rank:
+    """What torchrun wants of a subprocess.Popen, forked: importing torch takes most of a test."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str]):
+        fork = multiprocessing.get_context("fork")
+        self._process = fork.Process(target=self._run, args=(command, environment))
+        self._process.start()
+        self.pid = self._process.pid
+
+    @staticmethod
+    def _run(command: Sequence[str], environment: dict[str, str]) -> None:
+        os.setsid()
+        os.environ.update(environment)
+        _default_signals()
+        sys.argv = list(command[2:])  # python -u SCRIPT ARGS...
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("rank", timeout or 0)
+        return self._process.exitcode
+
+
 class Command:
-    """A `fastgpt` command in a process of its own, stdout and stderr together in a file."""
+    """A `fastgpt` command in a process of its own, stdout and stderr together in a file.
+
+    `program` is "torchrun" for that command, which then forks its ranks, or "torchrun, new
+    interpreters" to have it start them as it does. `err` is a file for stderr alone.
+    """
 
     def __init__(
         self,
@@ -58,11 +108,14 @@ class Command:
         *args: str,
         limits: dict[int, int] | None = None,
         environment: dict[str, str] | None = None,
+        program: str = "fastgpt",
+        err: Path | None = None,
     ):
         self._out = cwd / f".output-{time.monotonic_ns()}"
+        outputs = str(self._out), str(err or self._out)
         self.process: BaseProcess = _context.Process(
             target=_child,
-            args=(list(args), str(cwd), str(self._out), limits or {}, environment or {}),
+            args=(program, list(args), str(cwd), outputs, limits or {}, environment or {}),
         )
         self.process.start()
 

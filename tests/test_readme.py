@@ -51,6 +51,7 @@ def home(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_commands_in_their_order(home: Path):
     """One after the other, as a reader would: later ones use what the ones before left."""
     done = 0
@@ -70,6 +71,7 @@ def test_the_commands_in_their_order(home: Path):
     assert done >= 15
 
 
+@pytest.mark.slow
 def test_commands_that_need_the_network(tmp_path: Path, monkeypatch):
     """They begin, and without a network end in one line that says what to do."""
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
@@ -92,6 +94,7 @@ def test_commands_that_need_the_network(tmp_path: Path, monkeypatch):
         assert errors.splitlines()[-1].startswith("fastgpt: ") and "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_make_train_and_make_test(tmp_path: Path):
     """The recipes, with this interpreter standing for an environment that is already made."""
     venv = tmp_path / "venv"

@@ -56,7 +56,10 @@ def test_every_command_is_documented() -> None:
     assert "pytest bench --benchmark-only" in LINES
 
 
-@pytest.mark.parametrize("line", DOCUMENTED)
+@pytest.mark.parametrize(
+    "line",
+    [pytest.param(x, marks=[pytest.mark.slow] * ("waterfall gpt2" in x)) for x in DOCUMENTED],
+)
 def test_documented_command(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(race: Any, course: Any, progress: Callable[[Any], None]) -> dict[str, Any]:
         curve = [[1.0, 20, 3.5]]
@@ -110,6 +113,7 @@ class _Places(list[str]):
         return None
 
 
+@pytest.mark.slow
 def test_pytest_benchmark() -> None:
     """As people know it: a table by group, from real runs of kernels and of the step."""
     done = subprocess.run(

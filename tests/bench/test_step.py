@@ -55,6 +55,7 @@ def write_peer(folder: Path, factor: float) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_real_steps_take_turns(tmp_path: Path) -> None:
     """Ours, ours from another checkout, a peer, and a wrong peer."""
     other = tmp_path / "other"
@@ -90,6 +91,7 @@ def test_real_steps_take_turns(tmp_path: Path) -> None:
     assert not wrong.samples
 
 
+@pytest.mark.slow
 def test_one_at_a_time() -> None:
     """Each gets all its turns before the next is built; rows can be made of what there is."""
     config, vocab_size = setup.configure("gpt2", dict(f[2:].split("=") for f in TINY))

@@ -61,6 +61,7 @@ def test_a_run_that_fails_is_named(
     assert said.count("UserError: --kernels=triton: no GPU") == 2, "a problem of every seed"
 
 
+@pytest.mark.slow
 def test_convergence(tmp_path: Path) -> None:
     """Real runs to a loss that they meet."""
     text = write_text(tmp_path)

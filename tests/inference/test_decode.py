@@ -99,6 +99,7 @@ def test_a_cache_longer_than_the_positions():
         Decoder(lively(shape()), 1, 25)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="chosen by itself on a GPU")
 @pytest.mark.parametrize(("bias", "gelu"), [(True, "tanh"), (False, "erf")])
 def test_the_kernels_change_nothing_but_rounding(bias, gelu, monkeypatch):
@@ -140,6 +141,7 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counted without a GPU")
 def test_a_token_of_twelve_layers_takes_at_most_40_launches(monkeypatch):
     """Of our kernels, counted where they are launched, and of PyTorch's, by its ops."""

@@ -262,6 +262,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_gate_names_each_fault(tmp_path: Path) -> None:
     script = tmp_path / "inspect_samples.py"
     script.write_text(SAMPLES)
@@ -283,6 +284,7 @@ def test_gate_names_each_fault(tmp_path: Path) -> None:
     assert found["gfx942", "unaligned"]["problem"].endswith("global accesses of 16 bits or less")
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_gate_compiles_all_that_is_launched() -> None:
     """Training, evaluation and decoding of every preset, with and without biases and dropout."""

@@ -52,6 +52,7 @@ def test_dropout(T: int, causal: bool, deterministic: bool, dtype: torch.dtype) 
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(
     batch=st.integers(1, 2),
@@ -69,6 +70,7 @@ def test_any_shape(batch: int, T: int, n_head: int, causal: bool, dropout_p: flo
 TILES = [(16, 64), (64, 32), (32, 128), (128, 32)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("m", "n"), TILES, ids=str)
 def test_any_tile_gives_the_same(m: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles wider than high, higher than wide, larger than T: dropout's mask is the same too."""
@@ -85,6 +87,7 @@ def test_any_tile_gives_the_same(m: int, n: int, monkeypatch: pytest.MonkeyPatch
     check_attention(qkv, 1, causal=FULL, dropout_p=0.2, seed=3, deterministic=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [CAUSAL, FULL], ids=["causal", "full"])
 def test_slots_of_the_ring_are_used_again(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """9 heads of three key tiles on a ring of three: each slot is summed in, read and cleared."""

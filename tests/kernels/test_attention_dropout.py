@@ -15,6 +15,7 @@ def test_philox_known_answers() -> None:
     assert words == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deterministic", [False, True], ids=["one_pass", "deterministic"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 def test_mask_is_the_specified_one(causal: bool, deterministic: bool) -> None:

@@ -107,6 +107,7 @@ def test_attention_layer(positions: list[int], bias: bool, dtype: torch.dtype) -
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("H", "D"), [(1, 5), (1, 80), (5, 54)])
 def test_attention_layer_widths(H: int, D: int) -> None:
     """Widths of less than a step, of several, and of no whole number of them."""
@@ -226,6 +227,7 @@ def test_weights_in_flight() -> None:
     assert repeat_and_ahead(768, 3072, 4, config, 132) == (1, 8)
 
 
+@pytest.mark.slow
 def test_the_weights_are_asked_for_before_anything_is_waited_for(tmp_path: Path) -> None:
     """In the machine code of sm_90: at least 29 KB an SM before the first wait, and no spills."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

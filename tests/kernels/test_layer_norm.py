@@ -52,6 +52,7 @@ def test_parameters_in_another_dtype(parameters: str, device: torch.device) -> N
         check_both((11, 96), [x, residual, weight, None])
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(rows=st.integers(1, 40), C=st.integers(1, 300), bias=st.booleans())
 def test_any_shape(rows: int, C: int, bias: bool) -> None:
@@ -133,6 +134,7 @@ def test_no_rows(device: torch.device) -> None:
     assert torch.equal(gradients[3], torch.zeros_like(gradients[3]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [True, False])
 def test_gradients_of_many_programs_meet(bias: bool, device: torch.device) -> None:
     """In groups, the last of which is not whole; the counters are as before, so that it repeats."""

@@ -118,6 +118,7 @@ def test_flops_are_counted(op: Callable, case: tuple[list[Any], Tensor], product
     assert counter.get_total_flops() == products * 2 * 64 * 32 * 40
 
 
+@pytest.mark.slow
 @needs_tma
 @MASTERS
 @pytest.mark.parametrize("has_bias", [True, False])

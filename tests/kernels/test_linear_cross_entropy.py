@@ -77,6 +77,7 @@ def test_against_oracle(
     check(problem(*shape, dtype, device), reduction, None, chunk_tokens)
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 9), st.integers(1, 40), st.integers(1, 300)),
@@ -327,6 +328,7 @@ def test_compiled_equals_eager(backend: str, reduction: str, device: torch.devic
         torch.testing.assert_close(compiled(*inputs[:2]), eager[0][0])
 
 
+@pytest.mark.slow
 def test_opcheck(device: torch.device) -> None:
     x, weight, targets = problem(4, 16, 50, torch.float32, device)
     targets.clamp_(max=44)

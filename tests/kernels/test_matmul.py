@@ -61,6 +61,7 @@ def exact_dw(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return dy.double().t() @ x.double(), dy.double().sum(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("programs", "cost"), [(1, 0), (4, 0), (8, 0), (8, 8), (14, 0), (40, 8)], ids=str
 )

@@ -17,6 +17,7 @@ from fastgpt_kernels.tools.workers import Worker
 from tests.kernels import tune_samples
 
 
+@pytest.mark.slow
 def test_search_survives_every_fault_and_names_it() -> None:
     worker = Worker(tune._task, "cpu")
     try:

@@ -73,6 +73,7 @@ print(json.dumps([sorted(ran), [str(w.message) for w in caught]]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", MISSING)
 def test_every_public_function_runs_and_one_line_says_how(missing: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -76,6 +76,7 @@ def test_every_exception_is_one_line():
     assert "returned non-zero exit status 1." in found["has_no_compiler"]
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_or_dies_costs_one_op(monkeypatch):
     started = []
     process = contact._process
@@ -181,6 +182,7 @@ def test_a_child_ends_with_its_parent(children):
         assert children[0].wait(30) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels run for real")
 def test_the_kernels_themselves_in_a_child(monkeypatch):
     interpreted(monkeypatch)

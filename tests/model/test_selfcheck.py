@@ -40,7 +40,9 @@ def check(op, function=None, dtype=torch.float32, sizes=SMALL):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/kernels run them for real")
 @pytest.mark.parametrize("sizes", [SMALL, DROPPING], ids=["bias", "dropout"])
-@pytest.mark.parametrize("op", FLAGGED)
+@pytest.mark.parametrize(
+    "op", [pytest.param(op, marks=[pytest.mark.slow] * op.startswith("decode_")) for op in FLAGGED]
+)
 def test_selfcheck_passes_the_kernels(op, sizes, monkeypatch):
     interpreted(monkeypatch)
     assert check(op, FusedAdamW if op == "adamw" else record(op).ours, sizes=sizes) == ""

@@ -244,6 +244,7 @@ def tokens(step: int) -> Tensor:
     return torch.randint(20, (2, 9), generator=torch.Generator().manual_seed(step)).to(DEVICE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_training_is_pytorchs(dtype):
     """The whole step: clipping, the guard against NaNs on the device, loss scaling."""
@@ -262,6 +263,7 @@ def losses(run_dir: Path) -> list[float]:
     return [r[k] for r in runs.records(run_dir) for k in ("loss", "grad_norm")]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs in the interpreter here")
 def test_runs_are_the_same_and_go_on_from_each_other(tmp_path, monkeypatch, capsys):
     """Straight under either; and cut, with each half under another."""

@@ -56,6 +56,7 @@ def tokens(step: int) -> torch.Tensor:
     return torch.randint(61, (1, 21), generator=generator).to(DEVICE)
 
 
+@pytest.mark.slow
 @PRODUCTS
 def test_twenty_steps_are_the_eager_ones(products):
     eager, triton = trainer("eager"), trainer("triton", products=products)
@@ -86,6 +87,7 @@ def test_dropout_in_the_kernels_repeats_with_the_step():
     assert not torch.equal(first, trainer("triton", dropout=0.3).step(5, tokens(0))[0])
 
 
+@pytest.mark.slow
 @PRODUCTS
 def test_one_graph_and_no_recompile(products):
     """fullgraph refuses any break; after the first step and evaluation nothing compiles again."""
@@ -103,6 +105,7 @@ def test_one_graph_and_no_recompile(products):
     assert counters["stats"]["unique_graphs"] == 2, "a step was compiled again"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_checkpointed_steps_are_the_plain_ones(dropout):
     plain, checkpointed = trainer("triton", dropout), trainer("triton", dropout)

@@ -70,6 +70,7 @@ def test_resumed_is_bit_for_bit_the_straight_run(tmp_path: Path, text: str):
     assert [r for r in runs.records(b, "eval") if r["step"] != 25] == runs.records(a, "eval")
 
 
+@pytest.mark.slow
 def test_killed_ten_times_and_resumed_is_the_straight_run(tmp_path: Path, text: str):
     """SIGKILL at ten random moments, evaluations and saves among them; saves come every 2 steps."""
     often = ("--eval_interval=2", "--eval_iters=1", "--max_iters=150", "--sample_tokens=0")

@@ -186,6 +186,7 @@ def test_a_machine_that_cannot_compile_is_told_so():
         t.warm_up(0, tokens())
 
 
+@pytest.mark.slow
 def test_float16_finds_its_scale_and_learns(adamw):
     """Infinite gradients call the update off and halve the scale; then the loss falls."""
     t = trainer(dtype=torch.float16, adamw=adamw)
