@@ -10,6 +10,7 @@ nothing.
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -33,7 +34,7 @@ from fastgpt_kernels import host
 from fastgpt_kernels.plans import device as devices
 from fastgpt_kernels.plans import tune as op_tuning
 from fastgpt_kernels.plans.child import Child
-from fastgpt_kernels.plans.choose import MARGIN, ROUNDS, Candidate, Failed, Found, choose
+from fastgpt_kernels.plans.choose import MARGIN, ROUNDS, Candidate, Failed, Found, Spent, choose
 from fastgpt_kernels.plans.store import Store
 from fastgpt_kernels.plans.tune import OpPlan, Question, figures
 from fastgpt_kernels.record import Record, Sizes, records
@@ -60,7 +61,7 @@ def say_line(line: str) -> None:
 # --- the command and a run -----------------------------------------------------------------------
 
 
-def tune(config: Config, name: str, vocab_size: int, seconds: float) -> int:
+def tune(config: Config, vocab_size: int, seconds: float) -> int:
     """`fastgpt tune`: measure all there is within the budget, and show it."""
     machine = machine_of(config)
     obstacle = _obstacle(config)
@@ -153,6 +154,8 @@ def _obstacle(config: Config) -> str:
     """Why plans do not go with these settings; empty if they do."""
     if config.system.parallel == "fsdp":
         return "a plan is for one GPU that holds the model, not for --parallel=fsdp"
+    if config.optim.auto_batch_size:
+        return "a plan is for one size of the micro-batch, not for --batch_size=auto"
     return ""
 
 
@@ -239,8 +242,8 @@ def measure(
     rounds: int = ROUNDS,
     say: Say = say_line,
     clock: Callable[[], float] = time.monotonic,
-    op_measurer: Callable[[Question, int], Any] = op_tuning.OpMeasurer,
-    micro_measurer: Callable[[Config, int, Machine], Any] | None = None,
+    op_measurer: Callable[..., Any] = op_tuning.OpMeasurer,
+    micro_measurer: Callable[..., Any] | None = None,
 ) -> Plan:
     """Measure what is not known yet, within about `seconds`, and return the plan."""
     set_precision(config, machine)
@@ -276,13 +279,13 @@ def measure(
 def _micro_steps(
     config: Config, vocab_size: int, machine: Machine, winners: Mapping[str, OpPlan],
     store: Store, end: float, rounds: int, say: Say, clock: Callable[[], float],
-    measurer: Callable[[Config, int, Machine], Any],
+    measurer: Callable[..., Any],
 ) -> Found | None:  # fmt: skip
     candidates = micro_candidates(config, machine, winners)
     if len(candidates) < 2:
         return None
     key = _micro_key(config, vocab_size, machine)
-    there = measurer(config, vocab_size, machine)
+    there = measurer(config, vocab_size, machine, lambda: end - clock())
     try:
         with telling("whole micro-steps", say):
             return choose(
@@ -367,15 +370,18 @@ def _plan(
     lines.append(f"{'whole micro-step':{width}}  {micro.choice}: {figures(micro)}")
     if micro.choice == micro.default:
         lines.append(f"nothing is faster by {MARGIN:.0%} or more: as without a plan")
-    spec = chosen.spec["plan"]
-    table = {op: Measured(m["implementation"], m["reason"], m["configs"])
-             for op, m in spec["ops"].items()}  # fmt: skip
+    # Where the default is the fastest it says so too.
+    table = {
+        op: Measured(p.implementation, p.reason, p.configs)
+        for op, p in measured.items()
+        if p.found.choice == p.found.default
+    }
     if micro.choice == micro.default:
-        # The default stays as it is; ops that were measured say so.
-        return replace(plan, lines=lines)
-    return replace(
-        plan, ops=table, compile=spec["compile"], threads=spec["threads"], lines=lines
-    )
+        return replace(plan, ops=table, lines=lines)
+    spec = chosen.spec["plan"]
+    for op, m in spec["ops"].items():
+        table[op] = Measured(m["implementation"], m["reason"], m["configs"])
+    return replace(plan, ops=table, compile=spec["compile"], threads=spec["threads"], lines=lines)
 
 
 # --- whole micro-steps, each in a process of its own ---------------------------------------------
@@ -385,7 +391,10 @@ class MicroMeasurer:
     """A child a candidate, so that each has its own threads, compiler and memory; parked between
     its turns. All have to find the first one's loss and gradient norm."""
 
-    def __init__(self, config: Config, vocab_size: int, machine: Machine):
+    def __init__(
+        self, config: Config, vocab_size: int, machine: Machine, left: Callable[[], float]
+    ):
+        self.left = left
         self._arguments = {
             "values": settings.to_dict(settings.replace(config, **machine.settings)),
             "vocab_size": vocab_size,
@@ -395,25 +404,33 @@ class MicroMeasurer:
         self._tolerance = WITH_DROPOUT if config.model.dropout else TOLERANCE
         self._children: dict[str, Child] = {}
         self._wanted: dict[str, float] = {}
+        self._begun, self._first_is_done = threading.Lock(), threading.Event()
 
     def check(self, candidate: Candidate) -> None:
         child = self._children[candidate.name] = Child(
             "fastgpt.train.tuning:MicroStep", {**self._arguments, **candidate.spec}
         )
+        first = self._begun.acquire(blocking=False)
         try:
-            got = child.ask("check", timeout=BUILD_S)
+            got = child.ask_within(self.left, "check", timeout=BUILD_S)
+            if not first:
+                self._first_is_done.wait()
             for what, value in got.items():
                 want = self._wanted.setdefault(what, value)
                 if not abs(value - want) <= self._tolerance * abs(want):
                     raise Failed(f"wrong: its {what} is {value:.4g}, not {want:.4g}")
-        except Failed:
+        except (Failed, Spent):
             child.close()
             raise
+        finally:
+            if first:
+                self._first_is_done.set()
 
     def time(self, candidate: Candidate) -> float:
         if candidate.name not in self._children:
             self.check(candidate)
-        return self._children[candidate.name].ask("turn", timeout=TURN_S)
+        child = self._children[candidate.name]
+        return child.ask_within(self.left, "turn", timeout=TURN_S)
 
     def close(self) -> None:
         for child in self._children.values():

@@ -95,6 +95,10 @@ def differentiate(function: Callable[..., Any], case: Case) -> list[Tensor]:
     return [t.detach().float() for t in (*outs, *grads)]
 
 
+def _needs_a_gpu(name: str, sizes: Sizes, device: torch.device) -> str:
+    return "" if device.type == "cuda" else "no GPU"
+
+
 @dataclass(frozen=True)
 class Record:
     """One op.
@@ -121,8 +125,8 @@ class Record:
     made_of          other ops that "eager" takes as keyword arguments
     often            how many times a training step of GPT-2 124M, 12 layers, calls it
     run              (implementation, case) -> all that has to agree between implementations
-    devices          types of devices on which an implementation besides eager and triton runs; of
-                     one that is not named here: "cuda"
+    others           (name, sizes, device) -> why an implementation besides eager and triton cannot
+                     run there; empty if it can
     """
 
     name: str
@@ -140,7 +144,7 @@ class Record:
     few_tokens: int = 4096
     often: int = 0
     run: Callable[[Callable[..., Any], Case], list[Tensor]] = differentiate
-    devices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    others: Callable[[str, Sizes, torch.device], str] = _needs_a_gpu
 
     @property
     def eager(self) -> Callable[..., Any]:
@@ -168,7 +172,7 @@ class Record:
         if name == "eager":
             return ""
         if name != "triton":
-            return "" if device.type in self.devices.get(name, ("cuda",)) else "no GPU"
+            return self.others(name, sizes, device)
         if not host.HAS_TRITON:
             return "triton is not installed"
         if device.type != "cuda" and not host.INTERPRETED:

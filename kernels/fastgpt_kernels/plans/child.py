@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fastgpt_kernels.plans.choose import Failed
+from fastgpt_kernels.plans.choose import Failed, Spent
 
 START_S = 120.0
 
@@ -38,6 +38,15 @@ class Child:
         self._process: subprocess.Popen[str] | None = None
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._lock = threading.Lock()
+
+    def ask_within(self, left: Callable[[], float], method: str, *args: Any, timeout: float) -> Any:
+        """As `ask`, for at most what is left of a budget; Spent if that ends first."""
+        try:
+            return self.ask(method, *args, timeout=max(0.1, min(timeout, left())))
+        except Failed:
+            if left() <= 0:
+                raise Spent from None
+            raise
 
     def ask(self, method: str, *args: Any, timeout: float) -> Any:
         """What the method returns, within some seconds; starting is not counted."""

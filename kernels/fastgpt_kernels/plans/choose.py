@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from fastgpt_kernels.stats import MIN_ROUNDS, ratio_of_medians, summarize
+from fastgpt_kernels.telling import EVERY_S
 
 MARGIN = 0.02
 SCREEN_ROUNDS = 3
@@ -28,6 +29,10 @@ ROUNDS = 20
 
 class Failed(Exception):
     """A candidate is wrong, raised, took too long or ended its process: the message says which."""
+
+
+class Spent(Exception):
+    """The budget ended before there was an answer: nothing is known of the candidate."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,10 @@ class Measurer(Protocol):
     parallel: int
 
     def check(self, candidate: Candidate) -> None:
-        """Raises Failed if it is not right, or does not run."""
+        """Raises Failed if it is not right, or does not run; Spent."""
 
     def time(self, candidate: Candidate) -> float:
-        """Milliseconds of a turn. Raises Failed."""
+        """Milliseconds of a turn. Raises Failed; Spent."""
         ...
 
 
@@ -157,7 +162,8 @@ class _Search:
         names = {c.name for c in self.candidates}
         old = self.known.trials if self.known else {}
         self.trials = {name: t for name, t in old.items() if name in names}
-        self.began, self.order = self.clock(), random.Random(self.seed)
+        self.began = self.said = self.clock()
+        self.order = random.Random(self.seed)
         fresh = [c for c in self.candidates if c.name not in self.trials]
         if self.known and not fresh and self._settled():
             return replace(self._found(True), date=self.known.date, seconds=self.known.seconds)
@@ -176,11 +182,21 @@ class _Search:
                 return self._keep(False)
         return self._keep(all(c.name in self.trials for c in self.candidates))
 
+    def _progress(self, what: str, done: int, of: int) -> None:
+        """How far it is, every few seconds."""
+        now = self.clock()
+        if now - self.said >= EVERY_S:
+            left = (of - done) * (now - self.began) / done
+            self.said = now
+            self.say(f"{what} {done} of {of}, ETA {max(0.0, min(left, self.end - now)):.0f} s")
+
     def _spent(self) -> bool:
         return self.clock() >= self.end
 
     def _check(self, fresh: Sequence[Candidate]) -> list[Candidate]:
         """Those that are right; the others' reasons are kept."""
+
+        done: list[str] = []
 
         def one(c: Candidate) -> bool:
             if self._spent():
@@ -190,10 +206,15 @@ class _Search:
                 return True
             except Failed as e:
                 self._drop(c, str(e))
-                return False
+            except Spent:
+                pass
+            finally:
+                done.append(c.name)
+                self._progress("checked", len(done), len(fresh))
+            return False
 
         if fresh:
-            self.say(f"checking {len(fresh)} candidates")
+            self.say(f"checking {len(fresh)} candidate{'s' * (len(fresh) > 1)}")
         if self.measurer.parallel > 1:
             with ThreadPoolExecutor(self.measurer.parallel) as pool:
                 right = list(pool.map(one, fresh))
@@ -220,22 +241,25 @@ class _Search:
         verdict, and nothing is kept of it.
         """
         field_, samples = [base, *others], {c.name: [] for c in (base, *others)}
-        said = self.clock()
+        spent = False
         for r in range(self.rounds):
             turn = self.order.sample(field_, len(field_))
             for c in turn:
-                if self._spent():
+                spent = spent or self._spent()
+                if spent:
                     break
                 try:
                     samples[c.name].append(self.measurer.time(c))
                 except Failed as e:
                     self._drop(c, str(e))
                     field_.remove(c)
+                except Spent:
+                    spent = True
             if base not in field_:  # the yardstick itself is broken: the next one, from the start
                 new = self._base(field_)
                 rest = [c for c in field_ if c != new]
                 return new is not None and self._series(new, rest, prove)
-            if self._spent():
+            if spent:
                 break
             if r + 1 == SCREEN_ROUNDS and not prove:
                 limit = HOPELESS * summarize(samples[base.name]).median
@@ -243,10 +267,7 @@ class _Search:
                     if min(samples[c.name]) > limit:
                         self._note(c, base, samples)
                         field_.remove(c)
-            if self.clock() - said > 5:
-                said = self.clock()
-                left = (self.rounds - r - 1) * (said - self.began) / (r + 1)
-                self.say(f"round {r + 1} of {self.rounds}, ETA {min(left, self.end - said):.0f} s")
+            self._progress("round", r + 1, self.rounds)
         count = min((len(samples[c.name]) for c in field_), default=0)
         if count < MIN_ROUNDS:
             return False

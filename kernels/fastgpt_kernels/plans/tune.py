@@ -23,12 +23,13 @@ from torch import Tensor
 from fastgpt_kernels import OPS, host
 from fastgpt_kernels.plans import device as devices
 from fastgpt_kernels.plans.child import Child
-from fastgpt_kernels.plans.choose import ROUNDS, Candidate, Failed, Found, choose
+from fastgpt_kernels.plans.choose import ROUNDS, Candidate, Failed, Found, Spent, choose
 from fastgpt_kernels.plans.measure import describe, differentiable, put
 from fastgpt_kernels.plans.store import Store
 from fastgpt_kernels.record import Record, Sizes, record
 
-CHECK_S, TURN_S = 120.0, 60.0  # limits for one candidate: the first includes compilation
+CHECK_S = 120.0  # limit for one candidate, compilation included
+NEXT = 4  # others that are named beside the choice
 WORTH_TUNING = 1.3  # ours may be this much slower than the best and still get other configs
 
 Say = Callable[[str], object]
@@ -88,7 +89,9 @@ class OpPlan:
 
 
 def figures(found: Found) -> str:
-    """The choice's time, and how many times the others' speed it has, nearest first."""
+    """The choice's time, its share of the default's, and how many times the speed of the next ones
+    it has.
+    """
     mine = found.trials.get(found.choice)
     if mine is None or not mine.ms:
         return "nothing else can run here"
@@ -97,8 +100,11 @@ def figures(found: Found) -> str:
         for name, t in found.trials.items()
         if t.ratio and name != found.choice and "[" not in name
     ]
-    told = [f"{gain:.2f}x of {name}" for gain, name in sorted(others)]
-    return ", ".join([f"{mine.ms:.3g} ms", *told])
+    told = [f"{gain:.2f}x of {name}" for gain, name in sorted(others)[:NEXT]]
+    told.insert(0, f"{mine.ms:.3g} ms")
+    if mine.against and found.choice != found.default:
+        told[1:1] = [f"{mine.ratio:.3f} [{mine.low:.3f}, {mine.high:.3f}] of {mine.against}'s time"]
+    return ", ".join(told)
 
 
 def names(op: Record, question: Question) -> list[str]:
@@ -118,9 +124,11 @@ def names(op: Record, question: Question) -> list[str]:
 class OpMeasurer:
     """Tries an op's candidates in processes of their own: several that check, one that times."""
 
-    def __init__(self, question: Question, parallel: int = 1):
+    def __init__(
+        self, question: Question, parallel: int = 1, left: Callable[[], float] = lambda: CHECK_S
+    ):
         what = question.what
-        self.parallel = parallel
+        self.parallel, self.left = parallel, left
         self._arguments = {**what, "device": str(question.device)}
         self.timer = self._child()
         self._checkers: list[Child] = []
@@ -131,18 +139,18 @@ class OpMeasurer:
 
     def check(self, candidate: Candidate) -> None:
         if self.parallel == 1:
-            self.timer.ask("check", candidate.spec, timeout=CHECK_S)
+            self.timer.ask_within(self.left, "check", candidate.spec, timeout=CHECK_S)
             return
         if not hasattr(self._here, "child"):
             self._here.child = self._child()
             self._checkers.append(self._here.child)
-        self._here.child.ask("check", candidate.spec, timeout=CHECK_S)
+        self._here.child.ask_within(self.left, "check", candidate.spec, timeout=CHECK_S)
 
     def time(self, candidate: Candidate) -> float:
-        return self.timer.ask("turn", candidate.spec, timeout=CHECK_S)
+        return self.timer.ask_within(self.left, "turn", candidate.spec, timeout=CHECK_S)
 
     def tables(self) -> list[dict[str, Any]]:
-        return self.timer.ask("tables", timeout=CHECK_S)
+        return self.timer.ask_within(self.left, "tables", timeout=CHECK_S)
 
     def close(self) -> None:
         for child in (self.timer, *self._checkers):
@@ -186,7 +194,7 @@ def measure(
     with_configs: bool = False,
     say: Say = lambda line: None,
     clock: Callable[[], float] = time.monotonic,
-    measurer: Callable[[Question, int], Any] = OpMeasurer,
+    measurer: Callable[..., Any] = OpMeasurer,
 ) -> OpPlan | None:
     """Measure what is not known yet within about `seconds`, keep it, and return the choice.
 
@@ -202,7 +210,7 @@ def measure(
         candidates.append(Candidate(tuned_name(tuned), spec))
     if len(candidates) == 1:
         return None
-    there = measurer(question, 1)
+    there = measurer(question, 1, lambda: end - clock())
     try:
         found = _choose(key, candidates, there, store, end - clock(), rounds, say, clock)
         if with_configs and _worth_it(found, able):
@@ -239,16 +247,17 @@ def _choose(
 
 def _tune_configs(
     question: Question, store: Store, there: Any, end: float, rounds: int, say: Say,
-    clock: Callable[[], float], measurer: Callable[[Question, int], Any],
+    clock: Callable[[], float], measurer: Callable[..., Any],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The best entry of each table that our kernels read, one table after the other."""
     chosen: list[dict[str, Any]] = []
     try:
         tables = there.tables()
-    except Failed as e:
+    except (Failed, Spent) as e:
         say(f"launch configs: {e}")
         return []
-    several = measurer(question, min(8, max(2, devices.cores() // 2)))
+    jobs = min(8, max(2, devices.cores() // 2))
+    several = measurer(question, jobs, lambda: end - clock())
     try:
         for table in tables:
             if clock() >= end:
