@@ -25,7 +25,8 @@ import torch
 from fastgpt_kernels import host
 from fastgpt_kernels.plans.measure import put
 from fastgpt_kernels.record import Record, Sizes, record, records
-from fastgpt_kernels.selfcheck import compile_ahead, disagreement, why
+from fastgpt_kernels.selfcheck import compile_ahead, disagreement
+from fastgpt_kernels.telling import why
 
 
 @dataclass(frozen=True)

@@ -25,16 +25,16 @@ from fastgpt.errors import UserError
 from fastgpt.model import ops
 from fastgpt.model.build import build, set_precision, sizes_of
 from fastgpt.model.device import Machine
-from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.model.gpt import ModelShape
 from fastgpt.model.plan import Measured, Plan
 from fastgpt.storage import run
-from fastgpt.train import mfu
+from fastgpt.train import memory
 from fastgpt.train.step import Trainer
 from fastgpt_kernels import host
 from fastgpt_kernels.plans import device as devices
 from fastgpt_kernels.plans import tune as op_tuning
-from fastgpt_kernels.plans.child import Child
-from fastgpt_kernels.plans.choose import MARGIN, ROUNDS, Candidate, Failed, Found, Spent, choose
+from fastgpt_kernels.plans.child import Child, Failed, Spent
+from fastgpt_kernels.plans.choose import MARGIN, ROUNDS, Candidate, Found, choose
 from fastgpt_kernels.plans.store import Store
 from fastgpt_kernels.plans.tune import OpPlan, Question, figures
 from fastgpt_kernels.record import Record, Sizes, records
@@ -144,8 +144,9 @@ def machine_of(config: Config) -> Machine:
 
 def estimate_s(config: Config, vocab_size: int, machine: Machine) -> float:
     """About how long a run takes, by its FLOPs at a usual share of the peak."""
-    with torch.device("meta"):
-        flops = mfu.flops_per_token(GPT(ModelShape.of(config.model, vocab_size))).mfu
+    shape = ModelShape.of(config.model, vocab_size)
+    attention = 12 * shape.n_layer * shape.n_embd * shape.block_size
+    flops = 6 * memory.n_parameters(shape) + attention
     tokens = float(config.run.max_iters) * config.optim.rows * config.model.block_size
     return tokens * flops / (MFU * machine.peak.flops)
 

@@ -1,4 +1,4 @@
-"""Long work that says what it is: nothing is silent for more than five seconds."""
+"""Long work that says what it is, and errors in one line: nothing is silent for over 5 seconds."""
 
 from __future__ import annotations
 
@@ -38,3 +38,12 @@ def telling(
     finally:
         over.set()
         thread.join()
+
+
+def why(error: Exception) -> str:
+    """An error in one line of at most 160 characters; compilers put source text around theirs."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    line = lines[-1] if lines[0].startswith("at ") else lines[0]
+    if not isinstance(error, RuntimeError | ValueError | TypeError) or not line:
+        line = f"{type(error).__name__}: {line}".removesuffix(": ")
+    return line if len(line) <= 160 else f"{line[:100]} ... {line[-55:]}"

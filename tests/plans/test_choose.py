@@ -9,7 +9,8 @@ from collections import Counter
 
 import pytest
 
-from fastgpt_kernels.plans.choose import Candidate, Failed, Found, Trial, choose
+from fastgpt_kernels.plans.child import Failed
+from fastgpt_kernels.plans.choose import Candidate, Found, Trial, choose
 
 
 class Clock:

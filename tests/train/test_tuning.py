@@ -23,7 +23,7 @@ from fastgpt.storage import run
 from fastgpt.train import tuning
 from fastgpt.train.ranks import Ranks
 from fastgpt_kernels.plans import device as devices
-from fastgpt_kernels.plans.choose import Failed
+from fastgpt_kernels.plans.child import Failed
 from fastgpt_kernels.plans.measure import using
 from tests import runs
 from tests.runs import TINY

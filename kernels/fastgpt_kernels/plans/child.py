@@ -19,9 +19,17 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fastgpt_kernels.plans.choose import Failed, Spent
+from fastgpt_kernels.telling import why
 
 START_S = 120.0
+
+
+class Failed(Exception):
+    """A candidate is wrong, raised, took too long or ended its process: the message says which."""
+
+
+class Spent(Exception):
+    """The budget ended before there was an answer: nothing is known of the candidate."""
 
 
 class Child:
@@ -144,8 +152,6 @@ def serve() -> None:
     def answer(**said: Any) -> None:
         print(json.dumps(said), file=answers)
 
-    from fastgpt_kernels.selfcheck import why
-
     def attempt(call: Callable[[], Any]) -> None:
         try:
             answer(**{"is": call()})
@@ -169,9 +175,8 @@ def serve() -> None:
 
 def _lost() -> bool:
     """Whether the GPU does not compute any more: after an illegal access nothing does here."""
-    import torch
-
-    if not torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")  # it is not loaded for this
+    if torch is None or not torch.cuda.is_initialized():
         return False
     try:
         torch.cuda.synchronize()

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
+from fastgpt_kernels.plans.child import Failed, Spent
 from fastgpt_kernels.stats import MIN_ROUNDS, ratio_of_medians, summarize
 from fastgpt_kernels.telling import EVERY_S
 
@@ -25,14 +26,6 @@ MARGIN = 0.02
 SCREEN_ROUNDS = 3
 HOPELESS = 1.5  # times the default's: such a candidate gets no more turns
 ROUNDS = 20
-
-
-class Failed(Exception):
-    """A candidate is wrong, raised, took too long or ended its process: the message says which."""
-
-
-class Spent(Exception):
-    """The budget ended before there was an answer: nothing is known of the candidate."""
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ def cores() -> int:
         return os.cpu_count() or 1
 
 
+@functools.cache
 def _version(module: str) -> str:
     try:
         from importlib.metadata import version

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastgpt_kernels import OPS, configs, host, selfcheck, specs
 from fastgpt_kernels.configs import Config
-from fastgpt_kernels.plans.choose import Failed
+from fastgpt_kernels.plans.child import Failed
 from fastgpt_kernels.record import Case, Record, Sizes, differentiate, normal, record
 from fastgpt_kernels.tools.timing import HEAD_START_CYCLES, L2_FLUSH_BYTES
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from fastgpt_kernels import OPS, host
 from fastgpt_kernels.plans import device as devices
-from fastgpt_kernels.plans.child import Child
-from fastgpt_kernels.plans.choose import ROUNDS, Candidate, Failed, Found, Spent, choose
+from fastgpt_kernels.plans.child import Child, Failed, Spent
+from fastgpt_kernels.plans.choose import ROUNDS, Candidate, Found, choose
 from fastgpt_kernels.plans.measure import describe, differentiable, put
 from fastgpt_kernels.plans.store import Store
 from fastgpt_kernels.record import Record, Sizes, record
@@ -162,13 +162,14 @@ def known(question: Question, store: Store) -> OpPlan | None:
     found = Found.of(store.load(question.key()))
     if found is None or not found.choice:
         return None
-    return _plan(found, question, store)
+    plan = _plan(found, question, store)
+    return plan if plan.implementation in record(question.op).implementations else None
 
 
 def _plan(found: Found, question: Question, store: Store) -> OpPlan:
     implementation, _, tuned = found.choice.partition(" ")
-    chosen = _chosen_configs(question, store) if tuned else []
-    if tuned and found.choice != tuned_name(chosen):  # the configs were measured anew since
+    chosen = tuple(_chosen_configs(question, store)) if tuned else ()
+    if tuned and found.choice != tuned_name([*chosen]):  # the configs were measured anew since
         return OpPlan(implementation, (), found)
     return OpPlan(implementation, chosen, found)
 
