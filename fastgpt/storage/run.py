@@ -21,8 +21,9 @@ from fastgpt.errors import UserError, reading
 from fastgpt.storage.files import explain_os_error, write_text
 
 RUNS = Path("runs")
-_OWN_FILES = ("config.toml", "plan.json", "metrics.jsonl", "loss.png")
-_OWN_FILES += ("tokenizer.json", "tokenizer.tiktoken")
+_OWN_FILES = (
+    "config.toml", "plan.json", "metrics.jsonl", "loss.png", "tokenizer.json", "tokenizer.tiktoken",
+)  # fmt: skip
 _OWN_FOLDERS = ("checkpoints", "nonfinite", "tensorboard")
 
 

@@ -308,7 +308,7 @@ def micro_candidates(
         for op, p in winners.items()
         if p.found.choice != p.found.default
     }
-    tables = {"default": {}}
+    tables: dict[str, dict[str, Any]] = {"default": {}}
     if chosen:
         # What is measured is named, so that other winners are another candidate.
         told = ", ".join(f"{op} {winners[op].found.choice}" for op in sorted(chosen))

@@ -23,7 +23,7 @@ NORMAL_QUANTILE = 1.959964  # two-sided 95 %, as all intervals here
 MAX_CORRELATION = 0.9
 RESAMPLES = 4000
 
-Samples = Sequence[float]  # or an array of them
+Samples = Sequence[float] | Tensor  # or an array of them
 
 
 def _array(samples: Samples) -> Tensor:

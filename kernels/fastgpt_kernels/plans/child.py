@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from fastgpt_kernels.telling import why
@@ -170,7 +171,11 @@ def serve() -> None:
         os._exit(1)
     while True:
         method, args = json.loads(lines.get())
-        attempt(lambda method=method, args=args: getattr(thing, method)(*args))
+        attempt(partial(_call, thing, method, args))
+
+
+def _call(thing: Any, method: str, args: list[Any]) -> Any:
+    return getattr(thing, method)(*args)
 
 
 def _lost() -> bool:

@@ -233,7 +233,8 @@ class _Search:
         """Time candidates in turns with the base. False: the budget ended before there was a
         verdict, and nothing is kept of it.
         """
-        field_, samples = [base, *others], {c.name: [] for c in (base, *others)}
+        field_ = [base, *others]
+        samples: dict[str, list[float]] = {c.name: [] for c in field_}
         spent = False
         for r in range(self.rounds):
             turn = self.order.sample(field_, len(field_))

@@ -287,7 +287,10 @@ def describe(value: Any) -> Any:
     """A tensor as JSON: shape, type, and of whole numbers their range; other values as they are."""
     if not isinstance(value, Tensor):
         return value
-    told = {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    told: dict[str, Any] = {
+        "shape": list(value.shape),
+        "dtype": str(value.dtype).removeprefix("torch."),
+    }
     if not value.dtype.is_floating_point and value.numel():
         told |= {"low": int(value.min()), "high": int(value.max())}
     return {"tensor": told}

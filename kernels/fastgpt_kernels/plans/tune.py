@@ -272,8 +272,8 @@ def _tune_configs(
             key = question.key(part="configs", entry=where, behind=chosen)
             tell = lambda line, name=where["table"]: say(f"{name}: {line}")  # noqa: E731
             found = _choose(key, candidates, several, store, end - clock(), rounds, tell, clock)
-            spec = next((c.spec for c in candidates if c.name == found.choice), candidates[0].spec)
-            chosen = list(spec["configs"])
+            best = [c for c in candidates if c.name == found.choice] or candidates
+            chosen = list(best[0].spec["configs"])
     finally:
         several.close()
     if chosen:
