@@ -41,6 +41,7 @@ from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.model.peaks import SHEETS, Sheet
 from fastgpt.train import memory
 from fastgpt_kernels import host
+from fastgpt_kernels.ops.loss.linear import SHARE
 from fastgpt_kernels.record import record
 
 # Shares of the data sheet's figures. Products: cuBLAS at the 124M's shapes, of which K = 768 is the
@@ -309,16 +310,22 @@ def as_json(p: Prediction, config: Config, vocab_size: int, rates: Rates) -> dic
         "predicted_ms": p.ms,
         "predicted_tokens_per_second": p.tokens / p.ms * 1e3,
         "predicted_mfu": mfu_of(config, vocab_size, p.ms, rates.sheet),
-        "memory_bytes": memory_of(config, vocab_size),
+        "memory_bytes": memory_of(config, vocab_size, rates.sheet),
         "lines": [dataclasses.asdict(line) for line in p.lines],
     }
 
 
-def memory_of(config: Config, vocab_size: int) -> int:
-    """Bytes, by the estimate of `fastgpt.train.memory`."""
+def memory_of(config: Config, vocab_size: int, sheet: Sheet, batch_size: int | None = None) -> int:
+    """Bytes on a GPU, by the estimate of `fastgpt.train.memory`; of the config's micro-batch."""
     dtype, fused = DTYPES[config.system.dtype], config.system.kernels != "eager"
     shape = ModelShape.of(config.model, vocab_size)
-    return memory.estimate(shape, config.optim.batch_size, dtype, fused=fused).total
+    return memory.estimate(
+        shape,
+        batch_size or config.optim.batch_size,
+        dtype,
+        fused=fused,
+        room=sheet.gb * 10**9 // SHARE,
+    ).total
 
 
 def show(
@@ -337,7 +344,7 @@ def show(
         f"TFLOP/s, copies at {rates.copy / 1e12:.2f} TB/s): {p.ms:.1f} ms a step, "
         f"{p.tokens / p.ms * 1e3:,.0f} tokens/s, "
         + ", ".join(f"{k} {v:.1f} %" for k, v in mfu.items())
-        + f"; memory {memory_of(config, vocab_size) / 2**30:.1f} GiB by estimate"
+        + f"; memory {memory_of(config, vocab_size, rates.sheet) / 2**30:.1f} GiB by estimate"
     )
 
 
@@ -376,13 +383,17 @@ def each_gpu(
     step: fake_step.Step, config: Config, vocab_size: int, shares: dict[str, float]
 ) -> Iterator[tuple[str, ...]]:
     """Cells of `GPU_COLUMNS`: what to expect of every GPU of the table, by the same launches."""
-    sizes, need = sizes_of(config, vocab_size), memory_of(config, vocab_size)
+    sizes, rows = sizes_of(config, vocab_size), config.optim.batch_size
     for sheet in SHEETS:
         p = predict(step, config, sizes, Rates(sheet, **shares))
         rate = p.tokens / p.ms * 1e3
-        fits = need < 0.92 * sheet.gb * 1e9
+        room = 0.92 * sheet.gb * 1e9
+        fitting = (
+            b for b in memory.micro_batches(rows) if memory_of(config, vocab_size, sheet, b) < room
+        )
+        micro = next(fitting, 0)
         yield (
-            sheet.name, "yes" if fits else "no", str(config.optim.batch_size), f"{p.ms:.0f}",
+            sheet.name, "yes" if micro == rows else "no", str(micro or "none"), f"{p.ms:.0f}",
             f"{rate:,.0f}", f"{mfu_of(config, vocab_size, p.ms, sheet)['mfu']:.1f}",
             f"{BUDGET_TOKENS / rate / 3600:.1f}",
         )  # fmt: skip

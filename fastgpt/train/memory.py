@@ -87,16 +87,24 @@ def estimate(
     *,
     fused: bool = True,
     checkpointing: bool = False,
+    room: int | None = None,
 ) -> Estimate:
-    """Memory of a training step on micro-batches of batch_size x block_size tokens."""
-    from fastgpt_kernels.ops.loss.linear import chunk_rows
+    """Memory of a training step on micro-batches of batch_size x block_size tokens.
+
+    room  bytes that the head's logits may take at a time; default: as on a CPU
+    """
+    from fastgpt_kernels.ops.loss.linear import CHUNK_BYTES, chunk_rows
 
     N, C, V, e = n_parameters(shape), shape.n_embd, shape.padded_vocab_size, dtype.itemsize
     M = batch_size * shape.block_size
     matrices = shape.n_layer * 12 * C * C + V * C
     # Eager keeps logits, log-probabilities in fp32, and the gradients of both.
     eager_loss = M * V * (e + 4 + 4 + e)
-    loss = M * C * e + 4 * V * C + chunk_rows(M, V, e) * V * e if fused else eager_loss
+    loss = (
+        M * C * e + 4 * V * C + chunk_rows(M, V, e, None, room or CHUNK_BYTES) * V * e
+        if fused
+        else eager_loss
+    )
     one = dataclasses.replace(shape, n_layer=1)
     block = saved_by_blocks(one, batch_size, e, fused=fused, checkpointing=False)
     return Estimate(
@@ -113,8 +121,15 @@ def estimate(
 def of_model(model: GPT, batch_size: int) -> Estimate:
     """The estimate for a model as it stands: its ops, its dtype, checkpointed or not."""
     fused = any(c.implementation == "triton" for c in model.ops.choices if not record(c.op).library)
+    from fastgpt_kernels.ops.loss.linear import room_on
+
     return estimate(
-        model.shape, batch_size, model.dtype, fused=fused, checkpointing=model.checkpointing
+        model.shape,
+        batch_size,
+        model.dtype,
+        fused=fused,
+        checkpointing=model.checkpointing,
+        room=room_on(next(model.parameters()).device),
     )
 
 

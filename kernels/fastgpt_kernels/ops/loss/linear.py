@@ -17,11 +17,14 @@ only and the backward computes the logits again, a fourth product.
 Work is 6 M V C FLOPs (8 M V C for "none", 2 without gradients). With b bytes an element, memory
 moved is 5 M V b (logits written, read, dz written, read twice), and for n chunks 8 (n - 1) V C to
 sum dW in memory and 2 n reads of W. So chunks are as long as memory allows, which is mostly one:
-65,536 rows of 50,304 bf16 logits are 6.6 GB. They may take half of what is free; with deterministic
-algorithms 2 GiB, for the number of chunks decides how dW's sum is rounded.
+65,536 rows of 50,304 bf16 logits are 6.6 GB. They may take a twelfth of the device's memory: not of
+what is free of it, for the number of chunks decides how dW's sum is rounded, and a run that goes on
+after a stop must round as the one that was never stopped.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -38,8 +41,8 @@ from fastgpt_kernels.host import (
 from fastgpt_kernels.ops.loss.cross_entropy import check_arguments, check_rows, check_targets
 from fastgpt_kernels.register import Op, call_directly, product_flops
 
-CHUNK_BYTES = 2 << 30  # of logits, if nobody asks how much memory is free
-SMALL_BYTES = 256 << 20  # of logits: not worth the question
+CHUNK_BYTES = 2 << 30  # of logits, where no GPU's memory sets the limit
+SHARE = 12  # of a GPU's memory a chunk may take 1 / SHARE
 MIN_CHUNK_ROWS = 1024  # fewer do not fill a GPU with tiles of the products
 PITCH = 64  # rows of the chunk start at multiples of this many elements: aligned for any V
 WIDENED_ROWS = 4096  # of a factor of dW that is widened to fp32 at a time
@@ -57,14 +60,12 @@ def chunk_rows(
     return min(-(-rows // 128) * 128, limit, n_rows)  # whole tiles of the matrix products
 
 
-def room_for(logits_bytes: int, device: torch.device) -> int:
-    """Bytes that a chunk may take: half of what this process has not allocated of the GPU."""
-    if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+@functools.cache
+def room_on(device: torch.device) -> int:
+    """Bytes that a chunk of logits may take on a device."""
+    if device.type != "cuda":
         return CHUNK_BYTES
-    if logits_bytes <= SMALL_BYTES:
-        return SMALL_BYTES
-    total = torch.cuda.get_device_properties(device).total_memory
-    return (total - torch.cuda.memory_allocated(device)) // 2
+    return torch.cuda.get_device_properties(device).total_memory // SHARE
 
 
 def _chunks(
@@ -84,8 +85,7 @@ def _chunks(
     if n_rows == 0 or n_features == 0:
         dw.zero_()
     pitch, size = -(-n_cols // PITCH) * PITCH, x.element_size()
-    room = room_for(n_rows * pitch * size, x.device)
-    rows = chunk_rows(n_rows, pitch, size, chunk_tokens, room)
+    rows = chunk_rows(n_rows, pitch, size, chunk_tokens, room_on(x.device))
     buffer = torch.empty(rows, pitch, dtype=x.dtype, device=x.device)
     for start in range(0, n_rows, max(rows, 1)):
         part = slice(start, min(start + rows, n_rows))
@@ -233,10 +233,9 @@ def linear_cross_entropy(
     to x's dtype on the way in; targets (...) int64. The loss and the meaning of the other arguments
     are those of `cross_entropy`; ignore_index is -1 unless given, where PyTorch's is -100.
     `chunk_tokens` is the number of rows of logits held at a time; None makes as few chunks as fit
-    into half of the memory that is free (2 GiB a chunk with deterministic algorithms). Gradients
-    are computed together with the loss, unless grad mode is off or neither x nor weight requires
-    them; with reduction "none" in the backward. dW is summed in fp32 and comes in the dtype of
-    `weight`: an fp32 one is never rounded.
+    into a twelfth of the GPU's memory. Gradients are computed together with the loss, unless grad
+    mode is off or neither x nor weight requires them; with reduction "none" in the backward. dW is
+    summed in fp32 and comes in the dtype of `weight`: an fp32 one is never rounded.
 
     Wrong shapes and values raise ValueError, wrong types and dtypes TypeError.
     """
