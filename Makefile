@@ -21,7 +21,7 @@ BENCH_ARGS ?=
 JOBS ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo 0; else nproc 2>/dev/null | awk '{print ($$1 > 4 ? 4 : $$1)}'; fi)
 BIN    := $(VENV)/bin
 # Versions that are known to pass all tests; `pip install -e .` alone takes what pyproject.toml admits.
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: train test slow lint gate ledger install clean
 

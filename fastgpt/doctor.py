@@ -25,6 +25,7 @@ from fastgpt.errors import UserError
 from fastgpt.model import ops
 from fastgpt.model.build import choose
 from fastgpt.model.device import Machine
+from fastgpt.model.driver import why_no_gpu
 from fastgpt.model.gpt import ModelShape
 from fastgpt.model.plan import Plan
 from fastgpt.storage import run
@@ -42,7 +43,8 @@ def _version(package: str) -> str:
 
 def _gpus() -> str:
     if not torch.cuda.is_available():
-        return "none that PyTorch sees: training runs on the CPU, on eager PyTorch"
+        none = "none that PyTorch sees: training runs on the CPU, on eager PyTorch"
+        return "\n".join(filter(None, (none, why_no_gpu())))
     lines = []
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)

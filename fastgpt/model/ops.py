@@ -18,6 +18,7 @@ faster, or for a flag such as --op.linear=triton.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -30,10 +31,10 @@ import torch
 from fastgpt.errors import UserError
 from fastgpt.model.contact import Task, first_contact
 from fastgpt.model.plan import Plan
-from fastgpt_kernels import host
+from fastgpt_kernels import host, versions
 from fastgpt_kernels.plans.measure import put
 from fastgpt_kernels.record import Record, Sizes, records
-from fastgpt_kernels.telling import telling
+from fastgpt_kernels.telling import EVERY_S, telling
 
 CHECKED_ON = ("cuda",)  # types of devices; Triton's interpreter is not worth the time
 
@@ -126,8 +127,12 @@ def choose_all(
         if name != "eager" and not obstacle and device.type in CHECKED_ON:
             task = Task.of(op, name, device, dtype, sizes)
             tasks[op.name] = replace(task, configs=json.dumps(configs.get(op.name, [])))
-    with telling("checking kernels"):
+    with telling("checking kernels") as elapsed:
         found = dict(zip(tasks, first_contact([*tasks.values()]), strict=True))
+    if elapsed() > EVERY_S:
+        print(f"checked {len(tasks)} kernels in {elapsed():.1f}s", flush=True)
+    if any(obstacle == versions.untested() != "" for _, obstacle, *_ in wanted.values()):
+        _warn_of_versions(versions.untested())
     chosen = {}
     for op in ops:
         name, obstacle, flag, reason = wanted[op.name]
@@ -140,6 +145,11 @@ def choose_all(
             put(configs.get(op.name, ()), host.arch_on(device))
         chosen[op.name] = Choice(op.name, kind, reason), op.implementations[kind]
     return chosen
+
+
+@functools.cache
+def _warn_of_versions(untested: str) -> None:
+    print(f"warning: {untested}: eager kernels; --kernels=triton tries ours", flush=True)
 
 
 def _wanted(
@@ -157,12 +167,15 @@ def _wanted(
     """
     wanted, flag = wish.of(op)
     if wanted == "auto":
-        measured = plan.ops.get(op.name) if plan else None
+        # Of versions that nobody has tried, PyTorch's own implementation is the one to trust.
+        untested = versions.untested()
+        measured = plan.ops.get(op.name) if plan and not untested else None
         if measured and measured.implementation in op.implementations:
             name = measured.implementation
             return name, _obstacle(op, name, device, dtype, sizes), "", measured.reason
         obstacle = _obstacle(op, "triton", device, dtype, sizes)
-        return "triton", obstacle or op.slower(host.arch_on(device)), "", "fused kernels"
+        obstacle = obstacle or op.slower(host.arch_on(device)) or untested
+        return "triton", obstacle, "", "fused kernels"
     if obstacle := _obstacle(op, wanted, device, dtype, sizes):
         raise UserError(f"{flag}: {obstacle}")
     return wanted, "", flag, flag

@@ -16,6 +16,7 @@ from fastgpt.errors import UserError
 from fastgpt.model import ops
 from fastgpt.model.build import build
 from fastgpt.model.device import Machine
+from fastgpt.model.driver import why_no_gpu
 from fastgpt.model.plan import Plan
 from fastgpt.storage import checkpoint, run
 from fastgpt.train import console, graph, memory, resume, tuning
@@ -37,6 +38,8 @@ def train(config: Config, name: str) -> int:
     check_launch(config)
     device = local_device(system.device)
     machine = Machine.of(device, system.dtype, system.compile, system.peak_tflops)
+    if system.device == "auto" and machine.device.type == "cpu" and (said := why_no_gpu()):
+        print(f"{said}; going on on the CPU", flush=True)
     if system.max_autotune and not machine.compile:
         raise UserError("--max_autotune=True: is torch.compile's; give --compile=True with it")
     with join(config, machine.device) as ranks:
