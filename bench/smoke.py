@@ -1,4 +1,4 @@
-"""python -m bench smoke: is each op right on this device, at GPT-2's size?
+"""python -m bench smoke [op ...]: is each op right on this device, at GPT-2's size?
 
 One case an op and implementation, forward and backward, against its specification, each op in a
 process of its own that may hang or crash. All are looked at, whatever fails.
@@ -7,10 +7,12 @@ process of its own that may hang or crash. All are looked at, whatever fails.
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 
 from bench import results, setup
+from fastgpt_kernels import OPS
 from fastgpt_kernels.plans.child import Child, Failed
 from fastgpt_kernels.plans.tune import Question, names
 from fastgpt_kernels.record import Sizes, records
@@ -22,7 +24,10 @@ LIMIT_S = 120.0
 
 def main(argv: list[str]) -> int:
     parser = setup.Parser("smoke", __doc__)
+    parser.add_argument("ops", nargs="*", help="such as attention; default: all of the model's")
     args, flags = parser.parse(argv)
+    if unknown := [op for op in args.ops if op not in OPS]:
+        parser.error(f"no op {unknown[0]!r}: there are {', '.join(OPS)}")
     with parser.user_errors():
         device = setup.device_of(flags)
     gpu = device.type == "cuda"
@@ -30,13 +35,15 @@ def main(argv: list[str]) -> int:
     dtype, sizes = (torch.bfloat16, GPT2) if gpu else (torch.float32, SMALL)
     result = results.Result("smoke", argv, {"sizes": asdict(sizes)})
     for op in records("model"):
+        if args.ops and op.name not in args.ops:
+            continue
         for case in (sizes, replace(sizes, dropout=0.2)) if op.name == "attention" else (sizes,):
             dropout = f" dropout {case.dropout:g}" if case.dropout else ""
             question = Question(op.name, device, dtype, False, case)
             there = {**question.what, "device": str(device)}
             child = Child("fastgpt_kernels.plans.measure:OpBench", there)
             for name in names(op, question):
-                row = {"key": f"{op.name}{dropout} {name}", "problem": ""}
+                row: dict[str, Any] = {"key": f"{op.name}{dropout} {name}", "problem": ""}
                 try:
                     child.ask("check", {"implementation": name}, timeout=LIMIT_S)
                     ms = child.ask("turn", {"implementation": name}, timeout=LIMIT_S)

@@ -7,6 +7,7 @@ kept in PyTorch's and Triton's caches, where `step`, `waterfall` and a training 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from bench import results, setup, turns
 from bench.variants import contenders
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> int:
         began = time.perf_counter()
         found = turns.measure(variants, config, vocab_size, rounds=0, builders=len(variants))
     for m in found:
-        row = {"key": f"{args.preset} {m.variant.name}", "problem": m.problem}
+        row: dict[str, Any] = {"key": f"{args.preset} {m.variant.name}", "problem": m.problem}
         if m.built:
             row["samples_ms"] = [1e3 * m.built["warm_up_s"]]
         said = m.problem or f"{m.built['warm_up_s']:.1f} s"
