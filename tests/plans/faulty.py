@@ -26,3 +26,19 @@ class Faulty:
 
     def pid(self) -> int:
         return os.getpid()
+
+
+class Gate:
+    """The ahead-of-time gate in a process of its own, where kernels are not interpreted."""
+
+    def judge(self, blocks: dict, num_warps: int, num_stages: int) -> str:
+        import torch
+
+        from fastgpt_kernels.plans.measure import gate
+        from fastgpt_kernels.record import Sizes, record
+
+        config = {"blocks": blocks, "num_warps": num_warps, "num_stages": num_stages}
+        room = "fastgpt_kernels.ops.attention"
+        given = [{"room": room, "table": "FORWARD", "bound": 64, "config": config}]
+        sizes = Sizes(32, 1024, 12, 768)
+        return gate(record("attention"), sizes, torch.bfloat16, "sm_90", given)

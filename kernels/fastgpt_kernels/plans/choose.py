@@ -155,7 +155,7 @@ class _Search:
         names = {c.name for c in self.candidates}
         old = self.known.trials if self.known else {}
         self.trials = {name: t for name, t in old.items() if name in names}
-        self.began = self.said = self.clock()
+        self.began = self.phase = self.said = self.clock()
         self.order = random.Random(self.seed)
         fresh = [c for c in self.candidates if c.name not in self.trials]
         if self.known and not fresh and self._settled():
@@ -179,7 +179,7 @@ class _Search:
         """How far it is, every few seconds."""
         now = self.clock()
         if now - self.said >= EVERY_S:
-            left = (of - done) * (now - self.began) / done
+            left = (of - done) * (now - self.phase) / done
             self.said = now
             self.say(f"{what} {done} of {of}, ETA {max(0.0, min(left, self.end - now)):.0f} s")
 
@@ -235,7 +235,7 @@ class _Search:
         """
         field_ = [base, *others]
         samples: dict[str, list[float]] = {c.name: [] for c in field_}
-        spent = False
+        spent, self.phase = False, self.clock()
         for r in range(self.rounds):
             turn = self.order.sample(field_, len(field_))
             for c in turn:
