@@ -134,6 +134,21 @@ def test_a_new_candidate_is_held_against_what_is_known():
     assert fake.choose(known=better).choice == "fast"
 
 
+def test_a_short_budget_times_some_rather_than_checking_all():
+    fake = Fake(default=10.0, fast=8.0, **{f"other{i}": 12.0 for i in range(20)})
+    found = fake.choose(seconds=20)
+    assert found.trials["fast"].faster and not found.complete
+    assert 2 <= len(fake.checked) < 14
+    rest = fake.choose(seconds=1000, known=found)
+    assert rest.complete and rest.choice == "fast" and max(fake.checked.values()) == 1
+
+
+def test_of_a_short_budget_something_is_left_to_prove_the_winner():
+    fake = Fake(default=10.0, fast=8.0)
+    found = fake.choose(seconds=6)  # of which 20 rounds, twice, would take 8
+    assert found.choice == "fast" and found.trials["fast"].rounds < 20
+
+
 def test_a_single_candidate_is_not_timed():
     fake = Fake(default=10.0, wrong="wrong")
     assert fake.choose().choice == "default" and not fake.timed

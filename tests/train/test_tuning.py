@@ -156,7 +156,7 @@ def test_the_budget_is_held_and_the_rest_comes_at_the_next_start(seconds):
 
 
 def test_until_the_whole_was_measured_nothing_changes():
-    plan = Fake(**WINS).measure(seconds=30)
+    plan = Fake(**WINS).measure(seconds=14)
     assert not plan.ops and any("not measured yet" in line for line in plan.lines)
 
 

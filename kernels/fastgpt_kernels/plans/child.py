@@ -51,6 +51,8 @@ class Child:
     def ask_within(self, left: Callable[[], float], method: str, *args: Any, timeout: float) -> Any:
         """As `ask`, for at most what is left of a budget; Spent if that ends first."""
         try:
+            if self._process is None:
+                self._start(max(0.1, min(START_S, left())))
             return self.ask(method, *args, timeout=max(0.1, min(timeout, left())))
         except Failed:
             if left() <= 0:
@@ -61,11 +63,11 @@ class Child:
         """What the method returns, within some seconds; starting is not counted."""
         with self._lock:
             if self._process is None:
-                self._start()
+                self._start(START_S)
             self._send([method, args])
             return self._answer(timeout)
 
-    def _start(self) -> None:
+    def _start(self, seconds: float) -> None:
         start = "import json, sys; sys.path[:] = json.loads(sys.stdin.readline()); "
         start += f"from {__name__} import serve; serve()"
         try:
@@ -88,7 +90,7 @@ class Child:
         threading.Thread(target=read, daemon=True).start()
         self._send([*map(str, sys.path)])
         self._send(self.request)
-        self._answer(START_S)
+        self._answer(seconds)
 
     def _send(self, message: Any) -> None:
         assert self._process and self._process.stdin

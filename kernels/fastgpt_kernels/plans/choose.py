@@ -26,6 +26,8 @@ MARGIN = 0.02
 SCREEN_ROUNDS = 3
 HOPELESS = 1.5  # times the default's: such a candidate gets no more turns
 ROUNDS = 20
+FIRST_SHARE = 0.6  # of what is left of a budget, for the first series
+CHECK_SHARE = 0.6  # of the budget, after which no further candidate is checked
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,9 @@ class _Search:
         done: list[str] = []
 
         def one(c: Candidate) -> bool:
-            if self._spent():
+            # Of a short budget, enough is left to time those that were checked.
+            late = self.clock() >= self.began + CHECK_SHARE * (self.end - self.began)
+            if self._spent() or late and len(done) >= 2:
                 return False
             try:
                 self.measurer.check(c)
@@ -236,6 +240,8 @@ class _Search:
         field_ = [base, *others]
         samples: dict[str, list[float]] = {c.name: [] for c in field_}
         spent, self.phase = False, self.clock()
+        # The winner has to say so in a second series, which takes its time too.
+        enough = self.end if prove else self.phase + FIRST_SHARE * (self.end - self.phase)
         for r in range(self.rounds):
             turn = self.order.sample(field_, len(field_))
             for c in turn:
@@ -262,6 +268,8 @@ class _Search:
                         self._note(c, base, samples)
                         field_.remove(c)
             self._progress("round", r + 1, self.rounds)
+            if r + 1 >= MIN_ROUNDS and self.clock() >= enough:
+                break
         count = min((len(samples[c.name]) for c in field_), default=0)
         if count < MIN_ROUNDS:
             return False
