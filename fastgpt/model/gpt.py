@@ -2,12 +2,13 @@
 
 Parameters are named as nanoGPT names them. The residual stream is carried in the form that the
 fused ops want: every block ends by adding its branch to the stream and normalising for the next,
-so one op reads the stream once.
+so one op reads the stream once. Ours also adds the bias that a branch ends with, and drops out.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -107,12 +108,15 @@ class Attention(nn.Module):
         self.c_proj = Linear(shape.n_embd, shape.n_embd, bias=shape.bias)
         self.n_head, self.dropout, self.ops = shape.n_head, dropout, table
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The branch, and its last bias if the norm is to add that and to drop out."""
         dropout_p = self.dropout if self.training else 0.0
         qkv = self.ops.linear(x, *self.c_attn.read())
-        y = self.ops.attention(qkv, self.n_head, dropout_p=dropout_p)
-        y = self.ops.linear(y, *self.c_proj.read())
-        return F.dropout(y, self.dropout, self.training)
+        y = self.ops.attention(qkv, self.n_head, dropout_p=dropout_p, seed=seed)
+        weight, bias = self.c_proj.read()
+        if self.ops.ours("add_layer_norm"):
+            return self.ops.linear(y, weight), bias
+        return F.dropout(self.ops.linear(y, weight, bias), self.dropout, self.training), None
 
 
 class MLP(nn.Module):
@@ -123,9 +127,13 @@ class MLP(nn.Module):
         self.approximate = "none" if shape.gelu == "erf" else "tanh"
         self.dropout, self.ops = dropout, table
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.ops.mlp(x, *self.c_fc.read(), *self.c_proj.read(), self.approximate)
-        return F.dropout(y, self.dropout, self.training)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `Attention.forward`."""
+        weight, bias = self.c_proj.read()
+        if self.ops.ours("add_layer_norm"):
+            return self.ops.mlp(x, *self.c_fc.read(), weight, None, self.approximate), bias
+        y = self.ops.mlp(x, *self.c_fc.read(), weight, bias, self.approximate)
+        return F.dropout(y, self.dropout, self.training), None
 
 
 class Block(nn.Module):
@@ -135,13 +143,31 @@ class Block(nn.Module):
         self.attn = Attention(shape, dropout, table)
         self.ln_2 = LayerNorm(shape.n_embd, shape.bias)
         self.mlp = MLP(shape, dropout, table)
-        self.ops = table
+        self.dropout, self.ops = dropout, table
 
-    def forward(self, y: Tensor, x: Tensor, next_norm: LayerNorm) -> tuple[Tensor, Tensor]:
-        """y: the stream x after ln_1. Returns the stream after this block, normalised and plain."""
-        ln = self.ln_2
-        y, x = self.ops.add_layer_norm(self.attn(y), x, ln.weight, ln.bias)
-        return self.ops.add_layer_norm(self.mlp(y), x, next_norm.weight, next_norm.bias)
+    def forward(
+        self, y: Tensor, x: Tensor, next_norm: LayerNorm, seeds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """y: the stream x after ln_1. Returns the stream after this block, normalised and plain.
+
+        seeds (3, 1) int64 of the block's dropout, or None for PyTorch's generator.
+        """
+        a, b, c = (None, None, None) if seeds is None else seeds
+        y, x = self._add(self.attn(y, a), x, self.ln_2, b)
+        return self._add(self.mlp(y), x, next_norm, c)
+
+    def _add(
+        self,
+        branch: tuple[Tensor, Tensor | None],
+        x: Tensor,
+        norm: LayerNorm,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        y, bias = branch
+        if not self.ops.ours("add_layer_norm"):
+            return self.ops.add_layer_norm(y, x, norm.weight, norm.bias)
+        p = self.dropout if self.training else 0.0
+        return self.ops.add_layer_norm(y, x, norm.weight, norm.bias, bias, dropout_p=p, seed=seed)
 
 
 class Transformer(nn.Module):
@@ -211,8 +237,10 @@ class GPT(nn.Module):
             if not isinstance(layer, Linear) or (".mlp." in name and "mlp" not in eager):
                 continue
             layer.weight_copy = layer.weight.detach().to(self.dtype)
-            gelu = name.endswith("c_fc") and "bias_gelu" not in eager  # it reads any dtype
-            if layer.bias is not None and not gelu:
+            # Ours read biases of any dtype.
+            gelu = name.endswith("c_fc") and "bias_gelu" not in eager
+            norm = name.endswith("c_proj") and "add_layer_norm" not in eager
+            if layer.bias is not None and not gelu and not norm:
                 layer.bias_copy = layer.bias.detach().to(self.dtype)
         self.register_load_state_dict_post_hook(lambda model, _: model.copy_masters())
 
@@ -243,11 +271,16 @@ class GPT(nn.Module):
         blocks = [cast(Block, block) for block in t.h]
         norms = [block.ln_1 for block in blocks[1:]] + [t.ln_f]
         y = self.ops.layer_norm(x, blocks[0].ln_1.weight, blocks[0].ln_1.bias)
-        for block, norm in zip(blocks, norms, strict=True):
+        seeds: Sequence[Tensor | None] = [None] * len(blocks)
+        if self.training and self.dropout and self.ops.ours("add_layer_norm"):
+            # All at once, 16 bytes apart: kernels may take what is so aligned for granted.
+            drawn = torch.randint(2**63 - 1, (len(blocks), 3, 2), device=x.device)
+            seeds = drawn[..., :1].unbind()
+        for block, norm, own in zip(blocks, norms, seeds, strict=True):
             if self.checkpointing and torch.is_grad_enabled():
-                y, x = cast(tuple, checkpoint(block, y, x, norm, use_reentrant=False))
+                y, x = cast(tuple, checkpoint(block, y, x, norm, own, use_reentrant=False))
             else:
-                y, x = block(y, x, norm)
+                y, x = block(y, x, norm, own)
         return y
 
     def logits(self, hidden: Tensor) -> Tensor:

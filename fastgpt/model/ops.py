@@ -56,6 +56,10 @@ class OpTable:
         for name, function in functions.items():
             setattr(self, name, function)
 
+    def ours(self, op: str) -> bool:
+        """Whether an op runs on the kernel of this package."""
+        return any(c.op == op and c.implementation == "triton" for c in self.choices)
+
     def __getattr__(self, name: str) -> Callable[..., Any]:
         raise AttributeError(f"the op table has no op {name!r}")
 

@@ -94,6 +94,7 @@ def row_view(x: torch.Tensor) -> torch.Tensor:
 
 
 _INTEGER = int | torch.SymInt
+_NUMBER = int | float
 
 
 def check_tensor(
@@ -140,6 +141,24 @@ def check_tensor(
         )
     if like is not None and x.device != like.device:
         raise ValueError(f"{op}: {name} must be on {like.device}, got {x.device}")
+
+
+def check_dropout(op: str, dropout_p: object, seed: object, like: torch.Tensor) -> None:
+    """Raise TypeError/ValueError unless p is in [0, 1) and the seed an int64, as int or tensor."""
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, _NUMBER):
+        raise TypeError(f"{op}: dropout_p must be a float, got {type(dropout_p).__name__}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+    if seed is None:
+        return
+    if isinstance(seed, torch.Tensor):
+        check_tensor(op, "seed", seed, dtypes=(torch.int64,), like=like)
+        if seed.numel() != 1:
+            raise ValueError(f"{op}: seed must have one element, got shape {tuple(seed.shape)}")
+    elif isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"{op}: seed must be an int, a tensor or None, got {type(seed).__name__}")
+    elif not -(2**63) <= seed < 2**63:
+        raise ValueError(f"{op}: seed must fit in 64 bits, got {seed}")
 
 
 def check_int(

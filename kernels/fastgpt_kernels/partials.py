@@ -96,7 +96,7 @@ def _last_of(counter_ptr, count, AMD: tl.constexpr):
 @triton.jit
 def _add_rows(
     rows_ptr,  # (P, K C) fp32
-    out0_ptr, out1_ptr,  # (C,), the second None if K is 1
+    out0_ptr, out1_ptr, out2_ptr,  # (C,): K of them, the others None
     P, C: tl.constexpr, K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     for first in range(0, K * C, BLOCK_C):
@@ -111,15 +111,19 @@ def _add_rows(
         result = tl.sum(total, axis=0)
         tl.store(out0_ptr + columns, result.to(out0_ptr.dtype.element_ty), mask=columns < C)
         if out1_ptr is not None:
-            mask = (columns >= C) & (columns < K * C)
+            mask = (columns >= C) & (columns < 2 * C)
             tl.store(out1_ptr + columns - C, result.to(out1_ptr.dtype.element_ty), mask=mask)
+        if out2_ptr is not None:
+            own = columns - (K - 1) * C
+            mask = (own >= 0) & (own < C)
+            tl.store(out2_ptr + own, result.to(out2_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def add_partials_at_last(
     partials_ptr,  # (programs + groups, K C) fp32
     counters_ptr,  # (COUNTERS,) 4-byte zeros, zeros again afterwards
-    out0_ptr, out1_ptr,  # (C,), the second None if K is 1
+    out0_ptr, out1_ptr, out2_ptr,  # (C,): K of them, the others None
     C: tl.constexpr, K: tl.constexpr, BLOCK_C: tl.constexpr, AMD: tl.constexpr,
 ):  # fmt: skip
     """Every program calls this when its row is written; the last to come adds all rows up.
@@ -134,6 +138,6 @@ def add_partials_at_last(
     if _last_of(counters + 1 + group, size, AMD):
         sums_ptr = partials_ptr + programs.to(tl.int64) * (K * C)
         rows_ptr, sum_ptr = partials_ptr + first.to(tl.int64) * (K * C), sums_ptr + group * (K * C)
-        _add_rows(rows_ptr, sum_ptr, None, size, K * C, 1, GROUP, BLOCK_C)
+        _add_rows(rows_ptr, sum_ptr, None, None, size, K * C, 1, GROUP, BLOCK_C)
         if _last_of(counters, groups, AMD):
-            _add_rows(sums_ptr, out0_ptr, out1_ptr, groups, C, K, GROUP, BLOCK_C)
+            _add_rows(sums_ptr, out0_ptr, out1_ptr, out2_ptr, groups, C, K, GROUP, BLOCK_C)

@@ -36,10 +36,21 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
-) -> tuple[Tensor, Tensor]:
-    """residual_out = x + residual (rounded to x's dtype), y = layer_norm(residual_out)."""
-    residual_out = x + residual
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None,
+    x_bias: Tensor | None = None, eps: float = 1e-5,
+    *, dropout_p: float = 0.0, seed: int | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """residual_out = residual + Z (x + x_bias), rounded to x's dtype once; y = its layer_norm.
+
+    Z is 0 where `norm_dropout_mask` says, else 1 / (1 - p): all ones without dropout.
+    """
+    dtype = _compute_dtype(x, residual, x_bias)
+    branch = x.to(dtype) if x_bias is None else x.to(dtype) + x_bias.to(dtype)
+    if dropout_p > 0:
+        C = x.shape[-1]
+        kept = norm_dropout_mask(seed_tensor(seed, x.device), x.numel() // max(C, 1), C, dropout_p)
+        branch = branch * kept.view(x.shape) * dropout_threshold(dropout_p)[1]
+    residual_out = (branch + residual.to(dtype)).to(x.dtype)
     return layer_norm(residual_out, weight, bias, eps), residual_out
 
 
@@ -218,23 +229,24 @@ def attention_dropout_mask(seed: Tensor, heads: int, T: int, dropout_p: float) -
     return attention_dropout_bits(seed, heads, T) >= dropout_threshold(dropout_p)[0]
 
 
-def attention_dropout_bits(seed: Tensor, heads: int, T: int) -> Tensor:
-    """(heads, T, T) int64 in [0, 65536): the random bits that decide on dropping an entry.
+def norm_dropout_mask(seed: Tensor, M: int, C: int, dropout_p: float) -> Tensor:
+    """(M, C) bool, True where `add_layer_norm` keeps an entry of x, seen as M rows.
 
-    Entry (row, column) of a head takes 16 bits of Philox 4x32 with 7 rounds (Salmon et al., 2011),
-    key `seed`, counter (8 * (column // 32) + column % 8, 8 * (row // 16) + row % 8, head, 0): of
-    its four words number column // 8 % 4, of that the low half if row // 8 % 2 == 0, else the high.
+    Entry (row, column) takes 16 bits of Philox 4x32 with 7 rounds, key `seed`, counter
+    (column // 8, row, 0, 1): the low or, if column is odd, the high half of word column // 2 % 4.
     """
     device = seed.device
-    groups_m, groups_n = -(-T // 16), -(-T // 32)
+    columns, rows = torch.arange(-(-C // 8), device=device), torch.arange(M, device=device)
+    zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    words = torch.stack(_philox(seed, columns[None, :], rows[:, None], zero, zero + 1), -1)
+    bits = torch.stack([words & 0xFFFF, words >> 16], -1).view(M, -1)[:, :C]
+    return bits >= dropout_threshold(dropout_p)[0]
+
+
+def _philox(seed: Tensor, *counter: Tensor) -> tuple[Tensor, ...]:
+    """The four 32-bit words, as int64, of Philox 4x32 with 7 rounds (Salmon et al., 2011)."""
     # 32-bit arithmetic in int64: products wrap modulo 2**64, which leaves both halves right.
-    low = 0xFFFFFFFF
-    words = [
-        torch.arange(groups_n * 8, device=device).view(1, 1, -1),
-        torch.arange(groups_m * 8, device=device).view(1, -1, 1),
-        torch.arange(heads, device=device).view(-1, 1, 1),
-        torch.zeros(1, 1, 1, dtype=torch.int64, device=device),
-    ]
+    low, words = 0xFFFFFFFF, list(counter)
     key = seed.view(()) & low, (seed.view(()) >> 32) & low
     for i in range(7):
         b, a = 0xCD9E8D57 * words[2], 0xD2511F53 * words[0]
@@ -244,7 +256,25 @@ def attention_dropout_bits(seed: Tensor, heads: int, T: int) -> Tensor:
             ((a >> 32) & low) ^ words[3] ^ ((key[1] + i * 0xBB67AE85) & low),
             a & low,
         ]
-    bits = torch.stack(torch.broadcast_tensors(*words), -1)
+    return torch.broadcast_tensors(*words)
+
+
+def attention_dropout_bits(seed: Tensor, heads: int, T: int) -> Tensor:
+    """(heads, T, T) int64 in [0, 65536): the random bits that decide on dropping an entry.
+
+    Entry (row, column) of a head takes 16 bits of Philox 4x32 with 7 rounds (Salmon et al., 2011),
+    key `seed`, counter (8 * (column // 32) + column % 8, 8 * (row // 16) + row % 8, head, 0): of
+    its four words number column // 8 % 4, of that the low half if row // 8 % 2 == 0, else the high.
+    """
+    device = seed.device
+    groups_m, groups_n = -(-T // 16), -(-T // 32)
+    counter = (
+        torch.arange(groups_n * 8, device=device).view(1, 1, -1),
+        torch.arange(groups_m * 8, device=device).view(1, -1, 1),
+        torch.arange(heads, device=device).view(-1, 1, 1),
+        torch.zeros(1, 1, 1, dtype=torch.int64, device=device),
+    )
+    bits = torch.stack(_philox(seed, *counter), -1)
     bits = torch.stack([bits & 0xFFFF, bits >> 16], -1)  # (heads, T / 2, T / 4, word, half)
     bits = bits.view(heads, groups_m, 8, groups_n, 8, 4, 2).permute(0, 1, 6, 2, 3, 5, 4)
     return bits.reshape(heads, groups_m * 16, groups_n * 32)[:, :T, :T]

@@ -1,6 +1,7 @@
 """layer_norm and add_layer_norm against the fp64 oracle, in the interpreter or on a GPU."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -50,6 +51,54 @@ def test_parameters_in_another_dtype(parameters: str, device: torch.device) -> N
         check_both((11, 96), [x.float(), residual.float(), weight, bias.float()])
     else:
         check_both((11, 96), [x, residual, weight, None])
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("biases", ["both", "own", "none"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5, 40), (19, 257)], ids=str)
+def test_the_end_of_a_branch(
+    shape: tuple[int, ...], biases: str, dropout_p: float, dtype: torch.dtype, device: torch.device
+) -> None:
+    """The bias before the addition, and dropout, with the mask of the specification."""
+    x, residual, weight, bias = tensors(shape, dtype, device)
+    x_bias = torch.randn_like(weight) if biases != "none" else None
+    inputs = (x, residual, weight, bias if biases == "both" else None, x_bias)
+    dys = torch.randn_like(x), torch.randn_like(x)
+    arguments = {"dropout_p": dropout_p, "seed": 2**40 + 3} if dropout_p else {}
+    check_op(
+        partial(add_layer_norm, **arguments), partial(reference.add_layer_norm, **arguments),
+        inputs, dys,
+    )  # fmt: skip
+
+
+def test_the_share_that_is_dropped(device: torch.device) -> None:
+    x = torch.ones(200, 300, device=device)
+    weight = torch.ones(300, device=device)
+    _, a = add_layer_norm(x, torch.zeros_like(x), weight, dropout_p=0.2, seed=5)
+    _, b = add_layer_norm(x, torch.zeros_like(x), weight, dropout_p=0.2, seed=6)
+    kept = [(t != 0).float() for t in (a, b)]
+    for t in kept:
+        assert abs(t.mean().item() - 0.8) < 0.01
+        assert (t.mean(0) - 0.8).abs().max() < 0.15 and (t.mean(1) - 0.8).abs().max() < 0.12
+    assert abs((kept[0] * kept[1]).mean().item() - 0.64) < 0.01, "seeds draw apart"
+    assert torch.equal(a[a != 0], torch.full_like(a[a != 0], 65536 / (65536 - 13107)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"dropout_p": 1.0}, ValueError),
+        ({"dropout_p": "a"}, TypeError),
+        ({"dropout_p": 0.1, "seed": 2**63}, ValueError),
+        ({"dropout_p": 0.1, "seed": 0.5}, TypeError),
+    ],
+)
+def test_wrong_dropout(arguments: dict[str, Any], error: type, device: torch.device) -> None:
+    x, residual, weight, bias = tensors((2, 8), torch.float32, device)
+    with pytest.raises(error, match=r"add_layer_norm: (dropout_p|seed) must"):
+        add_layer_norm(x, residual, weight, bias, **arguments)
+    with pytest.raises(ValueError, match="x_bias must have shape"):
+        add_layer_norm(x, residual, weight, bias, weight[:3])
 
 
 @pytest.mark.slow
@@ -141,9 +190,11 @@ def test_gradients_of_many_programs_meet(bias: bool, device: torch.device) -> No
     x, _, weight, b = tensors((150, 40), torch.float32, device)
     b, dy = b if bias else None, torch.randn_like(x)
     config = Config({"TILE": 32, "ROWS": 2, "PROGRAMS_PER_SM": 37}, num_warps=1)
-    _, _, stats = launch_forward(x, None, weight, b, 1e-5)
+    _, _, stats = launch_forward(x, None, weight, b, None, 1e-5, 0.0, None)
     for _ in range(2):
-        _, dweight, dbias = launch_backward(dy, None, x, weight, b, stats, config)
+        _, _, dweight, dbias, _ = launch_backward(
+            dy, None, x, weight, b, None, None, stats, 0.0, config
+        )
         oracle = [t.double() for t in (x, weight, torch.zeros_like(weight))]
         want = forward_backward(reference.layer_norm, oracle, [dy.double()])[1]
         torch.testing.assert_close(dweight.double(), want[1], rtol=1e-5, atol=1e-5)
@@ -163,13 +214,15 @@ def test_opcheck(fused: bool, bias: bool, device: torch.device) -> None:
     x, residual, weight, b = (
         t.requires_grad_() for t in tensors((3, 5, 24), torch.float32, device)
     )
-    args = (x, residual if fused else None, weight, b if bias else None, 1e-5)
+    b, seed = b if bias else None, torch.tensor([3], device=device)
+    end = (b, 1e-5, 0.2, seed) if fused and bias else (None, 1e-5, 0.0, None)
+    args = (x, residual if fused else None, weight, b, *end)
     torch.library.opcheck(registered("layer_norm"), args)
     args = tuple(t.detach() if isinstance(t, Tensor) else t for t in args)
     y, _, stats = registered("layer_norm")(*args)
     torch.library.opcheck(
         registered("layer_norm_backward"),
-        (y, y if fused else None, y, *args[2:4], stats),
+        (y, y if fused else None, y, *args[2:5], args[7], stats, args[6]),
     )
 
 

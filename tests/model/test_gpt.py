@@ -126,7 +126,7 @@ def test_dropout_is_everywhere_gpt2_has_it(monkeypatch):
     table = choose(torch.device("cpu"))
     eager = table.attention
 
-    def attention(qkv, n_head, *, dropout_p):
+    def attention(qkv, n_head, *, dropout_p, seed):
         rates.append(("attention", dropout_p))
         return eager(qkv, n_head, dropout_p=dropout_p)
 

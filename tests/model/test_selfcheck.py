@@ -145,17 +145,18 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=s
 @DTYPES
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_what_is_checked_is_what_the_model_calls(shape, dropout, dtype):
-    """In training and evaluation: each call is checked, and no other."""
+    """In training and evaluation, whether norms are ours or not: each call is checked, no other."""
     seen: dict[str, set] = {}
     names = [op.name for op in records("model")]
     functions = {name: watched(name, seen) for name in names}
     parts = {name: functions[name] for name in record("mlp").made_of}
     functions["mlp"] = partial(functions["mlp"], **parts)
-    model = GPT(shape, dropout, OpTable(functions, ()), dtype).init_weights(0)
     ids = torch.randint(300, (3, 41))
-    model(ids[:, :-1], ids[:, 1:]).backward()
-    with torch.no_grad():
-        model.eval()(ids[:, :-1], ids[:, 1:])
+    for choices in ((Choice("add_layer_norm", "triton", ""),), ()):
+        model = GPT(shape, dropout, OpTable(functions, choices), dtype).init_weights(0)
+        model(ids[:, :-1], ids[:, 1:]).backward()
+        with torch.no_grad():
+            model.eval()(ids[:, :-1], ids[:, 1:])
     assert seen == {name: checked(name, shape.sizes(3, dropout), dtype) for name in names}
 
 

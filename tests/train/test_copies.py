@@ -75,7 +75,8 @@ def test_only_what_an_eager_op_would_round():
 
     def copied(**implementations: str) -> set[str]:
         """Layers and parameters of a block of which there are copies, by ops' implementations."""
-        chosen = dict.fromkeys(("linear", "mlp", "bias_gelu"), "eager") | implementations
+        ops = ("linear", "mlp", "bias_gelu", "add_layer_norm")
+        chosen = dict.fromkeys(ops, "eager") | implementations
         table = OpTable({}, tuple(Choice(op, i, "") for op, i in chosen.items()))
         other = GPT(SHAPE, 0.0, table, torch.bfloat16)
         other.keep_copies()
@@ -87,6 +88,8 @@ def test_only_what_an_eager_op_would_round():
     assert not copied(linear="triton")
     assert all("attn." in name for name in copied(mlp="triton"))
     assert block - copied(bias_gelu="triton") == {"mlp.c_fc.bias"}
+    ends = {"attn.c_proj.bias", "mlp.c_proj.bias"}
+    assert block - copied(add_layer_norm="triton") == ends
 
 
 def test_the_compiled_step_rounds_no_parameter(monkeypatch):

@@ -27,6 +27,7 @@ from fastgpt_kernels import reference
 from fastgpt_kernels.host import (
     FLOAT_DTYPES,
     HAS_TRITON,
+    check_dropout,
     check_int,
     check_tensor,
     refuse_interpreted_bf16,
@@ -36,8 +37,7 @@ from fastgpt_kernels.register import Op
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
 
-_OPTIONAL_BOOL, _OPTIONAL_INT, _NUMBER = bool | None, int | None, int | float
-_OPTIONAL_NUMBER = int | float | None
+_OPTIONAL_BOOL, _OPTIONAL_NUMBER = bool | None, int | float | None
 _DTYPES = (*FLOAT_DTYPES, torch.float64)
 
 
@@ -153,19 +153,8 @@ def _check(qkv, n_head, causal, dropout_p, seed, scale, deterministic) -> None:
     if not isinstance(deterministic, _OPTIONAL_BOOL):
         kind = type(deterministic).__name__
         raise TypeError(f"{op}: deterministic must be a bool or None, got {kind}")
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, _NUMBER):
-        raise TypeError(f"{op}: dropout_p must be a float, got {type(dropout_p).__name__}")
     if isinstance(scale, bool) or not isinstance(scale, _OPTIONAL_NUMBER):
         raise TypeError(f"{op}: scale must be a float or None, got {type(scale).__name__}")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
     if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"{op}: scale must be finite and > 0, got {scale}")
-    if isinstance(seed, Tensor):
-        check_tensor(op, "seed", seed, dtypes=(torch.int64,), like=qkv)
-        if seed.numel() != 1:
-            raise ValueError(f"{op}: seed must have one element, got shape {tuple(seed.shape)}")
-    elif isinstance(seed, bool) or not isinstance(seed, _OPTIONAL_INT):
-        raise TypeError(f"{op}: seed must be an int, a tensor or None, got {type(seed).__name__}")
-    elif seed is not None and not -(2**63) <= seed < 2**63:
-        raise ValueError(f"{op}: seed must fit in 64 bits, got {seed}")
+    check_dropout(op, dropout_p, seed, qkv)

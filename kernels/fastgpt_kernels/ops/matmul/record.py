@@ -56,14 +56,18 @@ def _linear_case(s: Sizes, random: Random) -> Case:
 
 
 def _linear_calls(s: Sizes, random: Random) -> list[Case]:
-    """Attention's two products, and those of an MLP that is made of them."""
+    """Attention's two products, and those of an MLP that is made of them.
+
+    What ends a branch leaves its bias to our add_layer_norm.
+    """
     C, H = s.n_embd, 4 * s.n_embd
 
     def layer(K: int, N: int, bias: bool) -> Case:
         inputs = [random(s.tokens, K), random(N, K) / K**0.5, random(N) if bias else None]
         return Case(inputs, masters=(1, 2))
 
-    return [layer(C, 3 * C, s.bias), layer(C, C, s.bias), layer(C, H, False), layer(H, C, s.bias)]
+    inner = [layer(C, 3 * C, s.bias), layer(C, H, False), layer(C, C, False), layer(H, C, False)]
+    return inner + ([layer(C, C, True), layer(H, C, True)] if s.bias else [])
 
 
 def _mlp_case(s: Sizes, random: Random) -> Case:
@@ -74,9 +78,10 @@ def _mlp_case(s: Sizes, random: Random) -> Case:
 
 def _mlp_calls(s: Sizes, random: Random) -> list[Case]:
     x, fc, fc_bias, proj, proj_bias = _mlp_case(s, random).inputs
-    biases = (fc_bias, proj_bias) if s.bias else (None, None)
-    inputs = [x, fc, biases[0], proj, biases[1]]
-    return [Case(inputs, {"approximate": s.approximate}, masters=(1, 2, 3, 4))]
+    # Our add_layer_norm takes the second bias.
+    biases = [(fc_bias, None), (fc_bias, proj_bias)] if s.bias else [(None, None)]
+    arguments = {"approximate": s.approximate}
+    return [Case([x, fc, a, proj, b], arguments, masters=(1, 2, 3, 4)) for a, b in biases]
 
 
 def _work(layers: int) -> Callable[[Sizes, int], dict[str, Work]]:

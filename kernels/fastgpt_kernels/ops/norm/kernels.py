@@ -31,6 +31,7 @@ from fastgpt_kernels.partials import (
     empty_partials,
     sum_columns,
 )
+from fastgpt_kernels.reference import dropout_threshold
 
 
 @triton.jit
@@ -54,14 +55,29 @@ def _load_rows(ptr, stride, rows, row_mask, columns, C: tl.constexpr, TILE: tl.c
 
 
 @triton.jit
+def _kept(seed, rows, i: tl.constexpr, threshold, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """[ROWS, TILE] bool: which entries of tile i survive dropout, as `norm_dropout_mask` says.
+
+    A Philox call is for eight neighbours, which one thread has in 16-bit tiles.
+    """
+    groups = i * (TILE // 8) + tl.arange(0, TILE // 8)[None, :]
+    a, b, c, d = tl.philox(seed, groups, rows, 0, 1, n_rounds=7)
+    words = tl.join(tl.join(a, c), tl.join(b, d))  # [ROWS, TILE / 8, 2, 2]: a, b, c, d
+    return tl.join(words & 0xFFFF, words >> 16).reshape(ROWS, TILE) >= threshold
+
+
+@triton.jit
 def layer_norm_forward_kernel(
     x_ptr,  # (M, C), rows x_stride apart
     residual_ptr,  # (M, C), rows residual_stride apart, or None
     weight_ptr, bias_ptr,  # (C,), the bias or None
+    x_bias_ptr,  # (C,), added to x, or None
+    seed_ptr,  # int64, of the dropout of x; None without
     y_ptr,  # (M, C) contiguous
     sum_ptr,  # (M, C) contiguous: x + residual; None without residual
     stats_ptr,  # (2 M + COUNTERS) fp32: means, rstds, and zeros for the backward's counters
     x_stride, residual_stride, M, eps,
+    threshold, scale,  # of `dropout_threshold`
     C: tl.constexpr, TILE: tl.constexpr,  # columns of a tile
     ROWS: tl.constexpr, STEPS: tl.constexpr,  # rows of a tile, how many times a program
     COUNTERS: tl.constexpr,
@@ -70,6 +86,8 @@ def layer_norm_forward_kernel(
         tl.store(stats_ptr + M + M + tl.arange(0, COUNTERS), 0.0)
     TILES: tl.constexpr = (C + TILE - 1) // TILE
     columns = tl.arange(0, TILE)[None, :]
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
     first = tl.program_id(0) * ROWS * STEPS
     for start in range(first, min(first + ROWS * STEPS, M), ROWS):
         rows = (start + tl.arange(0, ROWS))[:, None]
@@ -82,6 +100,11 @@ def layer_norm_forward_kernel(
         total = tl.zeros((ROWS, TILE), tl.float32)
         for i in tl.static_range(TILES):
             s = loaded[i].to(tl.float32)
+            if x_bias_ptr is not None:
+                own = columns + i * TILE
+                s += tl.load(x_bias_ptr + own, mask=own < C, other=0.0).to(tl.float32)
+            if seed_ptr is not None:
+                s = tl.where(_kept(seed, rows, i, threshold, ROWS, TILE), s * scale, 0.0)
             if residual_ptr is not None:
                 rounded = (s + others[i].to(tl.float32)).to(sum_ptr.dtype.element_ty)
                 mask = _within(row_mask, columns, i, C, TILE)
@@ -115,11 +138,13 @@ def layer_norm_backward_kernel(
     d_sum_ptr,  # (M, C), rows d_sum_stride apart: gradient of residual_out, or None
     s_ptr,  # (M, C), rows s_stride apart: what was normalised
     weight_ptr,  # (C,)
+    seed_ptr,  # of the forward
     stats_ptr,  # (2 M + COUNTERS) fp32: means, rstds, counters (see `partials`)
     dx_ptr,  # (M, C) contiguous
-    partials_ptr,  # (programs, C or 2 C) fp32: dweight, dbias
-    dweight_ptr, dbias_ptr,  # (C,), dbias or None
-    dy_stride, d_sum_stride, s_stride, M,
+    d_residual_ptr,  # (M, C) contiguous, with dropout; else None: it is dx
+    partials_ptr,  # (programs, C to 3 C) fp32: dweight, dbias, dx_bias
+    dweight_ptr, dbias_ptr, dx_bias_ptr,  # (C,), the biases or None
+    dy_stride, d_sum_stride, s_stride, M, threshold, scale,
     C: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,  # as in the forward
     SUM_COLUMNS: tl.constexpr, AMD: tl.constexpr,  # SUM_COLUMNS: of a tile of partials
 ):  # fmt: skip
@@ -128,12 +153,16 @@ def layer_norm_backward_kernel(
     weights = ()
     dweight = ()  # of each row of a tile: the rows meet after the loop
     dbias = ()
+    dx_bias = ()
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
     for i in tl.static_range(TILES):
         own = columns + i * TILE
         weight = tl.load(weight_ptr + own, mask=own < C, other=0.0).to(tl.float32)
         weights = weights + (weight,)
         dweight = dweight + (tl.zeros((ROWS, TILE), tl.float32),)
         dbias = dbias + (tl.zeros((ROWS, TILE), tl.float32),)
+        dx_bias = dx_bias + (tl.zeros((ROWS, TILE), tl.float32),)
     for start in range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):
         rows = (start + tl.arange(0, ROWS))[:, None]
         row_mask = rows < M
@@ -164,14 +193,23 @@ def layer_norm_backward_kernel(
             dbias = new_dbias
         mean_g = tl.sum(total_g, axis=1, keep_dims=True) / C
         mean_gx = tl.sum(total_gx, axis=1, keep_dims=True) / C
-        dx_ptrs = dx_ptr + rows.to(tl.int64) * C + columns
+        out = rows.to(tl.int64) * C + columns
+        new_dx_bias = ()
         for i in tl.static_range(TILES):
             dx = (gs[i] - mean_g - xhats[i] * mean_gx) * rstd
             if d_sum_ptr is not None:
                 dx += d_sum[i].to(tl.float32)
             mask = _within(row_mask, columns, i, C, TILE)
-            tl.store(dx_ptrs + i * TILE, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    K: tl.constexpr = 1 if dbias_ptr is None else 2
+            if seed_ptr is not None:
+                rounded = dx.to(d_residual_ptr.dtype.element_ty)
+                tl.store(d_residual_ptr + out + i * TILE, rounded, mask=mask)
+                dx = tl.where(_kept(seed, rows, i, threshold, ROWS, TILE), dx * scale, 0.0)
+            tl.store(dx_ptr + out + i * TILE, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            if dx_bias_ptr is not None:
+                new_dx_bias = new_dx_bias + (dx_bias[i] + dx,)
+        if dx_bias_ptr is not None:
+            dx_bias = new_dx_bias
+    K: tl.constexpr = 1 + (dbias_ptr is not None) + (dx_bias_ptr is not None)
     flat = tl.arange(0, TILE)
     row_ptrs = partials_ptr + tl.program_id(0).to(tl.int64) * (K * C) + flat
     for i in tl.static_range(TILES):
@@ -179,26 +217,34 @@ def layer_norm_backward_kernel(
         tl.store(row_ptrs + i * TILE, tl.sum(dweight[i], axis=0), mask=mask)
         if dbias_ptr is not None:
             tl.store(row_ptrs + (C + i * TILE), tl.sum(dbias[i], axis=0), mask=mask)
+        if dx_bias_ptr is not None:
+            own = row_ptrs + ((K - 1) * C + i * TILE)
+            tl.store(own, tl.sum(dx_bias[i], axis=0), mask=mask)
     add_partials_at_last(
-        partials_ptr, stats_ptr + M + M, dweight_ptr, dbias_ptr, C, K, SUM_COLUMNS, AMD
+        partials_ptr, stats_ptr + M + M, dweight_ptr, dbias_ptr, dx_bias_ptr, C, K, SUM_COLUMNS, AMD
     )
 
 
 def _tile(config: Config, C: int) -> tuple[int, int]:
     """(TILE, ROWS) of the config, or as many elements in more rows for a narrow C."""
     columns, rows = config.blocks["TILE"], config.blocks["ROWS"]
-    narrow = min(columns, triton.next_power_of_2(C))
+    narrow = min(columns, max(8, triton.next_power_of_2(C)))
     return narrow, rows * columns // narrow
 
 
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
 def launch_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None,
+    x_bias: Tensor | None, eps: float, dropout_p: float, seed: Tensor | None,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """(y, residual_out, stats): residual_out None without residual; stats (2 M + COUNTERS,) are
     means, rstds, and zeros that the backward counts in (see `partials`).
     """
-    refuse_interpreted_bf16("layer_norm", x, weight, bias)
+    refuse_interpreted_bf16("layer_norm", x, weight, bias, x_bias)
     C = x.shape[-1]
     rows = row_view(x)
     M = rows.shape[0]
@@ -213,9 +259,9 @@ def launch_forward(
     STEPS = config.blocks["STEPS"]
     with on_device(x):
         layer_norm_forward_kernel[(triton.cdiv(M, ROWS * STEPS),)](
-            rows, others, weight.contiguous(), None if bias is None else bias.contiguous(), y,
+            rows, others, weight.contiguous(), _contiguous(bias), _contiguous(x_bias), seed, y,
             residual_out, stats, rows.stride(0), 0 if others is None else others.stride(0), M, eps,
-            C, TILE, ROWS, STEPS, COUNTERS,
+            *dropout_threshold(dropout_p), C, TILE, ROWS, STEPS, COUNTERS,
             **config.options,
         )  # fmt: skip
     return y, residual_out, stats
@@ -223,31 +269,39 @@ def launch_forward(
 
 def launch_backward(
     dy: Tensor | None, d_residual_out: Tensor | None, s: Tensor, weight: Tensor,
-    bias: Tensor | None, stats: Tensor, config: Config | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """(ds, dweight, dbias) for the normalised tensor s; dbias None if there is no bias.
+    bias: Tensor | None, x_bias: Tensor | None, seed: Tensor | None, stats: Tensor,
+    dropout_p: float, config: Config | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """(dx, d_residual, dweight, dbias, dx_bias) for the normalised tensor s.
 
-    dy is None if only residual_out was used.
+    d_residual is None without dropout, when it is dx, and so are the gradients of biases that are
+    not there. dy is None if only residual_out was used.
     """
     C = s.shape[-1]
     rows, dy_rows = row_view(s), row_view(torch.zeros_like(s) if dy is None else dy)
     M = rows.shape[0]
     ds = torch.empty(s.shape, dtype=s.dtype, device=s.device)
+    d_residual = None if seed is None else torch.empty_like(ds)
+    given = [_contiguous(t) for t in (weight, bias, x_bias)]
+    sums = [None if t is None else torch.empty_like(t) for t in given]
     if M == 0:
-        return ds, torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
+        sums = [None if t is None else t.zero_() for t in sums]
+        return ds, d_residual, *sums  # type: ignore[return-value]
     others = None if d_residual_out is None else row_view(d_residual_out)
     config = config or lookup(configs.BACKWARD, arch_of(s), C)
     TILE, ROWS = _tile(config, C)
-    wanted = multiprocessors(s) * config.blocks["PROGRAMS_PER_SM"]
+    per_sm = config.blocks["PROGRAMS_PER_SM"]
+    if x_bias is not None and C > 512:
+        per_sm = min(per_sm, 2)  # its sums take the registers of the third
+    wanted = multiprocessors(s) * per_sm
     programs = min(triton.cdiv(M, ROWS), wanted, MAX_PROGRAMS)
-    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=s.device)
-    dbias = None if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device=s.device)
-    partials = empty_partials(programs, C if bias is None else 2 * C, s.device)
+    partials = empty_partials(programs, sum(C for t in sums if t is not None), s.device)
     with on_device(s):
         layer_norm_backward_kernel[(programs,)](
-            dy_rows, others, rows, weight.contiguous(), stats, ds, partials, dweight, dbias,
+            dy_rows, others, rows, given[0], seed, stats, ds, d_residual, partials, *sums,
             dy_rows.stride(0), 0 if others is None else others.stride(0), rows.stride(0), M,
-            C, TILE, ROWS, sum_columns(config.num_warps), arch_of(s).startswith("gfx"),
+            *dropout_threshold(dropout_p), C, TILE, ROWS,
+            sum_columns(config.num_warps), arch_of(s).startswith("gfx"),
             **config.options,
         )  # fmt: skip
-    return ds, dweight, dbias
+    return ds, d_residual, *sums  # type: ignore[return-value]
