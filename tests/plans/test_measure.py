@@ -76,7 +76,7 @@ def test_dropout_is_in_what_is_timed():
     (case,) = measure.timed_cases(record("attention"), CPU, torch.float32, sizes)
     assert case.arguments["dropout_p"] == 0.5 and case.gradients
     linear = measure.timed_cases(record("linear"), CPU, torch.bfloat16, sizes)
-    assert len(linear) == 4 and linear[0].inputs[0].dtype == torch.bfloat16
+    assert len(linear) >= 4 and linear[0].inputs[0].dtype == torch.bfloat16
     assert linear[0].inputs[1].dtype == torch.float32  # a master
 
 
