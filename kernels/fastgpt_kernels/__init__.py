@@ -57,8 +57,8 @@ class Entry:
 OPS: dict[str, Entry] = {
     "attention": Entry(
         "attention.op",
-        "Causal self-attention; cudnn, flash and math are PyTorch's own, which eager chooses from.",
-        choices=("triton", "eager", "cudnn", "flash", "math"),
+        "Causal self-attention; hopper is for sm_90 alone; cudnn, flash and math are PyTorch's own.",
+        choices=("triton", "eager", "cudnn", "flash", "math", "hopper"),
     ),
     "layer_norm": Entry("norm.op", "The first norm."),
     "add_layer_norm": Entry("norm.op", "Residual addition and the norm behind it."),

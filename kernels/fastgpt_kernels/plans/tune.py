@@ -112,7 +112,8 @@ def names(op: Record, question: Question) -> list[str]:
     sizes, arch = question.sizes or Sizes(), host.arch_on(question.device)
 
     def obstacle(name: str) -> str:
-        if question.call is not None and name == "triton":  # its limits are the launcher's to tell
+        ours = name == "triton" or name in op.limits_of
+        if question.call is not None and ours:  # its limits are the launcher's to tell
             return "" if host.HAS_TRITON and question.device.type == "cuda" else "no GPU"
         return op.obstacle(name, question.device, question.dtype, sizes, arch)
 

@@ -10,10 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastgpt_kernels.ops.attention.hopper.op import hopper_attention, refusal
 from fastgpt_kernels.ops.attention.op import HEAD_DIMS, attention
 from fastgpt_kernels.record import Case, Random, Record, Sizes, Work
 
 KERNELS = ("forward", "prepare", "key_value", "query")
+HOPPER_KERNELS = tuple(
+    f"hopper_{kernel}" for kernel in ("forward", "prepare", "backward", "finish")
+)
 
 
 def eager(
@@ -90,10 +94,12 @@ RECORDS = {
             "cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
             "flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION),
             "math": partial(_sdpa, SDPBackend.MATH),
+            "hopper": hopper_attention,
         },
         _case, _work,
-        kernels=tuple(f"attention_{kernel}_kernel" for kernel in KERNELS),
+        kernels=tuple(f"attention_{kernel}_kernel" for kernel in KERNELS + HOPPER_KERNELS),
         part="attention", limits=_limits, calls=_calls, few_tokens=512, often=12,
         others=_others,
+        limits_of={"hopper": refusal},
     )
 }  # fmt: skip

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from fastgpt_kernels.configs import Config
+from fastgpt_kernels.host import arch_of
+from fastgpt_kernels.ops.attention.hopper.op import hopper_attention, refusal
 from fastgpt_kernels.ops.attention.op import attention
 from fastgpt_kernels.ops.attention.record import RECORDS
 from fastgpt_kernels.specs import Model, Tunable, Use, recorded
@@ -25,6 +27,25 @@ def uses(m: Model) -> Iterator[Use]:
     yield from recorded(RECORDS["attention"], m)
     yield Use("attention", partial(call, m.block_size, deterministic=True, **options))
     yield Use("attention", partial(call, m.block_size - 1), trains=False)
+    if m.name == "gpt2" and not refusal(m, m.dtype, arch_of(torch.empty(0, device="meta"))):
+        yield from _hopper_uses(m)
+
+
+def _hopper_uses(m: Model) -> Iterator[Use]:
+    """All that the kernels for Hopper are compiled for: head dims, full attention, fp16."""
+    for n_head in (m.n_head, m.n_head // 2):
+        for dtype, causal in (
+            (torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True)
+        ):  # fmt: skip
+
+            def call(
+                n_head: int = n_head, dtype: torch.dtype = dtype, causal: bool = causal
+            ) -> Tensor:
+                shape = (m.batch_size, m.block_size, 3 * m.n_embd)
+                qkv = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+                return hopper_attention(qkv, n_head, causal=causal)
+
+            yield Use("attention", call)
 
 
 def _candidates(tma: tuple[int | None, ...]) -> list[Config]:
