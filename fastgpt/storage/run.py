@@ -1,25 +1,29 @@
 """A run is a folder: found, made, locked, and described by its config.toml.
 
-RUN/config.toml  metrics.jsonl  loss.png  tokenizer.json  checkpoints/
+RUN/config.toml  plan.json  metrics.jsonl  loss.png  tokenizer.json  checkpoints/
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import re
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fastgpt.config import settings
 from fastgpt.config.schema import Config
-from fastgpt.errors import UserError
+from fastgpt.errors import UserError, reading
 from fastgpt.storage.files import explain_os_error, write_text
 
 RUNS = Path("runs")
-_OWN_FILES = ("config.toml", "metrics.jsonl", "loss.png", "tokenizer.json", "tokenizer.tiktoken")
+_OWN_FILES = (
+    "config.toml", "plan.json", "metrics.jsonl", "loss.png", "tokenizer.json", "tokenizer.tiktoken",
+)  # fmt: skip
 _OWN_FOLDERS = ("checkpoints", "nonfinite", "tensorboard")
 
 
@@ -55,6 +59,23 @@ def save_config(run_dir: Path, config: Config) -> None:
         init_from = settings.load_toml(path).run.init_from if path.is_file() else "scratch"
     config = settings.replace(config, out_dir="", overwrite=False, init_from=init_from)
     write_text(path, settings.to_toml(config))
+
+
+def load_plan(run_dir: Path) -> Any:
+    """The JSON of plan.json; None if the run has none, as those of earlier versions.
+
+    Raises UserError if it cannot be read: what the run computed with is not known then.
+    """
+    path = run_dir / "plan.json"
+    if not path.exists():
+        return None
+    with reading(path, "not JSON; without the file the run goes on, on other kernels perhaps"):
+        return json.loads(path.read_text())
+
+
+def save_plan(run_dir: Path, plan: Any) -> None:
+    """Keep what a resume has to compute with."""
+    write_text(run_dir / "plan.json", json.dumps(plan, indent=1) + "\n")
 
 
 def create(out_dir: str, name: str, overwrite: bool) -> Path:

@@ -21,6 +21,7 @@ from fastgpt.train import memory, metrics, mfu, optim, resume, sharding
 from fastgpt.train.resume import Progress
 from fastgpt.train.signals import StopRequest
 from fastgpt.train.step import NonFinite, Trainer
+from fastgpt_kernels.telling import telling
 
 
 class StepClock:
@@ -153,9 +154,9 @@ class Loop:
 
     def _compile(self) -> None:
         """Trace and compile before the first step, so that no iteration's time has it in it."""
-        started = time.perf_counter()
-        self.trainer.warm_up(self.progress.step, self._micro_batch())
-        self.metrics.say(f"compiled in {time.perf_counter() - started:.1f}s")
+        with telling("compiling", self.metrics.say) as elapsed:
+            self.trainer.warm_up(self.progress.step, self._micro_batch())
+        self.metrics.say(f"compiled in {elapsed():.1f}s")
 
     def _micro_batch(self) -> torch.Tensor:
         rows = slice(self.trainer.micro_batch)

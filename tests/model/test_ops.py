@@ -94,6 +94,7 @@ def choices(wish: Wish | None = None, sizes: Sizes | None = None) -> dict[str, o
     [
         (Wish("triton"), "--kernels=triton: no GPU"),
         (Wish(ops={"attention": "cudnn"}), "--op.attention=cudnn: no GPU"),
+        (Wish(ops={"attention": "flash"}), "--op.attention=flash: on a CPU it has no dropout"),
         (Wish(ops={"attention": "hopper"}), "--op.attention=hopper: no GPU"),
         (Wish(ops={"bias_gelu": "triton"}), "--op.bias_gelu=triton: no GPU"),
         (Wish(ops={"adamw": "triton"}), "--op.adamw=triton: no GPU"),
@@ -102,7 +103,7 @@ def choices(wish: Wish | None = None, sizes: Sizes | None = None) -> dict[str, o
 )
 def test_what_cannot_run_here_is_refused(wish, message):
     with pytest.raises(UserError, match=message):
-        choices(wish)
+        choices(wish, Sizes(dropout=0.1))
 
 
 def test_asking_for_eager_is_the_reason():

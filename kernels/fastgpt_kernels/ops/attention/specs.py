@@ -14,8 +14,7 @@ from fastgpt_kernels.host import arch_of
 from fastgpt_kernels.ops.attention.hopper.op import hopper_attention, refusal
 from fastgpt_kernels.ops.attention.op import attention
 from fastgpt_kernels.ops.attention.record import RECORDS
-from fastgpt_kernels.record import Sizes
-from fastgpt_kernels.specs import Model, Tunable, Use, recorded, tunable
+from fastgpt_kernels.specs import Model, Tunable, Use, recorded
 
 
 def uses(m: Model) -> Iterator[Use]:
@@ -62,19 +61,11 @@ def _candidates(tma: tuple[int | None, ...]) -> list[Config]:
 
 
 def tunables(arch: str) -> Iterator[Tunable]:
-    """The 16-bit tables without and with dropout, causal, at (8, 1024, 12 heads)."""
+    """The 16-bit tables without and with dropout."""
     tma = (0, 1) if arch.startswith("sm_") and int(arch[3:]) >= 90 else (0,)
-    passes: tuple[tuple[str, tuple[int | None, ...], dict[str, Any]], ...] = (
-        ("FORWARD", (None,), {"backward": False}),
-        ("BACKWARD", tma, {"backward": True, "deterministic": False}),
-        ("KEY_VALUE", (0,), {"backward": True, "deterministic": True}),
-        ("QUERY", (None,), {"backward": True, "deterministic": True}),
-    )
-    for dropout_p in (0.0, 0.2):
+    reductions: dict[str, tuple[int | None, ...]]
+    reductions = {"FORWARD": (None,), "BACKWARD": tma, "KEY_VALUE": (0,), "QUERY": (None,)}
+    for dropout in ("", "_DROPOUT"):
         for head in (64, 128):
-            for name, reductions, options in passes:
-                yield tunable(
-                    RECORDS["attention"], arch, name + ("_DROPOUT" if dropout_p else ""), head,
-                    Sizes(8, 1024, 12, 12 * head), _candidates(reductions),
-                    dropout_p=dropout_p, seed=1234, **options,
-                )  # fmt: skip
+            for name, tried in reductions.items():
+                yield Tunable(name + dropout, head, _candidates(tried))
