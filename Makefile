@@ -1,6 +1,9 @@
 # make train   install into .venv and train (no GPU, no network data needed)
 # make test    install what the tests need and run them, but for the slow ones
 # make slow    run the slow ones: many sizes, many processes, whole commands
+# make chaos   3,000 kills, faults and damaged files, and a table of what held
+# make soak    a long run that is killed again and again, against one that is not: ten minutes
+# make mutants change single lines of the core and see whether its tests notice
 # make lint    ruff and mypy
 # make gate    compile the kernels for GPUs that need not be here and judge their machine code
 # make ledger  count launches and bytes of the compiled training step
@@ -23,7 +26,7 @@ BIN    := $(VENV)/bin
 # Versions that are known to pass all tests; `pip install -e .` alone takes what pyproject.toml admits.
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test slow lint gate ledger install clean
+.PHONY: train test slow chaos soak mutants lint gate ledger install clean
 
 train: $(VENV)/.installed
 	$(BIN)/fastgpt train $(ARGS)
@@ -33,6 +36,15 @@ test: $(VENV)/.installed-test
 
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow $(PYTEST_ARGS)
+
+chaos: $(VENV)/.installed-test
+	CHAOS=$${CHAOS:-3000} $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/chaos $(PYTEST_ARGS)
+
+soak: $(VENV)/.installed-test
+	PYTHONPATH=.:kernels $(BIN)/python -m tests.chaos.soak $(SOAK_ARGS)
+
+mutants: $(VENV)/.installed-test
+	PYTHONPATH=.:kernels $(BIN)/python -m tests.mutants $(MUTANTS_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -207,7 +207,7 @@ def open_data(flags: dict[str, str]) -> tuple[Config, Path]:
     for given in [{}] if named else [{"dataset": PRESET}, {"dataset": "python_stdlib"}]:
         config, _ = setup.configure(PRESET, given | flags)
         try:
-            return config, ensure(PrepareConfig(**vars(config.data)))
+            return config, ensure(PrepareConfig.of(config.data))
         except UserError:
             if given.get("dataset") != PRESET:
                 raise
@@ -349,7 +349,7 @@ def curves(argv: list[str]) -> int:
     }
     with parser.user_errors():
         config, variants = setup.preset_of(args.preset, flags), precisions(args.preset, flags)
-        folder = ensure(PrepareConfig(**vars(config.data)))
+        folder = ensure(PrepareConfig.of(config.data))
     log, steps = config.log, config.run.max_iters
     course = Course(steps, log.eval_interval, log.log_interval, args.limit_seconds)
     result = results.Result("curves", argv, {"preset": args.preset, **flags})

@@ -1,3 +1,31 @@
-"""Train GPT-2-class models as fast as one CUDA GPU allows."""
+"""Train GPT-2-class models as fast as one CUDA GPU allows.
+
+In Python, without the command line:
+
+    import fastgpt
+    run = fastgpt.fit("laptop", max_iters=500)        # what `fastgpt train laptop` does
+    model, tokenizer = fastgpt.load(run)               # or a Hugging Face GPT-2 folder
+    print(fastgpt.generate(model, tokenizer, "def main", max_new_tokens=100))
+
+They are loaded, and PyTorch with them, when they are first used.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+__all__ = ["fit", "generate", "load"]
+
+if TYPE_CHECKING:
+    from fastgpt.train.python import fit, generate, load
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from fastgpt.train import python
+
+        return getattr(python, name)
+    raise AttributeError(f"module 'fastgpt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

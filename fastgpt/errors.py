@@ -1,15 +1,57 @@
-"""The one exception that speaks to the user."""
+"""What goes wrong: the one exception that speaks to the user, and reading what may be anything.
 
+Whatever a file, a disk or a machine does ends in one line. `reading` makes one of what fails while
+a file's content is understood, `open_regular` refuses what is no file, and `explained`, asked by
+the command line for all that arrives there, turns the system's own errors into one. What is left
+over is a fault of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+from typing import cast
+
+# The text of C1 controls, bidirectional overrides and line separators too: all that could begin a
+# new line, or make a terminal show another one.
+_HIDDEN = frozenset((*range(32), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F)))
+_HIDDEN |= frozenset(range(0x2066, 0x206A))
+_LONGEST = 1000
+
+
+def one_line(text: str) -> str:
+    """`text` with whatever is no plain character shown escaped, and not endlessly long."""
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST - 300]} ... {text[-300:]}"
+    escaped = (
+        c.encode("unicode_escape").decode() if ord(c) in _HIDDEN or 0xD800 <= ord(c) < 0xE000 else c
+        for c in text
+    )
+    return "".join(escaped)
 
 
 class UserError(Exception):
     """Something the user gave or has cannot be used.
 
     The message is one line: what was given, what is wanted, what to do. The command line prints
-    it to stderr without a traceback and exits with code 2; nothing may be half-written by then.
+    it to stderr without a traceback and exits with `code`; nothing may be half-written by then.
     """
+
+    code = 2
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
+class BadWeights(UserError):
+    """A model's weights are not finite numbers: the files are in order, the model is not."""
+
+    code = 1
 
 
 class SharedError(UserError):
@@ -20,6 +62,11 @@ class RankError(UserError):
     """A UserError of one rank only, which names it; every rank prints its own."""
 
 
+# What understanding damaged or hostile content raises, in Python's own readers and in ours.
+_CONTENT: tuple[type[Exception], ...] = (ValueError, LookupError, TypeError, AttributeError)
+_CONTENT += (ArithmeticError, RecursionError, EOFError)
+
+
 @contextmanager
 def reading(name: object, wrong: str, *others: type[Exception]) -> Iterator[None]:
     """Turn what fails while `name` is read into one line that begins with it.
@@ -27,10 +74,80 @@ def reading(name: object, wrong: str, *others: type[Exception]) -> Iterator[None
     An OSError becomes "cannot be read"; content that is not as it should be, or one of `others`,
     becomes `wrong` and the error's repr, which has no line breaks.
     """
-    content: tuple[type[Exception], ...] = (ValueError, LookupError, TypeError, AttributeError)
     try:
         yield
     except OSError as e:
         raise UserError(f"{name}: cannot be read: {e.strerror or e}") from e
-    except content + others as e:
+    except _CONTENT + others as e:
         raise UserError(f"{name}: {wrong} ({repr(e)[:200]})") from e
+
+
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+
+def open_regular(path: Path | str) -> BufferedReader:
+    """`open(path, "rb")`, but a FIFO, socket, device or folder is refused, and nothing waits.
+
+    Raises UserError for these, and OSError as `open` does.
+    """
+    fd = -1
+    try:
+        # Without O_NONBLOCK opening a FIFO waits for someone who writes to it.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+        mode = os.fstat(fd).st_mode
+    except OSError as e:
+        if fd >= 0:
+            os.close(fd)
+        if e.errno == errno.ENXIO:  # a socket
+            raise UserError(f"{path}: is a socket or a device, a file is wanted") from None
+        raise
+    except ValueError:  # a NUL byte in its name
+        raise OSError(errno.EINVAL, "no name of a file", str(path)) from None
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        kind = _KINDS.get(stat.S_IFMT(mode), "no file")
+        raise UserError(f"{path}: is {kind}, a file is wanted")
+    return cast(BufferedReader, os.fdopen(fd, "rb"))
+
+
+def read_bytes(path: Path | str, limit: int | None = None) -> bytes:
+    """All of a file that is one. UserError if it is not, or if it is longer than `limit` bytes."""
+    with open_regular(path) as f:
+        data = f.read() if limit is None else f.read(limit + 1)
+    if limit is not None and len(data) > limit:
+        raise UserError(f"{path}: is over {limit:,} bytes: not what it should be")
+    return data
+
+
+def read_text(path: Path | str, limit: int | None = None) -> str:
+    """`read_bytes` as UTF-8. UnicodeDecodeError, a ValueError, if it is none."""
+    return read_bytes(path, limit).decode()
+
+
+def explained(e: BaseException) -> str | None:
+    """One line for an error of the system or the machine; None: it is a fault of ours."""
+    if isinstance(e, OSError):
+        names = [os.fsdecode(n) for n in (e.filename, e.filename2) if isinstance(n, str | bytes)]
+        if not names:
+            return f"standard output, or a file: {e.strerror or str(e) or type(e).__name__}"
+        why = e.strerror or type(e).__name__
+        return f"{' -> '.join(names)}: {why}; a file or folder that can be used is wanted"
+    text = str(e)
+    # PyTorch's words for the same, as RuntimeError or torch.OutOfMemoryError.
+    words = ("DefaultCPUAllocator", "not enough memory", "out of memory", "can't allocate memory")
+    if isinstance(e, MemoryError) or (
+        isinstance(e, RuntimeError) and any(w in text for w in words)
+    ):
+        why = (text.strip().splitlines() or [""])[0][:200]
+        return (
+            f"out of memory{f' ({why})' if why else ''}; a smaller model or --batch_size needs less"
+        )
+    if isinstance(e, UnicodeEncodeError):
+        return f"{e.object[e.start : e.end]!r}: cannot be written as {e.encoding}"
+    return None

@@ -61,9 +61,12 @@ def test_help_shows_a_presets_own_defaults(capsys):
         (["trian"], "trian: no such command; did you mean train?"),
         (["train", "gpt22"], "gpt22: no such preset; did you mean gpt2?"),
         (["train", "zzz"], "zzz: no such preset; there are laptop, desktop"),
-        (["train", "laptop", "gpt2"], "laptop gpt2: one preset or TOML file is wanted"),
+        (["train", "laptop", "gpt2"], "laptop gpt2: one preset or file is wanted"),
         (["train", "no.toml"], "no.toml: cannot be read"),
-        (["train", "config/train_gpt2.py"], "Python is not run as configuration; write TOML; the"),
+        (
+            ["train", "config/train_gpt2.py"],
+            "cannot be read: No such file or directory; the preset gpt2 is",
+        ),
         (["train", "--n_layr=3"], "did you mean --n_layer?"),
         (["train", "laptop", "--n_head=3"], "--n_head=3: must divide n_embd=128; the nearest"),
         (["train", "laptop", "--device=gpu"], "--device=gpu: wanted auto, cpu, cuda"),
@@ -119,6 +122,9 @@ for args in {args!r}:
 def test_help_and_mistakes_do_not_load_torch(tmp_path: Path):
     """One process for all: what an argument loads stays loaded, so the first that does is named."""
     (tmp_path / "bad.toml").write_text("n_layr = 3")
+    (tmp_path / "bad.py").write_text("import os\nos.remove('bad.toml')\n")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
     args = [
         "--help",
         "trian",
@@ -136,6 +142,15 @@ def test_help_and_mistakes_do_not_load_torch(tmp_path: Path):
         "train laptop --min_lr=1",
         "train laptop --init_from=weights",
         "train --init_from=resume",
+        "train laptop --input=none.txt",
+        "train laptop --dataset=none",
+        "train laptop --tokenizer=nope --input=bad.toml",
+        "train shakespeare_char",
+        "train laptop --weights=none",
+        "train laptop --out_dir=full",
+        "train laptop --batch_size=5*x",
+        "train bad.py",
+        "compare one",
         "sample --top_p=3",
         "sample --device=tpu",
         "sample --out_dir=none",
@@ -226,3 +241,102 @@ def test_doctor_is_one_screen(tmp_path: Path):
     for row in ("torch", "triton", "GPU", "precision", "peak", "ops", "disk", "data", "runs"):
         assert any(line.startswith(row) for line in lines), row
     assert "attention: eager" in out
+
+
+# --- whatever the system does is one line
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["train", "laptop", f"--input={'x' * 5000}"], "File name too long"),
+        (
+            ["train", "laptop", "--input=\udcff.txt"],
+            "\\udcff.txt: wanted text in UTF-8; rename the file",
+        ),
+        (
+            ["train", "laptop", "--input=a\nb\x1b[31m"],
+            "--input=a\\nb\\x1b[31m: there is no such file",
+        ),
+        (["train", "loop.toml"], "loop.toml: cannot be read: Too many levels of symbolic links"),
+        (["train", "folder.toml"], "folder.toml: is a folder, a file is wanted"),
+        (["train", "pipe.toml"], "pipe.toml: is a FIFO, a file is wanted"),
+        (["train", "/dev/zero.toml"], "/dev/zero.toml: cannot be read: No such file"),
+        (["train", "deep.toml"], "deep.toml: not a TOML file"),
+        (["train", "huge.toml"], "huge.toml: n_layer=(a number of 1329 bits): wanted a whole"),
+        (["train", "digits.toml"], "digits.toml: not a TOML file"),
+        (["train", "laptop", f"--n_layer={'9' * 5000}"], "wanted a whole number >= 1"),
+        (["train", "laptop", "--n_layer=2147483648"], "wanted a whole number >= 1 and <= 4096"),
+        (["import", "/proc/self/mem"], "/proc/self/mem: cannot be read"),
+        (["import", "/dev/zero"], "/dev/zero: cannot be read: there is no such file"),
+        (["train", "--init_from=resume", "--out_dir=/proc"], "--out_dir=/proc: no run there"),
+    ],
+)
+def test_odd_places_and_values_are_one_line(args, message, capsys, tmp_path: Path):
+    (tmp_path / "loop.toml").symlink_to("loop.toml")
+    (tmp_path / "folder.toml").mkdir()
+    os.mkfifo(tmp_path / "pipe.toml")
+    (tmp_path / "deep.toml").write_text("a = " + "[" * 5000)
+    (tmp_path / "huge.toml").write_text(f"n_layer = {10**400}")
+    (tmp_path / "digits.toml").write_text(f"n_layer = {'9' * 5000}")
+    code, _, err = run(capsys, *args)
+    assert code == 2 and message in err, err
+    assert err.startswith("fastgpt: ") and err.count("\n") == 1 and "\x1b" not in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (
+            OSError(28, "No space left on device", "x/y"),
+            2,
+            "x/y: No space left on device; a file or",
+        ),
+        (
+            OSError(5, "standard output, or a file: Input/output error"),
+            2,
+            "standard output, or a file: Input/output error",
+        ),
+        (MemoryError(), 2, "out of memory; a smaller model or --batch_size needs less"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            2,
+            "out of memory ([enforce fail] DefaultCPUAllocator",
+        ),
+    ],
+)
+def test_what_the_machine_does_is_one_line(error, code, message, capsys, monkeypatch):
+    def broken(args):
+        raise error
+
+    monkeypatch.setattr(cli, "_command", broken)
+    got, _, err = run(capsys, "train")
+    assert got == code and message in err and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_a_fault_of_ours_keeps_its_traceback(capsys, monkeypatch):
+    def broken(args):
+        raise KeyError("a\nb")
+
+    monkeypatch.setattr(cli, "_command", broken)
+    code, _, err = run(capsys, "train")
+    assert code == 1 and "Traceback" in err and "in broken" in err
+    assert "a fault of fastgpt" in err.splitlines()[-1] and "please report" in err.splitlines()[-1]
+
+
+def test_output_that_is_full_closed_or_ascii(tmp_path: Path):
+    """By a shell: a full disk is said, nowhere is fine, what an alphabet lacks is escaped."""
+    python = f"{sys.executable} -m fastgpt"
+    script = f"""
+    {python} --help > /dev/full; echo "full $?"
+    {python} --help >&-; echo "closed $?"
+    {python} --help 2>&- >/dev/null; echo "no errors $?"
+    PYTHONIOENCODING=ascii {python} train laptop --input=größe.txt; echo "ascii $?"
+    """
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    got = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=env)
+    assert got.stdout.split("\n")[:4] == ["full 2", "closed 0", "no errors 0", "ascii 2"], got
+    assert got.stderr.splitlines() == [
+        "fastgpt: standard output, or a file: No space left on device",
+        "fastgpt: --input=gr\\xf6\\xdfe.txt: there is no such file or folder",
+    ]

@@ -7,7 +7,7 @@ Flags are flat (`--n_layer=4`) and have nanoGPT's names and meanings; the tree o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Annotated, Any, Literal
 
 from typing_extensions import Doc
@@ -64,7 +64,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class CorpusConfig:
     dataset: str = "openwebtext"
     """python_stdlib, shakespeare_char, shakespeare, openwebtext, fineweb10B, or a token folder."""
     input: str = ""
@@ -81,13 +81,17 @@ class DataConfig:
     """fineweb10B: how many shards of 100M tokens to fetch."""
     workers: CountOrZero = 0
     """Threads that tokenize; 0: one a core."""
+
+
+@dataclass(frozen=True)
+class DataConfig(CorpusConfig):
     sampling: Literal["random", "epochs"] = "random"
     """random: windows with replacement, as nanoGPT; epochs: each window once an epoch, shuffled."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    n_layer: Count = 12
+    n_layer: Annotated[int, Range(ge=1, le=4096)] = 12
     """Transformer blocks."""
     n_head: Count = 12
     """Attention heads; divides n_embd."""
@@ -229,13 +233,18 @@ class Config:
 
 
 @dataclass(frozen=True)
-class PrepareConfig(DataConfig):
+class PrepareConfig(CorpusConfig):
     """Turn a corpus into token files."""
 
     dataset: str = "python_stdlib"
     """python_stdlib, shakespeare_char, shakespeare, openwebtext or fineweb10B."""
     overwrite: bool = False
     """Make the token files anew if they exist."""
+
+    @classmethod
+    def of(cls, data: CorpusConfig) -> PrepareConfig:
+        """What has to be prepared for a run with this data."""
+        return cls(**{f.name: getattr(data, f.name) for f in fields(CorpusConfig)})
 
 
 @dataclass(frozen=True)
@@ -293,7 +302,7 @@ class EvalConfig(SourceConfig):
     task: Literal["loss", "hellaswag"] = "loss"
     """loss: of every token of a file; hellaswag: which of four endings is the likeliest."""
     input: str = ""
-    """Token file (.bin) or HellaSwag's .jsonl; empty: the validation data of the run."""
+    """Text, a token file (.bin), or HellaSwag's .jsonl; empty: the validation data of the run."""
     dataset: str = ""
     """Prepared data to take in place of the run's: a name or a folder."""
     split: Literal["train", "val"] = "val"
@@ -321,6 +330,14 @@ class ExportConfig(SourceConfig):
 
     to: str = ""
     """The new folder."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Compare runs: their curves in one picture, their figures in a table, and a verdict."""
+
+    to: str = "compare.png"
+    """The picture."""
 
 
 @dataclass(frozen=True)

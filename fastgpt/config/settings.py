@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -14,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+from fastgpt.config import literals
 from fastgpt.config.schema import Config, Range, SourceConfig
-from fastgpt.errors import UserError
+from fastgpt.errors import UserError, read_text, reading
 
 C = TypeVar("C")
 
@@ -107,19 +109,20 @@ def _parse(leaf: Leaf, text: str) -> Any:
     words = {"True": True, "true": True, "False": False, "false": False}
     if kind is bool or bool in typing.get_args(kind):
         return words.get(text, text)
-    try:
-        if kind is int:
-            return int(text)
-        if kind is float:
-            return float(text)
-    except ValueError:
-        return text
+    if kind in (int, float):
+        for read in (kind, literals.arithmetic):
+            with contextlib.suppress(ValueError):
+                return read(text)
     return text
 
 
 def check_value(leaf: Leaf, value: Any, where: str) -> Any:
     """The value in its setting's type. Raises UserError: what was given, what is wanted."""
     kind = leaf.type
+    if type(value) is int and not -(2**63) <= value < 2**63:  # beyond floats, or beyond printing
+        raise UserError(
+            f"{where}{leaf.name}=(a number of {value.bit_length()} bits): wanted {_wanted(leaf)}"
+        )
     if kind is float and type(value) is int:
         value = float(value)
     options = _options(kind)
@@ -131,6 +134,10 @@ def check_value(leaf: Leaf, value: Any, where: str) -> Any:
             good = math.isfinite(value) and (leaf.range is None or leaf.range.check(value))
         if good and kind is str:
             good = "\0" not in value
+            if any(0xD800 <= ord(c) < 0xE000 for c in value):  # bytes of a name that is no UTF-8
+                raise UserError(
+                    f"{where}{leaf.name}={value}: wanted text in UTF-8; rename the file"
+                )
     if not good:
         raise UserError(f"{where}{leaf.name}={value}: wanted {_wanted(leaf)}")
     return value
@@ -215,13 +222,20 @@ def apply_flags(config: C, flags: Mapping[str, str]) -> C:
 
 def load_toml(path: Path) -> Config:
     """A config from a TOML file: flat keys, or keys in their sections, or both."""
+    with reading(path, "not a TOML file"):
+        text = read_text(path, limit=1 << 20)
+    return parse_toml(text, path)
+
+
+def parse_toml(text: str, path: Path) -> Config:
+    """`load_toml` of a file's text; `path` is what errors call it."""
     try:
-        text = path.read_bytes().decode()
-        tree = tomllib.loads(text)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}") from e
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-        raise UserError(f"{path}: not a TOML file: {e}") from e
+        with reading(path, "not a TOML file"):
+            tree = tomllib.loads(text)
+    except UserError as e:
+        if isinstance(e.__cause__, tomllib.TOMLDecodeError):
+            raise UserError(f"{path}: not a TOML file: {e.__cause__}") from None
+        raise
     table, values = leaves(Config), {}
     sections = {leaf.section for leaf in table.values()}
     for key, value in tree.items():
@@ -232,6 +246,35 @@ def load_toml(path: Path) -> Config:
                 raise unknown_key(name, list(table), f"{path}: ")
             values[name] = check_value(table[name], v, f"{path}: ")
     return replace(Config(), **values)
+
+
+def load_python(path: Path) -> Config:
+    """A config from a file of assignments, as nanoGPT's config/*.py are; nothing in it is run.
+
+    What it does not say is as in nanoGPT, whose GELU is the exact one.
+    """
+    table, values = leaves(Config), {}
+    for name, (value, line) in literals.assignments(path).items():
+        where = f"{path}: line {line}: "
+        if name not in table:
+            raise unknown_key(name, list(table), where)
+        if table[name].type is int and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        values[name] = check_value(table[name], value, where)
+    return replace(Config(), **{"gelu": "erf", **values})
+
+
+def from_dict(flat: Mapping[str, Any], where: str) -> Config:
+    """The inverse of `to_dict`; names that this version does not know are left out."""
+    table = leaves(Config)
+    known = {k: check_value(table[k], v, where) for k, v in flat.items() if k in table}
+    return replace(Config(), **known)
+
+
+def differences(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
+    """(name, value in a, value in b) of all settings that differ."""
+    ours, theirs = to_dict(a), to_dict(b)
+    return [(name, ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]]
 
 
 def to_toml(config: Config) -> str:

@@ -31,7 +31,7 @@ from fastgpt.data.sources import Part, Source
 from fastgpt.data.token_files import Scan, TokenWriter
 from fastgpt.data.tokenizers import BPETokenizer, Tokenizer, make_tokenizer
 from fastgpt.data.tokens import DATASET_JSON, FORMAT, VERSION
-from fastgpt.errors import UserError
+from fastgpt.errors import UserError, read_text
 from fastgpt.storage.files import sha256_file, write_text
 
 STATE = "state.json"
@@ -103,13 +103,13 @@ class _State:
         self.token = {"train": 0, "val": 0}
         keep = set()
         try:
-            saved = json.loads((folder / STATE).read_text())
+            saved = json.loads(read_text(folder / STATE))
             sums = {s["file"]: s["sha256"] for part in saved["shards"].values() for s in part}
             intact = all(sha256_file(folder / name) == sum for name, sum in sums.items())
             if saved["purpose"] == purpose and intact:
                 self.shards, self.job, self.token = saved["shards"], saved["job"], saved["token"]
                 keep = set(sums)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, UserError, ValueError, LookupError, TypeError, AttributeError):
             pass  # none, or from before a change: from the start
         folder.mkdir(parents=True, exist_ok=True)
         _keep_only(folder, keep)

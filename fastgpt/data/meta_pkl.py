@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastgpt.data.tokenizers import CharTokenizer, Tokenizer
-from fastgpt.errors import UserError
+from fastgpt.errors import UserError, open_regular
 
 MAX_BYTES = 16 << 20  # a vocabulary of all Unicode characters takes 11 MB
 _PLAIN = frozenset(
@@ -34,7 +34,7 @@ class _NoGlobals(pickle.Unpickler):
 def read_meta(path: Path) -> tuple[int, Tokenizer | None]:
     """(vocab_size, character tokenizer if `itos` is one). UserError unless it is plain."""
     try:
-        with open(path, "rb") as f:
+        with open_regular(path) as f:
             data = f.read(MAX_BYTES + 1)
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None

@@ -18,15 +18,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastgpt.config.schema import PrepareConfig
+from fastgpt.config.schema import CorpusConfig, PrepareConfig
 from fastgpt.data.build import Plan, build
 from fastgpt.data.corpora import CORPORA, INPUT
-from fastgpt.data.sources import open_input
-from fastgpt.data.tokenizers import parse_spec
-from fastgpt.data.tokens import DATASET_JSON, has_tokens, open_dataset
-from fastgpt.data.vocabulary import read_vocab_file
-from fastgpt.errors import UserError
+from fastgpt.data.sources import existing, open_input
+from fastgpt.data.tokenizers import make_tokenizer, parse_spec
+from fastgpt.data.tokens import DATASET_JSON, Dataset, has_tokens, open_dataset
+from fastgpt.data.vocabulary import GPT2_VOCAB, read_vocab_file
+from fastgpt.errors import UserError, read_text
 from fastgpt.storage.files import explain_os_error, recover_folder, replace_folder
+
+# No smaller vocabulary has such ids, and text of any length has one of them in GPT-2's.
+_GPT2_LIKELY = 40_000
 
 
 def prepare(cfg: PrepareConfig) -> Path:
@@ -45,6 +48,22 @@ def ensure(cfg: PrepareConfig) -> Path:
     if folder := _ready_made(cfg):
         return folder
     plan = _plan(cfg)
+    if folder := _there(cfg, plan):
+        return folder
+    return _obtain(cfg, plan, network=False)
+
+
+def check(cfg: PrepareConfig) -> None:
+    """Raise the UserErrors of `ensure` that can be known at once: data that is not there."""
+    if cfg.input:
+        existing(Path(cfg.input).expanduser())
+        parse_spec(cfg.tokenizer or INPUT.tokenizer)
+    elif _ready_made(cfg) is None:
+        _there(cfg, _plan(cfg))
+
+
+def _there(cfg: PrepareConfig, plan: Plan) -> Path | None:
+    """The dataset's folder if it is there. UserError if making it takes the network."""
     folder, there = _locate(Path(cfg.data_dir), plan)
     if there:
         return folder
@@ -53,7 +72,49 @@ def ensure(cfg: PrepareConfig) -> Path:
             f"the data of {plan.corpus.name} is not in {cfg.data_dir}: run `{_command(cfg)}` once "
             "to download it, or train on your own text with --input=FILE"
         )
-    return _obtain(cfg, plan, network=False)
+    return None
+
+
+def with_tokenizer(dataset: Dataset, cfg: CorpusConfig) -> Dataset:
+    """The dataset with the tokenizer of its ids, where its folder has none and it can be known.
+
+    That is the one that --tokenizer and --vocab_file name; else GPT-2's, if it is on this machine
+    and the ids say so, as nanoGPT assumes it for all folders without a vocabulary of their own.
+    Raises UserError if the named one cannot have made these ids.
+    """
+    cache = Path(cfg.data_dir) / ".cache"
+    named = cfg.tokenizer or ("gpt2" if cfg.vocab_file else "")
+    if not named:
+        own = CORPORA[cfg.dataset].tokenizer if cfg.dataset in CORPORA and not cfg.input else ""
+        likely = own == "gpt2" or _GPT2_LIKELY <= dataset.max_id < GPT2_VOCAB
+        if dataset.tokenizer is None and likely:
+            with contextlib.suppress(UserError):  # without its merges one can train all the same
+                return dataclasses.replace(dataset, tokenizer=make_tokenizer("gpt2", cache=cache))
+        return dataset
+    kind, _ = parse_spec(named)
+    if kind == "char" or kind == "bpe" and not cfg.vocab_file:
+        if dataset.tokenizer is None:
+            how = "name its ranks with --vocab_file" if kind == "bpe" else "it is made from text"
+            raise UserError(f"--tokenizer={named}: {dataset.folder} holds ids without text: {how}")
+        return dataset
+    if dataset.tokenizer is not None and not cfg.vocab_file:
+        if dataset.tokenizer.name.partition(":")[0] != kind:
+            raise UserError(
+                f"--tokenizer={named}: the ids in {dataset.folder} are of {dataset.tokenizer.name}"
+            )
+        return dataset
+    tokenizer = make_tokenizer(named, vocab_file=cfg.vocab_file, cache=cache)
+    if dataset.tokenizer is not None and dataset.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"--tokenizer={named}: the ids in {dataset.folder} are of {dataset.tokenizer.name}, "
+            "with another vocabulary"
+        )
+    if dataset.max_id >= tokenizer.vocab_size:
+        raise UserError(
+            f"--tokenizer={named}: {dataset.folder} holds id {dataset.max_id:,}, this tokenizer "
+            f"has {tokenizer.vocab_size:,}: it is not the one of these ids"
+        )
+    return dataclasses.replace(dataset, tokenizer=tokenizer)
 
 
 def _ready_made(cfg: PrepareConfig) -> Path | None:
@@ -137,8 +198,8 @@ def _locate(data_dir: Path, plan: Plan) -> tuple[Path, bool]:
         if not folder.exists():
             return folder, False
         try:
-            info = json.loads((folder / DATASET_JSON).read_text())
-        except (OSError, ValueError):
+            info = json.loads(read_text(folder / DATASET_JSON))
+        except (OSError, UserError, ValueError, RecursionError):
             continue
         if isinstance(info, dict) and info.get("recipe") == plan.recipe:
             return folder, True

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fastgpt.data.progress import progress
-from fastgpt.errors import UserError
+from fastgpt.errors import UserError, open_regular, read_text
 from fastgpt.storage.files import write_text
 
 _CHUNK = 1 << 20
@@ -59,7 +59,7 @@ class Look:
     val_bytes: int
 
 
-class NotText(Exception):
+class NotText(ValueError):
     """A file is no UTF-8 text; the message gives the place."""
 
 
@@ -205,23 +205,28 @@ def walk(
 _REMEMBER = 64 << 20
 
 
+def existing(root: Path) -> None:
+    """Raise UserError unless --input names a file or a folder."""
+    if not root.exists():
+        raise UserError(f"--input={root}: there is no such file or folder")
+    if not (root.is_file() or root.is_dir()):
+        raise UserError(f"--input={root} is neither a file nor a folder")
+
+
 def open_input(root: Path, val_fraction: float, memory: Path) -> TextFiles:
     """`TextFiles` of what --input names; what was found in many bytes is remembered in `memory`.
 
     So that training on 50 GB again need not look through them again. It holds while no file's
     size or time of change differs; making a dataset checks the contents anyway.
     """
-    if not root.exists():
-        raise UserError(f"--input={root}: there is no such file or folder")
-    if not (root.is_file() or root.is_dir()):
-        raise UserError(f"--input={root} is neither a file nor a folder")
+    existing(root)
     signature, newest = _signature(root)
     key = f"{root.resolve()} {val_fraction}"
     try:
-        known = json.loads(memory.read_text())
+        known = json.loads(read_text(memory))
         if known[key]["signature"] == signature:
             return TextFiles(root, val_fraction, look=Look(**known[key]["look"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, UserError, ValueError, KeyError, TypeError, RecursionError):
         known = {}
     source = TextFiles(root, val_fraction)
     # A file that changed just now may change again within the clock's resolution.
@@ -283,7 +288,7 @@ def decode_python(data: bytes) -> bytes | None:
 
 def _read(path: Path) -> Iterator[bytes]:
     try:
-        with open(path, "rb") as f:
+        with open_regular(path) as f:
             while chunk := f.read(_CHUNK):
                 yield chunk
     except FileNotFoundError:

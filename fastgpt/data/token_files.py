@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from fastgpt.data.progress import progress
-from fastgpt.errors import UserError
+from fastgpt.errors import UserError, open_regular, read_text, reading
 from fastgpt.storage.files import explain_os_error, fsync_dir, write_text
 
 MAGIC = 20240520
@@ -42,10 +42,59 @@ class TokenFile:
     count: int
     dtype: np.dtype
 
-    def open(self) -> np.ndarray:
-        """(count,) ids, mapped read-only: pages come in when touched and can be dropped again."""
-        mapped = np.memmap(self.path, self.dtype, "r", self.offset, (self.count,))
-        return mapped.view(np.ndarray)  # slices of a plain array are several times cheaper
+    def open(self) -> Ids:
+        """Its ids, read where they are asked for."""
+        return Ids(self)
+
+
+class Ids:
+    """The ids of an open token file: `ids[a:b]` reads them, `len(ids)` counts them.
+
+    They are read, not mapped: a mapped file that is cut off ends the process by SIGBUS. Raises
+    UserError once the file is no longer what it was.
+    """
+
+    def __init__(self, file: TokenFile):
+        self.file = file
+        self._open = open_regular(file.path)
+        self._was = self._status(os.fstat(self._open.fileno()))
+
+    def __len__(self) -> int:
+        return self.file.count
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(len(self))
+        out = np.empty(max(0, stop - start), self.file.dtype)
+        self.read_into(out, start)
+        return out
+
+    def read_into(self, out: np.ndarray, at: int) -> None:
+        """Fill the contiguous array `out` (n,) with the ids from position `at` on."""
+        if not len(out):
+            return
+        view = memoryview(out.data).cast("B")
+        offset = self.file.offset + at * self.file.dtype.itemsize
+        while view:
+            n = os.preadv(self._open.fileno(), [view], offset)
+            if n == 0:
+                raise UserError(f"{self.file.path}: was cut off while it was read; {_AGAIN}")
+            view, offset = view[n:], offset + n
+
+    def check(self) -> None:
+        """Raise UserError if the file is not what was opened, by its size and time of change."""
+        try:
+            now = self._status(os.stat(self.file.path))
+        except OSError as e:
+            raise UserError(f"{self.file.path}: is gone while it is read: {e.strerror}") from e
+        if now != self._was:
+            raise UserError(
+                f"{self.file.path}: changed while it was read ({self._was[0]:,} bytes, now "
+                f"{now[0]:,}); {_AGAIN}, and go on from the last checkpoint"
+            )
+
+    @staticmethod
+    def _status(status: os.stat_result) -> tuple[int, int, int]:
+        return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def header(count: int, dtype: np.dtype) -> bytes:
@@ -56,11 +105,19 @@ def header(count: int, dtype: np.dtype) -> bytes:
     return head.tobytes()
 
 
+def is_token_file(path: Path) -> bool:
+    """Whether `path` is to be read as ids: with the header, or named *.bin as nanoGPT's are."""
+    if path.suffix == ".bin":
+        return True
+    with reading(path, "cannot be read"), open_regular(path) as f:
+        return f.read(4) == header(0, DTYPES[1])[:4]
+
+
 def inspect(path: Path) -> TokenFile:
     """What `path` holds. UserError that names the file when its length is not what it says."""
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as f:
+        with open_regular(path) as f:
+            size = os.fstat(f.fileno()).st_size
             head = np.frombuffer(f.read(12), "<i4") if size >= 12 else None
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
@@ -105,7 +162,7 @@ def scan(file: TokenFile, advance=lambda n: None) -> Scan:
     """Read the whole file once: sha256 of its bytes, the largest of its ids."""
     digest, top = hashlib.sha256(), 0
     try:
-        with open(file.path, "rb") as f:
+        with open_regular(file.path) as f:
             stat = os.fstat(f.fileno())
             digest.update(f.read(file.offset))
             while chunk := f.read(_CHUNK):
@@ -148,8 +205,8 @@ def load_scans(folder: Path) -> dict[str, Scan]:
     """Remembered scans by file name; none if there are none or they cannot be read."""
     for path in _scan_paths(folder):
         try:
-            return {name: Scan(**entry) for name, entry in json.loads(path.read_text()).items()}
-        except (OSError, ValueError, TypeError, AttributeError):
+            return {name: Scan(**entry) for name, entry in json.loads(read_text(path)).items()}
+        except (OSError, UserError, ValueError, TypeError, AttributeError, RecursionError):
             continue  # only a memory of work that can be done again
     return {}
 

@@ -28,7 +28,7 @@ from fastgpt.data.vocabulary import (
     read_vocab_file,
     train_ranks,
 )
-from fastgpt.errors import UserError
+from fastgpt.errors import UserError, read_bytes, read_text
 from fastgpt.storage.files import atomic_file, write_text
 
 JSON_NAME = "tokenizer.json"
@@ -214,7 +214,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer that `save` wrote into `folder`. UserError if it is missing or damaged."""
     path = Path(folder) / JSON_NAME
     try:
-        spec = json.loads(path.read_text())
+        spec = json.loads(read_text(path))
         name = spec["name"]
         if (spec["format"], spec["version"]) != ("fastgpt-tokenizer", 1):
             raise UserError(f"{path}: written by another version of fastgpt")
@@ -223,11 +223,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             tokenizer = CharTokenizer(spec["chars"])
         elif name != "byte":
             ranks = Path(folder) / RANKS_NAME
-            tokenizer = BPETokenizer(name, parse_ranks(ranks.read_bytes(), ranks), spec["pattern"])
+            tokenizer = BPETokenizer(name, parse_ranks(read_bytes(ranks), ranks), spec["pattern"])
     except FileNotFoundError as e:
         raise UserError(f"{e.filename} is missing: prepare the data again") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as e:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{path} is damaged ({e}): prepare the data again") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
     if tokenizer._json() != spec:
         raise UserError(f"{path} and the vocabulary beside it do not belong together")
     return tokenizer

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from fastgpt.data.meta_pkl import read_meta
 from fastgpt.data.token_files import Scan, TokenFile
 from fastgpt.data.tokenizers import JSON_NAME, Tokenizer, load_tokenizer
 from fastgpt.data.vocabulary import GPT2_VOCAB
-from fastgpt.errors import UserError
+from fastgpt.errors import UserError, read_text
 
 DATASET_JSON = "dataset.json"
 FORMAT = "fastgpt-dataset"
@@ -39,7 +40,7 @@ class TokenSplit:
         self.name = name
         self.folder = folder
         self.shards = files
-        self._arrays = [file.open() for file in files]
+        self._ids = [file.open() for file in files]
         counts = np.array([file.count for file in files], np.int64)
         self._ends = np.cumsum(counts)
         self._first = self._ends - counts
@@ -65,6 +66,11 @@ class TokenSplit:
     def _starts(self, block_size: int) -> np.ndarray:
         return np.cumsum(np.maximum(self._ends - self._first - block_size, 0))
 
+    def check(self) -> None:
+        """Raise UserError if a file changed since it was opened; asked before each evaluation."""
+        for ids in self._ids:
+            ids.check()
+
     def require(self, block_size: int) -> None:
         """UserError when no window of this block size fits into any shard."""
         if self.n_starts(block_size) == 0:
@@ -85,7 +91,7 @@ class TokenSplit:
             raise IndexError(f"windows of {length} tokens do not fit at all of these positions")
         offsets = starts - self._first[shard]
         for row, i, at in zip(out, shard.tolist(), offsets.tolist(), strict=True):
-            row[:] = self._arrays[i][at : at + length]
+            self._ids[i].read_into(row, at)
         return out
 
 
@@ -94,7 +100,8 @@ class Dataset:
     """An opened, checked folder of token files.
 
     `fingerprint` is a hash of the contents of all files, whatever their folder is called.
-    `vocab_size` counts real ids, without padding. `tokenizer` is None if the folder has none.
+    `vocab_size` counts real ids, without padding; `max_id` is the largest that occurs. `tokenizer`
+    is None if the folder has none.
     """
 
     folder: Path
@@ -103,6 +110,7 @@ class Dataset:
     vocab_size: int
     tokenizer: Tokenizer | None
     fingerprint: str
+    max_id: int = 0
     info: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def describe(self) -> str:
@@ -150,15 +158,16 @@ def open_dataset(folder: Path, *, verify: bool = False, vocab_size: int | None =
         _check(file, found, size, info)
         digest.update(f"{split} {found.sha256}\n".encode())
     train, val = (TokenSplit(split, files[split], folder) for split in ("train", "val"))
-    return Dataset(folder, train, val, size, tokenizer, digest.hexdigest(), info or {})
+    largest = max(found.max_id for found in scans)
+    return Dataset(folder, train, val, size, tokenizer, digest.hexdigest(), largest, info or {})
 
 
 def _read_json(folder: Path) -> dict[str, Any] | None:
     path = folder / DATASET_JSON
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
-        info = json.loads(path.read_text())
+        info = json.loads(read_text(path))
         if info["format"] != FORMAT or info["version"] != VERSION:
             raise UserError(
                 f"{path} is of format {info['format']} {info['version']}, this fastgpt reads "
@@ -166,10 +175,13 @@ def _read_json(folder: Path) -> dict[str, Any] | None:
             )
         for split in ("train", "val"):
             for entry in info["splits"][split]:
-                Path(entry["file"]), entry["tokens"], entry["sha256"]
-        int(info["vocab_size"]), info["tokenizer"]["fingerprint"]
+                Path(entry["file"]).name.encode(), int(entry["tokens"]), entry["sha256"][:16]
+        size = info["vocab_size"]
+        if type(size) is not int or not 1 <= size < 1 << 32:
+            raise ValueError(f"vocab_size {str(size)[:40]}")
+        info["tokenizer"]["fingerprint"]
         return info
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{path} is damaged ({e}): prepare the data again") from None
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
@@ -181,8 +193,8 @@ def _listed(folder: Path, info: dict[str, Any]) -> dict[str, list[str]]:
         if not part:
             raise UserError(f"{folder / DATASET_JSON} lists no {split} file: prepare it again")
         for name in part:
-            if Path(name).name != name or not (folder / name).is_file():
-                listed = f"{folder / name} is missing, though {DATASET_JSON} lists it"
+            if len(name) > 255 or Path(name).name != name or not (folder / name).is_file():
+                listed = f"{folder / name[:255]} is missing, though {DATASET_JSON} lists it"
                 raise UserError(f"{listed}: prepare the data again")
     return names
 

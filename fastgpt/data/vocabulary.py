@@ -13,7 +13,7 @@ from pathlib import Path
 import tiktoken
 
 from fastgpt.data.download import fetch
-from fastgpt.errors import UserError
+from fastgpt.errors import UserError, read_bytes
 
 # GPT-2's pretokenizer. The possessive quantifiers change no match, only save backtracking.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -122,6 +122,6 @@ def parse_ranks(data: bytes, where: Path | str) -> dict[bytes, int]:
 def read_vocab_file(path: Path) -> bytes:
     """Bytes of a file the user named with --vocab_file."""
     try:
-        return path.read_bytes()
+        return read_bytes(path, limit=1 << 28)
     except OSError as e:
         raise UserError(f"--vocab_file={path}: {e.strerror}") from None

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +24,10 @@ from fastgpt.config.schema import EvalConfig, PrepareConfig
 from fastgpt.data import token_files
 from fastgpt.data.prepare import ensure
 from fastgpt.data.progress import progress
-from fastgpt.data.token_files import TokenFile
+from fastgpt.data.sources import check_text
+from fastgpt.data.token_files import Ids, TokenFile
 from fastgpt.data.tokens import open_dataset
-from fastgpt.errors import UserError, reading
+from fastgpt.errors import BadWeights, UserError, read_bytes, read_text, reading
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT
 from fastgpt.storage import run
@@ -57,13 +59,19 @@ def windows(n: int, block_size: int, stride: int) -> Iterator[Window]:
 
 @torch.no_grad()
 def total_loss(
-    model: GPT, tokens: np.ndarray, block_size: int, stride: int, batch_size: int
+    model: GPT,
+    tokens: np.ndarray | Ids,
+    block_size: int,
+    stride: int,
+    batch_size: int,
+    size: int | None = None,
 ) -> tuple[float, int]:
-    """(sum of the cross entropy in nats, how many tokens) over an array of token ids (n,)."""
+    """(sum of the cross entropy in nats, how many tokens) over the first `size` token ids."""
+    size = len(tokens) if size is None else size
     device = next(model.parameters()).device
     total, count = torch.zeros((), dtype=torch.float64), 0
-    todo = windows(len(tokens), block_size, stride)
-    with progress("evaluating", len(tokens)) as advance:
+    todo = windows(size, block_size, stride)
+    with progress("evaluating", size, unit="tokens") as advance:
         while batch := list(islice(todo, batch_size)):
             inputs, targets = [], []
             for w in batch:
@@ -83,6 +91,10 @@ def evaluate(config: EvalConfig) -> int:
     """Print the figures for people, and one line of JSON last. Returns the exit code."""
     machine = Machine.of(config.device, config.dtype)
     source = open_source(config)
+    ran_on = {"device": str(machine.device), "dtype": machine.dtype}
+    if bad := source.not_finite():
+        print(_line(config.task, {"loss": math.nan, "not_finite": bad}, ran_on), flush=True)
+        source.check_finite()
     longest = source.shape.block_size
     block_size = config.block_size or longest
     stride = config.stride or max(1, block_size // 2)
@@ -97,29 +109,68 @@ def evaluate(config: EvalConfig) -> int:
         print(f"{figures['questions']:,} questions of {config.input}")
         print(f"acc {figures['acc']:.4f}, acc_norm {figures['acc_norm']:.4f}")
     else:
-        files = _token_files(config, source)
+        names, arrays = _tokens(config, source)
         model = source.model(machine)
         total, count, left = 0.0, 0, config.limit or None
-        for file in files:
-            tokens = file.open()[:left]
-            nats, n = total_loss(model, tokens, block_size, stride, config.batch_size)
+        for tokens in arrays:
+            size = len(tokens) if left is None else min(left, len(tokens))
+            nats, n = total_loss(model, tokens, block_size, stride, config.batch_size, size)
             total, count = total + nats, count + n
-            left = None if left is None else left - len(tokens)
+            left = None if left is None else left - size
             if left == 0:
                 break
         if not count:
-            raise UserError(f"{files[0].path}: has one token, and the first has nothing before it")
+            raise UserError(f"{names[0]}: has one token, and the first has nothing before it")
         loss = total / count
         perplexity = math.exp(loss) if loss < 700 else math.inf
-        names = ", ".join(str(f.path) for f in files[:3]) + (", ..." if len(files) > 3 else "")
-        print(f"{count:,} tokens of {names}, windows of {block_size} every {stride}")
+        named = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        print(f"{count:,} tokens of {named}, windows of {block_size} every {stride}")
         bits = loss / math.log(2)
         print(f"loss {loss:.4f}, perplexity {perplexity:.3f}, {bits:.4f} bits a token")
         figures = {"tokens": count, "loss": loss, "perplexity": perplexity}
         figures |= {"block_size": block_size, "stride": stride}
-    ran_on = {"device": str(machine.device), "dtype": machine.dtype}
-    print(json.dumps({"task": config.task, **figures, **ran_on}))
+    print(_line(config.task, figures, ran_on))
+    if not all(math.isfinite(v) for v in figures.values()):
+        raise BadWeights(f"{source.origin}: its loss is not a finite number")
     return 0
+
+
+def _line(task: str, figures: dict[str, Any], ran_on: dict[str, str]) -> str:
+    """The line for programs, in JSON, which has no NaN and no infinity: null."""
+    plain = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()
+    }
+    return json.dumps({"task": task, **plain, **ran_on}, allow_nan=False)
+
+
+def _tokens(config: EvalConfig, source: Source) -> tuple[list[str], list[np.ndarray | Ids]]:
+    """Names and ids (n,) of what to evaluate on: token files, or a text; the model knows all ids.
+
+    Raises UserError for a file that is neither.
+    """
+    path = Path(config.input)
+    if config.input and not token_files.is_token_file(path):
+        return [str(path)], [_text_ids(path, source)]
+    files = _token_files(config, source)
+    return [str(f.path) for f in files], [f.open() for f in files]
+
+
+def _text_ids(path: Path, source: Source) -> np.ndarray:
+    """Ids (n,) of a text by the model's own tokenizer."""
+    with reading(path, "is neither UTF-8 text nor a token file (headered, or named *.bin)"):
+        data = read_bytes(path)
+        check_text(iter([data]))
+    if source.tokenizer is None:
+        raise UserError(f"--input={path}: is text, and the model's tokenizer is not known")
+    if not data:
+        raise UserError(f"--input={path}: is empty")
+    ids = source.tokenizer.encode_bytes(data)
+    if (largest := int(ids.max())) >= source.shape.vocab_size:
+        raise UserError(
+            f"--input={path}: has token {largest:,}, the model knows {source.shape.vocab_size:,}: "
+            f"this tokenizer ({source.tokenizer.name}) is not the model's"
+        )
+    return ids
 
 
 def _token_files(config: EvalConfig, source: Source) -> list[TokenFile]:
@@ -134,7 +185,7 @@ def _token_files(config: EvalConfig, source: Source) -> list[TokenFile]:
     if config.dataset:
         settings = PrepareConfig(dataset=config.dataset, data_dir=config.data_dir)
     elif source.run_dir is not None:
-        settings = PrepareConfig(**vars(run.load_config(source.run_dir).data))
+        settings = PrepareConfig.of(run.load_config(source.run_dir).data)
     else:
         raise UserError("eval: on what? name a token file with --input, or data with --dataset")
     dataset = open_dataset(ensure(settings))
@@ -168,7 +219,7 @@ def read_hellaswag(config: EvalConfig, source: Source) -> list[Question]:
         return [int(i) for i in tokenizer.encode(text)]
 
     with reading(f"--input={path}", "is not UTF-8 text"):
-        lines = path.read_text("utf-8").splitlines()
+        lines = read_text(path).splitlines()
     questions: list[Question] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -210,7 +261,7 @@ def ending_losses(model: GPT, questions: list[Question]) -> tuple[Tensor, Tensor
 def hellaswag(model: GPT, questions: list[Question], batch_size: int) -> dict[str, float]:
     """Shares of right answers: by the least loss (acc), by the least loss per token (acc_norm)."""
     right = torch.zeros(2)
-    with progress("questions", len(questions)) as advance:
+    with progress("evaluating", len(questions), unit="questions") as advance:
         for first in range(0, len(questions), batch_size):
             part = questions[first : first + batch_size]
             labels = torch.tensor([q.label for q in part])

@@ -6,11 +6,10 @@ import codecs
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from fastgpt.config.schema import SampleConfig
 from fastgpt.data.tokenizers import Tokenizer
-from fastgpt.errors import UserError, reading
+from fastgpt.errors import UserError, read_text, reading
 from fastgpt.inference.generate import BatchGenerator, Sampling
 from fastgpt.model.device import Machine
 from fastgpt.weights.source import open_source
@@ -24,7 +23,7 @@ def prompt_texts(start: str) -> list[str]:
     if kind not in ("FILE", "LINES") or not name:
         return [start]
     with reading(f"--start={start}", "is not UTF-8 text"):
-        text = Path(name).read_text(encoding="utf-8")
+        text = read_text(name)
     lines = [line for line in text.splitlines() if line]
     if kind == "LINES" and not lines:
         raise UserError(f"--start={start}: has no lines")
@@ -84,10 +83,16 @@ def sample(config: SampleConfig) -> int:
     """Print num_samples texts a prompt, each batch's first as it is made. Returns the exit code."""
     machine = Machine.of(config.device, config.dtype, config.compile)
     source = open_source(config)
+    source.check_finite()
     tokenizer = source.tokenizer
     if tokenizer is None:
-        named = source.run_dir or config.weights
-        raise UserError(f"{named}: has no tokenizer.json; its data had none, so there is no text")
+        if source.run_dir is None:
+            raise UserError(f"{config.weights}: has no tokenizer that can be read, so no text")
+        raise UserError(
+            f"{source.run_dir}: its data has no tokenizer, so there is no text; if it is known, "
+            f"name it: fastgpt train --init_from=resume --out_dir={source.run_dir} "
+            "--tokenizer=gpt2 --vocab_file=FILE"
+        )
     prompts = [prompt_ids(tokenizer, text) for text in prompt_texts(config.start)]
     bad = next((i for p in prompts for i in p if i >= source.shape.vocab_size), None)
     if bad is not None:

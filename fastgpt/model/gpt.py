@@ -42,6 +42,13 @@ class ModelShape:
         asked = {f.name: getattr(model, f.name) for f in fields(cls)}
         return cls(**asked | {"vocab_size": vocab_size})
 
+    def __str__(self) -> str:
+        biases = "with biases" if self.bias else "no biases"
+        return (
+            f"{self.n_layer} layers, {self.n_head} heads, {self.n_embd} wide, {self.block_size:,} "
+            f"positions, vocabulary {self.vocab_size:,}, {biases}, {self.gelu} GELU"
+        )
+
     @property
     def head_dim(self) -> int:
         return self.n_embd // self.n_head

@@ -16,7 +16,7 @@ that does is used. There is no pickle anywhere.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import os
 import re
@@ -24,14 +24,24 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from fastgpt.errors import UserError
-from fastgpt.storage.files import explain_os_error, replace_folder, sha256_file, write_text
+from fastgpt.errors import UserError, read_bytes, reading
+from fastgpt.storage.files import (
+    explain_os_error,
+    replace_folder,
+    sealed,
+    sha256_file,
+    sweep,
+    umask,
+    unsealed,
+    write_text,
+)
+
+if TYPE_CHECKING:  # arguments are checked before PyTorch is loaded, and this is asked for names
+    from torch import Tensor
 
 FORMAT = 1
 _NAME = re.compile(r"step_\d{8,}")
@@ -72,8 +82,7 @@ def names(run_dir: Path) -> list[str]:
 
 def _manifest_text(files: Mapping[str, Mapping[str, Any]]) -> str:
     """The manifest, ending in its own sha256, so that a changed byte in it shows too."""
-    body = json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True)
-    return f"{body}\n{hashlib.sha256(body.encode()).hexdigest()}\n"
+    return sealed(json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True))
 
 
 def write_folder(
@@ -85,9 +94,12 @@ def write_folder(
     A folder that is already there is replaced. On any error `target` stays as it was and nothing
     is left behind. Raises UserError if the disk is full or not writable.
     """
+    from safetensors.torch import save_file
+
     tmp = target.parent / f".tmp-{target.name}-{os.getpid()}"
     try:
         tmp.mkdir(parents=True)
+        mode = 0o666 & ~umask()
         for name, group in tensors.items():
             path = tmp / f"{name}.safetensors"
             if isinstance(group, Path):
@@ -99,6 +111,7 @@ def write_folder(
             (tmp / f"{name}.json").write_text(text + "\n")
         files = {}
         for path in sorted(tmp.iterdir()):
+            path.chmod(mode)  # safetensors writes for the owner alone
             with open(path, "rb") as f:
                 os.fsync(f.fileno())
             files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
@@ -123,7 +136,9 @@ def save(
     """Save a checkpoint, move `best` (if it is one) and `latest`, remove the oldest ones."""
     folder = root(run_dir)
     target = folder / name_of(step)
-    _remove_leftovers(folder)
+    _recover(folder)
+    # What a killed save left: the run's lock says that no other process is writing here.
+    sweep(folder, ".tmp-*", ".old-*", ".*.tmp", ".*.old")
     tensors = {"model": model, "optimizer": optimizer}
     write_folder(target, tensors, {"state": {**state, "step": step}})
     shutil.rmtree(shards(run_dir), ignore_errors=True)  # of this save, or of one that was killed
@@ -134,14 +149,12 @@ def save(
     return target
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """What a killed save left: the run's lock says that no other process is writing here."""
-    for pattern in (".tmp-*", ".old-*", ".*.tmp", ".*.old"):
-        for path in folder.glob(pattern):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+def _recover(folder: Path) -> None:
+    """A checkpoint that was being replaced by one of the same step, when a kill came in between."""
+    for old in folder.glob(".step_*.old"):
+        if not (target := folder / old.name[1:-4]).exists():
+            with contextlib.suppress(OSError):  # perhaps not ours to write
+                os.rename(old, target)
 
 
 def _prune(run_dir: Path, step: int, keep: int) -> None:
@@ -159,32 +172,57 @@ def _prune(run_dir: Path, step: int, keep: int) -> None:
 def pointer(run_dir: Path, which: str) -> str | None:
     """The checkpoint that `latest` or `best` names, or None if it names none."""
     try:
-        name = (root(run_dir) / which).read_bytes().decode("ascii", "replace").removesuffix("\n")
-    except FileNotFoundError:
+        data = read_bytes(root(run_dir) / which, limit=100)
+    except (OSError, UserError):  # not there, or no file that can be read
         return None
+    name = data.decode("ascii", "replace").removesuffix("\n")
     return name if _NAME.fullmatch(name) and (root(run_dir) / name).is_dir() else None
+
+
+def _listed(folder: Path) -> dict[str, tuple[int, str]]:
+    """(size, sha256) by name, of the files that the manifest lists. UserError if it is damaged."""
+    path = folder / _MANIFEST
+    with reading(path, "is damaged"):
+        body = unsealed(read_bytes(path))
+        if body is None:
+            raise UserError(f"{path}: sha256 does not match")
+        files = json.loads(body)["files"].items()
+        listed = {str(n): (int(f["bytes"]), str(f["sha256"])) for n, f in files}
+        if any(Path(name).name != name for name in listed):
+            raise ValueError("it lists files elsewhere")
+    return listed
+
+
+def _fault_of(path: Path, size: int, sha256: str) -> str | None:
+    if path.stat().st_size != size:
+        return f"{path}: {path.stat().st_size} bytes, written were {size}"
+    return None if sha256_file(path) == sha256 else f"{path}: sha256 does not match"
 
 
 def fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, naming the file; None if nothing is."""
     try:
-        text = (folder / _MANIFEST).read_bytes().decode()
-        body, _, digest = text.removesuffix("\n").rpartition("\n")
-        if hashlib.sha256(body.encode()).hexdigest() != digest:
-            return f"{folder / _MANIFEST}: sha256 does not match"
-        files = json.loads(body)["files"]
-        for name, entry in files.items():
-            path = folder / name
-            if path.stat().st_size != entry["bytes"]:
-                return f"{path}: {path.stat().st_size} bytes, written were {entry['bytes']}"
-            if sha256_file(path) != entry["sha256"]:
-                return f"{path}: sha256 does not match"
+        faults = (_fault_of(folder / name, *entry) for name, entry in _listed(folder).items())
+        return next((found for found in faults if found), None)
+    except UserError as e:
+        return str(e)
     except FileNotFoundError as e:
         return f"{e.filename}: missing"
-    except UnicodeDecodeError:
-        return f"{folder / _MANIFEST}: not text"
     except OSError as e:
         return f"{e.filename}: {e.strerror}"
+
+
+def saved_config(run_dir: Path) -> dict[str, Any] | None:
+    """The settings in the newest checkpoint whose state.json is intact; no tensor is read."""
+    first = pointer(run_dir, "latest")
+    for name in sorted(names(run_dir), key=lambda name: name != first):
+        path = root(run_dir) / name / "state.json"
+        try:
+            if _fault_of(path, *_listed(path.parent)[path.name]) is None:
+                config = json.loads(read_bytes(path))["config"]
+                return config if isinstance(config, dict) else None
+        except (OSError, UserError, ValueError, LookupError, TypeError, RecursionError):
+            continue
     return None
 
 
@@ -194,6 +232,7 @@ def load(run_dir: Path, which: str = "latest", warn: Callable[[str], None] = pri
     A damaged one is named through `warn` and the newest good one is used in its place; a folder
     asked for by name has no substitute. Raises UserError if nothing usable is left.
     """
+    _recover(root(run_dir))
     available = names(run_dir)
     if which in ("latest", "best"):
         first = pointer(run_dir, which)
@@ -218,8 +257,14 @@ def load(run_dir: Path, which: str = "latest", warn: Callable[[str], None] = pri
 
 
 def _read(folder: Path) -> Checkpoint:
-    state = json.loads((folder / "state.json").read_text())
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{folder}: format {state.get('format')}, this fastgpt reads {FORMAT}")
-    model, optimizer = (load_file(folder / f"{n}.safetensors") for n in ("model", "optimizer"))
+    from safetensors.torch import load_file
+
+    path = folder / "state.json"
+    with reading(path, "is damaged"):
+        state = json.loads(read_bytes(path))
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            found = state.get("format") if isinstance(state, dict) else "none"
+            raise UserError(f"{folder}: format {found}, this fastgpt reads {FORMAT}")
+    with reading(folder, "is damaged", SafetensorError):
+        model, optimizer = (load_file(folder / f"{n}.safetensors") for n in ("model", "optimizer"))
     return Checkpoint(folder, state, model, optimizer)

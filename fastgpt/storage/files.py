@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import re
@@ -13,13 +14,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from fastgpt.errors import UserError
+from fastgpt.errors import UserError, open_regular
 
 
 def sha256_file(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
-    with open(path, "rb") as f:
+    with open_regular(path) as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sealed(text: str) -> str:
+    """`text` with its own sha256 as a last line, so that any change of it shows."""
+    return f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
+def unsealed(data: bytes) -> str | None:
+    """The text that `sealed` was given, or None if a byte of it is not as it was."""
+    body, _, digest = data.removesuffix(b"\n").rpartition(b"\n")
+    return body.decode() if hashlib.sha256(body).hexdigest().encode() == digest else None
 
 
 def fsync_dir(path: Path) -> None:
@@ -66,7 +78,7 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd, tmp = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.fchmod(fd, 0o644)
+        os.fchmod(fd, 0o666 & ~umask())
         with os.fdopen(fd, mode) as f:
             yield f
             f.flush()
@@ -78,6 +90,39 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     finally:
         if tmp is not None:
             Path(tmp).unlink(missing_ok=True)
+
+
+def umask() -> int:
+    """What this process takes from the modes of new files. Can only be asked for by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def sweep(folder: Path, *patterns: str) -> None:
+    """Remove what killed writers left in `folder`; the caller holds what keeps others out."""
+    for pattern in patterns or (".*.tmp",):
+        for path in folder.glob(pattern):
+            with contextlib.suppress(OSError):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
+
+
+def hold(folder: Path) -> int:
+    """A descriptor that marks a temporary folder as in use, until it or its process is closed."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return fd
+
+
+def sweep_unheld(folder: Path, pattern: str) -> None:
+    """Remove temporary folders that no process holds: their writers were killed."""
+    for path in folder.glob(pattern):
+        with contextlib.suppress(OSError):
+            os.close(hold(path))
+            shutil.rmtree(path)
 
 
 def write_text(path: Path, text: str) -> None:

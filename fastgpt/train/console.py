@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,15 @@ def introduce(trainer: Trainer, dataset: Dataset, run_dir: Path) -> None:
     print(f"run {run_dir}", flush=True)
 
 
+def draw_if_missing(run_dir: Path) -> None:
+    """The picture of a run that was killed after its last save."""
+    picture, log = run_dir / "loss.png", run_dir / "metrics.jsonl"
+    if not log.exists():
+        return
+    if not picture.exists() or picture.stat().st_mtime_ns < log.stat().st_mtime_ns:
+        print(f"loss curve {plot.loss_curve(run_dir)}")
+
+
 def farewell(loop: Loop, dataset: Dataset, run_dir: Path) -> None:
     """Say how it went: losses, the picture, a sample, and the commands to go on."""
     at, c = loop.progress, loop.config
@@ -68,11 +78,20 @@ def farewell(loop: Loop, dataset: Dataset, run_dir: Path) -> None:
             seed=c.run.seed,
         )
         # A model of more ids than its data's, as nanoGPT's 50,304, may draw one that is no text.
-        ids = (i for i in ids if i < dataset.vocab_size)
+        known = dataset.tokenizer.vocab_size
+        ids = (i for i in ids if i < known)
         print(f"\n--- sample {'-' * 61}")
         print("".join(decode_stream(dataset.tokenizer, itertools.chain(prompt, ids))).strip())
         print("-" * 72)
     if loop.saved:
         more = "" if at.step < c.run.max_iters else f" --max_iters={2 * c.run.max_iters}"
-        print(f"\nsample:   fastgpt sample --out_dir={run_dir}")
-        print(f"continue: fastgpt train --init_from=resume --out_dir={run_dir}{more}")
+        print()
+        place = shlex.quote(str(run_dir))
+        if dataset.tokenizer is not None:
+            print(f"sample:   fastgpt sample --out_dir={place}")
+        print(f"continue: fastgpt train --init_from=resume --out_dir={place}{more}")
+        if dataset.tokenizer is None:
+            print(
+                "no sample: these token files have no tokenizer; if you know it, continue with "
+                "--tokenizer=gpt2 --vocab_file=FILE"
+            )

@@ -79,6 +79,7 @@ class Loop:
                 start_step=start,
                 tokens_per_step=self.tokens_per_step,
                 keeps=self.ranks.first,
+                seal=self.progress.seal,
             )
         )
         self.stop = stack.enter_context(StopRequest())
@@ -187,6 +188,9 @@ class Loop:
 
     def evaluate(self, step: int) -> bool:
         """Both mean losses on the fixed batches, shared by the ranks. False: a signal came."""
+        with self.ranks.together():
+            self.dataset.train.check()
+            self.dataset.val.check()
         means, n = {}, self.config.log.eval_iters
         splits = {"train": self.dataset.train, "val": self.dataset.val}
         for i, (name, split) in enumerate(splits.items()):
@@ -232,7 +236,8 @@ class Loop:
         at = self.progress
         self.metrics.working("saving", at.step, 0, 1)
         self.metrics.sync()
-        self.saved = resume.save(self.trainer, at, self.dataset, self.run_dir, best=best)
+        seal = self.metrics.seal()
+        self.saved = resume.save(self.trainer, at, self.dataset, self.run_dir, best=best, seal=seal)
         self.metrics.say(f"saving checkpoint to {self.saved}")
 
     def non_finite(self, step: int) -> UserError:

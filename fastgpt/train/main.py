@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgpt.config import settings
 from fastgpt.config.schema import Config, PrepareConfig
-from fastgpt.data.prepare import ensure
+from fastgpt.data.prepare import ensure, with_tokenizer
 from fastgpt.data.tokens import Dataset, open_dataset
 from fastgpt.errors import UserError
 from fastgpt.model import ops
@@ -19,9 +19,9 @@ from fastgpt.model.device import Machine
 from fastgpt.model.driver import why_no_gpu
 from fastgpt.model.plan import Plan
 from fastgpt.storage import checkpoint, run
-from fastgpt.train import console, graph, memory, resume, tuning
+from fastgpt.train import console, graph, memory, resume, trackers, tuning
 from fastgpt.train.loop import Loop
-from fastgpt.train.ranks import Ranks, check_launch, join, local_device, restarted
+from fastgpt.train.ranks import Ranks, check_launch, join, launcher, local_device, restarted
 from fastgpt.train.resume import Progress
 from fastgpt.train.step import Trainer
 from fastgpt.weights import hf_tokenizer
@@ -30,6 +30,15 @@ from fastgpt.weights.source import pretrained
 
 def train(config: Config, name: str) -> int:
     """Run a training run to its end, or to a signal. Returns the process's exit code.
+
+    `name` ends up in the name of a new run's folder. Raises UserError if the run cannot be done as
+    asked.
+    """
+    return run_training(config, name)[0]
+
+
+def run_training(config: Config, name: str) -> tuple[int, Path]:
+    """`train`, and the folder of the run.
 
     `name` ends up in the name of a new run's folder. Raises UserError if the run cannot be done as
     asked.
@@ -46,19 +55,24 @@ def train(config: Config, name: str) -> int:
         return _train(config, name, machine, ranks)
 
 
-def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> int:
-    """`train` on one of the ranks."""
+def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[int, Path]:
+    """`run_training` on one of the ranks."""
     with ranks.together():
         graph.check(config.system, machine)
-        folder = ensure(PrepareConfig(**vars(config.data))) if ranks.first else Path()
+        if ranks.first:
+            trackers.check(config.log)
+        folder = ensure(PrepareConfig.of(config.data)) if ranks.first else Path()
     folder = ranks.gather(folder)[0]
     with ranks.together():
-        dataset = open_dataset(folder)
+        dataset = with_tokenizer(open_dataset(folder), config.data)
         config, weights = _start_from(config, dataset)
         for split in (dataset.train, dataset.val):
             split.require(config.model.block_size)
         vocab_size = _vocab_size(config, dataset)
-    r, again = config.run, restarted()
+    # Consent to go on with a run, or to replace it, is given by flags; a restart by torchrun has
+    # it for the run that its own first attempt made.
+    r, launch = config.run, ranks.gather(launcher())
+    again = ranks.gather(restarted() and run.made_by(Path(r.out_dir), launch))[0]
     resuming = r.init_from == "resume" or again and bool(checkpoint.names(Path(r.out_dir)))
     plan = Plan()
     with ranks.together():
@@ -80,22 +94,22 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> int:
         run_dir = Path()
         with ranks.together():
             if ranks.first:
-                if resuming:
-                    run_dir = run.find(r.out_dir)
-                else:
-                    run_dir = run.create(r.out_dir, name, r.overwrite or again)
-                stack.enter_context(run.lock(run_dir))
+                held = run.resumed(r.out_dir) if resuming else None
+                held = held or run.begin(r.out_dir, name, r.overwrite or again)
+                run_dir = stack.enter_context(held)
         run_dir = ranks.gather(run_dir)[0]
         with ranks.together():
             start = resume.load(trainer, dataset, run_dir) if resuming else Progress()
             if start.step >= r.max_iters and not config.log.eval_only:
+                if ranks.first:
+                    console.draw_if_missing(run_dir)
                 raise UserError(
                     f"{run_dir}: already at step {start.step} of --max_iters={r.max_iters}; give "
                     "more to go on"
                 )
         with ranks.together():
             if ranks.first:
-                run.save_config(run_dir, trainer.resolved)
+                run.save_config(run_dir, trainer.resolved, launch)
                 run.save_plan(run_dir, plan.to_dict())
                 if dataset.tokenizer is not None:
                     dataset.tokenizer.save(run_dir)
@@ -105,7 +119,7 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> int:
         code = loop.run(stack)
     if ranks.first:
         console.farewell(loop, dataset, run_dir)
-    return code
+    return code, run_dir
 
 
 def _say_if_ops_differ(choices: list[tuple[ops.Choice, ...]]) -> None:

@@ -11,6 +11,7 @@ token, MFU a fraction, tokens those seen in all.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -18,22 +19,42 @@ from pathlib import Path
 from typing import IO, Any
 
 from fastgpt.config.schema import Config
-from fastgpt.config.settings import to_dict
-from fastgpt.errors import UserError
+from fastgpt.data.progress import Every
+from fastgpt.errors import UserError, read_text, reading
 from fastgpt.storage.files import explain_os_error, write_text
+from fastgpt.train import trackers
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl; a last line cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    with reading(path, "is not UTF-8 text"):
+        lines = read_text(path).splitlines(keepends=True)
     records = []
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     for i, line in enumerate(lines):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as e:
-            if i + 1 < len(lines):
-                raise UserError(f"{path}: line {i + 1} is not JSON; mend or remove it") from e
+            records.append(_checked(json.loads(line)))
+        except (ValueError, LookupError, TypeError, RecursionError) as e:
+            if i + 1 < len(lines) or line.endswith("\n"):
+                raise UserError(
+                    f"{path}: line {i + 1} is not JSON, or no record; mend or remove it"
+                ) from e
     return records
+
+
+_NUMBERS = {
+    "train": ("step", "loss", "tokens"),
+    "eval": ("step", "train_loss", "val_loss", "tokens"),
+}
+
+
+def _checked(record: Any) -> dict[str, Any]:
+    """A record that has what its kind has, as numbers."""
+    for name in _NUMBERS[record["kind"]]:
+        if not isinstance(record[name], int | float):
+            raise TypeError(name)
+    return record
 
 
 def duration(seconds: float) -> str:
@@ -71,14 +92,23 @@ class Metrics:
         start_step: int,
         tokens_per_step: int,
         keeps: bool = True,
+        seal: dict[str, Any] | None = None,
     ):
         self.path, self._keeps = run_dir / "metrics.jsonl" if keeps else Path(os.devnull), keeps
         self._tokens_per_step, self._max_iters = tokens_per_step, config.run.max_iters
+        self._digest = hashlib.sha256()
         if keeps:  # a resumed run writes the steps after its checkpoint anew
             kept = [r for r in read(self.path) if r["step"] < start_step + (r["kind"] == "eval")]
-            write_text(self.path, "".join(json.dumps(r) + "\n" for r in kept))
+            text = "".join(json.dumps(r) + "\n" for r in kept)
+            self._digest.update(text.encode())
+            if seal and seal["sha256"] != self._digest.hexdigest():
+                print(
+                    f"warning: {self.path}: is not what it was at step {start_step}, when the "
+                    "checkpoint was saved: changed, or damaged"
+                )
+            write_text(self.path, text)
         self._file: IO[str] = open(self.path, "a")  # noqa: SIM115 - closed in __exit__
-        self._trackers = _trackers(run_dir, config) if keeps else []
+        self._trackers = trackers.start(run_dir, config) if keeps else []
         self._progress: Any = None  # of rich
         if sys.stdout.isatty():
             from rich.console import Console
@@ -87,7 +117,8 @@ class Metrics:
             columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"))
             self._progress = Progress(*columns, console=Console(highlight=False), transient=True)
             self._task = self._progress.add_task("", total=self._max_iters, completed=start_step)
-        self._speed = ""
+        self._speed, self._seconds = "", 0.0
+        self._every = Every()
 
     def __enter__(self) -> Metrics:
         if self._progress:
@@ -111,12 +142,12 @@ class Metrics:
     def train(self, step: int, seconds: float, record: dict[str, float]) -> None:
         """One optimizer step: its loss and, in `seconds`, the mean time since the last log line."""
         tokens_per_second = self._tokens_per_step / seconds
-        eta = (self._max_iters - step - 1) * seconds
-        self._speed = f"{count(tokens_per_second)} tok/s, ETA {duration(eta)}"
+        self._seconds, self._speed = seconds, f"{count(tokens_per_second)} tok/s"
         self.say(
             f"iter {step}: loss {record['loss']:.4f}, time {seconds * 1000:.2f}ms, "
             f"mfu {record['mfu'] * 100:.2f}%"
         )
+        self._every = Every()  # a line was just said
         self._advance(step + 1)
         self._write(
             {
@@ -134,78 +165,45 @@ class Metrics:
         self.say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         seen = step * self._tokens_per_step
         if self._speed and not self._progress:
-            self.say(f"{count(seen)} tokens seen, {self._speed}")
+            self.say(f"{count(seen)} tokens seen, {self._speed}{self._eta(step)}")
         losses = {"train_loss": train_loss, "val_loss": val_loss}
         self._write({"kind": "eval", "step": step, **losses, "tokens": seen})
 
     def working(self, what: str, step: int, done: int, total: int) -> None:
-        """Progress of something between two steps, on a terminal."""
+        """Progress of something between two steps; in a pipe every ten seconds at most."""
         if self._progress:
             description = f"{what} {done}/{total}"
             self._progress.update(self._task, completed=step, description=description)
+        elif done and self._every.due():
+            self.say(f"{what} {done}/{total}")
 
     def _advance(self, done: int) -> None:
         if self._progress:
             seen = f"{count(done * self._tokens_per_step)} tokens"
-            text = f"{done}/{self._max_iters} {seen}, {self._speed}"
+            text = f"{done}/{self._max_iters} {seen}, {self._speed}{self._eta(done)}"
             self._progress.update(self._task, completed=done, description=text)
 
+    def _eta(self, done: int) -> str:
+        """What is left of the run after `done` steps, if anything is."""
+        left = self._max_iters - done
+        return f", ETA {duration(left * self._seconds)}" if left > 0 else ""
+
     def _write(self, record: dict[str, Any]) -> None:
+        line = json.dumps(record) + "\n"
         try:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(line)
             self._file.flush()
         except OSError as e:
             raise explain_os_error(e, self.path) from e
+        self._digest.update(line.encode())
         for tracker in self._trackers:
-            tracker.log(record)
+            tracker.log(record["step"], trackers.values(record))
+
+    def seal(self) -> dict[str, Any]:
+        """What the log holds now, for a checkpoint to keep."""
+        return {"sha256": self._digest.hexdigest()}
 
     def sync(self) -> None:
         """Make what was written survive a power cut; called with every checkpoint."""
         if self._keeps:
             os.fsync(self._file.fileno())
-
-
-class _Wandb:
-    def __init__(self, run_dir: Path, config: Config):
-        import wandb
-
-        name = config.log.wandb_run_name or run_dir.name
-        self._run = wandb.init(
-            project=config.log.wandb_project, name=name, config=to_dict(config), dir=run_dir
-        )
-
-    def log(self, record: dict[str, Any]) -> None:
-        kind = record["kind"]
-        values = {f"{kind}/{k}": v for k, v in record.items() if k not in ("kind", "step")}
-        self._run.log(values, step=record["step"])
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class _TensorBoard:
-    def __init__(self, run_dir: Path):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
-
-    def log(self, record: dict[str, Any]) -> None:
-        for key, value in record.items():
-            if key not in ("kind", "step"):
-                self._writer.add_scalar(f"{record['kind']}/{key}", value, record["step"])
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-def _trackers(run_dir: Path, config: Config) -> list[_Wandb | _TensorBoard]:
-    out: list[_Wandb | _TensorBoard] = []
-    try:
-        if config.log.wandb_log:
-            out.append(_Wandb(run_dir, config))
-        if config.log.tensorboard:
-            out.append(_TensorBoard(run_dir))
-    except ImportError as e:
-        flag = "wandb_log" if config.log.wandb_log and not out else "tensorboard"
-        raise UserError(f"--{flag}=True: {e.name} is not installed; pip install -e '.[log]'") from e
-    return out

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,18 +129,41 @@ class Ranks:
         return []
 
 
+def _number(name: str, default: int) -> int:
+    """A number that torchrun sets. UserError if it is none."""
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise UserError(f"{name}={text}: wanted a whole number, as torchrun sets it; or unset it")
+    return int(text)
+
+
 def restarted() -> bool:
     """Whether torchrun started this run again after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _number("TORCHELASTIC_RESTART_COUNT", 0) > 0
+
+
+def launcher() -> str:
+    """Who started this process: torchrun's agent, which stays over restarts; "" without torchrun.
+
+    Its number and the time of its start on its machine, which together are no other process's.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    parent, since = os.getppid(), ""
+    with contextlib.suppress(OSError, IndexError):  # where there is /proc
+        text = Path(f"/proc/{parent}/stat").read_text()
+        since = text.rpartition(")")[2].split()[19]
+        since += "-" + Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()}:{parent}:{since}"
 
 
 def check_launch(config: Config) -> None:
     """Raise UserError if the run's flags do not go with torchrun's."""
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 and not config.run.out_dir:
+    if _number("TORCHELASTIC_MAX_RESTARTS", 0) > 0 and not config.run.out_dir:
         raise UserError(
             "torchrun --max-restarts: a restart has to find its run; name it with --out_dir"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and config.optim.auto_batch_size:
+    if _number("WORLD_SIZE", 1) > 1 and config.optim.auto_batch_size:
         raise UserError("--batch_size=auto: not with several ranks; give a number")
 
 
@@ -149,7 +174,7 @@ def local_device(name: str) -> str:
     """
     if resolve_device(name).type != "cuda" or "LOCAL_RANK" not in os.environ:
         return name
-    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    local, count = _number("LOCAL_RANK", 0), torch.cuda.device_count()
     if local >= count:
         raise UserError(
             f"torchrun started process {local + 1} on a machine with {count} GPUs; pass "
@@ -167,7 +192,7 @@ def join(config: Config, device: torch.device) -> Iterator[Ranks]:
     lost connection, which names the ranks that do not answer.
     """
     if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if _number("WORLD_SIZE", 1) > 1:
             raise UserError("WORLD_SIZE is set, RANK or MASTER_ADDR is not: start with torchrun")
         yield Ranks()
         return
@@ -176,7 +201,7 @@ def join(config: Config, device: torch.device) -> Iterator[Ranks]:
     backend = f"cpu:gloo,cuda:{system.backend}" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=system.dist_timeout)
     stdout = sys.stdout
-    ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    ranks = Ranks(_number("RANK", 0), _number("WORLD_SIZE", 1))
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
         # A restart must not find the addresses of those who are gone.

@@ -6,32 +6,42 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgpt.config import settings
 from fastgpt.data.tokens import Dataset
-from fastgpt.errors import UserError
-from fastgpt.storage import checkpoint
+from fastgpt.errors import UserError, reading
+from fastgpt.storage import checkpoint, run
 from fastgpt.train import optim, sharding
 from fastgpt.train.step import Trainer
 
 
 @dataclass
 class Progress:
-    """Where a run stands: the next step, and what was evaluated so far."""
+    """Where a run stands: the next step, what was evaluated so far, and what its log then held."""
 
     step: int = 0
     last_eval: int = -1
     val_loss: float = float("inf")
     best_val_loss: float = float("inf")
+    seal: dict[str, Any] | None = None
 
 
 def save(
-    trainer: Trainer, progress: Progress, dataset: Dataset, run_dir: Path, *, best: bool
+    trainer: Trainer,
+    progress: Progress,
+    dataset: Dataset,
+    run_dir: Path,
+    *,
+    best: bool,
+    seal: dict[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint of the next step; all ranks take part. Returns its folder.
+
+    `seal` is what metrics.jsonl holds at this step, so that a later change of it shows.
 
     Raises UserError on all ranks if it cannot be written.
     """
@@ -58,6 +68,8 @@ def save(
         "val_loss": progress.val_loss,
         "best_val_loss": progress.best_val_loss,
         "data": dataset.fingerprint,
+        "tokenizer": dataset.tokenizer.fingerprint if dataset.tokenizer else None,
+        "metrics": seal,
         "config": settings.to_dict(trainer.resolved),
         "ops": [c.__dict__ for c in trainer.choices],
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
@@ -69,6 +81,7 @@ def save(
             checkpoint.save(
                 run_dir, progress.step, model, optimizer, document, best=best, keep=keep
             )
+            run.settle(run_dir)
     return checkpoint.root(run_dir) / checkpoint.name_of(progress.step)
 
 
@@ -76,8 +89,18 @@ def load(trainer: Trainer, dataset: Dataset, run_dir: Path) -> Progress:
     """Load the newest good checkpoint into the trainer. Raises UserError if it does not fit."""
     saved = checkpoint.load(run_dir)
     document, shape = saved.state, trainer.model.shape
-    for key, was in document["model"].items():
-        now = getattr(shape, key)
+    with reading(saved.folder / "state.json", "is damaged"):
+        progress = Progress(
+            int(document["step"]),
+            int(document["last_eval"]),
+            float(document["val_loss"]),
+            float(document["best_val_loss"]),
+            document.get("metrics"),
+        )
+        model = dict(document["model"])
+        document["data"], document["scaler"]
+    for key, was in model.items():
+        now = getattr(shape, key, None)
         if now != was:
             raise UserError(
                 f"--{key}={now}: the run in {run_dir} has {key}={was}; leave the flag out, "
@@ -90,6 +113,4 @@ def load(trainer: Trainer, dataset: Dataset, run_dir: Path) -> Progress:
         )
     trainer.load(saved.model, saved.optimizer, document)
     print(f"resuming from {saved.folder}")
-    return Progress(
-        document["step"], document["last_eval"], document["val_loss"], document["best_val_loss"]
-    )
+    return progress

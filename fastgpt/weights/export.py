@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastgpt.config.schema import ExportConfig
 from fastgpt.errors import UserError
-from fastgpt.storage.files import explain_os_error
+from fastgpt.storage.files import explain_os_error, hold, sweep_unheld
 from fastgpt.weights import hf_tokenizer, hugging_face
 from fastgpt.weights.source import open_source
 
@@ -18,12 +18,18 @@ def export(config: ExportConfig) -> int:
     folder = Path(config.to)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--to={folder}: is not empty; name a new folder")
-    source = open_source(config)
+    source, held = open_source(config), None
+    if bad := source.not_finite():
+        print(f"warning: {len(bad)} tensors hold NaN or infinity, {bad[0]} first")
     tokenizer = source.tokenizer
-    aside = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    prefix = f".tmp-{folder.name}-"
+    aside = folder.with_name(f"{prefix}{os.getpid()}")
     try:
         aside.mkdir(parents=True)
-        files = hf_tokenizer.write(aside, tokenizer) if tokenizer else []
+        held = hold(aside)
+        sweep_unheld(folder.parent, f"{prefix}*")
+        length = source.shape.block_size
+        files = hf_tokenizer.write(aside, tokenizer, length) if tokenizer else []
         eot = tokenizer.eot if tokenizer else None
         hugging_face.write(aside, source.shape, source.tensors, eot)
         os.replace(aside, folder)
@@ -31,9 +37,15 @@ def export(config: ExportConfig) -> int:
         raise explain_os_error(e, folder) from e
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        if held is not None:
+            os.close(held)
     written = [hugging_face.WEIGHTS, "config.json", "generation_config.json", *files]
     print(f"{source.about}\nexported to {folder}: {', '.join(written)}")
     if not files:
-        kind = f"the {tokenizer.name} tokenizer has none" if tokenizer else "no tokenizer is known"
+        kind = "no tokenizer is known"
+        if tokenizer:
+            kind = f"the {tokenizer.name} tokenizer has none"
+            if tokenizer.name == "char":
+                kind += ", as its alphabet has characters of several bytes"
         print(f"without tokenizer files for Hugging Face: {kind}")
     return 0

@@ -11,10 +11,19 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from fastgpt.data.tokenizers import EOT_TEXT, JSON_NAME, BPETokenizer, Tokenizer, load_tokenizer
+from fastgpt.data.tokenizers import (
+    EOT_TEXT,
+    JSON_NAME,
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
 from fastgpt.data.vocabulary import GPT2_SHA256, GPT2_VOCAB, dump_ranks, parse_ranks
-from fastgpt.errors import reading
+from fastgpt.errors import read_text, reading
 from fastgpt.storage.files import write_text
 
 OURS = "fastgpt"  # a folder of its own: both formats call a file tokenizer.json
@@ -40,34 +49,58 @@ def split_token(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
     return parts
 
 
-def write(folder: Path, tokenizer: Tokenizer) -> list[str]:
-    """Write the tokenizer into `folder`: in our form, and if it is byte-pair in Hugging Face's.
-
-    Returns the names of the files for Hugging Face, none if it has no form for this tokenizer.
-    """
-    (folder / OURS).mkdir(parents=True, exist_ok=True)
-    tokenizer.save(folder / OURS)
-    if not isinstance(tokenizer, BPETokenizer):
-        return []
-    ranks = parse_ranks(tokenizer.rank_file, "tokenizer")
+def _spell(token: bytes) -> str:
     text = byte_characters()
+    return "".join(text[b] for b in token)
 
-    def spell(token: bytes) -> str:
-        return "".join(text[b] for b in token)
 
+def vocabulary(tokenizer: Tokenizer) -> tuple[dict[str, int], list[str]] | None:
+    """(vocab.json, the merges) of a tokenizer; None if it is no byte-level BPE.
+
+    Bytes are one without merges, and so are characters that are one byte each. Byte 0, which ends
+    our documents and is in no text, is spelled as end-of-text.
+    """
+    if isinstance(tokenizer, ByteTokenizer):
+        return {_spell(bytes([b])): b for b in range(1, 256)} | {EOT_TEXT: 0}, []
+    if isinstance(tokenizer, CharTokenizer):
+        if not all(c.isascii() for c in tokenizer.chars):
+            return None
+        return {_spell(c.encode()): i for i, c in enumerate(tokenizer.chars)}, []
+    if not isinstance(tokenizer, BPETokenizer):
+        return None
+    ranks = parse_ranks(tokenizer.rank_file, "tokenizer")
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
         if len(token) > 1:
             parts = split_token(token, ranks)
             if len(parts) != 2:
-                return []  # not made by merging: vocabularies of other kinds
-            merges.append(" ".join(map(spell, parts)))
-    vocab = {spell(token): rank for token, rank in ranks.items()} | {EOT_TEXT: tokenizer.eot}
-    config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
-    config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOT_TEXT)
+                return None  # not made by merging: vocabularies of other kinds
+            merges.append(" ".join(map(_spell, parts)))
+    return {_spell(token): rank for token, rank in ranks.items()} | {
+        EOT_TEXT: tokenizer.eot
+    }, merges
+
+
+def write(folder: Path, tokenizer: Tokenizer, max_length: int | None = None) -> list[str]:
+    """Write the tokenizer into `folder`: in our form, and in Hugging Face's if it has one there.
+
+    Returns the names of the files for Hugging Face, none if there is no form for this tokenizer.
+    `max_length` is how many tokens the model takes.
+    """
+    (folder / OURS).mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder / OURS)
+    found = vocabulary(tokenizer)
+    if found is None:
+        return []
+    vocab, merges = found
+    config: dict[str, Any] = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
+    special = EOT_TEXT if EOT_TEXT in vocab else None
+    config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), special)
+    if max_length is not None:
+        config["model_max_length"] = max_length
     files = {
         "vocab.json": json.dumps(vocab, ensure_ascii=False),
-        "merges.txt": "#version: 0.2\n" + "\n".join(merges) + "\n",
+        "merges.txt": "".join(f"{line}\n" for line in ("#version: 0.2", *merges)),
         "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
     }
     for name, content in files.items():
@@ -88,13 +121,15 @@ def read(folder: Path) -> Tokenizer | None:
         return None
     byte_of = {character: b for b, character in enumerate(byte_characters())}
     with reading(vocab_file, "is damaged, or not GPT-2's kind"):
-        vocab = json.loads(vocab_file.read_text("utf-8"))
+        vocab = json.loads(read_text(vocab_file))
         eot = vocab.pop(EOT_TEXT, None)
         ranks = {bytes(byte_of[c] for c in text): rank for text, rank in vocab.items()}
-        lines = merges_file.read_text("utf-8").split("\n")
+        lines = read_text(merges_file).split("\n")
         merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         merged = ["".join(pair) for pair in merges]
         in_order = sorted(vocab, key=vocab.__getitem__)
+    if (eot, merges) == (0, []) and ranks == {bytes([b]): b for b in range(1, 256)}:
+        return ByteTokenizer()
     if eot != len(ranks) or not ranks or in_order[256:] != merged:
         return None
     data = dump_ranks(ranks)

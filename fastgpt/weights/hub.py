@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
+import queue
 import re
+import threading
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 from fastgpt.errors import UserError
@@ -11,6 +17,7 @@ from fastgpt.storage.files import sha256_file
 from fastgpt.weights.hugging_face import SIZES
 
 REPOSITORIES = {name: f"openai-community/{name}" for name in SIZES}
+PATIENCE_S = 4.0
 FILES = ("config.json", "vocab.json", "merges.txt", "model.safetensors")
 
 
@@ -29,6 +36,13 @@ def fetch(size: str) -> Path:
             f"--init_from={size}: needs huggingface_hub to download (pip install "
             f"huggingface_hub); or {elsewhere}"
         ) from None
+    with contextlib.suppress(Exception):  # not all of them are in its cache
+        paths = [Path(hf_hub_download(repository, n, local_files_only=True)) for n in FILES]
+        for path in paths:
+            verify(path)
+        return paths[0].parent
+    if (why := unreachable()) is not None:
+        raise UserError(f"--init_from={size}: cannot reach the hub ({why}); {elsewhere}")
     folder = Path()
     for name in FILES:
         try:
@@ -42,6 +56,34 @@ def fetch(size: str) -> Path:
         verify(path)
         folder = path.parent
     return folder
+
+
+def unreachable() -> str | None:
+    """Why the hub does not answer within five seconds; None if it does, whatever it says.
+
+    The hub's own client tries again and again, which takes it most of a minute to give up.
+    """
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+        return "HF_HUB_OFFLINE is set"
+    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "fastgpt"})
+            urllib.request.urlopen(request, timeout=PATIENCE_S).close()
+            answers.put(None)
+        except urllib.error.HTTPError:
+            answers.put(None)
+        except Exception as e:
+            answers.put(str(getattr(e, "reason", e)) or type(e).__name__)
+
+    # In a thread: finding out the address of a host has no limit of its own.
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return answers.get(timeout=PATIENCE_S + 0.5)
+    except queue.Empty:
+        return f"no answer from {url} in {PATIENCE_S:g} s"
 
 
 def verify(path: Path) -> None:

@@ -9,8 +9,9 @@ Files from before 2020 name tensors without "transformer." and hold attention ma
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgpt.errors import UserError, reading
+from fastgpt.errors import UserError, open_regular, read_text, reading
 from fastgpt.model.gpt import ModelShape
-from fastgpt.storage.files import explain_os_error, write_text
+from fastgpt.storage.files import explain_os_error, umask, write_text
 
 # n_layer, n_head, n_embd of OpenAI's four; vocabulary 50,257, 1,024 positions.
 SIZES = {
@@ -36,6 +37,7 @@ WEIGHTS = "model.safetensors"
 _WTE, _HEAD = "transformer.wte.weight", "lm_head.weight"
 _GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh", "gelu": "erf"}
 _TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
+_LAYER = re.compile(r"transformer\.h\.(\d{1,9})\.")
 _MASK = re.compile(r"\.attn\.(bias|masked_bias)$")
 _FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -107,6 +109,13 @@ def check(
         raise UserError(f"{got.path}: {name} {got.shape} is no part of a GPT-2 of {n_layer} layers")
 
 
+def check_layers(path: Path, names: Iterable[str], shape: ModelShape) -> None:
+    """Raise UserError if there are fewer layers than `shape` says, before all are listed."""
+    layers = {m[1] for name in names if (m := _LAYER.match(name))}
+    if len(layers) < shape.n_layer:
+        raise UserError(f"{path}: has {len(layers)} layers, n_layer says {shape.n_layer}")
+
+
 def pad_vocabulary(weight: Tensor, shape: ModelShape) -> Tensor:
     """(vocab_size, C) -> (padded_vocab_size, C), the new rows zero."""
     return F.pad(weight, (0, 0, 0, shape.padded_vocab_size - weight.shape[0]))
@@ -175,15 +184,16 @@ def read_config(path: Path) -> tuple[ModelShape, bool]:
     The shape always has biases, as the tensors have.
     """
     with reading(path, "is not JSON"):
-        config = json.loads(path.read_text())
+        config = json.loads(read_text(path, limit=1 << 20))
     if not isinstance(config, dict) or config.get("model_type", "gpt2") != "gpt2":
         kind = config.get("model_type") if isinstance(config, dict) else "no object"
         raise UserError(f"{path}: model_type is {kind}, only gpt2 can be read")
 
     def whole(*keys: str) -> int:
         value = next((config[k] for k in keys if config.get(k) is not None), None)
-        if type(value) is not int or value < 1:
-            raise UserError(f"{path}: {keys[0]} is {value}, wanted a whole number >= 1")
+        if type(value) is not int or not 1 <= value < 1 << 31:
+            shown = str(value)[:80] if not isinstance(value, int) else f"{value:#x}"[:40]
+            raise UserError(f"{path}: {keys[0]} is {shown}, wanted a whole number >= 1")
         return value
 
     n_layer, n_head, n_embd = whole("n_layer"), whole("n_head"), whole("n_embd")
@@ -217,7 +227,7 @@ def _files(path: Path) -> list[Path]:
         other = " (only a pickle, which is not opened)" if [*path.glob("*.bin")] else ""
         raise UserError(f"{path}: has no {WEIGHTS}{other}")
     with reading(index, "is damaged"):
-        files = [path / name for name in set(json.loads(index.read_text())["weight_map"].values())]
+        files = [path / name for name in set(json.loads(read_text(index))["weight_map"].values())]
     for file in files:
         if file.parent != path or not file.is_file():
             raise UserError(f"{file}: missing, though {index.name} lists it")
@@ -227,8 +237,8 @@ def _files(path: Path) -> list[Path]:
 def _headers(path: Path) -> dict[str, Stored]:
     """What a safetensors file holds; UserError if it is cut off, naming the tensor."""
     with reading(path, "is damaged, or no safetensors file", SafetensorError):
-        size = path.stat().st_size
-        with open(path, "rb") as f:
+        with open_regular(path) as f:
+            size = os.fstat(f.fileno()).st_size
             length = int.from_bytes(f.read(8), "little")
             if not 0 < length <= min(size - 8, 100 << 20):
                 raise UserError(f"{path}: truncated, or no safetensors file ({size} bytes)")
@@ -254,6 +264,7 @@ def _locate(files: list[Path], shape: ModelShape) -> dict[str, Stored]:
             if not _MASK.search(key):
                 ours = key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
                 stored[ours] = entry
+    check_layers(files[0], stored, shape)
     sizes = expected(shape).items()
     on_disk = {name: size[::-1] if _TRANSPOSED.search(name) else size for name, size in sizes}
     check(files[0], stored, on_disk, shape.n_layer)
@@ -298,7 +309,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         save_file(ready, folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / WEIGHTS).chmod(0o644)
+        (folder / WEIGHTS).chmod(0o666 & ~umask())
     except SafetensorError as e:
         raise explain_os_error(e, folder / WEIGHTS) from e
     generation = {"bos_token_id": eot, "eos_token_id": eot, "_from_model_config": True}

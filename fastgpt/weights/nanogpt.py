@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import pickle
 import pickletools
+import shlex
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,10 +26,17 @@ from fastgpt.config.schema import Config, ImportConfig
 from fastgpt.data.tokenizers import Tokenizer, make_tokenizer
 from fastgpt.data.tokens import has_tokens, open_dataset
 from fastgpt.data.vocabulary import GPT2_VOCAB
-from fastgpt.errors import UserError, reading
+from fastgpt.errors import UserError, open_regular, reading
 from fastgpt.model.gpt import ModelShape
 from fastgpt.storage import checkpoint, run
-from fastgpt.weights.hugging_face import check, describe, expected, pad_vocabulary, tie
+from fastgpt.weights.hugging_face import (
+    check,
+    check_layers,
+    describe,
+    expected,
+    pad_vocabulary,
+    tie,
+)
 
 _STORAGES = ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
 _GLOBALS = {
@@ -61,7 +69,7 @@ def _inspect(path: Path) -> None:
     def refuse(why: str) -> NoReturn:
         raise UserError(f"{path}: is refused, nothing in it was run: {why}")
 
-    with open(path, "rb") as f:
+    with open_regular(path) as f:
         if f.read(4) != b"PK\x03\x04":
             refuse(
                 "not in the zip format that torch.save has had since PyTorch 1.6; load and save it "
@@ -109,6 +117,7 @@ def model_of(
         if not (k.endswith(".attn.bias") and isinstance(v, Tensor) and v.ndim == 4)
     }
     shape = ModelShape(**sizes, bias="transformer.ln_f.bias" in stored, gelu=gelu)
+    check_layers(path, stored, shape)
     check(path, describe(path, stored), expected(shape), shape.n_layer)
     tensors = {name: t.float() for name, t in stored.items()}
     tie(path, tensors, shape)
@@ -191,8 +200,8 @@ def import_checkpoint(source: str, options: ImportConfig) -> int:
     # nanoGPT does not say which data it was, so the run may go on with any.
     state |= {"data": None, "imported_from": path.name}
     tokenizer = find_tokenizer(config, shape.vocab_size)
-    run_dir = run.create(options.out_dir, path.stem, options.overwrite)
-    with run.lock(run_dir):
+    state["tokenizer"] = tokenizer.fingerprint if tokenizer else None
+    with run.begin(options.out_dir, path.stem, options.overwrite) as run_dir:
         run.save_config(run_dir, config)
         if tokenizer is not None:
             tokenizer.save(run_dir)
@@ -201,7 +210,9 @@ def import_checkpoint(source: str, options: ImportConfig) -> int:
     moments = "with" if optimizer else "without"
     print(f"{path}: {shape}, step {step}, val loss {best:.4f}, {moments} optimizer state")
     print(f"imported to {saved}")
-    print(f"continue: fastgpt train --init_from=resume --out_dir={run_dir}")
     if tokenizer is None:
         print("no tokenizer found: sample needs one; name the data's folder with --dataset")
+    else:
+        print(f"sample:   fastgpt sample --out_dir={shlex.quote(str(run_dir))}")
+    print(f"continue: fastgpt train --init_from=resume --out_dir={shlex.quote(str(run_dir))}")
     return 0

@@ -8,16 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastgpt.config import settings
 from fastgpt.config.schema import Config, SourceConfig
 from fastgpt.data.tokenizers import JSON_NAME, Tokenizer, load_tokenizer
+from fastgpt.errors import BadWeights, UserError, reading
 from fastgpt.model.build import build
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.storage import checkpoint, run
 from fastgpt.weights import hf_tokenizer, hub, hugging_face
+from fastgpt.weights.hugging_face import expected
 
 
 @dataclass
@@ -30,6 +33,22 @@ class Source:
     about: str
     """One line for people: its origin, and its loss if that is known."""
     run_dir: Path | None = None
+
+    @property
+    def origin(self) -> str:
+        return self.about.partition(": ")[0]
+
+    def not_finite(self) -> list[str]:
+        """Names of the tensors that hold a NaN or an infinity."""
+        return [name for name, t in self.tensors.items() if not bool(torch.isfinite(t).all())]
+
+    def check_finite(self) -> None:
+        """Raise BadWeights if a tensor holds a NaN or an infinity."""
+        if bad := self.not_finite():
+            raise BadWeights(
+                f"{self.origin}: {len(bad)} of {len(self.tensors)} tensors hold NaN or infinity, "
+                f"{bad[0]} first: nothing can be computed with these weights"
+            )
 
     def model(self, machine: Machine) -> GPT:
         """The model, ready to evaluate or to generate."""
@@ -55,5 +74,18 @@ def open_source(config: SourceConfig) -> Source:
     saved = checkpoint.load(run_dir, config.checkpoint, warn=warn)
     state: dict[str, Any] = saved.state
     tokenizer = load_tokenizer(run_dir) if (run_dir / JSON_NAME).exists() else None
-    about = f"{saved.folder}: step {state['step']}, val loss {state['val_loss']:.4f}"
-    return Source(ModelShape(**state["model"]), saved.model, tokenizer, about, run_dir)
+    want = state.get("tokenizer")
+    if tokenizer is not None and want not in (None, tokenizer.fingerprint):
+        raise UserError(
+            f"{run_dir / JSON_NAME}: is not the tokenizer that the checkpoint was trained with: "
+            "changed, or damaged; `fastgpt train --init_from=resume` writes it anew from the data"
+        )
+    with reading(saved.folder / "state.json", "is damaged"):
+        about = f"{saved.folder}: step {state['step']}, val loss {state['val_loss']:.4f}"
+        shape = ModelShape(**state["model"])
+        hugging_face.check_layers(saved.folder, saved.model, shape)
+        sizes = expected(shape)
+        sizes["transformer.wte.weight"] = (shape.padded_vocab_size, shape.n_embd)
+    path = saved.folder / "model.safetensors"
+    hugging_face.check(path, hugging_face.describe(path, saved.model), sizes, shape.n_layer)
+    return Source(shape, saved.model, tokenizer, about, run_dir)

@@ -173,10 +173,17 @@ def check_int(
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
 
 
-def check_approximate(op: str, approximate: str) -> None:
-    """ValueError unless `approximate` is a GELU of `torch.nn.functional.gelu`."""
+def check_approximate(op: str, approximate: str) -> str:
+    """The name that `torch.nn.functional.gelu` has for a GELU; "erf" is what it calls "none".
+
+    Raises ValueError for any other.
+    """
+    if approximate == "erf":
+        return "none"
     if approximate not in ("tanh", "none"):
-        raise ValueError(f"{op}: approximate must be 'tanh' or 'none', got {approximate!r}")
+        wanted = "'tanh', 'none' or 'erf' (the same)"
+        raise ValueError(f"{op}: approximate must be {wanted}, got {approximate!r}")
+    return approximate
 
 
 def refuse_interpreted_bf16(op: str, *tensors: torch.Tensor | None) -> None:

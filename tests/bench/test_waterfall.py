@@ -78,6 +78,14 @@ def test_work_of_gpt2_is_what_the_shapes_say():
     stream = 65536 * 768 * 2
     assert WORK.memory_bytes == stream * (12 * (8 + 8 + 20) + 5 + 1 + 1 + 4)
     assert WORK.loss_bytes == 2 * 65536 * 50304 * 2
+    # AdamW and clipping a parameter; 16-bit copies of all matrices, written and read once.
+    matrices = 12 * 12 * 768 * 768 + 50304 * 768
+    assert WORK.optimizer_bytes == N_PARAMS * (28 + 12) + 12 * matrices
+    more = ladder.count_work(replace(GPT2, micro_batches=3), N_PARAMS, 4, clip=False)
+    assert more.optimizer_bytes == N_PARAMS * (28 + 4 + 12 * 2), "fp32 has no copies"
+    biased = ladder.count_work(replace(GPT2, bias=True, dropout=True), N_PARAMS, 2)
+    dropout = (1 + 2 * 12) * 2 * (2 * 768 * 2 + 768)
+    assert biased.memory_bytes - WORK.memory_bytes == 65536 * (5 * 768 * 2 * 12 + dropout)
 
 
 def test_flops_are_those_that_mfu_counts():

@@ -120,6 +120,11 @@ def test_settings_that_do_not_fit_together(args, message):
         settings.check(flags(*args))
 
 
+def test_a_learning_rate_that_stays_is_fine():
+    settings.check(flags("--min_lr=0.1", "--learning_rate=0.1"))
+    settings.check(flags("--min_lr=1", "--learning_rate=0.1", "--decay_lr=False"))
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_valid_and_survive_toml(name, tmp_path: Path):
     config = PRESETS[name]()

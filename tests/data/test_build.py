@@ -43,7 +43,7 @@ def run(folder, source, tokenizer, workers=1):
 
 
 def ids_of(paths):
-    return np.concatenate([token_files.inspect(p).open() for p in paths]).tolist()
+    return np.concatenate([token_files.inspect(p).open()[:] for p in paths]).tolist()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fastgpt.data import corpora
-from fastgpt.data.prepare import ensure, prepare
+from fastgpt.data.prepare import ensure, prepare, with_tokenizer
 from fastgpt.data.tokens import open_dataset
 from fastgpt.errors import UserError
 
@@ -428,3 +428,66 @@ print(run(sys.argv[1]), run(sys.argv[2]))
     out, err = process.communicate(timeout=100)
     small, large = map(float, out.split()[-2:])
     assert large - small < 40, (small, large, err)  # MiB, for 73 MB of text, 147 MB of tokens
+
+
+# --- token files without a tokenizer
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """A folder of nanoGPT's, with ids up to the given one and no vocabulary."""
+
+    def make(max_id: int) -> Path:
+        folder = tmp_path / f"ids{max_id}"
+        folder.mkdir()
+        for split in ("train", "val"):
+            np.array([*range(40), max_id] * 5, np.uint16).tofile(folder / f"{split}.bin")
+        return folder
+
+    return make
+
+
+def test_the_tokenizer_that_is_named_goes_with_foreign_ids(settings, foreign, as_gpt2, ranks):
+    dataset = open_dataset(foreign(510))
+    assert dataset.tokenizer is None
+    for named in (
+        {"tokenizer": "gpt2", "vocab_file": str(as_gpt2)},
+        {"vocab_file": str(as_gpt2)},
+        {"tokenizer": "bpe", "vocab_file": str(as_gpt2)},
+    ):
+        found = with_tokenizer(dataset, settings(dataset="x", **named)).tokenizer
+        assert found.vocab_size == len(ranks) + 1
+    assert with_tokenizer(dataset, settings(dataset="x")).tokenizer is None
+
+
+def test_gpt2_s_is_taken_where_the_ids_say_so(settings, foreign, as_gpt2, tmp_path):
+    """Found in the data folder's cache, as on a machine that has prepared data before."""
+    many, few = open_dataset(foreign(50_000)), open_dataset(foreign(900))
+    assert with_tokenizer(many, settings(dataset="x")).tokenizer is None, "it is not here yet"
+    cache = tmp_path / "data" / ".cache"
+    cache.mkdir(parents=True)
+    shutil.copy(as_gpt2, cache / "gpt2.tiktoken")
+    assert with_tokenizer(many, settings(dataset="x")).tokenizer.name == "gpt2"
+    assert with_tokenizer(few, settings(dataset="x")).tokenizer is None
+    assert with_tokenizer(few, settings(dataset="openwebtext")).tokenizer.name == "gpt2"
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ({"tokenizer": "char"}, "--tokenizer=char: .* holds ids without text: it is made from"),
+        ({"tokenizer": "bpe:300"}, "holds ids without text: name its ranks with --vocab_file"),
+        ({"tokenizer": "byte"}, "holds id 510, this tokenizer has 256: it is not the one"),
+        ({"tokenizer": "nope"}, "--tokenizer=nope: choose byte, char"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_is_refused(settings, foreign, named, message):
+    with pytest.raises(UserError, match=message):
+        with_tokenizer(open_dataset(foreign(510)), settings(dataset="x", **named))
+
+
+def test_a_folder_s_own_tokenizer_is_not_another(settings, text):
+    dataset = open_dataset(prepare(settings(input=str(text), tokenizer="byte")))
+    assert with_tokenizer(dataset, settings(tokenizer="byte")) is dataset
+    with pytest.raises(UserError, match="--tokenizer=gpt2: the ids in .* are of byte"):
+        with_tokenizer(dataset, settings(dataset=str(dataset.folder), tokenizer="gpt2"))

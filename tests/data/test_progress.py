@@ -1,7 +1,10 @@
 import io
+import re
 import sys
+import time
 
-from fastgpt.data.progress import progress
+from fastgpt.data import progress as module
+from fastgpt.data.progress import progress, ticking
 
 
 class Terminal(io.StringIO):
@@ -30,3 +33,39 @@ def test_a_pipe_sees_nothing(capsys):
     with progress("tokenizing", 10) as advance:
         advance(10)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_pipe_sees_a_line_every_ten_seconds(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(module, "_clock", lambda: now)
+    with progress("tokenizing", 100_000_000, 10_000_000) as advance:
+        for second in range(1, 31):
+            now = second * 1.0
+            advance(1_500_000)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "tokenizing: 25 MB of 100 MB, 25 %, 1.5 MB/s",
+        "tokenizing: 40 MB of 100 MB, 40 %, 1.5 MB/s",
+        "tokenizing: 55 MB of 100 MB, 55 %, 1.5 MB/s",
+    ]
+
+
+def test_other_units_and_no_total(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(module, "_clock", lambda: now)
+    with progress("questions", None, unit="questions") as advance:
+        now = 20.0
+        advance(500)
+    assert capsys.readouterr().err == "questions: 500 questions, 25 questions/s\n"
+
+
+def test_what_has_no_steps_ticks(monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(module, "EVERY_S", 0.001)
+    with ticking(said.append, "compiling"):
+        while len(said) < 2:
+            time.sleep(0.001)
+    assert all(re.fullmatch(r"compiling: \d+s so far", line) for line in said)
+    count = len(said)
+    time.sleep(0.005)
+    assert len(said) == count, "the thread has ended"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from fastgpt.data.token_files import header
@@ -132,6 +135,34 @@ def test_weights_on_a_token_file(home: Path):
     assert plain["loss"] == pytest.approx(math.log(256), abs=0.05)
 
 
+def test_a_text_is_tokenized_with_the_model_s_tokenizer(home: Path):
+    """Not read as ids: the loss of its token file; of a run, and of a folder of weights."""
+    text = "The cat sat on the mat; größer.\n" * 30
+    (home / "eval.txt").write_text(text)
+    np.frombuffer(text.encode(), np.uint8).astype(np.uint16).tofile(home / "eval.bin")
+    for model in ("--out_dir=out", "--weights=weights"):
+        as_text, as_ids = (evaluate(home, model, f"--input=eval.{kind}") for kind in ("txt", "bin"))
+        assert as_text == as_ids and as_text["tokens"] == len(text.encode()) - 1
+
+
+def test_weights_that_are_not_finite(home: Path):
+    """eval's line stays JSON; eval and sample say what is wrong and exit with 1."""
+    bad = load_file(home / "weights" / "model.safetensors")
+    bad["transformer.h.0.ln_1.weight"][3] = math.nan
+    bad["transformer.wpe.weight"][0, 0] = math.inf
+    shutil.copytree(home / "weights", home / "nan", dirs_exist_ok=True)
+    save_file(bad, home / "nan" / "model.safetensors")
+    (home / "few.txt").write_text("some text")
+    message = "fastgpt: nan: 2 of 16 tensors hold NaN or infinity, transformer."
+    said = fastgpt(home, "eval", "--weights=nan", "--input=few.txt", code=1)
+    *_, line, error = said.splitlines()
+    got = json.loads(line, parse_constant=lambda c: pytest.fail(f"{c} is no JSON"))
+    assert got["loss"] is None and "transformer.h.0.ln_1.weight" in got["not_finite"]
+    assert error.startswith(message)
+    said = fastgpt(home, "sample", "--weights=nan", "--start=a", code=1)
+    assert said.splitlines()[-1].startswith(message) and "Traceback" not in said
+
+
 def hellaswag(path: Path, n: int) -> list[dict]:
     rng = np.random.default_rng(0)
     words = ["cat", "dog", "mat", "sea", "run"]
@@ -163,7 +194,14 @@ def test_hellaswag(home: Path):
     ("args", "message"),
     [
         (["--weights=weights"], "eval: on what? name a token file with --input"),
-        (["--weights=weights", "--input=none.bin"], "none.bin: No such file"),
+        (["--weights=weights", "--input=none.bin"], "cannot read none.bin: No such file"),
+        (["--weights=weights", "--input=none.txt"], "none.txt: cannot be read: No such file"),
+        (["--weights=weights", "--input=odd.dat"], "odd.dat: is neither UTF-8 text nor a token"),
+        (["--weights=weights", "--input=latin.txt"], "latin.txt: is neither UTF-8 text nor a"),
+        (["--weights=weights", "--input=pipe"], "pipe: is a FIFO, a file is wanted"),
+        (["--weights=weights", "--input=pipe.bin"], "pipe.bin: is a FIFO, a file is wanted"),
+        (["--weights=weights", "--input=/dev/zero"], "/dev/zero: is a device, a file is wanted"),
+        (["--weights=weights", "--input=nothing.txt"], "--input=nothing.txt: is empty"),
         (["--out_dir=out", "--block_size=17"], "--block_size=17: the model has 16 positions"),
         (["--out_dir=out", "--stride=17"], "--stride=17: must not exceed block_size=16"),
         (["--out_dir=out", "--input=large.bin"], "holds token id 999, the model knows 256"),
@@ -181,6 +219,12 @@ def test_bad_requests(args, message, home: Path):
     with open(home / "bad.jsonl", "a") as f:
         f.write('{"ctx": "a", "endings": ["b", "c"], "label": 0}\n')
     (home / "empty").write_text("\n")
+    (home / "odd.dat").write_bytes(b"some\0text")
+    (home / "latin.txt").write_bytes("Größe".encode("latin-1"))
+    (home / "nothing.txt").touch()
+    for name in ("pipe", "pipe.bin"):
+        if not (home / name).exists():
+            os.mkfifo(home / name)
     (home / "long").write_text(json.dumps({"ctx": "a", "endings": ["b" * 99] * 4, "label": 0}))
     said = fastgpt(home, "eval", *args, code=2)
     assert message in said.splitlines()[-1] and "Traceback" not in said

@@ -48,3 +48,26 @@ def test_unknown_device_is_measured_and_says_so():
 def test_override():
     peak = peaks.device_peak(torch.device("cpu"), torch.float32, 12.5)
     assert peak == peaks.Peak(12.5e12, "--peak_tflops")
+
+
+def test_a_measured_peak_counts_two_operations_a_multiplication(monkeypatch, tmp_path):
+    """With a clock that says a matmul takes a millisecond: 2 n^3 FLOPs in that time."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ticks = iter(i * 1e-3 for i in range(10**6))
+    monkeypatch.setattr(peaks.time, "perf_counter", lambda: next(ticks))
+    peak = peaks.measured_peak(torch.device("cpu"), torch.float32)
+    assert peak.flops == pytest.approx(2 * 768**3 / 1e-3)
+    assert f"{torch.get_num_threads()} threads, the best on this machine so far" in peak.source
+
+
+def test_the_best_measurement_of_a_machine_counts(monkeypatch, tmp_path):
+    """A busy moment does not lower it, and what cannot be true does not stay."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert [peaks._best_ever("cpu", x) for x in (5.0, 3.0, 6.0, 4.0)] == [5.0, 5.0, 6.0, 6.0]
+    assert peaks._best_ever("other", 1.0) == 1.0 and peaks._best_ever("cpu", 1.0) == 6.0
+    path = tmp_path / "fastgpt" / "cpu_peaks.json"
+    for damaged in ("no json", "[3]", '{"cpu": "x"}', '{"cpu": 1e30}', '{"cpu": NaN}'):
+        path.write_text(damaged)
+        assert peaks._best_ever("cpu", 2.0) == 2.0
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert peaks._best_ever("cpu", 2.0) == 2.0

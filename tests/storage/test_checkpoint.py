@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from fastgpt.errors import UserError
@@ -108,7 +112,7 @@ def test_a_checkpoint_of_another_format(tmp_path: Path):
 
 # The places where a kill can fall: before each of these calls a save is cut off.
 CUTS = [
-    "save_file",
+    "safetensors.save_file",
     "sha256_file",
     "os.fsync",
     "os.replace",
@@ -127,7 +131,8 @@ class Killed(BaseException):
 def test_a_save_cut_off_anywhere_loses_nothing(cut, tmp_path: Path, monkeypatch):
     """Cut at every call of every kind: the old or the new checkpoint loads, and saving goes on."""
     module, _, name = cut.rpartition(".")
-    place = {"os": os, "shutil": shutil, "files": files}.get(module, checkpoint)
+    places = {"os": os, "shutil": shutil, "files": files, "safetensors": safetensors.torch}
+    place = places.get(module, checkpoint)
     real = getattr(place, name)
     for nth in range(1, 20):
         run_dir = tmp_path / f"{nth}"
@@ -167,6 +172,63 @@ def test_what_an_abandoned_future_left_is_removed(tmp_path: Path):
         save(tmp_path, step)
     save(tmp_path, 15)
     assert checkpoint.names(tmp_path) == [checkpoint.name_of(s) for s in (15, 10)]
+
+
+def test_a_kill_while_a_checkpoint_is_saved_again_keeps_it(tmp_path: Path):
+    """Between the two renames neither name is there; the next reader finds the old one."""
+    folder = save(tmp_path, 5)
+    folder.rename(folder.with_name(f".{folder.name}.old"))
+    assert load(tmp_path)[0].state["step"] == 5
+    folder.rename(folder.with_name(f".{folder.name}.old"))
+    save(tmp_path, 6)
+    assert checkpoint.names(tmp_path) == ["step_00000006", "step_00000005"]
+
+
+def test_files_have_the_modes_of_the_umask(tmp_path: Path):
+    for mask, mode in ((0o022, 0o644), (0o027, 0o640), (0o002, 0o664)):
+        before = os.umask(mask)
+        try:
+            folder = save(tmp_path / f"{mask}", 1)
+        finally:
+            os.umask(before)
+        modes = {p.name: p.stat().st_mode & 0o777 for p in (*folder.iterdir(),)}
+        assert set(modes.values()) == {mode}, modes
+        assert (folder.parent / "latest").stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.parametrize("kind", ["folder", "loop", "fifo", "socket"])
+def test_a_pointer_that_is_no_file(kind: str, tmp_path: Path):
+    save(tmp_path, 5)
+    latest = tmp_path / "checkpoints" / "latest"
+    latest.unlink()
+    if kind == "folder":
+        latest.mkdir()
+    elif kind == "loop":
+        latest.symlink_to(latest)
+    elif kind == "fifo":
+        os.mkfifo(latest)
+    else:
+        with socket.socket(socket.AF_UNIX) as s, monkeypatched_cwd(latest.parent):
+            s.bind("latest")
+    assert load(tmp_path)[0].state["step"] == 5
+
+
+@contextlib.contextmanager
+def monkeypatched_cwd(folder: Path) -> Iterator[None]:
+    """Names of sockets are short: from inside the folder."""
+    before = os.getcwd()
+    os.chdir(folder)
+    yield
+    os.chdir(before)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", '{"files": 3}', '{"files": {"../x": {"bytes": 1}}}', "[" * 9999]
+)
+def test_a_sealed_but_foreign_manifest_is_named(text: str, tmp_path: Path):
+    folder = save(tmp_path, 5)
+    (folder / "manifest.json").write_text(files.sealed(text))
+    assert "manifest.json: is damaged" in str(checkpoint.fault(folder))
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import pytest
 from fastgpt.config import settings
 from fastgpt.config.schema import Config
 from fastgpt.errors import UserError
-from fastgpt.storage import run
+from fastgpt.storage import checkpoint, run
+from tests.faults import killed_at
 
 
 @pytest.fixture(autouse=True)
@@ -25,11 +27,10 @@ def make(folder: Path) -> Path:
 
 def test_two_runs_in_one_second_get_two_folders(monkeypatch):
     monkeypatch.setattr(run.time, "strftime", lambda form: "2026-01-01_000000")
-    a, b = (
-        run.create("", "a name/with: things", False),
-        run.create("", "a name/with: things", False),
-    )
-    assert (a.name, b.name) == tuple(f"2026-01-01_000000-a-name-with-things{s}" for s in ("", "-2"))
+    name = "a name/with: things"
+    with run.begin("", name, False) as a, run.begin("", name, False) as b:
+        wanted = tuple(f"2026-01-01_000000-a-name-with-things{s}" for s in ("", "-2"))
+        assert (a.name, b.name) == wanted
 
 
 def test_newest_is_the_one_that_saved_last():
@@ -51,28 +52,181 @@ def test_find_named():
         run.find("there")
 
 
-def test_a_run_is_not_overwritten_unasked():
-    folder = run.create("out", "x", False)
+def old_run(folder: Path) -> dict[str, bytes]:
+    """A run with a checkpoint and a file of the user's; what its files hold."""
     make(folder)
+    (folder / "metrics.jsonl").write_text("old\n")
+    (folder / "nonfinite" / "step_00000003").mkdir(parents=True)
+    (folder / "nonfinite" / "step_00000003" / "report.json").write_text("{}")
+    save(folder, 7)
     (folder / "mine.txt").write_text("keep")
-    (folder / "checkpoints").mkdir()
-    with pytest.raises(UserError, match="--out_dir=out: a run stands there; go on with"):
-        run.create("out", "x", False)
-    assert (folder / "config.toml").exists()
-    assert run.create("out", "x", True) == folder
-    left = {p.name for p in folder.iterdir()}
-    assert left == {"mine.txt", ".lock"}, "only the run's own files are removed"
+    return contents(folder)
+
+
+def save(folder: Path, step: int) -> None:
+    saved = folder / "checkpoints" / checkpoint.name_of(step)
+    aside = folder / "checkpoints" / ".tmp-x"
+    aside.mkdir(parents=True)
+    (aside / "state.json").write_text(f"{step}")
+    os.rename(aside, saved)
+    (folder / "checkpoints" / "latest").write_text(saved.name + "\n")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock")
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+def new_run(folder: Path, *, saves: bool) -> None:
+    """What training does in a folder that it has begun."""
+    run.save_config(folder, settings.replace(Config(), n_layer=3))
+    (folder / "metrics.jsonl").write_text("new\n")
+    if saves:
+        save(folder, 2)
+        run.settle(folder)
+
+
+def test_a_run_is_not_overwritten_unasked():
+    before = old_run(Path("out"))
+    asked = pytest.raises(UserError, match="--out_dir=out: a run stands there; go on with")
+    with asked, run.begin("out", "x", False):
+        pass
+    assert contents(Path("out")) == before
+
+
+def test_an_overwrite_takes_effect_with_the_first_checkpoint():
+    before = old_run(Path("out"))
+    with run.begin("out", "x", True) as folder:
+        assert set(contents(folder)) == {"mine.txt", *(f".replaced/{n}" for n in before)} - {
+            ".replaced/mine.txt"
+        }, "the old run lies aside, whole; what is not its own stays"
+        new_run(folder, saves=True)
+        assert not (folder / ".replaced").exists()
+    assert run.load_config(folder).model.n_layer == 3
+    assert checkpoint.names(folder) == ["step_00000002"]
+    assert (folder / "mine.txt").read_text() == "keep" and not (folder / "nonfinite").exists()
+
+
+def test_an_overwrite_that_saves_nothing_leaves_the_old_run(capsys):
+    before = old_run(Path("out"))
+    with pytest.raises(ValueError), run.begin("out", "x", True) as folder:
+        new_run(folder, saves=False)
+        (folder / "nonfinite" / "step_00000000").mkdir(parents=True)
+        raise ValueError
+    assert contents(Path("out")) == before
+    assert (folder / "nonfinite" / "step_00000000").exists(), "what an error message named"
+    with run.begin("out", "x", True) as folder:
+        new_run(folder, saves=False)
+    assert contents(Path("out")) == before
+    assert "the run that stood there is back" in capsys.readouterr().out
+
+
+def test_every_crash_of_an_overwrite_leaves_one_of_the_two_runs():
+    """A kill at each single change of a file: the next command finds the old run or the new one."""
+    before = old_run(Path("template"))
+    shutil.copytree("template", "done")
+    with run.begin("done", "x", True) as folder:
+        new_run(folder, saves=True)
+    own = ("run.json", "checkpoints/latest")  # a new id; and written after the checkpoint
+    after = {n: d for n, d in contents(folder).items() if n not in own}
+
+    def overwrite() -> None:
+        with run.begin("out", "x", True) as folder:
+            new_run(folder, saves=True)
+
+    ends = set()
+    for n in range(1, 200):
+        shutil.rmtree("out", ignore_errors=True)
+        shutil.copytree("template", "out")
+        killed = killed_at(n, overwrite)
+        assert run.find("out") == Path("out")
+        found = {name: d for name, d in contents(Path("out")).items() if ".tmp" not in name}
+        old = found == before
+        new = {name: d for name, d in found.items() if name not in own} == after
+        assert old or new, f"killed at change {n}: {sorted(found)}"
+        ends.add(old)
+        # Whatever happened, the same command works now.
+        with run.begin("out", "x", True):
+            pass
+        if not killed:
+            break
+    assert n > 20 and ends == {True, False}
+
+
+def test_every_crash_of_putting_the_old_run_back_is_mended():
+    before = old_run(Path("template"))
+    with pytest.raises(SystemExit), run.begin("template", "x", True) as folder:
+        new_run(folder, saves=False)
+        shutil.copytree("template", "half")
+        raise SystemExit
+    for n in range(1, 100):
+        shutil.rmtree("out", ignore_errors=True)
+        shutil.copytree("half", "out")
+        killed = killed_at(n, lambda: run.find("out"))
+        run.find("out")
+        assert contents(Path("out")) == before, f"killed at change {n}"
+        if not killed:
+            break
+    assert n > 8
+
+
+def test_a_start_that_fails_leaves_nothing_and_can_be_repeated():
+    for out_dir in ("", "new/deep"):
+        with pytest.raises(UserError), run.begin(out_dir, "x", False) as folder:
+            run.save_config(folder, Config())
+            (folder / "metrics.jsonl").touch()
+            raise UserError("no tracker")
+        assert not Path("runs").exists() and not Path("new").exists()
+
+
+def test_a_start_that_was_killed_can_be_repeated():
+    def start() -> None:
+        with run.begin("out", "x", False) as folder:
+            run.save_config(folder, Config())
+            (folder / "metrics.jsonl").touch()
+            (folder / "tokenizer.json").write_text("{}")
+
+    for n in range(1, 100):
+        shutil.rmtree("out", ignore_errors=True)
+        killed = killed_at(n, start)
+        with run.begin("out", "x", False) as folder:
+            left = {p.name for p in folder.iterdir()}
+            assert left == {".lock"}, f"killed at change {n}: {left}"
+            run.save_config(folder, Config())
+        if not killed:
+            break
+    assert n > 5
+
+
+def test_a_run_without_a_checkpoint_is_not_offered_to_go_on():
+    with run.begin("out", "x", False) as folder:
+        new_run(folder, saves=False)
+    said = pytest.raises(UserError, match="without a checkpoint to go on from; start anew with")
+    with said, run.begin("out", "x", False):
+        pass
+
+
+def test_somebody_else_s_config_toml_is_no_run():
+    Path("site").mkdir()
+    (Path("site") / "config.toml").write_text("baseURL = 'x'\n")
+    for overwrite in (False, True):
+        refused = pytest.raises(UserError, match="--out_dir=site: is not empty and not a run")
+        with refused, run.begin("site", "x", overwrite):
+            pass
+    assert contents(Path("site")) == {"config.toml": b"baseURL = 'x'\n"}
 
 
 def test_a_folder_of_other_things_is_not_touched():
     Path("other").mkdir()
     (Path("other") / "thesis.tex").write_text("x")
     for overwrite in (False, True):
-        with pytest.raises(UserError, match="--out_dir=other: is not empty and not a run"):
-            run.create("other", "x", overwrite)
+        refused = pytest.raises(UserError, match="--out_dir=other: is not empty and not a run")
+        with refused, run.begin("other", "x", overwrite):
+            pass
+    assert contents(Path("other")) == {"thesis.tex": b"x"}
     Path("file").write_text("x")
-    with pytest.raises(UserError, match="cannot write file"):
-        run.create("file", "x", False)
+    with pytest.raises(UserError, match="cannot write file"), run.begin("file", "x", False):
+        pass
 
 
 def test_config_comes_back_and_repeats_in_a_new_folder():
@@ -87,8 +241,52 @@ def test_config_comes_back_and_repeats_in_a_new_folder():
     assert run.load_config(make_dir).run.out_dir == "out"
 
 
+def test_a_config_that_is_not_what_the_run_wrote_is_named():
+    """A flipped byte or an edit: said, and the run's own settings count; so for each bit."""
+    folder = make(Path("out"))
+    path = folder / "config.toml"
+    good, said = path.read_bytes(), []
+    want = run.load_config(folder)
+    at = good.index(b"learning_rate = 0.0006") + len(b"learning_rate = 0.000")
+    path.write_bytes(good[:at] + b"7" + good[at + 1 :])
+    assert run.load_config(folder, said.append) == want
+    assert said == [
+        "out/config.toml: is not what the run wrote: learning_rate 0.0007 (was 0.0006); "
+        "the run's own settings count, change them with --learning_rate=0.0007"
+    ]
+    path.write_bytes(b"\xff" + good)
+    assert run.load_config(folder, said.append) == want and "not a TOML file" in said[1]
+    path.unlink()
+    assert run.load_config(folder, said.append) == want and "cannot be read" in said[2]
+    path.write_bytes(good)
+    identity = folder / "run.json"
+    data = bytearray(identity.read_bytes())
+    data[40] ^= 1
+    identity.write_bytes(data)
+    assert run.load_config(folder, said.append) == want and "run.json: is damaged" in said[3]
+
+
+def test_the_settings_are_in_the_checkpoint_too():
+    folder = Path("out")
+    config = settings.replace(Config(), n_layer=5)
+    checkpoint.save(folder, 3, {}, {}, {"config": settings.to_dict(config)}, best=True, keep=1)
+    assert run.find("out") == folder and run.load_config(folder).model.n_layer == 5
+
+
+def test_a_restart_goes_on_only_with_what_its_own_launch_made():
+    run.save_config(Path("ours"), Config(), ["agent-1", "agent-2"])
+    assert run.made_by(Path("ours"), ["agent-2", "agent-3"])
+    assert not run.made_by(Path("ours"), ["agent-3"])
+    run.save_config(Path("ours"), Config(), ["agent-3"])
+    assert not run.made_by(Path("ours"), ["agent-3"]), "who resumes a run did not make it"
+    make(Path("theirs"))
+    assert not run.made_by(Path("theirs"), ["", "agent-1"])
+    assert not run.made_by(Path("none"), ["agent-1"])
+
+
 def test_one_process_at_a_time():
-    folder = run.create("out", "x", False)
+    Path("out").mkdir()
+    folder = Path("out")
     with (
         run.lock(folder),
         pytest.raises(UserError, match="another process is training this run"),
@@ -97,3 +295,15 @@ def test_one_process_at_a_time():
         pass
     with run.lock(folder):
         pass
+
+
+def test_a_place_is_looked_at_without_being_touched():
+    """Before PyTorch is loaded: the same answers as `begin`, and nothing is made."""
+    run.check_free("", False)
+    run.check_free("new/deep", False)
+    assert not Path("new").exists()
+    before = old_run(Path("out"))
+    with pytest.raises(UserError, match="a run stands there"):
+        run.check_free("out", False)
+    run.check_free("out", True)
+    assert contents(Path("out")) == before and not (Path("out") / ".lock").exists()

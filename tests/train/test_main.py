@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
 import random
 import resource
 import shutil
@@ -339,3 +341,46 @@ def test_a_rank_that_runs_other_ops_is_named(capsys):
         "warning: other ops than rank 0 on rank 2: "
         "eager (triton: does not answer within 60 s): attention\n"
     )
+
+
+def test_token_files_of_others_get_their_tokenizer_by_flags(tmp_path: Path, capfd):
+    """Without one the last lines name no command that fails; named on a resume, the run is read."""
+    vocab = b"".join(b"%s %d\n" % (base64.b64encode(bytes([b])), b) for b in range(256))
+    (tmp_path / "bytes.tiktoken").write_bytes(vocab)
+    data = tmp_path / "ids"
+    data.mkdir()
+    for split in ("train", "val"):
+        np.frombuffer(b"some text " * 300, np.uint8).astype(np.uint16).tofile(data / f"{split}.bin")
+    small = ("--dataset=ids", "--vocab_size=50257", "--n_embd=8", "--max_iters=2", "--n_layer=1")
+    said = train(tmp_path, *small, "--out_dir=out")
+    assert "fastgpt sample" not in said and "no sample: these token files" in said
+    assert "has no tokenizer, so there is no text; if it is known, name it: " in fastgpt(
+        tmp_path, "sample", "--out_dir=out", code=2
+    )
+    flags = ("--tokenizer=bpe", "--vocab_file=bytes.tiktoken")
+    said = resume(tmp_path, "--out_dir=out", "--max_iters=3", *flags)
+    assert "fastgpt sample --out_dir=out" in said
+    made = fastgpt(tmp_path, "sample", "--out_dir=out", "--start=so", "--max_new_tokens=2")
+    assert "so" in made
+
+
+def test_data_cut_off_in_a_run_is_one_line(tmp_path: Path, text: str):
+    """Not a SIGBUS: the run ends at the next window or evaluation, and its checkpoints stay."""
+    many = ("--max_iters=100000", "--eval_interval=20", "--eval_iters=1")
+    command = Command(tmp_path, "train", *TINY, text, *many, "--out_dir=out")
+    command.wait_until(lambda: bool(checkpoint.names(tmp_path / "out")))
+    (tokens,) = (tmp_path / "data").glob("text-byte-*/*_train_*.bin")
+    os.truncate(tokens, 2000)
+    assert command.wait() == 2
+    last = command.output.splitlines()[-1]
+    assert last.startswith("fastgpt: data/text-byte-") and "while it was read" in last
+    assert checkpoint.load(tmp_path / "out").state["step"] >= 20
+
+
+def test_a_finished_run_without_its_picture_gets_it(tmp_path: Path, text: str):
+    train(tmp_path, text, "--out_dir=out", "--max_iters=2", "--sample_tokens=0")
+    (tmp_path / "out" / "loss.png").unlink()
+    (tmp_path / "out" / ".loss.png.x.tmp").touch()  # what the kill left of it
+    said = resume(tmp_path, "--out_dir=out", code=2)
+    assert "loss curve out/loss.png" in said and "already at step 2" in said
+    assert not (tmp_path / "out" / ".loss.png.x.tmp").exists()

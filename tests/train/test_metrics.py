@@ -10,6 +10,7 @@ import pytest
 
 from fastgpt.config.schema import Config
 from fastgpt.config.settings import replace
+from fastgpt.data import progress
 from fastgpt.errors import UserError
 from fastgpt.train import metrics, plot
 
@@ -36,7 +37,32 @@ def test_lines_are_nanogpts(tmp_path: Path, capsys):
     assert lines[1] == "step 5000: train loss 0.6224, val loss 1.7044"
     # What people's parsers look for.
     assert re.fullmatch(r"iter (\d+): loss ([\d.]+), time ([\d.]+)ms, mfu ([\d.]+)%", lines[0])
-    assert re.fullmatch(r"500k tokens seen, 3.01k tok/s, ETA \d+h \d\dm", lines[2])
+    assert lines[2] == "500k tokens seen, 3.01k tok/s, ETA 5h 29m", "595,000 steps of 33.222 ms"
+
+
+def test_at_the_end_nothing_is_left(tmp_path: Path, capsys):
+    config = replace(Config(), max_iters=100)
+    with metrics.Metrics(tmp_path, config, start_step=0, tokens_per_step=100) as m:
+        m.train(98, 2.0, RECORD)
+        m.evaluation(99, 1.0, 2.0)
+        m.evaluation(100, 1.0, 2.0)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "9.9k tokens seen, 50 tok/s, ETA 2s"
+    assert lines[4] == "10k tokens seen, 50 tok/s"
+
+
+def test_an_evaluation_in_a_pipe_says_how_far_it_is(tmp_path: Path, capsys, monkeypatch):
+    """At most every ten seconds, counted from the last line of the log."""
+    now = 0.0
+    monkeypatch.setattr(progress, "_clock", lambda: now)
+    with log(tmp_path) as m:
+        for k in range(1, 31):
+            now = 1.0 * k
+            m.working("evaluating train", 0, k, 60)
+            if k == 15:
+                m.train(0, 0.5, RECORD)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "evaluating" in line]
+    assert lines == ["evaluating train 10/60", "evaluating train 25/60"]
 
 
 def test_records(tmp_path: Path):
@@ -77,15 +103,32 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path):
         metrics.read(path)
 
 
-@pytest.mark.parametrize("flag", ["wandb_log", "tensorboard"])
-def test_a_missing_tracker_is_named(flag, tmp_path: Path, monkeypatch):
-    import sys
+def test_a_log_that_is_not_what_it_was_is_named(tmp_path: Path, capsys):
+    """Its sha256 is kept with the checkpoint; a digit that changed is said when the run goes on."""
+    with log(tmp_path) as m:
+        m.train(0, 0.5, RECORD)
+        m.evaluation(1, 1.0, 2.0)
+        seal = m.seal()
+        m.train(1, 0.5, RECORD)
+    path = tmp_path / "metrics.jsonl"
+    text = path.read_text()
 
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    config = replace(Config(), **{flag: True})
-    with pytest.raises(UserError, match=rf"--{flag}=True: .* is not installed; pip install"):
-        metrics.Metrics(tmp_path, config, start_step=0, tokens_per_step=1)
+    def resumed() -> str:
+        arguments = dict(start_step=1, tokens_per_step=100, seal=seal)
+        capsys.readouterr()
+        with metrics.Metrics(tmp_path, Config(), **arguments):  # type: ignore[arg-type]
+            return capsys.readouterr().out
+
+    assert resumed() == ""
+    path.write_text(text.replace("0.80104", "0.80105", 1))
+    assert "metrics.jsonl: is not what it was at step 1" in resumed()
+
+
+@pytest.mark.parametrize("line", ["[]", "3", '{"kind": "train"}', '{"kind": "train", "step": "x"}'])
+def test_a_line_that_is_no_record_is_named(line: str, tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match="line 1 is not JSON, or no record"):
+        metrics.read(tmp_path / "metrics.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastgpt.config.schema import OptimConfig
+from fastgpt.config.schema import Config, OptimConfig
 from fastgpt.errors import UserError
-from fastgpt.train.ranks import Ranks
+from fastgpt.train.ranks import Ranks, check_launch, launcher, restarted
 from tests import runs
 from tests.process import Command, fastgpt
 
@@ -285,3 +285,35 @@ def test_nccl_with_one_rank_is_the_run_without(home: Path, strategy: str):
     fastgpt(home, "train", *tiny, f"--out_dir={name}-plain")
     train(home, 1, *tiny, f"--out_dir={name}", f"--parallel={strategy}")
     assert values(home / name) == pytest.approx(values(home / f"{name}-plain"), rel=2e-2)
+
+
+@pytest.mark.slow
+def test_a_restart_is_no_consent(home: Path):
+    """A run that stands there is refused by the first attempt, and by the second too."""
+    before = {p: p.read_bytes() for p in (home / "one").rglob("*") if p.is_file()}
+    job = Torchrun(home, 2, "train", *TINY, "--input=text.txt", "--out_dir=one", restarts=1)
+    assert job.wait() != 0
+    assert len(job.said) == 2 and all("a run stands there" in line for line in job.said), job.said
+    assert {p: p.read_bytes() for p in (home / "one").rglob("*") if p.is_file()} == before
+
+
+def test_numbers_of_torchrun_that_are_none(monkeypatch, tmp_path: Path):
+    for name, call in (
+        ("WORLD_SIZE", lambda: check_launch(Config())),
+        ("TORCHELASTIC_RESTART_COUNT", restarted),
+    ):
+        for text in ("x", "-1", "1e3", "9" * 5000, ""):
+            monkeypatch.setenv(name, text)
+            with pytest.raises(UserError, match=f"{name}="):
+                call()
+        monkeypatch.delenv(name)
+
+
+def test_a_launcher_is_one_process(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert launcher() == ""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    first = launcher()
+    assert first == launcher() and f":{os.getppid()}:" in first
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert launcher() != first

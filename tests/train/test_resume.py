@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -25,7 +26,7 @@ def trainer(seed: int, dtype: str = "float32", n_embd: int = 16) -> Trainer:
 
 
 def dataset(fingerprint: str = "abc") -> Dataset:
-    return cast(Dataset, SimpleNamespace(folder="text", fingerprint=fingerprint))
+    return cast(Dataset, SimpleNamespace(folder="text", fingerprint=fingerprint, tokenizer=None))
 
 
 def tokens(step: int) -> torch.Tensor:
@@ -51,6 +52,20 @@ def test_loaded_is_what_was_saved(dtype: str, tmp_path: Path):
     for x, y in ((a.model.state_dict(), b.model.state_dict()), moments):
         assert x.keys() == y.keys()
         assert all(torch.equal(x[k], y[k]) for k in x)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("n_layer", 2), ("n_head", 1), ("block_size", 9), ("vocab_size", 51), ("bias", False)],
+)
+def test_the_shape_of_a_run_is_frozen(key: str, value, tmp_path: Path):
+    """Each part of it, also where the tensors would fit."""
+    resume.save(trainer(0), Progress(1), dataset(), tmp_path, best=False)
+    shape = replace(ModelShape(1, 2, 16, 8, 50, bias=True), **{key: value})
+    other = Trainer(GPT(shape), laptop(), Machine(torch.device("cpu"), "float32"))
+    was = getattr(ModelShape(1, 2, 16, 8, 50, bias=True), key)
+    with pytest.raises(UserError, match=f"--{key}={value}: the run in .* has {key}={was}"):
+        resume.load(other, dataset(), tmp_path)
 
 
 def test_another_model_or_other_data_is_refused(tmp_path: Path):

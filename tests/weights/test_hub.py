@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import http.server
+import re
+import socket
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -38,14 +42,57 @@ def test_what_is_fetched_and_from_where(tmp_path: Path, monkeypatch: pytest.Monk
     huggingface_hub = pytest.importorskip("huggingface_hub")
     asked = []
 
-    def download(repository: str, name: str) -> str:
+    def download(repository: str, name: str, local_files_only: bool = False) -> str:
+        if local_files_only:
+            raise FileNotFoundError("not in the cache")
         asked.append((repository, name))
         data = name.encode()
         return str(cached(tmp_path, name, data, hashlib.sha256(data).hexdigest()))
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "unreachable", lambda: None)
     assert hub.fetch("gpt2-large") == tmp_path / "snapshots"
     assert asked == [("openai-community/gpt2-large", name) for name in hub.FILES]
+
+
+def test_what_is_in_the_cache_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+
+    def download(repository: str, name: str, local_files_only: bool = False) -> str:
+        assert local_files_only
+        data = name.encode()
+        return str(cached(tmp_path, name, data, hashlib.sha256(data).hexdigest()))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "unreachable", lambda: pytest.fail("asked the network"))
+    assert hub.fetch("gpt2") == tmp_path / "snapshots"
+
+
+def test_a_hub_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch):
+    """One that is silent, one that refuses, one that answers with an error: reachable."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hub, "PATIENCE_S", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        assert re.search("timed out|no answer", str(hub.unreachable()))
+    monkeypatch.setenv("HF_ENDPOINT", address)  # closed now
+    monkeypatch.setattr(hub, "PATIENCE_S", 30.0)
+    assert "refused" in str(hub.unreachable())
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_error(404)
+
+        def log_message(self, *args) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert hub.unreachable() is None
 
 
 @pytest.mark.parametrize("command", ["train", "sample", "eval", "export"])
@@ -59,7 +106,7 @@ def test_without_network_one_line_says_what_to_do(tmp_path: Path, command: str):
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     said = fastgpt(tmp_path, command, "--init_from=gpt2", *args, code=2, environment=environment)
     last = said.splitlines()[-1]
-    assert last.startswith("fastgpt: --init_from=gpt2: cannot download config.json from openai-")
+    assert last.startswith("fastgpt: --init_from=gpt2: cannot reach the hub (HF_HUB_OFFLINE")
     assert "pass --weights FOLDER" in last and "Traceback" not in said
     assert not (tmp_path / "out").exists() and not (tmp_path / "folder").exists()
 

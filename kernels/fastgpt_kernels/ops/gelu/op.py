@@ -51,9 +51,10 @@ if HAS_TRITON:
 def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Tensor:
     """GELU of x + bias: x (..., C) in bf16, fp16 or fp32, bias (C,) in any of them or None.
 
-    approximate is "tanh" (GPT-2's) or "none" (by erf), as in `torch.nn.functional.gelu`. The result
-    has x's shape and dtype, contiguous; bias's gradient comes in bias's dtype. Leave the bias out
-    of the linear layer before: `bias_gelu(F.linear(x, weight), bias)`.
+    approximate is "tanh" (GPT-2's) or "none" (by erf, and may be called so), as in
+    `torch.nn.functional.gelu`. The result has x's shape and dtype, contiguous; bias's gradient
+    comes in bias's dtype. Leave the bias out of the linear layer before:
+    `bias_gelu(F.linear(x, weight), bias)`.
     Raises TypeError or ValueError for arguments that do not fit.
     """
     check_tensor("bias_gelu", "x", x, dtypes=FLOAT_DTYPES)
@@ -61,7 +62,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") 
         raise ValueError(f"bias_gelu: x must have shape (..., C) with C >= 1, got {tuple(x.shape)}")
     C = x.shape[-1:]
     check_tensor("bias_gelu", "bias", bias, shape=C, dtypes=FLOAT_DTYPES, like=x, optional=True)
-    check_approximate("bias_gelu", approximate)
+    approximate = check_approximate("bias_gelu", approximate)
     if not use_kernel(x):
         return reference.bias_gelu(x, bias, approximate)
     return _op(x, bias, approximate == "tanh")

@@ -107,9 +107,10 @@ def mlp(
 
     x (..., C) in bf16, fp16 or fp32; fc_weight (H, C), fc_bias (H,), proj_weight (C', H) and
     proj_bias (C',) like x or fp32; biases may be None; approximate is "tanh" (GPT-2's) or "none"
-    (by erf). C, H and C' are multiples of 8 (of 4 in fp32). y (..., C') has x's dtype; gradients of
-    parameters come in theirs, from fp32 sums. fp32 on a GPU is computed by PyTorch. Raises
-    TypeError or ValueError for arguments that do not fit, and on a GPU without TMA (before sm_90).
+    (by erf, and may be called so). C, H and C' are multiples of 8 (of 4 in fp32). y (..., C') has
+    x's dtype; gradients of parameters come in theirs, from fp32 sums. fp32 on a GPU is computed by
+    PyTorch. Raises TypeError or ValueError for arguments that do not fit, and on a GPU without TMA
+    (before sm_90).
     """
     check_tensor("mlp", "x", x, dtypes=FLOAT_DTYPES)
     if x.ndim == 0:
@@ -117,7 +118,7 @@ def mlp(
     check_layer("mlp", "fc_", x, fc_weight, fc_bias)
     hidden = x.new_empty(0, fc_weight.shape[0])  # for its size
     check_layer("mlp", "proj_", hidden, proj_weight, proj_bias)
-    check_approximate("mlp", approximate)
+    approximate = check_approximate("mlp", approximate)
     parameters = (fc_weight, fc_bias, proj_weight, proj_bias)
     if not use_matmul("mlp", x, *fc_weight.shape, proj_weight.shape[0]):
         return reference.mlp(x, *parameters, approximate)

@@ -1,0 +1,119 @@
+"""fastgpt from Python: `fastgpt.fit`, `fastgpt.load`, `fastgpt.generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastgpt.config import settings
+from fastgpt.config.presets import PRESETS, default_name
+from fastgpt.config.schema import Config, SourceConfig
+from fastgpt.data.tokenizers import Tokenizer
+from fastgpt.errors import UserError
+from fastgpt.inference import generate as decoding
+from fastgpt.model.device import Machine
+from fastgpt.model.gpt import GPT
+from fastgpt.train.main import run_training
+from fastgpt.weights.source import open_source
+
+
+def fit(config: Config | str | None = None, /, **changes: Any) -> Path:
+    """Train a model as `fastgpt train` does, and return the folder of its run.
+
+    config   a preset's name, the path of a TOML file or of nanoGPT's kind of Python file, or a
+             Config; None: the preset that fits this machine
+    changes  settings by the names of their flags, as values: `max_iters=500, compile=False`
+
+    Logs to stdout. An interrupt ends the step and saves; the run is returned all the same. Raises
+    UserError, whose text is one line, for what the command line would refuse.
+    """
+    name = "python"
+    if config is None:
+        config = default_name()
+    if isinstance(config, str):
+        config, name = _named(config)
+    table = settings.leaves(Config)
+    for key, value in changes.items():
+        if key not in table:
+            raise settings.unknown_key(key, list(table), "")
+        changes[key] = settings.check_value(table[key], value, "")
+    config = settings.replace(config, **changes)
+    settings.check(config)
+    return run_training(config, name)[1]
+
+
+def _named(name: str) -> tuple[Config, str]:
+    if name in PRESETS:
+        return PRESETS[name](), name
+    path = Path(name)
+    if path.suffix == ".toml":
+        return settings.load_toml(path), path.parent.name if path.stem == "config" else path.stem
+    if path.suffix == ".py":
+        return settings.load_python(path), path.stem
+    raise settings.unknown_key(name, list(PRESETS), "", what="preset")
+
+
+def load(
+    folder: str | Path = "",
+    *,
+    checkpoint: str = "best",
+    device: str = "auto",
+    dtype: str = "auto",
+) -> tuple[GPT, Tokenizer | None]:
+    """The model of a run or of a Hugging Face GPT-2 folder, and its tokenizer if that is known.
+
+    folder      a run's folder (empty: the newest under runs/), a Hugging Face folder, or gpt2,
+                gpt2-medium, ..., which are downloaded once
+    checkpoint  of a run: best, latest, or a folder's name under checkpoints/
+
+    The model is ready to generate: `model(ids)` of int64 ids (B, T) gives logits (B, T, V).
+    Raises UserError for what cannot be read.
+    """
+    path, name = Path(folder), str(folder)
+    if name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") and not path.exists():
+        source = settings.replace(SourceConfig(), init_from=name)
+    elif name and ((path / "config.json").is_file() or path.suffix == ".safetensors"):
+        source = SourceConfig(init_from="weights", weights=name)
+    else:
+        source = SourceConfig(out_dir=name, checkpoint=checkpoint)
+    found = open_source(source)
+    found.check_finite()
+    return found.model(Machine.of(device, dtype)), found.tokenizer
+
+
+def generate(
+    model: GPT,
+    tokenizer: Tokenizer | None,
+    prompt: str,
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.8,
+    top_k: int = 200,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 1337,
+    stop: bool = False,
+) -> str:
+    """The text that follows `prompt`, without it. The same seed gives the same text.
+
+    Settings are those of `fastgpt sample`; `stop` ends it at the end-of-text token. Raises
+    UserError without a tokenizer, and for a prompt that has no tokens.
+    """
+    if tokenizer is None:
+        raise UserError("this model's tokenizer is not known; generate ids with model(ids)")
+    ids = tokenizer.encode(prompt).tolist()
+    if not ids:
+        raise UserError("the prompt is empty; give some text to go on from")
+    made = decoding.generate(
+        model,
+        ids,
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop_token=tokenizer.eot if stop else None,
+    )
+    # A model may know more ids than its tokenizer, as nanoGPT's 50,304 for 50,257.
+    return tokenizer.decode([i for i in made if i < tokenizer.vocab_size])

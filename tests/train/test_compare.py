@@ -1,0 +1,183 @@
+"""Curves of runs side by side: the table's figures, and verdicts on runs whose noise is known."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from fastgpt.cli import main
+from fastgpt.config.schema import CompareConfig, Config
+from fastgpt.config.settings import replace
+from fastgpt.errors import UserError
+from fastgpt.storage import run
+from fastgpt.train import plot
+from fastgpt.train.compare import _open as open_run
+from fastgpt.train.compare import compare, scatter, table, verdict
+from fastgpt.train.curves import Curves, smooth
+
+
+def make(name: str, level: float, noise: float, **settings) -> str:
+    """A run of 1,000 steps whose validation loss falls to `level`, within noise of its own."""
+    rng = random.Random(name)
+    folder = Path(name)
+    run.save_config(folder, replace(Config(), **settings))
+    records: list[dict] = []
+    for step in range(0, 1001, 10):
+        loss = level + 2.0 * 0.9 ** (step / 10)
+        if step % 100 == 0:
+            val = loss + rng.gauss(0, noise)
+            losses = {"train_loss": loss, "val_loss": val}
+            records.append({"kind": "eval", "step": step, **losses, "tokens": step * 100})
+        if step < 1000:
+            speed = {"time_ms": 36.0, "tokens_per_second": 2777.8, "mfu": 0.25}
+            train = {"kind": "train", "step": step, "loss": loss, "lr": 1e-3, **speed}
+            records.append(train | {"tokens": (step + 1) * 100})
+    text = "".join(json.dumps(r) + "\n" for r in records)
+    (folder / "metrics.jsonl").write_text(text)
+    return name
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_difference_beyond_the_noise_is_called_one():
+    runs = [open_run(make(n, level, 0.002, n_layer=i)) for i, (n, level) in A_AND_B.items()]
+    (line,) = verdict(runs)
+    assert line.startswith("b is better than a by 0.0") and "at step 1000" in line
+    assert "scatter of their difference" in line
+
+
+A_AND_B = {1: ("a", 1.50), 2: ("b", 1.45)}
+
+
+def test_a_difference_within_the_noise_is_not():
+    runs = [open_run(make(n, level, 0.05, n_layer=i)) for i, (n, level) in A_AND_B.items()]
+    (line,) = verdict(runs)
+    assert line.startswith("a and b: no difference beyond noise: val loss 1.")
+
+
+def test_runs_of_other_seeds_are_the_noise():
+    """Three seeds each; each curve alone is smooth, and would call a difference of 0.01 one."""
+    spread = (-0.02, 0.0, 0.02)
+    a = [open_run(make(f"a{i}", 1.50 + d, 0, seed=i)) for i, d in enumerate(spread)]
+    b = [open_run(make(f"b{i}", 1.49 + d, 0, seed=i, n_layer=3)) for i, d in enumerate(spread)]
+    (line,) = verdict([*a, *b])
+    assert line.startswith("a0+a1+a2 and b0+b1+b2: no difference beyond noise")
+    # The mean of three from a spread of 0.02, twice: 0.02 sqrt(1/3 + 1/3).
+    assert "apart by 0.0100, noise 0.0163 (between seeds)" in line
+    (alone,) = verdict(a)
+    assert "differ in their seed alone" in alone and "standard deviation is 0.0200" in alone
+    far = [open_run(make(f"c{i}", 1.40 + d, 0, seed=i, n_layer=4)) for i, d in enumerate(spread)]
+    (line,) = verdict([*a, *far])
+    assert line.startswith("c0+c1+c2 is better than a0+a1+a2 by 0.1000")
+
+
+def test_too_little_to_judge():
+    a, b = make("a", 1.5, 0), make("b", 1.4, 0, n_layer=3)
+    for name, steps in ((a, (0, 100)), (b, (0, 100))):
+        path = Path(name) / "metrics.jsonl"
+        keep = [r for r in map(json.loads, path.read_text().splitlines()) if r["kind"] == "eval"]
+        path.write_text("".join(json.dumps(r) + "\n" for r in keep if r["step"] in steps))
+    (line,) = verdict([open_run(a), open_run(b)])
+    assert "too few evaluations" in line
+    path = Path("b/metrics.jsonl")
+    path.write_text(path.read_text().replace('"step": 0,', '"step": 1,').replace("100,", "101,"))
+    (line,) = verdict([open_run(a), open_run(b)])
+    assert line == "a and b: no step was evaluated in both"
+    (Path("b") / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="b: has no evaluation in its metrics.jsonl yet"):
+        open_run(b)
+
+
+def test_the_noise_of_a_curve_is_not_its_slope():
+    assert scatter([1.0, 2.0, 3.0]) is None
+    assert scatter([5.0 - i for i in range(9)]) == pytest.approx(0.0, abs=1e-12)
+    rng = random.Random(0)
+    found = [scatter([3.0 - 0.1 * i + rng.gauss(0, 0.2) for i in range(9)]) for _ in range(500)]
+    assert sum(x * x for x in found) / 500 == pytest.approx(0.2**2, rel=0.15)
+
+
+def test_a_shape_that_both_curves_have_is_no_noise():
+    """Both still fall steeply, one above the other by a constant: that is a difference."""
+    names = [make("a", 1.5, 0.0), make("b", 1.45, 0.0, n_layer=3)]
+    (line,) = verdict([open_run(n) for n in names])
+    assert line.startswith("b is better than a by 0.0500") and "noise 0.0000" in line
+
+
+def test_figures_and_picture(capsys):
+    names = [make("a", 1.5, 0.0), make("b", 1.2, 0.0, n_layer=3)]
+    with pytest.raises(SystemExit) as e:
+        main(["compare", *names, "--to=pictures/both.png"])
+    assert e.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == [
+        "run",
+        "steps",
+        "tokens",
+        "hours",
+        "train",
+        "val",
+        "best",
+        "val",
+        "tok/s",
+        "mfu",
+    ]
+    row = "a 1000 100k 0.01 1.5001 1.5001 1.5001 at 1000 2.78k 25.0%"
+    assert lines[1].split() == row.split()
+    assert lines[3].startswith("b is better than a by 0.3000")
+    assert lines[4] == "curves pictures/both.png"
+    assert Path("pictures/both.png").read_bytes().startswith(b"\x89PNG")
+    assert compare(names, CompareConfig()) == 0 and Path("compare.png").exists()
+
+
+def test_other_data_is_said(capsys):
+    names = [make("a", 1.5, 0.0), make("b", 1.2, 0.0, dataset="shakespeare")]
+    compare(names, CompareConfig())
+    assert "other data or tokenizers: their losses are not of the same" in capsys.readouterr().out
+
+
+def test_hours_are_those_of_the_steps():
+    """1,000 steps of 36 ms, logged every ten: 36 s, and half of it at half."""
+    make("a", 1.5, 0.0)
+    curves = Curves.of(Path("a"))
+    assert curves.hours(0) == 0
+    assert curves.hours(991) * 3600 == pytest.approx(991 * 0.036)
+    assert curves.hours(500) * 3600 == pytest.approx(500 * 0.036)
+    assert table([open_run("a")]).count("\n") == 1
+
+
+def test_the_useful_range_leaves_the_steep_beginning_out():
+    make("a", 1.5, 0.0)
+    low, high = Curves.of(Path("a")).useful_range
+    assert 1.4 < low < 1.5 and 1.5 < high < 2.5, "it began at 3.5"
+    assert smooth([1.0, 2.0, 3.0]) == [1.0, 2.0, 3.0]
+    many = smooth([float(i % 2) for i in range(200)])
+    assert many[-1] == 0.5 and len(many) == 200
+
+
+def test_the_picture_has_its_parts(monkeypatch):
+    """Losses with marked evaluations, the rate below, tokens and time as further axes."""
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: (drawn.append(f), save(f, *a, **k)))
+    make("a", 1.5, 0.0)
+    assert plot.loss_curve(Path("a")) == Path("a/loss.png")
+    axes, rates = drawn[0].axes
+    labels = [line.get_label() for line in axes.lines]
+    assert {"batch", "train, last 1.5001", "val, last 1.5001"} <= set(labels)
+    val = next(line for line in axes.lines if line.get_label().startswith("val"))
+    assert val.get_marker() == "o" and len(val.get_xdata()) == 11
+    assert axes.get_ylim() == Curves.of(Path("a")).useful_range
+    assert rates.get_ylabel() == "learning rate" and len(rates.lines[0].get_xdata()) == 100
+    tokens, minutes = axes.child_axes[0], rates.child_axes[0]
+    assert tokens.get_xlabel() == "tokens, millions"
+    assert tokens._functions[0](1000) == pytest.approx(0.1)
+    assert minutes.get_xlabel() == "minutes of training"
+    assert minutes._functions[0](991) == pytest.approx(991 * 0.036 / 60)
