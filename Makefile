@@ -7,6 +7,7 @@
 # make lint    ruff and mypy
 # make gate    compile the kernels for GPUs that need not be here and judge their machine code
 # make ledger  count launches and bytes of the compiled training step
+# make bench   measure all that fits into BUDGET seconds on this GPU, and report it
 #
 # A machine that already has a torch in range can use it:
 #   make VENV_ARGS=--system-site-packages train
@@ -17,11 +18,13 @@ VENV_ARGS ?=
 ARGS   ?=
 PYTEST_ARGS ?=
 GATE_ARGS ?=
+BUDGET ?= 540
+BENCH_ARGS ?=
 # Test processes: one a core, four at most; a single one where a GPU would have to be shared.
 JOBS ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo 0; else nproc 2>/dev/null | awk '{print ($$1 > 4 ? 4 : $$1)}'; fi)
 BIN    := $(VENV)/bin
 # Versions that are known to pass all tests; `pip install -e .` alone takes what pyproject.toml admits.
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: train test slow chaos soak mutants lint gate ledger install clean
 
@@ -54,6 +57,12 @@ gate: $(VENV)/.installed-test
 ledger: $(VENV)/.installed-test
 	$(BIN)/python -m pytest tests/step_counts.py
 
+# A failed part does not keep what there is from being reported.
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m bench all --budget $(BUDGET) --out bench/results $(BENCH_ARGS); code=$$?; \
+	$(BIN)/python -m bench report; \
+	ls -t bench/results/*/*waterfall.png 2>/dev/null | head -n 1; exit $$code
+
 install: $(VENV)/.installed
 
 $(BIN)/python:
@@ -66,6 +75,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e '.[test]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-bench: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[bench]'
 	@touch $@ $(VENV)/.installed
 
 clean:

@@ -1,9 +1,11 @@
 """python -m bench all --budget SECONDS [--out DIR]: everything, in order of worth.
 
-Correctness tests on the GPU come first. Every part runs in a process of its own and writes its
-results as it gets them; one that fails or overruns its share is reported and the rest goes on. Ends
-inside the budget with a table of at most 60 lines. A result file of its own says how each part
-ended, the tests first, and `all.log` has all that they said.
+First all is compiled, in parallel; then the whole step, the picture of where its time goes, the
+kernels, whether each op is right, and what a plan measured on this device chooses; then what time
+is left for. Every part runs in a process of its own and writes its results as it gets them: one
+that is cut at its time keeps what it has, which is no error, one that fails is reported, and the
+rest goes on. Ends inside the budget with a table of at most 60 lines. A result file of its own says
+how each part ended, and `all.log` has all that they said.
 """
 
 from __future__ import annotations
@@ -11,12 +13,11 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -24,57 +25,83 @@ from typing import IO
 import torch
 
 from bench import results, setup
-from bench.stats import MIN_ROUNDS
+from bench.cases import CASES
 from bench.tables import table
+from fastgpt_kernels.stats import MIN_ROUNDS
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES = 60
-TESTS = "correctness tests"
+TUNE = "tune"
 # Packages that the parts import, and who needs them.
 NEEDED = {
     "numpy": "everything",
     "safetensors": "convergence, generate",
     "tiktoken": "waterfall, convergence",
     "rich": "waterfall, convergence",
-    "pytest": "the correctness tests",
-    "hypothesis": "the correctness tests",
     "matplotlib": "pictures only: numbers are written without them",
 }
 CLOSING_S = 5.0  # kept back for the table
+STARTING_S = 10.0  # of a command that is told its own budget
+clock = time.monotonic
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command and the share of what is left of the budget that it may take."""
+    """A command.
+
+    least  seconds without which it has nothing to show: it does not begin with less
+    wants  seconds that it should have of `USUAL_S`; more or less of another budget
+    rest   it gets what time is left, after all that are not
+    """
 
     name: str
     command: tuple[str, ...]
-    share: float
+    least: float
+    wants: float
+    rest: bool = False
 
 
 def parts(gpu: bool, peer_path: str) -> list[Part]:
     """What runs, first the most worth knowing."""
-    tests = ("-m", "pytest", "tests/kernels", "-m", "cuda", "-x", "-p", "no:cacheprovider")
     peer = (f"--peer-path={peer_path}",) if peer_path else ()
     # Fewer turns in a short budget: an interval that is wider beats a part that is missing.
     turns = ("--rounds=10", "--turn-seconds=0.5") if gpu else ("--rounds=6", "--turn-seconds=0.05")
     rounds = "--rounds=20" if gpu else f"--rounds={MIN_ROUNDS}"
+    preset, own = ("gpt2", "gpt2") if gpu else ("shakespeare_char", "laptop")
+    first = ["attention", "linear_cross_entropy"]
+    ops = [*first, *(op for op in CASES if op not in first)]
 
     def bench(name: str, *args: str) -> tuple[str, ...]:
         return ("-m", "bench", name, *args)
 
-    step = ("gpt2", "shakespeare_char") if gpu else ("shakespeare_char",)
-    waterfall = ("gpt2",) if gpu else ("laptop", "--seconds=2")
+    waterfall = (own,) if gpu else (own, "--seconds=2")
+    tune = ("-m", "fastgpt", "tune", own, "--budget={seconds}")
     return [
-        Part(TESTS, tests, 0.25),
-        Part("step", bench("step", *step, *turns, *peer), 0.4),
-        Part("waterfall", bench("waterfall", *waterfall), 0.3),
-        Part("kernels", bench("kernels", rounds), 0.4),
-        Part("gemms", bench("gemms", rounds, "--without-autotune"), 0.4),
-        Part("ablate", bench("ablate", "gpt2", *turns), 0.6),
-        Part("generate", bench("generate"), 0.5),
-        Part("convergence", bench("convergence", *peer), 1.0),
+        Part("warm", bench("warm", preset, *peer), 15, 60),
+        Part("step", bench("step", preset, *turns, *peer), 40, 150),
+        Part("waterfall", bench("waterfall", *waterfall), 30, 75),
+        Part("kernels", bench("kernels", *ops, rounds), 20, 90),
+        Part("smoke", bench("smoke"), 15, 40),
+        Part(TUNE, tune, 20, 60),
+        Part("gemms", bench("gemms", rounds, "--without-autotune"), 20, 60, rest=True),
+        Part("ablate", bench("ablate", preset, *turns), 90, 240, rest=True),
+        Part("generate", bench("generate"), 20, 90, rest=True),
+        Part("convergence", bench("convergence", *peer), 60, 600, rest=True),
     ]
+
+
+def allot(waiting: Sequence[Part], left: float) -> float:
+    """Seconds for the first of the parts that wait; 0: too few for it.
+
+    The time that is left is shared as the parts want it, those for the rest of the time aside; one
+    gets up to twice what it wants, since not all take what they get.
+    """
+    part = waiting[0]
+    if left < part.least:
+        return 0.0
+    sharing = [p for p in waiting if p.rest == part.rest]
+    fair = part.wants * min(2.0, left / sum(p.wants for p in sharing))
+    return left if len(waiting) == 1 else min(left, max(part.least, fair))
 
 
 def run(part: Part, seconds: float, log: IO[str]) -> tuple[int | None, float]:
@@ -104,23 +131,16 @@ def run(part: Part, seconds: float, log: IO[str]) -> tuple[int | None, float]:
 
 
 def outcome(part: Part, code: int | None, said: list[str]) -> str:
-    """How a part ended, in a few words."""
-    if part.name == TESTS:
-        # 5: nothing was collected; with no GPU all are skipped, which is no pass either.
-        last = next((line for line in reversed(said) if line.strip()), "")
-        if code is None:
-            return f"stopped at its time, after {so_far(said)}"
-        return last if code in (0, 1) else f"exit code {code}: {last}"
+    """How a part ended, in a few words; of `tune` also what it found."""
     if code is None:
         return "stopped at its time; what it had is written"
-    return "done" if code == 0 else f"exit code {code}: something in it failed"
-
-
-def so_far(said: list[str]) -> str:
-    """What pytest's lines of dots say: "120 passed, 3 failed, 1 skipped"."""
-    marks = "".join(m[1] for line in said if (m := re.match(r"([.FEsxX]+)( +\[ *\d+%\])?$", line)))
-    counts = {"passed": marks.count("."), "failed": marks.count("F") + marks.count("E")}
-    return ", ".join(f"{n} {what}" for what, n in counts.items()) + f", {marks.count('s')} skipped"
+    if code:
+        return f"exit code {code}: something in it failed"
+    if part.name == TUNE:
+        begin = [i for i, line in enumerate(said) if line.startswith("kernels: ")]
+        found = [f"  {line}" for line in said[begin[-1] :]] if begin else []
+        return "\n".join(["done", *found])
+    return "done"
 
 
 def missing(modules: Mapping[str, str] = NEEDED) -> list[str]:
@@ -160,12 +180,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--peer-path", default="", help="a nanoGPT checkout to compare with")
     parser.add_argument("--parts", default="", help="only these, comma-separated")
     args = parser.parse_args(argv)
-    end = time.monotonic() + args.budget - CLOSING_S
+    end = clock() + args.budget - CLOSING_S
     out: Path = (args.out or Path("out/bench")).resolve()
     out.mkdir(parents=True, exist_ok=True)
     before = set(results.files(out))
     if not gpu:
         print("no GPU here: small sizes on the CPU show that this runs; the times say nothing")
+    if not args.peer_path:
+        print("nanoGPT is not compared with: --peer-path=FOLDER names a checkout")
     peer = str(Path(args.peer_path).expanduser().resolve()) if args.peer_path else ""
     chosen = parts(gpu, peer)
     names = [p.name for p in chosen]
@@ -180,34 +202,40 @@ def main(argv: list[str]) -> int:
 
     def keep(part: Part, text: str, took: float) -> None:
         """Say and record how a part ended."""
-        said.append(f"{part.name}: {text}" + (f" ({took:.0f} s)" if took else ""))
+        first, *rest = text.splitlines()
+        first += f" ({took:.0f} s)" if took else ""
+        said.append("\n".join([f"{part.name}: {first}", *rest]))
         print(said[-1], flush=True)
         timed = {"problem": "", "samples_ms": [1e3 * took]} if took else {"problem": text}
         result.rows.append({"key": part.name, "outcome": text, **timed})
         result.save(out)
 
     with (out / "all.log").open("w+") as log:
-        for part in chosen:
-            left = end - time.monotonic()
-            if left < 5:
-                keep(part, "not run, the budget is spent", 0.0)
-                failed += 1
+        for i, part in enumerate(chosen):
+            left = end - clock()
+            seconds = allot(chosen[i:], left)
+            if not seconds:
+                short = f"it takes {part.least:g} s, {max(left, 0):.0f} s were left"
+                keep(part, f"not run: {short}", 0.0)
                 continue
-            if part.command[1] == "bench":
-                part = replace(part, command=(*part.command, f"--out={out}"))
+            own = f"{max(1.0, seconds - STARTING_S):.0f}"
+            command = [word.replace("{seconds}", own) for word in part.command]
+            if command[1] == "bench":
+                command.append(f"--out={out}")
             place = log.tell()
-            # The first parts keep to their share; the last takes what is left.
-            seconds = left if part is chosen[-1] else max(5.0, left * part.share)
-            code, took = run(part, min(left, seconds), log)
+            code, took = run(replace(part, command=tuple(command)), seconds, log)
             log.seek(place)
             text = outcome(part, code, log.read().splitlines())
             log.seek(0, os.SEEK_END)
-            failed += code != 0
+            failed += bool(code)  # None: cut at its time
             keep(part, text, took)
     result.finish(out)
     lines = closing(out, before)
-    room = MAX_LINES - len(said) - 2
+    said = [line for text in said for line in text.splitlines()]
+    room = MAX_LINES - len(said) - 3
     if len(lines) > room:
         lines = [*lines[: room - 1], f"  ... and {len(lines) - room + 1} more in {out}"]
+    pictures = sorted(out.glob("*/*-waterfall.png"), key=lambda p: p.stat().st_mtime)
     print("\n".join([*lines, *said, f"results and all.log: {out}"]))
+    print(f"picture: {pictures[-1]}" if pictures else "picture: none, the waterfall has not run")
     return 1 if failed else 0

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from bench import results, roof, setup
-from bench.stats import summarize
 from bench.tables import table
 from fastgpt.config import settings
 from fastgpt.config.schema import Config
@@ -29,6 +28,7 @@ from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.model.peaks import synchronize
 from fastgpt.weights.hugging_face import SIZES, shape_of_size
+from fastgpt_kernels.stats import summarize
 
 SMALL = ModelShape(2, 2, 64, 256, 512, bias=True)
 GREEDY = Sampling(temperature=0)

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgpt_kernels as ours
-from fastgpt_kernels.record import record
+from fastgpt_kernels.host import arch
+from fastgpt_kernels.record import Sizes, record
 
 if TYPE_CHECKING:
     from bench.cases import Case
@@ -57,7 +58,7 @@ def add(case: Case) -> None:
     """Add the op's rivals to a case, or to what it skips and why."""
     cuda = case.device.type == "cuda"
     for rival in rivals_of(case.op):
-        if importlib.util.find_spec(rival.package) is None:
+        if not installed(rival.package):
             case.skipped[rival.name] = "not installed"
         elif cuda:
             case.providers.append(Provider(rival.name, late(partial(rival.make, case))))
@@ -65,6 +66,14 @@ def add(case: Case) -> None:
             compiled = rival is TORCH_COMPILE
             case.skipped[rival.name] = "not timed on the CPU" if compiled else "needs a GPU"
     case.providers += OTHER_WAYS.get(case.op, lambda case: [])(case)
+
+
+def installed(package: str) -> bool:
+    """Whether a package, or one inside of another such as "flash_attn.cute", is here."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:  # of the outer one
+        return False
 
 
 def late(make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
@@ -144,6 +153,18 @@ def flex_attention(case: Case) -> Callable[..., Any]:
     return torch.compile(packed(partial(flex_attention, block_mask=mask), case.extras[0]))
 
 
+def flash_attention(path: str, case: Case) -> Callable[..., Any]:
+    """Of Dao's own library, on (B, T, H, D); some of its versions also return the log-sum-exp."""
+    function, n_head = imported(path), case.extras[0]
+
+    def forward(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.unflatten(-1, (3, n_head, -1)).unbind(2)
+        y = function(q, k, v, causal=True)
+        return (y[0] if isinstance(y, tuple) else y).flatten(2)
+
+    return forward
+
+
 # --- matrix products -----------------------------------------------------------------------------
 
 
@@ -203,6 +224,7 @@ def cut_cross_entropy(case: Case) -> Callable[..., Any]:
     return case.bound(imported("cut_cross_entropy.linear_cross_entropy"))
 
 
+FA3, FA4 = "flash_attn_interface.flash_attn_func", "flash_attn.cute.flash_attn_func"
 AUTOTUNE, EAGER_MLP = "max-autotune", record("mlp").eager
 TORCH_COMPILE = Rival("torch.compile", compiled)
 RIVALS: dict[str, list[Rival]] = {
@@ -210,6 +232,8 @@ RIVALS: dict[str, list[Rival]] = {
         Rival("SDPA flash", lambda case: packed(partial(sdpa, "flash"), *case.extras)),
         Rival("SDPA cuDNN", lambda case: packed(partial(sdpa, "cuDNN"), *case.extras)),
         Rival("FlexAttention", flex_attention),
+        Rival("FA3", partial(flash_attention, FA3), "flash_attn_interface"),
+        Rival("FA4", partial(flash_attention, FA4), "flash_attn.cute"),
     ],
     "layer_norm": [TORCH_COMPILE, Rival("liger-kernel", liger_layer_norm, "liger_kernel")],
     "cross_entropy": [
@@ -237,7 +261,21 @@ def attentions(case: Case) -> list[Provider]:
     fixed = Provider(
         "fastgpt, deterministic", case.bound(partial(ours.attention, deterministic=True))
     )
-    return [fixed, *(kernel_alone(case, name) for name in SDPA if case.device.type == "cuda")]
+    alone = [kernel_alone(case, name) for name in SDPA if case.device.type == "cuda"]
+    return [fixed, *hopper(case), *alone]
+
+
+def hopper(case: Case) -> list[Provider]:
+    """Our kernels for Hopper, or why they are not in the table."""
+    known, name, qkv = record("attention"), "fastgpt, hopper", case.inputs[0]
+    if qkv.device.type != "cuda":
+        case.skipped[name] = "needs a GPU"
+        return []
+    sizes = Sizes(n_head=case.extras[0], n_embd=qkv.shape[2] // 3)
+    if wrong := known.refusal(sizes, qkv.dtype, arch(qkv.device.index or 0), "hopper"):
+        case.skipped[name] = wrong
+        return []
+    return [Provider(name, case.bound(known.implementations["hopper"]))]
 
 
 # Further ways of our own and of eager PyTorch.

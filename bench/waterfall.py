@@ -23,7 +23,7 @@ import importlib.util
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -101,27 +101,39 @@ def run(config: Config, name: str, own: dict[str, str], argv: Sequence[str]) -> 
     result.rows.append({"key": name, "problem": results.NOT_YET})
     result.save(out)
     with setup.one_thread(config.system.device), Steps(config) as steps:
-        found, samples = measure(steps, seconds, int(own.get("traced_steps", 3)))
         choices = ops.describe(steps.trainer.choices)
-    where = result.data["environment"]
-    on_cpu = found.device == "cpu"
-    head = f"{name} on {where['device']}" + (" (a CPU picture: no GPU was used)" if on_cpu else "")
-    print(f"{head}\nops: {choices}")
-    ladder_table.show(found)
-    row = {"key": name, "samples_ms": samples, "problem": "", "ops": choices}
-    result.rows[:] = [row | {"tokens": steps.tokens, "waterfall": found.to_json()}]
-    whole = abs(found.residual_share) <= MAX_RESIDUAL
-    if not whole:
-        missed = f"the rungs miss the measured step by {found.residual_share:+.1%}"
-        result.problems.append(missed)
-        print(f"bench waterfall: {missed}; is something else running here?", file=sys.stderr)
-    path = result.finish(out)
-    assert path is not None
-    compiled = "compiled" if config.system.compile else "not compiled"
+
+        def keep(found: ladder.Ladder, samples: list[float]) -> str:
+            row = {"key": name, "samples_ms": samples, "problem": "", "ops": choices}
+            result.rows[:] = [row | {"tokens": steps.tokens, "waterfall": found.to_json()}]
+            path = result.save(out)
+            assert path is not None
+            return draw(result, found, steps, name, path)
+
+        found, samples = measure(steps, seconds, int(own.get("traced_steps", 3)), keep)
+        head = f"{name} on {result.data['environment']['device']}"
+        head += " (a CPU picture: no GPU was used)" if found.device == "cpu" else ""
+        print(f"{head}\nops: {choices}")
+        ladder_table.show(found)
+        whole = abs(found.residual_share) <= MAX_RESIDUAL
+        if not whole:
+            missed = f"the rungs miss the measured step by {found.residual_share:+.1%}"
+            result.problems.append(missed)
+            print(f"bench waterfall: {missed}; is something else running here?", file=sys.stderr)
+        also = keep(found, samples)
+    print(f"written: {result.finish(out)}{also}")
+    return 0 if whole else 1
+
+
+def draw(result: results.Result, found: ladder.Ladder, steps: Steps, name: str, path: Path) -> str:
+    """The picture beside the result, and what is said of it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return "; no picture: matplotlib is not installed"
+    where, system = result.data["environment"], steps.config.system
     footer = " · ".join(
         [
             where["device"],
-            f"{config.system.dtype}, {compiled}",
+            f"{system.dtype}, {'compiled' if system.compile else 'not compiled'}",
             f"{steps.tokens:,} tokens a step",
             f"torch {where['torch']}",
             result.data["date"][:10],
@@ -130,13 +142,9 @@ def run(config: Config, name: str, own: dict[str, str], argv: Sequence[str]) -> 
         ]
     )
     title = f"{name}, {steps.trainer.model.n_params() / 1e6:.3g}M parameters, on {where['device']}"
-    also = "; no picture: matplotlib is not installed"
-    if importlib.util.find_spec("matplotlib") is not None:
-        pictures = [path.with_suffix(f".{kind}") for kind in picture.FORMATS]
-        picture.draw(found, title, footer, pictures, "CPU picture" if on_cpu else "")
-        also = ", .png and .svg"
-    print(f"written: {path}{also}")
-    return 0 if whole else 1
+    pictures = [path.with_suffix(f".{kind}") for kind in picture.FORMATS]
+    picture.draw(found, title, footer, pictures, "CPU picture" if found.device == "cpu" else "")
+    return ", .png and .svg"
 
 
 class Steps:
@@ -202,8 +210,16 @@ class Steps:
         return [ms_between(a, b) for a, b in zip(marks, marks[1:], strict=False)]
 
 
-def measure(steps: Steps, seconds: float, traced_steps: int) -> tuple[ladder.Ladder, list[float]]:
-    """The ladder of the step, and the ms of every step timed without the profiler."""
+def measure(
+    steps: Steps,
+    seconds: float,
+    traced_steps: int,
+    keep: Callable[[ladder.Ladder, list[float]], object] = lambda found, samples: None,
+) -> tuple[ladder.Ladder, list[float]]:
+    """The ladder of the step, and the ms of every step timed without the profiler.
+
+    `keep` gets both after each trace: the first one is there even if time ends.
+    """
     model, dtype = steps.trainer.model, steps.trainer.machine.torch_dtype
     one = statistics.median(steps.run(3))
     count = int(min(max(seconds * 1e3 / 4 / one, 5), 200))
@@ -223,6 +239,7 @@ def measure(steps: Steps, seconds: float, traced_steps: int) -> tuple[ladder.Lad
         found = ladder.build(parts, work, replace(base, step_ms=step_ms, traced_ms=traced_ms))
         if best is None or abs(found.residual_share) < abs(best.residual_share):
             best = found
+            keep(best, samples)
         if abs(best.residual_share) <= MAX_RESIDUAL:
             break
     assert best is not None

@@ -21,7 +21,6 @@ import torch
 
 from bench import provenance, results, setup
 from bench.setup import at_least
-from bench.stats import ratio_of_medians, summarize
 from bench.tables import table
 from bench.turns import quietly_built, serve
 from bench.variants import Variant, contenders
@@ -32,6 +31,7 @@ from fastgpt.data.prepare import ensure
 from fastgpt.data.tokens import open_dataset
 from fastgpt.errors import UserError
 from fastgpt.model.peaks import synchronize
+from fastgpt_kernels.stats import ratio_of_medians, summarize
 from fastgpt_kernels.tools.workers import TaskFailed, Worker
 
 PRESET = "shakespeare_char"

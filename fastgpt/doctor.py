@@ -25,9 +25,11 @@ from fastgpt.errors import UserError
 from fastgpt.model import ops
 from fastgpt.model.build import choose
 from fastgpt.model.device import Machine
+from fastgpt.model.driver import why_no_gpu
 from fastgpt.model.gpt import ModelShape
+from fastgpt.model.plan import Plan
 from fastgpt.storage import run
-from fastgpt.train import optim
+from fastgpt.train import optim, tuning
 from fastgpt.weights.hugging_face import SIZES, shape_of_size
 from fastgpt_kernels.record import records
 
@@ -41,7 +43,8 @@ def _version(package: str) -> str:
 
 def _gpus() -> str:
     if not torch.cuda.is_available():
-        return "none that PyTorch sees: training runs on the CPU, on eager PyTorch"
+        none = "none that PyTorch sees: training runs on the CPU, on eager PyTorch"
+        return "\n".join(filter(None, (none, why_no_gpu())))
     lines = []
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
@@ -68,7 +71,7 @@ def _runs() -> str:
         return str(e)
 
 
-def _vocab_size(config: Config) -> int:
+def vocab_size(config: Config) -> int:
     """As training will find it, if the data is there; else what such data has."""
     data = config.data
     with contextlib.suppress(UserError):
@@ -77,20 +80,35 @@ def _vocab_size(config: Config) -> int:
     return {"byte": 256, "char": 65}.get(data.tokenizer or own, GPT2_VOCAB)
 
 
-def _ops(config: Config, machine: Machine, vocab_size: int) -> tuple[ops.Choice, ...]:
+def as_trained(config: Config) -> Config:
+    """With the shape of the weights that it starts from, if they are of a known size."""
+    if config.run.init_from not in SIZES:
+        return config
+    size = shape_of_size(config.run.init_from)
+    block_size = min(config.model.block_size, size.block_size)
+    return settings.replace(config, **{**vars(size), "block_size": block_size})
+
+
+def _ops(config: Config, machine: Machine, vocab_size: int, plan: Plan) -> tuple[ops.Choice, ...]:
     """What computes the model, its optimizer, and the sample at the end of the run."""
     device, wish = machine.device, ops.Wish(config.system.kernels, vars(config.op))
-    if config.run.init_from in SIZES:
-        size = shape_of_size(config.run.init_from)
-        block_size = min(config.model.block_size, size.block_size)
-        config = settings.replace(config, **{**vars(size), "block_size": block_size})
     length = min(1 + config.log.sample_tokens, config.model.block_size)
     sizes = replace(ModelShape.of(config.model, vocab_size).sizes(1), block_size=length)
     decoding = ops.choose_all(
         records("inference"), device, machine.torch_dtype, sizes, ops.Wish()
     ).values()
-    table = choose(config, vocab_size, machine)
+    table = choose(config, vocab_size, machine, plan)
     return (*table.choices, optim.choose(device, wish)[0], *(choice for choice, _ in decoding))
+
+
+def _plan(config: Config, plan: Plan, name: str) -> str:
+    """What is chosen, on which figures, from when."""
+    if config.system.tune == "off":
+        return "--tune=off: nothing that was measured is used"
+    if not plan.lines:
+        return f"nothing measured on this device for it yet: fastgpt tune {name}"
+    took, *figures = plan.lines
+    return "\n".join([f"measured {plan.date} UTC on this {plan.device}, {took}", *figures])
 
 
 def doctor(config: Config, name: str) -> None:
@@ -100,7 +118,10 @@ def doctor(config: Config, name: str) -> None:
     """
     s = config.system
     machine = Machine.of(s.device, s.dtype, s.compile, s.peak_tflops)
-    device, vocab_size = machine.device, _vocab_size(config)
+    device, vocabulary = machine.device, vocab_size(config)
+    config = as_trained(config)
+    known = config.system.tune != "off"
+    plan = tuning.known(config, vocabulary, machine) if known else Plan()
     free = shutil.disk_usage(".").free / 2**30
     bf16 = "yes" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "not used here"
     table = Table.grid(padding=(0, 2))
@@ -113,8 +134,10 @@ def doctor(config: Config, name: str) -> None:
         "precision": f"{machine.dtype}; bf16 on a GPU: {bf16}",
         "peak": str(machine.peak),
         f"ops of {name}": "\n".join(
-            f"{c.op}: {c.implementation} ({c.reason})" for c in _ops(config, machine, vocab_size)
+            f"{c.op}: {c.implementation} ({c.reason})"
+            for c in _ops(config, machine, vocabulary, plan)
         ),
+        "plan": _plan(config, plan, name),
         "disk": f"{free:.1f} GiB free in {Path.cwd()}",
         "data": _data_folders(),
         "runs": _runs(),

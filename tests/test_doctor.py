@@ -53,7 +53,7 @@ def test_the_ops_are_those_of_the_run(preset, training, decoding, monkeypatch, t
     monkeypatch.chdir(tmp_path)
     asked = {}
 
-    def choose_all(asking, device, dtype, sizes, wish):
+    def choose_all(asking, device, dtype, sizes, wish, plan=None):
         asked.update({op.name: (dtype, sizes, wish.kernels) for op in asking})
         return {op.name: (Choice(op.name, "eager", "asked"), op.eager) for op in asking}
 

@@ -11,14 +11,31 @@ from fastgpt.config.schema import Config
 from fastgpt.model import ops
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.model.plan import Plan
+from fastgpt_kernels.record import Sizes
 
 
-def choose(config: Config, vocab_size: int, machine: Machine) -> ops.OpTable:
-    """The ops that a model of this config is made with. Raises UserError as `build` does."""
+def sizes_of(config: Config, vocab_size: int) -> Sizes:
+    """What the ops of a model of this config are asked about."""
     shape = ModelShape.of(config.model, vocab_size)
-    sizes = shape.sizes(config.optim.batch_size, config.model.dropout)
-    wish = ops.Wish(config.system.kernels, vars(config.op))
-    return ops.choose(machine.device, machine.torch_dtype, sizes, wish)
+    return shape.sizes(config.optim.batch_size, config.model.dropout)
+
+
+def choose(
+    config: Config, vocab_size: int, machine: Machine, plan: Plan | None = None
+) -> ops.OpTable:
+    """The ops that a model of this config is made with. Raises UserError as `build` does."""
+    sizes, wish = sizes_of(config, vocab_size), ops.Wish(config.system.kernels, vars(config.op))
+    return ops.choose(machine.device, machine.torch_dtype, sizes, wish, plan)
+
+
+def set_precision(config: Config, machine: Machine) -> None:
+    """How fp32 matrices are multiplied, for the whole process.
+
+    In float32 products are exact unless TF32 is asked for: it is what others are held against.
+    """
+    exact = machine.dtype == "float32" and not config.system.tf32
+    torch.set_float32_matmul_precision("highest" if exact else "high")
 
 
 def build(
@@ -26,17 +43,18 @@ def build(
     vocab_size: int,
     machine: Machine,
     weights: Mapping[str, Tensor] | None = None,
+    plan: Plan | None = None,
 ) -> GPT:
     """The model on its device, with `weights` (a state dict), else drawn from --seed.
+
+    Its ops are those of the plan, where there is one and the settings leave it open.
 
     Also sets, for the whole process, how fp32 matrices are multiplied. Raises UserError if an op
     that was asked for cannot run here.
     """
     system, shape = config.system, ModelShape.of(config.model, vocab_size)
-    # In float32 products are exact unless TF32 is asked for: it is what others are held against.
-    exact = machine.dtype == "float32" and not system.tf32
-    torch.set_float32_matmul_precision("highest" if exact else "high")
-    table = choose(config, vocab_size, machine)
+    set_precision(config, machine)
+    table = choose(config, vocab_size, machine, plan)
     model = GPT(shape, config.model.dropout, table, machine.torch_dtype)
     if weights is None:
         model.init_weights(config.run.seed)

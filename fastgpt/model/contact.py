@@ -22,9 +22,11 @@ from typing import Any
 
 import torch
 
-from fastgpt.model.selfcheck import compile_ahead, disagreement, why
 from fastgpt_kernels import host
+from fastgpt_kernels.plans.measure import put
 from fastgpt_kernels.record import Record, Sizes, record, records
+from fastgpt_kernels.selfcheck import compile_ahead, disagreement
+from fastgpt_kernels.telling import why
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Task:
     """One implementation of an op, by names, and what it is to be checked for.
 
     function  "module:name" in place of the record's own implementation
+    configs   a plan's launch configs, as JSON
     """
 
     op: str
@@ -41,6 +44,7 @@ class Task:
     sizes: Sizes
     function: str = ""
     deterministic: bool = False
+    configs: str = "[]"
 
     @classmethod
     def of(
@@ -54,8 +58,9 @@ class Task:
         return cls(op.name, name, str(device), dtype_name, sizes, path, deterministic)
 
     def check(self) -> tuple[Record, str, torch.dtype, Sizes]:
-        """The way back: op, implementation, dtype, sizes."""
+        """The way back: op, implementation, dtype, sizes; launches have the plan's configs."""
         op = record(self.op)
+        put(json.loads(self.configs), host.arch_on(torch.device(self.device)))
         if self.function:
             module, _, name = self.function.partition(":")
             function = getattr(importlib.import_module(module), name)

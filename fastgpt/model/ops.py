@@ -8,17 +8,21 @@ depends on the choice:
     triton   fastgpt_kernels, on a GPU
     others   as the op's record lists them: attention has PyTorch's cudnn and flash
 
-By itself (`--kernels=auto`) a GPU gets Triton if the shapes allow it and the op agrees with its
-specification on this very device (`selfcheck.py`, in a process of its own: `contact.py`), and
-everything else gets eager. Ops whose eager implementation is a library's own kernel (matrix
-products, the optimizer) are different: they leave it only on GPUs on which ours was measured
+By itself (`--kernels=auto`) a GPU gets what a plan says, which was measured there (`plan.py`). What
+has no plan gets Triton if the shapes allow it and the op agrees with its specification on this very
+device (`fastgpt_kernels/selfcheck.py`, in a process of its own: `contact.py`), and everything else
+gets eager. Ops whose eager implementation is a library's own kernel (matrix products, the
+optimizer) are different: without a plan they leave it only on GPUs on which ours was measured
 faster, or for a flag such as --op.linear=triton.
 """
 
 from __future__ import annotations
 
+import functools
+import json
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,8 +30,11 @@ import torch
 
 from fastgpt.errors import UserError
 from fastgpt.model.contact import Task, first_contact
-from fastgpt_kernels import host
+from fastgpt.model.plan import Plan
+from fastgpt_kernels import host, versions
+from fastgpt_kernels.plans.measure import put
 from fastgpt_kernels.record import Record, Sizes, records
+from fastgpt_kernels.telling import EVERY_S, telling
 
 CHECKED_ON = ("cuda",)  # types of devices; Triton's interpreter is not worth the time
 
@@ -87,13 +94,15 @@ def choose(
     dtype: torch.dtype = torch.float32,
     sizes: Sizes | None = None,
     wish: Wish | None = None,
+    plan: Plan | None = None,
 ) -> OpTable:
     """The table for a device, activations of `dtype`, and a model's sizes.
 
     Raises UserError if what was asked for cannot run here.
     """
     sizes, wish = sizes or Sizes(), wish or Wish()
-    chosen = choose_all(records("model"), device, dtype, sizes, wish)
+    chosen = choose_all(records("model"), device, dtype, sizes, wish, plan)
+    _name_in_caches([choice for choice, _ in chosen.values()])
     functions = {name: function for name, (_, function) in chosen.items()}
     for op in records("model"):
         choice, function = chosen[op.name]
@@ -108,61 +117,97 @@ def choose_all(
     dtype: torch.dtype,
     sizes: Sizes,
     wish: Wish,
+    plan: Plan | None = None,
 ) -> dict[str, tuple[Choice, Callable[..., Any]]]:
-    """Choice and function of each op, by name. Raises UserError as `choose` does."""
-    plans = {op.name: _plan(op, device, dtype, sizes, wish) for op in ops}
+    """Choice and function of each op, by name. Raises UserError as `choose` does.
+
+    From then on launches have the plan's configs, in this process.
+    """
+    wanted = {op.name: _wanted(op, device, dtype, sizes, wish, plan) for op in ops}
+    configs = _configs(wanted, host.arch_on(device), plan)
     tasks = {}
     for op in ops:
-        name, obstacle, _ = plans[op.name]
+        name, obstacle, *_ = wanted[op.name]
         if name != "eager" and not obstacle and device.type in CHECKED_ON:
-            tasks[op.name] = Task.of(op, name, device, dtype, sizes)
-    found = dict(zip(tasks, first_contact([*tasks.values()]), strict=True))
+            task = Task.of(op, name, device, dtype, sizes)
+            tasks[op.name] = replace(task, configs=json.dumps(configs.get(op.name, [])))
+    with telling("checking kernels") as elapsed:
+        found = dict(zip(tasks, first_contact([*tasks.values()]), strict=True))
+    if elapsed() > EVERY_S:
+        print(f"checked {len(tasks)} kernels in {elapsed():.1f}s", flush=True)
+    if any(obstacle == versions.untested() != "" for _, obstacle, *_ in wanted.values()):
+        _warn_of_versions(versions.untested())
     chosen = {}
     for op in ops:
-        name, obstacle, flag = plans[op.name]
+        name, obstacle, flag, reason = wanted[op.name]
         if wrong := found.get(op.name, ""):
             if flag:
                 raise UserError(f"{flag}: {wrong}")
             obstacle = f"{name}: {wrong}"
-        kind, reason = ("eager", obstacle) if obstacle else (name, flag or "fused kernels")
+        kind, reason = ("eager", obstacle) if obstacle else (name, reason)
+        if not obstacle:
+            put(configs.get(op.name, ()), host.arch_on(device))
         chosen[op.name] = Choice(op.name, kind, reason), op.implementations[kind]
     return chosen
 
 
-def _plan(
-    op: Record, device: torch.device, dtype: torch.dtype, sizes: Sizes, wish: Wish
-) -> tuple[str, str, str]:
-    """(the implementation to take, why it cannot be, the flag that asks for it or nothing).
+@functools.cache
+def _warn_of_versions(untested: str) -> None:
+    print(f"warning: {untested}: eager kernels; --kernels=triton tries ours", flush=True)
+
+
+def _wanted(
+    op: Record,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: Sizes,
+    wish: Wish,
+    plan: Plan | None,
+) -> tuple[str, str, str, str]:
+    """(the implementation to take, why it cannot be, the flag that asks for it or nothing, why it
+    is taken).
 
     Raises UserError if the one that is asked for cannot run here.
     """
     wanted, flag = wish.of(op)
     if wanted == "auto":
-        return "triton", _obstacle(op, "triton", device, dtype, sizes) or _slower(op, device), ""
+        # Of versions that nobody has tried, PyTorch's own implementation is the one to trust.
+        untested = versions.untested()
+        measured = plan.ops.get(op.name) if plan and not untested else None
+        if measured and measured.implementation in op.implementations:
+            name = measured.implementation
+            return name, _obstacle(op, name, device, dtype, sizes), "", measured.reason
+        obstacle = _obstacle(op, "triton", device, dtype, sizes)
+        obstacle = obstacle or op.slower(host.arch_on(device)) or untested
+        return "triton", obstacle, "", "fused kernels"
     if obstacle := _obstacle(op, wanted, device, dtype, sizes):
         raise UserError(f"{flag}: {obstacle}")
-    return wanted, "", flag
+    return wanted, "", flag, flag
 
 
-def _slower(op: Record, device: torch.device) -> str:
-    """Why an op that could run stays with a library; empty for all others."""
-    if not op.library or _arch(device) in op.measured_faster:
-        return ""
-    return f"nothing measured faster than {op.library}"
+def _configs(
+    wanted: Mapping[str, tuple[str, str, str, str]], arch: str, plan: Plan | None
+) -> dict[str, list[Any]]:
+    """The plan's launch configs, by op, of those ops that follow it; none for another GPU."""
+    if plan is None or plan.arch != arch:
+        return {}
+    return {
+        op: [*plan.ops[op].configs]
+        for op, (name, _, flag, _) in wanted.items()
+        if op in plan.ops and not flag and name == plan.ops[op].implementation
+    }
+
+
+def _name_in_caches(choices: Sequence[Choice]) -> None:
+    """Have compiled graphs told apart by the attention that PyTorch was told to take: their cache
+    does not see that.
+    """
+    told = [f"{c.op}={c.implementation}" for c in choices]
+    told = [text for text in told if not text.endswith(("=eager", "=triton"))]
+    base = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "")
+    torch.compiler.config.cache_key_tag = " ".join([base, *told]).strip()
 
 
 def _obstacle(op: Record, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> str:
     """Why an implementation cannot run here; empty if it can."""
-    if name == "eager":
-        return ""
-    if name != "triton":
-        return "" if device.type == "cuda" else "no GPU"
-    if not host.HAS_TRITON:
-        return "triton is not installed"
-    if device.type != "cuda" and not host.INTERPRETED:
-        return "no GPU"
-    return op.refusal(sizes, dtype, _arch(device))
-
-
-def _arch(device: torch.device) -> str:
-    return host.arch(device.index or 0) if device.type == "cuda" else "cpu"
+    return op.obstacle(name, device, dtype, sizes, host.arch_on(device))

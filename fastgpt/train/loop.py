@@ -14,7 +14,6 @@ import torch
 
 from fastgpt.data.batches import Batches, eval_batches
 from fastgpt.data.prefetch import Prefetcher
-from fastgpt.data.progress import ticking
 from fastgpt.data.tokens import Dataset, TokenSplit
 from fastgpt.errors import SharedError, UserError
 from fastgpt.storage import checkpoint
@@ -22,6 +21,7 @@ from fastgpt.train import memory, metrics, mfu, optim, resume, sharding
 from fastgpt.train.resume import Progress
 from fastgpt.train.signals import StopRequest
 from fastgpt.train.step import NonFinite, Trainer
+from fastgpt_kernels.telling import telling
 
 
 class StepClock:
@@ -155,10 +155,9 @@ class Loop:
 
     def _compile(self) -> None:
         """Trace and compile before the first step, so that no iteration's time has it in it."""
-        started = time.perf_counter()
-        with ticking(self.metrics.say, "compiling"):
+        with telling("compiling", self.metrics.say) as elapsed:
             self.trainer.warm_up(self.progress.step, self._micro_batch())
-        self.metrics.say(f"compiled in {time.perf_counter() - started:.1f}s")
+        self.metrics.say(f"compiled in {elapsed():.1f}s")
 
     def _micro_batch(self) -> torch.Tensor:
         rows = slice(self.trainer.micro_batch)

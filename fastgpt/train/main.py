@@ -16,8 +16,10 @@ from fastgpt.errors import UserError
 from fastgpt.model import ops
 from fastgpt.model.build import build
 from fastgpt.model.device import Machine
+from fastgpt.model.driver import why_no_gpu
+from fastgpt.model.plan import Plan
 from fastgpt.storage import checkpoint, run
-from fastgpt.train import console, graph, memory, resume, trackers
+from fastgpt.train import console, graph, memory, resume, trackers, tuning
 from fastgpt.train.loop import Loop
 from fastgpt.train.ranks import Ranks, check_launch, join, launcher, local_device, restarted
 from fastgpt.train.resume import Progress
@@ -45,6 +47,8 @@ def run_training(config: Config, name: str) -> tuple[int, Path]:
     check_launch(config)
     device = local_device(system.device)
     machine = Machine.of(device, system.dtype, system.compile, system.peak_tflops)
+    if system.device == "auto" and machine.device.type == "cpu" and (said := why_no_gpu()):
+        print(f"{said}; going on on the CPU", flush=True)
     if system.max_autotune and not machine.compile:
         raise UserError("--max_autotune=True: is torch.compile's; give --compile=True with it")
     with join(config, machine.device) as ranks:
@@ -65,15 +69,23 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
         for split in (dataset.train, dataset.val):
             split.require(config.model.block_size)
         vocab_size = _vocab_size(config, dataset)
-    with ranks.together():
-        model = build(config, vocab_size, machine, weights)
-    del weights
-
     # Consent to go on with a run, or to replace it, is given by flags; a restart by torchrun has
     # it for the run that its own first attempt made.
     r, launch = config.run, ranks.gather(launcher())
     again = ranks.gather(restarted() and run.made_by(Path(r.out_dir), launch))[0]
     resuming = r.init_from == "resume" or again and bool(checkpoint.names(Path(r.out_dir)))
+    plan = Plan()
+    with ranks.together():
+        if ranks.first and resuming:
+            plan = tuning.of_run(run.find(r.out_dir))
+        elif ranks.first:
+            plan = tuning.for_run(config, vocab_size, machine, alone=ranks.size == 1)
+    plan = ranks.gather(plan)[0]
+    machine = plan.adopt(machine, config.system.compile)
+    with ranks.together():
+        model = build(config, vocab_size, machine, weights, plan)
+    del weights
+
     batch_size = config.optim.batch_size
     if config.optim.auto_batch_size and not resuming:
         batch_size = memory.fit_batch_size(model, config, machine)
@@ -98,6 +110,7 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
         with ranks.together():
             if ranks.first:
                 run.save_config(run_dir, trainer.resolved, launch)
+                run.save_plan(run_dir, plan.to_dict())
                 if dataset.tokenizer is not None:
                     dataset.tokenizer.save(run_dir)
         console.introduce(trainer, dataset, run_dir)

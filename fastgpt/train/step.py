@@ -19,10 +19,11 @@ from fastgpt.errors import UserError
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT
 from fastgpt.model.ops import Wish
-from fastgpt.train import graph, optim, sharding
+from fastgpt.train import compiled, graph, optim, sharding
 from fastgpt.train.graph import MicroStepGraph
 from fastgpt.train.ranks import Ranks
 from fastgpt.train.sharding import like, whole
+from fastgpt_kernels.telling import why
 
 
 class NonFinite(Exception):
@@ -145,15 +146,23 @@ class Trainer:
     def warm_up(self, step: int, micro_batch: Tensor) -> None:
         """Compile forward and backward on one micro-batch; changes no weight.
 
+        If that fails it is tried once more without what was compiled before: that may be broken.
         Raises UserError if torch.compile cannot work here.
         """
-        from torch._dynamo.exc import TorchDynamoException  # takes a second
-
-        try:
-            self._backward(step, micro_batch)
-        except TorchDynamoException as e:
-            why = str(e).strip().splitlines()[0]
-            raise UserError(f"torch.compile failed ({why}); --compile=False goes without") from e
+        compiles = self.machine.compile or self.forward is not self.wrapped
+        errors = compiled.failures() if compiles else ()
+        for first in (True, False):
+            try:
+                self._backward(step, micro_batch)
+                break
+            except errors as e:
+                said = why(e)
+                if not first or not compiled.mendable(e):
+                    line = f"torch.compile failed ({said}); --compile=False goes without"
+                    raise UserError(line) from e
+                self.optimizer.zero_grad(set_to_none=True)
+                print(f"torch.compile failed ({said}): {compiled.clear()} is cleared, "
+                      "compiling anew", flush=True)  # fmt: skip
         self.optimizer.zero_grad(set_to_none=True)
         self.machine.synchronize()
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fastgpt_kernels.ops.matmul.linear import linear
     from fastgpt_kernels.ops.matmul.mlp import mlp
     from fastgpt_kernels.ops.norm.op import add_layer_norm, layer_norm
+    from fastgpt_kernels.plans.tune import tune
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class Entry:
 OPS: dict[str, Entry] = {
     "attention": Entry(
         "attention.op",
-        "Causal self-attention; cudnn and flash are PyTorch's own.",
-        choices=("triton", "eager", "cudnn", "flash"),
+        "Causal self-attention; hopper: sm_90 alone; cudnn, flash and math: PyTorch's own.",
+        choices=("triton", "eager", "cudnn", "flash", "math", "hopper"),
     ),
     "layer_norm": Entry("norm.op", "The first norm."),
     "add_layer_norm": Entry("norm.op", "Residual addition and the norm behind it."),
@@ -90,14 +91,15 @@ OPS: dict[str, Entry] = {
         "decode.layers", "The MLP half of a layer for a new token, one launch.", "inference"
     ),
 }
-_MODULES = {name: e.module for op, e in OPS.items() for name in e.exports or (op,)}
+_MODULES = {name: f"ops.{e.module}" for op, e in OPS.items() for name in e.exports or (op,)}
+_MODULES["tune"] = "plans.tune"
 __all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    function = getattr(importlib.import_module(f"fastgpt_kernels.ops.{_MODULES[name]}"), name)
+    function = getattr(importlib.import_module(f"fastgpt_kernels.{_MODULES[name]}"), name)
     globals()[name] = function
     if not importlib.import_module("fastgpt_kernels.host").HAS_TRITON:
         _warn_without_triton()

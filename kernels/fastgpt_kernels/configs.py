@@ -1,16 +1,18 @@
-"""Launch configs: static tables by (architecture, size), nothing searched at run time.
+"""Launch configs: static tables by (architecture, size), nothing searched while a model runs.
 
 A table maps an architecture ("sm_90", "gfx942", or "default") to entries keyed by a size bound (a
 head dim, a row width): the entry with the smallest key at or above the size is used.
-The tables lie in the ops' rooms (`ops/*/configs.py`). `python -m fastgpt_kernels.tools.tune`
-searches on the GPU at hand and prints entries to paste there. An entry that nobody has timed says
-so: it was chosen by register and shared-memory counts from `python -m fastgpt_kernels.tools.aot`.
+The tables lie in the ops' rooms (`ops/*/configs.py`). A plan (`plans/`), measured on the device at
+hand, puts other entries in their place with `use`. An entry that nobody has timed says so: it was
+chosen by register and shared-memory counts from `python -m fastgpt_kernels.tools.aot`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 # Architectures for which every kernel is compiled and inspected in CI.
 ARCHITECTURES = (
@@ -44,8 +46,14 @@ class Config:
         """Keyword arguments for `kernel[grid](...)`: the tiles, and the options."""
         return {**self.blocks, **self.options}
 
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "blocks": dict(self.blocks)}
+
 
 Table = Mapping[str, Mapping[int, Config]]
+
+# What was looked up, while somebody watches: (table, architecture, bound).
+_WATCHED: list[tuple[Table, str, int]] | None = None
 
 
 def lookup(table: Table, arch: str, key: int) -> Config:
@@ -53,13 +61,29 @@ def lookup(table: Table, arch: str, key: int) -> Config:
 
     An architecture without entries of its own uses "default". Keys must be in rising order.
     """
-    entries = table.get(arch) or table["default"]
-    for bound, config in entries.items():
-        if key <= bound:
-            return config
-    return config
+    found = entries(table, arch)
+    bound = next((b for b in found if key <= b), max(found))
+    if _WATCHED is not None:
+        _WATCHED.append((table, arch, bound))
+    return found[bound]
 
 
 def entries(table: Table, arch: str) -> Mapping[int, Config]:
     """All entries that `lookup` can return on `arch`; what `tunables` go through."""
     return table.get(arch) or table["default"]
+
+
+def use(table: Table, arch: str, bound: int, config: Config) -> None:
+    """From now on an entry of a table is this one, in this process."""
+    cast(dict, table)[arch] = {**entries(table, arch), bound: config}
+
+
+@contextmanager
+def watched() -> Iterator[list[tuple[Table, str, int]]]:
+    """Within, what launches look up is appended to the list: (table, architecture, bound)."""
+    global _WATCHED
+    before, _WATCHED = _WATCHED, []
+    try:
+        yield _WATCHED
+    finally:
+        _WATCHED = before

@@ -60,6 +60,11 @@ def arch(device_index: int) -> str:
     return f"sm_{props.major}{props.minor}"
 
 
+def arch_on(device: torch.device) -> str:
+    """Architecture key of a device; "cpu" for all that are no GPU."""
+    return arch(device.index or 0) if device.type == "cuda" else "cpu"
+
+
 def arch_of(x: torch.Tensor) -> str:
     """Architecture key for the device of `x`; "cpu" for the interpreter."""
     return arch(x.device.index) if x.is_cuda else _PRETENDED or "cpu"

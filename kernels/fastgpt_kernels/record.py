@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt_kernels import OPS, reference
+from fastgpt_kernels import OPS, host, reference
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,10 @@ def differentiate(function: Callable[..., Any], case: Case) -> list[Tensor]:
     return [t.detach().float() for t in (*outs, *grads)]
 
 
+def _needs_a_gpu(name: str, sizes: Sizes, device: torch.device) -> str:
+    return "" if device.type == "cuda" else "no GPU"
+
+
 @dataclass(frozen=True)
 class Record:
     """One op.
@@ -115,12 +119,15 @@ class Record:
     item             what a trace calls it inside of that part
     limits           why ours cannot take these sizes and this dtype on this architecture ("sm_90";
                      "cpu" is Triton's interpreter); empty if it can
+    limits_of        the same of further implementations of ours, by name
     library          whose fused kernel "eager" is already, if it is one: such an op is left only on
                      architectures on which ours was measured faster
     measured_faster  these architectures
     made_of          other ops that "eager" takes as keyword arguments
     often            how many times a training step of GPT-2 124M, 12 layers, calls it
     run              (implementation, case) -> all that has to agree between implementations
+    others           (name, sizes, device) -> why an implementation besides eager and triton cannot
+                     run there; empty if it can
     """
 
     name: str
@@ -131,6 +138,7 @@ class Record:
     part: str
     item: str = ""
     limits: Callable[[Sizes, torch.dtype, str], str] = lambda sizes, dtype, arch: ""
+    limits_of: Mapping[str, Callable[[Sizes, torch.dtype, str], str]] = field(default_factory=dict)
     library: str = ""
     measured_faster: tuple[str, ...] = ()
     made_of: tuple[str, ...] = ()
@@ -138,6 +146,7 @@ class Record:
     few_tokens: int = 4096
     often: int = 0
     run: Callable[[Callable[..., Any], Case], list[Tensor]] = differentiate
+    others: Callable[[str, Sizes, torch.device], str] = _needs_a_gpu
 
     @property
     def eager(self) -> Callable[..., Any]:
@@ -152,11 +161,34 @@ class Record:
         """What has to agree before a run of these sizes uses an implementation."""
         return [self.case(sizes, random)] if self.calls is None else self.calls(sizes, random)
 
-    def refusal(self, sizes: Sizes, dtype: torch.dtype, arch: str) -> str:
-        """Why ours cannot run so: `limits`, and what no kernel can; empty if it can."""
+    def refusal(
+        self, sizes: Sizes, dtype: torch.dtype, arch: str, name: str = "triton"
+    ) -> str:  # fmt: skip
+        """Why ours cannot run so: its limits, and what no kernel can; empty if it can."""
         if arch == "sm_75" and dtype == torch.bfloat16:
             return "sm_75 has no bfloat16, only float16"
-        return self.limits(sizes, dtype, arch)
+        limits = self.limits if name == "triton" else self.limits_of[name]
+        return limits(sizes, dtype, arch)
+
+    def obstacle(
+        self, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes, arch: str
+    ) -> str:
+        """Why an implementation cannot run on a device of this architecture; empty if it can."""
+        if name == "eager":
+            return ""
+        if name != "triton" and name not in self.limits_of:
+            return self.others(name, sizes, device)
+        if not host.HAS_TRITON:
+            return "triton is not installed"
+        if device.type != "cuda" and not host.INTERPRETED:
+            return "no GPU"
+        return self.refusal(sizes, dtype, arch, name)
+
+    def slower(self, arch: str) -> str:
+        """Why an op that could run stays with a library, unmeasured; empty for all others."""
+        if not self.library or arch in self.measured_faster:
+            return ""
+        return f"nothing measured faster than {self.library}"
 
     @property
     def ours(self) -> Callable[..., Any]:

@@ -1,8 +1,8 @@
-"""What an op's room tells the tools: the calls to compile (aot) and the configs to try (tune).
+"""What an op's room tells the tools: the calls to compile (aot) and the configs to try (plans).
 
 A room's `specs.py` defines
 
-    def tunables(arch: str) -> Iterator[Tunable]            every entry of its config tables
+    def tunables(arch: str) -> Iterator[Tunable]            entries of its config tables
     def uses(m: Model) -> Iterator[Use]                     how a model calls its ops, if that is
                                                             not just what their records say
 """
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from fastgpt_kernels import OPS
-from fastgpt_kernels.configs import Config, entries
-from fastgpt_kernels.record import Case, Record, Sizes, differentiate, normal
+from fastgpt_kernels.configs import Config
+from fastgpt_kernels.record import Case, Record, Sizes, differentiate
 
 
 @dataclass(frozen=True)
@@ -128,71 +128,16 @@ def _call(op: Record, m: Model, case: Case) -> Any:
 
 @dataclass(frozen=True)
 class Tunable:
-    """One entry of a table of launch configs, the configs to try for it, and how to run one.
+    """One entry of a table of launch configs, and the configs to try for it.
 
     table       the table's name in the room's configs.py, e.g. "FORWARD"
     key         the entry's key there
-    candidates  configs to try; one that cannot be launched is skipped and named
-    inputs      device -> the tensors of one problem of realistic size, random, on that device
-    run         (inputs, config) -> outputs: the launcher itself, no autograd around it
-    reference   inputs -> the same outputs from plain PyTorch, computed in fp32 or better
+    candidates  configs to try; one that does not compile, spills or is wrong is named and left out
     """
 
     table: str
     key: int
     candidates: Sequence[Config]
-    inputs: Callable[[torch.device], tuple[Any, ...]]
-    run: Callable[[tuple[Any, ...], Config], tuple[Tensor, ...]]
-    reference: Callable[[tuple[Any, ...]], tuple[Tensor, ...]]
-
-
-def tunable(
-    op: Record,
-    arch: str,
-    table: str,
-    key: int,
-    sizes: Sizes,
-    candidates: Sequence[Config],
-    *,
-    backward: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
-    **arguments: Any,
-) -> Tunable:
-    """An entry of a table that a pass of an op reads, on activations of these sizes."""
-    tables = getattr(importlib.import_module(f"{OPS[op.name].room}.configs"), table)
-
-    def inputs(device: torch.device) -> tuple[Any, ...]:
-        """The leaves; for the backward pass the results and their gradients too."""
-        case = op.case(sizes, normal(device))
-        case.arguments.update(arguments)
-        leaves = [x.to(dtype) if x.ndim > 1 else x for x in case.inputs]
-        leaves = [x.requires_grad_() for x in leaves]
-        outs = _tuple(op.ours(*leaves, **case.arguments)) if backward else ()
-        return leaves, case.arguments, outs, [normal(device, 1)(*o.shape).to(o) for o in outs]
-
-    def run(given: tuple[Any, ...], config: Config) -> tuple[Tensor, ...]:
-        leaves, options, outs, dys = given
-        before = dict(tables)
-        tables[arch] = {**entries(tables, arch), key: config}
-        try:
-            if backward:
-                return torch.autograd.grad(outs, leaves, dys, retain_graph=True)
-            return _tuple(op.ours(*leaves, **options))
-        finally:
-            tables.clear()
-            tables.update(before)
-
-    def exact(given: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        leaves, options, _, dys = given
-        leaves = [x.detach().float().requires_grad_(backward) for x in leaves]
-        outs = _tuple(op.twin(*leaves, **options))
-        return torch.autograd.grad(outs, leaves, [dy.float() for dy in dys]) if backward else outs
-
-    return Tunable(table, key, candidates, inputs, run, exact)
-
-
-def _tuple(results: Any) -> tuple[Any, ...]:
-    return results if isinstance(results, tuple) else (results,)
 
 
 def spec_modules(only: Iterable[str] = ()) -> list[str]:

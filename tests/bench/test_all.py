@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from bench import all as everything
-from bench import results
+from bench import results, smoke
+from fastgpt_kernels.plans.measure import OpBench
 
 COPY = "import shutil; shutil.copy({source!r}, {target!r}); print('said something'); {then}"
 
 
-def part(name: str, out: Path, n: int = 1, then: str = "", share: float = 0.5) -> everything.Part:
+def part(name: str, out: Path, n: int = 1, then: str = "", wants: float = 8) -> everything.Part:
     """A part that writes a result of n rows, and then does something else."""
     result = results.Result(name, [], {})
     result.data["complete"] = "sleep" not in then
@@ -22,7 +23,7 @@ def part(name: str, out: Path, n: int = 1, then: str = "", share: float = 0.5) -
     made = result.save(out / "made")
     assert made is not None
     code = COPY.format(source=str(made), target=str(out / "out" / made.name), then=then)
-    return everything.Part(name, ("-c", code), share)
+    return everything.Part(name, ("-c", code), 1, wants)
 
 
 def test_failures_and_overruns(
@@ -31,7 +32,7 @@ def test_failures_and_overruns(
     slow = "import time; time.sleep(100)"
     chosen = [
         part("ablate", tmp_path, then="raise SystemExit(3)"),
-        part("step", tmp_path, then=slow, share=0.4),
+        part("step", tmp_path, then=slow, wants=2),
         part("kernels", tmp_path, n=100),
         part("waterfall", tmp_path, n=90),
     ]
@@ -60,20 +61,20 @@ def test_a_spent_budget_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(everything, "parts", lambda *_: [part("step", tmp_path)])
-    assert everything.main(["--budget=6", f"--out={tmp_path / 'out'}"]) == 1
-    assert "step: not run, the budget is spent" in capsys.readouterr().out
+    assert everything.main(["--budget=5.5", f"--out={tmp_path / 'out'}"]) == 0
+    assert "step: not run: it takes 1 s, 0 s were left" in capsys.readouterr().out
     (path,) = results.files(tmp_path / "out")
     (row,) = results.load(path)["rows"]
-    assert row["problem"] == "not run, the budget is spent"
+    assert row["problem"].startswith("not run: it takes 1 s")
 
 
-def test_outcomes_of_the_correctness_tests() -> None:
-    tests = everything.Part(everything.TESTS, (), 1.0)
-    said = ["..F.s [ 40%]", "...E", "1 failed, 6 passed"]
-    assert everything.outcome(tests, 1, said) == "1 failed, 6 passed"
-    assert everything.outcome(tests, 5, said) == "exit code 5: 1 failed, 6 passed"
-    stopped = everything.outcome(tests, None, said[:2])
-    assert stopped == "stopped at its time, after 6 passed, 2 failed, 1 skipped"
+def test_what_a_part_says_at_its_end() -> None:
+    tune = everything.Part(everything.TUNE, (), 1, 1)
+    said = ["tune: attention", "kernels: measured 41 s on this GPU", "  attention  hopper  2.31 ms"]
+    assert everything.outcome(tune, 0, said).splitlines() == ["done", *(f"  {x}" for x in said[1:])]
+    assert everything.outcome(tune, 0, []) == "done"
+    assert everything.outcome(tune, None, said) == "stopped at its time; what it had is written"
+    assert everything.outcome(tune, 3, said) == "exit code 3: something in it failed"
 
 
 def test_what_is_missing() -> None:
@@ -81,7 +82,89 @@ def test_what_is_missing() -> None:
     assert everything.missing({"nowhere_at_all": "pictures"}) == ["nowhere_at_all (pictures)"]
 
 
-def test_worth_knowing_first() -> None:
-    names = [p.name for p in everything.parts(gpu=True, peer_path="")]
-    assert names[:2] == ["correctness tests", "step"]
-    assert sys.executable and {"kernels", "ablate", "convergence"} <= set(names)
+CORE = ["warm", "step", "waterfall", "kernels", "smoke", "tune"]
+REST = ["gemms", "ablate", "generate", "convergence"]
+
+
+def rehearse(
+    budget: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, takes: float = 1.0
+) -> dict[str, tuple[float, float]]:
+    """A run of `all` in which parts take a share of the time they get, by a clock that is turned:
+    (seconds since the start, seconds given) by part.
+    """
+    now, given = [1000.0], {}
+
+    def run(part: everything.Part, seconds: float, log: object) -> tuple[int | None, float]:
+        given[part.name] = (now[0] - 1000.0, seconds)
+        assert part.command[:2] != ("-m", "bench") or part.command[-1].startswith("--out=")
+        assert "{seconds}" not in "".join(part.command)
+        now[0] += takes * seconds
+        return (None if takes == 1.0 else 0), takes * seconds
+
+    everything_parts = everything.parts
+    monkeypatch.setattr(everything, "parts", lambda gpu, peer: everything_parts(True, peer))
+    monkeypatch.setattr(everything, "clock", lambda: now[0])
+    monkeypatch.setattr(everything, "run", run)
+    assert everything.main([f"--budget={budget}", f"--out={tmp_path}"]) == 0  # cut is no error
+    assert now[0] - 1000.0 <= budget - everything.CLOSING_S + 1e-6
+    return given
+
+
+@pytest.mark.parametrize(
+    ("budget", "takes", "names"),
+    [
+        (120, 1.0, ["warm", "step", "waterfall", "kernels"]),
+        (300, 1.0, CORE),
+        (540, 1.0, CORE),
+        (1800, 1.0, [*CORE, *REST]),
+        (540, 0.6, [*CORE, "gemms"]),
+        (30, 1.0, ["warm"]),
+    ],
+)
+def test_what_runs_in_a_budget(
+    budget, takes, names, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    given = rehearse(budget, tmp_path, monkeypatch, takes)
+    ran = [*given]
+    assert ran == [name for name in [*CORE, *REST] if name in ran], "in order of worth"
+    assert ran[: len(names)] == names, given
+    said = capsys.readouterr().out
+    assert "nanoGPT is not compared with" in said and "picture: none" in said
+    for name in {*CORE, *REST} - set(ran):
+        assert f"{name}: not run: it takes" in said
+    least = {p.name: p.least for p in everything.parts(True, "")}
+    assert all(seconds >= least[name] for name, (_, seconds) in given.items())
+
+
+def test_attention_and_the_head_come_first() -> None:
+    kernels = next(p for p in everything.parts(True, "") if p.name == "kernels")
+    assert kernels.command[3:5] == ("attention", "linear_cross_entropy")
+    assert "-x" not in " ".join(word for p in everything.parts(True, "") for word in p.command)
+    with_peer = {p.name for p in everything.parts(True, "nano") if "--peer-path=nano" in p.command}
+    assert with_peer == {"warm", "step", "convergence"}
+    assert sys.executable
+
+
+def test_smoke_and_warm_on_a_cpu(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Each op once, in this process; a wrong one is a row and the others go on."""
+
+    class Here:
+        def __init__(self, make: str, arguments: dict):
+            self.there = OpBench(**arguments)
+
+        def ask(self, method: str, *args, timeout: float):
+            if self.there.op.name == "linear":
+                raise smoke.Failed("is off by 1 here")
+            return getattr(self.there, method)(*args)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(smoke, "Child", Here)
+    monkeypatch.setattr("fastgpt_kernels.plans.measure.TURN_MS", 0.1)
+    assert smoke.main([f"--out={tmp_path}", "--device=cpu"]) == 1
+    (path,) = results.files(tmp_path)
+    rows = {row["key"]: row["problem"] for row in results.load(path)["rows"]}
+    assert rows.pop("linear eager") == "is off by 1 here"
+    assert {"attention flash", "attention dropout 0.2 math", "mlp eager"} <= set(rows)
+    assert not any(rows.values()) and "attention eager: right" in capsys.readouterr().out

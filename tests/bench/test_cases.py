@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastgpt_kernels as ours
-from bench import cases
+from bench import cases, rivals
 from bench.cases import CASES
 from fastgpt_kernels.record import record
 
@@ -56,6 +56,25 @@ def test_who_computes_an_op() -> None:
     y = [p.forward(*case.inputs) for p in case.providers]
     torch.testing.assert_close(y[0], y[1])
     torch.testing.assert_close(y[0], ours.layer_norm(*case.inputs))
+    attention = cases.complete(CASES["attention"](CPU))
+    assert attention.skipped["fastgpt, hopper"] == attention.skipped["SDPA cuDNN"] == "needs a GPU"
+    assert {attention.skipped["FA3"], attention.skipped["FA4"]} == {"not installed"}
     product = cases.complete(MAKE["linear"](CPU), without="cuBLASLt")
     assert [p.name for p in product.providers] == ["eager"]
     assert product.skipped["cuBLASLt"] == "left out" and "fastgpt" in product.skipped
+
+
+def test_flash_attentions_own_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stood in for: q, k and v come as (B, T, H, D), the result may have more with it."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple:
+        y = torch.nn.functional.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal
+        )
+        return y.transpose(1, 2), None
+
+    monkeypatch.setattr(rivals, "imported", lambda path: attend)
+    case = CASES["attention"](CPU)
+    y = rivals.flash_attention(rivals.FA3, case)(*case.inputs)
+    torch.testing.assert_close(y, case.bound()(*case.inputs))
+    assert not rivals.installed("no_such.package") and rivals.installed("torch.nn")

@@ -33,6 +33,8 @@ def given(name: str, folder: Path) -> list[str]:
     out = [f"--out={folder}"]
     corpus = [f"--input={folder}/text.txt", "--tokenizer=byte", f"--data_dir={folder}/data"]
     return {
+        "warm": [*out, *TINY],
+        "smoke": [*out, "layer_norm"],
         "step": [*out, *TINY],
         "ablate": [*out, *TINY],
         "compare": TINY,

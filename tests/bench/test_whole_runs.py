@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from bench import results, whole_runs
-from bench.stats import TOO_FEW
 from bench.variants import Variant
+from fastgpt_kernels.stats import TOO_FEW
 from tests.bench.test_step import TINY, write_peer
 from tests.runs import write_text
 

@@ -94,6 +94,8 @@ def choices(wish: Wish | None = None, sizes: Sizes | None = None) -> dict[str, o
     [
         (Wish("triton"), "--kernels=triton: no GPU"),
         (Wish(ops={"attention": "cudnn"}), "--op.attention=cudnn: no GPU"),
+        (Wish(ops={"attention": "flash"}), "--op.attention=flash: on a CPU it has no dropout"),
+        (Wish(ops={"attention": "hopper"}), "--op.attention=hopper: no GPU"),
         (Wish(ops={"bias_gelu": "triton"}), "--op.bias_gelu=triton: no GPU"),
         (Wish(ops={"adamw": "triton"}), "--op.adamw=triton: no GPU"),
     ],
@@ -101,7 +103,7 @@ def choices(wish: Wish | None = None, sizes: Sizes | None = None) -> dict[str, o
 )
 def test_what_cannot_run_here_is_refused(wish, message):
     with pytest.raises(UserError, match=message):
-        choices(wish)
+        choices(wish, Sizes(dropout=0.1))
 
 
 def test_asking_for_eager_is_the_reason():
@@ -123,6 +125,8 @@ def test_the_shapes_decide_too(monkeypatch):
     chosen = choices(sizes=Sizes(n_head=188, n_embd=48 * 188))
     assert chosen["attention"].implementation == "eager"
     assert "head dim 48 is none of 32, 64" in chosen["attention"].reason
+    with pytest.raises(UserError, match="--op.attention=hopper: hopper is for sm_90, not cpu"):
+        choices(Wish(ops={"attention": "hopper"}))
     assert "width 9024 is more than 8192" in chosen["add_layer_norm"].reason
     assert chosen["bias_gelu"].implementation == "triton"
 

@@ -18,10 +18,10 @@ from fastgpt.model import build, ops
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.model.ops import Choice, OpTable
-from fastgpt.model.selfcheck import calls, disagreement, few_rows
 from fastgpt.train.adamw import FusedAdamW
 from fastgpt_kernels import OPS
 from fastgpt_kernels.record import Sizes, record, records
+from fastgpt_kernels.selfcheck import calls, disagreement, few_rows
 from tests.model.test_ops import CPU, interpreted
 
 SMALL = Sizes(3, 40, 2, 64, 300, 384)

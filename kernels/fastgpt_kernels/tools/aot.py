@@ -6,7 +6,8 @@ No GPU is needed: launches are recorded from the launchers (`launches`), compile
 read with the disassembler that comes with it (`sass`). A kernel fails if it spills, does not fit an
 SM, has a serialised wgmma loop or none where there should be one, reads or writes its tensors a few
 bits at a time, leaves the contraction of a * b + c to Triton's default, or does not compile in
-time; and if its hot path, its bound (`bound`) or the number of programs that an SM holds has got
+time; if warps of a Gluon kernel do not wait for each other where its source takes that for granted
+(`ptx`); and if its hot path, its bound (`bound`) or the number of programs that an SM holds has got
 worse than what the baseline in its op's room says, `ops/NAME/gate.json`.
 
 On sm_90 all is compiled. For the other architectures and versions of Triton the baselines have a
@@ -39,7 +40,7 @@ from triton.compiler import ASTSource
 import fastgpt_kernels
 from fastgpt_kernels.configs import ARCHITECTURES
 from fastgpt_kernels.specs import spec_modules
-from fastgpt_kernels.tools import baseline, bound, sass
+from fastgpt_kernels.tools import baseline, bound, ptx, sass
 from fastgpt_kernels.tools.baseline import Verdict
 from fastgpt_kernels.tools.launches import Launch, record_all, target
 from fastgpt_kernels.tools.sass import Code, count, flops
@@ -95,6 +96,8 @@ def judge(launch: Launch, code: Code, warps: int) -> list[str]:
 def measure(launch: Launch, code: Code, warps: int) -> dict[str, Any]:
     """The figures of a verdict."""
     programs = bound.programs_per_sm(launch.arch, code, warps)
+    specialised = count(code.body, "USETMAXREG") > 0
+    working = warps - 4 if specialised else warps  # one warpgroup has the copies alone
     found = {
         "registers": code.registers,
         "shared": code.shared,
@@ -108,10 +111,12 @@ def measure(launch: Launch, code: Code, warps: int) -> dict[str, Any]:
     for name, device in bound.DEVICES.items():
         if device.arch == launch.arch:
             b = bound.bound(
-                code, device, warps=warps, grid=launch.grid, programs=programs,
+                code, device, warps=working, grid=launch.grid, programs=programs,
                 work=launch.work, moved=launch.moved,
             )  # fmt: skip
             found[name] = [round(b.us, 2), round(b.share, 3), b.rule, b.rate]
+            if specialised:  # of the tensor cores, for the hot loop's instructions
+                found["clocks"] = round(b.clocks["tensor"])
     return found
 
 
@@ -119,9 +124,12 @@ def inspect(launch: Launch) -> Verdict:
     """Compile a launch and judge it."""
     code, compiled = compile_launch(launch)
     warps = compiled.metadata.num_warps
+    problems = judge(launch, code, warps)
+    if launch.kernel.is_gluon():
+        problems += ptx.problems(compiled.asm["ptx"])
     return Verdict(
         launch.name, launch.arch, launch.op, launch.key, measure(launch, code, warps),
-        "; ".join(judge(launch, code, warps)), sass.summary(code),
+        "; ".join(problems), sass.summary(code),
     )  # fmt: skip
 
 

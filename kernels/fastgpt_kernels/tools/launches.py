@@ -107,6 +107,8 @@ def source(kernel: Any) -> str:
     used = inspect.getclosurevars(kernel.fn)
     names = {**used.globals, **used.nonlocals}
     for module in [m for m in names.values() if inspect.ismodule(m)]:
+        if module.__name__.split(".")[0] in ("triton", "torch"):  # their versions are no part of it
+            continue
         names |= {n: getattr(module, n) for n in used.unbound if hasattr(module, n)}
     text = [ast.unparse(ast.parse(kernel.src))]
     for name, value in sorted(names.items()):
@@ -124,8 +126,11 @@ def _find(module: str, name: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-# Launches go to other processes, kernels by name.
-copyreg.pickle(JITFunction, lambda kernel: (_find, (kernel.fn.__module__, kernel.fn.__name__)))
+def _by_name(kernel: Any) -> tuple[Any, ...]:
+    return _find, (kernel.fn.__module__, kernel.fn.__name__)
+
+
+copyreg.pickle(JITFunction, _by_name)  # launches go to other processes, kernels by name
 
 
 class _Driver:
@@ -158,8 +163,8 @@ class _Recorded:
 
     def run(self, x: int, y: int, z: int, *rest: Any) -> None:
         arguments = rest[6:]
-        tensors = [getattr(a, "base", a) for a in arguments]
-        moved = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+        tensors = {id(t): t for t in (getattr(a, "base", a) for a in arguments)}
+        moved = sum(t.numel() * t.element_size() for t in tensors.values() if isinstance(t, Tensor))
         self.found.append(replace(self.launch, grid=x * y * z, moved=moved))
 
 
@@ -183,6 +188,7 @@ def recording(arch: str) -> Iterator[list[Launch]]:
     def stand_in(self: Any, key: Any, signature: Any, device: Any, constexprs: Any, *rest: Any):
         launch = Launch(self, arch, signature, constexprs, rest[1], dict(given))
         kernels.add(self)
+        copyreg.pickle(type(self), _by_name)  # Gluon has a class of its own
         self.device_caches[device][0][key] = _Recorded(launch, found)
         return self.device_caches[device][0][key]
 

@@ -1,6 +1,6 @@
 """A process that answers one task after another and is killed when one takes too long.
 
-Compilers hang and GPUs fault; the tools (aot, tune) must outlive both and name the culprit.
+Compilers hang and GPUs fault; the tools (aot, bench) must outlive both and name the culprit.
 """
 
 from __future__ import annotations

@@ -10,10 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastgpt_kernels.ops.attention.hopper.op import hopper_attention, refusal
 from fastgpt_kernels.ops.attention.op import HEAD_DIMS, attention
 from fastgpt_kernels.record import Case, Random, Record, Sizes, Work
 
 KERNELS = ("forward", "prepare", "key_value", "query")
+HOPPER_KERNELS = tuple(
+    f"hopper_{kernel}" for kernel in ("forward", "prepare", "backward", "finish")
+)
 
 
 def eager(
@@ -48,6 +52,15 @@ def _limits(s: Sizes, dtype: torch.dtype, arch: str) -> str:
     return f"head dim {s.head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
 
 
+def _others(name: str, s: Sizes, device: torch.device) -> str:
+    """PyTorch's own attentions: a CPU has two of them."""
+    if device.type == "cuda":
+        return ""
+    if device.type != "cpu" or name not in ("flash", "math"):
+        return "no GPU"
+    return "on a CPU it has no dropout" if name == "flash" and s.dropout else ""
+
+
 def _case(s: Sizes, random: Random) -> Case:
     return Case([random(s.batch_size, s.block_size, 3 * s.n_embd)], {"n_head": s.n_head})
 
@@ -80,9 +93,13 @@ RECORDS = {
             "triton": attention,
             "cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
             "flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION),
+            "math": partial(_sdpa, SDPBackend.MATH),
+            "hopper": hopper_attention,
         },
         _case, _work,
-        kernels=tuple(f"attention_{kernel}_kernel" for kernel in KERNELS),
+        kernels=tuple(f"attention_{kernel}_kernel" for kernel in KERNELS + HOPPER_KERNELS),
         part="attention", limits=_limits, calls=_calls, few_tokens=512, often=12,
+        others=_others,
+        limits_of={"hopper": refusal},
     )
 }  # fmt: skip

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from fastgpt_kernels.configs import Config
+from fastgpt_kernels.host import arch_of
+from fastgpt_kernels.ops.attention.hopper.op import hopper_attention, refusal
 from fastgpt_kernels.ops.attention.op import attention
 from fastgpt_kernels.ops.attention.record import RECORDS
-from fastgpt_kernels.record import Sizes
-from fastgpt_kernels.specs import Model, Tunable, Use, recorded, tunable
+from fastgpt_kernels.specs import Model, Tunable, Use, recorded
 
 
 def uses(m: Model) -> Iterator[Use]:
@@ -26,6 +27,25 @@ def uses(m: Model) -> Iterator[Use]:
     yield from recorded(RECORDS["attention"], m)
     yield Use("attention", partial(call, m.block_size, deterministic=True, **options))
     yield Use("attention", partial(call, m.block_size - 1), trains=False)
+    if m.name == "gpt2" and not refusal(m, m.dtype, arch_of(torch.empty(0, device="meta"))):
+        yield from _hopper_uses(m)
+
+
+def _hopper_uses(m: Model) -> Iterator[Use]:
+    """All that the kernels for Hopper are compiled for: head dims, full attention, fp16."""
+    for n_head in (m.n_head, m.n_head // 2):
+        for dtype, causal in (
+            (torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True)
+        ):  # fmt: skip
+
+            def call(
+                n_head: int = n_head, dtype: torch.dtype = dtype, causal: bool = causal
+            ) -> Tensor:
+                shape = (m.batch_size, m.block_size, 3 * m.n_embd)
+                qkv = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+                return hopper_attention(qkv, n_head, causal=causal)
+
+            yield Use("attention", call)
 
 
 def _candidates(tma: tuple[int | None, ...]) -> list[Config]:
@@ -41,19 +61,11 @@ def _candidates(tma: tuple[int | None, ...]) -> list[Config]:
 
 
 def tunables(arch: str) -> Iterator[Tunable]:
-    """The 16-bit tables without and with dropout, causal, at (8, 1024, 12 heads)."""
+    """The 16-bit tables without and with dropout."""
     tma = (0, 1) if arch.startswith("sm_") and int(arch[3:]) >= 90 else (0,)
-    passes: tuple[tuple[str, tuple[int | None, ...], dict[str, Any]], ...] = (
-        ("FORWARD", (None,), {"backward": False}),
-        ("BACKWARD", tma, {"backward": True, "deterministic": False}),
-        ("KEY_VALUE", (0,), {"backward": True, "deterministic": True}),
-        ("QUERY", (None,), {"backward": True, "deterministic": True}),
-    )
-    for dropout_p in (0.0, 0.2):
+    reductions: dict[str, tuple[int | None, ...]]
+    reductions = {"FORWARD": (None,), "BACKWARD": tma, "KEY_VALUE": (0,), "QUERY": (None,)}
+    for dropout in ("", "_DROPOUT"):
         for head in (64, 128):
-            for name, reductions, options in passes:
-                yield tunable(
-                    RECORDS["attention"], arch, name + ("_DROPOUT" if dropout_p else ""), head,
-                    Sizes(8, 1024, 12, 12 * head), _candidates(reductions),
-                    dropout_p=dropout_p, seed=1234, **options,
-                )  # fmt: skip
+            for name, tried in reductions.items():
+                yield Tunable(name + dropout, head, _candidates(tried))

@@ -10,8 +10,7 @@ from fastgpt_kernels.configs import Config, entries
 from fastgpt_kernels.ops.gelu import configs
 from fastgpt_kernels.ops.gelu.op import bias_gelu
 from fastgpt_kernels.ops.gelu.record import RECORDS
-from fastgpt_kernels.record import Sizes
-from fastgpt_kernels.specs import Model, Tunable, Use, recorded, tunable
+from fastgpt_kernels.specs import Model, Tunable, Use, recorded
 
 
 def uses(m: Model) -> Iterator[Use]:
@@ -27,8 +26,7 @@ def uses(m: Model) -> Iterator[Use]:
 
 
 def tunables(arch: str) -> Iterator[Tunable]:
-    """Both tables at GPT-2's 4 * 768, 65,536 tokens in bf16, tanh."""
-    op, sizes = RECORDS["bias_gelu"], Sizes(64, 1024)
+    """Both tables."""
     tiles = [
         (rows, columns, warps)
         for rows in (1, 2, 4, 8, 16, 32)
@@ -38,7 +36,7 @@ def tunables(arch: str) -> Iterator[Tunable]:
     ]
     for key in entries(configs.FORWARD, arch):
         candidates = [Config({"ROWS": r, "BLOCK_C": c}, warps) for r, c, warps in tiles]
-        yield tunable(op, arch, "FORWARD", key, sizes, candidates)
+        yield Tunable("FORWARD", key, candidates)
         candidates = [
             Config({"ROWS": r, "BLOCK_C": c, "PROGRAMS_PER_SM": programs}, warps, stages)
             for r, c, warps in tiles
@@ -46,4 +44,4 @@ def tunables(arch: str) -> Iterator[Tunable]:
             for stages in (1, 2)
             if 16 <= warps * programs <= 32
         ]
-        yield tunable(op, arch, "BACKWARD", key, sizes, candidates, backward=True)
+        yield Tunable("BACKWARD", key, candidates)

@@ -7,16 +7,11 @@ from collections.abc import Iterator
 from fastgpt_kernels.configs import entries
 from fastgpt_kernels.ops.matmul import configs
 from fastgpt_kernels.ops.matmul.configs import runs_on
-from fastgpt_kernels.ops.matmul.record import RECORDS
-from fastgpt_kernels.record import Sizes
-from fastgpt_kernels.specs import Tunable, tunable
+from fastgpt_kernels.specs import Tunable
 
 
 def tunables(arch: str) -> Iterator[Tunable]:
-    """GPT-2's c_attn, of 65,536 tokens: y for MATMUL, dx and dW for MATMUL_REDUCE; its MLP by erf.
-
-    N = 768, which has the fewest tiles, is tuned by itself once the tables have an entry for it.
-    """
+    """All three tables."""
     if not runs_on(arch):
         return
     candidates = [
@@ -28,13 +23,8 @@ def tunables(arch: str) -> Iterator[Tunable]:
         )
         for halves in (1, 2)
     ]  # fmt: skip
-    for table, backward in (("MATMUL", False), ("MATMUL_REDUCE", True)):
+    for table in ("MATMUL", "MATMUL_REDUCE"):
         for key in entries(getattr(configs, table), arch):
-            yield tunable(
-                RECORDS["linear"], arch, table, key, Sizes(64, 1024), candidates, backward=backward
-            )
+            yield Tunable(table, key, candidates)
     for key in entries(configs.MATMUL_GELU, arch):
-        yield tunable(
-            RECORDS["mlp"], arch, "MATMUL_GELU", key, Sizes(64, 1024), candidates,
-            approximate="none",
-        )  # fmt: skip
+        yield Tunable("MATMUL_GELU", key, candidates)

@@ -9,8 +9,7 @@ from typing import Any
 from fastgpt_kernels.configs import Config, entries
 from fastgpt_kernels.ops.norm import configs
 from fastgpt_kernels.ops.norm.record import RECORDS
-from fastgpt_kernels.record import Sizes
-from fastgpt_kernels.specs import Model, Tunable, Use, recorded, tunable
+from fastgpt_kernels.specs import Model, Tunable, Use, recorded
 
 
 def uses(m: Model) -> Iterator[Use]:
@@ -26,8 +25,7 @@ def uses(m: Model) -> Iterator[Use]:
 
 
 def tunables(arch: str) -> Iterator[Tunable]:
-    """Both tables, with the residual addition: 50 million elements in bf16, fp32 parameters."""
-    op = RECORDS["add_layer_norm"]
+    """Both tables."""
     tiles = [(256, 1), (512, 2), (1024, 4), (2048, 8), (4096, 16)]  # columns, warps that span them
     for key in entries(configs.FORWARD, arch):
         candidates = [
@@ -37,7 +35,7 @@ def tunables(arch: str) -> Iterator[Tunable]:
             for steps in (1, 2, 4, 8)
             if columns <= max(key, 256) <= 8 * columns and rows * warps <= 16
         ]
-        yield tunable(op, arch, "FORWARD", key, _sizes(key), candidates)
+        yield Tunable("FORWARD", key, candidates)
     for key in entries(configs.BACKWARD, arch):
         candidates = [
             Config({"TILE": columns, "ROWS": rows, "PROGRAMS_PER_SM": programs}, rows * warps)
@@ -46,10 +44,4 @@ def tunables(arch: str) -> Iterator[Tunable]:
             for programs in (1, 2, 3, 4, 6, 8, 12)
             if columns <= key <= 4 * columns and 8 <= rows * warps * programs <= 32
         ]
-        yield tunable(op, arch, "BACKWARD", key, _sizes(key), candidates, backward=True)
-
-
-def _sizes(key: int) -> Sizes:
-    """50 million elements, of GPT-2's width if an entry is for one."""
-    C = {2048: 1600}.get(key, key)
-    return Sizes(1, (50 << 20) // C, 1, C)
+        yield Tunable("BACKWARD", key, candidates)

@@ -14,7 +14,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
+import torch
+from torch import Tensor
 
 # Below six rounds even "all on one side" is no 95 % evidence: 2 / 2^5 = 6 %.
 MIN_ROUNDS = 6
@@ -22,7 +23,18 @@ NORMAL_QUANTILE = 1.959964  # two-sided 95 %, as all intervals here
 MAX_CORRELATION = 0.9
 RESAMPLES = 4000
 
-Samples = Sequence[float] | np.ndarray
+Samples = Sequence[float] | Tensor  # or an array of them
+
+
+def _array(samples: Samples) -> Tensor:
+    return torch.as_tensor(samples, dtype=torch.float64)
+
+
+def _median(samples: Tensor) -> Tensor:
+    """Over the last dimension; of two in the middle their mean, unlike torch.median."""
+    n = samples.shape[-1]
+    ordered = samples.sort(dim=-1).values
+    return (ordered[..., (n - 1) // 2] + ordered[..., n // 2]) / 2
 
 
 @dataclass(frozen=True)
@@ -39,8 +51,8 @@ def summarize(samples: Samples) -> Summary:
     """Median and quartiles (linear interpolation) of at least one sample."""
     if len(samples) == 0:
         raise ValueError("summarize: samples must not be empty")
-    q1, median, q3 = np.quantile(np.asarray(samples, dtype=np.float64), [0.25, 0.5, 0.75])
-    return Summary(float(median), float(q1), float(q3), len(samples))
+    q1, median, q3 = _array(samples).quantile(_array([0.25, 0.5, 0.75])).tolist()
+    return Summary(median, q1, q3, len(samples))
 
 
 @dataclass(frozen=True)
@@ -79,11 +91,12 @@ def ratio_of_medians(a: Samples, b: Samples, *, resamples: int = RESAMPLES, seed
         raise ValueError(
             f"ratio_of_medians: a and b need the same 1 or more rounds, got {len(a)}, {len(b)}"
         )
-    x, y = (np.log(np.asarray(samples, dtype=np.float64)) for samples in (a, b))
-    rounds = np.random.default_rng(seed).integers(0, len(x), size=(resamples, len(x)))
+    x, y = _array(a).log(), _array(b).log()
+    draw = torch.Generator().manual_seed(seed)
+    rounds = torch.randint(len(x), (resamples, len(x)), generator=draw)
     # Logarithms, so that an interval widens by a factor and a / b and b / a agree.
-    drawn = np.median(x[rounds], axis=1) - np.median(y[rounds], axis=1)
-    center = float(np.median(x) - np.median(y))
+    drawn = _median(x[rounds]) - _median(y[rounds])
+    center = float(_median(x) - _median(y))
     return _interval(center, drawn, len(x), neighbours(x - y))
 
 
@@ -95,34 +108,37 @@ def ratio_of_independent_medians(
         raise ValueError(
             f"ratio_of_independent_medians: 1 or more samples each, got {len(a)}, {len(b)}"
         )
-    draw = np.random.default_rng(seed)
-    x, y = (np.log(np.asarray(samples, dtype=np.float64)) for samples in (a, b))
-    medians = [np.median(draw.choice(s, size=(resamples, len(s))), axis=1) for s in (x, y)]
-    center = float(np.median(x) - np.median(y))
+    draw = torch.Generator().manual_seed(seed)
+    x, y = _array(a).log(), _array(b).log()
+    medians = [
+        _median(s[torch.randint(len(s), (resamples, len(s)), generator=draw)]) for s in (x, y)
+    ]
+    center = float(_median(x) - _median(y))
     correlation = max(neighbours(x), neighbours(y))
     return _interval(center, medians[0] - medians[1], min(len(x), len(y)), correlation)
 
 
-def _interval(center: float, drawn: np.ndarray, rounds: int, correlation: float) -> Ratio:
+def _interval(center: float, drawn: Tensor, rounds: int, correlation: float) -> Ratio:
     """exp of `center` and of the bootstrap's quantiles, widened (see the module's docstring)."""
     if rounds < MIN_ROUNDS:
         return Ratio(math.exp(center), None, None)
     factor = (1 + correlation) / (1 - correlation)
     wider = t_quantile(max(rounds / factor - 1, 3.0)) / NORMAL_QUANTILE
     wider *= math.sqrt(factor * rounds / (rounds - 1))
-    low, high = (center + wider * (q - center) for q in np.quantile(drawn, [0.025, 0.975]))
+    ends = drawn.quantile(_array([0.025, 0.975])).tolist()
+    low, high = (center + wider * (q - center) for q in ends)
     return Ratio(math.exp(center), math.exp(low), math.exp(high))
 
 
-def neighbours(samples: np.ndarray) -> float:
+def neighbours(samples: Samples) -> float:
     """How much successive samples' ranks correlate, from 0 to `MAX_CORRELATION`.
 
     Ranks, so that one outlier says nothing; corrected for the estimate's bias, -(1 + 4r)/n.
     """
-    n = len(samples)
-    if n <= 4 or np.ptp(samples) == 0:
+    n, x = len(samples), _array(samples)
+    if n <= 4 or x.max() == x.min():
         return 0.0
-    ranks = np.argsort(np.argsort(samples)) - (n - 1) / 2
+    ranks = x.argsort().argsort() - (n - 1) / 2
     found = float((ranks[1:] * ranks[:-1]).sum() / (ranks * ranks).sum())
     return min(max((n * found + 1) / (n - 4), 0.0), MAX_CORRELATION)
 

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 
-from bench.stats import (
+from fastgpt_kernels.stats import (
     TOO_FEW,
     neighbours,
     ratio_of_independent_medians,
@@ -11,6 +12,15 @@ from bench.stats import (
     summarize,
     t_quantile,
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Thousands of small operations, for which a second thread is in the way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_summary_of_known_samples() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from fastgpt_kernels.record import Case, Record, Sizes, normal
+from fastgpt_kernels.telling import why
 
 # Relative error (Frobenius norm) that rounding explains: inputs and results of 8, 11 and 24 bits.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
@@ -71,15 +72,6 @@ def calls(
             rounded = replace(case, inputs=inputs, arguments={**case.arguments, **hints})
             exact = [None if x is None else x.float() for x in inputs]
             yield rounded, replace(case, inputs=exact)
-
-
-def why(error: Exception) -> str:
-    """An error in one line of at most 160 characters; compilers put source text around theirs."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    line = lines[-1] if lines[0].startswith("at ") else lines[0]
-    if not isinstance(error, RuntimeError | ValueError | TypeError) or not line:
-        line = f"{type(error).__name__}: {line}".removesuffix(": ")
-    return line if len(line) <= 160 else f"{line[:100]} ... {line[-55:]}"
 
 
 def disagreement(

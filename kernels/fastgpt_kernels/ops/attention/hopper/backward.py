@@ -1,0 +1,367 @@
+"""Attention backward for Hopper in Gluon: the gradient of packed qkv in one pass over the rows.
+
+What `ops/attention/backward.py` computes (its formulas are there), in three kernels:
+
+- `prepare` lays lse beside delta = rowsum(dO * y), padded to whole tiles, and clears dq's sum;
+- the main kernel owns 128 keys of a head and walks the query rows. A producer warp has TMA bring q,
+  dO, lse and delta; two consumer warpgroups have 64 keys each. Scores are transposed (keys x rows),
+  so that P^T and dS^T are the left operands of dv and dk as they lie in registers; dq needs dS of
+  both consumers, through shared memory, and each multiplies a half of it, which TMA adds to an fp32
+  sum in memory;
+- `finish` scales and rounds dq.
+
+dq's sum, in fp32, would be two thirds as large as qkv: cleared, added to and read again it would
+cost a fifth of all time if it went through DRAM. So a few batch entries are worked on at a time:
+few enough that the sum stays in the L2 cache, and enough that their programs fill the GPU several
+times (`together`).
+
+dq's last bits depend on the order in which the addends arrive. Gradients that must be the same
+every time are left to the kernels in plain Triton: in a fixed order every program would wait for
+the one before it.
+
+Past T, q, dO, k and v are zeros, lse is inf and so p zero, and TMA writes nothing. Full attention
+alone has to mask keys past T, whose p is not zero.
+
+Registers. Head dim 64: dk and dv take 64 of a thread's, scores and dP of 64 rows 64. Head dim 128:
+128 and, of 32 rows at a time, 32; a second loop without the mask has too much in common with the
+first to fit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from fastgpt_kernels.configs import Config, lookup, options
+from fastgpt_kernels.host import multiprocessors, on_device
+from fastgpt_kernels.ops.attention.forward import LOG2_E
+from fastgpt_kernels.ops.attention.hopper.compat import barrier, load, reduce_add, store
+from fastgpt_kernels.ops.attention.hopper.configs import BACKWARD
+from fastgpt_kernels.ops.attention.hopper.host import blocks, in_place
+
+TILE = gl.constexpr(128)  # keys of a program, two consumers' 64
+LN_2 = gl.constexpr(0.6931471805599453)
+L2_BUDGET = 36 << 20  # bytes of dq's sum: with what else is read they fit into 50 MB
+SCALARS = ["T", "n_head", "head_count"]
+
+
+@gluon.jit(do_not_specialize=["T", "n_head", "padded"])
+def attention_hopper_prepare_kernel(
+    y,  # (B, T, C) contiguous
+    grad_y,  # (B, T, C), strides (stride_b, stride_t, 1)
+    lse,  # (B * H, T) fp32
+    stats,  # (2, B * H, padded) fp32, out: lse, past T inf, and delta, past T zero
+    dq_sum,  # (B * H, T, HEAD) fp32, out: zeros
+    stride_b, stride_t, T, n_head, padded, HEAD: gl.constexpr,
+):  # fmt: skip
+    """A program has the rows of a tile of a head."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD, HEAD // 8], [4, 1], [1, 0])
+    batch_head = gl.program_id(1)
+    batch = (batch_head // n_head).to(gl.int64)
+    C = n_head * HEAD
+    column = batch_head % n_head * HEAD
+    rows = gl.program_id(0) * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(1, LAYOUT))
+    columns = gl.arange(0, HEAD, layout=gl.SliceLayout(0, LAYOUT))
+    inside = gl.expand_dims(rows, 1) < T
+    row = gl.expand_dims(rows, 1).to(gl.int64)
+    across = gl.expand_dims(columns, 0)
+    out = gl.load(y + batch * T * C + column + row * C + across, mask=inside, other=0.0)
+    grad = gl.load(
+        grad_y + batch * stride_b + column + row * stride_t + across, mask=inside, other=0.0
+    )
+    delta = gl.sum(out.to(gl.float32) * grad.to(gl.float32), 1)
+    head = batch_head.to(gl.int64)
+    row_lse = gl.load(lse + head * T + rows, mask=rows < T, other=float("inf"))
+    gl.store(stats + head * padded + rows, row_lse)
+    gl.store(stats + (gl.num_programs(1) + head) * padded + rows, delta)
+    zero = gl.zeros([TILE, HEAD], gl.float32, layout=LAYOUT)
+    gl.store(dq_sum + head * T * HEAD + row * HEAD + across, zero, mask=inside)
+
+
+@gluon.jit(do_not_specialize=["T", "n_head"])
+def attention_hopper_finish_kernel(
+    dq_sum,  # (B * H, T, HEAD) fp32
+    dqkv,  # (B, T, 3 * C) contiguous, out: its q columns
+    T, n_head, scale, HEAD: gl.constexpr,
+):  # fmt: skip
+    """A program has the rows of a tile of a head."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD, HEAD // 8], [4, 1], [1, 0])
+    batch_head = gl.program_id(1)
+    batch = (batch_head // n_head).to(gl.int64)
+    C3 = 3 * n_head * HEAD
+    rows = gl.program_id(0) * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(1, LAYOUT))
+    columns = gl.arange(0, HEAD, layout=gl.SliceLayout(0, LAYOUT))
+    inside = gl.expand_dims(rows, 1) < T
+    row = gl.expand_dims(rows, 1).to(gl.int64)
+    across = gl.expand_dims(columns, 0)
+    head = dq_sum + batch_head.to(gl.int64) * T * HEAD
+    dq = gl.load(head + row * HEAD + across, mask=inside, other=0.0)
+    out = dqkv + batch * T * C3 + batch_head % n_head * HEAD + row * C3 + across
+    gl.store(out, (dq * scale).to(dqkv.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def _walk_rows(
+    dk, dv, dq_tiles, memory, batch_head, key, lo, hi, T, count, scale_log2,
+    GROUP: gl.constexpr, MASK: gl.constexpr, CAUSAL: gl.constexpr, HEAD: gl.constexpr,
+    ROWS: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Add what row tiles [lo, hi) give to dk and dv [64, HEAD], and to dq."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD, 16])
+    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    ROW: gl.constexpr = gl.SliceLayout(0, SCORES)
+    KEY: gl.constexpr = gl.SliceLayout(1, SCORES)
+    # This consumer's half of dq: rows, or columns if a tile has 64 rows.
+    HALF_ROW: gl.constexpr = GROUP * 64 if ROWS == 128 else 0
+    HALF_COLUMN: gl.constexpr = 0 if ROWS == 128 else GROUP * 64
+    k_s, v_s, q_s, g_s, stat_s, ds_s, dq_s, _, full, empty, ds_full, ds_empty = memory
+    k = k_s.index(GROUP)
+    v = v_s.index(GROUP)
+    zero = gl.zeros([64, PART], gl.float32, layout=SCORES)
+    for m in range(lo, hi):
+        slot = count % STAGES
+        mbarrier.wait(full.index(slot), count // STAGES & 1)
+        for i in gl.static_range(ROWS // PART):
+            q = q_s.index(slot).slice(i * PART, PART)
+            g = g_s.index(slot).slice(i * PART, PART)
+            s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+            dp = warpgroup_mma(v, g.permute((1, 0)), zero, use_acc=False, is_async=True)
+            lse = stat_s.index(slot * 2).slice(i * PART, PART).load(ROW)
+            s = warpgroup_mma_wait(1, deps=[s])
+            p = gl.exp2(s * scale_log2 - gl.expand_dims(lse, 0))
+            if MASK:
+                keys = key + GROUP * 64 + gl.arange(0, 64, layout=KEY)
+                if CAUSAL:
+                    rows = m * ROWS + i * PART + gl.arange(0, PART, layout=ROW)
+                    visible = gl.expand_dims(rows, 0) >= gl.expand_dims(keys, 1)
+                else:
+                    visible = gl.expand_dims(keys, 1) < T
+                p = gl.where(visible, p, 0.0)
+            p_left = gl.convert_layout(p.to(q_s.dtype), LEFT)
+            delta = stat_s.index(slot * 2 + 1).slice(i * PART, PART).load(ROW)
+            dp = warpgroup_mma_wait(0, deps=[dp])
+            dv_sum = warpgroup_mma(p_left, g, dv, is_async=True)
+            ds = (p * (dp - gl.expand_dims(delta, 0))).to(q_s.dtype)
+            if i == 0:
+                mbarrier.wait(ds_empty, count & 1 ^ 1)
+            ds_s.index(GROUP).slice(i * PART, PART, dim=1).store(ds)
+            dk_sum = warpgroup_mma(gl.convert_layout(ds, LEFT), q, dk, is_async=True)
+            if i == ROWS // PART - 1:
+                # Also for lse and delta, whose memory a copy will take: all of them are loaded.
+                fence_async_shared()
+                barrier()
+                mbarrier.arrive(ds_full)
+            dv, dk = warpgroup_mma_wait(0, deps=[dv_sum, dk_sum])
+        barrier()  # all warps have waited, whose products read the slot
+        mbarrier.arrive(empty.index(slot))
+        mbarrier.wait(ds_full, count & 1)
+        dq = gl.zeros([64, 64], gl.float32, layout=HALF)
+        for i in gl.static_range(2):
+            ds_left = ds_s.index(i).slice(HALF_ROW, 64, dim=1).permute((1, 0))
+            k_half = k_s.index(i).slice(HALF_COLUMN, 64, dim=1)
+            dq = warpgroup_mma(ds_left, k_half, dq, use_acc=i == 1, is_async=True)
+        dq = warpgroup_mma_wait(0, deps=[dq])
+        tma.store_wait(pendings=0)  # the tile before has left dq_s
+        barrier()
+        mbarrier.arrive(ds_empty)
+        dq_s.index(GROUP).store(dq)
+        fence_async_shared()
+        barrier()
+        reduce_add(dq_tiles, [batch_head, m * ROWS + HALF_ROW, HALF_COLUMN], dq_s.index(GROUP))
+        count += 1
+    return dk, dv, count
+
+
+@gluon.jit
+def _consumer(
+    out, memory, sizes, scale_log2,
+    GROUP: gl.constexpr, CAUSAL: gl.constexpr, HEAD: gl.constexpr, ROWS: gl.constexpr,
+    PART: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD, 16])
+    dq_tiles, out_tiles = out
+    _, v_s, q_s, _, _, _, _, kv_full, _, _, _, _ = memory
+    T, n_head, head_count = sizes
+    batch_head = gl.program_id(0) % head_count
+    key = gl.program_id(0) // head_count * TILE
+    tiles = gl.cdiv(T, ROWS)
+    if CAUSAL:  # the diagonal's tiles need a mask
+        lo = key // ROWS
+        masked = gl.minimum(lo + TILE // ROWS, tiles)
+    else:  # all need one where keys are past T
+        lo = 0
+        masked = gl.where(key + TILE > T, tiles, 0)
+    if HEAD == 128:  # one loop: registers do not suffice for what two have in common
+        masked = tiles
+    dk = gl.zeros([64, HEAD], gl.float32, layout=ACC)
+    dv = gl.zeros([64, HEAD], gl.float32, layout=ACC)
+    mbarrier.wait(kv_full, 0)
+    count = 0
+    dk, dv, count = _walk_rows(
+        dk, dv, dq_tiles, memory, batch_head, key, lo, masked, T, count, scale_log2,
+        GROUP, True, CAUSAL, HEAD, ROWS, PART, STAGES,
+    )  # fmt: skip
+    if HEAD == 64:
+        dk, dv, count = _walk_rows(
+            dk, dv, dq_tiles, memory, batch_head, key, masked, tiles, T, count, scale_log2,
+            GROUP, False, CAUSAL, HEAD, ROWS, PART, STAGES,
+        )  # fmt: skip
+    batch = batch_head // n_head
+    column = (n_head + batch_head % n_head) * HEAD
+    row = key + GROUP * 64
+    tile = v_s.index(GROUP)  # nobody else reads it
+    tile.store(dv.to(q_s.dtype))
+    fence_async_shared()
+    barrier()
+    store(out_tiles, [batch, row, column + n_head * HEAD], tile)
+    tma.store_wait(pendings=0)
+    barrier()
+    tile.store((dk * (scale_log2 * LN_2)).to(q_s.dtype))
+    fence_async_shared()
+    barrier()
+    store(out_tiles, [batch, row, column], tile)
+    tma.store_wait(pendings=0)
+
+
+@gluon.jit
+def _producer(
+    given, memory, sizes,
+    CAUSAL: gl.constexpr, HEAD: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    q_tiles, kv_tiles, grad_tiles, stat_tiles = given
+    k_s, v_s, q_s, g_s, stat_s, _, _, kv_full, full, empty, _, _ = memory
+    T, n_head, head_count = sizes
+    batch_head = gl.program_id(0) % head_count
+    key = gl.program_id(0) // head_count * TILE
+    batch = batch_head // n_head
+    C = n_head * HEAD
+    column = batch_head % n_head * HEAD
+    mbarrier.expect(kv_full, 2 * TILE * HEAD * 2)
+    for i in gl.static_range(2):
+        load(kv_tiles, [batch, key + i * 64, column + C], kv_full, k_s.index(i))
+        load(kv_tiles, [batch, key + i * 64, column + 2 * C], kv_full, v_s.index(i))
+    lo = key // ROWS if CAUSAL else 0
+    count = 0
+    for m in range(lo, gl.cdiv(T, ROWS)):  # noqa: SIM113
+        slot = count % STAGES
+        bar = full.index(slot)
+        mbarrier.wait(empty.index(slot), count // STAGES & 1 ^ 1)
+        mbarrier.expect(bar, 2 * ROWS * HEAD * 2 + 2 * ROWS * 4)
+        load(q_tiles, [batch, m * ROWS, column], bar, q_s.index(slot))
+        load(stat_tiles, [batch_head, m * ROWS], bar, stat_s.index(slot * 2))
+        load(grad_tiles, [batch, m * ROWS, column], bar, g_s.index(slot))
+        load(stat_tiles, [head_count + batch_head, m * ROWS], bar, stat_s.index(slot * 2 + 1))
+        count += 1  # noqa: SIM113
+
+
+@gluon.jit(do_not_specialize=SCALARS)
+def attention_hopper_backward_kernel(
+    q_tiles,  # of qkv (B, T, 3 * C): blocks (1, ROWS, HEAD)
+    kv_tiles,  # of the same: blocks (1, 64, HEAD)
+    grad_tiles,  # of grad_y (B, T, C): blocks (1, ROWS, HEAD)
+    stat_tiles,  # of stats (2 * B * H, padded) fp32: blocks (1, ROWS)
+    dq_tiles,  # of dq's sum (B * H, T, HEAD) fp32, added to: blocks (1, 64, 64)
+    out_tiles,  # of dqkv (B, T, 3 * C), out: its k and v columns; blocks (1, 64, HEAD)
+    T, n_head, head_count, scale_log2,
+    CAUSAL: gl.constexpr, HEAD: gl.constexpr, ROWS: gl.constexpr, PART: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """First the first keys of each head, which the most rows see, then the next."""
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, HEAD], q_tiles.dtype)
+    DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, ROWS], q_tiles.dtype)
+    DQ: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.float32)
+    STAT: gl.constexpr = gl.NVMMASharedLayout(0, 32, 1)
+    MBARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    k_s = gl.allocate_shared_memory(q_tiles.dtype, [2, 64, HEAD], LAYOUT)
+    v_s = gl.allocate_shared_memory(q_tiles.dtype, [2, 64, HEAD], LAYOUT)
+    q_s = gl.allocate_shared_memory(q_tiles.dtype, [STAGES, ROWS, HEAD], LAYOUT)
+    g_s = gl.allocate_shared_memory(q_tiles.dtype, [STAGES, ROWS, HEAD], LAYOUT)
+    stat_s = gl.allocate_shared_memory(gl.float32, [STAGES * 2, ROWS], STAT)
+    ds_s = gl.allocate_shared_memory(q_tiles.dtype, [2, 64, ROWS], DS)
+    dq_s = gl.allocate_shared_memory(gl.float32, [2, 64, 64], DQ)
+    kv_full = gl.allocate_shared_memory(gl.int64, [1], MBARRIER)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], MBARRIER)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], MBARRIER)
+    ds_full = gl.allocate_shared_memory(gl.int64, [1], MBARRIER)
+    ds_empty = gl.allocate_shared_memory(gl.int64, [1], MBARRIER)
+    mbarrier.init(kv_full, count=1)
+    mbarrier.init(ds_full, count=2)
+    mbarrier.init(ds_empty, count=2)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    barrier()
+    memory = (k_s, v_s, q_s, g_s, stat_s, ds_s, dq_s, kv_full, full, empty, ds_full, ds_empty)
+    sizes = (T, n_head, head_count)
+    given = (q_tiles, kv_tiles, grad_tiles, stat_tiles)
+    out = (dq_tiles, out_tiles)
+    gl.warp_specialize(
+        [
+            (_consumer, (out, memory, sizes, scale_log2, 0, CAUSAL, HEAD, ROWS, PART, STAGES)),
+            (_consumer, (out, memory, sizes, scale_log2, 1, CAUSAL, HEAD, ROWS, PART, STAGES)),
+            (_producer, (given, memory, sizes, CAUSAL, HEAD, ROWS, STAGES)),
+        ],
+        [4, 1],
+        [REGISTERS, 504 - 2 * REGISTERS],  # as in the forward kernel
+    )  # fmt: skip
+
+
+def together(n_head: int, T: int, head_dim: int, sm_count: int) -> int:
+    """Of how many batch entries dq's sum is in memory at a time, one at least.
+
+    As many as fit the L2 cache, but no more than give an SM eight programs.
+    """
+    heads = min(L2_BUDGET // (4 * T * head_dim), 8 * sm_count // triton.cdiv(T, TILE.value))
+    return max(1, heads // n_head)
+
+
+def launch_backward(
+    grad_y: torch.Tensor, qkv: torch.Tensor, y: torch.Tensor, lse: torch.Tensor, n_head: int,
+    causal: bool, scale: float, config: Config | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """grad_y (B, T, C) and what the forward pass saved -> dqkv (B, T, 3*C), contiguous."""
+    qkv, grad_y = in_place(qkv), in_place(grad_y)
+    batch, T, width = qkv.shape
+    dqkv = torch.empty((batch, T, width), dtype=qkv.dtype, device=qkv.device)
+    if dqkv.numel() == 0:
+        return dqkv
+    head_dim = width // (3 * n_head)
+    config = config or lookup(BACKWARD, "sm_90", head_dim)
+    row_tiles = triton.cdiv(T, TILE.value)
+    padded = row_tiles * TILE.value
+    step = min(batch, together(n_head, T, head_dim, multiprocessors(qkv)))
+    stats = torch.empty((2 * step * n_head, padded), dtype=torch.float32, device=qkv.device)
+    dq_sum = torch.empty((step * n_head, T, head_dim), dtype=torch.float32, device=qkv.device)
+    rows = config.blocks["ROWS"]
+    with on_device(qkv):
+        for first in range(0, batch, step):
+            part = slice(first, min(first + step, batch))
+            heads = (part.stop - first) * n_head
+            x, g, out = qkv[part], grad_y[part], dqkv[part]
+            sums, pairs = dq_sum[:heads], stats[: 2 * heads]
+            attention_hopper_prepare_kernel[(row_tiles, heads)](
+                y[part], g, lse[first * n_head : part.stop * n_head], pairs, sums,
+                g.stride(0), g.stride(1), T, n_head, padded, HEAD=head_dim, **options(4),
+            )  # fmt: skip
+            attention_hopper_backward_kernel[(row_tiles * heads,)](
+                blocks(x, [1, rows, head_dim]), blocks(x, [1, 64, head_dim]),
+                blocks(g, [1, rows, head_dim]), blocks(pairs, [1, rows]), blocks(sums, [1, 64, 64]),
+                blocks(out, [1, 64, head_dim]), T, n_head, heads, scale * LOG2_E,
+                CAUSAL=causal, HEAD=head_dim, **config.kwargs(),
+            )  # fmt: skip
+            attention_hopper_finish_kernel[(row_tiles, heads)](
+                sums, out, T, n_head, scale, HEAD=head_dim, **options(4),
+            )  # fmt: skip
+    return dqkv

@@ -1,0 +1,134 @@
+"""Attention's implementation `hopper`: the kernels in Gluon where they apply, else those in Triton.
+
+No import of Gluon happens here: it refuses where kernels are interpreted, and costs a second.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastgpt_kernels import reference
+from fastgpt_kernels.host import HAS_TRITON, arch_of, refuse_interpreted_bf16, use_kernel
+from fastgpt_kernels.ops.attention import op as plain
+from fastgpt_kernels.record import Sizes
+from fastgpt_kernels.register import Op
+
+HEAD_DIMS = (64, 128)
+# Versions of Triton between which the kernels were compiled and their machine code judged.
+FIRST, LAST = (3, 6), (3, 9)
+
+
+def refusal(s: Sizes, dtype: torch.dtype, arch: str) -> str:
+    """Why the kernels cannot take these; empty if they can."""
+    if arch != "sm_90":
+        return f"hopper is for sm_90, not {arch}"
+    if wrong := version_refusal():
+        return wrong
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"hopper is for bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if s.head_dim not in HEAD_DIMS:
+        return f"hopper has head dims 64 and 128, not {s.head_dim}"
+    if s.dropout:
+        return "hopper has no dropout: its mask takes registers that consumers do not have to spare"
+    return ""
+
+
+def _version() -> tuple[int, ...]:
+    """Triton's, (3, 7)."""
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2]))
+
+
+def version_refusal() -> str:
+    """Why not with the Triton that is installed; empty for one that the kernels are known to."""
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if FIRST <= _version() <= LAST:
+        return ""
+    import triton
+
+    known = " to ".join(f"{a}.{b}" for a, b in (FIRST, LAST))
+    return f"hopper is not available with Triton {triton.__version__}: known are {known}"
+
+
+def _applies(qkv: Tensor, n_head: int, causal: bool, dropout_p: float) -> bool:
+    """Whether the kernels take this call."""
+    sizes = Sizes(n_head=n_head, n_embd=qkv.shape[2] // 3, dropout=dropout_p)
+    if refusal(sizes, qkv.dtype, arch_of(qkv)):
+        return False
+    # With Triton 3.9 the forward kernel of full attention spills at head dim 128.
+    return causal or sizes.head_dim == 64 or _version() < (3, 9)
+
+
+if HAS_TRITON:
+
+    def _forward(
+        qkv: Tensor, n_head: int, causal: bool, dropout_p: float, seed: Tensor | None,
+        scale: float, deterministic: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """(y, lse), the same numbers by either kernels."""
+        if not _applies(qkv, n_head, causal, dropout_p):
+            refuse_interpreted_bf16("attention", qkv)
+            return plain.launch_forward(qkv, n_head, causal, dropout_p, seed, scale)
+        from fastgpt_kernels.ops.attention.hopper.forward import launch_forward
+
+        return launch_forward(qkv, n_head, causal, scale)
+
+    def _backward(
+        grad_y: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, seed: Tensor | None, n_head: int,
+        causal: bool, dropout_p: float, scale: float, deterministic: bool,
+    ) -> Tensor:  # fmt: skip
+        """dq's addends arrive in any order: if that must not be, Triton's kernels do it."""
+        if deterministic or not _applies(qkv, n_head, causal, dropout_p):
+            return plain.launch_backward(
+                grad_y, qkv, y, lse, seed, n_head, causal, dropout_p, scale, deterministic
+            )
+        from fastgpt_kernels.ops.attention.hopper.backward import launch_backward
+
+        return launch_backward(grad_y, qkv, y, lse, n_head, causal, scale)
+
+    _op = Op(
+        "attention_hopper", _forward, plain._shapes,
+        saves=plain._save,
+        backward=Op(
+            "attention_hopper_backward", _backward,
+            lambda grad_y, qkv, *_: qkv.new_empty(qkv.shape),
+            flops=lambda grad_shape, qkv_shape, *_, **__: plain._flops(qkv_shape, 5),
+        ),
+        gradients=(0,),
+        flops=lambda qkv_shape, *_, **__: plain._flops(qkv_shape, 2),
+    )  # fmt: skip
+
+
+def hopper_attention(
+    qkv: Tensor,
+    n_head: int,
+    *,
+    causal: bool = True,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    scale: float | None = None,
+    deterministic: bool | None = None,
+) -> Tensor:
+    """`attention`, by the kernels for Hopper where they apply: arguments, results, errors as there.
+
+    They apply to bf16 and fp16 with head dim 64 or 128 and without dropout, on sm_90, with a Triton
+    that they are known to compile with (3.9: not full attention of head dim 128). Gradients that
+    are the same to the bit every time (`deterministic`) and every other call are left to the
+    kernels in plain Triton.
+    """
+    plain._check(qkv, n_head, causal, dropout_p, seed, scale, deterministic)
+    if not use_kernel(qkv):
+        return reference.attention(
+            qkv, n_head, causal=causal, dropout_p=dropout_p, seed=seed, scale=scale
+        )
+    if scale is None:
+        scale = 1.0 / math.sqrt(qkv.shape[2] // (3 * n_head))
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    seed = reference.seed_tensor(seed, qkv.device) if dropout_p > 0 else None
+    return _op(qkv, n_head, causal, dropout_p, seed, scale, deterministic)

@@ -1,0 +1,49 @@
+"""Long work that says what it is, and errors in one line: nothing is silent for over 5 seconds."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+EVERY_S = 5.0
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
+@contextmanager
+def telling(
+    what: str, say: Callable[[str], object] = _print, every: float = EVERY_S
+) -> Iterator[Callable[[], float]]:
+    """Within, a line every few seconds: "compiling: 10 s so far".
+
+    Gives a function that returns the seconds since it began, for what is said at the end.
+    """
+    began, over = time.monotonic(), threading.Event()
+
+    def elapsed() -> float:
+        return time.monotonic() - began
+
+    def beat() -> None:
+        while not over.wait(every):
+            say(f"{what}: {elapsed():.0f} s so far")
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield elapsed
+    finally:
+        over.set()
+        thread.join()
+
+
+def why(error: Exception) -> str:
+    """An error in one line of at most 160 characters; compilers put source text around theirs."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    line = lines[-1] if lines[0].startswith("at ") else lines[0]
+    if not isinstance(error, RuntimeError | ValueError | TypeError) or not line:
+        line = f"{type(error).__name__}: {line}".removesuffix(": ")
+    return line if len(line) <= 160 else f"{line[:100]} ... {line[-55:]}"

@@ -1,0 +1,288 @@
+"""Attention for Hopper: proved in the emulator, refused where it is not known to work, counted."""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fastgpt_kernels import reference
+from fastgpt_kernels.ops.attention.hopper import backward, compat, forward, op
+from fastgpt_kernels.ops.attention.hopper.host import blocks, in_place
+from fastgpt_kernels.ops.attention.record import RECORDS
+from fastgpt_kernels.record import Sizes
+from fastgpt_kernels.tools import ptx
+from tests.kernels.attention_cases import check_attention, random_qkv
+from tests.kernels.gluon import cases
+from tests.kernels.gluon.cases import Problem, run_backward, run_forward
+from tests.kernels.gluon.emulator import emulated
+from tests.kernels.helpers import registered
+
+SEEDS = 10
+CPU = torch.device("cpu")
+TRITONS = os.environ.get("FASTGPT_TRITONS", "").split()
+GATE = Path(op.__file__).parents[1] / "gate.json"
+
+
+def name(p: Problem) -> str:
+    return f"T{p.T}-D{p.head_dim}-{'causal' if p.causal else 'full'}-{p.dtype}"
+
+
+@pytest.mark.parametrize("problem", cases.FORWARD, ids=name)
+def test_forward_holds(problem: Problem) -> None:
+    for seed in range(SEEDS):
+        assert run_forward(problem, seed) == "", f"seed {seed}"
+
+
+@pytest.mark.parametrize("problem", cases.BACKWARD, ids=name)
+def test_backward_holds(problem: Problem) -> None:
+    for seed in range(SEEDS):
+        assert run_backward(problem, seed) == "", f"seed {seed}"
+
+
+def test_batches_in_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dq's sum is used again for the next batch entries, of which the last step has fewer."""
+    monkeypatch.setattr(backward, "together", lambda *sizes: 2)
+    assert run_backward(Problem(70, batch=3, n_head=1), 0) == ""
+    monkeypatch.undo()
+    assert backward.together(12, 1024, 64, 132) == 11  # 132 heads of 256 KB: 34 MB
+    assert backward.together(12, 1024, 128, 132) == 6
+    assert backward.together(64, 8192, 128, 132) == 1
+
+
+# --- as an implementation of the op --------------------------------------------------------------
+
+
+@pytest.fixture
+def as_on_hopper(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    """CPU tensors go to the emulated kernels, as those of a Hopper GPU would to the real ones."""
+    monkeypatch.setattr(op, "arch_of", lambda x: "sm_90")
+    monkeypatch.setattr(op, "use_kernel", lambda x: True)
+    with emulated(seed=3):
+        yield
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_op_is_as_accurate_as_pytorch(
+    causal: bool, as_on_hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.kernels.attention_cases.attention", op.hopper_attention)
+    qkv = random_qkv(2, 77, 2, 64, torch.bfloat16, CPU)
+    check_attention(qkv, 2, causal=causal, scale=0.2)
+
+
+def test_the_registered_op(as_on_hopper: None) -> None:
+    qkv = random_qkv(1, 3, 1, 64, torch.float16, CPU).requires_grad_()
+    checks = ("test_schema", "test_faketensor")
+    arguments = (qkv, 1, True, 0.0, None, 0.125, False)
+    torch.library.opcheck(registered("attention_hopper"), arguments, test_utils=checks)
+    y, lse = registered("attention_hopper")(*arguments)
+    rest = (qkv.detach(), y.detach(), lse.detach(), None, 1, True, 0.0, 0.125, False)
+    gradient = registered("attention_hopper_backward")
+    torch.library.opcheck(gradient, (torch.ones_like(y), *rest), test_utils=checks)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "more"),
+    [
+        (64, torch.float16, {"dropout_p": 0.2, "seed": 5}),
+        (32, torch.float16, {}),
+        (64, torch.float32, {}),
+    ],
+    ids=["dropout", "head dim 32", "fp32"],
+)
+def test_what_is_left_to_triton(
+    head_dim: int, dtype: torch.dtype, more: dict[str, Any], as_on_hopper: None
+) -> None:
+    """Where the emulated kernels cannot be meant, Triton's interpreted ones run, to the bit."""
+    qkv = random_qkv(1, 40, 1, head_dim, dtype, CPU)
+    ours = RECORDS["attention"].implementations["triton"]
+    assert torch.equal(op.hopper_attention(qkv, 1, **more), ours(qkv, 1, **more))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there Triton's kernels are not interpreted")
+def test_deterministic_gradients_are_those_of_triton(
+    as_on_hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From this forward pass's y and lse: they are the same numbers up to rounding."""
+    monkeypatch.setattr(backward, "launch_backward", None)
+    qkv = random_qkv(1, 70, 1, 64, torch.float16, CPU).requires_grad_()
+    (dqkv,) = torch.autograd.grad(op.hopper_attention(qkv, 1, deterministic=True).sum(), qkv)
+    exact = qkv.detach().double().requires_grad_()
+    (want,) = torch.autograd.grad(reference.attention(exact, 1).sum(), exact)
+    assert (dqkv.double() - want).norm() < 2e-3 * want.norm()
+
+
+def test_errors_are_those_of_the_op() -> None:
+    with pytest.raises(ValueError, match="attention: n_head must divide"):
+        op.hopper_attention(torch.zeros(1, 4, 192), 5)
+
+
+def test_reasons_why_not() -> None:
+    known = RECORDS["attention"]
+    gpt2 = Sizes()
+
+    def why(sizes: Sizes = gpt2, dtype: torch.dtype = torch.bfloat16, arch: str = "sm_90") -> str:
+        return known.refusal(sizes, dtype, arch, "hopper")
+
+    assert why() == why(Sizes(n_embd=1536)) == why(dtype=torch.float16) == ""
+    assert why(arch="sm_100") == "hopper is for sm_90, not sm_100"
+    assert why(dtype=torch.float32) == "hopper is for bfloat16 and float16, not float32"
+    assert why(Sizes(n_head=24)) == "hopper has head dims 64 and 128, not 32"
+    assert why(Sizes(dropout=0.1)).startswith("hopper has no dropout: ")
+
+
+@pytest.mark.parametrize("version", ["3.5.1", "3.10.0", "4.0.0+git"])
+def test_an_unknown_triton_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triton.__version__", version)
+    said = f"hopper is not available with Triton {version}: known are 3.6 to 3.9"
+    assert RECORDS["attention"].refusal(Sizes(), torch.bfloat16, "sm_90", "hopper") == said
+
+
+def test_what_spills_is_left_to_triton(as_on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With Triton 3.9, full attention of head dim 128: the emulated launch is not asked."""
+    monkeypatch.setattr(forward, "launch_forward", None)
+    monkeypatch.setattr("triton.__version__", "3.9.0")
+    qkv = random_qkv(1, 20, 1, 128, torch.float16, CPU)
+    assert op.hopper_attention(qkv, 1, causal=False).isfinite().all()
+    with pytest.raises(TypeError, match="not callable"):
+        op.hopper_attention(qkv, 1, causal=True)
+
+
+# --- versions of Triton --------------------------------------------------------------------------
+
+
+def test_names_of_both_ends_of_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    """3.6 has thread_barrier and async_copy_*; 3.9 barrier, async_load and async_store."""
+    old = SimpleNamespace(
+        async_copy_global_to_shared="old in", async_copy_shared_to_global="old out"
+    )
+    new = SimpleNamespace(**vars(old), async_load="new in", async_store="new out")
+    gl, core = compat.gl, compat._core
+    before = (compat.barrier, compat.load, compat.store)
+    for tma, barrier, found in (
+        (old, None, ("old barrier", "old in", "old out")),
+        (new, "new barrier", ("new barrier", "new in", "new out")),
+    ):
+        with monkeypatch.context() as m:
+            m.setattr("triton.experimental.gluon.language.nvidia.hopper.tma", tma)
+            m.setattr(gl, "barrier", barrier, raising=False)
+            m.setattr(core, "thread_barrier", "old barrier", raising=False)
+            importlib.reload(compat)
+            assert (compat.barrier, compat.load, compat.store) == found
+    importlib.reload(compat)
+    assert (compat.barrier, compat.load, compat.store) == before
+    # The emulator knows the kernels' names by what they were when it was loaded.
+    compat.reduce_add, compat.steps_a_loop = forward_names()
+
+
+def forward_names() -> tuple[Any, Any]:
+    return backward.reduce_add, forward.steps_a_loop
+
+
+COMPILE = """
+from fastgpt_kernels.tools import aot
+from fastgpt_kernels.tools.launches import record_all
+if __name__ == "__main__":
+    found = record_all("sm_90", ["fastgpt_kernels.ops.attention.specs"])[0]
+    some = [x for x in found if x.title.startswith("attention_hopper_") and "CAUSAL" in x.title]
+    for verdict in map(aot.inspect, some[:2]):
+        print(verdict.name, verdict.problem or "sound")
+"""
+
+
+@pytest.mark.skipif(not TRITONS, reason="FASTGPT_TRITONS names no folders with other Tritons")
+@pytest.mark.parametrize("folder", TRITONS)
+def test_other_tritons_compile_them(folder: str, tmp_path: Path) -> None:
+    script = tmp_path / "compile_some.py"
+    script.write_text(COMPILE)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([folder, *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.count(" sound\n") == 2, done.stdout + done.stderr
+
+
+# --- tensors as TMA addresses them ---------------------------------------------------------------
+
+
+def test_tensors_are_read_in_place_where_tma_can() -> None:
+    x = torch.zeros(2, 5, 200, dtype=torch.bfloat16)
+    assert in_place(x[:, :, 8:136]).data_ptr() == x.data_ptr() + 16
+    for bad in (x[:, :, 4:132], x.mT, x[:, :, ::2], torch.zeros(1, 1, 64).expand(2, 5, 64)):
+        copy = in_place(bad)
+        assert copy.is_contiguous() and torch.equal(copy, bad)
+    alone = torch.zeros(1000, dtype=torch.bfloat16).as_strided((1, 5, 64), (7, 64, 1))
+    assert in_place(alone) is alone and blocks(alone, [1, 64, 64]).strides == [320, 64, 1]
+
+
+def test_strided_inputs_and_gradients(as_on_hopper: None) -> None:
+    wide = random_qkv(2, 20, 1, 64, torch.float16, CPU).repeat(1, 1, 2)
+    qkv = wide[:, :, 192:].requires_grad_()
+    dense = qkv.detach().clone().requires_grad_()
+    found = []
+    for x in (qkv, dense):
+        y = op.hopper_attention(x, 1)
+        found.append((y, *torch.autograd.grad(y.sum(), x)))  # a gradient with strides of zero
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+# --- machine code --------------------------------------------------------------------------------
+
+
+def test_the_gates_counts() -> None:
+    """Instructions a warp issues while the tensor cores work: 450 in 1,024, 600 in 2,560 clocks."""
+    entries = {
+        n: e for n, e in json.loads(GATE.read_text())["3.7.1"]["sm_90"].items() if "clocks" in e
+    }
+    kinds = {
+        kind: [e for n, e in entries.items() if kind in n] for kind in ("forward", "backward:")
+    }
+    assert [len(found) for found in kinds.values()] == [6, 6]
+    for e in kinds["forward"]:
+        assert e["instructions"] <= 450 * e["clocks"] / 1024
+        assert e["H100"][0] * 330 < e["H100"][0] * rate(e["H100"])
+    for e in kinds["backward:"]:
+        assert e["instructions"] <= 600 * e["clocks"] / 2560
+        assert rate(e["H100"]) >= 230
+
+
+def rate(bound: list[Any]) -> float:
+    """TFLOP/s of the gate's bound."""
+    return float(re.fullmatch(r"([\d.]+) TFLOP/s", bound[3])[1])  # type: ignore[index]
+
+
+READY = """
+    st.shared.b32 [%r1], %r2;
+    fence.proxy.async.shared::cta;
+    bar.sync 0, 128;
+    cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%rd1, {%r1, %r2, %r3}], [%r4];
+    cp.async.bulk.wait_group.read 0;
+    bar.sync 0, 128;
+    st.shared.b32 [%r1], %r2;
+    wgmma.wait_group.sync.aligned 0;
+    bar.sync 0, 128;
+    @%p1 mbarrier.arrive.shared::cta.b64 _, [%r5];
+"""
+
+
+def test_ptx_is_read() -> None:
+    assert ptx.problems(READY) == []
+    lines = READY.splitlines(keepends=True)
+
+    def left_out(*numbers: int) -> list[str]:
+        found = ptx.problems("".join(x for i, x in enumerate(lines) if i not in numbers))
+        return [re.sub(r"^PTX line \d+: ", "", problem) for problem in found]
+
+    assert left_out(2) == left_out(3) == ["a copy starts before all warps have fenced"]
+    assert left_out(6) == ["memory is touched before all warps have seen their copies leave it"]
+    assert left_out(9) == left_out(7, 9) == ["one thread arrives before all warps are there"]
+    assert left_out(7, 8, 9) == []  # the barrier of the copies counts
