@@ -57,7 +57,7 @@ class Entry:
 OPS: dict[str, Entry] = {
     "attention": Entry(
         "attention.op",
-        "Causal self-attention; hopper is for sm_90 alone; cudnn, flash and math are PyTorch's own.",
+        "Causal self-attention; hopper is for sm_90; cudnn, flash and math are PyTorch's own.",
         choices=("triton", "eager", "cudnn", "flash", "math", "hopper"),
     ),
     "layer_norm": Entry("norm.op", "The first norm."),
