@@ -15,10 +15,10 @@ from bench import fake_step, ledger, setup
 
 # (bias, dropout, kernels): launches a layer forward and backward, bytes a token of both.
 MOST = {
-    ("True", "0.0", "auto"): (8, 24, 817_084, 358_520),
-    ("False", "0.0", "auto"): (8, 17, 817_077, 341_546),
-    ("True", "0.1", "auto"): (11, 26, 848_908, 374_552),
-    ("False", "0.1", "auto"): (11, 19, 848_901, 357_578),
+    ("True", "0.0", "auto"): (8, 19, 716_381, 347_959),
+    ("False", "0.0", "auto"): (8, 17, 716_373, 337_322),
+    ("True", "0.1", "auto"): (8, 19, 732_941, 354_775),
+    ("False", "0.1", "auto"): (8, 16, 732_933, 344_138),
     ("True", "0.0", "eager"): (13, 33, 919_586, 1_529_845),
     ("False", "0.1", "eager"): (12, 22, 997_385, 1_520_542),
 }
