@@ -57,11 +57,7 @@ class Entry:
 OPS: dict[str, Entry] = {
     "attention": Entry(
         "attention.op",
-<<<<<<< HEAD
-        "Causal self-attention; hopper: sm_90 alone; cudnn, flash and math: PyTorch's own.",
-=======
         "Causal self-attention; hopper is for sm_90; cudnn, flash and math are PyTorch's own.",
->>>>>>> plans
         choices=("triton", "eager", "cudnn", "flash", "math", "hopper"),
     ),
     "layer_norm": Entry("norm.op", "The first norm."),
