@@ -32,7 +32,7 @@ def test_a_child_answers_fails_hangs_dies_and_starts_again():
         left = iter([60.0, 0.1, 0.0])
         with pytest.raises(Spent):
             child.ask_within(lambda: next(left), "hangs", timeout=60)
-        left = iter([0.0, 0.0])
+        left = iter([0.0])
         with pytest.raises(Spent):  # no time to start it either
             child.ask_within(lambda: next(left), "hello", "you", timeout=60)
     finally:

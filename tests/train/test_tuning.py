@@ -409,6 +409,8 @@ def test_ranks_take_rank_0s(monkeypatch):
 
 class Data:
     vocab_size = VOCAB
+    max_id = VOCAB - 1
+    tokenizer = None
 
     class train:  # noqa: N801
         require = staticmethod(lambda block_size: None)

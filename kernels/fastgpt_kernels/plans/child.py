@@ -52,7 +52,10 @@ class Child:
         """As `ask`, for at most what is left of a budget; Spent if that ends first."""
         try:
             if self._process is None:
-                self._start(max(0.1, min(START_S, left())))
+                remaining = left()
+                if remaining <= 0:
+                    raise Spent
+                self._start(max(0.1, min(START_S, remaining)))
             return self.ask(method, *args, timeout=max(0.1, min(timeout, left())))
         except Failed:
             if left() <= 0:
