@@ -196,7 +196,7 @@ BAD = [
     (linear, (X, W[:15]), ValueError, "linear: features must be a multiple of 4, got 15"),
     (mlp, (X, W, B, W, None), ValueError, r"mlp: proj_weight must have shape \(\*, 16\), got"),
     (mlp, (X, W, X, W.t(), None), ValueError, r"mlp: fc_bias must have shape \(16\), got \(4, 8\)"),
-    (mlp, (X, W, B, W.t(), None, "relu"), ValueError, "mlp: approximate must be 'tanh' or 'none'"),
+    (mlp, (X, W, B, W.t(), None, "relu"), ValueError, "mlp: approximate must be 'tanh', 'none'"),
 ]
 
 

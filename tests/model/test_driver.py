@@ -49,7 +49,7 @@ def test_training_says_it_and_goes_on(monkeypatch, capsys):
     from fastgpt.config.presets import laptop
 
     monkeypatch.setattr(main, "why_no_gpu", lambda: why_no_gpu(lambda: OLD, "13.0"))
-    monkeypatch.setattr(main, "_train", lambda config, name, machine, ranks: (machine.device.type, None))
+    monkeypatch.setattr(main, "_train", lambda _, name, machine, ranks: (machine.device.type, None))
     assert main.train(settings.replace(laptop(), peak_tflops=1.0), "laptop") == "cpu"
     assert capsys.readouterr().out.strip().endswith("; going on on the CPU")
     main.train(settings.replace(laptop(), device="cpu", peak_tflops=1.0), "laptop")
