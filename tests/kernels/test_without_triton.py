@@ -83,7 +83,8 @@ def test_every_public_function_runs_and_one_line_says_how(missing: str) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     ran, said = json.loads(done.stdout)
-    assert ran == sorted(fastgpt_kernels.__all__)
+    measures = {"tune"}  # tests/plans
+    assert ran == sorted({*fastgpt_kernels.__all__} - measures)
     assert said == [
         "fastgpt_kernels: no triton here, so every function runs its reference in PyTorch"
     ]
