@@ -11,11 +11,13 @@ that makes 1 to 4 wrong verdicts in 100, at six rounds as at forty; the plain bo
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # results are read without PyTorch too
+    from torch import Tensor
 
 # Below six rounds even "all on one side" is no 95 % evidence: 2 / 2^5 = 6 %.
 MIN_ROUNDS = 6
@@ -23,11 +25,22 @@ NORMAL_QUANTILE = 1.959964  # two-sided 95 %, as all intervals here
 MAX_CORRELATION = 0.9
 RESAMPLES = 4000
 
-Samples = Sequence[float] | Tensor  # or an array of them
+Samples = Sequence[float]  # or a tensor or an array of them
 
 
-def _array(samples: Samples) -> Tensor:
+def _array(samples: Samples | Tensor) -> Tensor:
+    import torch
+
     return torch.as_tensor(samples, dtype=torch.float64)
+
+
+def _drawn_medians(*series: Tensor, resamples: int, seed: int) -> list[Tensor]:
+    """Medians of `resamples` draws, with the same rounds of each series."""
+    import torch
+
+    draw = torch.Generator().manual_seed(seed)
+    rounds = torch.randint(len(series[0]), (resamples, len(series[0])), generator=draw)
+    return [_median(x[rounds]) for x in series]
 
 
 def _median(samples: Tensor) -> Tensor:
@@ -51,8 +64,11 @@ def summarize(samples: Samples) -> Summary:
     """Median and quartiles (linear interpolation) of at least one sample."""
     if len(samples) == 0:
         raise ValueError("summarize: samples must not be empty")
-    q1, median, q3 = _array(samples).quantile(_array([0.25, 0.5, 0.75])).tolist()
-    return Summary(median, q1, q3, len(samples))
+    values = [float(x) for x in samples]
+    if len(values) == 1:  # of which Python 3.11 has no quantiles
+        return Summary(*values * 3, count=1)
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return Summary(median, q1, q3, len(values))
 
 
 @dataclass(frozen=True)
@@ -92,12 +108,10 @@ def ratio_of_medians(a: Samples, b: Samples, *, resamples: int = RESAMPLES, seed
             f"ratio_of_medians: a and b need the same 1 or more rounds, got {len(a)}, {len(b)}"
         )
     x, y = _array(a).log(), _array(b).log()
-    draw = torch.Generator().manual_seed(seed)
-    rounds = torch.randint(len(x), (resamples, len(x)), generator=draw)
     # Logarithms, so that an interval widens by a factor and a / b and b / a agree.
-    drawn = _median(x[rounds]) - _median(y[rounds])
+    ours, theirs = _drawn_medians(x, y, resamples=resamples, seed=seed)
     center = float(_median(x) - _median(y))
-    return _interval(center, drawn, len(x), neighbours(x - y))
+    return _interval(center, ours - theirs, len(x), neighbours(x - y))
 
 
 def ratio_of_independent_medians(
@@ -108,14 +122,12 @@ def ratio_of_independent_medians(
         raise ValueError(
             f"ratio_of_independent_medians: 1 or more samples each, got {len(a)}, {len(b)}"
         )
-    draw = torch.Generator().manual_seed(seed)
     x, y = _array(a).log(), _array(b).log()
-    medians = [
-        _median(s[torch.randint(len(s), (resamples, len(s)), generator=draw)]) for s in (x, y)
-    ]
+    (ours,) = _drawn_medians(x, resamples=resamples, seed=seed)
+    (theirs,) = _drawn_medians(y, resamples=resamples, seed=seed + 1)
     center = float(_median(x) - _median(y))
     correlation = max(neighbours(x), neighbours(y))
-    return _interval(center, medians[0] - medians[1], min(len(x), len(y)), correlation)
+    return _interval(center, ours - theirs, min(len(x), len(y)), correlation)
 
 
 def _interval(center: float, drawn: Tensor, rounds: int, correlation: float) -> Ratio:
@@ -130,7 +142,7 @@ def _interval(center: float, drawn: Tensor, rounds: int, correlation: float) -> 
     return Ratio(math.exp(center), math.exp(low), math.exp(high))
 
 
-def neighbours(samples: Samples) -> float:
+def neighbours(samples: Samples | Tensor) -> float:
     """How much successive samples' ranks correlate, from 0 to `MAX_CORRELATION`.
 
     Ranks, so that one outlier says nothing; corrected for the estimate's bias, -(1 + 4r)/n.
