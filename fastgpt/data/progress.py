@@ -72,21 +72,3 @@ def _amount(n: float, unit: str) -> str:
         if n >= scale:
             return f"{n / scale:.3g} {letter}{'' if unit == 'B' else ' '}{unit}"
     return f"{n:.0f} {unit}"
-
-
-@contextlib.contextmanager
-def ticking(say: Callable[[str], None], what: str) -> Iterator[None]:
-    """Say every ten seconds, from a thread, that something without steps still goes on."""
-    end, began = threading.Event(), _clock()
-
-    def tick() -> None:
-        while not end.wait(EVERY_S):
-            say(f"{what}: {_clock() - began:.0f}s so far")
-
-    thread = threading.Thread(target=tick, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        end.set()
-        thread.join()

@@ -66,7 +66,7 @@ def summarize(samples: Samples) -> Summary:
         raise ValueError("summarize: samples must not be empty")
     values = [float(x) for x in samples]
     if len(values) == 1:  # of which Python 3.11 has no quantiles
-        return Summary(*values * 3, count=1)
+        return Summary(values[0], values[0], values[0], 1)
     q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
     return Summary(median, q1, q3, len(values))
 

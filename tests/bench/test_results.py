@@ -214,7 +214,8 @@ def test_state_of_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_check_needs_no_torch() -> None:
     """Whoever reads results need not be able to measure."""
     root = Path(__file__).parents[2]
-    program = "import sys; sys.path.append('kernels'); sys.modules['torch'] = sys.modules['numpy'] = None; "
+    program = "import sys; sys.path.append('kernels'); "
+    program += "sys.modules['torch'] = sys.modules['numpy'] = None; "
     program += "from bench.check import main; sys.exit(main([]))"
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
     assert done.returncode in (0, 1) and not done.stderr, done.stderr

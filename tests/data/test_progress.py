@@ -1,10 +1,8 @@
 import io
-import re
 import sys
-import time
 
 from fastgpt.data import progress as module
-from fastgpt.data.progress import progress, ticking
+from fastgpt.data.progress import progress
 
 
 class Terminal(io.StringIO):
@@ -57,15 +55,3 @@ def test_other_units_and_no_total(monkeypatch, capsys):
         now = 20.0
         advance(500)
     assert capsys.readouterr().err == "questions: 500 questions, 25 questions/s\n"
-
-
-def test_what_has_no_steps_ticks(monkeypatch):
-    said: list[str] = []
-    monkeypatch.setattr(module, "EVERY_S", 0.001)
-    with ticking(said.append, "compiling"):
-        while len(said) < 2:
-            time.sleep(0.001)
-    assert all(re.fullmatch(r"compiling: \d+s so far", line) for line in said)
-    count = len(said)
-    time.sleep(0.005)
-    assert len(said) == count, "the thread has ended"

@@ -156,3 +156,16 @@ def check_op(
 def registered(name: str) -> Any:
     """The op as PyTorch has it, for `torch.library.opcheck`."""
     return getattr(torch.ops.fastgpt, name).default
+
+
+def captured(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of a step, which has run once before, and what it returned while captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()  # compiles
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step()
+    return graph, outputs

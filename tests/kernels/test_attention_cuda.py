@@ -8,6 +8,7 @@ from fastgpt_kernels import attention, reference
 from fastgpt_kernels.ops.attention.backward import launch_backward
 from fastgpt_kernels.ops.attention.forward import launch_forward
 from tests.kernels.attention_cases import check_attention, random_qkv
+from tests.kernels.helpers import captured
 
 pytestmark = pytest.mark.cuda
 HALF = [torch.bfloat16, torch.float16]
@@ -143,14 +144,7 @@ def test_cuda_graph_replays_with_fresh_masks(deterministic: bool) -> None:
         y = attention(qkv, 4, dropout_p=0.3, seed=seed, deterministic=deterministic)
         return y, torch.autograd.grad(y, qkv, dy)[0]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()  # compiles
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y, dqkv = step()
+    graph, (y, dqkv) = captured(step)
     outputs = []
     for value in (5, 6):
         seed.fill_(value)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fastgpt_kernels import cross_entropy, reference
-from tests.kernels.helpers import assert_accurate
+from tests.kernels.helpers import assert_accurate, captured
 
 pytestmark = pytest.mark.cuda
 
@@ -113,15 +113,7 @@ def test_cuda_graph(reduction: str) -> None:
         (gradient,) = torch.autograd.grad(loss, owned)
         return loss.detach(), gradient
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss, gradient = step()
+    graph, (loss, gradient) = captured(step)
     for seed in range(2):
         torch.manual_seed(seed)
         fresh, fresh_targets = problem(512, 50304)

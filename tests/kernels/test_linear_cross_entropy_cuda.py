@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fastgpt_kernels import linear_cross_entropy, reference
-from tests.kernels.helpers import assert_accurate
+from tests.kernels.helpers import assert_accurate, captured
 
 pytestmark = pytest.mark.cuda
 
@@ -95,21 +95,13 @@ def test_cuda_graph(reduction: str) -> None:
         loss = linear_cross_entropy(x, weight, targets, reduction=reduction, chunk_tokens=300).sum()
         return loss.detach(), *torch.autograd.grad(loss, (x, weight))
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, replayed = captured(step)
     with torch.no_grad():
         x.copy_(torch.randn_like(x))
         targets.copy_(targets.roll(1))
     graph.replay()
-    for replayed, eager in zip([t.clone() for t in captured], step(), strict=True):
-        torch.testing.assert_close(replayed, eager)
+    for ours, eager in zip([t.clone() for t in replayed], step(), strict=True):
+        torch.testing.assert_close(ours, eager)
 
 
 def test_compiled_in_bf16() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgpt_kernels import add_layer_norm, bias_gelu, layer_norm, reference
-from tests.kernels.helpers import check_op, forward_backward
+from tests.kernels.helpers import captured, check_op, forward_backward
 
 pytestmark = pytest.mark.cuda
 CUDA = torch.device("cuda", 0)
@@ -94,14 +94,7 @@ def test_no_host_synchronisation(op: str) -> None:
 def test_cuda_graph(op: str) -> None:
     step = steps()[op]
     wanted = step()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        ours = step()
+    graph, ours = captured(step)
     for t in ours:
         t.fill_(float("nan"))
     graph.replay()

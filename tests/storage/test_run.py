@@ -206,24 +206,19 @@ def test_a_run_without_a_checkpoint_is_not_offered_to_go_on():
         pass
 
 
-def test_somebody_else_s_config_toml_is_no_run():
-    Path("site").mkdir()
-    (Path("site") / "config.toml").write_text("baseURL = 'x'\n")
-    for overwrite in (False, True):
-        refused = pytest.raises(UserError, match="--out_dir=site: is not empty and not a run")
-        with refused, run.begin("site", "x", overwrite):
-            pass
-    assert contents(Path("site")) == {"config.toml": b"baseURL = 'x'\n"}
-
-
-def test_a_folder_of_other_things_is_not_touched():
+@pytest.mark.parametrize("name", ["config.toml", "thesis.tex"])
+def test_a_folder_of_other_things_is_not_touched(name: str):
+    """Somebody else's config.toml is no run either."""
     Path("other").mkdir()
-    (Path("other") / "thesis.tex").write_text("x")
+    (Path("other") / name).write_text("baseURL = 'x'\n")
     for overwrite in (False, True):
         refused = pytest.raises(UserError, match="--out_dir=other: is not empty and not a run")
         with refused, run.begin("other", "x", overwrite):
             pass
-    assert contents(Path("other")) == {"thesis.tex": b"x"}
+    assert contents(Path("other")) == {name: b"baseURL = 'x'\n"}
+
+
+def test_a_file_is_no_folder():
     Path("file").write_text("x")
     with pytest.raises(UserError, match="cannot write file"), run.begin("file", "x", False):
         pass

@@ -64,7 +64,7 @@ def test_batches_in_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def as_on_hopper(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     """CPU tensors go to the emulated kernels, as those of a Hopper GPU would to the real ones."""
     monkeypatch.setattr(op, "arch_of", lambda x: "sm_90")
-    monkeypatch.setattr(op, "use_kernel", lambda x: True)
+    monkeypatch.setattr(op.plain, "use_kernel", lambda x: True)
     with emulated(seed=3):
         yield
 

@@ -7,6 +7,7 @@ from fastgpt_kernels import host
 from fastgpt_kernels.ops.attention.hopper.op import hopper_attention, refusal
 from fastgpt_kernels.record import Sizes
 from tests.kernels.attention_cases import check_attention, random_qkv
+from tests.kernels.helpers import captured
 
 pytestmark = pytest.mark.cuda
 CUDA = torch.device("cuda", 0)
@@ -65,14 +66,7 @@ def test_a_graph_replays() -> None:
         y = hopper_attention(qkv, 4)
         return y, torch.autograd.grad(y, qkv, dy)[0]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()  # compiles
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y, dqkv = step()
+    graph, (y, dqkv) = captured(step)
     with torch.no_grad():
         qkv.copy_(random_qkv(2, 256, 4, 64, torch.bfloat16, CUDA))
     graph.replay()

@@ -19,6 +19,8 @@ TF32); softmax, log-sum-exp and the dropout scale are fp32.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +60,24 @@ def _flops(qkv_shape, products: int) -> int:
     return products * (2 * batch * T * T * (width // 3))
 
 
+def declare(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Op:
+    """The PyTorch op of an implementation that has these launchers."""
+    return Op(
+        name, forward, _shapes,
+        saves=_save,
+        backward=Op(
+            f"{name}_backward", backward,
+            lambda grad_y, qkv, *_: qkv.new_empty(qkv.shape),
+            # Five products, as torch counts; the deterministic kernels do seven.
+            flops=lambda grad_shape, qkv_shape, *_, **__: _flops(qkv_shape, 5),
+        ),
+        gradients=(0,),
+        flops=lambda qkv_shape, *_, **__: _flops(qkv_shape, 2),
+    )  # fmt: skip
+
+
+_op: Op | None = None  # there is none without Triton, which `use_kernel` knows
+
 if HAS_TRITON:
     from fastgpt_kernels.ops.attention.backward import launch_backward
     from fastgpt_kernels.ops.attention.forward import launch_forward
@@ -67,20 +87,10 @@ if HAS_TRITON:
         scale: float, deterministic: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(y, lse); `deterministic` is for the backward pass, the forward one always is."""
+        refuse_interpreted_bf16("attention", qkv)
         return launch_forward(qkv, n_head, causal, dropout_p, seed, scale)
 
-    _op = Op(
-        "attention", _forward, _shapes,
-        saves=_save,
-        backward=Op(
-            "attention_backward", launch_backward,
-            lambda grad_y, qkv, *_: qkv.new_empty(qkv.shape),
-            # Five products, as torch counts; the deterministic kernels do seven.
-            flops=lambda grad_shape, qkv_shape, *_, **__: _flops(qkv_shape, 5),
-        ),
-        gradients=(0,),
-        flops=lambda qkv_shape, *_, **__: _flops(qkv_shape, 2),
-    )  # fmt: skip
+    _op = declare("attention", _forward, launch_backward)
 
 
 def attention(
@@ -115,18 +125,22 @@ def attention(
 
     Raises TypeError/ValueError naming the argument, what it got and what it wants.
     """
+    return run(_op, qkv, n_head, causal, dropout_p, seed, scale, deterministic)
+
+
+def run(op, qkv, n_head, causal, dropout_p, seed, scale, deterministic) -> Tensor:
+    """`attention` by an op of `declare`."""
     _check(qkv, n_head, causal, dropout_p, seed, scale, deterministic)
     if not use_kernel(qkv):
         return reference.attention(
             qkv, n_head, causal=causal, dropout_p=dropout_p, seed=seed, scale=scale
         )
-    refuse_interpreted_bf16("attention", qkv)
     if scale is None:
         scale = 1.0 / math.sqrt(qkv.shape[2] // (3 * n_head))
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     seed = reference.seed_tensor(seed, qkv.device) if dropout_p > 0 else None
-    return _op(qkv, n_head, causal, dropout_p, seed, scale, deterministic)
+    return op(qkv, n_head, causal, dropout_p, seed, scale, deterministic)
 
 
 def _check(qkv, n_head, causal, dropout_p, seed, scale, deterministic) -> None:

@@ -5,13 +5,12 @@ No import of Gluon happens here: it refuses where kernels are interpreted, and c
 
 from __future__ import annotations
 
-import math
+import functools
 
 import torch
 from torch import Tensor
 
-from fastgpt_kernels import reference
-from fastgpt_kernels.host import HAS_TRITON, arch_of, refuse_interpreted_bf16, use_kernel
+from fastgpt_kernels.host import HAS_TRITON, arch_of
 from fastgpt_kernels.ops.attention import op as plain
 from fastgpt_kernels.record import Sizes
 from fastgpt_kernels.register import Op
@@ -36,11 +35,17 @@ def refusal(s: Sizes, dtype: torch.dtype, arch: str) -> str:
     return ""
 
 
+@functools.cache
+def _parsed(version: str) -> tuple[int, ...]:
+    """(3, 7) of "3.7.1"."""
+    return tuple(map(int, version.split(".")[:2]))
+
+
 def _version() -> tuple[int, ...]:
-    """Triton's, (3, 7)."""
+    """Triton's."""
     import triton
 
-    return tuple(map(int, triton.__version__.split(".")[:2]))
+    return _parsed(triton.__version__)
 
 
 def version_refusal() -> str:
@@ -64,6 +69,8 @@ def _applies(qkv: Tensor, n_head: int, causal: bool, dropout_p: float) -> bool:
     return causal or sizes.head_dim == 64 or _version() < (3, 9)
 
 
+_op: Op | None = None
+
 if HAS_TRITON:
 
     def _forward(
@@ -72,8 +79,7 @@ if HAS_TRITON:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(y, lse), the same numbers by either kernels."""
         if not _applies(qkv, n_head, causal, dropout_p):
-            refuse_interpreted_bf16("attention", qkv)
-            return plain.launch_forward(qkv, n_head, causal, dropout_p, seed, scale)
+            return plain._forward(qkv, n_head, causal, dropout_p, seed, scale, deterministic)
         from fastgpt_kernels.ops.attention.hopper.forward import launch_forward
 
         return launch_forward(qkv, n_head, causal, scale)
@@ -91,17 +97,7 @@ if HAS_TRITON:
 
         return launch_backward(grad_y, qkv, y, lse, n_head, causal, scale)
 
-    _op = Op(
-        "attention_hopper", _forward, plain._shapes,
-        saves=plain._save,
-        backward=Op(
-            "attention_hopper_backward", _backward,
-            lambda grad_y, qkv, *_: qkv.new_empty(qkv.shape),
-            flops=lambda grad_shape, qkv_shape, *_, **__: plain._flops(qkv_shape, 5),
-        ),
-        gradients=(0,),
-        flops=lambda qkv_shape, *_, **__: plain._flops(qkv_shape, 2),
-    )  # fmt: skip
+    _op = plain.declare("attention_hopper", _forward, _backward)
 
 
 def hopper_attention(
@@ -121,14 +117,4 @@ def hopper_attention(
     are the same to the bit every time (`deterministic`) and every other call are left to the
     kernels in plain Triton.
     """
-    plain._check(qkv, n_head, causal, dropout_p, seed, scale, deterministic)
-    if not use_kernel(qkv):
-        return reference.attention(
-            qkv, n_head, causal=causal, dropout_p=dropout_p, seed=seed, scale=scale
-        )
-    if scale is None:
-        scale = 1.0 / math.sqrt(qkv.shape[2] // (3 * n_head))
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-    seed = reference.seed_tensor(seed, qkv.device) if dropout_p > 0 else None
-    return _op(qkv, n_head, causal, dropout_p, seed, scale, deterministic)
+    return plain.run(_op, qkv, n_head, causal, dropout_p, seed, scale, deterministic)
