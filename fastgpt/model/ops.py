@@ -53,12 +53,13 @@ class OpTable:
 
     def __init__(self, functions: Mapping[str, Callable[..., Any]], choices: tuple[Choice, ...]):
         self.choices = choices
+        self._ours = {c.op for c in choices if c.implementation == "triton"}
         for name, function in functions.items():
             setattr(self, name, function)
 
     def ours(self, op: str) -> bool:
         """Whether an op runs on the kernel of this package."""
-        return any(c.op == op and c.implementation == "triton" for c in self.choices)
+        return op in self._ours
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         raise AttributeError(f"the op table has no op {name!r}")
