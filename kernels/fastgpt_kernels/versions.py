@@ -1,4 +1,8 @@
-"""Which versions of PyTorch and Triton the kernels are tested with."""
+"""Which versions of PyTorch and Triton are supported.
+
+The tests run with those of constraints.txt; with both ends of Triton the kernels are compiled and
+judged (`make gate GATE_ARGS="--triton DIR DIR"`). The ends of PyTorch follow from its own notes.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,16 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 # The oldest and the newest; those between are of the same kind.
-TESTED = {"torch": ((2, 11), (2, 15)), "triton": ((3, 6), (3, 9))}
+SUPPORTED = {"torch": ((2, 11), (2, 15)), "triton": ((3, 6), (3, 9))}
 
 
 def outside(installed: Mapping[str, str]) -> str:
-    """What is older or newer than what is tested, in words; empty if nothing is."""
-    for package, (oldest, newest) in TESTED.items():
+    """What is older or newer than that, in words; empty if nothing is."""
+    for package, (oldest, newest) in SUPPORTED.items():
         found = re.match(r"(\d+)\.(\d+)", installed.get(package, ""))
         if found and not oldest <= (int(found[1]), int(found[2])) <= newest:
             ends = " to ".join(f"{major}.{minor}" for major, minor in (oldest, newest))
-            return f"{package} {installed[package]} is not among {ends}, which are tested"
+            return f"{package} {installed[package]} is not among {ends}, which are supported"
     return ""
 
 
@@ -25,7 +29,7 @@ def outside(installed: Mapping[str, str]) -> str:
 def untested() -> str:
     """`outside` of what is installed here."""
     installed = {}
-    for package in TESTED:
+    for package in SUPPORTED:
         try:
             installed[package] = version(package)
         except PackageNotFoundError:
