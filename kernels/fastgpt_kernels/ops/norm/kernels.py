@@ -288,12 +288,10 @@ def launch_backward(
         sums = [None if t is None else t.zero_() for t in sums]
         return ds, d_residual, *sums  # type: ignore[return-value]
     others = None if d_residual_out is None else row_view(d_residual_out)
-    config = config or lookup(configs.BACKWARD, arch_of(s), C)
+    table = configs.BACKWARD if x_bias is None else configs.BACKWARD_X_BIAS
+    config = config or lookup(table, arch_of(s), C)
     TILE, ROWS = _tile(config, C)
-    per_sm = config.blocks["PROGRAMS_PER_SM"]
-    if x_bias is not None and C > 512:
-        per_sm = min(per_sm, 2)  # its sums take the registers of the third
-    wanted = multiprocessors(s) * per_sm
+    wanted = multiprocessors(s) * config.blocks["PROGRAMS_PER_SM"]
     programs = min(triton.cdiv(M, ROWS), wanted, MAX_PROGRAMS)
     partials = empty_partials(programs, sum(C for t in sums if t is not None), s.device)
     with on_device(s):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,8 +13,12 @@ from fastgpt_kernels.ops.norm.record import RECORDS
 from fastgpt_kernels.specs import Model, Tunable, Use, recorded
 
 
+def _first(call: Callable[[], Any]) -> Any:
+    return call()[0]
+
+
 def uses(m: Model) -> Iterator[Use]:
-    """Also a prompt of odd length."""
+    """Also a prompt of odd length, and biases with dropout, which no other op tells apart."""
 
     def call(norm: Callable[..., Any], streams: int) -> Any:
         inputs = [m.activation(5, m.n_embd) for _ in range(streams)]
@@ -22,10 +27,16 @@ def uses(m: Model) -> Iterator[Use]:
     for streams, (name, op) in enumerate(RECORDS.items(), 1):
         yield from recorded(op, m)
         yield Use(name, partial(call, op.ours, streams), trains=False)
+    if m.dropout:
+        for sizes in (m, replace(m, bias=True)):
+            for use in recorded(op, sizes):  # the step's time has them once
+                yield replace(use, often=0)
+                # After the last block nobody reads the stream: no gradient comes by it.
+                yield replace(use, often=0, call=partial(_first, use.call))
 
 
 def tunables(arch: str) -> Iterator[Tunable]:
-    """Both tables."""
+    """All tables."""
     tiles = [(256, 1), (512, 2), (1024, 4), (2048, 8), (4096, 16)]  # columns, warps that span them
     for key in entries(configs.FORWARD, arch):
         candidates = [
@@ -36,12 +47,13 @@ def tunables(arch: str) -> Iterator[Tunable]:
             if columns <= max(key, 256) <= 8 * columns and rows * warps <= 16
         ]
         yield Tunable("FORWARD", key, candidates)
-    for key in entries(configs.BACKWARD, arch):
-        candidates = [
-            Config({"TILE": columns, "ROWS": rows, "PROGRAMS_PER_SM": programs}, rows * warps)
-            for columns, warps in tiles
-            for rows in (1, 2, 4, 8)
-            for programs in (1, 2, 3, 4, 6, 8, 12)
-            if columns <= key <= 4 * columns and 8 <= rows * warps * programs <= 32
-        ]
-        yield Tunable("BACKWARD", key, candidates)
+    for name in ("BACKWARD", "BACKWARD_X_BIAS"):
+        for key in entries(getattr(configs, name), arch):
+            candidates = [
+                Config({"TILE": columns, "ROWS": rows, "PROGRAMS_PER_SM": programs}, rows * warps)
+                for columns, warps in tiles
+                for rows in (1, 2, 4, 8)
+                for programs in (1, 2, 3, 4, 6, 8, 12)
+                if columns <= key <= 4 * columns and 8 <= rows * warps * programs <= 32
+            ]
+            yield Tunable(name, key, candidates)
