@@ -10,9 +10,11 @@ time; if warps of a Gluon kernel do not wait for each other where its source tak
 (`ptx`); and if its hot path, its bound (`bound`) or the number of programs that an SM holds has got
 worse than what the baseline in its op's room says, `ops/NAME/gate.json`.
 
-On sm_90 all is compiled. For the other architectures and versions of Triton the baselines have a
-hash of all that decides the machine code, and a kernel whose hash is there passed: so the gate
-fails, and says which command helps, until somebody has compiled what changed:
+The baselines have a hash of all that decides a kernel's machine code, and a kernel whose hash is
+there passed. On sm_90 the kernels of a training step are compiled all the same, and of the others
+those that changed; `--arch sm_90` compiles all. On the other architectures and versions of Triton
+nothing is, so that the gate fails, and says which command helps, until somebody has compiled what
+changed:
 
     python -m fastgpt_kernels.tools.aot --update [--triton DIR ...]
 
@@ -40,6 +42,7 @@ from triton.compiler import ASTSource
 import fastgpt_kernels
 from fastgpt_kernels.configs import ARCHITECTURES
 from fastgpt_kernels.specs import spec_modules
+from fastgpt_kernels.telling import telling
 from fastgpt_kernels.tools import baseline, bound, ptx, sass
 from fastgpt_kernels.tools.baseline import Verdict
 from fastgpt_kernels.tools.launches import Launch, record_all, target
@@ -47,7 +50,7 @@ from fastgpt_kernels.tools.sass import Code, count, flops
 from fastgpt_kernels.tools.workers import TaskFailed, Worker
 
 PROGRAM = "python -m fastgpt_kernels.tools.aot"
-ALWAYS = ("sm_90",)  # compiled in every run
+ALWAYS = "sm_90"  # compiled in every run
 NARROW = 4  # global accesses of 16 bits or less that a hot path may have, for scalars
 README = Path(fastgpt_kernels.__file__).parents[1] / "README.md"
 
@@ -149,6 +152,7 @@ def inspect_all(
     """
     here = threading.local()  # a worker process a thread
     workers: list[Worker] = []
+    verdicts: list[Verdict] = []
 
     def one(launch: Launch) -> Verdict:
         if not hasattr(here, "worker"):
@@ -160,9 +164,18 @@ def inspect_all(
             problem = f"does not compile: {error}"
             return Verdict(launch.name, launch.arch, launch.op, launch.key, problem=problem)
 
-    with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(jobs) as pool:
+    def say(line: str) -> None:
+        print(f"{line}, {len(verdicts)} of {len(launches)} kernels", file=sys.stderr, flush=True)
+
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        ThreadPoolExecutor(jobs) as pool,
+        telling("compiling", say, every=10),
+    ):
         try:
-            return list(pool.map(one, launches))
+            for verdict in pool.map(one, launches):
+                verdicts.append(verdict)
+            return verdicts
         finally:
             for worker in workers:
                 worker.close()
@@ -208,8 +221,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for op, reason in left_out.items():
             print(f"{arch}: {op} runs eager: {reason}")
     launches = [x for x in launches if args.only in x.name]
-    changed = baseline.stale(launches, known, version) if args.update else []
-    todo = [x for x in launches if x.arch in (args.arch or ALWAYS) or x in changed]
+    changed = {id(x) for x in baseline.stale(launches, known, version)}
+    todo = [
+        x
+        for x in launches
+        if x.arch in args.arch
+        or (id(x) in changed and (args.update or x.arch == ALWAYS))
+        or (x.arch == ALWAYS and x.times and not args.arch)
+    ]
     verdicts = inspect_all(todo, jobs=args.jobs, timeout=args.timeout)
     if args.update:
         for module in modules:
