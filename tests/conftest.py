@@ -7,6 +7,7 @@ of triton by any test. It is taken away again at once: only tests/kernels turns 
 
 import os
 import tempfile
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -35,6 +36,11 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for marker in item.iter_markers("quick"):
+            case = item.callspec.id  # type: ignore[attr-defined]
+            if not any(fnmatch(case, pattern) for pattern in marker.args):
+                item.add_marker(pytest.mark.slow)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):

@@ -30,7 +30,7 @@ import torch
 
 from fastgpt.errors import UserError
 from fastgpt.model.contact import Task, first_contact
-from fastgpt.model.plan import Plan
+from fastgpt.model.plan import Measured, Plan
 from fastgpt_kernels import host, versions
 from fastgpt_kernels.plans.measure import put
 from fastgpt_kernels.record import Record, Sizes, records
@@ -145,11 +145,25 @@ def choose_all(
             if flag:
                 raise UserError(f"{flag}: {wrong}")
             obstacle = f"{name}: {wrong}"
+        if obstacle and _measured(op, wish, plan):  # the default may do what the best does not
+            choice, function = choose_all([op], device, dtype, sizes, wish)[op.name]
+            reason = "; ".join(dict.fromkeys([obstacle, choice.reason]))
+            chosen[op.name] = replace(choice, reason=reason), function
+            continue
         kind, reason = ("eager", obstacle) if obstacle else (name, reason)
         if not obstacle:
             put(configs.get(op.name, ()), host.arch_on(device))
         chosen[op.name] = Choice(op.name, kind, reason), op.implementations[kind]
     return chosen
+
+
+def _measured(op: Record, wish: Wish, plan: Plan | None) -> Measured | None:
+    """What a plan says of an op, where nothing overrides it."""
+    # Of versions that nobody has tried, PyTorch's own implementation is the one to trust.
+    if plan is None or wish.of(op)[0] != "auto" or versions.untested():
+        return None
+    found = plan.ops.get(op.name)
+    return found if found and found.implementation in op.implementations else None
 
 
 @functools.cache
@@ -172,14 +186,11 @@ def _wanted(
     """
     wanted, flag = wish.of(op)
     if wanted == "auto":
-        # Of versions that nobody has tried, PyTorch's own implementation is the one to trust.
-        untested = versions.untested()
-        measured = plan.ops.get(op.name) if plan and not untested else None
-        if measured and measured.implementation in op.implementations:
+        if measured := _measured(op, wish, plan):
             name = measured.implementation
             return name, _obstacle(op, name, device, dtype, sizes), "", measured.reason
         obstacle = _obstacle(op, "triton", device, dtype, sizes)
-        obstacle = obstacle or op.slower(host.arch_on(device)) or untested
+        obstacle = obstacle or op.slower(host.arch_on(device)) or versions.untested()
         return "triton", obstacle, "", "fused kernels"
     if obstacle := _obstacle(op, wanted, device, dtype, sizes):
         raise UserError(f"{flag}: {obstacle}")

@@ -30,6 +30,7 @@ def test_no_verdict_from_two_seeds() -> None:
     assert "too few" in whole_runs.verdict([1.5, 1.6], [1.5, 1.6])["verdict"]
 
 
+@pytest.mark.slow
 def test_real_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

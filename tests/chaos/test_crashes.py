@@ -161,6 +161,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("job", "name", "seed", "tries"), CASES)
 def test_a_fault_at_any_change(job, name: str, seed: int, tries: int, tmp_path: Path, held):
     torch.set_num_threads(1)  # children are forked

@@ -83,6 +83,7 @@ class Problem:
         assert_accurate(*(torch.cat([t.flatten() for t in ts]) for ts in lists), name=name)
 
 
+@pytest.mark.quick("*(0.9, 0.95)*")
 @pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999), (0.0, 0.5)], ids=str)
 def test_many_steps(betas: tuple[float, float], device: torch.device) -> None:
     problem = Problem(device, betas=betas)

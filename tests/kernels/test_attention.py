@@ -19,6 +19,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FULL, CAUSAL = False, True
 
 
+@pytest.mark.quick("float32-31-*", "float16-131-*", "*-1-causal-*")
 @pytest.mark.parametrize("deterministic", [False, True], ids=["one_pass", "deterministic"])
 @pytest.mark.parametrize("causal", [CAUSAL, FULL], ids=["causal", "full"])
 @pytest.mark.parametrize("T", [1, 31, 64, 131])
@@ -35,6 +36,7 @@ def test_whole_tiles(causal: bool, deterministic: bool, dtype: torch.dtype) -> N
     check_attention(qkv, 1, causal=causal, deterministic=deterministic)
 
 
+@pytest.mark.quick("*-32", "*-80", "float16-*-64")
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
 @pytest.mark.parametrize("deterministic", [False, True], ids=["one_pass", "deterministic"])
 def test_head_dims(head_dim: int, deterministic: bool, dtype: torch.dtype) -> None:
@@ -42,6 +44,7 @@ def test_head_dims(head_dim: int, deterministic: bool, dtype: torch.dtype) -> No
     check_attention(qkv, 3, causal=CAUSAL, deterministic=deterministic)
 
 
+@pytest.mark.quick("*-5-*", "float32-70-causal-one_pass", "float16-70-full-*")
 @pytest.mark.parametrize("deterministic", [False, True], ids=["one_pass", "deterministic"])
 @pytest.mark.parametrize("causal", [CAUSAL, FULL], ids=["causal", "full"])
 @pytest.mark.parametrize("T", [5, 70])
@@ -221,6 +224,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.quick("*-odd*", "one_pass-sliced", "deterministic-columns*")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("deterministic", [False, True], ids=["one_pass", "deterministic"])
 def test_strides(kind: str, deterministic: bool) -> None:

@@ -95,6 +95,7 @@ def check(
             assert torch.equal(ours[i].isnan(), oracle[i].isnan())
 
 
+@pytest.mark.quick("*positions0*", "float16-positions1*", "float32-positions2*")
 @pytest.mark.parametrize(
     ("positions", "bias"), [([0], True), ([149], False), ([64, 63], True), ([127, 0, 128], True)]
 )
@@ -116,6 +117,7 @@ def test_attention_layer_widths(H: int, D: int) -> None:
     )
 
 
+@pytest.mark.quick("*-1-*", "float32-3-*", "float16-2-*")
 @pytest.mark.parametrize(("B", "activation"), [(1, "tanh"), (2, "none"), (3, "erf"), (8, "tanh")])
 def test_mlp_layer(B: int, activation: str, dtype: torch.dtype) -> None:
     check(
@@ -123,6 +125,7 @@ def test_mlp_layer(B: int, activation: str, dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.quick("33-*", "1-*")
 @pytest.mark.parametrize(("C", "hidden"), [(1, 4), (33, 70), (256, 300)])
 def test_mlp_layer_widths(C: int, hidden: int) -> None:
     check(decode_mlp_layer, plain_mlp_layer, mlp_case(1, C, hidden, torch.float32, bias=C == 33))

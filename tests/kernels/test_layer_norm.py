@@ -53,6 +53,7 @@ def test_parameters_in_another_dtype(parameters: str, device: torch.device) -> N
         check_both((11, 96), [x, residual, weight, None])
 
 
+@pytest.mark.quick("*-(1,*", "*-(3,*", "*True-True")
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("biases", ["both", "own", "none"])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5, 40), (19, 257)], ids=str)
@@ -71,6 +72,7 @@ def test_the_end_of_a_branch(
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_share_that_is_dropped(device: torch.device) -> None:
     x = torch.ones(200, 300, device=device)
     weight = torch.ones(300, device=device)

@@ -43,6 +43,7 @@ def block(
     return [x, fc, fc_bias, proj, proj_bias], dy
 
 
+@pytest.mark.quick("float32-*", "*(1,)*")
 @needs_tma
 @MASTERS
 @pytest.mark.parametrize("shape", [((1,), 8, 8), ((2, 35), 40, 136), ((130,), 72, 24)], ids=str)
@@ -52,6 +53,7 @@ def test_linear(shape: tuple[tuple[int, ...], int, int], masters: bool, dtype: t
     check_op(linear, reference.linear, inputs[:2], (dy,))
 
 
+@pytest.mark.quick("float32-same*-tanh", "float16-fp32*-none")
 @needs_tma
 @BOTH
 @MASTERS

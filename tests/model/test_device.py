@@ -63,6 +63,7 @@ def test_the_peak_is_found_once(monkeypatch):
     assert Machine.of("cpu", peak_tflops=2).peak.flops == 2e12 and len(asked) == 1
 
 
+@pytest.mark.quick("flags0*", "flags1*")
 @pytest.mark.parametrize(
     ("flags", "precision"),
     [([], "highest"), (["--tf32=True"], "high"), (["--dtype=bfloat16"], "high")],

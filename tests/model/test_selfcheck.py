@@ -38,6 +38,7 @@ def check(op, function=None, dtype=torch.float32, sizes=SMALL):
     return disagreement(known, "triton", CPU, dtype, sizes)
 
 
+@pytest.mark.quick("*norm-*", "attention-dropout", "bias_gelu-*", "mlp-dropout", "adamw-*")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/kernels run them for real")
 @pytest.mark.parametrize("sizes", [SMALL, DROPPING], ids=["bias", "dropout"])
 @pytest.mark.parametrize(

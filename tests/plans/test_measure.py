@@ -233,6 +233,7 @@ def test_what_cannot_be_tuned_is_said():
         fastgpt_kernels.tune("attention")
 
 
+@pytest.mark.slow
 def test_a_real_child_measures_attention_on_this_device():
     """All of it together, once: the default or a proven gain."""
     tuned = fastgpt_kernels.tune("attention", torch.randn(1, 8, 96, requires_grad=True), 2)

@@ -115,6 +115,7 @@ def test_checkpointed_steps_are_the_plain_ones(dropout):
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
+@pytest.mark.slow
 def test_checkpointing_traces_without_a_break():
     t = trainer("triton", dropout=0.3)
     t.model.checkpointing = True

@@ -323,6 +323,7 @@ def test_nanogpt_folder_and_evaluation_only(tmp_path: Path):
     assert not checkpoint.names(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_epochs_and_bfloat16_and_accumulation_resume_exactly(tmp_path: Path, text: str):
     odd = ("--sampling=epochs", "--dtype=bfloat16", "--gradient_accumulation_steps=3")
     train(tmp_path, text, *odd, "--out_dir=a", "--bias=True")

@@ -54,6 +54,7 @@ def kept(model: GPT, batch_size: int) -> dict[str, int]:
     return out
 
 
+@pytest.mark.quick("gpt2-*", "gpt2_medium-True-triton", "gpt2_large-False-eager")
 @pytest.mark.parametrize("products", ["eager", "triton"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("preset", GPT2_SIZES)

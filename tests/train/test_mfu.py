@@ -28,6 +28,7 @@ def test_flops_per_token_of_gpt2(size, mega, monkeypatch):
     assert flops.mfu_6n == 6 * model.n_params()
 
 
+@pytest.mark.quick("gpt2", "finetune_shakespeare", "shakespeare_char")
 @pytest.mark.parametrize("preset", [p for p in PRESETS if p not in ("desktop", "laptop")])
 def test_presets_run_the_matmuls_that_are_counted(preset, monkeypatch):
     """torch's count of the matmuls that run, at full size, is ours: 6N + 12 L C T."""

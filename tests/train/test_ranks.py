@@ -74,6 +74,7 @@ def values(run_dir: Path) -> list[float]:
     return steps + [x for r in evals for x in (r["train_loss"], r["val_loss"])]
 
 
+@pytest.mark.quick("2-*")
 @pytest.mark.parametrize(("n", "strategy"), [(2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp")])
 def test_any_number_of_ranks_gives_the_curve_of_one(home: Path, n: int, strategy: str):
     """Four micro-batches over 2 or 4 ranks (accumulated or not), three evaluation batches."""
@@ -144,6 +145,7 @@ def test_the_device_itself_calls_off_a_sharded_update(home: Path):
     assert all(t.isfinite().all() for t in load_file(at).values())
 
 
+@pytest.mark.slow
 def test_resumed_under_other_layouts(home: Path):
     """4 ranks with FSDP, then 2 with DDP, then one process: the straight run to rounding."""
     train(home, 4, *TINY, "--input=text.txt", "--out_dir=mixed", "--max_iters=6", "--parallel=fsdp")
@@ -212,6 +214,7 @@ def test_a_hanging_rank_ends_the_job(home: Path):
     assert len(job.said) == 1 and "silent: rank 1;" in job.said[0], job.err.read_text()
 
 
+@pytest.mark.quick("ddp")
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_crash_of_rank_0_in_a_save_loses_nothing(home: Path, strategy: str):
     """Killed in the save of step 20, with all tensors written: the run goes on from step 10."""

@@ -158,6 +158,7 @@ def test_the_guard_on_the_device_holds_until_someone_looks(adamw):
     assert e.value.step == 1
 
 
+@pytest.mark.quick("*bfloat16")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_step_is_the_eager_one(dtype):
     """aot_eager traces forward and backward as on a GPU, without needing a C++ compiler."""
@@ -176,6 +177,7 @@ def test_warm_up_changes_nothing():
     assert all(torch.equal(p, q) for p, q in zip(before, weights(t), strict=True))
 
 
+@pytest.mark.slow
 def test_a_machine_that_cannot_compile_is_told_so():
     t = trainer()
     t.forward = torch.compile(t.model)

@@ -143,6 +143,7 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.quick("False")
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_nanogpt_run_goes_on_with_the_losses_it_would_have_had(data: Path, bias: bool):
     split = open_dataset(data / "data" / "letters").train

@@ -41,6 +41,7 @@ def test_forward_holds(problem: Problem) -> None:
         assert run_forward(problem, seed) == "", f"seed {seed}"
 
 
+@pytest.mark.quick("T512*", "T193*", "T1-*")
 @pytest.mark.parametrize("problem", cases.BACKWARD, ids=name)
 def test_backward_holds(problem: Problem) -> None:
     for seed in range(SEEDS):
