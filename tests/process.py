@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from fastgpt_kernels import OPS
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
@@ -24,6 +26,8 @@ _context.set_forkserver_preload(
         "torch.nn.parallel",
         "matplotlib.figure",
         "matplotlib.backends.backend_agg",
+        "fastgpt.train.adamw",
+        *(f"{room}.record" for room in dict.fromkeys(op.room for op in OPS.values())),
     ]
 )
 

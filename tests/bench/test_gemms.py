@@ -16,6 +16,7 @@ def test_layers_are_the_models_products() -> None:
     assert weights == 12 * 12 * 768**2 + 50304 * 768
 
 
+@pytest.mark.slow
 def test_runs_on_a_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

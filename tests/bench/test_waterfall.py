@@ -234,6 +234,7 @@ def test_command_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "CPU picture" in svg_texts(path.with_suffix(".svg"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_real_traces_are_attributed_whole():
     """Dropout, biases, several micro-batches, bf16 and an eager-mode cast of every weight."""

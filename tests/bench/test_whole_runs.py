@@ -50,6 +50,7 @@ def test_real_runs(
     assert "too few seeds to tell" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -131,6 +131,7 @@ def test_mlp_layer_widths(C: int, hidden: int) -> None:
     check(decode_mlp_layer, plain_mlp_layer, mlp_case(1, C, hidden, torch.float32, bias=C == 33))
 
 
+@pytest.mark.slow
 def test_steps_that_do_not_fit_in_registers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row of weights of which only the first step is loaded ahead."""
     config = lookup(configs.LINEAR, "cpu", 1)
@@ -147,6 +148,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     assert torch.equal(decode_attention_layer(**case)[0], want[0])
 
 
+@pytest.mark.quick("decode_attention_layer")
 @pytest.mark.parametrize("op", ["decode_attention_layer", "decode_mlp_layer"])
 def test_registered_op(op: str) -> None:
     """What torch.compile and fake tensors see, and that both ways in give the same."""
@@ -168,6 +170,7 @@ def test_registered_op(op: str) -> None:
     assert torch.equal(compiled(**case), function(**case)) and not case["counters"].any()
 
 
+@pytest.mark.quick("1-*")
 @pytest.mark.parametrize("op", ["decode_attention_layer", "decode_mlp_layer"])
 @pytest.mark.parametrize("B", [1, 3])
 def test_the_record_s_case_agrees(op: str, B: int) -> None:

@@ -51,6 +51,7 @@ def test_each_part_is_optional(extras: set[str], dtype: torch.dtype) -> None:
     check(case(2, 130, 19, dtype, extras))
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(B=st.integers(1, 8), K=st.integers(1, 1100), N=st.integers(1, 40))
 def test_any_shape(B: int, K: int, N: int) -> None:

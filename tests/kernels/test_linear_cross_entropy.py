@@ -305,6 +305,7 @@ def test_room_is_a_share_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert room_on(gpu) == 7 << 30 and room_on(torch.device("cpu")) == 2 << 30
 
 
+@pytest.mark.quick("aot_eager-*")
 @pytest.mark.parametrize(
     ("backend", "reduction"),
     [("inductor", "mean"), ("aot_eager", "sum"), ("aot_eager", "none")],

@@ -138,6 +138,7 @@ def test_killed_in_the_middle_of_a_save(tmp_path: Path, text: str):
     assert not list((out / "checkpoints").glob(".*"))
 
 
+@pytest.mark.quick("15-*")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_resuming_is_exact(number, code, tmp_path: Path, text: str):
     many = ("--max_iters=100000", "--eval_interval=50000", "--log_interval=1")
@@ -167,6 +168,7 @@ def test_a_signal_during_evaluation_does_not_wait_for_it(tmp_path: Path, text: s
     assert checkpoint.load(tmp_path / "out").state["step"] == 0
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(tmp_path: Path, text: str):
     train(tmp_path, text, "--out_dir=out")
     path = runs.latest(tmp_path / "out") / "optimizer.safetensors"
@@ -180,6 +182,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(tmp_path: Path
     assert runs.tensor_files(tmp_path / "out") == runs.tensor_files(tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_config_repeats_the_run(tmp_path: Path, text: str):
     train(tmp_path, text, "--out_dir=out", "--n_layer=1")
     said = fastgpt(tmp_path, "train", "out/config.toml")
@@ -189,6 +192,7 @@ def test_config_repeats_the_run(tmp_path: Path, text: str):
     assert runs.tensor_files(again) == runs.tensor_files(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_weights_that_turn_bad_stop_the_run(tmp_path: Path, text: str):
     """A NaN put into the saved weights: the resumed run stops at once and keeps what is needed."""
     train(tmp_path, text, "--out_dir=out")
@@ -239,6 +243,7 @@ def mounted(folder: Path, *options: str) -> bool:
     return is_root() and subprocess.run(command, capture_output=True).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(tmp_path: Path, text: str):
     """A file-size limit between two saves' needs: config and logs fit, weights do not."""
     train(tmp_path, text, "--out_dir=out")
@@ -344,6 +349,7 @@ def test_a_rank_that_runs_other_ops_is_named(capsys):
     )
 
 
+@pytest.mark.slow
 def test_token_files_of_others_get_their_tokenizer_by_flags(tmp_path: Path, capfd):
     """Without one the last lines name no command that fails; named on a resume, the run is read."""
     vocab = b"".join(b"%s %d\n" % (base64.b64encode(bytes([b])), b) for b in range(256))
@@ -378,6 +384,7 @@ def test_data_cut_off_in_a_run_is_one_line(tmp_path: Path, text: str):
     assert checkpoint.load(tmp_path / "out").state["step"] >= 20
 
 
+@pytest.mark.slow
 def test_a_finished_run_without_its_picture_gets_it(tmp_path: Path, text: str):
     train(tmp_path, text, "--out_dir=out", "--max_iters=2", "--sample_tokens=0")
     (tmp_path / "out" / "loss.png").unlink()

@@ -74,7 +74,7 @@ def values(run_dir: Path) -> list[float]:
     return steps + [x for r in evals for x in (r["train_loss"], r["val_loss"])]
 
 
-@pytest.mark.quick("2-*")
+@pytest.mark.quick("2-ddp")
 @pytest.mark.parametrize(("n", "strategy"), [(2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp")])
 def test_any_number_of_ranks_gives_the_curve_of_one(home: Path, n: int, strategy: str):
     """Four micro-batches over 2 or 4 ranks (accumulated or not), three evaluation batches."""
@@ -186,6 +186,7 @@ def test_sigterm_to_torchrun_saves(home: Path):
     assert job.said == []
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(home: Path):
     """It comes in step 4, is asked about before step 5, and the answer is there after step 5."""
     args = (*TINY, "--input=text.txt", "--out_dir=one-term", "--parallel=ddp")
@@ -230,6 +231,7 @@ def test_a_crash_of_rank_0_in_a_save_loses_nothing(home: Path, strategy: str):
     assert left == []
 
 
+@pytest.mark.quick("ddp")
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_save_that_cannot_be_written_is_one_line(home: Path, strategy: str):
     args = (*TINY, "--input=text.txt", f"--out_dir=full-{strategy}", f"--parallel={strategy}")
@@ -238,6 +240,7 @@ def test_a_save_that_cannot_be_written_is_one_line(home: Path, strategy: str):
     assert len(job.said) == 1 and f"full-{strategy}/checkpoints/" in job.said[0], job.said
 
 
+@pytest.mark.quick("ddp")
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_nan_on_one_rank_stops_all_and_names_it(home: Path, strategy: str):
     out = f"--out_dir=nan-{strategy}"
@@ -249,6 +252,7 @@ def test_a_nan_on_one_rank_stops_all_and_names_it(home: Path, strategy: str):
     assert (home / f"nan-{strategy}" / "nonfinite").exists()
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_and_the_run_goes_on(home: Path):
     args = (*TINY, "--input=text.txt", "--out_dir=restarted", "--parallel=ddp")
     job = Torchrun(home, 2, "train", *args, fault="kill:1:31", restarts=1)

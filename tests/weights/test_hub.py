@@ -95,6 +95,7 @@ def test_a_hub_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch)
         assert hub.unreachable() is None
 
 
+@pytest.mark.quick("eval")
 @pytest.mark.parametrize("command", ["train", "sample", "eval", "export"])
 def test_without_network_one_line_says_what_to_do(tmp_path: Path, command: str):
     pytest.importorskip("huggingface_hub")

@@ -144,6 +144,7 @@ def test_bad_requests(command, message, home: Path):
     assert not (home / "nothing").exists() and not (home / "x").exists()
 
 
+@pytest.mark.slow
 def test_a_larger_vocabulary_than_the_data_s(home: Path):
     """As nanoGPT trains GPT-2 with 50,304; resuming keeps it."""
     args = (*runs.TINY, *DATA, "--out_dir=wide", "--vocab_size=300", "--max_iters=2")
@@ -168,6 +169,7 @@ def test_a_killed_export_is_swept_by_the_next(home: Path):
     alive.rmdir()
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_changed_is_named(home: Path):
     """A run's own, after a flipped byte: not sampled with, and written anew by a resume."""
     data = ("--input=text.txt", "--tokenizer=char", "--device=cpu", "--peak_tflops=1")
