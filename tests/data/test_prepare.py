@@ -403,7 +403,8 @@ def test_interrupt_ends_at_once(settings, tmp_path, as_gpt2):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=10)
-    assert process.returncode == -signal.SIGINT and "KeyboardInterrupt" in err
+    assert process.returncode == -signal.SIGINT, err
+    assert "KeyboardInterrupt" in err
     assert visible(tmp_path / "data") == []
     assert not list((tmp_path / "data").glob(".*.partial/.*.tmp")), "unfinished shards are removed"
 
