@@ -118,8 +118,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The branch, and its last bias if the norm is to add that and to drop out."""
         dropout_p = self.dropout if self.training else 0.0
-        qkv = self.ops.linear(x, *self.c_attn.read())
-        y = self.ops.attention(qkv, self.n_head, dropout_p=dropout_p, seed=seed)
+        weight, bias = self.c_attn.read()
+        more = {}
+        if bias is not None and self.ops.ours("attention"):  # which sums the bias's gradient
+            bias, more = bias.detach(), {"bias": self.c_attn.bias}
+        qkv = self.ops.linear(x, weight, bias)
+        y = self.ops.attention(qkv, self.n_head, dropout_p=dropout_p, seed=seed, **more)
         weight, bias = self.c_proj.read()
         if self.ops.ours("add_layer_norm"):
             return self.ops.linear(y, weight), bias

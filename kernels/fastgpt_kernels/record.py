@@ -53,6 +53,7 @@ class Case:
     masters    positions of the inputs that are fp32 in a run, whatever the activations are
     gradients  whether a run differentiates this call
     hints      arguments that only ours takes, and that change no result but by rounding
+    keywords   names of the last inputs, which go by name
     ours       True: only ours makes this call, for it draws what others cannot repeat; False: only
                the others do; None: all do
     """
@@ -62,7 +63,14 @@ class Case:
     masters: Sequence[int] = ()
     gradients: bool = True
     hints: dict[str, Any] = field(default_factory=dict)
+    keywords: Sequence[str] = ()
     ours: bool | None = None
+
+    def call(self, function: Callable[..., Any], inputs: Sequence[Any]) -> Any:
+        """The function's results, with `inputs` in place of the case's own."""
+        places = len(inputs) - len(self.keywords)
+        named = dict(zip(self.keywords, inputs[places:], strict=True))
+        return function(*inputs[:places], **named, **self.arguments)
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ def normal(device: torch.device, seed: int = 0) -> Random:
 def differentiate(function: Callable[..., Any], case: Case) -> list[Tensor]:
     """Results and gradients in fp32; all results are weighed by fixed random numbers."""
     leaves = [None if x is None else x.clone().requires_grad_(case.gradients) for x in case.inputs]
-    out = function(*leaves, **case.arguments)
+    out = case.call(function, leaves)
     outs = list(out) if isinstance(out, tuple) else [out]
     if case.gradients:
         weights = [normal(o.device, seed=1 + i)(*o.shape).to(o.dtype) for i, o in enumerate(outs)]

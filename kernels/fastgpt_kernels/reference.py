@@ -132,6 +132,7 @@ def attention(
     qkv: Tensor,
     n_head: int,
     *,
+    bias: Tensor | None = None,
     causal: bool = True,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
@@ -142,8 +143,11 @@ def attention(
 
     qkv (B, T, 3*C) with q, k, v of head h at columns h*D, C + h*D, 2*C + h*D, D = C / n_head; y
     (B, T, C). Causal: row i sees columns <= i. Z is `attention_dropout_mask` over its keep rate.
-    `deterministic` is there for the signature's sake: PyTorch's own setting decides here.
+    bias (3*C,) is in qkv already: it only gets a gradient. `deterministic` is there for the
+    signature's sake: PyTorch's own setting decides here.
     """
+    if bias is not None:
+        qkv = qkv + (bias - bias.detach()).to(qkv.dtype)
     batch, T, width = qkv.shape
     head_dim = width // (3 * n_head)
     x = qkv.to(_compute_dtype(qkv)).view(batch, T, 3, n_head, head_dim)

@@ -122,7 +122,7 @@ def _call(op: Record, m: Model, case: Case) -> Any:
         for x, dtype in zip(case.inputs, dtypes, strict=True)
     ]
     if op.run is differentiate:
-        return op.ours(*inputs, **case.arguments)
+        return case.call(op.ours, inputs)
     return op.run(op.ours, replace(case, inputs=inputs, arguments={**case.arguments, **case.hints}))
 
 

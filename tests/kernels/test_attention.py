@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastgpt_kernels import attention, host, reference
 from fastgpt_kernels.configs import Config
 from fastgpt_kernels.ops.attention import backward, configs, forward
+from fastgpt_kernels.record import record
 from tests.kernels.attention_cases import check_attention, random_qkv, torch_attention
-from tests.kernels.helpers import registered
+from tests.kernels.helpers import assert_accurate, forward_backward, registered
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FULL, CAUSAL = False, True
@@ -53,6 +54,40 @@ def test_dropout(T: int, causal: bool, deterministic: bool, dtype: torch.dtype) 
     check_attention(
         qkv, 2, causal=causal, dropout_p=0.3, seed=-(2**40) + 12345, deterministic=deterministic
     )
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["one_pass", "deterministic"])
+@pytest.mark.parametrize("T, head_dim", [(5, 32), (70, 80)])
+def test_the_bias_gets_the_sum_over_all_rows(
+    T: int, head_dim: int, deterministic: bool, dtype: torch.dtype
+) -> None:
+    """Of what is in qkv with its bias; the public function, its reference and its eager twin."""
+    n_head, options = 2, {"causal": T > 5}
+    qkv = random_qkv(3, T, n_head, head_dim, dtype, DEVICE)
+    bias = torch.randn(qkv.shape[2], device=DEVICE)
+    dy = torch.randn(*qkv.shape[:2], n_head * head_dim, device=DEVICE).to(dtype)
+
+    def gradients(function, *inputs, **options):
+        (y,), found = forward_backward(
+            lambda x, b: function(x, n_head, bias=b, **options), [*inputs], [dy.to(inputs[0].dtype)]
+        )
+        return y, *found
+
+    ours = gradients(attention, qkv, bias, deterministic=deterministic, **options)
+    plain = attention(qkv, n_head, deterministic=deterministic, **options)
+    assert torch.equal(ours[0], plain) and ours[2].dtype == torch.float32
+    exact = gradients(reference.attention, qkv.double(), bias.double(), **options)
+    torch.testing.assert_close(exact[2], exact[1].sum((0, 1)))
+    eager = gradients(record("attention").eager, qkv, bias, **options)
+    assert_accurate(ours[2], eager[2], exact[2], name="bias")
+    summed = gradients(attention, qkv, bias.to(dtype), deterministic=deterministic, **options)
+    assert summed[2].dtype == dtype
+
+
+def test_a_bias_of_the_wrong_shape() -> None:
+    qkv = random_qkv(1, 4, 1, 32, torch.float32, DEVICE)
+    with pytest.raises(ValueError, match=r"attention: bias must have shape \(96\), got \(32\)"):
+        attention(qkv, 1, bias=torch.zeros(32, device=DEVICE))
 
 
 @pytest.mark.slow
@@ -138,7 +173,7 @@ def backward_bytes(
     with torch.device("meta"):
         qkv = torch.empty(batch, T, 3 * n_head * D, dtype=torch.bfloat16)
         y, lse = torch.empty_like(qkv[..., : n_head * D]), torch.empty(batch * n_head, T)
-    backward.launch_backward(y, qkv, y, lse, None, n_head, True, 0.0, 1.0, deterministic)
+    backward.launch_backward(y, qkv, y, lse, None, n_head, True, 0.0, 1.0, deterministic, False)
 
     _, _, _, pairs, ring, *_ = launches["prepare"]
     found = {
@@ -297,8 +332,8 @@ def test_deterministic_follows_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = []
 
     def record(*args):
-        chosen.append(args[-1])
-        return torch.zeros_like(args[1])
+        chosen.append(args[-2])
+        return torch.zeros_like(args[1]), None
 
     module = importlib.import_module("fastgpt_kernels.ops.attention.op")
     monkeypatch.setattr(module._op.backward, "forward", record)
@@ -310,23 +345,18 @@ def test_deterministic_follows_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen == [False, True, False]
 
 
-def operands(dropout_p: float) -> tuple[Tensor, int, bool, float, Tensor | None, float, bool]:
+@pytest.mark.parametrize("biased", [False, True], ids=["dropout", "bias"])
+def test_opcheck(biased: bool) -> None:
     qkv = random_qkv(1, 20, 2, 32, torch.float32, DEVICE).requires_grad_()
-    seed = torch.tensor([5], device=DEVICE) if dropout_p else None
-    return qkv, 2, True, dropout_p, seed, 0.2, False
-
-
-@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-def test_opcheck(dropout_p: float) -> None:
-    args = operands(dropout_p)
-    qkv, *sizes, seed, scale, deterministic = args
+    bias = torch.zeros(192, device=DEVICE, requires_grad=True) if biased else None
+    seed = None if biased else torch.tensor([5], device=DEVICE)
+    sizes = 2, True, 0.0 if biased else 0.5
+    args = qkv, bias, *sizes, seed, 0.2, False
     torch.library.opcheck(registered("attention"), args)
     with torch.no_grad():
         y, lse = registered("attention")(*args)
-        torch.library.opcheck(
-            registered("attention_backward"),
-            (torch.randn_like(y), qkv.detach(), y, lse, seed, *sizes, scale, deterministic),
-        )
+        gradients = torch.randn_like(y), qkv.detach(), y, lse, seed, *sizes, 0.2, False, biased
+        torch.library.opcheck(registered("attention_backward"), gradients)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
@@ -382,8 +412,8 @@ def test_flops_are_counted_as_for_sdpa(causal: bool) -> None:
     with torch.device("meta"):
         qkv = torch.randn(2, 48, 3 * 64, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
-        y, lse = registered("attention")(qkv, 2, causal, 0.0, None, 1.0, False)
-        registered("attention_backward")(y, qkv, y, lse, None, 2, causal, 0.0, 1.0, False)
+        y, lse = registered("attention")(qkv, None, 2, causal, 0.0, None, 1.0, False)
+        registered("attention_backward")(y, qkv, y, lse, None, 2, causal, 0.0, 1.0, False, False)
     product = 2 * (2 * 2) * 48 * 48 * 32  # multiply-adds of one T x T x D product, every head
     assert counter.get_total_flops() == (2 + 5) * product
 

@@ -45,9 +45,25 @@ def test_fp32_is_true_fp32(deterministic: bool) -> None:
 
 
 @BACKWARDS
+@pytest.mark.parametrize("T", [1024, 1000])
+def test_the_bias_gets_the_sum_over_all_rows(T: int, deterministic: bool) -> None:
+    """192 heads, so that dq's sums wait for their slots; 16 T addends an output."""
+    grad_y, qkv, y, lse, seed, *sizes = problem(0.0, T)
+    dqkv, sums = launch_backward(grad_y, qkv, y, lse, seed, *sizes, deterministic, True)
+    exact = dqkv.double().sum((0, 1))
+    rounding = dqkv.double().square().sum((0, 1)).sqrt().max() * 2**-8
+    assert sums is not None and (sums - exact).abs().max() < 4 * rounding
+
+
+@BACKWARDS
 def test_long_sequence(deterministic: bool) -> None:
     qkv = random_qkv(1, 8192, 2, 64, torch.bfloat16, CUDA)
     check_attention(qkv, 2, causal=True, deterministic=deterministic)
+
+
+def gradient(*args, **options) -> Tensor:
+    """Of qkv, without the bias's."""
+    return launch_backward(*args, False, **options)[0]
 
 
 def problem(dropout_p: float, T: int = 1000) -> tuple[Tensor, ...]:
@@ -65,12 +81,12 @@ def problem(dropout_p: float, T: int = 1000) -> tuple[Tensor, ...]:
 def test_deterministic_to_the_bit_in_1000_runs(dropout_p: float) -> None:
     args = problem(dropout_p)
     grad_y, qkv, y, lse, seed, n_head, causal, _, scale = args
-    first = launch_backward(*args, True)
+    first = gradient(*args, True)
     differing = torch.zeros((), dtype=torch.int64, device=CUDA)
     for _ in range(1000):
         again, again_lse = launch_forward(qkv, n_head, causal, dropout_p, seed, scale)
         differing += (again != y).sum() + (again_lse != lse).sum()
-        differing += (launch_backward(*args, True) != first).sum()
+        differing += (gradient(*args, True) != first).sum()
     assert differing.item() == 0
 
 
@@ -79,12 +95,12 @@ def test_one_pass_backward_has_no_race(dropout_p: float) -> None:
     """dk and dv are sums in a fixed order; dq may differ by the order of fp32 additions only."""
     args = problem(dropout_p)
     C = args[1].shape[2] // 3
-    exact = launch_backward(*args, True)
-    first = launch_backward(*args, False)
+    exact = gradient(*args, True)
+    first = gradient(*args, False)
     differing = torch.zeros((), dtype=torch.int64, device=CUDA)
     worst = torch.zeros((), device=CUDA)
     for _ in range(1000):
-        again = launch_backward(*args, False)
+        again = gradient(*args, False)
         differing += (again[..., C:] != first[..., C:]).sum()
         worst = torch.maximum(worst, (again[..., :C].float() - exact[..., :C].float()).abs().max())
     assert differing.item() == 0
@@ -102,10 +118,10 @@ def test_more_than_2_31_elements(deterministic: bool) -> None:
     assert qkv[:-1].numel() > 2**31
     grad_y = torch.empty(batch, T, width // 3, device=CUDA, dtype=torch.bfloat16).normal_()
     y, lse = launch_forward(qkv, n_head, True, 0.0, None, 0.125)
-    dqkv = launch_backward(grad_y, qkv, y, lse, None, n_head, True, 0.0, 0.125, deterministic)
+    dqkv = gradient(grad_y, qkv, y, lse, None, n_head, True, 0.0, 0.125, deterministic)
     for i in (0, batch // 2, batch - 1):
         one_y, one_lse = launch_forward(qkv[i : i + 1], n_head, True, 0.0, None, 0.125)
-        one = launch_backward(
+        one = gradient(
             grad_y[i : i + 1], qkv[i : i + 1], one_y, one_lse, None, n_head, True, 0.0, 0.125, True
         )
         assert torch.equal(y[i], one_y[0])
@@ -128,7 +144,7 @@ def test_offsets_past_2_31_within_a_batch_entry(deterministic: bool) -> None:
     results = []
     for x in (qkv, qkv.contiguous()):
         y, lse = launch_forward(x, 1, True, 0.0, None, 0.125)
-        dqkv = launch_backward(grad_y, x, y, lse, None, 1, True, 0.0, 0.125, deterministic)
+        dqkv = gradient(grad_y, x, y, lse, None, 1, True, 0.0, 0.125, deterministic)
         results.append((y, dqkv))
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1], atol=2e-2, rtol=2e-2)
@@ -196,7 +212,7 @@ def test_memory(deterministic: bool) -> None:
     assert used == tokens * 2 + rows
     grad_y = torch.randn_like(y)
     used, _ = peak(
-        lambda: launch_backward(grad_y, qkv, y, lse, None, n_head, True, 0.0, 0.125, deterministic)
+        lambda: gradient(grad_y, qkv, y, lse, None, n_head, True, 0.0, 0.125, deterministic)
     )
     programs = 4 * torch.cuda.get_device_properties(CUDA).multi_processor_count
     ring = programs * 128 * head_dim * 4

@@ -164,7 +164,7 @@ class _Call:
     def once(self) -> list[Tensor]:
         """Results and gradients."""
         with torch.set_grad_enabled(self.case.gradients):
-            out = self.function(*self.leaves, **self.case.arguments)
+            out = self.case.call(self.function, self.leaves)
             outs = list(out) if isinstance(out, tuple) else [out]
             if not self.case.gradients:
                 return outs

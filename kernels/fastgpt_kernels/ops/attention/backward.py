@@ -29,6 +29,9 @@ their ids, so it is always among those that run. Order in memory: addends, then 
 atomic add with release and acquire by one thread, then a barrier (`_fence`). Nothing outlives the
 call, so a CUDA graph may replay it.
 
+The gradient of the projection's bias is dqkv summed over all rows. Every program adds what it has
+of that in registers, C / H addends an output; deterministically a pass over dqkv does it.
+
 Registers (16-bit, D = 64, sm_90, 64 rows x 128 keys, 8 warps): dk and dv take 32 a thread each, the
 scores and dP 32 each, dq's addend 16, lse and delta 16 each (a thread holds every fourth row), the
 16-bit operands made of P and dS 16 each: 192, and 240 in all with addresses. 4 warps would need
@@ -77,6 +80,7 @@ def attention_prepare_kernel(
     lse_delta,  # (B * H, T up to a multiple of EVEN_T, 2) fp32, out: past T inf and 0
     dq_sum,  # (ring, T, HEAD) fp32, out: zeros; or None
     arrived,  # (B * H,) int32, out: zeros; or None
+    row_sums,  # (3 * C,) fp32, out: zeros; or None
     stride_gb, stride_gt, T, n_head, ring,
     HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
@@ -94,6 +98,11 @@ def attention_prepare_kernel(
     grad = load_tile(
         grad_base + local * stride_gt + columns[None, :], rows, columns, T, True, CHECK_HEAD
     )
+    if row_sums is not None:  # noqa: SIM102 (`and` compiles its right side too)
+        if batch_head < n_head and tl.program_id(1) == 0:
+            for part in tl.static_range(3):
+                pointers = row_sums + part * C + batch_head * HEAD + columns
+                tl.store(pointers, tl.zeros([HEAD_PAD], tl.float32), mask=columns < HEAD)
     dot = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     head_row = batch_head.to(tl.int64) * T
     row_lse = tl.load(lse + head_row + rows, mask=rows < T, other=float("inf"))
@@ -159,7 +168,7 @@ def _fence(TMA_REDUCE: tl.constexpr, TARGET: tl.constexpr):
 
 @triton.jit
 def _finish_dq(
-    dq_sum, q_base, arrived, batch_head, slot, tile_count, scale, T, row_stride,
+    dq_sum, q_base, arrived, row_sums, batch_head, slot, tile_count, scale, T, row_stride,
     HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, CHECK_T: tl.constexpr, TMA_REDUCE: tl.constexpr,
     TARGET: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -173,17 +182,28 @@ def _finish_dq(
         out_offsets = local[:, None] * row_stride + columns[None, :]
         sum_base = dq_sum + slot.to(tl.int64) * T * HEAD
         zero = tl.zeros([ROWS, HEAD_PAD], tl.float32)
+        total = zero
         for row in range(0, T, ROWS):
             rows = row + local
             dq = load_tile(sum_base + sum_offsets, rows, columns, T, CHECK_T, CHECK_HEAD)
             tl.debug_barrier()  # the zeros' layout may be another
             store_tile(sum_base + sum_offsets, zero, rows, columns, T, CHECK_T, CHECK_HEAD)
             dq *= scale
+            if row_sums is not None:
+                total += dq
             store_tile(q_base + out_offsets, dq, rows, columns, T, CHECK_T, CHECK_HEAD, True)
             sum_base += ROWS * HEAD
             q_base += ROWS * row_stride
         _fence(TMA_REDUCE, TARGET)
         tl.atomic_add(arrived + batch_head, 1, sem="release")
+        if row_sums is not None:
+            _add_row_sums(row_sums, total, columns, HEAD)
+
+
+@triton.jit
+def _add_row_sums(out, x, columns, HEAD: tl.constexpr):
+    """Adds the sum of x [N, HEAD_PAD] over its rows to out [HEAD], as others do."""
+    tl.atomic_add(out + columns, tl.sum(x, 0), mask=columns < HEAD, sem="relaxed")
 
 
 @triton.jit
@@ -254,6 +274,7 @@ def attention_key_value_kernel(
     dq_sum,  # the same memory, a pointer; or None
     arrived,  # (B * H,) int32, zeros: how many of a head's programs are done; or None
     dqkv,  # (B, T, 3 * C) contiguous, out: its k and v columns, and those of q unless dq is None
+    row_sums,  # (3 * C,) fp32, added to: dqkv summed over all rows; or None
     seed_pointer,  # one int64; read only with DROPOUT
     stride_b, stride_t, stride_gb, stride_gt, T, n_head, head_count, group, ring,
     scale, scale_log2, keep_scale, threshold,
@@ -310,9 +331,13 @@ def attention_key_value_kernel(
     dk_pointers = out_base + C + start * (3 * C) + local * (3 * C) + columns[None, :]
     store_tile(dk_pointers, dk * scale, keys, columns, T, not EVEN, CHECK_HEAD, True)
     store_tile(dk_pointers + C, dv * keep_scale, keys, columns, T, not EVEN, CHECK_HEAD, True)
+    if row_sums is not None:
+        row_sums += batch_head % n_head * HEAD
+        _add_row_sums(row_sums + C, dk * scale, columns, HEAD)
+        _add_row_sums(row_sums + 2 * C, dv * keep_scale, columns, HEAD)
     if dq_tiles is not None:
         _finish_dq(
-            dq_sum, out_base, arrived, batch_head, slot, tile_count, scale, T, 3 * C,
+            dq_sum, out_base, arrived, row_sums, batch_head, slot, tile_count, scale, T, 3 * C,
             HEAD, HEAD_PAD, not EVEN, TMA_REDUCE, TARGET, BLOCK_N,
         )  # fmt: skip
 
@@ -416,9 +441,11 @@ def ring_size(head_count: int, group: int, tile_count: int, sm_count: int) -> in
 def launch_backward(
     grad_y: torch.Tensor, qkv: torch.Tensor, y: torch.Tensor, lse: torch.Tensor,
     seed: torch.Tensor | None, n_head: int, causal: bool, dropout_p: float, scale: float,
-    deterministic: bool, config: Config | None = None, query_config: Config | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """grad_y (B, T, C) and what the forward pass saved -> dqkv (B, T, 3*C), contiguous.
+    deterministic: bool, biased: bool,
+    config: Config | None = None, query_config: Config | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """grad_y (B, T, C) and what the forward pass saved -> dqkv (B, T, 3*C), contiguous, and, if a
+    bias is in qkv, its gradient (3*C,), fp32.
 
     `config` is for the key_value kernel, `query_config` for the query kernel (deterministic only).
     """
@@ -427,7 +454,7 @@ def launch_backward(
     head_dim, head_count = width // (3 * n_head), batch * n_head
     dqkv = torch.empty((batch, T, width), dtype=qkv.dtype, device=qkv.device)
     if dqkv.numel() == 0:
-        return dqkv
+        return dqkv, row_sums(dqkv) if biased else None
     threshold, keep_scale = dropout_threshold(dropout_p)
     dropout = threshold > 0
     kernel = "KEY_VALUE" if deterministic else "BACKWARD"
@@ -442,10 +469,11 @@ def launch_backward(
     head_pad = triton.next_power_of_2(head_dim)
     fp32 = partial(torch.empty, dtype=torch.float32, device=qkv.device)
     lse_delta = fp32((head_count, triton.cdiv(T, EVEN_T) * EVEN_T, 2))
-    dq_sum = dq_tiles = arrived = None
+    dq_sum = dq_tiles = arrived = sums = None
     if not deterministic:
         dq_sum = dq_tiles = fp32((ring, T, head_dim))
         arrived = torch.empty(head_count, dtype=torch.int32, device=qkv.device)
+        sums = fp32(width) if biased else None
         if config.blocks["TMA_REDUCE"]:
             box = [1, config.blocks["BLOCK_M"], head_pad]
             dq_tiles = TensorDescriptor.from_tensor(dq_sum, box)
@@ -460,11 +488,11 @@ def launch_backward(
     flags = dict(head, CAUSAL=causal, DROPOUT=dropout, EVEN=T % EVEN_T == 0, PRECISION="ieee")
     with on_device(qkv):
         attention_prepare_kernel[row_grid](
-            y, grad_y, lse, lse_delta, dq_sum, arrived, *strides[2:], T, n_head, ring,
+            y, grad_y, lse, lse_delta, dq_sum, arrived, sums, *strides[2:], T, n_head, ring,
             **head, **rows.kwargs(),
         )  # fmt: skip
         attention_key_value_kernel[(tile_count * head_count,)](
-            qkv, grad_y, lse_delta, dq_tiles, dq_sum, arrived, dqkv, seed_or_any,
+            qkv, grad_y, lse_delta, dq_tiles, dq_sum, arrived, dqkv, sums, seed_or_any,
             *strides, *sizes, ring, *scales, **flags, TARGET=target, **config.kwargs(),
         )  # fmt: skip
         if deterministic:
@@ -474,4 +502,10 @@ def launch_backward(
                 qkv, grad_y, lse_delta, dqkv, seed_or_any,
                 *strides, *sizes, *scales, **flags, **config.kwargs(),
             )  # fmt: skip
-    return dqkv
+            sums = row_sums(dqkv) if biased else None  # in a fixed order, in a pass of its own
+    return dqkv, sums
+
+
+def row_sums(dqkv: torch.Tensor) -> torch.Tensor:
+    """(B, T, 3*C) -> (3*C,), fp32."""
+    return dqkv.sum((0, 1), dtype=torch.float32)

@@ -44,14 +44,20 @@ _DTYPES = (*FLOAT_DTYPES, torch.float64)
 
 
 def _save(inputs, results):
-    qkv, n_head, causal, dropout_p, seed, scale, deterministic = inputs
-    return (qkv, *results, seed), (n_head, causal, dropout_p, scale, deterministic)
+    qkv, bias, n_head, causal, dropout_p, seed, scale, deterministic = inputs
+    values = n_head, causal, dropout_p, scale, deterministic, bias is not None
+    return (qkv, *results, seed), values
 
 
-def _shapes(qkv, n_head, *_):
+def _shapes(qkv, bias, n_head, *_):
     batch, T, width = qkv.shape
     lse = qkv.new_empty((batch * n_head, T), dtype=torch.float32)
     return qkv.new_empty((batch, T, width // 3)), lse
+
+
+def _gradient_shapes(grad_y, qkv, *values):
+    sums = qkv.new_empty(qkv.shape[2], dtype=torch.float32) if values[-1] else None
+    return qkv.new_empty(qkv.shape), sums
 
 
 def _flops(qkv_shape, products: int) -> int:
@@ -67,11 +73,11 @@ def declare(name: str, forward: Callable[..., Any], backward: Callable[..., Any]
         saves=_save,
         backward=Op(
             f"{name}_backward", backward,
-            lambda grad_y, qkv, *_: qkv.new_empty(qkv.shape),
+            _gradient_shapes,
             # Five products, as torch counts; the deterministic kernels do seven.
             flops=lambda grad_shape, qkv_shape, *_, **__: _flops(qkv_shape, 5),
         ),
-        gradients=(0,),
+        gradients=(0, 1),
         flops=lambda qkv_shape, *_, **__: _flops(qkv_shape, 2),
     )  # fmt: skip
 
@@ -83,10 +89,10 @@ if HAS_TRITON:
     from fastgpt_kernels.ops.attention.forward import launch_forward
 
     def _forward(
-        qkv: Tensor, n_head: int, causal: bool, dropout_p: float, seed: Tensor | None,
-        scale: float, deterministic: bool,
+        qkv: Tensor, bias: Tensor | None, n_head: int, causal: bool, dropout_p: float,
+        seed: Tensor | None, scale: float, deterministic: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """(y, lse); `deterministic` is for the backward pass, the forward one always is."""
+        """(y, lse); bias and `deterministic` are for the backward pass."""
         refuse_interpreted_bf16("attention", qkv)
         return launch_forward(qkv, n_head, causal, dropout_p, seed, scale)
 
@@ -97,6 +103,7 @@ def attention(
     qkv: Tensor,
     n_head: int,
     *,
+    bias: Tensor | None = None,
     causal: bool = True,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
@@ -108,6 +115,9 @@ def attention(
     qkv            (B, T, 3*C), bf16, fp16 or fp32, straight from the projection; read in place when
                    its last dimension is contiguous, whatever the other strides
     n_head         H; the head dim C / H is 32, 64, 80, 96 or 128
+    bias           (3*C,), fp32 or dtype of qkv: the projection's bias, which is in qkv already. It
+                   changes no result; its gradient, fp32 sums of qkv's over all rows, comes with
+                   that of qkv, without a pass of its own (the projection gets it detached)
     causal         position t sees positions <= t, else all
     dropout_p      probability in [0, 1) with which softmax's entries are dropped, to 2**-16
     seed           of the dropout mask: an int, or one int64 on qkv's device that the kernels
@@ -120,36 +130,40 @@ def attention(
                    products; None: torch.are_deterministic_algorithms_enabled(). The forward pass is
                    always deterministic
 
-    Returns y (B, T, C), contiguous, dtype of qkv. Differentiable once, in qkv. Saves qkv, y and
-    one fp32 per row and head; nothing of size T x T. On a CPU tensor `reference.attention` runs.
+    Returns y (B, T, C), contiguous, dtype of qkv. Differentiable once, in qkv and bias. Saves qkv,
+    y and one fp32 per row and head; nothing of size T x T. On a CPU tensor `reference.attention`
+    runs.
 
     Raises TypeError/ValueError naming the argument, what it got and what it wants.
     """
-    return run(_op, qkv, n_head, causal, dropout_p, seed, scale, deterministic)
+    return run(_op, qkv, bias, n_head, causal, dropout_p, seed, scale, deterministic)
 
 
-def run(op, qkv, n_head, causal, dropout_p, seed, scale, deterministic) -> Tensor:
+def run(op, qkv, bias, n_head, causal, dropout_p, seed, scale, deterministic) -> Tensor:
     """`attention` by an op of `declare`."""
-    _check(qkv, n_head, causal, dropout_p, seed, scale, deterministic)
+    _check(qkv, bias, n_head, causal, dropout_p, seed, scale, deterministic)
     if not use_kernel(qkv):
         return reference.attention(
-            qkv, n_head, causal=causal, dropout_p=dropout_p, seed=seed, scale=scale
+            qkv, n_head, bias=bias, causal=causal, dropout_p=dropout_p, seed=seed, scale=scale
         )
     if scale is None:
         scale = 1.0 / math.sqrt(qkv.shape[2] // (3 * n_head))
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     seed = reference.seed_tensor(seed, qkv.device) if dropout_p > 0 else None
-    return op(qkv, n_head, causal, dropout_p, seed, scale, deterministic)
+    return op(qkv, bias, n_head, causal, dropout_p, seed, scale, deterministic)
 
 
-def _check(qkv, n_head, causal, dropout_p, seed, scale, deterministic) -> None:
+def _check(qkv, bias, n_head, causal, dropout_p, seed, scale, deterministic) -> None:
     op = "attention"
     check_tensor(op, "qkv", qkv, ndim=3, dtypes=_DTYPES)
     if qkv.dtype == torch.float64 and use_kernel(qkv):
         check_tensor(op, "qkv", qkv, dtypes=FLOAT_DTYPES)
     check_int(op, "n_head", n_head, least=1)
     T, width = qkv.shape[1:]
+    if bias is not None:
+        dtypes = (torch.float32, qkv.dtype)
+        check_tensor(op, "bias", bias, shape=(width,), dtypes=dtypes, like=qkv)
     if T < 1:
         raise ValueError(f"{op}: qkv must have at least one position, got {tuple(qkv.shape)}")
     if width % (3 * n_head):

@@ -24,6 +24,7 @@ def eager(
     qkv: Tensor,
     n_head: int,
     *,
+    bias: Tensor | None = None,
     causal: bool = True,
     dropout_p: float = 0.0,
     seed: Tensor | int | None = None,
@@ -31,8 +32,11 @@ def eager(
 ) -> Tensor:
     """Multi-head attention of a packed projection: qkv (B, T, 3*C) -> (B, T, C).
 
-    Dropout draws from PyTorch's generator; `seed` is for kernels that draw their own.
+    Dropout draws from PyTorch's generator; `seed` is for kernels that draw their own. A bias
+    (3*C,) is in qkv already, and only gets a gradient.
     """
+    if bias is not None:
+        qkv = qkv + (bias - bias.detach()).to(qkv.dtype)
     B, T, C3 = qkv.shape
     q, k, v = qkv.view(B, T, 3, n_head, C3 // (3 * n_head)).permute(2, 0, 3, 1, 4).unbind(0)
     y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal, scale=scale)
@@ -66,16 +70,20 @@ def _case(s: Sizes, random: Random) -> Case:
 
 
 def _calls(s: Sizes, random: Random) -> list[Case]:
-    """Training and evaluation, which drops nothing; each implementation draws masks of its own."""
+    """Training and evaluation, which drops nothing; each implementation draws masks of its own.
+
+    Ours sums the gradient of the projection's bias too.
+    """
     case = _case(s, random)
-    if not s.dropout:
+    if not s.dropout and not s.bias:
         return [case]
-    dropout = {**case.arguments, "dropout_p": s.dropout, "seed": 1}
-    return [
-        replace(case, ours=False),
-        replace(case, ours=True, gradients=False),
-        replace(case, ours=True, arguments=dropout),
-    ]
+    train = replace(case, ours=True)
+    if s.dropout:
+        train = replace(train, arguments={**case.arguments, "dropout_p": s.dropout, "seed": 1})
+    if s.bias:
+        inputs = [*case.inputs, random(3 * s.n_embd)]
+        train = replace(train, inputs=inputs, masters=(1,), keywords=("bias",))
+    return [replace(case, ours=False), replace(case, ours=True, gradients=False), train]
 
 
 def _work(s: Sizes, itemsize: int) -> dict[str, Work]:

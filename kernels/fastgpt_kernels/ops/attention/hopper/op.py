@@ -74,28 +74,29 @@ _op: Op | None = None
 if HAS_TRITON:
 
     def _forward(
-        qkv: Tensor, n_head: int, causal: bool, dropout_p: float, seed: Tensor | None,
-        scale: float, deterministic: bool,
+        qkv: Tensor, bias: Tensor | None, n_head: int, causal: bool, dropout_p: float,
+        seed: Tensor | None, scale: float, deterministic: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(y, lse), the same numbers by either kernels."""
         if not _applies(qkv, n_head, causal, dropout_p):
-            return plain._forward(qkv, n_head, causal, dropout_p, seed, scale, deterministic)
+            return plain._forward(qkv, bias, n_head, causal, dropout_p, seed, scale, deterministic)
         from fastgpt_kernels.ops.attention.hopper.forward import launch_forward
 
         return launch_forward(qkv, n_head, causal, scale)
 
     def _backward(
         grad_y: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, seed: Tensor | None, n_head: int,
-        causal: bool, dropout_p: float, scale: float, deterministic: bool,
-    ) -> Tensor:  # fmt: skip
+        causal: bool, dropout_p: float, scale: float, deterministic: bool, biased: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """dq's addends arrive in any order: if that must not be, Triton's kernels do it."""
         if deterministic or not _applies(qkv, n_head, causal, dropout_p):
             return plain.launch_backward(
-                grad_y, qkv, y, lse, seed, n_head, causal, dropout_p, scale, deterministic
+                grad_y, qkv, y, lse, seed, n_head, causal, dropout_p, scale, deterministic, biased
             )
         from fastgpt_kernels.ops.attention.hopper.backward import launch_backward
 
-        return launch_backward(grad_y, qkv, y, lse, n_head, causal, scale)
+        dqkv = launch_backward(grad_y, qkv, y, lse, n_head, causal, scale)
+        return dqkv, plain.row_sums(dqkv) if biased else None
 
     _op = plain.declare("attention_hopper", _forward, _backward)
 
@@ -104,6 +105,7 @@ def hopper_attention(
     qkv: Tensor,
     n_head: int,
     *,
+    bias: Tensor | None = None,
     causal: bool = True,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
@@ -117,4 +119,4 @@ def hopper_attention(
     are the same to the bit every time (`deterministic`) and every other call are left to the
     kernels in plain Triton.
     """
-    return plain.run(_op, qkv, n_head, causal, dropout_p, seed, scale, deterministic)
+    return plain.run(_op, qkv, bias, n_head, causal, dropout_p, seed, scale, deterministic)
