@@ -128,6 +128,19 @@ def linear_cross_entropy(
     return cross_entropy(logits, targets, ignore_index, reduction, vocab_size)
 
 
+class SumsForBias(torch.autograd.Function):
+    """qkv as it is; the bias in it gets the gradient summed over all rows."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor) -> Tensor:
+        ctx.dtype = bias.dtype
+        return qkv.view_as(qkv)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return gradient, gradient.sum((0, 1)).to(ctx.dtype)
+
+
 def attention(
     qkv: Tensor,
     n_head: int,
@@ -147,7 +160,7 @@ def attention(
     signature's sake: PyTorch's own setting decides here.
     """
     if bias is not None:
-        qkv = qkv + (bias - bias.detach()).to(qkv.dtype)
+        qkv = SumsForBias.apply(qkv, bias)
     batch, T, width = qkv.shape
     head_dim = width // (3 * n_head)
     x = qkv.to(_compute_dtype(qkv)).view(batch, T, 3, n_head, head_dim)

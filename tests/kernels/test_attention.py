@@ -86,7 +86,7 @@ def test_the_bias_gets_the_sum_over_all_rows(
 
 def test_a_bias_of_the_wrong_shape() -> None:
     qkv = random_qkv(1, 4, 1, 32, torch.float32, DEVICE)
-    with pytest.raises(ValueError, match=r"attention: bias must have shape \(96\), got \(32\)"):
+    with pytest.raises(ValueError, match=r"attention: bias must have shape \(96\), got \(32,\)"):
         attention(qkv, 1, bias=torch.zeros(32, device=DEVICE))
 
 

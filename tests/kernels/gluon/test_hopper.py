@@ -82,10 +82,11 @@ def test_the_op_is_as_accurate_as_pytorch(
 def test_the_registered_op(as_on_hopper: None) -> None:
     qkv = random_qkv(1, 3, 1, 64, torch.float16, CPU).requires_grad_()
     checks = ("test_schema", "test_faketensor")
-    arguments = (qkv, 1, True, 0.0, None, 0.125, False)
+    bias = torch.zeros(192)
+    arguments = (qkv, bias, 1, True, 0.0, None, 0.125, False)
     torch.library.opcheck(registered("attention_hopper"), arguments, test_utils=checks)
     y, lse = registered("attention_hopper")(*arguments)
-    rest = (qkv.detach(), y.detach(), lse.detach(), None, 1, True, 0.0, 0.125, False)
+    rest = (qkv.detach(), y.detach(), lse.detach(), None, 1, True, 0.0, 0.125, False, True)
     gradient = registered("attention_hopper_backward")
     torch.library.opcheck(gradient, (torch.ones_like(y), *rest), test_utils=checks)
 

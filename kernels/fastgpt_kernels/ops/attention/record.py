@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastgpt_kernels.ops.attention.hopper.op import hopper_attention, refusal
 from fastgpt_kernels.ops.attention.op import HEAD_DIMS, attention
 from fastgpt_kernels.record import Case, Random, Record, Sizes, Work
+from fastgpt_kernels.reference import SumsForBias
 
 KERNELS = ("forward", "prepare", "key_value", "query")
 HOPPER_KERNELS = tuple(
@@ -36,7 +37,7 @@ def eager(
     (3*C,) is in qkv already, and only gets a gradient.
     """
     if bias is not None:
-        qkv = qkv + (bias - bias.detach()).to(qkv.dtype)
+        qkv = SumsForBias.apply(qkv, bias)
     B, T, C3 = qkv.shape
     q, k, v = qkv.view(B, T, 3, n_head, C3 // (3 * n_head)).permute(2, 0, 3, 1, 4).unbind(0)
     y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal, scale=scale)
@@ -70,20 +71,19 @@ def _case(s: Sizes, random: Random) -> Case:
 
 
 def _calls(s: Sizes, random: Random) -> list[Case]:
-    """Training and evaluation, which drops nothing; each implementation draws masks of its own.
-
-    Ours sums the gradient of the projection's bias too.
-    """
+    """Training and evaluation, which drops nothing; each implementation draws masks of its own."""
     case = _case(s, random)
-    if not s.dropout and not s.bias:
-        return [case]
-    train = replace(case, ours=True)
-    if s.dropout:
-        train = replace(train, arguments={**case.arguments, "dropout_p": s.dropout, "seed": 1})
     if s.bias:
         inputs = [*case.inputs, random(3 * s.n_embd)]
-        train = replace(train, inputs=inputs, masters=(1,), keywords=("bias",))
-    return [replace(case, ours=False), replace(case, ours=True, gradients=False), train]
+        case = replace(case, inputs=inputs, masters=(1,), keywords=("bias",))
+    if not s.dropout:
+        return [case]
+    dropout = {**case.arguments, "dropout_p": s.dropout, "seed": 1}
+    return [
+        replace(case, ours=False),
+        replace(case, ours=True, gradients=False),
+        replace(case, ours=True, arguments=dropout),
+    ]
 
 
 def _work(s: Sizes, itemsize: int) -> dict[str, Work]:
