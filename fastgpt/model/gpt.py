@@ -90,13 +90,14 @@ class Linear(nn.Linear):
             self.register_buffer(name, None, persistent=False)
 
     def read(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias as ops get them: a copy where there is one, else the master."""
-        weight, bias = self.weight, self.bias
-        if self.weight_copy is not None:
-            weight = _Rounded.apply(weight, self.weight_copy)
-        if self.bias_copy is not None:
-            bias = _Rounded.apply(bias, self.bias_copy)
-        return weight, bias
+        """The weight, and the bias or its copy."""
+        if self.bias_copy is None:
+            return self.weight, self.bias
+        return self.weight, _Rounded.apply(self.bias, self.bias_copy)
+
+    def rounded(self) -> dict[str, Tensor]:
+        """The weight's copy for the op, which returns the master's gradient."""
+        return {} if self.weight_copy is None else {"rounded": self.weight_copy}
 
 
 class LayerNorm(nn.Module):
@@ -122,12 +123,14 @@ class Attention(nn.Module):
         more = {}
         if bias is not None and self.ops.ours("attention"):  # which sums the bias's gradient
             bias, more = bias.detach(), {"bias": self.c_attn.bias}
-        qkv = self.ops.linear(x, weight, bias)
+        qkv = self.ops.linear(x, weight, bias, **self.c_attn.rounded())
         y = self.ops.attention(qkv, self.n_head, dropout_p=dropout_p, seed=seed, **more)
         weight, bias = self.c_proj.read()
+        rounded = self.c_proj.rounded()
         if self.ops.ours("add_layer_norm"):
-            return self.ops.linear(y, weight), bias
-        return F.dropout(self.ops.linear(y, weight, bias), self.dropout, self.training), None
+            return self.ops.linear(y, weight, **rounded), bias
+        y = self.ops.linear(y, weight, bias, **rounded)
+        return F.dropout(y, self.dropout, self.training), None
 
 
 class MLP(nn.Module):
@@ -141,9 +144,12 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """As `Attention.forward`."""
         weight, bias = self.c_proj.read()
+        fc = *self.c_fc.read(), weight
+        copies = self.c_fc.weight_copy, self.c_proj.weight_copy
+        rounded = {} if copies == (None, None) else {"rounded": copies}
         if self.ops.ours("add_layer_norm"):
-            return self.ops.mlp(x, *self.c_fc.read(), weight, None, self.approximate), bias
-        y = self.ops.mlp(x, *self.c_fc.read(), weight, bias, self.approximate)
+            return self.ops.mlp(x, *fc, None, self.approximate, **rounded), bias
+        y = self.ops.mlp(x, *fc, bias, self.approximate, **rounded)
         return F.dropout(y, self.dropout, self.training), None
 
 

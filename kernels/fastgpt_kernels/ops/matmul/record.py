@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +16,48 @@ from fastgpt_kernels.ops.matmul.mlp import mlp
 from fastgpt_kernels.record import Case, Random, Record, Sizes, Work
 
 
-def eager_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+class _Master(torch.autograd.Function):
+    """x R^T + bias, R being W rounded; the gradient of W is the product's fp32 sums, as they are.
+
+    (Autograd would round them to the dtype of R, and widen them again in a pass of its own.)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, rounded: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, rounded)
+        return F.linear(x, rounded, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, rounded = ctx.saved_tensors
+        for_x, for_weight, _, for_bias = ctx.needs_input_grad
+        rows = dy.reshape(-1, dy.shape[-1])
+        dx = dy @ rounded if for_x else None
+        dw = _fp32_product(rows.t(), x.reshape(-1, x.shape[-1])) if for_weight else None
+        return dx, dw, None, rows.sum(0) if for_bias else None
+
+
+def _fp32_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b of 16 bits, fp32; rounded in between where no library has that."""
+    if a.device.type == "cuda" and torch.version.hip is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b).float()
+
+
+def eager_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, rounded: Tensor | None = None
+) -> Tensor:
     """x (..., K), weight (N, K), bias (N,) or None -> x W^T + bias (..., N), in x's dtype.
 
-    fp32 masters are rounded on the way in; their gradients come back fp32.
+    fp32 masters are rounded on the way in, unless somebody has: `rounded` is the weight in x's
+    dtype. Their gradients come back fp32.
     """
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    bias = None if bias is None else bias.to(x.dtype)
+    if weight.dtype == x.dtype or weight.dtype != torch.float32:
+        return F.linear(x, weight.to(x.dtype), bias)
+    return _Master.apply(x, weight, weight.to(x.dtype) if rounded is None else rounded, bias)
 
 
 def eager_mlp(
@@ -31,15 +68,18 @@ def eager_mlp(
     proj_bias: Tensor | None,
     approximate: str = "tanh",
     *,
+    rounded: tuple[Tensor | None, Tensor | None] = (None, None),
     linear: Callable[..., Tensor] = eager_linear,
     bias_gelu: Callable[..., Tensor] = eager_bias_gelu,
 ) -> Tensor:
     """gelu(x fc_weight^T + fc_bias) proj_weight^T + proj_bias, made of two other ops.
 
-    The first bias is left to the GELU op, which reads the activation anyway.
+    The first bias is left to the GELU op, which reads the activation anyway. `rounded` are the
+    weights in x's dtype, if somebody has rounded them.
     """
-    h = bias_gelu(linear(x, fc_weight), fc_bias, approximate)
-    return linear(h, proj_weight, proj_bias)
+    fc, proj = ({} if copy is None else {"rounded": copy} for copy in rounded)
+    h = bias_gelu(linear(x, fc_weight, **fc), fc_bias, approximate)
+    return linear(h, proj_weight, proj_bias, **proj)
 
 
 def _limits(s: Sizes, dtype: torch.dtype, arch: str) -> str:
