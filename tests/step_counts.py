@@ -15,12 +15,12 @@ from bench import fake_step, ledger, setup
 
 # (bias, dropout, kernels): launches a layer forward and backward, bytes a token of both.
 MOST = {
-    ("True", "0.0", "auto"): (8, 19, 716_381, 347_959),
-    ("False", "0.0", "auto"): (8, 17, 716_373, 337_322),
-    ("True", "0.1", "auto"): (8, 19, 732_941, 354_775),
-    ("False", "0.1", "auto"): (8, 16, 732_933, 344_138),
-    ("True", "0.0", "eager"): (13, 33, 919_586, 1_529_845),
-    ("False", "0.1", "eager"): (12, 22, 997_385, 1_520_542),
+    ("True", "0.0", "auto"): (8, 13, 716_382, 331_545),
+    ("False", "0.0", "auto"): (8, 13, 716_373, 330_410),
+    ("True", "0.1", "auto"): (8, 13, 732_942, 338_361),
+    ("False", "0.1", "auto"): (8, 12, 732_933, 337_226),
+    ("True", "0.0", "eager"): (13, 29, 919_586, 1_522_933),
+    ("False", "0.1", "eager"): (12, 18, 997_385, 1_513_630),
 }
 SMALL = {"n_layer": "2", "batch_size": "8", "gradient_accumulation_steps": "1"}
 
