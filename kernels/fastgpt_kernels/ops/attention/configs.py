@@ -36,7 +36,11 @@ BACKWARD: Table = {
 }
 BACKWARD_DROPOUT: Table = {
     "default": {64: _attention(32, 64, 8, 2, tma=0), 128: _attention(32, 64, 8, 2, tma=0)},
-    "sm_90": {64: _attention(32, 128, 8, 2, tma=1), 128: _attention(32, 64, 8, 2, tma=1)},
+    "sm_90": {
+        32: _attention(64, 64, 4, 2, tma=1),
+        64: _attention(32, 128, 8, 2, tma=1),
+        128: _attention(32, 64, 8, 2, tma=1),
+    },
     "sm_100": {64: _attention(64, 64, 8, 2, tma=1), 128: _attention(32, 128, 8, 2, tma=1)},
     "sm_120": {64: _attention(32, 64, 8, 2, tma=1), 128: _attention(32, 64, 8, 2, tma=1)},
     "gfx942": {64: _attention(32, 64, 4, tma=0), 128: _attention(32, 32, 4, tma=0)},
@@ -44,7 +48,11 @@ BACKWARD_DROPOUT: Table = {
 # The deterministic pair: dk and dv, then dq.
 KEY_VALUE: Table = {
     "default": {64: _attention(32, 128, 8, 2, tma=0), 128: _attention(32, 64, 8, 2, tma=0)},
-    "sm_90": {64: _attention(64, 128, 8, 2, tma=0), 128: _attention(32, 128, 8, 2, tma=0)},
+    "sm_90": {
+        32: _attention(64, 64, 4, 2, tma=0),
+        64: _attention(64, 128, 8, 2, tma=0),
+        128: _attention(32, 128, 8, 2, tma=0),
+    },
     "sm_100": {64: _attention(64, 128, 8, 2, tma=0), 128: _attention(32, 128, 8, 2, tma=0)},
     "gfx942": {64: _attention(64, 64, 4, tma=0), 128: _attention(32, 64, 4, tma=0)},
 }

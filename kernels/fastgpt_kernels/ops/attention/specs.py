@@ -41,6 +41,8 @@ def _hopper_uses(m: Model) -> Iterator[Use]:
         for dtype, causal in (
             (torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True)
         ):  # fmt: skip
+            if not causal and n_head < m.n_head:
+                continue  # left to plain Triton
 
             def call(
                 n_head: int = n_head, dtype: torch.dtype = dtype, causal: bool = causal

@@ -458,7 +458,7 @@ def _launch_options(x: Tensor, early: bool) -> dict[str, Any]:
     if not arch.startswith("sm_"):
         return {"EARLY": False, **options(WARPS)}
     early = early and int(arch[3:]) >= 90
-    registers = 128 if x.shape[0] == 1 and x.shape[1] <= 1024 else 168
+    registers = 128 if x.shape[0] == 1 and x.shape[1] < 1024 else 168
     return {"EARLY": early, "launch_pdl": early, "maxnreg": registers, **options(WARPS)}
 
 

@@ -66,7 +66,7 @@ def _applies(qkv: Tensor, n_head: int, causal: bool, dropout_p: float) -> bool:
     if refusal(sizes, qkv.dtype, arch_of(qkv)):
         return False
     # With Triton 3.9 the forward kernel of full attention spills at head dim 128.
-    return causal or sizes.head_dim == 64 or _version() < (3, 9)
+    return causal or sizes.head_dim == 64
 
 
 _op: Op | None = None
@@ -116,7 +116,7 @@ def hopper_attention(
     """`attention`, by the kernels for Hopper where they apply: arguments, results, errors as there.
 
     They apply to bf16 and fp16 with head dim 64 or 128 and without dropout, on sm_90, with a Triton
-    that they are known to compile with (3.9: not full attention of head dim 128). Gradients that
+    that they are known to compile with, but not to full attention of head dim 128. Gradients that
     are the same to the bit every time (`deterministic`) and every other call are left to the
     kernels in plain Triton.
     """
