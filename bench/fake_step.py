@@ -163,13 +163,12 @@ def _own(launch: Launch, name: str, *args: Any, arch: str, sizes: Any) -> Iterat
 
 def _flops(name: str, launch: Launch, sizes: Any) -> int:
     """Of the products that have to be computed: attention's formula counts masked scores too."""
-    from fastgpt_kernels.record import record as record_of
+    from fastgpt_kernels.record import record_of
 
-    op = name.removesuffix("_backward")
-    if op != "attention":
+    op = record_of(name)
+    if op.name != "attention":
         return launch.flops
-    work = record_of(op).work(sizes, 2)
-    return int(work["backward" if name != op else "forward"].flops)
+    return int(op.work(sizes, 2)["backward" if name.endswith("_backward") else "forward"].flops)
 
 
 @functools.cache

@@ -208,6 +208,11 @@ def record(name: str) -> Record:
     return importlib.import_module(f"{OPS[name].room}.record").RECORDS[name]
 
 
+def record_of(registered: str) -> Record:
+    """Of the op that a registered op is a part of: attention's of `attention_hopper_backward`."""
+    return record(max((name for name in OPS if registered.startswith(name)), key=len))
+
+
 def records(chosen_by: str | None = None) -> list[Record]:
     """All records, or those of the ops that one part of the program chooses."""
     return [record(n) for n, e in OPS.items() if chosen_by is None or e.chosen_by == chosen_by]
