@@ -72,7 +72,7 @@ OURS = {
 # Matrix products, and the place of their operands a, b among the inputs; `out=` may follow.
 GEMM_OPS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1}
 _GEMM = _rule(
-    r"^aten::(mm|addmm|matmul|linear|addmv|mv)$|(Mm|Addmm|Linear)Backward\d*$"
+    r"^aten::(mm|addmm|matmul|linear|addmv|mv)$|^_MasterLinear$|(Mm|Addmm|Linear)Backward\d*$"
     r"|gemm|gemv|nvjet|xmma|cutlass|cublas|splitK|triton_tem_fused.*mm|^mkldnn_linear|Cijk_"
 )
 _ATTENTION = _rule(

@@ -16,7 +16,7 @@ from fastgpt_kernels.ops.matmul.mlp import mlp
 from fastgpt_kernels.record import Case, Random, Record, Sizes, Work
 
 
-class _Master(torch.autograd.Function):
+class _MasterLinear(torch.autograd.Function):
     """x R^T + bias, R being W rounded; the gradient of W is the product's fp32 sums, as they are.
 
     (Autograd would round them to the dtype of R, and widen them again in a pass of its own.)
@@ -57,7 +57,7 @@ def eager_linear(
     bias = None if bias is None else bias.to(x.dtype)
     if weight.dtype == x.dtype or weight.dtype != torch.float32:
         return F.linear(x, weight.to(x.dtype), bias)
-    return _Master.apply(x, weight, weight.to(x.dtype) if rounded is None else rounded, bias)
+    return _MasterLinear.apply(x, weight, weight.to(x.dtype) if rounded is None else rounded, bias)
 
 
 def eager_mlp(
