@@ -44,7 +44,8 @@ class Model(Sizes):
 
 
 # The presets of fastgpt, 124M with 65,536 tokens too: each as it trains, without biases; with them,
-# as GPT-2's own weights have them; and with dropout. Its tests compare them with what it launches.
+# as GPT-2's own weights have them; with dropout; and with both. Its tests compare them with what it
+# launches.
 _SIZES = {
     "gpt2": Sizes(64, 1024, 12, 768),
     "gpt2_batch32": Sizes(32, 1024, 12, 768),
@@ -68,6 +69,7 @@ def models(arch: str, names: Iterable[str] = ()) -> list[Model]:
             ("", False, 0.0),
             (" bias", True, 0.0),
             (" dropout", False, 0.2),
+            (" bias dropout", True, 0.2),
         ):
             sizes = replace(_SIZES[name], bias=bias, dropout=dropout)
             found.append(Model(**vars(sizes), name=name + suffix, dtype=dtype))

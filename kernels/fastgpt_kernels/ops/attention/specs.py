@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,16 +18,13 @@ from fastgpt_kernels.specs import Model, Tunable, Use, recorded
 
 
 def uses(m: Model) -> Iterator[Use]:
-    """Also gradients that are the same every time, a prompt of odd length, dropout with biases."""
+    """Also gradients that are the same every time, and a prompt of odd length."""
     options = {"dropout_p": m.dropout, "seed": torch.empty(1, dtype=torch.int64, device="meta")}
 
     def call(T: int, **options: Any) -> Tensor:
         return attention(m.activation(m.batch_size, T, 3 * m.n_embd), m.n_head, **options)
 
     yield from recorded(RECORDS["attention"], m)
-    if m.dropout:
-        both = recorded(RECORDS["attention"], replace(m, bias=True))
-        yield from (replace(use, often=0) for use in both)
     yield Use("attention", partial(call, m.block_size, deterministic=True, **options))
     yield Use("attention", partial(call, m.block_size - 1), trains=False)
     if m.name == "gpt2" and not refusal(m, m.dtype, arch_of(torch.empty(0, device="meta"))):

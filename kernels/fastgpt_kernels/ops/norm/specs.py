@@ -18,7 +18,7 @@ def _first(call: Callable[[], Any]) -> Any:
 
 
 def uses(m: Model) -> Iterator[Use]:
-    """Also a prompt of odd length, and biases with dropout, which no other op tells apart."""
+    """Also a prompt of odd length, and the last norm's stream, which nobody reads."""
 
     def call(norm: Callable[..., Any], streams: int) -> Any:
         inputs = [m.activation(5, m.n_embd) for _ in range(streams)]
@@ -27,12 +27,9 @@ def uses(m: Model) -> Iterator[Use]:
     for streams, (name, op) in enumerate(RECORDS.items(), 1):
         yield from recorded(op, m)
         yield Use(name, partial(call, op.ours, streams), trains=False)
-    if m.dropout:
-        for sizes in (m, replace(m, bias=True)):
-            for use in recorded(op, sizes):  # the step's time has them once
-                yield replace(use, often=0)
-                # After the last block nobody reads the stream: no gradient comes by it.
-                yield replace(use, often=0, call=partial(_first, use.call))
+    if m.dropout:  # without it, that backward pass is layer_norm's
+        for use in recorded(RECORDS["add_layer_norm"], m):
+            yield replace(use, often=0, call=partial(_first, use.call))
 
 
 def tunables(arch: str) -> Iterator[Tunable]:
