@@ -53,7 +53,7 @@ def test_parameters_in_another_dtype(parameters: str, device: torch.device) -> N
         check_both((11, 96), [x, residual, weight, None])
 
 
-@pytest.mark.quick("*-(1,*", "*-(3,*", "*True-True")
+@pytest.mark.quick("*-(1,*", "*-(3,*", "*-both-0.3")
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("biases", ["both", "own", "none"])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5, 40), (19, 257)], ids=str)

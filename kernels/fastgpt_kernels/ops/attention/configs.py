@@ -14,7 +14,8 @@ def _attention(m: int, n: int, warps: int, stages: int = 1, tma: int | None = No
 # Attention. Key: the head dim. Not measured: by register count, the largest tiles with which no
 # variant (causal or full, ragged T, padded head dim) spills with Triton 3.6, 3.7 or 3.9. Dropout
 # and fp32 have tables of their own (`forward.pick`). "default" fits 99 KB of shared memory (sm_86,
-# sm_89, sm_120); Turing (sm_75) has none: see the record's limits.
+# sm_89, sm_120); Turing (sm_75) has none: see the record's limits. Head dim 32 has entries where
+# with Triton 3.6 the products of 64's tile would wait for one another.
 FORWARD: Table = {
     "default": {64: _attention(128, 64, 8, 3), 128: _attention(128, 32, 8, 3)},
     "sm_90": {64: _attention(128, 64, 4, 3), 128: _attention(128, 64, 8, 3)},

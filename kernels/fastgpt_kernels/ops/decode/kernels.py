@@ -452,7 +452,8 @@ def repeat_and_ahead(N: int, K: int, itemsize: int, config: Config, sms: int) ->
 def _launch_options(x: Tensor, early: bool) -> dict[str, Any]:
     """EARLY, and what only NVIDIA's compiler knows: registers, and beginning before the end.
 
-    128 registers let four programs on an SM, 168 three; with two rows or more columns, 128 spill.
+    128 registers let four programs on an SM, 168 three; with two rows, or 1,024 columns or more,
+    128 spill.
     """
     arch = arch_of(x)
     if not arch.startswith("sm_"):
