@@ -121,7 +121,8 @@ class Attention(nn.Module):
         dropout_p = self.dropout if self.training else 0.0
         weight, bias = self.c_attn.read()
         more = {}
-        if bias is not None and self.ops.ours("attention"):  # which sums the bias's gradient
+        # Ours sums the bias's gradient; of others Inductor fuses the sum into the linear layer's.
+        if bias is not None and self.ops.ours("attention"):
             bias, more = bias.detach(), {"bias": self.c_attn.bias}
         qkv = self.ops.linear(x, weight, bias, **self.c_attn.rounded())
         y = self.ops.attention(qkv, self.n_head, dropout_p=dropout_p, seed=seed, **more)
@@ -145,8 +146,9 @@ class MLP(nn.Module):
         """As `Attention.forward`."""
         weight, bias = self.c_proj.read()
         fc = *self.c_fc.read(), weight
-        copies = self.c_fc.weight_copy, self.c_proj.weight_copy
-        rounded = {} if copies == (None, None) else {"rounded": copies}
+        rounded = {}
+        if self.c_fc.weight_copy is not None:  # then there are both
+            rounded["rounded"] = self.c_fc.weight_copy, self.c_proj.weight_copy
         if self.ops.ours("add_layer_norm"):
             return self.ops.mlp(x, *fc, None, self.approximate, **rounded), bias
         y = self.ops.mlp(x, *fc, bias, self.approximate, **rounded)

@@ -454,7 +454,7 @@ def launch_backward(
     head_dim, head_count = width // (3 * n_head), batch * n_head
     dqkv = torch.empty((batch, T, width), dtype=qkv.dtype, device=qkv.device)
     if dqkv.numel() == 0:
-        return dqkv, row_sums(dqkv) if biased else None
+        return dqkv, sum_rows(dqkv) if biased else None
     threshold, keep_scale = dropout_threshold(dropout_p)
     dropout = threshold > 0
     kernel = "KEY_VALUE" if deterministic else "BACKWARD"
@@ -502,10 +502,10 @@ def launch_backward(
                 qkv, grad_y, lse_delta, dqkv, seed_or_any,
                 *strides, *sizes, *scales, **flags, **config.kwargs(),
             )  # fmt: skip
-            sums = row_sums(dqkv) if biased else None  # in a fixed order, in a pass of its own
+            sums = sum_rows(dqkv) if biased else None  # in a fixed order, in a pass of its own
     return dqkv, sums
 
 
-def row_sums(dqkv: torch.Tensor) -> torch.Tensor:
+def sum_rows(dqkv: torch.Tensor) -> torch.Tensor:
     """(B, T, 3*C) -> (3*C,), fp32."""
     return dqkv.sum((0, 1), dtype=torch.float32)

@@ -55,9 +55,11 @@ def eager_linear(
     dtype. Their gradients come back fp32.
     """
     bias = None if bias is None else bias.to(x.dtype)
-    if weight.dtype == x.dtype or weight.dtype != torch.float32:
+    if weight.dtype != torch.float32 or x.dtype.itemsize != 2:
         return F.linear(x, weight.to(x.dtype), bias)
-    return _MasterLinear.apply(x, weight, weight.to(x.dtype) if rounded is None else rounded, bias)
+    if rounded is None:
+        rounded = weight.to(x.dtype)
+    return _MasterLinear.apply(x, weight, rounded, bias)
 
 
 def eager_mlp(
@@ -68,7 +70,7 @@ def eager_mlp(
     proj_bias: Tensor | None,
     approximate: str = "tanh",
     *,
-    rounded: tuple[Tensor | None, Tensor | None] = (None, None),
+    rounded: tuple[Tensor, Tensor] | None = None,
     linear: Callable[..., Tensor] = eager_linear,
     bias_gelu: Callable[..., Tensor] = eager_bias_gelu,
 ) -> Tensor:
@@ -77,7 +79,7 @@ def eager_mlp(
     The first bias is left to the GELU op, which reads the activation anyway. `rounded` are the
     weights in x's dtype, if somebody has rounded them.
     """
-    fc, proj = ({} if copy is None else {"rounded": copy} for copy in rounded)
+    fc, proj = ({"rounded": copy} for copy in rounded) if rounded else ({}, {})
     h = bias_gelu(linear(x, fc_weight, **fc), fc_bias, approximate)
     return linear(h, proj_weight, proj_bias, **proj)
 

@@ -72,7 +72,7 @@ def _applies(qkv: Tensor, n_head: int, causal: bool, dropout_p: float) -> bool:
 _op: Op | None = None
 
 if HAS_TRITON:
-    from fastgpt_kernels.ops.attention.backward import row_sums
+    from fastgpt_kernels.ops.attention.backward import sum_rows
 
     def _forward(
         qkv: Tensor, bias: Tensor | None, n_head: int, causal: bool, dropout_p: float,
@@ -97,7 +97,7 @@ if HAS_TRITON:
         from fastgpt_kernels.ops.attention.hopper.backward import launch_backward
 
         dqkv = launch_backward(grad_y, qkv, y, lse, n_head, causal, scale)
-        return dqkv, row_sums(dqkv) if biased else None
+        return dqkv, sum_rows(dqkv) if biased else None
 
     _op = plain.declare("attention_hopper", _forward, _backward)
 
