@@ -117,6 +117,18 @@ def _answering(value: Any) -> Any:
     return lambda *args, **kwargs: value
 
 
+def _flash(
+    query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None,
+) -> Any:  # fmt: skip
+    """PyTorch's attention, which takes flash on a GPU; a build without CUDA knows but its math."""
+    import torch
+
+    assert attn_mask is None and query.dtype.itemsize == 2
+    op = torch.ops.aten._scaled_dot_product_flash_attention
+    return op(query, key, value, dropout_p, is_causal, scale=scale)[0]
+
+
 def pretend(gpu: FakeGpu) -> None:
     """From now on this process has `gpu`, on which nothing can run. Raises UserError.
 
@@ -160,6 +172,9 @@ def pretend(gpu: FakeGpu) -> None:
         "_cuda_isCurrentStreamCapturing": False, "_cuda_emptyCache": None,
     }.items():  # fmt: skip
         setattr(torch._C, name, _answering(value))
+    from torch.nn import functional
+
+    functional.scaled_dot_product_attention = _flash  # type: ignore[assignment]
     for name in ("has_triton", "has_triton_package"):
         setattr(_triton, name, _answering(True))
     target = GPUTarget("cuda", 10 * gpu.capability[0] + gpu.capability[1], 32)
@@ -278,7 +293,7 @@ def _launch(node: Any) -> Launch:
             a, b = (x.get_size() for x in kernel.inputs[-2:])
             shape = (int(a[-2]), int(b[-1]), int(a[-1]))
     return Launch(
-        what.removeprefix("torch.ops.").removesuffix(".default"),
+        what.removeprefix("torch.ops.").removeprefix("aten.").removesuffix(".default"),
         int(node.get_read_buffer_sizes()),
         int(node.get_write_buffer_sizes()),
         int(flops),

@@ -138,6 +138,8 @@ def parts(graph: Graph, arch: str, sizes: Any) -> Iterator[Launch]:
     for place, launch in enumerate(graph.launches):
         if place in graph.calls:
             yield from _own(launch, *graph.calls[place], arch=arch, sizes=sizes)
+        elif launch.what.startswith("_scaled_dot_product"):
+            yield replace(launch, flops=_flops("attention", launch, sizes))
         else:
             yield launch
 
@@ -168,7 +170,8 @@ def _flops(name: str, launch: Launch, sizes: Any) -> int:
     op = record_of(name)
     if op.name != "attention":
         return launch.flops
-    return int(op.work(sizes, 2)["backward" if name.endswith("_backward") else "forward"].flops)
+    backward = "backward" in name + launch.what
+    return int(op.work(sizes, 2)["backward" if backward else "forward"].flops)
 
 
 @functools.cache

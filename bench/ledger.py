@@ -6,9 +6,9 @@
 The step is `fastgpt train`'s own, compiled by Dynamo, AOTAutograd and Inductor for a GPU that need
 not be here (`bench/fake_step.py`): what it launches, and the bytes and FLOPs of each launch, are
 counted. How long each takes is not: products are taken at --matmul_share of the data sheet's
-TFLOP/s, all else at --copy_share of its bandwidth, our kernels at --kernel_share of the bound that
-their machine code allows (`fastgpt_kernels.tools.aot`), and no launch at less than 2 us. So the
-counts are facts, and milliseconds, tokens/s and MFU predictions.
+TFLOP/s, PyTorch's flash attention at its published rates, our kernels at --kernel_share of the bound
+that their machine code allows (`fastgpt_kernels.tools.aot`), all else at --copy_share of the data
+sheet's bandwidth, and no launch at less than 2 us. So the counts are facts, and milliseconds, tokens/s and MFU predictions.
 
 --gpu=NAME        of the table of data sheets: h100, h200, a100, 4090, b200, ...
 --all-gpus        a line for each of them instead of the table of launches
@@ -47,6 +47,9 @@ from fastgpt_kernels.record import record_of
 # Shares of the data sheet's figures. Products: cuBLAS at the 124M's shapes, of which K = 768 is the
 # shortest, gives about 680 of an H100's 989 TFLOP/s. Copies: 3.0 of 3.35 and 4.3 of 4.8 TB/s.
 MATMUL_SHARE, COPY_SHARE, KERNEL_SHARE = 0.687, 0.895, 0.9
+# PyTorch's flash attention at head dim 64 and 1,024 tokens, causal, forward and backward: 229 and 180
+# TFLOP/s published for an H100; FlashAttention 2's paper has 119 of 312 for both on an A100.
+FLASH_SHARES = {"sm_8": (0.38, 0.38), "": (0.23, 0.18)}
 LEAST_US = 2.0  # a kernel's start and end, even inside a graph
 BUDGET_TOKENS = 10e9  # for --all-gpus: hours to that many
 PHASES = ("forward", "backward", "rest")
@@ -72,6 +75,13 @@ class Rates:
         return self.sheet.tflops * 1e12 * self.matmul_share
 
     @property
+    def flash(self) -> tuple[float, float]:
+        """FLOP/s of PyTorch's attention, forward and backward."""
+        shares = FLASH_SHARES.get(self.sheet.arch[:4], FLASH_SHARES[""])
+        forward, backward = (self.sheet.tflops * 1e12 * share for share in shares)
+        return forward, backward
+
+    @property
     def copy(self) -> float:
         """Bytes/s, reads plus writes."""
         return self.sheet.tbs * 1e12 * self.copy_share
@@ -79,7 +89,10 @@ class Rates:
     def us(self, launch: Launch) -> float:
         """Microseconds of a launch, by the rule of the module's docstring."""
         moved = launch.reads + launch.writes
-        seconds = max(moved / self.copy, launch.flops / self.matmul)
+        rate = self.matmul
+        if launch.what.startswith("_scaled_dot_product"):
+            rate = self.flash["backward" in launch.what]
+        seconds = max(moved / self.copy, launch.flops / rate)
         if launch.roof:
             roof = max(moved / self.sheet.tbs, launch.flops / self.sheet.tflops) / 1e12
             seconds = roof / launch.roof / self.kernel_share
