@@ -2,16 +2,19 @@
 
     python -m bench ledger [PRESET] [--gpu=h100] [--key=value ...]
     python -m bench ledger [PRESET] --all-gpus
+    python -m bench ledger [PRESET] --compare [--peer-path=DIR]
 
 The step is `fastgpt train`'s own, compiled by Dynamo, AOTAutograd and Inductor for a GPU that need
 not be here (`bench/fake_step.py`): what it launches, and the bytes and FLOPs of each launch, are
 counted. How long each takes is not: products are taken at --matmul_share of the data sheet's
-TFLOP/s, PyTorch's flash attention at its published rates, our kernels at --kernel_share of the bound
-that their machine code allows (`fastgpt_kernels.tools.aot`), all else at --copy_share of the data
-sheet's bandwidth, and no launch at less than 2 us. So the counts are facts, and milliseconds, tokens/s and MFU predictions.
+TFLOP/s, PyTorch's flash attention at its published rates, our kernels at --kernel_share of the
+bound that their machine code allows (`fastgpt_kernels.tools.aot`), all else at --copy_share of the
+data sheet's bandwidth, and no launch at less than 2 us. So the counts are facts, and milliseconds,
+tokens/s and MFU predictions.
 
 --gpu=NAME        of the table of data sheets: h100, h200, a100, 4090, b200, ...
 --all-gpus        a line for each of them instead of the table of launches
+--compare         a line for our kernels, for PyTorch's under torch.compile, and for the peer
 --peer-path=DIR   the step of that nanoGPT checkout instead of ours; --kernels=eager is Inductor's
 --out=DIR         write the result and its picture there; default: nowhere
 """
@@ -47,8 +50,8 @@ from fastgpt_kernels.record import record_of
 # Shares of the data sheet's figures. Products: cuBLAS at the 124M's shapes, of which K = 768 is the
 # shortest, gives about 680 of an H100's 989 TFLOP/s. Copies: 3.0 of 3.35 and 4.3 of 4.8 TB/s.
 MATMUL_SHARE, COPY_SHARE, KERNEL_SHARE = 0.687, 0.895, 0.9
-# PyTorch's flash attention at head dim 64 and 1,024 tokens, causal, forward and backward: 229 and 180
-# TFLOP/s published for an H100; FlashAttention 2's paper has 119 of 312 for both on an A100.
+# PyTorch's flash attention at head dim 64 and 1,024 tokens, causal, forward and backward: published
+# are 229 and 180 TFLOP/s for an H100; FlashAttention 2's paper has 119 of 312 for both on an A100.
 FLASH_SHARES = {"sm_8": (0.38, 0.38), "": (0.23, 0.18)}
 LEAST_US = 2.0  # a kernel's start and end, even inside a graph
 BUDGET_TOKENS = 10e9  # for --all-gpus: hours to that many
@@ -56,8 +59,11 @@ PHASES = ("forward", "backward", "rest")
 COLUMNS = ("launch", "times (a)", "line", "part", "reads MB", "writes MB", "GFLOP", "us", "ms",
            "share")  # fmt: skip
 GPU_COLUMNS = ("GPU", "fits", "micro-batch", "ms", "tokens/s", "MFU %", "hours to 10 B tokens")
+STEP_COLUMNS = ("compiled step", "a layer", "launches a micro-step", "kB a token", "GiB", "ms",
+                "tokens/s", "MFU %")  # fmt: skip
 FREE = ("reshape", "permute", "view", "expand", "unsqueeze", "full", "clone")  # moves no data
-OWN = ("gpu", "all_gpus", "peer_path", "out", "matmul_share", "copy_share", "kernel_share")
+OWN = ("gpu", "all_gpus", "compare", "peer_path", "out", "matmul_share", "copy_share",
+       "kernel_share")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -249,7 +255,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(argv: Sequence[str]) -> int:
-    argv = ["--all-gpus=True" if a == "--all-gpus" else a for a in argv]
+    argv = [f"{a}=True" if a in ("--all-gpus", "--compare") else a for a in argv]
     positional, flags = settings.split_flags(argv)
     if len(positional) > 1:
         raise UserError(f"{' '.join(positional)}: one preset is wanted")
@@ -261,10 +267,13 @@ def run(argv: Sequence[str]) -> int:
     vocab_size = setup.vocabulary(config)
     print(f"{name}: {setup.describe(config, vocab_size)}", flush=True)
     request = fake_step.Request(name, flags, own["peer_path"], gpu_of(rates.sheet))
+    if own["compare"]:
+        print(table(STEP_COLUMNS, list(each_step(request, config, vocab_size, rates)), True))
+        return 0
     (step,) = fake_step.record(request)
     p = predict(step, config, sizes_of(config, vocab_size), rates)
     if own["all_gpus"]:
-        print(table(GPU_COLUMNS, list(each_gpu(step, config, vocab_size, shares))))
+        print(table(GPU_COLUMNS, list(each_gpu(step, config, vocab_size, shares)), True))
         return 0
     result = results.Result("ledger", list(argv), settings.to_dict(config))
     found = as_ladder(p, config, vocab_size, rates)
@@ -390,6 +399,30 @@ def describe(x: Launch) -> str:
         ops = [op for op in dict.fromkeys(ops) if not op.startswith(FREE)]
         return "Inductor: " + " ".join(ops[:4]) + (" ..." if len(ops) > 4 else "")
     return name
+
+
+def each_step(
+    request: fake_step.Request, config: Config, vocab_size: int, rates: Rates
+) -> Iterator[tuple[str, ...]]:
+    """Cells of `STEP_COLUMNS`: the step on our kernels, on PyTorch's alone, and a peer's."""
+    eager = dataclasses.replace(request, flags={**request.flags, "kernels": "eager"})
+    requests = {"fastgpt": dataclasses.replace(request, peer_path=""),
+                "fastgpt --kernels=eager": dataclasses.replace(eager, peer_path="")}  # fmt: skip
+    if request.peer_path:
+        requests[Path(request.peer_path).resolve().name] = eager
+    steps = fake_step.record(*requests.values())
+    for (name, asked), step in zip(requests.items(), steps, strict=True):
+        kernels = asked.flags.get("kernels", config.system.kernels)
+        own = settings.replace(config, kernels=kernels)
+        p = predict(step, own, sizes_of(own, vocab_size), rates)
+        gib = memory_of(own, vocab_size, rates.sheet) / 2**30
+        yield (
+            name, f"{p.a_layer('forward'):.0f} + {p.a_layer('backward'):.0f}",
+            f"{(p.launches('forward') + p.launches('backward')) // p.micro_batches}",
+            f"{(p.bytes_a_token('forward') + p.bytes_a_token('backward')) / 1e3:,.0f}",
+            "" if asked.peer_path else f"{gib:.1f}", f"{p.ms:.0f}", f"{p.tokens / p.ms * 1e3:,.0f}",
+            f"{mfu_of(own, vocab_size, p.ms, rates.sheet)['mfu']:.1f}",
+        )  # fmt: skip
 
 
 def each_gpu(

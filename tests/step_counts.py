@@ -22,33 +22,39 @@ MOST = {
     ("True", "0.0", "eager"): (13, 29, 919_586, 1_522_933),
     ("False", "0.1", "eager"): (12, 18, 997_385, 1_513_630),
 }
-SMALL = {"n_layer": "2", "batch_size": "8", "gradient_accumulation_steps": "1"}
+SMALL = {
+    "n_layer": "2", "batch_size": "8", "gradient_accumulation_steps": "1", "dtype": "bfloat16"
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def counts() -> dict[tuple[str, str, str], tuple[float, ...]]:
-    """The counts of `MOST`, from one recording of each."""
-    keys = [*MOST]
-    requests = [
-        fake_step.Request(
-            "gpt2",
-            {**SMALL, "dtype": "bfloat16", "bias": bias, "dropout": dropout, "kernels": kernels},
-        )
-        for bias, dropout, kernels in keys
-    ]
-    found = {}
-    for key, request, step in zip(keys, requests, fake_step.record(*requests), strict=True):
-        config = setup.preset_of("gpt2", {**request.flags, "device": "cpu"})
-        sizes = ledger.sizes_of(config, setup.GPT2_VOCAB)
-        p = ledger.predict(step, config, sizes, ledger.Rates(ledger.find("h100")))
-        found[key] = tuple(
-            f(phase) for f in (p.a_layer, p.bytes_a_token) for phase in ("forward", "backward")
-        )
-    return found
+def steps() -> dict[tuple[str, ...], fake_step.Step]:
+    """The steps of `MOST`, and a deterministic one, from one recording of each."""
+    flags = {k: dict(zip(("bias", "dropout", "kernels"), k, strict=True)) for k in MOST}
+    asked = {**flags, ("deterministic",): {"deterministic": "True"}}
+    requests = [fake_step.Request("gpt2", {**SMALL, **f}) for f in asked.values()]
+    return dict(zip(asked, fake_step.record(*requests), strict=True))
+
+
+def counts(step: fake_step.Step, kernels: str) -> tuple[float, ...]:
+    config = setup.preset_of("gpt2", {**SMALL, "kernels": kernels, "device": "cpu"})
+    sizes = ledger.sizes_of(config, setup.GPT2_VOCAB)
+    p = ledger.predict(step, config, sizes, ledger.Rates(ledger.find("h100")))
+    return tuple(f(phase) for f in (p.a_layer, p.bytes_a_token) for phase in ledger.PHASES[:2])
 
 
 @pytest.mark.parametrize("key", MOST, ids="-".join)
-def test_nothing_was_added(key: tuple[str, str, str], counts) -> None:
-    most, found = MOST[key], counts[key]
+def test_nothing_was_added(key: tuple[str, str, str], steps) -> None:
+    most, found = MOST[key], counts(steps[key], key[2])
     assert all(x <= m for x, m in zip(found[:2], most[:2], strict=True)), (found, most)
     assert all(x <= 1.005 * m for x, m in zip(found[2:], most[2:], strict=True)), (found, most)
+
+
+def test_a_deterministic_step_sums_in_one_order(steps) -> None:
+    """dq has a kernel of its own instead of atomic sums, and tokens are sorted by PyTorch."""
+    one_pass, deterministic = (
+        {launch.what for launch in steps[key].backward}
+        for key in (("False", "0.0", "auto"), ("deterministic",))
+    )
+    assert "attention_query" in deterministic - one_pass
+    assert any("index_put" in name for name in deterministic - one_pass)

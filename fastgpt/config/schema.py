@@ -177,6 +177,9 @@ class SystemConfig:
     tf32: bool = False
     """With --dtype=float32: let tensor cores round what they multiply to TF32. Without, float32 is
     the oracle that other precisions are held against."""
+    deterministic: bool = False
+    """Gradients on a GPU the same to the bit every time, as they always are on a CPU, so that a run
+    can be repeated and a resumed one is the undisturbed one; some ops are slower."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile; auto: on a GPU."""
     max_autotune: bool = False

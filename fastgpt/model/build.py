@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import torch
@@ -30,10 +31,18 @@ def choose(
 
 
 def set_precision(config: Config, machine: Machine) -> None:
-    """How fp32 matrices are multiplied, for the whole process.
+    """How fp32 matrices are multiplied and sums are ordered, for the whole process.
 
     In float32 products are exact unless TF32 is asked for: it is what others are held against.
+    With --deterministic=True sums have one order: attention's backward pass takes the kernels that
+    have one, the embedding's sorts its tokens, cuBLAS keeps its workspaces apart (which it reads
+    from the environment once, before its first product).
     """
+    if config.system.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # What is not written is not read either: tests poison it. Filling it would take time.
+        torch.utils.deterministic.fill_uninitialized_memory = False
     exact = machine.dtype == "float32" and not config.system.tf32
     torch.set_float32_matmul_precision("highest" if exact else "high")
 
@@ -49,7 +58,7 @@ def build(
 
     Its ops are those of the plan, where there is one and the settings leave it open.
 
-    Also sets, for the whole process, how fp32 matrices are multiplied. Raises UserError if an op
+    Also sets, for the whole process, what `set_precision` says. Raises UserError if an op
     that was asked for cannot run here.
     """
     system, shape = config.system, ModelShape.of(config.model, vocab_size)

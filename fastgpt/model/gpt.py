@@ -78,6 +78,25 @@ class _Rounded(torch.autograd.Function):
         return gradient.to(ctx.dtype), None
 
 
+class _Embedding(torch.autograd.Function):
+    """Rows idx (B, T) of a weight (V, C) that the head reads too, and the weight for the head.
+
+    So its gradient is the head's, to which those of the rows are added: no zeros are filled in and
+    no two gradients of the weight's size are summed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(idx)
+        return F.embedding(idx, weight), weight.view_as(weight)
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, rows: Tensor, head: Tensor
+    ) -> tuple[Tensor, None]:
+        return head.index_put(ctx.saved_tensors, rows, accumulate=True), None
+
+
 class Linear(nn.Linear):
     """The parameters of a linear layer, fp32, with copies in 16 bits if the model keeps them."""
 
@@ -282,10 +301,14 @@ class GPT(nn.Module):
 
     def hidden(self, idx: Tensor) -> Tensor:
         """Token ids (B, T) -> the final norm's output (B, T, C)."""
-        t, seq_len = self.transformer, idx.shape[1]
+        return self._hidden(self.transformer.wte(idx))
+
+    def _hidden(self, embedded: Tensor) -> Tensor:
+        """Embedded tokens (B, T, C), fp32 -> the final norm's output (B, T, C)."""
+        t, seq_len = self.transformer, embedded.shape[1]
         if seq_len > self.shape.block_size:
             raise ValueError(f"{seq_len} tokens do not fit block_size={self.shape.block_size}")
-        x = (t.wte(idx) + t.wpe.weight[:seq_len]).to(self.dtype)
+        x = (embedded + t.wpe.weight[:seq_len]).to(self.dtype)
         x = F.dropout(x, self.dropout, self.training)
         blocks = [cast(Block, block) for block in t.h]
         norms = [block.ln_1 for block in blocks[1:]] + [t.ln_f]
@@ -308,8 +331,8 @@ class GPT(nn.Module):
         return F.linear(hidden, weight.to(hidden.dtype))
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
-        y = self.hidden(idx)
         if targets is None:
-            return self.logits(y)
-        weight, vocab_size = self.transformer.wte.weight, self.shape.vocab_size
+            return self.logits(self.hidden(idx))
+        embedded, weight = _Embedding.apply(self.transformer.wte.weight, idx)
+        y, vocab_size = self._hidden(embedded), self.shape.vocab_size
         return self.ops.linear_cross_entropy(y, weight, targets, vocab_size=vocab_size)

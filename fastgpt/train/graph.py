@@ -7,6 +7,7 @@ into one place, and dropout's random numbers follow the generator's seed at each
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -16,13 +17,10 @@ from torch import Tensor
 from fastgpt.config.schema import SystemConfig
 from fastgpt.errors import UserError
 from fastgpt.model.device import Machine
-from fastgpt.model.gpt import GPT
-from fastgpt.train import mfu
 
-# What a launch costs the host and how many a layer has, forward and backward, once compiled: rough
-# figures, for a rule that only has to tell a 10M model at 16k tokens from a 124M one at 32k.
-SECONDS_PER_LAUNCH = 6e-6
-LAUNCHES_PER_LAYER = 60
+# The host is what a micro-step waits for if it is still launching when this share of it is over: a
+# device that has work to catch up with is done later.
+HOST_BOUND = 0.9
 
 
 class MicroStepGraph:
@@ -70,16 +68,31 @@ def check(system: SystemConfig, machine: Machine) -> None:
         raise UserError(f"--cuda_graph=True: {why_not}; leave the flag out")
 
 
-def wanted(system: SystemConfig, model: GPT, machine: Machine, batch_size: int) -> tuple[bool, str]:
+def wanted(
+    system: SystemConfig, machine: Machine, micro_step: Callable[[], object]
+) -> tuple[bool, str]:
     """(whether the micro-step should be a graph, why).
 
-    With --cuda_graph=auto it should if launching takes longer than computing at peak would.
+    With --cuda_graph=auto it should if launching it takes as long as computing it. Then it runs,
+    and must be compiled.
     """
     asked, why_not = system.cuda_graph, obstacle(system, machine)
     if asked != "auto" or why_not:
         return asked is True, why_not or f"--cuda_graph={asked}"
-    tokens = batch_size * model.shape.block_size
-    compute = tokens * mfu.flops_per_token(model).mfu / machine.peak.flops
-    launch = model.shape.n_layer * LAUNCHES_PER_LAYER * SECONDS_PER_LAUNCH
-    figures = f"{compute * 1e3:.1f} ms of compute at peak, about {launch * 1e3:.1f} ms of launches"
-    return launch > compute, figures
+    launched, done = min(timed(micro_step, machine.synchronize) for _ in range(3))
+    figures = f"launching takes {launched * 1e3:.1f} of a micro-step's {done * 1e3:.1f} ms"
+    return launched > HOST_BOUND * done, figures
+
+
+def timed(
+    micro_step: Callable[[], object],
+    synchronize: Callable[[], None],
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[float, float]:
+    """Seconds after which a micro-step is launched, and after which it is done."""
+    synchronize()
+    begin = clock()
+    micro_step()
+    launched = clock()
+    synchronize()
+    return launched - begin, clock() - begin

@@ -174,11 +174,12 @@ class Trainer:
         Steps go on without one if it cannot be captured. Raises UserError if --cuda_graph=True
         asked for it.
         """
-        system = self.config.system
-        yes, why = graph.wanted(system, self.model, self.machine, self.batch_size)
+        system, tokens, n = self.config.system, micro_batch(), self.accumulation
+        yes, why = graph.wanted(system, self.machine, lambda: self.micro_step(tokens, n))
+        self._zero_grad()
         if yes:
             try:
-                self.capture(step, micro_batch())
+                self.capture(step, tokens)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as e:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from fastgpt.config.schema import Config
+from fastgpt.config.settings import replace
 from fastgpt.errors import UserError
-from fastgpt.model import peaks
+from fastgpt.model import build, peaks
 from fastgpt.model.device import Machine
 from fastgpt.model.peaks import Peak
 
@@ -83,3 +86,18 @@ def test_float32_is_exact_unless_asked(flags, precision, tmp_path, monkeypatch):
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_deterministic(monkeypatch):
+    """Asked for, it holds for the whole process; not asked for, it is left as the caller has it."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    cpu = Machine.of("cpu")
+    try:
+        for asked, holds in ((False, False), (True, True), (False, True)):
+            build.set_precision(replace(Config(), deterministic=asked), cpu)
+            assert torch.are_deterministic_algorithms_enabled() is holds
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)

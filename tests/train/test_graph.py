@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
-from fastgpt.config.presets import PRESETS, shakespeare_char
-from fastgpt.config.schema import Config, SystemConfig
+from fastgpt.config.presets import shakespeare_char
+from fastgpt.config.schema import SystemConfig
 from fastgpt.config.settings import replace
 from fastgpt.errors import UserError
 from fastgpt.model.build import build
 from fastgpt.model.device import Machine
-from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.train import graph
 from fastgpt.train.step import Trainer
 
@@ -22,33 +23,46 @@ SMALL = replace(
 )
 
 
-def model_of(config: Config) -> GPT:
-    vocab_size = 65 if config.data.dataset == "shakespeare_char" else 50257
-    with torch.device("meta"):
-        return GPT(ModelShape.of(config.model, vocab_size))
-
-
 @pytest.fixture(autouse=True)
 def nothing_to_initialise(monkeypatch):
     for layer in (torch.nn.Linear, torch.nn.Embedding):
         monkeypatch.setattr(layer, "reset_parameters", lambda self: None)
 
 
-@pytest.mark.parametrize(
-    ("preset", "yes"), [("shakespeare_char", True), ("gpt2", False), ("gpt2_xl", False)]
-)
-def test_by_itself_only_where_launching_is_slow(preset, yes):
-    config = PRESETS[preset]()
-    size = config.optim.batch_size
-    decided, why = graph.wanted(config.system, model_of(config), H200, size)
-    assert decided is yes and "ms of compute" in why
+@pytest.mark.parametrize(("launching", "computing", "yes"), [(5, 0.2, True), (5, 40, False)])
+def test_by_itself_only_where_launching_is_slow(launching, computing, yes, monkeypatch):
+    """The fastest of three counts: the first has something to compile, or another process ran."""
+    now, slow = [0.0], iter([7.0, 1.0, 1.1])
+
+    def passes(ms):
+        now[0] += ms / 1e3
+
+    def synchronize(machine):
+        passes(computing if launched else 0)
+        launched.clear()
+
+    def micro_step():
+        passes(launching * next(slow))
+        launched.append(True)
+
+    launched = []
+    timed = partial(graph.timed, clock=lambda: now[0])
+    monkeypatch.setattr(graph, "timed", timed)
+    monkeypatch.setattr(Machine, "synchronize", synchronize)
+    decided, why = graph.wanted(SystemConfig(), H200, micro_step)
+    assert decided is yes
+    assert why == f"launching takes 5.0 of a micro-step's {launching + computing:.1f} ms"
 
 
 def test_asked_for_and_not_to_be_had():
-    model, cpu = model_of(shakespeare_char()), Machine(torch.device("cpu"))
-    assert graph.wanted(SystemConfig(), model, cpu, 64) == (False, "no GPU")
-    assert not graph.wanted(SystemConfig(cuda_graph=False), model, H200, 64)[0]
+    def unused():
+        raise AssertionError("nothing to measure")
+
+    cpu = Machine(torch.device("cpu"))
+    assert graph.wanted(SystemConfig(), cpu, unused) == (False, "no GPU")
+    assert not graph.wanted(SystemConfig(cuda_graph=False), H200, unused)[0]
     asked = SystemConfig(cuda_graph=True)
+    assert graph.wanted(asked, H200, unused)[0]
     graph.check(asked, H200)
     with pytest.raises(UserError, match="--cuda_graph=True: no GPU"):
         graph.check(asked, cpu)
@@ -100,6 +114,30 @@ def test_a_step_never_waits_for_the_device(graphed, adamw):
             t.step(step, tokens)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("graphed", [False, True])
+def test_deterministic_runs_are_equal_to_the_bit(graphed, monkeypatch):
+    """Dropout, biases, an odd vocabulary and repeated tokens; gradients are summed in one order."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    config = replace(SMALL, batch_size=8, dropout=0.2, deterministic=True)
+    machine = Machine(CUDA, "bfloat16", compile=True)
+    tokens = torch.randint(97, (8, 65), generator=torch.Generator().manual_seed(0)).to(CUDA)
+    weights = []
+    try:
+        for _ in range(2):
+            t = Trainer(build(config, 97, machine), config, machine)
+            t.warm_up(0, tokens)
+            if graphed:
+                t.capture(0, tokens)
+            for step in range(10):
+                t.step(step, tokens)
+            weights.append([p.detach().clone() for p in t.model.parameters()])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, *weights))
 
 
 def test_a_capture_that_fails(monkeypatch):
