@@ -243,6 +243,8 @@ class GPT(nn.Module):
         # Keep only what stands between blocks, and run each block again in the backward pass.
         self.checkpointing = False
         self.transformer = Transformer(shape, dropout, table)
+        self.head_copy: Tensor | None
+        self.register_buffer("head_copy", None, persistent=False)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> GPT:
@@ -263,16 +265,19 @@ class GPT(nn.Module):
         return self
 
     def keep_copies(self) -> None:
-        """Let the linear layers read copies in `dtype`, which follow the masters by `copy_masters`.
+        """Let products read copies in `dtype`, which follow the masters by `copy_masters`.
 
-        Of what the eager ops would round in each pass; ours take the masters, whose gradients they
-        return in fp32. Who changes masters other than by loading a state dict calls `copy_masters`.
+        Of what would be rounded in each pass: our linear layers take masters. Who changes masters
+        other than by loading a state dict calls `copy_masters`.
         """
         eager = {c.op for c in self.ops.choices if c.implementation == "eager"}
-        if self.dtype == torch.float32 or "linear" not in eager:
+        if self.dtype == torch.float32:
             return
+        if "linear_cross_entropy" not in eager:
+            self.head_copy = self.transformer.wte.weight.detach().to(self.dtype)
         for name, layer in self.named_modules():
-            if not isinstance(layer, Linear) or (".mlp." in name and "mlp" not in eager):
+            op = "mlp" if ".mlp." in name and "mlp" not in eager else "linear"
+            if not isinstance(layer, Linear) or op not in eager:
                 continue
             layer.weight_copy = layer.weight.detach().to(self.dtype)
             # Ours read biases of any dtype.
@@ -286,6 +291,7 @@ class GPT(nn.Module):
         """The copy of each master that has one."""
         layers = [m for m in self.modules() if isinstance(m, Linear)]
         pairs = [p for m in layers for p in ((m.weight, m.weight_copy), (m.bias, m.bias_copy))]
+        pairs.append((self.transformer.wte.weight, self.head_copy))
         return {master: copy for master, copy in pairs if copy is not None}
 
     @torch.no_grad()
@@ -334,5 +340,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(self.hidden(idx))
         embedded, weight = _Embedding.apply(self.transformer.wte.weight, idx)
-        y, vocab_size = self._hidden(embedded), self.shape.vocab_size
-        return self.ops.linear_cross_entropy(y, weight, targets, vocab_size=vocab_size)
+        y, options = self._hidden(embedded), {"vocab_size": self.shape.vocab_size}
+        if self.head_copy is not None:
+            options["rounded"] = self.head_copy
+        return self.ops.linear_cross_entropy(y, weight, targets, **options)

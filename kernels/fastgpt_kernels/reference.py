@@ -113,16 +113,18 @@ def linear_cross_entropy(
     reduction: str = "mean",
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
+    rounded: Tensor | None = None,
 ) -> Tensor:
     """cross_entropy of the logits x @ weight.T, rounded to x's dtype: x (..., C), weight (V, C).
 
-    weight is like x or wider: then the products take it rounded to x's dtype, and its gradient is
-    not rounded. `chunk_tokens` is there for the signature's sake: the logits are there whole.
+    weight is like x or wider: then the products take it rounded to x's dtype, by the caller or
+    here, and its gradient is not rounded. `chunk_tokens` is there for the signature's sake: the logits are there whole.
     """
     if weight.dtype != x.dtype:
         dtype = _compute_dtype(x, weight)
-        rounded = weight + (weight.to(x.dtype) - weight).detach()
-        logits = F.linear(x.to(dtype), rounded.to(dtype)).to(x.dtype)
+        rounded = weight.to(x.dtype) if rounded is None else rounded
+        read = weight + (rounded - weight).detach()
+        logits = F.linear(x.to(dtype), read.to(dtype)).to(x.dtype)
     else:
         logits = F.linear(x, weight)
     return cross_entropy(logits, targets, ignore_index, reduction, vocab_size)

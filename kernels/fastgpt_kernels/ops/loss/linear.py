@@ -6,12 +6,12 @@
 x (M, C), W (V, C), targets (M,); s_i the upstream gradient of row i's loss. For each chunk of rows
 cuBLAS writes its logits into one buffer, the cross-entropy kernel turns them into dz in place (see
 cross_entropy.py), and two more products consume them. W may be an fp32 master of 16-bit
-activations: it is rounded once, on the way in, and dW, a sum of products of 16-bit factors, is
+activations: it is rounded once, on the way in, unless it comes with its copy, and dW, a sum of products of 16-bit factors, is
 summed up in fp32 over rows and chunks alike, in place, and handed out as it is.
 
 For "mean" and "sum" every s_i is the same number s, known only in the backward: the forward does
 all the work for s = 1 and the backward multiplies dx and dW by s, which also keeps fp16 within its
-range. For "none" the s_i differ and dW cannot be rescaled afterwards: the forward computes losses
+range. The mean is a division outside of the op, which torch.compile fuses with its surroundings. For "none" the s_i differ and dW cannot be rescaled afterwards: the forward computes losses
 only and the backward computes the logits again, a fourth product.
 
 Work is 6 M V C FLOPs (8 M V C for "none", 2 without gradients). With b bytes an element, memory
@@ -71,7 +71,7 @@ def room_on(device: torch.device) -> int:
 def _chunks(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, vocab_size: int,
     chunk_tokens: int | None,
-    *, losses: Tensor | None = None, need_dx: bool = False, need_dw: bool = False,
+    *, rounded: Tensor | None = None, losses: Tensor | None = None, need_dx: bool = False, need_dw: bool = False,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Fill `losses` (M,) and return dx like x and dW (V, C) fp32, or empty tensors for them.
@@ -79,7 +79,7 @@ def _chunks(
     `scale` (M,) fp32 is the upstream gradient of the rows' losses, None for 1.
     """
     (n_rows, n_features), n_cols = x.shape, weight.shape[0]
-    weight = weight.to(x.dtype)
+    weight = weight.to(x.dtype) if rounded is None else rounded
     dx = torch.empty(x.shape if need_dx else 0, dtype=x.dtype, device=x.device)
     dw = torch.empty(weight.shape if need_dw else 0, dtype=torch.float32, device=x.device)
     if n_rows == 0 or n_features == 0:
@@ -126,30 +126,22 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def _with_gradients(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, vocab_size: int,
-    chunk_tokens: int | None, mean: bool, need_dx: bool, need_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loss, dx and dW of the losses' sum (None if not needed), and what divides these two."""
+    x: Tensor, weight: Tensor, targets: Tensor, rounded: Tensor | None, ignore_index: int,
+    vocab_size: int, chunk_tokens: int | None, need_dx: bool, need_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The sum of the losses, its dx and dW, which are empty if not needed."""
     losses = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    targets = targets.contiguous()
     dx, dw = _chunks(
-        x, weight, targets, ignore_index, vocab_size, chunk_tokens,
-        losses=losses, need_dx=need_dx, need_dw=need_dw,
+        x, weight, targets.contiguous(), ignore_index, vocab_size, chunk_tokens,
+        rounded=rounded, losses=losses, need_dx=need_dx, need_dw=need_dw,
     )  # fmt: skip
-    total = losses.sum()
-    if not mean:
-        return total, dx, dw, torch.empty(0, dtype=torch.float32, device=x.device)
-    count = targets.ne(ignore_index).sum(dtype=torch.float32)
-    # The mean over no rows is NaN, but its gradient is that of a constant: 0 / 1.
-    return total / count, dx, dw, count.clamp(min=1)
+    return losses.sum(), dx, dw
 
 
 def _scaled(
-    dloss: Tensor, dx: Tensor, dw: Tensor, divisor: Tensor, weight_dtype: torch.dtype,
-    mean: bool, needs: list[bool],
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    scale: Tensor, dx: Tensor, dw: Tensor, weight_dtype: torch.dtype, needs: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
     """dx and dW, which the forward pass left for an upstream gradient of 1, times the real one."""
-    scale = dloss / divisor if mean else dloss
 
     def times(x: Tensor, dtype: torch.dtype) -> Tensor:
         if call_directly(x, scale):
@@ -193,12 +185,11 @@ if HAS_TRITON:
 
     _total = Op(
         "linear_cross_entropy", _with_gradients,
-        lambda x, weight, targets, ignore, vocab, chunk, mean, need_dx, need_dw: (
+        lambda x, weight, targets, rounded, ignore, vocab, chunk, need_dx, need_dw: (
             x.new_empty((), dtype=torch.float32),
             *_shapes(x, weight, need_dx, need_dw, torch.float32),
-            x.new_empty(() if mean else (0,), dtype=torch.float32),
         ),
-        saves=lambda inputs, results: (results[1:], (inputs[1].dtype, inputs[6])),
+        saves=lambda inputs, results: (results[1:], (inputs[1].dtype,)),
         backward=_scaled, gradients=(0, 1), needs=True,
         flops=lambda x, w, *rest, **_: product_flops(x, w, 1 + rest[5] + rest[6]),
     )  # fmt: skip
@@ -226,11 +217,12 @@ def linear_cross_entropy(
     reduction: str = "mean",
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
+    rounded: Tensor | None = None,
 ) -> Tensor:
     """cross_entropy(x @ weight.T, targets) without ever holding more than a chunk of the logits.
 
     x (..., C) bf16, fp16 or fp32; weight (V, C) like x or fp32, such as a master, which is rounded
-    to x's dtype on the way in; targets (...) int64. The loss and the meaning of the other arguments
+    to x's dtype on the way in, or by the caller: `rounded`, (V, C) like x; targets (...) int64. The loss and the meaning of the other arguments
     are those of `cross_entropy`; ignore_index is -1 unless given, where PyTorch's is -100.
     `chunk_tokens` is the number of rows of logits held at a time; None makes as few chunks as fit
     into a twelfth of the GPU's memory. Gradients are computed together with the loss, unless grad
@@ -245,6 +237,8 @@ def linear_cross_entropy(
         op, "weight", weight, shape=(None, x.shape[-1]), dtypes=(x.dtype, torch.float32), like=x
     )
     n_cols = weight.shape[0]
+    if rounded is not None:
+        check_tensor(op, "rounded", rounded, shape=weight.shape, dtypes=(x.dtype,), like=x)
     vocab_size = check_arguments(op, x, n_cols, targets, ignore_index, reduction, vocab_size)
     check_int(op, "chunk_tokens", chunk_tokens, least=1, optional=True)
     if not use_kernel(x):
@@ -260,4 +254,9 @@ def linear_cross_entropy(
         return _rows(x, weight, targets, *options).view(shape)
     enabled = torch.is_grad_enabled()
     needs = (enabled and x.requires_grad, enabled and weight.requires_grad)
-    return _total(x, weight, targets, *options, reduction == "mean", *needs)
+    total = _total(x, weight, targets, rounded, *options, *needs)
+    if reduction == "sum":
+        return total
+    # The mean over no rows is NaN, as PyTorch's, but its gradient that of a constant: 0.
+    count = targets.ne(ignore_index).sum(dtype=torch.float32)
+    return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
