@@ -47,7 +47,7 @@ def draw(
         _bars(figure.add_axes((0.17, bottom, 0.68, top - bottom)), rungs, ladder)
         subtitle = (
             f"{ladder.step_ms:.4g} ms a step, {ladder.mfu:.1f} % MFU: "
-            f"where the other {100 - ladder.mfu:.1f} points go. 100 % is {ladder.peak}"
+            f"where the other {100 - ladder.mfu:.1f} points go"
         )
         head = 1 - 0.36 / height
         figure.text(0.015, head, title, size=17, weight="bold", color=_INK, va="center")
@@ -56,10 +56,11 @@ def draw(
             box = {"boxstyle": "round,pad=0.4", "fc": "#b3541e", "ec": "none"}
             style: Any = {"size": 11, "weight": "bold", "color": "white", "bbox": box}
             figure.text(0.985, head, note, ha="right", va="center", **style)
-        figure.text(0.015, 0.2 / height, footer, size=8.5, color=_SOFT, va="center")
+        foot = f"100 % is {ladder.peak}\n{footer}"
+        figure.text(0.015, 0.2 / height, foot, size=8.5, color=_SOFT, va="center")
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=160, format=path.suffix.lstrip("."))
+            figure.savefig(path, dpi=130, format=path.suffix.lstrip("."))
     return paths
 
 

@@ -120,7 +120,7 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> Peak:
     threads = torch.get_num_threads()
     return Peak(
         _best_ever(f"{_cpu()}, {threads} threads, {name}", flops),
-        f"{source}, {threads} threads, the best on this machine so far",
+        f"{source}, {threads} thread{'s' * (threads > 1)}, the best on this machine so far",
     )
 
 

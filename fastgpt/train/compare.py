@@ -19,7 +19,7 @@ from fastgpt.config.schema import CompareConfig, Config
 from fastgpt.errors import UserError
 from fastgpt.storage import run
 from fastgpt.storage.files import atomic_file
-from fastgpt.train.curves import Curves, smooth
+from fastgpt.train.curves import Curves, smooth, time_axis
 from fastgpt.train.metrics import count
 
 _NOT_THE_RUN = ("seed", "out_dir", "overwrite", "wandb_run_name", "wandb_log", "tensorboard")
@@ -189,19 +189,20 @@ def draw(runs: Sequence[Compared], path: Path) -> Path:
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     spans = [r.curves.useful_range for r in runs]
+    unit, scale = time_axis(max(r.curves.clock[-1][1] for r in runs))
     for i, r in enumerate(runs):
         color, train, evals = f"C{i}", r.curves.train, r.curves.evals
-        hours = [r.curves.hours(e["step"]) for e in evals]
+        times = [scale * r.curves.hours(e["step"]) for e in evals]
         line = smooth([t["loss"] for t in train])
         xs = (
             ([t["step"] for t in train], [e["step"] for e in evals]),
             ([t["tokens"] / 1e6 for t in train], [e["tokens"] / 1e6 for e in evals]),
-            ([h for _, h in r.curves.clock[1:]], hours),
+            ([scale * h for _, h in r.curves.clock[1:]], times),
         )
         for axes, (x_train, x_val) in zip(panels, xs, strict=True):
             axes.plot(x_train, line, color=color, lw=0.7, alpha=0.4)
             axes.plot(x_val, [e["val_loss"] for e in evals], "o-", color=color, ms=3, label=r.name)
-    for axes, label in zip(panels, ("step", "tokens, millions", "hours of training"), strict=True):
+    for axes, label in zip(panels, ("step", "tokens, millions", unit), strict=True):
         axes.set_xlabel(label)
         axes.set_ylim(min(s[0] for s in spans), max(s[1] for s in spans))
         axes.grid(alpha=0.25)

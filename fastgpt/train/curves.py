@@ -77,6 +77,11 @@ class Curves:
         return low - 0.05 * room, high + 0.1 * room
 
 
+def time_axis(hours: float) -> tuple[str, float]:
+    """(the label of an axis that reaches so many hours, its units in an hour)."""
+    return ("hours of training", 1.0) if hours >= 1 else ("minutes of training", 60.0)
+
+
 def smooth(values: list[float]) -> list[float]:
     """Running means over a twentieth of the curve, so that a line shows and not its noise."""
     width, out, total = max(1, len(values) // 20), [], 0.0

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.storage.files import atomic_file
-from fastgpt.train.curves import Curves, smooth
+from fastgpt.train.curves import Curves, smooth, time_axis
 
 
 def loss_curve(run_dir: Path) -> Path | None:
@@ -65,7 +65,7 @@ def _second_axes(axes: Any, rates: Any, curves: Curves) -> None:
         top.set_xlabel("tokens, millions")
     last, hours = curves.clock[-1]
     if hours > 0:
-        unit, scale = ("hours", 1.0) if hours >= 1 else ("minutes of training", 60.0)
+        unit, scale = time_axis(hours)
         rate = hours * scale / last  # of the whole run: steps take about as long each
         low = rates.secondary_xaxis(-0.9, functions=(lambda s: s * rate, lambda t: t / rate))
         low.set_xlabel(unit)

@@ -191,7 +191,24 @@ def test_picture(tmp_path: Path):
         assert r.name in texts
         assert f"{r.ms:+.3g} ms   {-r.mfu_points:+.1f} pt" in texts
     assert {"measured step", "gpt2 on a GPU", "commit abc", "a note", "101.8 ms"} <= set(texts)
+    assert any(text.startswith("100 % is ") for text in texts)
     assert f"101.8 ms a step, {found.mfu:.1f} % MFU" in " ".join(texts)
+
+
+def test_no_text_leaves_the_picture(tmp_path: Path, monkeypatch):
+    """A CPU's measured peak takes many words to say."""
+    from matplotlib.figure import Figure
+
+    source = "measured: 768 x 768 float32 matmul, 16 threads, the best on this machine so far"
+    busy = replace(MEASURED, step_ms=101.8, datasheet_flops=None, matmul_source=source)
+    found = ladder.build(h200(other=0.4), WORK, busy)
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: drawn.append(figure))
+    title = "gpt2_medium, 354M parameters, on NVIDIA GeForce RTX 4090 Laptop GPU"
+    picture.draw(found, title, "commit abc", [tmp_path / "w.png"], "CPU picture")
+    (figure,) = drawn
+    for text in figure.texts:
+        assert text.get_window_extent().x1 <= figure.bbox.x1, text.get_text()
 
 
 @pytest.fixture

@@ -57,7 +57,9 @@ def test_a_measured_peak_counts_two_operations_a_multiplication(monkeypatch, tmp
     monkeypatch.setattr(peaks.time, "perf_counter", lambda: next(ticks))
     peak = peaks.measured_peak(torch.device("cpu"), torch.float32)
     assert peak.flops == pytest.approx(2 * 768**3 / 1e-3)
-    assert f"{torch.get_num_threads()} threads, the best on this machine so far" in peak.source
+    n = torch.get_num_threads()
+    threads = "1 thread" if n == 1 else f"{n} threads"
+    assert f"matmul, {threads}, the best on this machine so far" in peak.source
 
 
 def test_the_best_measurement_of_a_machine_counts(monkeypatch, tmp_path):

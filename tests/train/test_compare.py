@@ -16,7 +16,7 @@ from fastgpt.storage import run
 from fastgpt.train import plot
 from fastgpt.train.compare import _open as open_run
 from fastgpt.train.compare import compare, scatter, table, verdict
-from fastgpt.train.curves import Curves, smooth
+from fastgpt.train.curves import Curves, smooth, time_axis
 
 
 def make(name: str, level: float, noise: float, **settings) -> str:
@@ -148,6 +148,7 @@ def test_hours_are_those_of_the_steps():
     assert curves.hours(0) == 0
     assert curves.hours(991) * 3600 == pytest.approx(991 * 0.036)
     assert curves.hours(500) * 3600 == pytest.approx(500 * 0.036)
+    assert time_axis(0.3) == ("minutes of training", 60) and time_axis(2)[0] == "hours of training"
     assert table([open_run("a")]).count("\n") == 1
 
 
