@@ -59,6 +59,12 @@ def farewell(loop: Loop, dataset: Dataset, run_dir: Path) -> None:
     picture = plot.loss_curve(run_dir)
     if at.last_eval >= 0:
         print(f"\nval loss {at.val_loss:.4f} at step {at.last_eval}, best {at.best_val_loss:.4f}")
+    if loop.reached:
+        print(
+            f"reached --target_val_loss={c.log.target_val_loss:g} after {at.step:,} steps, "
+            f"{at.step * loop.tokens_per_step:,} tokens, {at.step_seconds:,.1f} s of training, "
+            f"{at.seconds:,.1f} s in all"
+        )
     if picture:
         print(f"loss curve {picture}")
     if (

@@ -132,15 +132,12 @@ def load_state_tensors(
     Raises UserError where the optimizer cannot go on from it.
     """
     params = dict(model.named_parameters())
-    muon, theirs = (
-        isinstance(optimizer, Muon),
-        any(k.startswith("momentum_buffer.") for k in tensors),
-    )
-    if tensors and muon != theirs:
-        names = ("adamw", "muon")
+    ours = "muon" if isinstance(optimizer, Muon) else "adamw"
+    theirs = "muon" if any(k.startswith("momentum_buffer.") for k in tensors) else "adamw"
+    if tensors and ours != theirs:
         raise UserError(
-            f"--optimizer={names[muon]}: the checkpoint has the state of {names[theirs]}; leave the "
-            "flag out, or start a new run"
+            f"--optimizer={ours}: the checkpoint has the state of {theirs}; leave the flag out, or "
+            "start a new run"
         )
     for full_name, value in tensors.items():
         key, _, name = full_name.partition(".")

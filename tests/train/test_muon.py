@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -299,3 +300,27 @@ def test_state_of_another_optimizer_is_refused():
     with pytest.raises(UserError, match="--optimizer=muon: the checkpoint has the state of adamw"):
         optim.load_state_tensors(optimizer, model, optim.state_tensors(adamw, model))
     optim.load_state_tensors(optimizer, model, {})  # an imported run without moments
+
+
+def test_the_speedrun_end_to_end(train):
+    """The preset at a tiny size: down to a loss that it meets, and then it is at its end."""
+    tiny = [x for x in runs.TINY if not x.startswith("--max_iters")][1:]
+    text = f"--input={Path('text.txt').absolute()}"
+    args = ("gpt2_speedrun", *tiny, text, "--tokenizer=byte", "--out_dir=run", "--max_iters=400")
+    args = (*args, "--gradient_accumulation_steps=1", "--learning_rate=2e-2", "--warmup_iters=5")
+    said = train(*args, "--lr_decay_iters=400", "--target_val_loss=2.8")
+    evals = runs.records(Path("run"), "eval")
+    assert evals[-1]["val_loss"] <= 2.8 < evals[-2]["val_loss"]
+    steps = evals[-1]["step"]
+    assert 0 < steps < 400 and runs.latest(Path("run")).name == f"step_{steps:08d}"
+    found = re.search(
+        rf"reached --target_val_loss=2.8 after {steps} steps, {steps * 64:,} tokens, "
+        r"([\d.]+) s of training, ([\d.]+) s in all",
+        said,
+    )
+    assert found and 0 < float(found[1]) < float(found[2])
+    assert b"momentum_buffer" in runs.tensor_files(Path("run"))["optimizer.safetensors"]
+    again = train("--init_from=resume", "--out_dir=run")
+    assert found[0].rpartition(",")[0] in again and "iter " not in again
+    further = train("--init_from=resume", "--out_dir=run", "--target_val_loss=2.4")
+    assert f"iter {steps}:" in further and "reached --target_val_loss=2.4 after" in further
