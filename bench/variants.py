@@ -52,8 +52,11 @@ def contenders(names: str, peer_path: str, gpu: bool) -> tuple[list[Variant], di
     peer_name = Path(peer).name or "peer"
     if peer and not Path(peer, "model.py").is_file():
         raise UserError(f"--peer-path={peer_path}: there is no model.py in it")
+    fast = FAST if gpu else EAGER
     known = {
         "eager": Variant("eager"),
+        "adamw": Variant("adamw", {**fast, "optimizer": "adamw"}, graph=gpu),
+        "muon": Variant("muon", {**fast, "optimizer": "muon"}, graph=gpu),
         "compile": Variant("compile", COMPILED),
         "kernels": Variant("kernels", {"kernels": "triton", "compile": False}),
         "kernels+compile": Variant("kernels+compile", FAST, graph=True),
