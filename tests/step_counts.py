@@ -22,6 +22,8 @@ MOST = {
     ("True", "0.0", "eager"): (13, 29, 919_586, 1_522_933),
     ("False", "0.1", "eager"): (12, 18, 997_385, 1_513_630),
 }
+# Launches of Muon's in a step, however many layers there are, and the FLOPs of its products.
+MUON = 86
 SMALL = {"n_layer": "2", "batch_size": "8", "gradient_accumulation_steps": "1"}
 
 
@@ -52,3 +54,27 @@ def test_nothing_was_added(key: tuple[str, str, str], counts) -> None:
     most, found = MOST[key], counts[key]
     assert all(x <= m for x, m in zip(found[:2], most[:2], strict=True)), (found, most)
     assert all(x <= 1.005 * m for x, m in zip(found[2:], most[2:], strict=True)), (found, most)
+
+
+def test_muon_takes_few_launches() -> None:
+    """None a layer: matrices of one shape are multiplied together. It is no model FLOP's time."""
+    flags = {**SMALL, "dtype": "bfloat16", "optimizer": "muon"}
+    (step,) = fake_step.record(fake_step.Request("gpt2", flags))
+    config = setup.preset_of("gpt2", {**flags, "device": "cpu"})
+    sizes, rates = ledger.sizes_of(config, setup.GPT2_VOCAB), ledger.Rates(ledger.find("h100"))
+    p = ledger.predict(step, config, sizes, rates)
+    assert [f(phase) for f in (p.a_layer,) for phase in ("forward", "backward")] == [8, 13]
+    muon = [line for line in p.lines if line.category == "muon"]
+    assert {line.phase for line in muon} == {"rest"}
+    assert sum(line.times for line in muon) <= MUON
+    products = [line for line in muon if line.launch.shape]
+    assert sum(line.times for line in products) == 2 * 5 * 3
+    flops = sum(line.times * line.launch.flops for line in products)
+    assert flops == 2 * 5 * (4 * 3 + 2 * 9) * 2 * 768**3
+    found = ledger.as_ladder(p, config, setup.GPT2_VOCAB, rates)
+    assert found.work.muon_flops == flops
+    (rung,) = [r for r in found.rungs if r.name == "Muon"]
+    assert (
+        rung.ms == pytest.approx(sum(line.ms for line in muon)) and (rung.bound_ms or 0) <= rung.ms
+    )
+    assert found.work.total_flops < 1.01 * setup.flops_per_token(config, 50257).mfu * p.tokens

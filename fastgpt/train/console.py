@@ -39,7 +39,8 @@ def introduce(trainer: Trainer, dataset: Dataset, run_dir: Path) -> None:
         print(f"ranks {trainer.ranks.size} with {kind}, {rows}")
     print(f"device {device}{gpu}, {machine.dtype}, compile {machine.compile}")
     if device.type == "cuda":
-        print(f"memory, by estimate: {memory.of_model(trainer.model, trainer.batch_size)}")
+        asked = trainer.model, trainer.batch_size, config.optim.optimizer
+        print(f"memory, by estimate: {memory.of_model(*asked)}")
     print(f"ops {ops.describe(trainer.choices)}")
     print(f"run {run_dir}", flush=True)
 

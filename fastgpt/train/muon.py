@@ -129,15 +129,17 @@ class Muon(torch.optim.Optimizer):
         divisor = one if grad_scale is None else grad_scale
         bad = no if found_inf is None else found_inf != 0
         rate = torch.where(bad, 0.0, group["lr"] * one)
+        keep = 1 - rate * group["weight_decay"]
         for kinds in self._batches():
             ahead = [self._look_ahead(kind, divisor, bad) for kind in kinds]
             mine = [self.shares.take(u, kind.rows) for kind, u in zip(kinds, ahead, strict=True)]
             made = self._orthogonal(mine, [kind.parts for kind in kinds])
             for kind, u, x in zip(kinds, ahead, made, strict=True):
+                # A dimension makes it widen x to fp32.
+                scale = (-SCALE * math.sqrt(kind.sides[1]) * rate)[None]
                 params = [local(p) for p in kind.params]
-                torch._foreach_mul_(params, 1 - rate * group["weight_decay"])
-                scale = -SCALE * math.sqrt(kind.sides[1]) * rate
-                torch._foreach_add_(params, [*(self.shares.give(x, u).float() * scale).unbind()])
+                torch._foreach_mul_(params, keep)
+                torch._foreach_add_(params, [*(self.shares.give(x, u) * scale).unbind()])
         return loss
 
     def _batches(self) -> Iterator[list[Kind]]:

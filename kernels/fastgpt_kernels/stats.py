@@ -180,6 +180,15 @@ def student_p(t: float, freedom: int) -> float:
     return 1.0 - (2 / math.pi * (angle + inside) if odd else inside)
 
 
+def student_t(freedom: int) -> float:
+    """The t beyond which 5 % lie on both sides together; exact, as `t_quantile` is not."""
+    low, high = 0.0, 20.0
+    for _ in range(50):  # halved until it is known
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_p(middle, freedom) > 0.05 else (low, middle)
+    return low
+
+
 @dataclass(frozen=True)
 class Paired:
     """Mean of the differences of pairs, its 95 % interval and the p-value of "no difference".
@@ -214,8 +223,5 @@ def paired(a: Samples, b: Samples) -> Paired:
     error = statistics.stdev(differences) / math.sqrt(n)
     if error == 0:
         return Paired(mean, mean, mean, float(mean == 0))
-    low, high = 0.0, 1e4  # of t, so that 5 % lie beyond: halved until it is known
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_p(middle, n - 1) > 0.05 else (low, middle)
-    return Paired(mean, mean - low * error, mean + low * error, student_p(mean / error, n - 1))
+    half = student_t(n - 1) * error
+    return Paired(mean, mean - half, mean + half, student_p(mean / error, n - 1))
