@@ -314,8 +314,9 @@ def main(argv: list[str]) -> int:
     Runs of all contenders over several seeds, each in a process of its own, in turn. Evaluations
     always see the same batches and do not count as training time, nor does compiling, which is
     shown beside it. --target=first runs all to the end, and asks when each had the loss at which
-    the first contender ends on that seed. --rates tunes each contender's learning rate first. A
-    single run is never enough: what is better needs an interval over seeds that says so. Flags of
+    the first contender ends on that seed. --rates tunes each contender's learning rate first. In
+    --variants a name may bring settings of its own, as in muon:lr_schedule=wsd. A single run is
+    never enough: what is better needs an interval over seeds that says so. Flags of
     `fastgpt train` work here too.
     """
     parser = setup.Parser("convergence", inspect.getdoc(main))

@@ -23,7 +23,7 @@ MOST = {
     ("False", "0.1", "eager"): (12, 18, 997_385, 1_513_630),
 }
 # Launches of Muon's in a step, however many layers there are, and the FLOPs of its products.
-MUON = 86
+MUON = 80
 SMALL = {"n_layer": "2", "batch_size": "8", "gradient_accumulation_steps": "1"}
 
 

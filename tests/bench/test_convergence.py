@@ -171,9 +171,31 @@ def test_a_race_that_is_cut_short_keeps_its_curve(tmp_path: Path, data, monkeypa
     assert adamw["under_way"]["curve"] == [[1.0, 20, 5.5]]
 
 
+def test_contenders_have_settings_of_their_own(tmp_path: Path, data, monkeypatch) -> None:
+    seen: list[tuple[str, float]] = []
+
+    def one_run(race: Any, course: Any, progress: Any) -> dict[str, Any]:
+        seen.append((race.values["lr_schedule"], race.values["lr_decay_fraction"]))
+        return run([4.0, 3.0])
+
+    monkeypatch.setattr(convergence, "one_run", one_run)
+    names = "muon,muon:lr_schedule=wsd:lr_decay_fraction=0.2"
+    argv = ["laptop", *data, f"--variants={names}", "--seeds=1", "--target=first"]
+    assert convergence.main([*argv, f"--keep={tmp_path}/keep"]) == 0
+    assert seen == [("cosine", 0.4), ("wsd", 0.2)]
+    assert len([*(tmp_path / "keep").iterdir()]) == 2
+
+
 @pytest.mark.parametrize(
     ("arg", "message"),
-    [("--target=low", "--target"), ("--rates=1e-3,x", "--rates"), ("--seeds=0", "at least 1")],
+    [
+        ("--target=low", "--target"),
+        ("--rates=1e-3,x", "--rates"),
+        ("--seeds=0", "at least 1"),
+        ("--variants=muon,muun", "no 'muun'; there are "),
+        ("--variants=muon:lr_shedule=wsd", "did you mean --lr_schedule?"),
+        ("--variants=muon:lr_schedule=wst", "--lr_schedule=wst: wanted one of cosine, wsd"),
+    ],
 )
 def test_mistakes(arg: str, message: str, capsys) -> None:
     with pytest.raises(SystemExit) as e:
