@@ -159,10 +159,21 @@ def test_stacks_come_back_as_they_went():
                 torch.testing.assert_close(b, want, rtol=1e-4, atol=1e-5)
 
 
-def test_one_by_one_and_stacked_are_the_same():
-    x = torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("columns", [8, 15, 16, 40])
+def test_one_by_one_and_stacked_are_the_same(columns):
+    x = torch.randn(3, 8, columns, generator=torch.Generator().manual_seed(0))
     x = x / x.norm(dim=(1, 2), keepdim=True)
     torch.testing.assert_close(newton_schulz(x), torch.stack([*map(newton_schulz, x)]))
+
+
+def test_the_short_way_loses_no_small_singular_value():
+    """Wide ones of fp32 go by their Gram matrix, which has the squares: down to 1e-8 here."""
+    generator = torch.Generator().manual_seed(0)
+    u, _ = torch.linalg.qr(torch.randn(24, 24, generator=generator).double())
+    v, _ = torch.linalg.qr(torch.randn(96, 24, generator=generator).double())
+    x = u @ torch.diag(torch.logspace(-4, 0, 24).double()) @ v.T / 2
+    want = newton_schulz(x)
+    assert (newton_schulz(x.float()) - want).norm() < 1e-3 * want.norm()
 
 
 @pytest.mark.parametrize("first", [True, False])
