@@ -109,8 +109,8 @@ def count_work(
             + s.micro_batches * per_micro_batch
         ),
         # Of five iterations: q, k, v and c_proj each three products of C x C x C, the MLP's two
-        # matrices as many as nine.
-        muon_flops=5 * (4 * 3 + 2 * 9) * 2.0 * c**3 * layers if muon else 0.0,
+        # matrices as many as nine, or five where they are in fp32 (fastgpt.train.muon).
+        muon_flops=5 * (4 * 3 + 2 * (9 if b < 4 else 5)) * 2.0 * c**3 * layers if muon else 0.0,
         muon_bytes=(20.0 + 4 * b) * muon,
     )
 
