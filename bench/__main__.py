@@ -18,7 +18,7 @@ COMMANDS = {
     "ablate": "what each kernel is worth in the whole step",
     "waterfall": "where the milliseconds of a step go, from the device's peak down",
     "ledger": "every launch of a step, counted without a GPU, and what it should take",
-    "convergence": "seconds to a target loss",
+    "convergence": "who reaches a loss first: optimizers, implementations, a peer",
     "curves": "the fast path's losses against eager fp32's, over seeds",
     "generate": "sampling speed",
     "scaling": "step time against the number of GPUs, on paper",
@@ -30,7 +30,7 @@ COMMANDS = {
     "report": "committed results as bench/RESULTS.md and plots",
 }
 # A command is its module's `main`, unless it shares a module with another one.
-SHARED = {"convergence": "whole_runs", "curves": "whole_runs"}
+SHARED = {"curves": "whole_runs"}
 
 
 def main(argv: list[str]) -> int:

@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from fastgpt_kernels.record import records
 
 # In order of precedence where two of them run at once: what computes counts before what moves.
-CATEGORIES = ("linear", "attention", "head", "memory", "optimizer", "other", "data", "gaps")
+CATEGORIES = (
+    "linear", "attention", "head", "muon", "memory", "optimizer", "other", "data", "gaps"
+)  # fmt: skip
 DATA_SCOPE = "bench.data"
+MUON = "momentum and update", "Newton-Schulz"  # items; the latter are its products
 
 Dims = tuple[tuple[int, ...], ...]
 
@@ -75,6 +78,7 @@ _GEMM = _rule(
     r"^aten::(mm|addmm|matmul|linear|addmv|mv)$|^_MasterLinear$|(Mm|Addmm|Linear)Backward\d*$"
     r"|gemm|gemv|nvjet|xmma|cutlass|cublas|splitK|triton_tem_fused.*mm|^mkldnn_linear|Cijk_"
 )
+_BMM = _rule(r"^aten::(bmm|baddbmm)(_out)?$")
 _ATTENTION = _rule(
     r"scaled_dot_product|ScaledDotProduct"
     r"|flash_(fwd|bwd|attention)|fmha|_efficient_attention|cudnn.*sdpa|sdpa_sm|flex_attention"
@@ -138,6 +142,8 @@ def categorize(work: Named, sizes: Sizes, *, host: bool) -> tuple[str, str]:
     if work.after_backward:
         if has(_rule("[aA]dam")):
             return "optimizer", "AdamW"
+        if has(_rule("#Muon[.]")):
+            return "muon", MUON[bool(work.gemm or has(_GEMM) or has(_BMM))]
         return "optimizer", "clipping" if has(_CLIPPING) else "rest"
     ours = next((OURS[name] for name in names if name in OURS), None)
     part = ours.part if ours else ""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,4 +91,15 @@ def _launch(func: Any, args: Any, kwargs: Any, result: Any) -> Launch:
         a, b = args[:2] if name == "mm" else args[1:3]
         shape = (a.shape[0], b.shape[1], a.shape[1])
         flops = 2 * a.shape[0] * b.shape[1] * a.shape[1]
-    return Launch(name, reads, writes, flops, shape)
+    return Launch(name, reads, writes, flops, shape, lines=_lines())
+
+
+def _lines() -> tuple[str, ...]:
+    """Where in fastgpt an op was called: "muon.py:95"; empty if nowhere."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if "fastgpt" in path.parts:
+            return (f"{path.name}:{frame.f_lineno}",)
+        frame = frame.f_back  # type: ignore[assignment]
+    return ()

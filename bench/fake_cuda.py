@@ -20,6 +20,7 @@ import ctypes
 import hashlib
 import importlib.metadata
 import importlib.util
+import math
 import os
 import shutil
 import subprocess
@@ -75,6 +76,11 @@ class Graph:
     backward: bool
     launches: list[Launch] = field(default_factory=list)
     calls: dict[int, tuple[Any, ...]] = field(default_factory=dict)
+
+    @property
+    def of_optimizer(self) -> bool:
+        """Whether it runs once a step, not once a micro-batch."""
+        return any(line.startswith("muon.py:") for x in self.launches for line in x.lines)
 
 
 def _guard() -> None:
@@ -289,9 +295,10 @@ def _launch(node: Any) -> Launch:
         kernel = parts[0].node
         what = getattr(kernel, "python_kernel_name", None) or type(kernel).__name__
         flops = node.estimate_flops() or 0
-        if flops and "mm" in what:
-            a, b = (x.get_size() for x in kernel.inputs[-2:])
-            shape = (int(a[-2]), int(b[-1]), int(a[-1]))
+        if "mm" in what:  # not all of which it can tell the FLOPs of
+            a, b = ([*map(int, x.get_size())] for x in kernel.inputs[-2:])
+            shape = (a[-2], b[-1], a[-1])
+            flops = 2 * math.prod(a) * b[-1]
     return Launch(
         what.removeprefix("torch.ops.").removeprefix("aten.").removesuffix(".default"),
         int(node.get_read_buffer_sizes()),

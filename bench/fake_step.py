@@ -37,7 +37,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step launches: both graphs once a micro-batch, and the rest of the whole step."""
+    """What a step launches: both graphs once a micro-batch, and the rest of the whole step, with
+    the graphs that the optimizer has."""
 
     forward: list[Launch]
     backward: list[Launch]
@@ -125,10 +126,12 @@ def _record(request: Request) -> Step:
             stepper.step(1, tokens)
     arch = "sm_{}{}".format(*request.gpu.capability)
     sizes = ModelShape.of(config.model, vocab_size).sizes(config.optim.batch_size)
+    once = [g for g in graphs if g.of_optimizer]
+    graphs = [g for g in graphs if not g.of_optimizer]
     return Step(
         [x for g in graphs if not g.backward for x in parts(g, arch, sizes)],
         [x for g in graphs if g.backward for x in parts(g, arch, sizes)],
-        seen.launches,
+        [x for g in once for x in g.launches] + seen.launches,
         list(stepper.choices),
     )
 

@@ -12,6 +12,7 @@ is measured here:
     + head and loss    its kernels - 6 V C tokens / measured peak
     + memory-bound     its kernels - the rest of F / measured peak
     + optimizer        its kernels
+    + Muon             its kernels, if it is the optimizer: its products are no model FLOPs
     + other            kernels that no rule knows, if any ran
     + gaps             time in which no kernel runs
     + residual         what the rungs miss of the measured step; can be negative
@@ -63,13 +64,17 @@ class Work:
     memory_bytes: float
     loss_bytes: float
     optimizer_bytes: float
+    muon_flops: float
+    muon_bytes: float
 
     @property
     def rest_flops(self) -> float:
         return self.total_flops - self.linear_flops - self.attention_flops - self.head_flops
 
 
-def count_work(s: Sizes, n_params: int, element: int, clip: bool = True) -> Work:
+def count_work(
+    s: Sizes, n_params: int, element: int, clip: bool = True, optimizer: str = "adamw"
+) -> Work:
     """FLOPs and bytes of one step; n_params without position embeddings, element bytes a value.
 
     Bytes, each tensor read or written once a kernel (M tokens, C wide, b bytes an element):
@@ -78,6 +83,7 @@ def count_work(s: Sizes, n_params: int, element: int, clip: bool = True) -> Work
     gradients of the biases that no other kernel sums read 5 MCb a layer. The loss reads and
     overwrites the logits, 2 MVb. AdamW moves 28 bytes a parameter, clipping 12 (4 to find the norm
     only), each further micro-batch adds gradients up, 12; weights' casts 6 forward, 6 backward.
+    Muon moves 20 bytes of a block's matrices, and what it makes orthogonal in and out, 4b.
     """
     m, c, layers, b = s.tokens, s.n_embd, s.n_layer, element
     tokens = m * s.micro_batches
@@ -86,8 +92,9 @@ def count_work(s: Sizes, n_params: int, element: int, clip: bool = True) -> Work
         per_token += 5 * c * b * layers
     if s.dropout:
         per_token += (1 + 2 * layers) * 2 * (2 * c * b + c)
-    matrices = 12 * layers * c * c + s.padded_vocab_size * c
-    per_micro_batch = 12 * matrices if b < 4 else 0
+    blocks = 12 * layers * c * c
+    per_micro_batch = 12 * (blocks + s.padded_vocab_size * c) if b < 4 else 0
+    muon = blocks if optimizer == "muon" else 0
     return Work(
         total_flops=tokens * (6.0 * n_params + 12 * layers * c * s.block_size),
         linear_flops=tokens * 6.0 * 12 * layers * c * c,
@@ -97,9 +104,14 @@ def count_work(s: Sizes, n_params: int, element: int, clip: bool = True) -> Work
         memory_bytes=float(tokens * per_token),
         loss_bytes=2.0 * tokens * s.padded_vocab_size * b,
         optimizer_bytes=float(
-            n_params * (28 + (12 if clip else 4) + 12 * (s.micro_batches - 1))
+            28 * (n_params - muon)
+            + n_params * ((12 if clip else 4) + 12 * (s.micro_batches - 1))
             + s.micro_batches * per_micro_batch
         ),
+        # Of five iterations: q, k, v and c_proj each three products of C x C x C, the MLP's two
+        # matrices as many as nine, or five where they are in fp32 (fastgpt.train.muon).
+        muon_flops=5 * (4 * 3 + 2 * (9 if b < 4 else 5)) * 2.0 * c**3 * layers if muon else 0.0,
+        muon_bytes=(20.0 + 4 * b) * muon,
     )
 
 
@@ -155,7 +167,8 @@ def build(parts: Breakdown, work: Work, m: Measured) -> Ladder:
     """The ladder of a step; every rung's ms, down to the residual, sum to m.step_ms."""
     on_gpu = parts.device == "cuda"
     scale = 1.0 if on_gpu else m.step_ms / m.traced_ms
-    ms = {c: parts.ms(c) * scale for c in ("linear", "attention", "head", "memory", "optimizer")}
+    named = ("linear", "attention", "head", "memory", "optimizer", "muon")
+    ms = {c: parts.ms(c) * scale for c in named}
     other, gaps = parts.ms("other") * scale, (parts.ms("gaps") + parts.ms("data")) * scale
     if on_gpu:
         gaps = max(0.0, min(gaps, m.step_ms - sum(ms.values()) - other))
@@ -208,6 +221,14 @@ def build(parts: Breakdown, work: Work, m: Measured) -> Ladder:
             "fused clipping and update; more tokens a step share it",
         ),
     ]  # fmt: skip
+    if ms["muon"] > 0:
+        rungs.append(
+            part(
+                "Muon", "muon", 0.0, at_peak(work.muon_flops) + moved(work.muon_bytes),
+                f"{_tera(work.muon_flops)} at the matmul peak, {_giga(work.muon_bytes)} {rate}",
+                "once a step: more tokens a step share it, and so do more GPUs",
+            )
+        )  # fmt: skip
     if other > 0:
         names = ", ".join(list(parts.others)[:2])
         rungs.append(Rung("other", other, takes_ms=other, help=f"not recognised: {names}"))

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from bench import fake_step, ladder, ladder_table, picture, results, setup
-from bench.categories import Sizes
+from bench.categories import MUON, Sizes
 from bench.fake_cuda import FakeGpu, Launch
 from bench.tables import table
 from bench.trace import Breakdown
@@ -181,6 +181,8 @@ def sort(launch: Launch, phase: str, sizes: Sizes) -> tuple[str, str]:
     """(category of `bench.categories`, item) of a launch: whose time it is, and what for."""
     ops = {op.removesuffix(".default").partition(".")[0] for op in launch.ops}
     own = [op.split(".")[1] for op in launch.ops if op.startswith("fastgpt.")]
+    if any(line.startswith("muon.py:") for line in launch.lines) and "adam" not in launch.what:
+        return "muon", MUON[bool(launch.shape)]
     if launch.shape:
         if sizes.head_sizes & set(launch.shape):
             return "head", "products"
@@ -230,7 +232,9 @@ def as_ladder(p: Prediction, config: Config, vocab_size: int, rates: Rates) -> l
         n_params = GPT(ModelShape.of(config.model, vocab_size)).n_params()
     element = DTYPES[config.system.dtype].itemsize
     clip = config.optim.grad_clip > 0
-    work = ladder.count_work(sizes_of(config, vocab_size), n_params, element, clip)
+    work = ladder.count_work(
+        sizes_of(config, vocab_size), n_params, element, clip, config.optim.optimizer
+    )
     sheet = rates.sheet
     measured = ladder.Measured(
         p.ms, p.ms, rates.matmul, f"{rates.matmul_share:.0%} of the data sheet, assumed",
@@ -346,6 +350,7 @@ def memory_of(config: Config, vocab_size: int, sheet: Sheet, batch_size: int | N
         batch_size or config.optim.batch_size,
         dtype,
         fused=fused,
+        muon=config.optim.optimizer == "muon",
         room=sheet.gb * 10**9 // SHARE,
     ).total
 

@@ -17,6 +17,7 @@ _COLOURS = {
     "head and loss": "#cc79a7",
     "memory-bound ops": "#e69f00",
     "optimizer and casts": "#009e73",
+    "Muon": "#004d38",
     "other": "#000000",
     "gaps: launch, data, host": "#56b4e9",
     "residual": "#b0b0b0",

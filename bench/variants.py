@@ -11,7 +11,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench import setup
+from fastgpt.config import settings
 from fastgpt.config.schema import Config
 from fastgpt.errors import UserError
 from fastgpt.model.build import build as build_model
@@ -47,13 +48,19 @@ class Variant:
 
 
 def contenders(names: str, peer_path: str, gpu: bool) -> tuple[list[Variant], dict[str, str]]:
-    """The variants asked for, and why others are not there. Raises UserError."""
+    """The variants asked for, and why others are not there. Raises UserError.
+
+    names  comma-separated; settings of its own may follow each: muon:lr_schedule=wsd
+    """
     peer = str(Path(peer_path).expanduser().resolve()) if peer_path else ""
     peer_name = Path(peer).name or "peer"
     if peer and not Path(peer, "model.py").is_file():
         raise UserError(f"--peer-path={peer_path}: there is no model.py in it")
+    fast = FAST if gpu else EAGER
     known = {
         "eager": Variant("eager"),
+        "adamw": Variant("adamw", {**fast, "optimizer": "adamw"}, graph=gpu),
+        "muon": Variant("muon", {**fast, "optimizer": "muon"}, graph=gpu),
         "compile": Variant("compile", COMPILED),
         "kernels": Variant("kernels", {"kernels": "triton", "compile": False}),
         "kernels+compile": Variant("kernels+compile", FAST, graph=True),
@@ -63,13 +70,18 @@ def contenders(names: str, peer_path: str, gpu: bool) -> tuple[list[Variant], di
         "hf+compile": Variant("transformers, compile", COMPILED, HF),
     }
     if names:
-        chosen = names.split(",")
-        for name in chosen:
-            if name not in known:
-                raise UserError(f"--variants: no {name!r}; there are {', '.join(known)}")
-            if name.startswith("peer") and not peer:
-                raise UserError(f"--variants: {name} needs --peer-path")
-        return [known[n] for n in chosen], {}
+        chosen = []
+        for name in names.split(","):
+            known_name, *more = name.split(":")
+            if known_name not in known:
+                raise UserError(f"--variants: no {known_name!r}; there are {', '.join(known)}")
+            if known_name.startswith("peer") and not peer:
+                raise UserError(f"--variants: {known_name} needs --peer-path")
+            variant = known[known_name]
+            if more:
+                variant = replace(variant, name=name, settings={**variant.settings, **_with(more)})
+            chosen.append(variant)
+        return chosen, {}
     ours = ["eager", "compile", "kernels", "kernels+compile"] if gpu else ["eager"]
     skipped = {} if gpu else {"compile": "not built without a GPU unless --variants names it"}
     skipped |= {} if gpu else {"kernels": "no GPU", "kernels+compile": "no GPU"}
@@ -79,6 +91,13 @@ def contenders(names: str, peer_path: str, gpu: bool) -> tuple[list[Variant], di
     else:
         others.append("hf")
     return [known[n] for n in (*ours, *(f"{o}+compile" if gpu else o for o in others))], skipped
+
+
+def _with(assignments: list[str]) -> dict[str, Any]:
+    """Settings from ["lr_schedule=wsd", ...]. Raises UserError for the first bad one."""
+    flags = dict(a.partition("=")[::2] for a in assignments)
+    found = settings.to_dict(settings.apply_flags(Config(), flags))
+    return {name: found[name] for name in flags}
 
 
 class Stepper(Protocol):

@@ -230,6 +230,7 @@ def measure(
         model.n_params(),
         torch.finfo(dtype).bits // 8,
         clip=steps.config.optim.grad_clip > 0,
+        optimizer=steps.config.optim.optimizer,
     )
     best: ladder.Ladder | None = None
     for _ in range(ATTEMPTS):

@@ -1,4 +1,4 @@
-"""Losses over whole runs: `bench convergence` and `bench curves`, a run a variant and seed.
+"""Losses over whole runs: `bench curves`, and what `bench convergence` shares with it.
 
 Variants take turns, each run in a process of its own. Evaluations always see the same batches and
 do not count as training time, nor does compiling.
@@ -19,24 +19,20 @@ from typing import Any
 
 import torch
 
-from bench import provenance, results, setup
+from bench import results, setup
 from bench.setup import at_least
 from bench.tables import table
 from bench.turns import quietly_built, serve
-from bench.variants import Variant, contenders
+from bench.variants import Variant
 from fastgpt.config import settings
 from fastgpt.config.schema import Config, PrepareConfig
 from fastgpt.data.batches import Batches, eval_batches
 from fastgpt.data.prepare import ensure
 from fastgpt.data.tokens import open_dataset
-from fastgpt.errors import UserError
 from fastgpt.model.peaks import synchronize
-from fastgpt_kernels.stats import ratio_of_medians, summarize
 from fastgpt_kernels.tools.workers import TaskFailed, Worker
 
 PRESET = "shakespeare_char"
-# nanoGPT's README ends its GPU run at 1.4697; on the way there 1.5 is met by a steep curve.
-TARGET, SMALL_TARGET, SMALL_STEPS = 1.5, 3.6, 600
 ORACLE = "eager fp32"
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73")
 EVALUATIONS = 5  # of a curve, besides the first
@@ -67,21 +63,27 @@ class Race:
         synchronize(self.device)
         return time.perf_counter() - started
 
-    def advance(self, first: int, end: int, lap: int) -> tuple[list[float], float]:
-        """Steps first ... end - 1: mean seconds of a step by lap, and then the validation loss."""
-        seconds = []
+    def advance(self, first: int, end: int, lap: int) -> tuple[list[float], float, float]:
+        """Steps first ... end - 1: mean seconds of a step by lap, their mean loss (NaN: no step),
+        and then the validation loss."""
+        seconds: list[float] = []
+        losses: list[torch.Tensor] = []
+        # On a CPU one thread computes all: its own time is that of a machine without other work.
+        clock = time.perf_counter if self.device.type != "cpu" else time.process_time
         for begin in range(first, end, lap):
             steps = range(begin, min(begin + lap, end))
-            started = time.perf_counter()
+            started = clock()
             for s in steps:
                 tokens = torch.from_numpy(self.batches.tokens(s))
                 if self.device.type == "cuda":
                     tokens = tokens.pin_memory()
-                self.stepper.step(s, tokens.to(self.device, non_blocking=True))
+                loss, _ = self.stepper.step(s, tokens.to(self.device, non_blocking=True))
+                losses.append(loss.detach())
             synchronize(self.device)
-            seconds.append((time.perf_counter() - started) / len(steps))
-        loss = torch.stack([self.stepper.evaluate(w) for w in self.held_out]).mean().item()
-        return seconds, loss
+            seconds.append((clock() - started) / len(steps))
+        trained = torch.stack(losses).mean().item() if losses else math.nan
+        val_loss = torch.stack([self.stepper.evaluate(w) for w in self.held_out]).mean().item()
+        return seconds, trained, val_loss
 
 
 @dataclass(frozen=True)
@@ -96,20 +98,23 @@ class Course:
 
 
 def one_run(race: Race, course: Course, progress: Callable[[dict[str, Any]], object]) -> dict:
-    """{"seconds", "steps", "warm_up_s", "curve": [[seconds, step, val loss], ...], "reached",
-    "step_ms": by lap}. `progress` sees it after every evaluation. Raises TaskFailed.
+    """{"seconds", "steps", "warm_up_s", "curve": [[seconds, step, val loss], ...], "train_losses":
+    means over the steps before each (0 at the first), "reached", "step_ms": by lap}.
+
+    `progress` sees it after every evaluation. Raises TaskFailed.
     """
     worker, end = Worker(serve, race), time.monotonic() + course.limit_s
 
     def ask(*task: Any) -> Any:
         return worker.ask(*task, timeout=max(1.0, end - time.monotonic()))
 
-    run: dict[str, Any] = {"seconds": 0.0, "steps": 0, "curve": [], "reached": False, "step_ms": []}
+    run: dict[str, Any] = {"seconds": 0.0, "steps": 0, "reached": False}
+    run |= {"curve": [], "train_losses": [], "step_ms": []}
     try:
         run["warm_up_s"] = ask("start")
         for last in [*range(0, course.max_steps, course.eval_every), course.max_steps]:
             first = run["steps"]
-            laps, loss = ask("advance", first, last, course.lap)
+            laps, trained, loss = ask("advance", first, last, course.lap)
             for begin, seconds in zip(range(first, last, course.lap), laps, strict=True):
                 run["seconds"] += seconds * min(course.lap, last - begin)
                 run["step_ms"].append(1e3 * seconds)
@@ -117,6 +122,7 @@ def one_run(race: Race, course: Course, progress: Callable[[dict[str, Any]], obj
             if not math.isfinite(loss):
                 break
             run["curve"].append([run["seconds"], last, loss])
+            run["train_losses"].append(trained if last else 0.0)
             run["reached"] = last > 0 and loss <= course.target
             progress(run)
             if run["reached"]:
@@ -173,121 +179,6 @@ def end(
         figure.savefig(picture, dpi=150)
         also = f" and {picture.name}"
     return result.end(out, also)
-
-
-# --- convergence ---------------------------------------------------------------------------------
-
-
-def row_of(variant: Variant, runs: list[dict[str, Any]], problem: str, target: float) -> dict:
-    missed = [r for r in runs if not r["reached"]]
-    if missed and not problem:
-        best = min((p[2] for r in missed for p in r["curve"]), default=float("nan"))
-        problem = f"best loss {best:.3f} after {missed[0]['steps']} steps, target {target:g}"
-    row: dict[str, Any] = {"key": f"{PRESET} {variant.name}", "variant": variant.name}
-    row |= {"problem": problem or ("" if runs else results.NOT_YET), "runs": runs}
-    if not row["problem"]:
-        samples = [1e3 * r["seconds"] for r in runs]
-        row |= {"samples_ms": samples, "median_ms": summarize(samples).median}
-    return row
-
-
-def with_ratios(rows: Rows) -> Rows:
-    """Times over the first row's that has one, over the seeds that both have run."""
-    timed = [row for row in rows if not row["problem"]]
-    for row in timed[1:]:
-        pairs = list(zip(row["samples_ms"], timed[0]["samples_ms"], strict=False))
-        r = ratio_of_medians(*zip(*pairs, strict=True))
-        row["ratio"] = results.ratio(timed[0]["variant"], r)
-    return rows
-
-
-def open_data(flags: dict[str, str]) -> tuple[Config, Path]:
-    """The run and its token folder: what flags name, shakespeare_char, or local text."""
-    named = {"dataset", "input"} & set(flags)
-    for given in [{}] if named else [{"dataset": PRESET}, {"dataset": "python_stdlib"}]:
-        config, _ = setup.configure(PRESET, given | flags)
-        try:
-            return config, ensure(PrepareConfig.of(config.data))
-        except UserError:
-            if given.get("dataset") != PRESET:
-                raise
-            print("shakespeare_char is not prepared here: Python's standard library instead")
-    raise AssertionError("the loop returns or raises")
-
-
-def convergence(argv: list[str]) -> int:
-    """python -m bench convergence: seconds of training until a target validation loss.
-
-    shakespeare_char if it has been prepared, else the text that every machine has; a run a variant
-    and seed, variants in turn, each in a process of its own. Evaluations always see the same
-    batches and do not count as training time, nor does compiling, which is shown beside it. Flags
-    of `fastgpt train` work here too.
-    """
-    parser = setup.Parser("convergence", inspect.getdoc(convergence))
-    gpu = torch.cuda.is_available()
-    parser.add_argument("--target", type=float, help="validation loss to reach")
-    parser.add_argument("--seeds", type=at_least(1), default=3 if gpu else 1)
-    parser.add_argument("--eval-every", type=at_least(1), default=50 if gpu else 20, help="steps")
-    parser.add_argument("--limit-seconds", type=float, default=300.0, help="for one run")
-    parser.add_argument("--variants", default="eager,kernels+compile" if gpu else "eager")
-    parser.add_argument("--peer-path", default="", help="a nanoGPT checkout to race")
-    args, flags = parser.parse(argv)
-    setup.say_small()
-    with parser.user_errors():
-        gpu = setup.device_of(flags).type == "cuda"
-        small = {"eval_iters": "10", "max_iters": str(SMALL_STEPS), "dropout": "0.0"}
-        flags = {"decay_lr": "True", **({} if gpu else small), **flags}
-        names = args.variants
-        if args.peer_path and "peer" not in names:
-            names += ",peer+compile" if gpu else ",peer"
-        variants, _ = contenders(names, args.peer_path, gpu)
-        config, folder = open_data(flags)
-    corpus = config.data.dataset
-    target = args.target or (TARGET if gpu else SMALL_TARGET)
-    result = results.Result("convergence", argv, {"target": target, "corpus": corpus})
-    result.data["settings"] |= provenance.peer(args.peer_path)
-    print(f"{corpus} to a validation loss of {target:g}, {args.seeds} seed(s)", flush=True)
-    every = args.eval_every
-    course = Course(config.run.max_iters, every, every, args.limit_seconds, target)
-    runs: dict[str, Rows] = {v.name: [] for v in variants}
-    problems = dict.fromkeys(runs, "")
-
-    def keep(running: Variant | None = None, run: dict[str, Any] | None = None) -> None:
-        """Save what there is; the run under way has its curve so far but no time yet."""
-        rows = [row_of(v, runs[v.name], problems[v.name], target) for v in variants]
-        for row in rows:
-            if running is not None and row["variant"] == running.name:
-                row["under_way"] = run
-        result.rows[:] = with_ratios(rows)
-        result.save(args.out)
-
-    keep()
-    for v, _, run, problems[v.name] in in_turn(variants, config, folder, args.seeds, course, keep):
-        runs[v.name] += [run] if run else []
-        keep()
-    show_times(result.rows)
-    curves = [(name, run["curve"]) for name, found in runs.items() for run in found]
-    return end(result, args.out, curves, f"{corpus} to {target:g}")
-
-
-def show_times(rows: Rows) -> None:
-    lines = []
-    for row in rows:
-        if row["problem"]:
-            print(f"  {row['variant']}: {row['problem']}")
-            continue
-        columns = ("seconds", "steps", "warm_up_s")
-        seconds, steps, warm_up = ([run[k] for run in row["runs"]] for k in columns)
-        lines.append(
-            [
-                row["variant"],
-                f"{statistics.median(seconds):.2f} [{min(seconds):.2f}, {max(seconds):.2f}]",
-                f"{statistics.median(steps):.0f}",
-                f"{statistics.median(warm_up):.1f}",
-                results.said(row),
-            ]
-        )
-    print(table(["variant", "seconds [range]", "steps", "compiling s", "time ratio"], lines))
 
 
 # --- curves --------------------------------------------------------------------------------------

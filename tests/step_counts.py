@@ -22,6 +22,8 @@ MOST = {
     ("True", "0.0", "eager"): (13, 29, 919_586, 1_522_933),
     ("False", "0.1", "eager"): (12, 18, 997_385, 1_513_630),
 }
+# Launches of Muon's in a step, however many layers there are.
+MUON = 80
 SMALL = {
     "n_layer": "2", "batch_size": "8", "gradient_accumulation_steps": "1", "dtype": "bfloat16"
 }  # fmt: skip
@@ -29,9 +31,13 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def steps() -> dict[tuple[str, ...], fake_step.Step]:
-    """The steps of `MOST`, and a deterministic one, from one recording of each."""
+    """The steps of `MOST`, a deterministic one and Muon's, from one recording of each."""
     flags = {k: dict(zip(("bias", "dropout", "kernels"), k, strict=True)) for k in MOST}
-    asked = {**flags, ("deterministic",): {"deterministic": "True"}}
+    asked: dict[tuple[str, ...], dict[str, str]] = {
+        **flags,
+        ("deterministic",): {"deterministic": "True"},
+        ("muon",): {"optimizer": "muon"},
+    }
     requests = [fake_step.Request("gpt2", {**SMALL, **f}) for f in asked.values()]
     return dict(zip(asked, fake_step.record(*requests), strict=True))
 
@@ -58,3 +64,26 @@ def test_a_deterministic_step_sums_in_one_order(steps) -> None:
     )
     assert "attention_query" in deterministic - one_pass
     assert any("index_put" in name for name in deterministic - one_pass)
+
+
+def test_muon_takes_few_launches(steps) -> None:
+    """None a layer: matrices of one shape are multiplied together. It is no model FLOP's time."""
+    step = steps[("muon",)]
+    config = setup.preset_of("gpt2", {**SMALL, "optimizer": "muon", "device": "cpu"})
+    sizes, rates = ledger.sizes_of(config, setup.GPT2_VOCAB), ledger.Rates(ledger.find("h100"))
+    p = ledger.predict(step, config, sizes, rates)
+    assert [f(phase) for f in (p.a_layer,) for phase in ("forward", "backward")] == [8, 13]
+    muon = [line for line in p.lines if line.category == "muon"]
+    assert {line.phase for line in muon} == {"rest"}
+    assert sum(line.times for line in muon) <= MUON
+    products = [line for line in muon if line.launch.shape]
+    assert sum(line.times for line in products) == 2 * 5 * 3
+    flops = sum(line.times * line.launch.flops for line in products)
+    assert flops == 2 * 5 * (4 * 3 + 2 * 9) * 2 * 768**3
+    found = ledger.as_ladder(p, config, setup.GPT2_VOCAB, rates)
+    assert found.work.muon_flops == flops
+    (rung,) = [r for r in found.rungs if r.name == "Muon"]
+    assert (
+        rung.ms == pytest.approx(sum(line.ms for line in muon)) and (rung.bound_ms or 0) <= rung.ms
+    )
+    assert found.work.total_flops < 1.01 * setup.flops_per_token(config, 50257).mfu * p.tokens

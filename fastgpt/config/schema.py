@@ -117,14 +117,20 @@ class OptimConfig:
     """What --batch_size=auto sets."""
     gradient_accumulation_steps: Count = 40
     """Micro-batches in an optimizer step; times batch_size: the global batch, whatever the GPUs."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Newton-Schulz's momentum for the blocks' matrices, AdamW for the rest."""
     learning_rate: Positive = 6e-4
     """Highest learning rate, reached after the warm-up."""
     min_lr: NonNegative = 6e-5
-    """Learning rate at the end of the decay."""
+    """Learning rate at the end of the cosine."""
     warmup_iters: CountOrZero = 2000
     """Steps of linear warm-up."""
+    lr_schedule: Literal["cosine", "wsd"] = "cosine"
+    """cosine: down to min_lr; wsd: constant, and at the end linear to 0."""
+    lr_decay_fraction: Annotated[float, Range(gt=0, le=1)] = 0.4
+    """wsd: the last part of lr_decay_iters, in which the learning rate falls."""
     lr_decay_iters: Count = 600_000
-    """Step at which the cosine reaches min_lr."""
+    """Step at which the schedule ends."""
     decay_lr: bool = True
     """False: the learning rate stays at learning_rate."""
     weight_decay: NonNegative = 0.1
@@ -148,6 +154,8 @@ class LogConfig:
     """Steps between evaluations (and checkpoints)."""
     eval_iters: Count = 200
     """Batches in one evaluation of one split."""
+    target_val_loss: NonNegative = 0.0
+    """Stop once an evaluation's validation loss is no more than this; 0: never."""
     eval_only: bool = False
     """Evaluate once and stop."""
     log_interval: Count = 1

@@ -176,7 +176,7 @@ def check(config: Any) -> None:
         raise UserError(
             f"--n_head={m.n_head}: must divide n_embd={m.n_embd}; the nearest that does is {near}"
         )
-    if o.decay_lr and o.min_lr > o.learning_rate:
+    if o.decay_lr and o.lr_schedule == "cosine" and o.min_lr > o.learning_rate:
         raise UserError(
             f"--min_lr={o.min_lr:g}: must not exceed learning_rate={o.learning_rate:g}; "
             "lower it or pass --decay_lr=False"

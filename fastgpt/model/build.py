@@ -42,7 +42,7 @@ def set_precision(config: Config, machine: Machine) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         # What is not written is not read either: tests poison it. Filling it would take time.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     exact = machine.dtype == "float32" and not config.system.tf32
     torch.set_float32_matmul_precision("highest" if exact else "high")
 

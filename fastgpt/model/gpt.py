@@ -340,7 +340,6 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(self.hidden(idx))
         embedded, weight = _Embedding.apply(self.transformer.wte.weight, idx)
-        y, options = self._hidden(embedded), {"vocab_size": self.shape.vocab_size}
-        if self.head_copy is not None:
-            options["rounded"] = self.head_copy
-        return self.ops.linear_cross_entropy(y, weight, targets, **options)
+        y, vocab_size = self._hidden(embedded), self.shape.vocab_size
+        copy = {} if self.head_copy is None else {"rounded": self.head_copy}
+        return self.ops.linear_cross_entropy(y, weight, targets, vocab_size=vocab_size, **copy)

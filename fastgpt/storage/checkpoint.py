@@ -3,7 +3,7 @@
     RUN/checkpoints/
         step_00000250/
             model.safetensors      fp32 weights, under nanoGPT's names
-            optimizer.safetensors  AdamW's moments and step counts, "<state>.<parameter>"
+            optimizer.safetensors  AdamW's moments and steps, Muon's momentum: "<state>.<parameter>"
             state.json             step, losses, model shape, config, fingerprints
             manifest.json          size and sha256 of each of these
         latest                     name of the newest checkpoint; written last

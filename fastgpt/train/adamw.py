@@ -13,12 +13,8 @@ import torch
 from torch import Tensor
 
 from fastgpt.errors import UserError
+from fastgpt.train.sharding import local
 from fastgpt_kernels import AdamWTensors, adamw_step
-
-
-def _local(t: Tensor) -> Tensor:
-    """This rank's part of a DTensor; any other tensor as it is."""
-    return t.to_local() if hasattr(t, "to_local") else t
 
 
 class FusedAdamW(torch.optim.AdamW):
@@ -84,7 +80,7 @@ class FusedAdamW(torch.optim.AdamW):
                 self.state[p]["step"] = torch.zeros((), device=p.device)
                 for key in ("exp_avg", "exp_avg_sq"):
                     self.state[p][key] = torch.zeros_like(p)
-        grads = [_local(p.grad) for p in params if p.grad is not None]
+        grads = [local(p.grad) for p in params if p.grad is not None]
         sources = self._sources(params)
         if (
             self._tensors is not None
@@ -95,10 +91,10 @@ class FusedAdamW(torch.optim.AdamW):
             self._tensors.set_gradients(grads)
             return self._tensors
         self.share_step(params)
-        m, v = ([_local(self.state[p][k]) for p in params] for k in ("exp_avg", "exp_avg_sq"))
+        m, v = ([local(self.state[p][k]) for p in params] for k in ("exp_avg", "exp_avg_sq"))
         copies = [self.copies.get(p) for p in params]
-        local = [_local(p) for p in params]
-        self._tensors = AdamWTensors(local, grads, m, v, copies, weight_decay=decays)
+        parts = [local(p) for p in params]
+        self._tensors = AdamWTensors(parts, grads, m, v, copies, weight_decay=decays)
         self._made_from = self._sources(params)
         self._lr = torch.zeros((), device=self._tensors.device)
         return self._tensors

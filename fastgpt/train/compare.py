@@ -1,9 +1,9 @@
 """`fastgpt compare RUN RUN ...`: curves, figures, and which is better, if noise lets one say it.
 
-Noise is told by runs that differ in their seed alone, if there are any: the spread of their loss.
-Else by the curves themselves: how the difference of their last evaluations scatters. Runs are
-called different if their losses, at the last step that both evaluated, differ by more than twice
-the noise of that difference.
+Runs that differ in their seed alone are of one recipe, and the spread of their loss is the noise. A
+recipe is called better if the 95 % interval of the difference, at the last step that all evaluated,
+excludes 0. A single run of a recipe is never enough for that: of two such runs is said whether they
+differ by more than their difference scatters along the curves.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fastgpt.storage import run
 from fastgpt.storage.files import atomic_file
 from fastgpt.train.curves import Curves, smooth, time_axis
 from fastgpt.train.metrics import count
+from fastgpt_kernels.stats import ONE_PAIR, student_t
 
 _NOT_THE_RUN = ("seed", "out_dir", "overwrite", "wandb_run_name", "wandb_log", "tensorboard")
 _DATA = ("dataset", "input", "tokenizer", "val_fraction")
@@ -116,8 +117,7 @@ def verdict(runs: Sequence[Compared]) -> list[str]:
     if len(groups) == 1 and len(runs) > 1:
         return _seeds_alone(runs)
     parts = sorted(groups.values(), key=lambda g: runs.index(g[0]))
-    repeated = any(len(g) > 1 for g in parts)
-    return [_pair(a, b, repeated) for i, a in enumerate(parts) for b in parts[i + 1 :]]
+    return [_pair(a, b) for i, a in enumerate(parts) for b in parts[i + 1 :]]
 
 
 def _at(r: Compared, step: int) -> float:
@@ -141,57 +141,65 @@ def _seeds_alone(runs: Sequence[Compared]) -> list[str]:
     ]
 
 
-def _pair(a: list[Compared], b: list[Compared], repeated: bool) -> str:
+def _pair(a: list[Compared], b: list[Compared]) -> str:
     step = _last_common([*a, *b])
     names = ["+".join(r.name for r in g) for g in (a, b)]
+    both = " and ".join(names)
     if step is None:
-        return f"{names[0]} and {names[1]}: no step was evaluated in both"
+        return f"{both}: no step was evaluated in both"
     losses = [[_at(r, step) for r in g] for g in (a, b)]
     means = [statistics.mean(g) for g in losses]
-    noise, source = _noise((a, b), losses, step, repeated)
     better, worse = (0, 1) if means[0] < means[1] else (1, 0)
     gap = means[worse] - means[better]
     where = f"val loss {means[0]:.4f} and {means[1]:.4f} at step {step}"
-    if noise is None:
-        return f"{names[0]} and {names[1]}: {where}; too few evaluations to tell noise from more"
-    if gap <= 2 * noise:
+    if min(map(len, losses)) == 1:
+        noise = _scatter_of_difference(a[0], b[0], step)
+        if noise is None:
+            return f"{both}: {where}; too few evaluations to tell noise from more"
+        along = f"apart by {gap:.4f}, and along the curves by {noise:.4f} more or less"
+        if gap <= 2 * noise:
+            return f"{both}: no difference beyond noise: {where}, {along}"
+        return f"{both}: {where}, {along}; {ONE_PAIR}: give runs of other seeds of each"
+    noise, freedom = _noise(losses)
+    interval = student_t(freedom) * noise
+    if gap <= interval:
         return (
-            f"{names[0]} and {names[1]}: no difference beyond noise: {where}, apart by {gap:.4f}, "
-            f"noise {noise:.4f} ({source})"
+            f"{both}: no difference beyond noise: {where}, apart by {gap:.4f} +- {interval:.4f} "
+            "(95 %, between seeds)"
         )
     return (
-        f"{names[better]} is better than {names[worse]} by {gap:.4f}: {where}, "
-        f"noise {noise:.4f} ({source})"
+        f"{names[better]} is better than {names[worse]} by {gap:.4f} +- {interval:.4f} (95 %, "
+        f"between seeds): {where}"
     )
 
 
-def _noise(
-    groups: tuple[list[Compared], list[Compared]],
-    losses: list[list[float]],
-    step: int,
-    repeated: bool,
-) -> tuple[float | None, str]:
-    """(standard deviation of the difference of the means, where it is from)."""
-    if repeated and any(len(g) > 1 for g in losses):
-        degrees = sum(len(g) - 1 for g in losses)
-        squares = sum((x - statistics.mean(g)) ** 2 for g in losses for x in g)
-        return math.sqrt(squares / degrees * sum(1 / len(g) for g in losses)), "between seeds"
-    # Of the difference itself: what both curves share, as the batches evaluated, cancels.
-    a, b = ({e["step"]: e["val_loss"] for e in g[0].curves.evals} for g in groups)
-    common = sorted(k for k in a.keys() & b.keys() if k <= step)
-    return scatter([a[k] - b[k] for k in common]), "scatter of their difference"
+def _noise(losses: list[list[float]]) -> tuple[float, int]:
+    """Standard deviation of the difference of the means, and its degrees of freedom (pooled)."""
+    freedom = sum(len(g) - 1 for g in losses)
+    squares = sum((x - statistics.mean(g)) ** 2 for g in losses for x in g)
+    return math.sqrt(squares / freedom * sum(1 / len(g) for g in losses)), freedom
+
+
+def _scatter_of_difference(a: Compared, b: Compared, step: int) -> float | None:
+    """Of the difference itself: what both curves share, as the batches evaluated, cancels."""
+    ours, theirs = ({e["step"]: e["val_loss"] for e in r.curves.evals} for r in (a, b))
+    common = sorted(k for k in ours.keys() & theirs.keys() if k <= step)
+    return scatter([ours[k] - theirs[k] for k in common])
 
 
 def draw(runs: Sequence[Compared], path: Path) -> Path:
-    """Validation loss over steps, tokens and hours, one picture."""
+    """Validation loss over steps, tokens and hours, one picture; a recipe's runs in one colour."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     spans = [r.curves.useful_range for r in runs]
     unit, scale = time_axis(max(r.curves.clock[-1][1] for r in runs))
+    recipes = list(dict.fromkeys(r.recipe for r in runs))
     for i, r in enumerate(runs):
-        color, train, evals = f"C{i}", r.curves.train, r.curves.evals
+        first = r.recipe not in [other.recipe for other in runs[:i]]
+        label = r.name if first else None
+        color, train, evals = f"C{recipes.index(r.recipe)}", r.curves.train, r.curves.evals
         times = [scale * r.curves.hours(e["step"]) for e in evals]
         line = smooth([t["loss"] for t in train])
         xs = (
@@ -201,7 +209,7 @@ def draw(runs: Sequence[Compared], path: Path) -> Path:
         )
         for axes, (x_train, x_val) in zip(panels, xs, strict=True):
             axes.plot(x_train, line, color=color, lw=0.7, alpha=0.4)
-            axes.plot(x_val, [e["val_loss"] for e in evals], "o-", color=color, ms=3, label=r.name)
+            axes.plot(x_val, [e["val_loss"] for e in evals], "o-", color=color, ms=3, label=label)
     for axes, label in zip(panels, ("step", "tokens, millions", unit), strict=True):
         axes.set_xlabel(label)
         axes.set_ylim(min(s[0] for s in spans), max(s[1] for s in spans))

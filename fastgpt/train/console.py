@@ -39,7 +39,8 @@ def introduce(trainer: Trainer, dataset: Dataset, run_dir: Path) -> None:
         print(f"ranks {trainer.ranks.size} with {kind}, {rows}")
     print(f"device {device}{gpu}, {machine.dtype}, compile {machine.compile}")
     if device.type == "cuda":
-        print(f"memory, by estimate: {memory.of_model(trainer.model, trainer.batch_size)}")
+        asked = trainer.model, trainer.batch_size, config.optim.optimizer
+        print(f"memory, by estimate: {memory.of_model(*asked)}")
     print(f"ops {ops.describe(trainer.choices)}")
     print(f"run {run_dir}", flush=True)
 
@@ -59,6 +60,12 @@ def farewell(loop: Loop, dataset: Dataset, run_dir: Path) -> None:
     picture = plot.loss_curve(run_dir)
     if at.last_eval >= 0:
         print(f"\nval loss {at.val_loss:.4f} at step {at.last_eval}, best {at.best_val_loss:.4f}")
+    if loop.reached:
+        print(
+            f"reached --target_val_loss={c.log.target_val_loss:g} after {at.step:,} steps, "
+            f"{at.step * loop.tokens_per_step:,} tokens, {at.step_seconds:,.1f} s of training, "
+            f"{at.seconds:,.1f} s in all"
+        )
     if picture:
         print(f"loss curve {picture}")
     if (

@@ -25,10 +25,14 @@ from fastgpt_kernels.telling import telling
 
 
 class StepClock:
-    """Mean seconds per step since the last lap; pauses do not count."""
+    """Mean seconds per step since the last lap, and seconds of all; pauses do not count."""
 
     def __init__(self) -> None:
-        self.steps, self._start = 0, time.perf_counter()
+        self.steps, self._start, self._laps = 0, time.perf_counter(), 0.0
+
+    @property
+    def elapsed(self) -> float:
+        return self._laps + time.perf_counter() - self._start
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -38,13 +42,14 @@ class StepClock:
 
     def lap(self) -> float:
         now = time.perf_counter()
-        seconds = (now - self._start) / self.steps
-        self.steps, self._start = 0, now
-        return seconds
+        seconds = now - self._start
+        mean = seconds / self.steps
+        self.steps, self._start, self._laps = 0, now, self._laps + seconds
+        return mean
 
 
 class Loop:
-    """A run from the step in `progress`, which it moves on, to its end or to a signal."""
+    """A run from the step in `progress`, which it moves on, to its end, its target or a signal."""
 
     def __init__(self, trainer: Trainer, dataset: Dataset, run_dir: Path, progress: Progress):
         self.trainer, self.dataset, self.run_dir = trainer, dataset, run_dir
@@ -63,6 +68,12 @@ class Loop:
         self.saved: Path | None = None
         self.stopped: signal.Signals | None = None
         self._asked: Callable[[], int] = lambda: 0
+        self._began = time.perf_counter() - progress.seconds
+
+    @property
+    def reached(self) -> bool:
+        """Whether the last evaluation met --target_val_loss."""
+        return 0 < self.config.log.target_val_loss >= self.progress.val_loss
 
     def run(self, stack: ExitStack) -> int:
         """From progress.step to max_iters. Returns the exit code."""
@@ -123,18 +134,20 @@ class Loop:
     def _steps(self) -> None:
         """The loop itself."""
         c, trainer, at = self.config, self.trainer, self.progress
-        clock = StepClock()
+        clock, before = StepClock(), at.step_seconds
         while True:
             step = at.step
             last = step == c.run.max_iters
             due = (step % c.log.eval_interval == 0 or last) and step != at.last_eval
             if due or c.log.eval_only:
                 trainer.check()  # waits for the device, whose open work is the steps'
+                at.step_seconds = before + clock.elapsed
                 with clock.paused():
                     if self.evaluate(step):
                         self.save_after_evaluation(step)
                     gc.collect()
-            if last or c.log.eval_only or self._stopping():
+            if last or c.log.eval_only or self.reached or self._stopping():
+                at.step_seconds = before + clock.elapsed
                 return
 
             loss, grad_norm = trainer.step(step, self.prefetcher.get(step))
@@ -229,11 +242,12 @@ class Loop:
         at.best_val_loss = min(at.val_loss, at.best_val_loss)
         if c.log.eval_only or step == 0:
             return
-        if best or c.log.always_save_checkpoint or step == c.run.max_iters:
+        if best or c.log.always_save_checkpoint or self.reached or step == c.run.max_iters:
             self.save(best=best)
 
     def save(self, *, best: bool) -> None:
         at = self.progress
+        at.seconds = time.perf_counter() - self._began
         self.metrics.working("saving", at.step, 0, 1)
         self.metrics.sync()
         seal = self.metrics.seal()

@@ -39,7 +39,7 @@ class Estimate:
     gradients: int
     """fp32."""
     optimizer: int
-    """AdamW's two moments, fp32."""
+    """AdamW's two moments, fp32; of Muon's matrices one."""
     casts: int
     """Weights in the activations' dtype: copies, or rounded in the forward pass."""
     activations: int
@@ -87,17 +87,19 @@ def estimate(
     *,
     fused: bool = True,
     checkpointing: bool = False,
+    muon: bool = False,
     room: int | None = None,
 ) -> Estimate:
     """Memory of a training step on micro-batches of batch_size x block_size tokens.
 
+    muon  whether it is the optimizer of the blocks' matrices
     room  bytes that the head's logits may take at a time; default: as on a CPU
     """
     from fastgpt_kernels.ops.loss.linear import CHUNK_BYTES, chunk_rows
 
     N, C, V, e = n_parameters(shape), shape.n_embd, shape.padded_vocab_size, dtype.itemsize
     M = batch_size * shape.block_size
-    matrices = shape.n_layer * 12 * C * C + V * C
+    blocks = shape.n_layer * 12 * C * C
     # Eager keeps logits, log-probabilities in fp32, and the gradients of both.
     eager_loss = M * V * (e + 4 + 4 + e)
     loss = (
@@ -110,15 +112,15 @@ def estimate(
     return Estimate(
         weights=4 * N,
         gradients=4 * N,
-        optimizer=8 * N,
-        casts=0 if dtype == torch.float32 else matrices * e,
+        optimizer=8 * N - (4 * blocks if muon else 0),
+        casts=0 if dtype == torch.float32 else (blocks + V * C) * e,
         activations=saved_by_blocks(shape, batch_size, e, fused=fused, checkpointing=checkpointing),
         loss=loss,
         working=10 * M * C * e + (block if checkpointing else 0),
     )
 
 
-def of_model(model: GPT, batch_size: int) -> Estimate:
+def of_model(model: GPT, batch_size: int, optimizer: str = "adamw") -> Estimate:
     """The estimate for a model as it stands: its ops, its dtype, checkpointed or not."""
     fused = any(c.implementation == "triton" for c in model.ops.choices if not record(c.op).library)
     from fastgpt_kernels.ops.loss.linear import room_on
@@ -129,6 +131,7 @@ def of_model(model: GPT, batch_size: int) -> Estimate:
         model.dtype,
         fused=fused,
         checkpointing=model.checkpointing,
+        muon=optimizer == "muon",
         room=room_on(next(model.parameters()).device),
     )
 
@@ -151,7 +154,7 @@ def fit_batch_size(model: GPT, config: Config, machine: Machine) -> int:
         return o.batch_size
     free = _free(device)
     for size in micro_batches(o.rows):
-        expected = of_model(model, size)
+        expected = of_model(model, size, o.optimizer)
         if expected.total - expected.weights <= 1.3 * free and _fits(model, machine, size):
             print(
                 f"batch_size {size} x {o.rows // size} micro-batches: the largest that fits "
@@ -199,14 +202,14 @@ def _ways_out(config: Config, batch_size: int) -> str:
 
 def out_of_memory(config: Config, model: GPT, device: torch.device, batch_size: int) -> str:
     """What was tried, what it needs by the estimate, what was free, and which flags help."""
-    room = ""
+    room, needed = "", of_model(model, batch_size, config.optim.optimizer).total
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         others = total - torch.cuda.mem_get_info(device)[0] - torch.cuda.memory_reserved(device)
         room = f", {(total - others) / 2**30:.1f} of {total / 2**30:.1f} GiB were free for it"
     return (
         f"out of memory at --batch_size={batch_size} x --block_size={config.model.block_size}: by "
-        f"estimate it takes {of_model(model, batch_size).total / 2**30:.1f} GiB{room}; "
+        f"estimate it takes {needed / 2**30:.1f} GiB{room}; "
         f"{_ways_out(config, batch_size)}; the training stays the same at any --batch_size if "
         f"--gradient_accumulation_steps ({config.optim.rows // batch_size}) grows as it shrinks"
     )

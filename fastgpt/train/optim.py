@@ -1,4 +1,4 @@
-"""AdamW with decay on matrices only, the learning-rate schedule, and clipping."""
+"""The optimizer that a config asks for, its learning-rate schedule, clipping, and its state."""
 
 from __future__ import annotations
 
@@ -11,18 +11,29 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt.config.schema import OptimConfig
+from fastgpt.errors import UserError
 from fastgpt.model.gpt import GPT
 from fastgpt.model.ops import Choice, Wish, choose_all
+from fastgpt.train.muon import Muon
 from fastgpt.train.sharding import like, whole
+from fastgpt.train.shares import Shares
 from fastgpt_kernels.record import Sizes, record
 
 
 def learning_rate(step: int, c: OptimConfig) -> float:
-    """Linear warm-up, then a cosine down to min_lr at lr_decay_iters, then min_lr (nanoGPT's)."""
+    """Linear warm-up, then down until lr_decay_iters, and there it stays.
+
+    cosine  to min_lr (nanoGPT's)
+    wsd     warm-up, stable, decay: at learning_rate but for the last lr_decay_fraction, linear to 0
+            (Hu et al. 2024, https://arxiv.org/abs/2404.06395)
+    """
     if not c.decay_lr:
         return c.learning_rate
     if step < c.warmup_iters:
         return c.learning_rate * (step + 1) / (c.warmup_iters + 1)
+    if c.lr_schedule == "wsd":
+        left = max(c.lr_decay_iters - step, 0) / c.lr_decay_iters
+        return c.learning_rate * min(1.0, left / c.lr_decay_fraction)
     if step >= c.lr_decay_iters:
         return c.min_lr
     progress = (step - c.warmup_iters) / (c.lr_decay_iters - c.warmup_iters)
@@ -39,22 +50,40 @@ def choose(device: torch.device, wish: Wish | None = None) -> tuple[Choice, Call
 
 
 def make_optimizer(
-    model: GPT, c: OptimConfig, wish: Wish | None = None
-) -> tuple[torch.optim.AdamW, Choice]:
-    """AdamW, and which one; matrices and embeddings decay, vectors do not.
+    model: GPT,
+    c: OptimConfig,
+    wish: Wish | None = None,
+    shares: Shares | None = None,
+    compile: bool = False,
+) -> tuple[torch.optim.Optimizer, Choice]:
+    """AdamW or Muon with AdamW, and which AdamW; matrices and embeddings decay, vectors do not.
 
-    Raises UserError if the one that `wish` asks for cannot run here.
+    shares and compile are for Muon: how the ranks share its work, and whether to compile it.
+    Raises UserError if the AdamW that `wish` asks for cannot run here.
     """
-    choice, make = choose(next(model.parameters()).device, wish)
-    params = [p for p in model.parameters() if p.requires_grad]
+    device = next(model.parameters()).device
+    choice, make = choose(device, wish)
+    matrices = matrices_of_blocks(model) if c.optimizer == "muon" else {}
+    params = [p for p in model.parameters() if p.requires_grad and p not in matrices]
     groups = [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": c.weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = make(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2))
+    if matrices:
+        more: dict[str, Any] = {"weight_decay": c.weight_decay, "shares": shares}
+        if device.type != "cpu":  # where bf16's products take over 10 times as long as fp32's
+            more |= {"dtype": model.dtype, "compile": compile}
+        return Muon(matrices, optimizer, **more), choice
     if hasattr(optimizer, "copies"):  # FusedAdamW's
         optimizer.copies = model.copies()
     return optimizer, choice
+
+
+def matrices_of_blocks(model: GPT) -> dict[Tensor, int]:
+    """How many maps each matrix of a block is: c_attn makes q, k and v."""
+    named = model.transformer.h.named_parameters()
+    return {p: 3 if name.endswith("c_attn.weight") else 1 for name, p in named if p.ndim == 2}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -103,10 +132,18 @@ def load_state_tensors(
     Raises UserError where the optimizer cannot go on from it.
     """
     params = dict(model.named_parameters())
+    ours = "muon" if isinstance(optimizer, Muon) else "adamw"
+    theirs = "muon" if any(k.startswith("momentum_buffer.") for k in tensors) else "adamw"
+    if tensors and ours != theirs:
+        raise UserError(
+            f"--optimizer={ours}: the checkpoint has the state of {theirs}; leave the flag out, or "
+            "start a new run"
+        )
     for full_name, value in tensors.items():
         key, _, name = full_name.partition(".")
         p = params[name]
         # `step` too lives on the parameter's device: fused AdamW wants it there.
         optimizer.state[p][key] = like(value.to(p.device, copy=True), p)
-    if share_step := getattr(optimizer, "share_step", None):  # FusedAdamW's
-        share_step([p for p in params.values() if p in optimizer.state])
+    adamw = optimizer.adamw if isinstance(optimizer, Muon) else optimizer
+    if share_step := getattr(adamw, "share_step", None):  # FusedAdamW's
+        share_step([p for p in params.values() if "step" in optimizer.state.get(p, {})])

@@ -21,13 +21,19 @@ from fastgpt.train.step import Trainer
 
 @dataclass
 class Progress:
-    """Where a run stands: the next step, what was evaluated so far, and what its log then held."""
+    """Where a run stands: the next step, what was evaluated so far, and what its log then held.
+
+    `step_seconds` its steps took so far; `seconds` it took in all, with compiling, evaluations and
+    saves.
+    """
 
     step: int = 0
     last_eval: int = -1
     val_loss: float = float("inf")
     best_val_loss: float = float("inf")
     seal: dict[str, Any] | None = None
+    step_seconds: float = 0.0
+    seconds: float = 0.0
 
 
 def save(
@@ -67,6 +73,8 @@ def save(
         "last_eval": progress.last_eval,
         "val_loss": progress.val_loss,
         "best_val_loss": progress.best_val_loss,
+        "step_seconds": progress.step_seconds,
+        "seconds": progress.seconds,
         "data": dataset.fingerprint,
         "tokenizer": dataset.tokenizer.fingerprint if dataset.tokenizer else None,
         "metrics": seal,
@@ -96,6 +104,8 @@ def load(trainer: Trainer, dataset: Dataset, run_dir: Path) -> Progress:
             float(document["val_loss"]),
             float(document["best_val_loss"]),
             document.get("metrics"),
+            float(document.get("step_seconds", 0.0)),
+            float(document.get("seconds", 0.0)),
         )
         model = dict(document["model"])
         document["data"], document["scaler"]

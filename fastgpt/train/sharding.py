@@ -107,6 +107,11 @@ def reducing(wrapped: nn.Module, last: bool) -> AbstractContextManager:
     return contextlib.nullcontext()
 
 
+def local(t: Tensor) -> Tensor:
+    """This rank's part of a DTensor; any other tensor as it is."""
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
 def whole(t: Tensor) -> Tensor:
     """The full tensor of one that may be sharded; all ranks take part."""
     return t.full_tensor() if hasattr(t, "full_tensor") else t

@@ -21,8 +21,10 @@ from fastgpt.model.gpt import GPT
 from fastgpt.model.ops import Wish
 from fastgpt.train import compiled, graph, optim, sharding
 from fastgpt.train.graph import MicroStepGraph
+from fastgpt.train.muon import Muon
 from fastgpt.train.ranks import Ranks
 from fastgpt.train.sharding import like, whole
+from fastgpt.train.shares import shares_of
 from fastgpt_kernels.telling import why
 
 
@@ -71,7 +73,10 @@ class Trainer:
         if self.layout != "fsdp":  # which gathers weights in their copies' dtype itself
             model.keep_copies()
         wish = Wish(system.kernels, vars(config.op))
-        self.optimizer, choice = optim.make_optimizer(model, config.optim, wish)
+        shares = shares_of(self.layout)
+        self.optimizer, choice = optim.make_optimizer(
+            model, config.optim, wish, shares, machine.compile
+        )
         self.choices = (*model.ops.choices, choice)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=machine.dtype == "float16")
         mode = "max-autotune-no-cudagraphs" if system.max_autotune else None
@@ -154,6 +159,8 @@ class Trainer:
         for first in (True, False):
             try:
                 self._backward(step, micro_batch)
+                if isinstance(self.optimizer, Muon):
+                    self.optimizer.warm_up()
                 break
             except errors as e:
                 said = why(e)

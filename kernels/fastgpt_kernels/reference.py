@@ -118,7 +118,8 @@ def linear_cross_entropy(
     """cross_entropy of the logits x @ weight.T, rounded to x's dtype: x (..., C), weight (V, C).
 
     weight is like x or wider: then the products take it rounded to x's dtype, by the caller or
-    here, and its gradient is not rounded. `chunk_tokens` is there for the signature's sake: the logits are there whole.
+    here, and its gradient is not rounded. `chunk_tokens` is there for the signature's sake: the
+    logits are there whole.
     """
     if weight.dtype != x.dtype:
         dtype = _compute_dtype(x, weight)

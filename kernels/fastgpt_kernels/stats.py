@@ -164,3 +164,64 @@ def t_quantile(freedom: float) -> float:
         + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
         + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
     )
+
+
+def student_p(t: float, freedom: int) -> float:
+    """How likely |Student's t| is to be larger by chance (Abramowitz and Stegun 26.7.3, 26.7.4)."""
+    angle = math.atan(abs(t) / math.sqrt(freedom))
+    odd = freedom % 2
+    term = total = math.cos(angle) if odd else 1.0
+    for k in range(2 + odd, freedom, 2):
+        term *= math.cos(angle) ** 2 * (k - 1) / k
+        total += term
+    if freedom == 1:
+        total = 0.0
+    inside = math.sin(angle) * total
+    return 1.0 - (2 / math.pi * (angle + inside) if odd else inside)
+
+
+def student_t(freedom: int) -> float:
+    """The t beyond which 5 % lie on both sides together; exact, as `t_quantile` is not."""
+    low, high = 0.0, 20.0
+    for _ in range(50):  # halved until it is known
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_p(middle, freedom) > 0.05 else (low, middle)
+    return low
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Mean of the differences of pairs, its 95 % interval and the p-value of "no difference".
+
+    One pair has no interval, and says nothing: None.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    p: float | None
+
+    @property
+    def verdict(self) -> str:
+        """ "lower", "higher" or "no difference", by whether the interval excludes 0."""
+        if self.low is None or self.high is None:
+            return ONE_PAIR
+        if self.high < 0:
+            return "lower"
+        return "higher" if self.low > 0 else "no difference"
+
+
+ONE_PAIR = "a single run is never enough"
+
+
+def paired(a: Samples, b: Samples) -> Paired:
+    """Student's t test of a[i] - b[i], which share what they owe to chance, such as a seed."""
+    differences = [float(x) - float(y) for x, y in zip(a, b, strict=True)]
+    n, mean = len(differences), statistics.fmean(differences)
+    if n == 1:
+        return Paired(mean, None, None, None)
+    error = statistics.stdev(differences) / math.sqrt(n)
+    if error == 0:
+        return Paired(mean, mean, mean, float(mean == 0))
+    half = student_t(n - 1) * error
+    return Paired(mean, mean - half, mean + half, student_p(mean / error, n - 1))

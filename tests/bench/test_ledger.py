@@ -34,6 +34,10 @@ def test_what_a_launch_is_for() -> None:
         ("optimizer", "casts of gradients"): ("backward", Launch("triton", 9, 9, ops=cast)),
         ("optimizer", "AdamW"): ("rest", Launch("_fused_adamw_", 9, 9)),
         ("optimizer", "gradient accumulation"): ("rest", Launch("add_", 9000, 4500)),
+        ("muon", "Newton-Schulz"): (
+            "rest", Launch("bmm", 9, 9, 9, (C, C, V), lines=("muon.py:52",)),
+        ),
+        ("muon", "momentum and update"): ("rest", Launch("stack", 9, 9, lines=("muon.py:9",))),
         ("memory", "bias sums"): (
             "backward", Launch("triton", M * C * 2, C * 4, ops=("sum.dim_IntList",)),
         ),

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from bench import all as everything
-from bench import compare, results, turns, whole_runs
+from bench import compare, convergence, results, turns
 from bench.__main__ import COMMANDS, main
 from tests.bench.test_step import TINY, fake_measure
 from tests.runs import write_text
@@ -64,11 +64,11 @@ def test_every_command_is_documented() -> None:
 )
 def test_documented_command(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(race: Any, course: Any, progress: Callable[[Any], None]) -> dict[str, Any]:
-        curve = [[1.0, 20, 3.5]]
-        return {"seconds": 1.0, "steps": 20, "warm_up_s": 0.1, "curve": curve, "reached": True}
+        found = {"seconds": 1.0, "steps": 20, "warm_up_s": 0.1, "reached": True}
+        return found | {"curve": [[1.0, 20, 3.5]], "train_losses": [3.6], "step_ms": [50.0]}
 
     monkeypatch.setattr(turns, "measure", fake_measure({}))
-    monkeypatch.setattr(whole_runs, "one_run", run)
+    monkeypatch.setattr(convergence, "one_run", run)
     monkeypatch.setattr(everything, "parts", lambda *_: [])
     monkeypatch.chdir(tmp_path)
     write_text(tmp_path)

@@ -81,6 +81,9 @@ def test_work_of_gpt2_is_what_the_shapes_say():
     # AdamW and clipping a parameter; 16-bit copies of all matrices, written and read once.
     matrices = 12 * 12 * 768 * 768 + 50304 * 768
     assert WORK.optimizer_bytes == N_PARAMS * (28 + 12) + 12 * matrices
+    muon = ladder.count_work(GPT2, N_PARAMS, 2, optimizer="muon")
+    assert muon.optimizer_bytes == WORK.optimizer_bytes - 28 * 12 * 12 * 768 * 768
+    assert muon.muon_flops == 12 * 300 * 768**3 and WORK.muon_flops == 0
     more = ladder.count_work(replace(GPT2, micro_batches=3), N_PARAMS, 4, clip=False)
     assert more.optimizer_bytes == N_PARAMS * (28 + 4 + 12 * 2), "fp32 has no copies"
     biased = ladder.count_work(replace(GPT2, bias=True, dropout=True), N_PARAMS, 2)
@@ -254,8 +257,14 @@ def test_command_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_real_traces_are_attributed_whole():
-    """Dropout, biases, several micro-batches, bf16 and an eager-mode cast of every weight."""
-    flags = ["--dropout=0.1", "--bias=True", "--gradient_accumulation_steps=3", "--dtype=bfloat16"]
+    """Dropout, biases, several micro-batches, bf16 and an eager-mode cast of every weight; Muon."""
+    flags = [
+        "--optimizer=muon",
+        "--dropout=0.1",
+        "--bias=True",
+        "--gradient_accumulation_steps=3",
+        "--dtype=bfloat16",
+    ]
     config, _, _ = waterfall.parse([*ARGS, *flags, "--n_embd=64"])
     with waterfall.Steps(config) as steps:
         steps.run(1)
@@ -269,6 +278,9 @@ def test_real_traces_are_attributed_whole():
         ("optimizer", "casts of weights"),
         ("optimizer", "gradient accumulation"),
         ("optimizer", "clipping"),
+        ("optimizer", "AdamW"),
+        ("muon", "Newton-Schulz"),
+        ("muon", "momentum and update"),
         ("head", "cross entropy"),
         ("attention", "backward"),
     ):

@@ -1,15 +1,12 @@
-"""Whole runs: verdicts on known losses, targets met and missed, and real runs on a CPU."""
+"""Whole runs: verdicts on known losses, and real runs on a CPU."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from bench import results, whole_runs
 from bench.variants import Variant
-from fastgpt_kernels.stats import TOO_FEW
-from tests.bench.test_step import TINY, write_peer
 from tests.runs import write_text
 
 
@@ -61,45 +58,3 @@ def test_a_run_that_fails_is_named(
     assert whole_runs.curves(["--steps", "5", "--seeds", "2", *data]) == 1
     said = capsys.readouterr().out
     assert said.count("UserError: --kernels=triton: no GPU") == 2, "a problem of every seed"
-
-
-@pytest.mark.slow
-def test_convergence(tmp_path: Path) -> None:
-    """Real runs to a loss that they meet."""
-    text = write_text(tmp_path)
-    peer = write_peer(tmp_path / "peer", 1.0)
-    data = [f"--input={text}", "--tokenizer=byte", f"--data_dir={tmp_path}/data"]
-    common = [*TINY, *data, "--max_iters=60", "--eval_iters=2", f"--out={tmp_path}/out"]
-    assert whole_runs.convergence([*common, "--target=5.4", f"--peer-path={peer}"]) == 0
-    (path,) = results.files(tmp_path / "out")
-    ours, other = results.load(path)["rows"]
-    for row in (ours, other):
-        (run,) = row["runs"]
-        assert run["reached"] and run["curve"][-1][2] <= 5.4 < run["curve"][-2][2]
-        assert 0 < run["seconds"] == run["curve"][-1][0] and "under_way" not in row
-    assert other["ratio"]["verdict"] == TOO_FEW  # one seed
-    assert ours["runs"][0]["steps"] == other["runs"][0]["steps"]
-
-
-def test_convergence_that_is_cut_short_keeps_its_curve(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def run(race: Any, course: Any, progress: Any) -> dict[str, Any]:
-        progress({"seconds": 1.0, "steps": 20, "curve": [[1.0, 20, 5.5]], "reached": False})
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(whole_runs, "one_run", run)
-    text = write_text(tmp_path)
-    data = [f"--input={text}", "--tokenizer=byte", f"--data_dir={tmp_path}/data"]
-    with pytest.raises(KeyboardInterrupt):
-        whole_runs.convergence([*TINY, *data, f"--out={tmp_path}/out"])
-    (path,) = results.files(tmp_path / "out")
-    (row,) = results.load(path)["rows"]
-    assert row["problem"] == results.NOT_YET and row["under_way"]["curve"] == [[1.0, 20, 5.5]]
-
-
-def test_a_target_that_was_not_met() -> None:
-    run = {"reached": False, "steps": 60, "curve": [[1.0, 30, 2.6], [2.0, 60, 2.5]]}
-    row = whole_runs.row_of(Variant("eager"), [run], "", target=0.1)
-    assert row["problem"] == "best loss 2.500 after 60 steps, target 0.1"
-    assert "samples_ms" not in row

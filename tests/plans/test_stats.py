@@ -5,10 +5,13 @@ import pytest
 import torch
 
 from fastgpt_kernels.stats import (
+    ONE_PAIR,
     TOO_FEW,
     neighbours,
+    paired,
     ratio_of_independent_medians,
     ratio_of_medians,
+    student_p,
     summarize,
     t_quantile,
 )
@@ -165,3 +168,32 @@ def test_independent_interval_covers_too() -> None:
 def test_no_sample_is_no_evidence() -> None:
     with pytest.raises(ValueError, match="1 or more samples each, got 0, 2"):
         ratio_of_independent_medians([], [1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("freedom", "t"),  # two-sided 5 %, from the tables
+    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (29, 2.045), (30, 2.042)],
+)
+def test_students_p(freedom: int, t: float) -> None:
+    assert student_p(t, freedom) == pytest.approx(0.05, rel=2e-3)
+    assert student_p(-t, freedom) == student_p(t, freedom) and student_p(0.0, freedom) == 1
+
+
+def test_pairs_of_known_differences() -> None:
+    """Differences of 1, 2, 3: 2 +- 4.303 / sqrt(3), and t = 2 sqrt(3)."""
+    found = paired([11.0, 22.0, 33.0], [10.0, 20.0, 30.0])
+    half = 4.3027 / 3**0.5
+    assert (found.mean, found.low, found.high) == pytest.approx((2.0, 2 - half, 2 + half), rel=1e-4)
+    assert found.p == pytest.approx(0.0742, abs=1e-4) and found.verdict == "no difference"
+    assert paired([1.0, 2.0, 3.1], [2.0, 3.0, 4.0]).verdict == "lower"
+    assert paired([2.0, 3.0, 4.0], [1.0, 2.0, 3.1]).verdict == "higher"
+    assert paired([5.0], [1.0]).verdict == ONE_PAIR
+    same = paired([1.0, 2.0], [1.0, 2.0])
+    assert same.p == 1 and same.verdict == "no difference"
+
+
+def test_pairs_without_a_difference_are_seldom_told_apart() -> None:
+    rng = np.random.default_rng(0)
+    pairs = rng.normal(size=(2000, 2, 5))
+    wrong = sum(paired(*pair).verdict != "no difference" for pair in pairs)
+    assert 0.035 < wrong / 2000 < 0.065

@@ -45,11 +45,15 @@ def in_tmp(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_a_difference_beyond_the_noise_is_called_one():
+def test_a_single_run_is_never_enough():
+    """However smooth the curves are: other seeds may end elsewhere."""
     runs = [open_run(make(n, level, 0.002, n_layer=i)) for i, (n, level) in A_AND_B.items()]
     (line,) = verdict(runs)
-    assert line.startswith("b is better than a by 0.0") and "at step 1000" in line
-    assert "scatter of their difference" in line
+    assert line.startswith("a and b: val loss 1.") and "at step 1000, apart by 0.0" in line
+    assert line.endswith("a single run is never enough: give runs of other seeds of each")
+    another = open_run(make("b2", 1.45, 0.002, n_layer=2, seed=2))
+    (line,) = verdict([*runs, another])
+    assert line.endswith("never enough: give runs of other seeds of each"), "one of a, two of b"
 
 
 A_AND_B = {1: ("a", 1.50), 2: ("b", 1.45)}
@@ -68,13 +72,15 @@ def test_runs_of_other_seeds_are_the_noise():
     b = [open_run(make(f"b{i}", 1.49 + d, 0, seed=i, n_layer=3)) for i, d in enumerate(spread)]
     (line,) = verdict([*a, *b])
     assert line.startswith("a0+a1+a2 and b0+b1+b2: no difference beyond noise")
-    # The mean of three from a spread of 0.02, twice: 0.02 sqrt(1/3 + 1/3).
-    assert "apart by 0.0100, noise 0.0163 (between seeds)" in line
+    # The mean of three from a spread of 0.02, twice: 0.02 sqrt(1/3 + 1/3), times t of 4: 2.776.
+    assert "apart by 0.0100 +- 0.0453 (95 %, between seeds)" in line
     (alone,) = verdict(a)
     assert "differ in their seed alone" in alone and "standard deviation is 0.0200" in alone
     far = [open_run(make(f"c{i}", 1.40 + d, 0, seed=i, n_layer=4)) for i, d in enumerate(spread)]
     (line,) = verdict([*a, *far])
-    assert line.startswith("c0+c1+c2 is better than a0+a1+a2 by 0.1000")
+    assert line.startswith("c0+c1+c2 is better than a0+a1+a2 by 0.1000 +- 0.0453 (95 %")
+    (line,) = verdict([*a[::2], *far[::2]])
+    assert line.startswith("a0+a2 and c0+c2: no difference beyond noise"), "t of 2 is 4.3"
 
 
 def test_too_little_to_judge():
@@ -106,7 +112,7 @@ def test_a_shape_that_both_curves_have_is_no_noise():
     """Both still fall steeply, one above the other by a constant: that is a difference."""
     names = [make("a", 1.5, 0.0), make("b", 1.45, 0.0, n_layer=3)]
     (line,) = verdict([open_run(n) for n in names])
-    assert line.startswith("b is better than a by 0.0500") and "noise 0.0000" in line
+    assert "apart by 0.0500, and along the curves by 0.0000 more or less; a single run" in line
 
 
 def test_figures_and_picture(capsys):
@@ -129,10 +135,24 @@ def test_figures_and_picture(capsys):
     ]
     row = "a 1000 100k 0.01 1.5001 1.5001 1.5001 at 1000 2.78k 25.0%"
     assert lines[1].split() == row.split()
-    assert lines[3].startswith("b is better than a by 0.3000")
+    assert lines[3].startswith("a and b: val loss 1.5001 and 1.2001 at step 1000, apart by 0.3000")
     assert lines[4] == "curves pictures/both.png"
     assert Path("pictures/both.png").read_bytes().startswith(b"\x89PNG")
     assert compare(names, CompareConfig()) == 0 and Path("compare.png").exists()
+
+
+def test_a_recipe_has_one_colour(monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: (drawn.append(f), save(f, *a, **k)))
+    names = [make(f"a{i}", 1.5, 0.0, seed=i) for i in range(2)]
+    names += [make(f"b{i}", 1.2, 0.0, seed=i, n_layer=3) for i in range(2)]
+    compare(names, CompareConfig())
+    lines = [x for x in drawn[0].axes[0].lines if x.get_marker() == "o"]
+    assert [x.get_color() for x in lines] == ["C0", "C0", "C1", "C1"]
+    assert [t.get_text() for t in drawn[0].axes[0].get_legend().get_texts()] == ["a0", "b0"]
 
 
 def test_other_data_is_said(capsys):

@@ -17,3 +17,5 @@ def test_the_clock_counts_steps_and_no_pauses(monkeypatch: pytest.MonkeyPatch):
     assert clock.lap() == 2.0
     now, clock.steps = 1005.0, 1
     assert clock.lap() == 5.0, "a lap begins where the one before ended"
+    now = 1006.0
+    assert clock.elapsed == 12.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,6 +37,23 @@ def test_schedule_edges():
     assert optim.learning_rate(5, config(decay_lr=False)) == 1.0
     flat = OptimConfig(warmup_iters=5, lr_decay_iters=5, learning_rate=1.0, min_lr=0.1)
     assert optim.learning_rate(5, flat) == 0.1
+
+
+def test_wsd_is_flat_and_then_linear_to_zero():
+    wsd = config(lr_schedule="wsd", lr_decay_fraction=0.2)
+    lrs = {s: optim.learning_rate(s, wsd) for s in (0, 9, 10, 50, 88, 99, 110, 500)}
+    want = {0: 1 / 11, 9: 10 / 11, 10: 1.0, 50: 1.0, 88: 1.0, 99: 0.5, 110: 0.0, 500: 0.0}
+    assert lrs == pytest.approx(want)
+    all_of_it = config(lr_schedule="wsd", lr_decay_fraction=1.0)
+    assert optim.learning_rate(55, all_of_it) == pytest.approx(0.5)
+
+
+def test_a_longer_stable_phase_begins_as_the_shorter_one():
+    """So that a run is extended by naming a later end, with nothing to do anew."""
+    short = config(lr_schedule="wsd", lr_decay_fraction=0.2)
+    longer = replace(short, lr_decay_iters=1000)
+    lrs = [[optim.learning_rate(s, c) for s in range(89)] for c in (short, longer)]
+    assert lrs[0] == lrs[1]
 
 
 def small() -> GPT:

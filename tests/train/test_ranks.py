@@ -92,6 +92,26 @@ def test_any_number_of_ranks_gives_the_curve_of_one(home: Path, n: int, strategy
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
 
 
+@pytest.mark.quick("fsdp-2")
+@pytest.mark.parametrize(("strategy", "n"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4)])
+def test_muon_on_ranks(home: Path, strategy: str, n: int):
+    """Two blocks over 2 or 4 ranks, rows that do not divide; cut, and gone on with in one process.
+
+    Four ranks leave two of them nothing to make orthogonal.
+    """
+    name = f"muon-{strategy}{n}"
+    args = (*TINY, "--input=text.txt", "--optimizer=muon", "--n_embd=34", "--eval_iters=1")
+    if not (home / "muon").exists():
+        fastgpt(home, "train", *args, "--out_dir=muon")
+    args = (*args, f"--out_dir={name}", f"--parallel={strategy}")
+    train(home, n, *args, "--max_iters=10")
+    fastgpt(home, "train", "--init_from=resume", f"--out_dir={name}", "--max_iters=20")
+    assert values(home / name) == pytest.approx(values(home / "muon"), rel=1e-4)
+    a, b = (load_file(runs.latest(home / x) / "optimizer.safetensors") for x in (name, "muon"))
+    assert a.keys() == b.keys()
+    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs in the interpreter here")
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -135,13 +155,16 @@ def test_a_mistake_of_all_ranks_is_said_once(home: Path):
     assert len(job.said) == 1 and "gone.txt" in job.said[0], job.said
 
 
-def test_the_device_itself_calls_off_a_sharded_update(home: Path):
+@pytest.mark.quick("adamw")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_device_itself_calls_off_a_sharded_update(home: Path, optimizer: str):
     """As on a GPU, where no step waits: fused AdamW takes found_inf for sharded weights too."""
-    args = (*TINY, "--input=text.txt", "--out_dir=guard", "--parallel=fsdp", "--log_interval=8")
+    args = (*TINY, "--input=text.txt", f"--optimizer={optimizer}", f"--out_dir=guard-{optimizer}")
+    args = (*args, "--parallel=fsdp", "--log_interval=8")
     job = Torchrun(home, 2, "train", *args, "--eval_interval=100", fault="guard:1:9")
     assert job.wait() != 0
     assert len(job.said) == 1 and job.said[0].startswith("fastgpt: step 4 on rank 1"), job.said
-    at = home / "guard" / "nonfinite" / "step_00000004" / "model.safetensors"
+    at = home / f"guard-{optimizer}" / "nonfinite" / "step_00000004" / "model.safetensors"
     assert all(t.isfinite().all() for t in load_file(at).values())
 
 
@@ -157,12 +180,14 @@ def test_resumed_under_other_layouts(home: Path):
 
 
 @pytest.mark.slow
-def test_resumed_in_the_same_layout_is_exact(home: Path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resumed_in_the_same_layout_is_exact(home: Path, optimizer: str):
     args = (*TINY, "--input=text.txt", "--parallel=fsdp", "--dropout=0.1")
-    train(home, 2, *args, "--out_dir=straight")
-    train(home, 2, *args, "--out_dir=cut", "--max_iters=9")
-    train(home, 2, "--init_from=resume", "--out_dir=cut", "--max_iters=20")
-    straight, cut = home / "straight", home / "cut"
+    args = (*args, f"--optimizer={optimizer}")
+    straight, cut = (home / f"{name}-{optimizer}" for name in ("straight", "cut"))
+    train(home, 2, *args, f"--out_dir={straight.name}")
+    train(home, 2, *args, f"--out_dir={cut.name}", "--max_iters=9")
+    train(home, 2, "--init_from=resume", f"--out_dir={cut.name}", "--max_iters=20")
     clock = ("time_ms_min", "time_ms_mean", "time_ms_max", "tokens_per_second_per_rank")
     a, b = (
         [{k: v for k, v in r.items() if k not in clock} for r in runs.records(x)]

@@ -6,13 +6,15 @@
 x (M, C), W (V, C), targets (M,); s_i the upstream gradient of row i's loss. For each chunk of rows
 cuBLAS writes its logits into one buffer, the cross-entropy kernel turns them into dz in place (see
 cross_entropy.py), and two more products consume them. W may be an fp32 master of 16-bit
-activations: it is rounded once, on the way in, unless it comes with its copy, and dW, a sum of products of 16-bit factors, is
-summed up in fp32 over rows and chunks alike, in place, and handed out as it is.
+activations: it is rounded once, on the way in, unless it comes with its copy, and dW, a sum of
+products of 16-bit factors, is summed up in fp32 over rows and chunks alike, in place, and handed
+out as it is.
 
 For "mean" and "sum" every s_i is the same number s, known only in the backward: the forward does
 all the work for s = 1 and the backward multiplies dx and dW by s, which also keeps fp16 within its
-range. The mean is a division outside of the op, which torch.compile fuses with its surroundings. For "none" the s_i differ and dW cannot be rescaled afterwards: the forward computes losses
-only and the backward computes the logits again, a fourth product.
+range. The mean is a division outside of the op, which torch.compile fuses with its surroundings.
+For "none" the s_i differ and dW cannot be rescaled afterwards: the forward computes losses only and
+the backward computes the logits again, a fourth product.
 
 Work is 6 M V C FLOPs (8 M V C for "none", 2 without gradients). With b bytes an element, memory
 moved is 5 M V b (logits written, read, dz written, read twice), and for n chunks 8 (n - 1) V C to
@@ -71,8 +73,8 @@ def room_on(device: torch.device) -> int:
 def _chunks(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, vocab_size: int,
     chunk_tokens: int | None,
-    *, rounded: Tensor | None = None, losses: Tensor | None = None, need_dx: bool = False, need_dw: bool = False,
-    scale: Tensor | None = None,
+    *, rounded: Tensor | None = None, losses: Tensor | None = None, need_dx: bool = False,
+    need_dw: bool = False, scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Fill `losses` (M,) and return dx like x and dW (V, C) fp32, or empty tensors for them.
 
@@ -222,12 +224,13 @@ def linear_cross_entropy(
     """cross_entropy(x @ weight.T, targets) without ever holding more than a chunk of the logits.
 
     x (..., C) bf16, fp16 or fp32; weight (V, C) like x or fp32, such as a master, which is rounded
-    to x's dtype on the way in, or by the caller: `rounded`, (V, C) like x; targets (...) int64. The loss and the meaning of the other arguments
-    are those of `cross_entropy`; ignore_index is -1 unless given, where PyTorch's is -100.
-    `chunk_tokens` is the number of rows of logits held at a time; None makes as few chunks as fit
-    into a twelfth of the GPU's memory. Gradients are computed together with the loss, unless grad
-    mode is off or neither x nor weight requires them; with reduction "none" in the backward. dW is
-    summed in fp32 and comes in the dtype of `weight`: an fp32 one is never rounded.
+    to x's dtype on the way in, or by the caller: `rounded`, (V, C) like x; targets (...) int64. The
+    loss and the meaning of the other arguments are those of `cross_entropy`; ignore_index is -1
+    unless given, where PyTorch's is -100. `chunk_tokens` is the number of rows of logits held at a
+    time; None makes as few chunks as fit into a twelfth of the GPU's memory. Gradients are computed
+    together with the loss, unless grad mode is off or neither x nor weight requires them; with
+    reduction "none" in the backward, from weight alone. dW is summed in fp32 and comes in the dtype
+    of `weight`: an fp32 one is never rounded.
 
     Wrong shapes and values raise ValueError, wrong types and dtypes TypeError.
     """

@@ -1,0 +1,337 @@
+"""Muon against torch.optim.Muon and against a reference in fp64; as part of a run."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgpt import cli
+from fastgpt.config.presets import laptop
+from fastgpt.config.schema import OptimConfig
+from fastgpt.config.settings import replace
+from fastgpt.errors import UserError
+from fastgpt.model import ops
+from fastgpt.model.device import Machine
+from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.model.ops import Wish
+from fastgpt.train import muon, optim
+from fastgpt.train.muon import Muon, newton_schulz, orthogonal
+from fastgpt.train.step import Trainer
+from tests import runs
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+C = OptimConfig(optimizer="muon", learning_rate=1e-2, weight_decay=0.1)
+
+
+def small(bias: bool = True) -> GPT:
+    table = ops.choose(DEVICE, wish=Wish("eager"))
+    return GPT(ModelShape(2, 2, 16, 8, 20, bias), 0.0, table).init_weights(0).to(DEVICE)
+
+
+def made(dtype: torch.dtype = torch.float32) -> tuple[GPT, Muon]:
+    model = small()
+    optimizer, _ = optim.make_optimizer(model, C)
+    assert isinstance(optimizer, Muon)
+    optimizer.dtype = dtype
+    return model, optimizer
+
+
+def gradients(model: GPT, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator).to(DEVICE) / 50
+
+
+def pieces(name: str, t: Tensor) -> tuple[Tensor, ...]:
+    return t.chunk(3) if name.endswith("c_attn.weight") else (t,)
+
+
+class Reference:
+    """The formulas of the module's docstring for one matrix, in fp64 on the CPU."""
+
+    def __init__(self, weight: Tensor):
+        self.weight, self.buffer = weight.detach().double().cpu(), torch.zeros(1).double()
+
+    def step(self, gradient: Tensor, lr: float, decay: float) -> None:
+        g = gradient.double().cpu()
+        self.buffer = 0.95 * self.buffer + 0.05 * g
+        x = 0.95 * self.buffer + 0.05 * g
+        x = x / x.norm()
+        for _ in range(5):
+            a = x @ x.T
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        scale = 0.2 * math.sqrt(max(x.shape))
+        self.weight = (1 - lr * decay) * self.weight - scale * lr * x
+
+
+# bf16 has 8 bits and a step three products in a row, five times.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 4e-2)])
+def test_steps_are_the_formulas(dtype, tolerance):
+    """Every matrix, q, k and v apart; clipping, a schedule; the update's error relative to it."""
+    model, optimizer = made(dtype)
+    blocks = [(n, p) for n, p in model.transformer.h.named_parameters() if p.ndim == 2]
+    assert len(blocks) == 8
+    references = {n: [*map(Reference, pieces(n, p))] for n, p in blocks}
+    before = {n: p.detach().clone() for n, p in blocks}
+    for step in range(4):
+        lr = 1e-2 / (step + 1)
+        optim.set_learning_rate(optimizer, lr)
+        gradients(model, step)
+        optimizer.grad_scale = torch.tensor(1.0 + step, device=DEVICE)
+        for n, p in blocks:
+            for r, g in zip(references[n], pieces(n, p.grad), strict=True):
+                r.step(g / (1.0 + step), lr, 0.1)
+        optimizer.step()
+    for n, p in blocks:
+        want = torch.cat([r.weight for r in references[n]]) - before[n].double().cpu()
+        error = p.detach().double().cpu() - before[n].double().cpu() - want
+        assert error.norm() <= tolerance * want.norm(), n
+
+
+def test_steps_are_torchs():
+    """torch.optim.Muon of each matrix, which computes in bf16; and AdamW's of all else, exactly."""
+    model, optimizer = made(torch.bfloat16)
+    other = small()
+    theirs, plain = [], []
+    for name, p in other.named_parameters():
+        if ".h." in name and p.ndim == 2:
+            theirs += [(name, p, torch.nn.Parameter(x.clone())) for x in pieces(name, p.detach())]
+        else:
+            plain.append(p)
+    reference = torch.optim.Muon(
+        [x for _, _, x in theirs], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+    )
+    groups = [
+        {"params": [p for p in plain if p.ndim == 2], "weight_decay": 0.1},
+        {"params": [p for p in plain if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    _, make = optim.choose(DEVICE)
+    adamw = make(groups, lr=1e-2, betas=(C.beta1, C.beta2))
+    before = {n: p.detach().clone() for n, p in other.named_parameters()}
+    for step in range(3):
+        for m in (model, other):
+            gradients(m, step)
+        for name, p in other.named_parameters():
+            cut = [x for n, _, x in theirs if n == name]
+            for x, g in zip(cut, pieces(name, p.grad), strict=bool(cut)):
+                x.grad = g.clone()
+        for o in (optimizer, reference, adamw):
+            o.step()
+    for name, p in model.named_parameters():
+        cut = [x for n, _, x in theirs if n == name]
+        want = torch.cat(cut) if cut else dict(other.named_parameters())[name]
+        if not cut:
+            assert torch.equal(p, want), name
+        moved = (want - before[name]).norm()
+        assert (p - want).norm() <= 2e-2 * moved, name
+
+
+def test_singular_values_come_near_one():
+    """Of what AdamW would leave at any size; the directions stay."""
+    generator = torch.Generator().manual_seed(0)
+    u, _ = torch.linalg.qr(torch.randn(24, 24, generator=generator))
+    v, _ = torch.linalg.qr(torch.randn(96, 24, generator=generator))
+    x = u @ torch.diag(torch.logspace(-2, 0, 24)) @ v.T
+    (found,) = orthogonal([x[None]], [1])
+    values = torch.linalg.svdvals(found[0])
+    assert values.min() > 0.6 and values.max() < 1.3
+    assert (u.T @ found[0] @ v).diagonal().min() > 0.6, "not U V^T"
+
+
+def test_stacks_come_back_as_they_went():
+    """Tall, wide, several parts: what one by one makes of them."""
+    generator = torch.Generator().manual_seed(0)
+    stacks = [torch.randn(s, generator=generator) for s in ((2, 24, 8), (3, 8, 8), (2, 8, 8))]
+    found = orthogonal(stacks, (3, 1, 1))
+    tall, wide = (torch.randn(s, generator=generator) for s in ((2, 32, 8), (2, 8, 32)))
+    found += orthogonal([tall, wide], (1, 1))
+    for stack, made, parts in zip([*stacks, tall, wide], found, (3, 1, 1, 1, 1), strict=True):
+        assert made.shape == stack.shape
+        for x, y in zip(stack, made, strict=True):
+            for a, b in zip(x.chunk(parts), y.chunk(parts), strict=True):
+                a = a / a.norm()
+                want = newton_schulz(a.T).T if len(a) > a.shape[1] else newton_schulz(a)
+                torch.testing.assert_close(b, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("columns", [8, 15, 16, 40])
+def test_one_by_one_and_stacked_are_the_same(columns):
+    x = torch.randn(3, 8, columns, generator=torch.Generator().manual_seed(0))
+    x = x / x.norm(dim=(1, 2), keepdim=True)
+    torch.testing.assert_close(newton_schulz(x), torch.stack([*map(newton_schulz, x)]))
+
+
+def test_the_short_way_loses_no_small_singular_value():
+    """Wide ones of fp32 go by their Gram matrix, which has the squares: down to 1e-8 here."""
+    generator = torch.Generator().manual_seed(0)
+    u, _ = torch.linalg.qr(torch.randn(24, 24, generator=generator).double())
+    v, _ = torch.linalg.qr(torch.randn(96, 24, generator=generator).double())
+    x = u @ torch.diag(torch.logspace(-4, 0, 24).double()) @ v.T / 2
+    want = newton_schulz(x)
+    assert (newton_schulz(x.float()) - want).norm() < 1e-3 * want.norm()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_found_inf_calls_a_step_off(first):
+    """Without a look at it: gradients may be NaN, and nothing at all may change."""
+    model, optimizer = made()
+    if not first:
+        gradients(model, 0)
+        optimizer.step()
+    before = [p.detach().clone() for p in model.parameters()]
+    state = {k: v.clone() for k, v in optim.state_tensors(optimizer, model).items()}
+    for p in model.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    optimizer.found_inf = torch.ones((), device=DEVICE)
+    optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))
+    after = optim.state_tensors(optimizer, model)
+    for name, value in after.items():
+        assert torch.equal(value, state.get(name, torch.zeros_like(value))), name
+
+
+def test_parameters_without_a_gradient_are_left_alone():
+    model, optimizer = made()
+    gradients(model, 0)
+    still = model.transformer.h[0].attn.c_attn.weight
+    still.grad, before = None, still.detach().clone()
+    optimizer.step()
+    assert torch.equal(still, before) and not optimizer.state[still]
+    assert optimizer.state[model.transformer.h[1].attn.c_attn.weight]
+
+
+def test_who_gets_what():
+    """All parameters once: matrices of blocks are Muon's, and only they have its state."""
+    model, optimizer = made()
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
+    gradients(model, 0)
+    optimizer.step()
+    names = [*optim.state_tensors(optimizer, model)]
+    buffers = {n.partition(".")[2] for n in names if n.startswith("momentum_buffer.")}
+    assert buffers == {n for n, p in model.named_parameters() if ".h." in n and p.ndim == 2}
+    assert not buffers & {n.partition(".")[2] for n in names if n.startswith("exp_avg.")}
+    optim.set_learning_rate(optimizer, 0.5)
+    assert {g["lr"] for g in optimizer.adamw.param_groups} == {0.5}
+
+
+def test_copies_follow():
+    """On the eager ops of a 16-bit run the layers read copies."""
+    config = replace(laptop(), optimizer="muon", kernels="eager", warmup_iters=0, batch_size=2)
+    table = ops.choose(DEVICE, wish=Wish("eager"))
+    model = GPT(ModelShape(1, 2, 16, 8, 20, True), 0.0, table, torch.bfloat16).init_weights(0)
+    trainer = Trainer(model.to(DEVICE), config, Machine(DEVICE, "bfloat16"))
+    before = {k: v.clone() for k, v in model.copies().items()}
+    trainer.step(0, torch.randint(20, (2, 9)).to(DEVICE))
+    assert before
+    for master, copy in model.copies().items():
+        assert torch.equal(copy, master.to(torch.bfloat16))
+    assert any(not torch.equal(copy, before[m]) for m, copy in model.copies().items())
+
+
+def test_float16_scales_its_loss():
+    """An overflow is found by the scaler, which lets the step fall out."""
+    config = replace(laptop(), optimizer="muon", kernels="eager", warmup_iters=0, batch_size=2)
+    trainer = Trainer(small(), config, Machine(DEVICE, "float16"))
+    tokens = torch.randint(20, (2, 9)).to(DEVICE)
+    losses = [trainer.step(0, tokens)[0].item() for _ in range(8)]
+    assert losses[-1] < losses[0]
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.scaler.update(3e38)
+    trainer.step(0, tokens)
+    assert all(map(torch.equal, before, trainer.model.parameters()))
+
+
+@pytest.mark.slow
+def test_compiled_is_the_same(monkeypatch):
+    """What a GPU runs, compiled for this device."""
+    steps = []
+    for compiled in (False, True):
+        model, optimizer = made()
+        if compiled:
+            optimizer._momentum = torch.compile(muon.momentum, dynamic=False)
+            optimizer._orthogonal = torch.compile(orthogonal, dynamic=False)
+        before = [p.detach().clone() for p in model.parameters()]
+        gradients(model, 9)
+        optimizer.warm_up()
+        if compiled:
+            assert all(map(torch.equal, before, model.parameters()))
+        for step in range(2):
+            gradients(model, step)
+            optimizer.step()
+        steps.append([p.detach().clone() for p in model.parameters()])
+    for a, b in zip(*steps, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch, capsys):
+    """`fastgpt train` of a tiny run in a folder of its own; what it said."""
+    monkeypatch.chdir(tmp_path)
+    text = f"--input={runs.write_text(tmp_path)}"
+
+    def call(*args: str, code: int = 0) -> str:
+        with pytest.raises(SystemExit) as e:
+            cli.main(["train", *args])
+        said = capsys.readouterr()
+        assert (e.value.code or 0) == code, said.err
+        return said.err if code else said.out
+
+    call.new = (*runs.TINY, text, "--n_layer=1", "--sample_tokens=0", "--eval_interval=6")  # type: ignore[attr-defined]
+    return call
+
+
+def test_resume_is_exact(train):
+    new = (*train.new, "--optimizer=muon", "--lr_schedule=wsd", "--lr_decay_iters=12")
+    train(*new, "--out_dir=straight", "--max_iters=12")
+    train(*new, "--out_dir=cut", "--max_iters=6")
+    train("--init_from=resume", "--out_dir=cut", "--max_iters=12")
+    assert runs.records(Path("cut")) == runs.records(Path("straight"))
+    files = runs.tensor_files(Path("cut"))
+    assert files == runs.tensor_files(Path("straight"))
+    assert b"momentum_buffer.transformer.h.0.attn.c_attn.weight" in files["optimizer.safetensors"]
+    said = train(
+        "--init_from=resume", "--out_dir=cut", "--max_iters=20", "--optimizer=adamw", code=2
+    )
+    assert said == (
+        "fastgpt: --optimizer=adamw: the checkpoint has the state of muon; leave the flag out, or "
+        "start a new run\n"
+    )
+
+
+def test_state_of_another_optimizer_is_refused():
+    model, optimizer = made()
+    gradients(model, 0)
+    adamw, _ = optim.make_optimizer(model, OptimConfig())
+    adamw.step()
+    with pytest.raises(UserError, match="--optimizer=muon: the checkpoint has the state of adamw"):
+        optim.load_state_tensors(optimizer, model, optim.state_tensors(adamw, model))
+    optim.load_state_tensors(optimizer, model, {})  # an imported run without moments
+
+
+def test_the_speedrun_end_to_end(train):
+    """The preset at a tiny size: down to a loss that it meets, and then it is at its end."""
+    tiny = [x for x in runs.TINY if not x.startswith("--max_iters")][1:]
+    text = f"--input={Path('text.txt').absolute()}"
+    args = ("gpt2_speedrun", *tiny, text, "--tokenizer=byte", "--out_dir=run", "--max_iters=400")
+    args = (*args, "--gradient_accumulation_steps=1", "--learning_rate=2e-2", "--warmup_iters=5")
+    said = train(*args, "--lr_decay_iters=400", "--target_val_loss=2.8")
+    evals = runs.records(Path("run"), "eval")
+    assert evals[-1]["val_loss"] <= 2.8 < evals[-2]["val_loss"]
+    steps = evals[-1]["step"]
+    assert 0 < steps < 400 and runs.latest(Path("run")).name == f"step_{steps:08d}"
+    found = re.search(
+        rf"reached --target_val_loss=2.8 after {steps} steps, {steps * 64:,} tokens, "
+        r"([\d.]+) s of training, ([\d.]+) s in all",
+        said,
+    )
+    assert found and 0 < float(found[1]) < float(found[2])
+    assert b"momentum_buffer" in runs.tensor_files(Path("run"))["optimizer.safetensors"]
+    again = train("--init_from=resume", "--out_dir=run")
+    assert found[0].rpartition(",")[0] in again and "iter " not in again
+    further = train("--init_from=resume", "--out_dir=run", "--target_val_loss=2.4")
+    assert f"iter {steps}:" in further and "reached --target_val_loss=2.4 after" in further
