@@ -84,9 +84,10 @@ class Trainer:
         if machine.compile and self.layout != "fsdp":  # FSDP's parts are compiled one by one
             # DDP cuts the graph at the end of a bucket, so that its reduction can begin.
             self.forward = torch.compile(self.wrapped, fullgraph=self.layout == "", mode=mode)
-        # The first step whose loss or gradient norm was not finite; -1: none. From then on every
-        # update is called off on the device, until `check` looks.
-        self._bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+        # 1 from the first step on whose loss or gradient norm was not finite, and how many there
+        # were since, with it: every update is called off on the device, until `check` looks.
+        self._bad, self._bad_steps = (torch.zeros((), device=self.device) for _ in range(2))
+        self._last_step = 0
         self._guard_on_device = self.device.type == "cuda"
         self._graph: MicroStepGraph | None = None
 
@@ -102,7 +103,9 @@ class Trainer:
 
     def micro_step(self, tokens: Tensor, n_micro_batches: int) -> Tensor:
         """Adds a micro-batch's share to the gradients. Returns its share of the loss."""
-        loss = self._loss(tokens) / n_micro_batches
+        loss = self._loss(tokens)
+        if n_micro_batches > 1:
+            loss = loss / n_micro_batches
         self.scaler.scale(loss).backward()
         return loss.detach()
 
@@ -112,13 +115,14 @@ class Trainer:
             seed = dropout_seed(self.config.run.seed, step)
             torch.manual_seed(dropout_seed(seed, self.ranks.rank) if self.ranks.rank else seed)
         micro_batches = tokens.split(self.micro_batch)
-        total = torch.zeros((), device=self.device)
+        total: Tensor | float = 0.0
         for i, micro_batch in enumerate(micro_batches, 1):
             with sharding.reducing(self.wrapped, last=i == len(micro_batches)):
                 if self._graph is None:
-                    total += self.micro_step(micro_batch, len(micro_batches))
+                    total = total + self.micro_step(micro_batch, len(micro_batches))
                 else:
-                    total += self._graph(micro_batch)
+                    total = total + self._graph(micro_batch)
+        assert isinstance(total, Tensor)
         return total
 
     def step(self, step: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,11 +135,13 @@ class Trainer:
         grad_norm = optim.clip_gradients(self.optimizer, self.model, self.config.optim.grad_clip)
         # With loss scaling an infinite gradient is how the scaler finds its scale, and no fault.
         finite = loss if self.scaler.is_enabled() else loss + grad_norm
-        bad = ~torch.isfinite(finite) & (self._bad_step < 0)
-        self._bad_step = torch.where(bad, step, self._bad_step)
+        bad = (finite - finite).nan_to_num_(nan=1.0)  # in two launches
+        torch.maximum(self._bad, bad, out=self._bad)
+        self._bad_steps += self._bad
+        self._last_step = step
         if self._guard_on_device:
             if not self.scaler.is_enabled():
-                self.optimizer.found_inf = (self._bad_step >= 0).float()  # type: ignore[attr-defined]
+                self.optimizer.found_inf = self._bad  # type: ignore[attr-defined]
         else:
             self.check()
         self.scaler.step(self.optimizer)
@@ -227,9 +233,8 @@ class Trainer:
 
     def check(self) -> None:
         """Raise NonFinite if a step was not finite. Waits for the device."""
-        bad_step = int(self._bad_step)
-        if bad_step >= 0:
-            raise NonFinite(bad_step)
+        if bad_steps := int(self._bad_steps):
+            raise NonFinite(self._last_step - bad_steps + 1)
 
     @torch.no_grad()
     def losses(self, tokens: Tensor) -> Tensor:
