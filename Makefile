@@ -9,8 +9,12 @@
 # make ledger  count launches and bytes of the compiled training step
 # make bench   measure all that fits into BUDGET seconds on this GPU, and report it
 #
+# make lock    write LOCK: the versions and sha256 of all files that are installed
+#
 # A machine that already has a torch in range can use it:
 #   make VENV_ARGS=--system-site-packages train
+# Install the files of the lock and no others, or not at all:
+#   make LOCKED=1 train
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -22,64 +26,78 @@ BUDGET ?= 540
 BENCH_ARGS ?=
 # Test processes: one a core, four at most; a single one where a GPU would have to be shared.
 JOBS ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo 0; else nproc 2>/dev/null | awk '{print ($$1 > 4 ? 4 : $$1)}'; fi)
+LOCK   ?= requirements.lock
 BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check
 # Versions that are known to pass all tests; `pip install -e .` alone takes what pyproject.toml admits.
-PIP    := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+RANGED := $(PIP) --constraint constraints.txt
+# The lock has everything that any of the targets needs, also what builds fastgpt itself.
+HASHED := $(PIP) --require-hashes --only-binary :all: -r $(LOCK)
+HASHED += && $(PIP) --no-deps --no-index --no-build-isolation -e .
+STAMP  := $(VENV)/.installed$(if $(LOCKED),-$(notdir $(LOCK)))
+NEEDS  := pyproject.toml constraints.txt $(if $(LOCKED),$(LOCK))
 
-.PHONY: train test slow chaos soak mutants lint gate ledger install clean
+.PHONY: train test slow chaos soak mutants lint gate ledger bench install lock clean
 
-train: $(VENV)/.installed
+train: $(STAMP)
 	$(BIN)/fastgpt train $(ARGS)
 
-test: $(VENV)/.installed-test
+test: $(STAMP)-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
-slow: $(VENV)/.installed-test
+slow: $(STAMP)-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow $(PYTEST_ARGS)
 
-chaos: $(VENV)/.installed-test
+chaos: $(STAMP)-test
 	CHAOS=$${CHAOS:-3000} $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/chaos $(PYTEST_ARGS)
 
-soak: $(VENV)/.installed-test
+soak: $(STAMP)-test
 	PYTHONPATH=.:kernels $(BIN)/python -m tests.chaos.soak $(SOAK_ARGS)
 
-mutants: $(VENV)/.installed-test
+mutants: $(STAMP)-test
 	PYTHONPATH=.:kernels $(BIN)/python -m tests.mutants $(MUTANTS_ARGS)
 
-lint: $(VENV)/.installed-test
+lint: $(STAMP)-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-gate: $(VENV)/.installed-test
+gate: $(STAMP)-test
 	$(BIN)/python -m fastgpt_kernels.tools.aot $(GATE_ARGS)
 
-ledger: $(VENV)/.installed-test
+ledger: $(STAMP)-test
 	$(BIN)/python -m pytest tests/step_counts.py
 
 # A failed part does not keep what there is from being reported.
-bench: $(VENV)/.installed-bench
+bench: $(STAMP)-bench
 	$(BIN)/python -m bench all --budget $(BUDGET) --out bench/results $(BENCH_ARGS); code=$$?; \
 	$(BIN)/python -m bench report; \
 	ls -t bench/results/*/*waterfall.png 2>/dev/null | head -n 1; exit $$code
 
-install: $(VENV)/.installed
+install: $(STAMP)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"fastgpt needs Python >= 3.11, this is {sys.version.split()[0]}: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
 
-$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -e .
+$(STAMP): $(NEEDS) | $(BIN)/python
+	$(if $(LOCKED),$(HASHED),$(RANGED) -e .)
 	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -e '.[test]'
-	@touch $@ $(VENV)/.installed
+$(STAMP)-test: $(NEEDS) | $(BIN)/python
+	$(if $(LOCKED),$(HASHED),$(RANGED) -e '.[test]')
+	@touch $@ $(STAMP)
 
-$(VENV)/.installed-bench: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -e '.[bench]'
-	@touch $@ $(VENV)/.installed
+$(STAMP)-bench: $(NEEDS) | $(BIN)/python
+	$(if $(LOCKED),$(HASHED),$(RANGED) -e '.[bench]')
+	@touch $@ $(STAMP)
+
+lock: | $(BIN)/python
+	$(PIP) 'uv>=0.5'
+	echo hatchling editables | tr ' ' '\n' | $(BIN)/uv pip compile --universal --python-version 3.11 \
+		--generate-hashes --no-annotate --no-emit-index-url --no-emit-find-links --upgrade \
+		--custom-compile-command 'make lock' --extra test --constraint constraints.txt \
+		--output-file $(LOCK) --quiet pyproject.toml -
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
