@@ -13,11 +13,12 @@
 #
 # A machine that already has a torch in range can use it:
 #   make VENV_ARGS=--system-site-packages train
-# Install the files of the lock and no others, or not at all:
+# Install nothing but the files of the lock, into .venv-locked:
 #   make LOCKED=1 train
 
 PYTHON ?= python3
-VENV   ?= .venv
+# What pip finds installed it does not check again, so the lock has an environment of its own.
+VENV   ?= $(if $(LOCKED),.venv-locked,.venv)
 VENV_ARGS ?=
 ARGS   ?=
 PYTEST_ARGS ?=
@@ -34,63 +35,62 @@ RANGED := $(PIP) --constraint constraints.txt
 # The lock has everything that any of the targets needs, also what builds fastgpt itself.
 HASHED := $(PIP) --require-hashes --only-binary :all: -r $(LOCK)
 HASHED += && $(PIP) --no-deps --no-index --no-build-isolation -e .
-STAMP  := $(VENV)/.installed$(if $(LOCKED),-$(notdir $(LOCK)))
 NEEDS  := pyproject.toml constraints.txt $(if $(LOCKED),$(LOCK))
 
 .PHONY: train test slow chaos soak mutants lint gate ledger bench install lock clean
 
-train: $(STAMP)
+train: $(VENV)/.installed
 	$(BIN)/fastgpt train $(ARGS)
 
-test: $(STAMP)-test
+test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
-slow: $(STAMP)-test
+slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow $(PYTEST_ARGS)
 
-chaos: $(STAMP)-test
+chaos: $(VENV)/.installed-test
 	CHAOS=$${CHAOS:-3000} $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/chaos $(PYTEST_ARGS)
 
-soak: $(STAMP)-test
+soak: $(VENV)/.installed-test
 	PYTHONPATH=.:kernels $(BIN)/python -m tests.chaos.soak $(SOAK_ARGS)
 
-mutants: $(STAMP)-test
+mutants: $(VENV)/.installed-test
 	PYTHONPATH=.:kernels $(BIN)/python -m tests.mutants $(MUTANTS_ARGS)
 
-lint: $(STAMP)-test
+lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-gate: $(STAMP)-test
+gate: $(VENV)/.installed-test
 	$(BIN)/python -m fastgpt_kernels.tools.aot $(GATE_ARGS)
 
-ledger: $(STAMP)-test
+ledger: $(VENV)/.installed-test
 	$(BIN)/python -m pytest tests/step_counts.py
 
 # A failed part does not keep what there is from being reported.
-bench: $(STAMP)-bench
+bench: $(VENV)/.installed-bench
 	$(BIN)/python -m bench all --budget $(BUDGET) --out bench/results $(BENCH_ARGS); code=$$?; \
 	$(BIN)/python -m bench report; \
 	ls -t bench/results/*/*waterfall.png 2>/dev/null | head -n 1; exit $$code
 
-install: $(STAMP)
+install: $(VENV)/.installed
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"fastgpt needs Python >= 3.11, this is {sys.version.split()[0]}: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
 
-$(STAMP): $(NEEDS) | $(BIN)/python
+$(VENV)/.installed: $(NEEDS) | $(BIN)/python
 	$(if $(LOCKED),$(HASHED),$(RANGED) -e .)
 	@touch $@
 
-$(STAMP)-test: $(NEEDS) | $(BIN)/python
+$(VENV)/.installed-test: $(NEEDS) | $(BIN)/python
 	$(if $(LOCKED),$(HASHED),$(RANGED) -e '.[test]')
-	@touch $@ $(STAMP)
+	@touch $@ $(VENV)/.installed
 
-$(STAMP)-bench: $(NEEDS) | $(BIN)/python
+$(VENV)/.installed-bench: $(NEEDS) | $(BIN)/python
 	$(if $(LOCKED),$(HASHED),$(RANGED) -e '.[bench]')
-	@touch $@ $(STAMP)
+	@touch $@ $(VENV)/.installed
 
 lock: | $(BIN)/python
 	$(PIP) 'uv>=0.5'
@@ -100,4 +100,4 @@ lock: | $(BIN)/python
 		--output-file $(LOCK) --quiet pyproject.toml -
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv-locked $(VENV) .pytest_cache .mypy_cache .ruff_cache
