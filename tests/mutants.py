@@ -37,7 +37,7 @@ FORK = multiprocessing.get_context("fork")
 ROOT = Path(__file__).parents[1]
 # Core modules, and the tests that mirror them.
 MIRRORS = {
-    "fastgpt/errors.py": ("tests/test_cli.py",),
+    "fastgpt/errors.py": ("tests/test_errors.py", "tests/test_cli.py"),
     "fastgpt/storage/files.py": ("tests/storage",),
     "fastgpt/storage/run.py": ("tests/storage/test_run.py",),
     "fastgpt/storage/checkpoint.py": ("tests/storage/test_checkpoint.py",),
@@ -163,9 +163,12 @@ def fastest_first(copy: Path, tests: tuple[str, ...], budget: float) -> list[str
     """The tests, not the slow ones, by the time they take; as many as fit into `budget` seconds."""
     code, seconds = outcome(copy, ["-m", "not slow", *tests], 1800, Durations())
     if code != 0:
-        raise SystemExit(f"without a mutant there are failures: pytest -m 'not slow' {' '.join(tests)}")
+        raise SystemExit(
+            f"without a mutant there are failures: pytest -m 'not slow' {' '.join(tests)}"
+        )
     order = sorted(seconds, key=lambda test: seconds[test])
-    return [test for test, total in zip(order, accumulate(seconds[t] for t in order)) if total <= budget]
+    totals = accumulate(seconds[test] for test in order)
+    return [test for test, total in zip(order, totals, strict=True) if total <= budget]
 
 
 def main() -> int:
@@ -187,7 +190,9 @@ def main() -> int:
     mutants = [(path, *mutate((ROOT / path).read_text(), i)) for path, i in chosen]
     if asked.again:
         named = asked.again.read_text()
-        mutants = [(path, source, what) for path, source, what in mutants if f"{path} {what}\n" in named]
+        mutants = [
+            (path, source, what) for path, source, what in mutants if f"{path} {what}\n" in named
+        ]
     if asked.list:
         print(*(f"{path} {what}" for path, _, what in mutants), sep="\n")
         return 0
