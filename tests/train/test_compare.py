@@ -174,6 +174,7 @@ def test_the_useful_range_leaves_the_steep_beginning_out():
     assert smooth([1.0, 2.0, 3.0]) == [1.0, 2.0, 3.0]
     many = smooth([float(i % 2) for i in range(200)])
     assert many[-1] == 0.5 and len(many) == 200
+    assert smooth([float(i) for i in range(60)])[:5] == [0.0, 0.5, 1.0, 2.0, 3.0]
 
 
 def test_the_useful_range_begins_with_an_eighth_of_the_run():
