@@ -207,7 +207,7 @@ def test_gradients_of_many_programs_meet(bias: bool, device: torch.device) -> No
 
 def test_narrow_rows_are_as_many_more() -> None:
     """So that a tile has the elements that its config was measured with."""
-    config = Config({"TILE": 256, "ROWS": 4})
+    config = Config({"TILE": 256, "ROWS": 4}, num_warps=4)
     tiles = [_tile(config, C) for C in (768, 256, 129, 20, 3)]
     assert tiles == [(256, 4), (256, 4), (256, 4), (32, 32), (8, 128)]
 
