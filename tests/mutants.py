@@ -11,19 +11,33 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
+import multiprocessing
 import os
 import random
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import accumulate
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+import pytest
+
+# What every fork would take seconds to import, as tests/conftest.py wants it without a GPU.
+os.environ.update(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1")
+import matplotlib.figure  # noqa: E402, F401
+import torch._dynamo  # noqa: E402, F401
+
+del os.environ["TRITON_INTERPRET"]
+
+FORK = multiprocessing.get_context("fork")
 ROOT = Path(__file__).parents[1]
 # Core modules, and the tests that mirror them.
 MIRRORS = {
-    "fastgpt/errors.py": ("tests/test_cli.py",),
+    "fastgpt/errors.py": ("tests/test_errors.py", "tests/test_cli.py"),
     "fastgpt/storage/files.py": ("tests/storage",),
     "fastgpt/storage/run.py": ("tests/storage/test_run.py",),
     "fastgpt/storage/checkpoint.py": ("tests/storage/test_checkpoint.py",),
@@ -96,22 +110,65 @@ def mutate(source: str, index: int) -> tuple[str, str]:
     return ast.unparse(ast.fix_missing_locations(tree)), f"line {line}: `{before}` -> `{after}`"
 
 
-def killed(copy: Path, path: str, mutant: str, tests: tuple[str, ...], seconds: float) -> bool:
-    """Whether the tests fail, or never end, with the mutant in the place of its module."""
-    target = copy / path
-    good = target.read_text()
-    target.write_text(mutant)
-    environment = {**os.environ, "PYTHONPATH": f"{copy}:{copy / 'kernels'}"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+class Durations:
+    """A plugin of pytest: the seconds that each test that passed took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.passed:
+            self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0) + report.duration
+
+
+def run_tests(copy: Path, tests: list[str], plugin: Durations | None, answer: Connection) -> None:
+    """In a process of its own: the tests at the copy; sends pytest's code and the durations."""
+    os.setsid()
+    os.chdir(copy)
+    # This module is of the package `tests` of the sources; the copy has its own.
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]
+    paths = [str(copy), str(copy / "kernels")]
+    sys.path[:] = paths + [path for path in sys.path if Path(path).parent != ROOT.parent]
+    os.environ["PYTHONPATH"] = ":".join(paths)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], [plugin] if plugin else [])
+    answer.send((int(code), plugin.seconds if plugin else {}))
+
+
+def outcome(
+    copy: Path, tests: list[str], timeout: float, plugin: Durations | None = None
+) -> tuple[int, dict[str, float]]:
+    """(pytest's exit code, or -1 if it did not end; seconds by test if asked for).
+
+    A fork of this process has PyTorch and pytest imported already, and none of our own modules.
+    """
+    ours, theirs = FORK.Pipe()
+    child = FORK.Process(target=run_tests, args=(copy, tests, plugin, theirs))
+    child.start()
+    theirs.close()
     try:
-        got = subprocess.run(
-            command, cwd=copy, env=environment, capture_output=True, timeout=seconds
-        )
-        return got.returncode != 0
-    except subprocess.TimeoutExpired:
-        return True
+        return ours.recv() if ours.poll(timeout) else (-1, {})
+    except EOFError:  # it died of the mutant
+        return 1, {}
     finally:
-        target.write_text(good)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid or 0, signal.SIGKILL)
+        child.join()
+
+
+def fastest_first(copy: Path, tests: tuple[str, ...], budget: float) -> list[str]:
+    """The tests, not the slow ones, by the time they take; as many as fit into `budget` seconds."""
+    code, seconds = outcome(copy, ["-m", "not slow", *tests], 1800, Durations())
+    if code != 0:
+        raise SystemExit(
+            f"without a mutant there are failures: pytest -m 'not slow' {' '.join(tests)}"
+        )
+    order = sorted(seconds, key=lambda test: seconds[test])
+    totals = accumulate(seconds[test] for test in order)
+    return [test for test, total in zip(order, totals, strict=True) if total <= budget]
 
 
 def main() -> int:
@@ -119,35 +176,44 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="")
-    parser.add_argument("--timeout", type=float, default=300.0)
+    parser.add_argument("--again", type=Path, help="try the survivors that this file's lines name")
+    parser.add_argument("--budget", type=float, default=20.0, help="seconds of tests, a mutant")
     parser.add_argument("--list", action="store_true")
     asked = parser.parse_args()
-    rng = random.Random(asked.seed)
     every = [
         (path, i)
         for path in MIRRORS
         if path.startswith(asked.only)
         for i in range(len(list(places(ast.parse((ROOT / path).read_text())))))
     ]
-    chosen = sorted(rng.sample(every, min(asked.count, len(every))))
+    chosen = sorted(random.Random(asked.seed).sample(every, min(asked.count, len(every))))
+    mutants = [(path, *mutate((ROOT / path).read_text(), i)) for path, i in chosen]
+    if asked.again:
+        named = asked.again.read_text()
+        mutants = [
+            (path, source, what) for path, source, what in mutants if f"{path} {what}\n" in named
+        ]
+    if asked.list:
+        print(*(f"{path} {what}" for path, _, what in mutants), sep="\n")
+        return 0
     copy = Path(tempfile.mkdtemp(prefix="fastgpt-mutants-"))
     for name in ("fastgpt", "kernels", "tests", "bench", "pyproject.toml", "examples"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / name)
-    survivors, tried = [], 0
-    for path, i in chosen:
-        mutant, what = mutate((ROOT / path).read_text(), i)
-        if asked.list:
-            print(f"{path} {what}")
-            continue
-        tried += 1
-        if not killed(copy, path, mutant, MIRRORS[path], asked.timeout):
-            survivors.append(f"{path} {what}")
-            print(f"survived: {survivors[-1]}", flush=True)
+    order: dict[tuple[str, ...], list[str]] = {}
+    killed = 0
+    for path, mutant, what in mutants:
+        mirror = MIRRORS[path]
+        if mirror not in order:
+            order[mirror] = fastest_first(copy, mirror, asked.budget)
+        (copy / path).write_text(mutant)
+        code, _ = outcome(copy, order[mirror], 30 + 3 * asked.budget)
+        shutil.copy(ROOT / path, copy / path)
+        killed += code != 0
+        how = {0: "survived", -1: "killed (no end)"}.get(code, "killed")
+        print(f"{how}: {path} {what}", flush=True)
     shutil.rmtree(copy)
-    if tried:
-        share = 100 * (tried - len(survivors)) / tried
-        print(f"{tried} mutants, {tried - len(survivors)} killed ({share:.0f} %)")
+    print(f"{len(mutants)} mutants, {killed} killed ({100 * killed / max(1, len(mutants)):.0f} %)")
     return 0
 
 

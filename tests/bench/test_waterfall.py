@@ -109,7 +109,27 @@ def test_rungs_add_up_to_the_measured_step():
     assert rung(found, "matmul peak").mfu_after == pytest.approx(100 * 790 / 989.4)
     assert rung(found, "linear layers").ms == pytest.approx(47.5 - WORK.linear_flops / 790e9)
     assert rung(found, "gaps: launch, data, host").ms == pytest.approx(100 - 97.2)
-    assert "dW 3072 x 768 x 65536" in rung(found, "linear layers").help
+    # 12 x 2 x 3072 x 768 x 65536 FLOPs are 4.70 ms at 790 TFLOP/s, and took 9.
+    slowest = "most to win: dW 3072 x 768 x 65536 at 52% of the matmul peak, 4.3 ms"
+    assert rung(found, "linear layers").help == slowest
+    assert found.peak == "989.4 TFLOP/s (NVIDIA H200 data sheet)"
+
+
+def test_bounds_are_bytes_at_the_copy_bandwidth_and_flops_at_the_peak():
+    found = ladder.build(h200(), WORK, MEASURED)
+    assert rung(found, "memory-bound ops").bound_ms == pytest.approx(WORK.memory_bytes / 4.3e9)
+    assert rung(found, "optimizer and casts").bound_ms == pytest.approx(
+        WORK.optimizer_bytes / 4.3e9
+    )
+    assert rung(found, "head and loss").bound_ms == pytest.approx(
+        WORK.head_flops / 790e9 + WORK.loss_bytes / 4.3e9
+    )
+
+
+def test_a_share_is_rounded_to_whole_percents():
+    gemm = Gemm("dX", 1, 1, 1, 1, 1.0, 0.9946 * 790e9)  # 1001 ms a second would make it 100 %
+    found = ladder.build(replace(h200(), gemms=[gemm]), WORK, MEASURED)
+    assert "at 99% of the matmul peak" in rung(found, "linear layers").help
 
 
 def test_attention_says_what_masked_scores_are_worth():
@@ -138,6 +158,9 @@ def test_unknown_kernels_have_a_rung():
     assert "a_kernel_of_tomorrow" in rung(found, "other").help
     assert adds_up(found)
     assert "other" not in [r.name for r in ladder.build(h200(), WORK, MEASURED).rungs]
+    three = replace(h200(other=1.5), others={"one": 0.7, "two": 0.5, "three": 0.3})
+    named = rung(ladder.build(three, WORK, MEASURED), "other").help
+    assert named == "not recognised: one, two", "the first two, which are the longest"
 
 
 def test_json_has_it_all():
@@ -158,6 +181,8 @@ def test_on_a_cpu_all_parts_shrink_with_the_profilers_cost():
     assert found.scale == 0.5
     assert rung(found, "linear layers").takes_ms == pytest.approx(47.5 / 2)
     assert "matmul peak" not in [r.name for r in found.rungs]
+    unnamed = replace(MEASURED, datasheet_flops=None, datasheet_source="")
+    assert ladder.build(parts, WORK, unnamed).peak == f"790 TFLOP/s ({MEASURED.matmul_source})"
     assert rung(found, "ideal").ms == pytest.approx(WORK.total_flops / 790e9)
     assert adds_up(found)
 

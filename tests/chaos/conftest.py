@@ -6,6 +6,7 @@ CHAOS=3000 asks for so many in all (`make chaos`); without it there are few, for
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ import pytest
 
 TRIES = int(os.environ.get("CHAOS", "240"))
 CHUNK = 40
+BEGAN = time.monotonic()
 
 
 def chunks(share: float) -> list[tuple[int, int]]:
@@ -46,4 +48,5 @@ def pytest_terminal_summary(terminalreporter) -> None:
     terminalreporter.section("what was tried, and held")
     for what, count in sorted(held.items()):
         terminalreporter.write_line(f"{count:6,}  {what}")
-    terminalreporter.write_line(f"{sum(held.values()):6,}  in all; failures: {len(failed)}")
+    took = f"{time.monotonic() - BEGAN:.0f} s"
+    terminalreporter.write_line(f"{sum(held.values()):6,}  in all, {took}; failures: {len(failed)}")

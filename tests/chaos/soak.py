@@ -68,12 +68,13 @@ def main() -> int:
             process.send_signal(number)
             code = process.wait()
             kills[number.name] = kills.get(number.name, 0) + 1
-        if code == 0:
-            break
-        if code not in (-number, 128 + number):
+        if code not in (0, -number, 128 + number):
             print(f"exit code {code}; the log ends:")
             print((home / "killed" / "log.txt").read_text()[-2000:])
             return 1
+        # Ended after its last save a run is whole: a resume would have nothing left to do.
+        if code == 0 or checkpoint.pointer(run_dir, "latest") == checkpoint.name_of(asked.steps):
+            break
         if checkpoint.names(run_dir):
             args = ["train", "--init_from=resume", "--out_dir=run"]
         else:

@@ -111,3 +111,12 @@ def test_sums_and_products_are_flags_too():
             settings.apply_flags(Config(), {"batch_size": bad})
     with pytest.raises(ValueError):
         arithmetic("True")
+
+
+def test_arithmetic_has_its_limits():
+    """What a value may need is allowed; nothing is worked out that could take long."""
+    assert arithmetic("0.5 ** 64") == 0.5**64 and arithmetic("2 ** -64") == 0.5**64
+    assert arithmetic("1".rjust(200, "0").replace("0", "+")) == 1
+    for bad in ("0.5 ** 65", "2 ** -65", "+" * 200 + "1"):
+        with pytest.raises(ValueError, match="a power that large|too long"):
+            arithmetic(bad)

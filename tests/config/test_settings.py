@@ -51,6 +51,7 @@ def test_forms_of_a_flag():
     assert flags("--learning_rate=3e-4").optim.learning_rate == 3e-4
     assert flags("--bias=true").model.bias is True
     assert flags("--compile=auto").system.compile == "auto"
+    assert flags("--compile=True").system.compile is True
     assert settings.split_flags(["gpt2", "--bias", "True", "x"]) == (
         ["gpt2", "x"],
         {"bias": "True"},
@@ -111,7 +112,8 @@ def test_bad_flags(args, message):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--n_embd=770", "--n_head=12"], "--n_head=12: must divide n_embd=770; the nearest"),
+        (["--n_embd=770", "--n_head=12"], "must divide n_embd=770; the nearest that does is 11"),
+        (["--n_embd=7", "--n_head=6"], "--n_head=6: must divide n_embd=7; .* is 7"),
         (["--min_lr=1", "--learning_rate=0.1"], "--min_lr=1: must not exceed learning_rate=0.1"),
     ],
 )
@@ -170,6 +172,33 @@ def test_bad_toml(text, message, tmp_path: Path):
     with pytest.raises(UserError, match=message) as e:
         settings.load_toml(path)
     assert str(path) in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "number", [2**63, -(2**63) - 1, 10**5000], ids=["one more", "one less", "5,000 digits"]
+)
+def test_whole_numbers_beyond_64_bits_are_not_printed(number: int):
+    for name in ("n_layer", "learning_rate"):
+        with pytest.raises(UserError) as e:
+            settings.check_value(settings.leaves(Config)[name], number, "")
+        assert f"{name}=(a number of {number.bit_length()} bits): wanted" in str(e.value)
+    with pytest.raises(UserError, match=f"n_layer={-(2**63)}: wanted"):
+        settings.check_value(settings.leaves(Config)["n_layer"], -(2**63), "")
+
+
+def test_names_are_listed_while_they_are_few():
+    names = [f"name{i}" for i in range(12)]
+    assert str(settings.unknown_key("zzz", names, "")).endswith("--help lists them all")
+    assert str(settings.unknown_key("zzz", names[:11], "")).endswith(", name9, name10")
+
+
+def test_a_toml_file_has_its_size(tmp_path: Path):
+    path = tmp_path / "c.toml"
+    path.write_text("n_layer = 3\n#".ljust(1 << 20))
+    assert settings.load_toml(path).model.n_layer == 3
+    path.write_text("n_layer = 3\n#".ljust((1 << 20) + 1))
+    with pytest.raises(UserError, match=str(path)):
+        settings.load_toml(path)
 
 
 def test_missing_and_binary_toml(tmp_path: Path):

@@ -88,6 +88,12 @@ def test_the_stream_is_the_promised_one(split, kind):
     assert digest_of(kind, split) == PROMISED[kind]
 
 
+def test_the_smallest_orders_are_the_promised_ones():
+    """Of the smallest power of four, so that few numbers are sent through again."""
+    orders = [Permutation(n, 3)(np.arange(n)).tolist() for n in (2, 3, 4, 5)]
+    assert orders == [[1, 0], [2, 0, 1], [2, 3, 1, 0], [2, 1, 3, 4, 0]]
+
+
 def test_another_process_draws_the_same(split, tmp_path):
     code = """
 import sys; from pathlib import Path

@@ -1,5 +1,7 @@
 import hashlib
 import os
+from dataclasses import FrozenInstanceError
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,8 +120,9 @@ def test_scan_sees_every_byte(tmp_path, count):
     ids = np.zeros(count, "<u2")
     ids[-1] = 777
     path.write_bytes(headered(count, ids))
-    found = scan(inspect(path))
-    assert found.max_id == 777
+    advanced: list[int] = []
+    found = scan(inspect(path), advanced.append)
+    assert found.max_id == 777 and sum(advanced) == 2 * count, "progress is bytes of ids"
     assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -197,6 +200,12 @@ def test_a_file_that_is_cut_off_while_it_is_open(tmp_path):
     path.unlink()
     with pytest.raises(UserError, match="train.bin: is gone while it is read"):
         ids.check()
+
+
+def test_what_was_found_out_of_a_file_stays():
+    file = token_files.TokenFile(Path("x"), 0, 1, np.dtype("<u2"))
+    with pytest.raises(FrozenInstanceError):
+        file.count = 2
 
 
 def test_the_same_size_at_another_time_is_another_file(tmp_path):

@@ -47,7 +47,10 @@ def made(settings, tmp_path):
 def test_nanogpt_folder(tmp_path):
     ds = open_dataset(raw(tmp_path / "d"))
     assert (len(ds.train), len(ds.val), ds.vocab_size, ds.tokenizer) == (1000, 100, 50257, None)
-    assert "1,000 train and 100 val tokens" in ds.describe() and "\n" not in ds.describe()
+    assert ds.describe() == (
+        f"{tmp_path / 'd'}: 1,000 train and 100 val tokens in 2 files, vocabulary 50,257 "
+        "(no tokenizer)"
+    )
     assert open_dataset(tmp_path / "d", vocab_size=1000).vocab_size == 1000
 
 
@@ -79,6 +82,7 @@ def test_a_folder_that_carries_a_tokenizer(tmp_path):
     folder = raw(tmp_path / "d", [0, 1, 2] * 50, [2, 1] * 50)
     CharTokenizer("abc").save(folder)
     assert open_dataset(folder).vocab_size == 3
+    assert open_dataset(folder).describe().endswith("vocabulary 3 (char)")
 
 
 # --- windows
@@ -103,8 +107,8 @@ def test_windows_beyond_the_data_are_refused(tmp_path):
     for starts, length in (([-1], 2), ([45], 6), ([50], 1), ([25], 10)):
         with pytest.raises(IndexError):
             split.gather(np.array(starts), length)
-    for index in ([-1], [split.n_starts(8)]):
-        with pytest.raises(IndexError):
+    for index in ([-1], [split.n_starts(8)]):  # 22 windows in the one shard, 12 in the other
+        with pytest.raises(IndexError, match=f"start {index[0]} .. {index[0]} not in 0 .. 33$"):
             split.positions(np.array(index), 8)
     assert split.gather(np.array([], np.int64), 8).shape == (0, 8)
 
@@ -143,8 +147,14 @@ def break_file(folder, name, action):
 RAW = {
     "no folder": (shutil.rmtree, r"no dataset folder .*d: run `fastgpt prepare d`"),
     "empty folder": (lambda d: [p.unlink() for p in d.iterdir()], "no train split"),
-    "no val": (lambda d: (d / "val.bin").unlink(), "no val split: expected val.bin"),
-    "no train": (lambda d: (d / "train.bin").unlink(), "no train split"),
+    "no val": (
+        lambda d: (d / "val.bin").unlink(),
+        r"no val split: expected val.bin or files named \*_val_\*.bin \(train.bin\)$",
+    ),
+    "no train": (
+        lambda d: (d / "train.bin").unlink(),
+        r"no train split: .*\(val.bin\); run `fastgpt prepare d`$",
+    ),
     "empty": (lambda d: (d / "train.bin").write_bytes(b""), "train.bin is empty"),
     "odd": (lambda d: (d / "val.bin").write_bytes(b"123"), "val.bin has an odd number of bytes"),
     "id 50257": (
@@ -204,6 +214,10 @@ MADE = {
     "json binary": (lambda d: (d / JSON).write_bytes(b"\xff"), f"{JSON} is damaged"),
     "json without splits": (lambda d: change_json(d / JSON, "splits", value=1), "damaged"),
     "json without tokenizer": (lambda d: change_json(d / JSON, "tokenizer", value=1), "damaged"),
+    "json of huge numbers": (
+        lambda d: change_json(d / JSON, "vocab_size", value=10**50),
+        rf"is damaged \(vocab_size 1{'0' * 39}\): prepare",
+    ),
     "json of the future": (lambda d: change_json(d / JSON, "version", value=2), "reads .* 1"),
     "no val listed": (lambda d: change_json(d / JSON, "splits", "val", value=[]), "no val file"),
     "path listed": (

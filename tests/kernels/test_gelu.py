@@ -216,3 +216,12 @@ def test_erf_is_another_name_of_none(device: torch.device) -> None:
     x, bias, _ = tensors((3, 16), torch.float32, device)
     for function in (bias_gelu, reference.bias_gelu):
         assert torch.equal(function(x, bias, "erf"), function(x, bias, "none"))
+
+
+def test_the_instruction_is_for_bf16_on_nvidias_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    bf16, half = torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.float16)
+    for arch, approximate in (("sm_75", "tanh.approx"), ("gfx942", "tanh"), ("cpu", "tanh")):
+        monkeypatch.setattr(kernels, "arch_of", lambda x, arch=arch: arch)
+        assert kernels.form_of(True, bf16) == approximate
+        assert kernels.form_of(True, half) == "tanh"
+        assert kernels.form_of(False, bf16) == kernels.form_of(False, half) == "erf"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastgpt_kernels import add_layer_norm, host, layer_norm, reference
 from fastgpt_kernels.configs import Config
-from fastgpt_kernels.ops.norm.kernels import launch_backward, launch_forward
+from fastgpt_kernels.ops.norm.kernels import _tile, launch_backward, launch_forward
 from fastgpt_kernels.ops.norm.op import MAX_WIDTH
 from tests.kernels.helpers import check_op, errors, forward_backward, registered
 
@@ -203,6 +203,13 @@ def test_gradients_of_many_programs_meet(bias: bool, device: torch.device) -> No
         if dbias is not None:
             torch.testing.assert_close(dbias.double(), want[2], rtol=1e-5, atol=1e-5)
     assert not stats[2 * len(x) :].any()
+
+
+def test_narrow_rows_are_as_many_more() -> None:
+    """So that a tile has the elements that its config was measured with."""
+    config = Config({"TILE": 256, "ROWS": 4}, num_warps=4)
+    tiles = [_tile(config, C) for C in (768, 256, 129, 20, 3)]
+    assert tiles == [(256, 4), (256, 4), (256, 4), (32, 32), (8, 128)]
 
 
 def test_residual_out_is_the_rounded_sum(dtype: torch.dtype, device: torch.device) -> None:

@@ -60,3 +60,31 @@ def test_sha256(tmp_path: Path):
     data = bytes(range(256)) * 9000
     (tmp_path / "x").write_bytes(data)
     assert files.sha256_file(tmp_path / "x") == hashlib.sha256(data).hexdigest()
+
+
+def folder_with(path: Path, text: str) -> Path:
+    path.mkdir()
+    (path / "x").write_text(text)
+    return path
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path: Path):
+    target = tmp_path / "data"
+    for text in ("one", "two"):
+        # A leftover of a kill would be in the way of the rename.
+        folder_with(tmp_path / ".data.old", "of long ago")
+        files.replace_folder(folder_with(tmp_path / "new", text), target)
+        assert (target / "x").read_text() == text
+        assert [p.name for p in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_replaced_folder_comes_back_if_nothing_took_its_place(tmp_path: Path):
+    target, old = tmp_path / "data", tmp_path / ".data.old"
+    files.recover_folder(target)
+    assert not list(tmp_path.iterdir())
+    folder_with(old, "one")
+    files.recover_folder(target)
+    assert (target / "x").read_text() == "one" and not old.exists()
+    folder_with(old, "zero")
+    files.recover_folder(target)
+    assert (target / "x").read_text() == "one" and not old.exists()

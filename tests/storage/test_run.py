@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from fastgpt.config import settings
 from fastgpt.config.schema import Config
 from fastgpt.errors import UserError
 from fastgpt.storage import checkpoint, run
+from fastgpt.storage.files import unsealed
 from tests.faults import killed_at
 
 
@@ -277,6 +279,29 @@ def test_a_restart_goes_on_only_with_what_its_own_launch_made():
     make(Path("theirs"))
     assert not run.made_by(Path("theirs"), ["", "agent-1"])
     assert not run.made_by(Path("none"), ["agent-1"])
+
+
+def test_what_goes_on_is_whole_and_held(monkeypatch):
+    """A run that another process put aside, and left so, between the look and the lock."""
+    before = old_run(Path("out"))
+    with pytest.raises(SystemExit), run.begin("out", "x", True) as folder:
+        new_run(folder, saves=False)
+        shutil.copytree("out", "half")
+        raise SystemExit
+    (Path("half") / ".config.toml.x.tmp").touch()
+    monkeypatch.setattr(run, "find", Path)
+    with run.resumed("half") as folder:
+        assert folder == Path("half") and contents(folder) == before
+        with pytest.raises(UserError, match="another process"), run.lock(folder):
+            pass
+    with run.lock(folder):
+        pass
+
+
+def test_a_runs_description_says_its_format():
+    folder = make(Path("out"))
+    body = json.loads(unsealed((folder / "run.json").read_bytes()) or "")
+    assert body["format"] == 1 and body["config"] == (folder / "config.toml").read_text()
 
 
 def test_one_process_at_a_time():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import struct
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from fastgpt.errors import UserError
 from fastgpt.storage import run
 from fastgpt.train import plot
 from fastgpt.train.compare import _open as open_run
-from fastgpt.train.compare import compare, scatter, table, verdict
+from fastgpt.train.compare import compare, draw, scatter, table, verdict
 from fastgpt.train.curves import Curves, smooth, time_axis
 
 
@@ -90,7 +91,7 @@ def test_too_little_to_judge():
         keep = [r for r in map(json.loads, path.read_text().splitlines()) if r["kind"] == "eval"]
         path.write_text("".join(json.dumps(r) + "\n" for r in keep if r["step"] in steps))
     (line,) = verdict([open_run(a), open_run(b)])
-    assert "too few evaluations" in line
+    assert line.startswith("a and b: val loss ") and "too few evaluations" in line
     path = Path("b/metrics.jsonl")
     path.write_text(path.read_text().replace('"step": 0,', '"step": 1,').replace("100,", "101,"))
     (line,) = verdict([open_run(a), open_run(b)])
@@ -113,6 +114,13 @@ def test_a_shape_that_both_curves_have_is_no_noise():
     names = [make("a", 1.5, 0.0), make("b", 1.45, 0.0, n_layer=3)]
     (line,) = verdict([open_run(n) for n in names])
     assert "apart by 0.0500, and along the curves by 0.0000 more or less; a single run" in line
+
+
+def test_every_pair_has_its_line():
+    runs = [open_run(make(n, 1.5 - i / 10, 0.0, n_layer=i)) for i, n in enumerate("abc", 1)]
+    lines = verdict(runs)
+    assert [line.split(":")[0] for line in lines] == ["a and b", "a and c", "b and c"]
+    assert ["0.1000" in line for line in lines] == [True, False, True] and "0.2000" in lines[1]
 
 
 def test_figures_and_picture(capsys):
@@ -179,6 +187,39 @@ def test_the_useful_range_leaves_the_steep_beginning_out():
     assert smooth([1.0, 2.0, 3.0]) == [1.0, 2.0, 3.0]
     many = smooth([float(i % 2) for i in range(200)])
     assert many[-1] == 0.5 and len(many) == 200
+    assert smooth([float(i) for i in range(60)])[:5] == [0.0, 0.5, 1.0, 2.0, 3.0]
+
+
+def test_the_useful_range_begins_with_an_eighth_of_the_run():
+    def record(step: int, **losses: float) -> dict:
+        return {"step": step, **losses}
+
+    # Of 72 steps those from 9 on; a loss of 4 at step 8 does not count, the ones at 9 do.
+    train = [record(s, loss=x) for s, x in ((0, 9.0), (8, 4.0), (9, 3.0), (72, 1.0))]
+    assert Curves("x", train, []).useful_range == pytest.approx((0.9, 3.2))
+    evals = [record(s, train_loss=x, val_loss=x) for s, x in ((0, 9.0), (9, 3.0), (72, 1.0))]
+    assert Curves("x", [], evals).useful_range == pytest.approx((0.9, 3.2))
+    late = [record(80, train_loss=1.0, val_loss=1.0)]
+    assert Curves("x", train, late).useful_range == pytest.approx((0.9, 3.2)), "of the log lines"
+
+
+def test_the_comparison_is_drawn_on_bare_axes(monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: (drawn.append(f), save(f, *a, **k)))
+    draw([open_run(make("a", 1.5, 0.0)), open_run(make("b", 1.2, 0.0, n_layer=3))], Path("x.png"))
+    width, height = struct.unpack(">II", Path("x.png").read_bytes()[16:24])
+    assert (width, height) == (1440, 504), "12 by 4.2 inches of 120 dots"
+    low = min(Curves.of(Path(n)).useful_range[0] for n in "ab")
+    high = max(Curves.of(Path(n)).useful_range[1] for n in "ab")
+    assert len(drawn[0].axes) == 3
+    for axes in drawn[0].axes:
+        assert [line.get_visible() for line in axes.get_xgridlines()][:1] == [True]
+        assert not axes.spines["top"].get_visible() and not axes.spines["right"].get_visible()
+        assert axes.get_ylim() == (low, high) and len(axes.lines) == 4
+        assert axes.lines[1].get_markersize() == 3
 
 
 def test_the_picture_has_its_parts(monkeypatch):

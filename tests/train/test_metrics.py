@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,42 @@ def test_at_the_end_nothing_is_left(tmp_path: Path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == "9.9k tokens seen, 50 tok/s, ETA 2s"
     assert lines[4] == "10k tokens seen, 50 tok/s"
+
+
+def test_a_terminal_has_a_bar(tmp_path: Path, capsys, monkeypatch):
+    """It says what is done and left; lines are printed above it, whole and as they are."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    config = replace(Config(), max_iters=100)
+    with metrics.Metrics(tmp_path, config, start_step=20, tokens_per_step=100) as m:
+        (task,) = m._progress.tasks
+        assert m._progress.live.is_started and (task.completed, task.total) == (20, 100)
+        m.train(29, 2.0, RECORD)
+        assert task.completed == 30
+        assert task.description == "30/100 3k tokens, 50 tok/s, ETA 2m 20s"
+        m.working("evaluating train", 30, 4, 20)
+        assert (task.completed, task.description) == (30, "evaluating train 4/20")
+        m.evaluation(30, 1.0, 2.0)
+        m.say("[red]" + "x" * 80)
+    assert not m._progress.live.is_started
+    out = capsys.readouterr().out
+    assert "iter 29: loss 0.8010, time 2000.00ms, mfu 11.07%\n" in out
+    assert "[red]" + "x" * 80 + "\n" in out and "tokens seen" not in out
+
+
+def test_the_first_rank_alone_keeps_the_log(tmp_path: Path, monkeypatch):
+    synced: list[int] = []
+    monkeypatch.setattr(metrics.os, "fsync", synced.append)
+    with log(tmp_path) as m:
+        synced.clear()
+        m.sync()
+        assert synced == [m._file.fileno()]
+    with metrics.Metrics(
+        tmp_path / "other", Config(), start_step=0, tokens_per_step=1, keeps=False
+    ) as m:
+        m.train(0, 0.5, RECORD)
+        m.sync()
+    assert len(synced) == 1 and not (tmp_path / "other").exists()
 
 
 def test_an_evaluation_in_a_pipe_says_how_far_it_is(tmp_path: Path, capsys, monkeypatch):
@@ -132,14 +169,23 @@ def test_a_line_that_is_no_record_is_named(line: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(5, "5s"), (65, "1m 05s"), (7380, "2h 03m"), (273600, "3d 04h")]
+    ("seconds", "text"),
+    [
+        *((5, "5s"), (65, "1m 05s"), (7380, "2h 03m"), (273600, "3d 04h")),
+        *((59.4, "59s"), (59.6, "1m 00s"), (3599, "59m 59s"), (3600, "1h 00m")),
+        *((86399, "23h 59m"), (86400, "1d 00h")),
+    ],
 )
 def test_durations(seconds, text):
     assert metrics.duration(seconds) == text
 
 
 @pytest.mark.parametrize(
-    ("n", "text"), [(980, "980"), (12345, "12.3k"), (4.56e6, "4.56M"), (7.89e9, "7.89B")]
+    ("n", "text"),
+    [
+        *((980, "980"), (12345, "12.3k"), (4.56e6, "4.56M"), (7.89e9, "7.89B")),
+        *((999, "999"), (1000, "1k"), (1e6, "1M"), (1e9, "1B")),
+    ],
 )
 def test_counts(n, text):
     assert metrics.count(n) == text

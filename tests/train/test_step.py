@@ -17,6 +17,7 @@ from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.model.ops import Wish
 from fastgpt.train import optim
+from fastgpt.train import step as step_module
 from fastgpt.train.step import NonFinite, Trainer, dropout_seed
 from tests.model.test_ops import interpreted
 
@@ -104,6 +105,12 @@ def test_dropout_depends_on_the_step_alone():
     assert len({dropout_seed(seed, step) for seed in range(40) for step in range(40)}) == 1600
 
 
+def test_dropouts_seeds_are_those_of_splitmix64():
+    """Its published first outputs from 0, without the sign bit: a resumed run's masks."""
+    known = (0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F)
+    assert [dropout_seed(0, step) for step in range(3)] == [x % 2**63 for x in known]
+
+
 def test_evaluation_changes_nothing_and_repeats():
     t = trainer(dropout=0.2)
     t.step(0, tokens())
@@ -156,6 +163,95 @@ def test_the_guard_on_the_device_holds_until_someone_looks(adamw):
     with pytest.raises(NonFinite) as e:
         t.check()
     assert e.value.step == 1
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_gradient_that_is_not_finite_is_a_fault_unless_a_scale_is_sought(scaled):
+    """The loss itself is finite, at the very first step."""
+    t = trainer()
+    t.scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+    t.model.transformer.wpe.weight.register_hook(lambda g: g * math.inf)
+    before = weights(t)
+    if scaled:
+        loss, norm = t.step(0, tokens())
+        assert loss.isfinite() and not norm.isfinite()
+    else:
+        with pytest.raises(NonFinite) as e:
+            t.step(0, tokens())
+        assert e.value.step == 0
+    assert all(torch.equal(p, q) for p, q in zip(before, weights(t), strict=True))
+
+
+def test_a_checkpoint_is_gone_on_from_to_the_bit():
+    a, b = trainer(dropout=0.2), trainer(dropout=0.2)
+    for step in range(3):
+        a.step(step, tokens(step))
+    model = {k: v.clone() for k, v in a.model.state_dict().items()}
+    b.load(model, optim.state_tensors(a.optimizer, a.model), a.state_dict())
+    for t in (a, b):
+        t.step(3, tokens(3))
+    assert all(torch.equal(p, q) for p, q in zip(weights(a), weights(b), strict=True))
+    with pytest.raises(UserError, match="checkpoint does not fit the model: .*wte"):
+        b.load({**model, "transformer.wte.weight": torch.zeros(3, 3)}, {}, a.state_dict())
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_compilation_that_fails_is_tried_once_more(fails, monkeypatch, capsys):
+    t = trainer()
+    forward, calls = t.forward, 0
+
+    def broken(*args):
+        nonlocal calls
+        calls += 1
+        if calls <= fails:
+            raise OSError("a library that was cut off")
+        return forward(*args)
+
+    t.forward = broken
+    monkeypatch.setattr(step_module.compiled, "clear", lambda: "the cache")
+    if fails == 1:
+        t.warm_up(0, tokens())
+    else:
+        with pytest.raises(UserError, match=r"torch.compile failed \(.*cut off\); --compile=False"):
+            t.warm_up(0, tokens())
+    assert calls == 2 and "the cache is cleared, compiling anew" in capsys.readouterr().out
+    assert all(p.grad is None for p in t.model.parameters())
+
+
+class Graph:
+    """Stands for a CUDA graph of a micro-step: its loss and gradients, times a factor."""
+
+    factor = 1.0
+
+    def __init__(self, micro_step, micro_batch):
+        self.micro_step = micro_step
+
+    def __call__(self, micro_batch):
+        return self.micro_step(micro_batch) * self.factor
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.019, 1.021, 0.979, math.nan])
+def test_a_graph_is_held_against_a_plain_step(factor, monkeypatch):
+    monkeypatch.setattr(step_module, "MicroStepGraph", Graph)
+    monkeypatch.setattr(Graph, "factor", factor)
+    t, plain = trainer(2, dropout=0.1), trainer(2, dropout=0.1)
+    if abs(factor - 1) < 0.02:
+        t.capture(0, tokens()[:4])
+        assert isinstance(t._graph, Graph)
+        assert all(p.grad is None or not p.grad.any() for p in t.model.parameters())
+    else:
+        with pytest.raises(RuntimeError, match="the graph gives .*, the plain step"):
+            t.capture(0, tokens()[:4])
+        assert t._graph is None and all(p.grad is None for p in t.model.parameters())
+        assert torch.equal(t.step(0, tokens())[0], plain.step(0, tokens())[0])
+
+
+def test_a_graph_may_give_exactly_nothing(monkeypatch):
+    monkeypatch.setattr(step_module, "MicroStepGraph", Graph)
+    t = trainer()
+    t.micro_step = lambda tokens, n: torch.zeros(())  # type: ignore[method-assign]
+    t.capture(0, tokens())
+    assert isinstance(t._graph, Graph)
 
 
 @pytest.mark.quick("*bfloat16")

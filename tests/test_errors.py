@@ -1,0 +1,101 @@
+"""One line for whatever goes wrong, and files that are none."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from pathlib import Path
+
+import pytest
+
+from fastgpt.errors import UserError, explained, one_line, open_regular, read_bytes, reading
+
+
+def test_whatever_is_no_plain_character_is_shown_escaped():
+    hidden = [*range(32), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F)]
+    hidden += [*range(0x2066, 0x206A), 0xD800, 0xDFFF]
+    for code in hidden:
+        shown = one_line(f"a{chr(code)}b")
+        assert shown.isascii() and shown.isprintable() and shown.startswith("a\\"), hex(code)
+    plain = "Größe 東京 \ud7ff\ue000\u2065\u206a \u2027\u202f~"
+    assert one_line(plain) == plain
+    assert str(UserError("x\n\x1b[31m")) == r"x\n\x1b[31m"
+
+
+def test_a_line_has_its_length():
+    assert one_line("x" * 1000) == "x" * 1000
+    long = "a" * 700 + "b" * 500 + "c" * 300
+    assert one_line(long) == "a" * 700 + " ... " + "c" * 300
+    assert one_line("d" + "a" * 699 + "b" * 500 + "e" + "c" * 300).endswith(" ... " + "c" * 300)
+
+
+def test_what_fails_while_something_is_read_is_one_line():
+    with reading("x.toml", "is no TOML"):
+        done = True  # what is inside is done
+    assert done
+    with pytest.raises(RuntimeError), reading("x.toml", "is no TOML"):
+        raise RuntimeError
+    for error, line in (
+        (OSError(errno.ENOENT, "No such file"), "x.toml: cannot be read: No such file"),
+        (OSError("some words"), "x.toml: cannot be read: some words"),
+        (ValueError("y" * 300), f"x.toml: is no TOML (ValueError('{'y' * 188})"),
+        (RuntimeError("z"), "x.toml: is no TOML (RuntimeError('z'))"),
+    ):
+        with pytest.raises(UserError) as e, reading("x.toml", "is no TOML", RuntimeError):
+            raise error
+        assert str(e.value) == line
+
+
+def test_only_files_are_opened(tmp_path: Path):
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")
+    with open_regular(path) as f:
+        assert f.read() == b"abc"
+    with pytest.raises(UserError, match=r"is a folder, a file is wanted$"):
+        open_regular(tmp_path)
+    with pytest.raises(UserError, match=r"/dev/null: is a device, a file is wanted$"):
+        open_regular("/dev/null")
+    with socket.socket(socket.AF_UNIX) as s:
+        s.bind(str(tmp_path / "s"))
+        with pytest.raises(UserError, match=r"s: is a socket or a device, a file is wanted$"):
+            open_regular(tmp_path / "s")
+    with pytest.raises(FileNotFoundError):
+        open_regular(tmp_path / "none")
+    with pytest.raises(OSError, match="no name of a file") as e:
+        open_regular("a\0b")
+    assert e.value.errno == errno.EINVAL
+
+
+def test_a_file_may_have_as_many_bytes_as_its_limit(tmp_path: Path):
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")
+    assert read_bytes(path) == read_bytes(path, limit=3) == b"abc"
+    with pytest.raises(UserError, match=r"file: is over 2 bytes: not what it should be"):
+        read_bytes(path, limit=2)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.EIO, "Bad disk"), "standard output, or a file: Bad disk"),
+        (OSError("some words"), "standard output, or a file: some words"),
+        (OSError(), "standard output, or a file: OSError"),
+        (
+            OSError(errno.EXDEV, "Cross-device link", "a", None, "b"),
+            "a -> b: Cross-device link; a file or folder that can be used is wanted",
+        ),
+        (MemoryError(), "out of memory; a smaller model or --batch_size needs less"),
+        (
+            RuntimeError("\nDefaultCPUAllocator: can't allocate memory: 8 bytes\nmore"),
+            "out of memory (DefaultCPUAllocator: can't allocate memory: 8 bytes); "
+            "a smaller model or --batch_size needs less",
+        ),
+        (UnicodeEncodeError("ascii", "aéb", 1, 2, "no"), "'é': cannot be written as ascii"),
+        (RuntimeError("shapes do not fit"), None),
+        (ValueError("out of memory"), None),
+        (KeyError("x"), None),
+    ],
+    ids=str,
+)
+def test_errors_of_the_machine_are_explained_and_ours_are_not(error, line):
+    assert explained(error) == line
