@@ -224,6 +224,10 @@ MADE = {
         lambda d: change_json(d / JSON, "splits", "val", 0, "file", value="../../etc/passwd"),
         "missing",
     ),
+    "endless name listed": (
+        lambda d: change_json(d / JSON, "splits", "val", 0, "file", value="x" * 9000),
+        f"{'x' * 255} is missing",
+    ),
     "other tokenizer": (lambda d: CharTokenizer("xyz").save(d), "not the tokenizer"),
     "tokenizer cut": (lambda d: os.truncate(d / "tokenizer.json", 20), "tokenizer.json is damaged"),
 }

@@ -197,7 +197,7 @@ def test_the_useful_range_begins_with_an_eighth_of_the_run():
     # Of 72 steps those from 9 on; a loss of 4 at step 8 does not count, the ones at 9 do.
     train = [record(s, loss=x) for s, x in ((0, 9.0), (8, 4.0), (9, 3.0), (72, 1.0))]
     assert Curves("x", train, []).useful_range == pytest.approx((0.9, 3.2))
-    evals = [record(s, train_loss=x, val_loss=x) for s, x in ((0, 9.0), (9, 3.0), (72, 1.0))]
+    evals = [record(r["step"], train_loss=r["loss"], val_loss=r["loss"]) for r in train]
     assert Curves("x", [], evals).useful_range == pytest.approx((0.9, 3.2))
     late = [record(80, train_loss=1.0, val_loss=1.0)]
     assert Curves("x", train, late).useful_range == pytest.approx((0.9, 3.2)), "of the log lines"

@@ -246,6 +246,28 @@ def test_a_graph_is_held_against_a_plain_step(factor, monkeypatch):
         assert torch.equal(t.step(0, tokens())[0], plain.step(0, tokens())[0])
 
 
+def test_steps_go_on_without_a_graph_unless_it_was_asked_for(monkeypatch):
+    t = trainer()
+    monkeypatch.setattr(t, "capture", lambda step, micro_batch: None)
+    for wanted in (True, False):
+        monkeypatch.setattr(step_module.graph, "wanted", lambda *_, w=wanted: (w, "why"))
+        assert t.capture_if_it_pays(0, tokens) == (wanted, wanted, "why")
+
+    def fail(step, micro_batch):
+        raise error
+
+    monkeypatch.setattr(step_module.graph, "wanted", lambda *_: (True, "why"))
+    monkeypatch.setattr(t, "capture", fail)
+    error: Exception = RuntimeError("no capture\nmore")
+    assert t.capture_if_it_pays(0, tokens) == (True, False, "no capture")
+    t.config = replace(t.config, cuda_graph=True)
+    with pytest.raises(UserError, match="--cuda_graph=True: no capture; leave the flag out"):
+        t.capture_if_it_pays(0, tokens)
+    error = torch.OutOfMemoryError("out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        t.capture_if_it_pays(0, tokens)
+
+
 def test_a_graph_may_give_exactly_nothing(monkeypatch):
     monkeypatch.setattr(step_module, "MicroStepGraph", Graph)
     t = trainer()
