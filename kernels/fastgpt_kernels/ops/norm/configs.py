@@ -24,13 +24,6 @@ BACKWARD: Table = {
         4096: Config({"TILE": 2048, "ROWS": 1, "PROGRAMS_PER_SM": 2}, num_warps=8),
         8192: Config({"TILE": 4096, "ROWS": 1, "PROGRAMS_PER_SM": 1}, num_warps=16),
     },
-    "sm_100": {  # with Triton 3.9 four warps spill 8 bytes
-        768: Config({"TILE": 256, "ROWS": 2, "PROGRAMS_PER_SM": 6}, num_warps=2),
-        1024: Config({"TILE": 256, "ROWS": 4, "PROGRAMS_PER_SM": 2}, num_warps=4),
-        2048: Config({"TILE": 512, "ROWS": 2, "PROGRAMS_PER_SM": 2}, num_warps=4),
-        4096: Config({"TILE": 2048, "ROWS": 1, "PROGRAMS_PER_SM": 2}, num_warps=8),
-        8192: Config({"TILE": 4096, "ROWS": 1, "PROGRAMS_PER_SM": 1}, num_warps=16),
-    },
 }
 # With the sums of a third gradient: more warps a row, or fewer programs.
 BACKWARD_X_BIAS: Table = {
