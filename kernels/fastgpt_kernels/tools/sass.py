@@ -257,7 +257,8 @@ def parse_sass(text: str) -> Code:
     for line in text.splitlines():
         if match := _SASS.match(line):
             address, guard, op, operands = match.groups()
-            operands = (operands or "").strip()
+            # For sm_120 some versions print how an instruction is scheduled behind its operands.
+            operands = re.sub(r"\s*[?&]\S+", "", operands or "").strip()
             branch = re.search(r"0x([0-9a-f]+)$", operands) if op[:3] in ("BRA", "CAL") else None
             target = int(branch[1], 16) if branch else -1
             found.append(Instruction(int(address, 16), op, operands, (guard or "").strip(), target))

@@ -19,7 +19,7 @@ def _attention(m: int, n: int, warps: int, stages: int = 1, tma: int | None = No
 FORWARD: Table = {
     "default": {64: _attention(128, 64, 8, 3), 128: _attention(128, 32, 8, 3)},
     "sm_90": {64: _attention(128, 64, 4, 3), 128: _attention(128, 64, 8, 3)},
-    "sm_100": {64: _attention(128, 64, 4, 3), 128: _attention(128, 64, 8, 2)},
+    "sm_100": {64: _attention(128, 64, 8, 3), 128: _attention(128, 64, 8, 2)},
     "gfx942": {64: _attention(128, 64, 4), 128: _attention(128, 32, 4)},
 }
 FORWARD_DROPOUT: Table = {
@@ -33,7 +33,7 @@ BACKWARD: Table = {
     "default": {64: _attention(32, 128, 8, 2, tma=0), 128: _attention(32, 64, 8, 2, tma=0)},
     "sm_90": {64: _attention(64, 128, 8, 2, tma=1), 128: _attention(32, 128, 8, 2, tma=1)},
     "sm_100": {64: _attention(32, 128, 8, 2, tma=1), 128: _attention(32, 128, 8, 2, tma=1)},
-    "gfx942": {64: _attention(64, 64, 4, tma=0), 128: _attention(32, 64, 4, tma=0)},
+    "gfx942": {64: _attention(32, 64, 4, tma=0), 128: _attention(32, 64, 4, tma=0)},
 }
 BACKWARD_DROPOUT: Table = {
     "default": {64: _attention(32, 64, 8, 2, tma=0), 128: _attention(32, 64, 8, 2, tma=0)},

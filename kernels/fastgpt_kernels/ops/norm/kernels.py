@@ -294,12 +294,16 @@ def launch_backward(
     wanted = multiprocessors(s) * config.blocks["PROGRAMS_PER_SM"]
     programs = min(triton.cdiv(M, ROWS), wanted, MAX_PROGRAMS)
     partials = empty_partials(programs, sum(C for t in sums if t is not None), s.device)
+    registers = {}
+    if arch_of(s) == "sm_100":  # where ptxas stops at 128, and spills, if it may
+        threads = 32 * config.num_warps * config.blocks["PROGRAMS_PER_SM"]
+        registers = {"maxnreg": min(65536 // threads // 8 * 8, 255)}
     with on_device(s):
         layer_norm_backward_kernel[(programs,)](
             dy_rows, others, rows, given[0], seed, stats, ds, d_residual, partials, *sums,
             dy_rows.stride(0), 0 if others is None else others.stride(0), rows.stride(0), M,
             *dropout_threshold(dropout_p), C, TILE, ROWS,
             sum_columns(config.num_warps), arch_of(s).startswith("gfx"),
-            **config.options,
+            **config.options, **registers,
         )  # fmt: skip
     return ds, d_residual, *sums  # type: ignore[return-value]
