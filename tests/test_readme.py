@@ -144,8 +144,8 @@ def test_the_prediction_is_what_its_command_prints(capsys):
     assert ledger.main(["gpt2", "--all-gpus"]) == 0
 
     def figures(text: str) -> dict[str, list[float]]:
-        rows = re.findall(r"^  (\S.*?) +(?:yes|no) +(.*)$", text, re.M)
-        return {gpu: [float(x.replace(",", "")) for x in rest.split()] for gpu, rest in rows}
+        rows = re.findall(r"^\| (\S.*?) +\| +(?:yes|no) \| (.*) \|$", text, re.M)
+        return {gpu: [float(x.replace(",", "")) for x in rest.split("|")] for gpu, rest in rows}
 
     printed, here = figures(capsys.readouterr().out), figures(README)
     assert f"has all {len(printed)}:" in README and len(here) >= 5
