@@ -123,7 +123,9 @@ def doctor(config: Config, name: str) -> None:
     known = config.system.tune != "off"
     plan = tuning.known(config, vocabulary, machine) if known else Plan()
     free = shutil.disk_usage(".").free / 2**30
-    bf16 = "yes" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "not used here"
+    bf16 = "not used here"
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        bf16 = "yes"
     table = Table.grid(padding=(0, 2))
     rows = {
         "fastgpt": f"{__version__}, Python {platform.python_version()}, {platform.system()} "

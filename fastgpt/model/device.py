@@ -86,7 +86,9 @@ def _dtype(name: str, device: torch.device) -> str:
     if name == "auto":
         if device.type != "cuda":
             return "float32"
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        # PyTorch counts as support what it computes in fp32: Turing (T4) has no bf16 of its own.
+        own = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if own else "float16"
     if name == "float16" and device.type != "cuda":
         raise UserError("--dtype=float16: needs a GPU (loss scaling); pass bfloat16 or float32")
     return name

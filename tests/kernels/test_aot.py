@@ -82,6 +82,19 @@ AMD = """
 """
 
 
+def test_a_spill_is_what_is_read_back() -> None:
+    """ptxas may set up a stack frame, and write zeros to it, that nothing reads."""
+    written = SERIALISED.replace("STACK:0", "STACK:8").replace("MUFU.EX2 R5, R5", "STL [R1], RZ")
+    assert parse_sass(written).local == 0
+    assert parse_sass(written.replace("RET.REL.NODEC R60 0x0", "LDL R5, [R1]")).local == 8
+
+
+def test_how_an_instruction_is_scheduled_is_no_operand() -> None:
+    """Some disassemblers say it, for sm_120."""
+    annotated = SERIALISED.replace("@P2 BRA 0x40 ;", "@P2 BRA 0x40 ?trans1 &req={0} ?WAIT4 ;")
+    assert parse_sass(annotated) == parse_sass(SERIALISED)
+
+
 def test_sass_is_read() -> None:
     code = parse_sass(SERIALISED)
     assert (code.registers, code.shared, code.local) == (210, 1024, 0)

@@ -28,7 +28,7 @@ def test_cpu():
 def test_cuda_by_itself_when_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     assert Machine.of(compile="auto") == Machine(CUDA, "bfloat16", True)
     assert Machine.of("cuda:1").settings == {
         "device": "cuda:1",
@@ -37,7 +37,11 @@ def test_cuda_by_itself_when_there(monkeypatch):
     }
     with pytest.raises(UserError, match="cuda:2: there are 2, cuda:0 to cuda:1"):
         Machine.of("cuda:2")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    # As on Turing, where PyTorch computes in fp32.
+    emulated = {"including_emulation": True}
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda **given: (emulated | given) == emulated
+    )
     assert Machine.of().dtype == Machine.of(dtype="float16").dtype == "float16"
 
 

@@ -265,11 +265,9 @@ def parse_sass(text: str) -> Code:
     if not found:
         raise ValueError("no instructions in the disassembly")
     used = {key: int(n) for key, n in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
-    # ptxas keeps spilled registers in the stack frame or in .nv.local, by version; a frame that no
-    # instruction reads or writes is empty.
-    local = max(used["LOCAL"], used["STACK"])
-    if not any(i.base in ("LDL", "STL") for i in found):
-        local = 0
+    # ptxas keeps spilled registers in the stack frame or in .nv.local, by version; nothing was
+    # spilled to a frame that no instruction reads.
+    local = max(used["LOCAL"], used["STACK"]) if any(i.base == "LDL" for i in found) else 0
     return Code(tuple(found), used["REG"], used["SHARED"], local)
 
 
