@@ -326,6 +326,20 @@ def test_compiled_equals_eager(backend: str, reduction: str, device: torch.devic
         torch.testing.assert_close(compiled(*inputs[:2]), eager[0][0])
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_copy_of_the_master_is_what_is_read(reduction: str, device: torch.device) -> None:
+    """The same bits as rounding it on the way in; one of another shape is refused."""
+    x, weight, targets = problem(40, 16, 50, torch.float16, device)
+    results = []
+    for rounded in (None, weight.half()):
+        leaves = x.clone().requires_grad_(), weight.float().requires_grad_()
+        loss = linear_cross_entropy(*leaves, targets, reduction=reduction, rounded=rounded)
+        results.append((loss, *torch.autograd.grad(loss, leaves)))
+    assert all(map(torch.equal, *results)) and results[1][2].dtype == torch.float32
+    with pytest.raises(ValueError, match="rounded"):
+        linear_cross_entropy(x, weight.float(), targets, rounded=weight.half()[:3])
+
+
 @pytest.mark.slow
 def test_opcheck(device: torch.device) -> None:
     x, weight, targets = problem(4, 16, 50, torch.float32, device)
@@ -335,11 +349,13 @@ def test_opcheck(device: torch.device) -> None:
         utils = ["test_schema", "test_faketensor"]
         if need_dx:
             utils += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
-        arguments = (*leaves, targets, -1, 45, 3, need_dw, need_dx, need_dw)
+        arguments = (*leaves, targets, None, -1, 45, 3, need_dx, need_dw)
         torch.library.opcheck(registered("linear_cross_entropy"), arguments, test_utils=utils)
-    of_master = (x.half().requires_grad_(), weight.clone().requires_grad_(), targets, -1, 45, 3)
-    torch.library.opcheck(registered("linear_cross_entropy"), (*of_master, True, True, True))
-    torch.library.opcheck(registered("linear_cross_entropy_rows"), of_master)
+    masters = x.half().requires_grad_(), weight.clone().requires_grad_(), targets
+    for rounded in (None, weight.half()):
+        arguments = (*masters, rounded, -1, 45, 3, True, True)
+        torch.library.opcheck(registered("linear_cross_entropy"), arguments)
+    torch.library.opcheck(registered("linear_cross_entropy_rows"), (*masters, -1, 45, 3))
     leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
     torch.library.opcheck(registered("linear_cross_entropy_rows"), (*leaves, targets, -1, 45, None))
     dlosses = torch.randn(4, device=device)
