@@ -23,7 +23,7 @@ MOST = {
     ("False", "0.1", "eager"): (8, 14, 481_149, 720_050),
 }
 # Launches of Muon's in a step, however many layers there are.
-MUON = 80
+MUON = 79
 SMALL = {
     "n_layer": "2", "batch_size": "8", "gradient_accumulation_steps": "1", "dtype": "bfloat16"
 }  # fmt: skip

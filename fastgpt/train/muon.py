@@ -143,10 +143,11 @@ class Muon(torch.optim.Optimizer):
         adamw.grad_scale, adamw.found_inf = grad_scale, found_inf
         loss = adamw.step(closure)
         group, device = self.param_groups[0], next(iter(self.matrices)).device
-        one, no = torch.ones((), device=device), torch.zeros((), dtype=torch.bool, device=device)
-        divisor = one if grad_scale is None else grad_scale
-        bad = no if found_inf is None else found_inf != 0
-        rate = torch.where(bad, 0.0, group["lr"] * one)
+        divisor = torch.ones((), device=device) if grad_scale is None else grad_scale
+        if found_inf is None:
+            found_inf = torch.zeros((), device=device)
+        bad = found_inf != 0
+        rate = torch.where(bad, 0.0, group["lr"])
         keep = 1 - rate * group["weight_decay"]
         for kinds in self._batches():
             ahead = [self._look_ahead(kind, divisor, bad) for kind in kinds]
