@@ -135,7 +135,7 @@ def _interval(center: float, drawn: Tensor, rounds: int, correlation: float) -> 
     if rounds < MIN_ROUNDS:
         return Ratio(math.exp(center), None, None)
     factor = (1 + correlation) / (1 - correlation)
-    wider = t_quantile(max(rounds / factor - 1, 3.0)) / NORMAL_QUANTILE
+    wider = student_t(max(int(rounds / factor) - 1, 3)) / NORMAL_QUANTILE
     wider *= math.sqrt(factor * rounds / (rounds - 1))
     ends = drawn.quantile(_array([0.025, 0.975])).tolist()
     low, high = (center + wider * (q - center) for q in ends)
@@ -155,17 +155,6 @@ def neighbours(samples: Samples | Tensor) -> float:
     return min(max((n * found + 1) / (n - 4), 0.0), MAX_CORRELATION)
 
 
-def t_quantile(freedom: float) -> float:
-    """Student's t, two-sided 95 %, for at least 3 degrees of freedom; within 1 % (Fisher, 1925)."""
-    z = NORMAL_QUANTILE
-    return (
-        z
-        + (z**3 + z) / (4 * freedom)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
-    )
-
-
 def student_p(t: float, freedom: int) -> float:
     """How likely |Student's t| is to be larger by chance (Abramowitz and Stegun 26.7.3, 26.7.4)."""
     angle = math.atan(abs(t) / math.sqrt(freedom))
@@ -181,7 +170,7 @@ def student_p(t: float, freedom: int) -> float:
 
 
 def student_t(freedom: int) -> float:
-    """The t beyond which 5 % lie on both sides together; exact, as `t_quantile` is not."""
+    """The t beyond which 5 % lie on both sides together."""
     low, high = 0.0, 20.0
     for _ in range(50):  # halved until it is known
         middle = (low + high) / 2
