@@ -123,16 +123,22 @@ def _answering(value: Any) -> Any:
     return lambda *args, **kwargs: value
 
 
-def _flash(
-    query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0,
-    is_causal: bool = False, scale: float | None = None,
-) -> Any:  # fmt: skip
+def _with_flash(attention: Any) -> Any:
     """PyTorch's attention, which takes flash on a GPU; a build without CUDA knows but its math."""
     import torch
 
-    assert attn_mask is None and query.dtype.itemsize == 2
-    op = torch.ops.aten._scaled_dot_product_flash_attention
-    return op(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+
+    def attend(
+        query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0,
+        is_causal: bool = False, scale: float | None = None, **more: Any,
+    ) -> Any:  # fmt: skip
+        if attn_mask is None and query.dtype.itemsize == 2 and not more:
+            return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
+        rest = attn_mask, dropout_p, is_causal
+        return attention(query, key, value, *rest, scale=scale, **more)
+
+    return attend
 
 
 def pretend(gpu: FakeGpu) -> None:
@@ -180,7 +186,7 @@ def pretend(gpu: FakeGpu) -> None:
         setattr(torch._C, name, _answering(value))
     from torch.nn import functional
 
-    functional.scaled_dot_product_attention = _flash  # type: ignore[assignment]
+    functional.scaled_dot_product_attention = _with_flash(functional.scaled_dot_product_attention)
     for name in ("has_triton", "has_triton_package"):
         setattr(_triton, name, _answering(True))
     target = GPUTarget("cuda", 10 * gpu.capability[0] + gpu.capability[1], 32)

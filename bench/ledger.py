@@ -281,9 +281,11 @@ def run(argv: Sequence[str]) -> int:
         return 0
     result = results.Result("ledger", list(argv), settings.to_dict(config))
     found = as_ladder(p, config, vocab_size, rates)
-    show(p, step, config, vocab_size, rates)
+    show(p, step, config, vocab_size, rates, peer=bool(own["peer_path"]))
     ladder_table.show(found)
     result.rows.append({"key": name, "problem": "", **as_json(p, config, vocab_size, rates)})
+    if own["peer_path"]:
+        del result.rows[0]["memory_bytes"]  # the estimate knows our model only
     result.rows[0]["waterfall"] = found.to_json()
     folder = Path(own["out"]) if own["out"] else None
     if path := result.finish(folder):
@@ -356,9 +358,15 @@ def memory_of(config: Config, vocab_size: int, sheet: Sheet, batch_size: int | N
 
 
 def show(
-    p: Prediction, step: fake_step.Step, config: Config, vocab_size: int, rates: Rates
+    p: Prediction,
+    step: fake_step.Step,
+    config: Config,
+    vocab_size: int,
+    rates: Rates,
+    peer: bool = False,
 ) -> None:
     """Print the table of launches and what follows from it."""
+    gib = memory_of(config, vocab_size, rates.sheet) / 2**30
     print("; ".join(step.choices))
     print(table(COLUMNS, list(rows(p))))
     mfu = mfu_of(config, vocab_size, p.ms, rates.sheet)
@@ -371,7 +379,7 @@ def show(
         f"TFLOP/s, copies at {rates.copy / 1e12:.2f} TB/s): {p.ms:.1f} ms a step, "
         f"{p.tokens / p.ms * 1e3:,.0f} tokens/s, "
         + ", ".join(f"{k} {v:.1f} %" for k, v in mfu.items())
-        + f"; memory {memory_of(config, vocab_size, rates.sheet) / 2**30:.1f} GiB by estimate"
+        + ("" if peer else f"; memory {gib:.1f} GiB by estimate")
     )
 
 
