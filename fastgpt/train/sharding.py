@@ -66,7 +66,8 @@ def shard(model: nn.Module, system: SystemConfig, machine: Machine) -> None:
 def replicate(model: nn.Module, system: SystemConfig, machine: Machine) -> DDP:
     """DDP: buckets of gradients are reduced while the backward pass goes on."""
     ids = [machine.device.index] if machine.device.type == "cuda" else None
-    ddp = DDP(model, device_ids=ids, gradient_as_bucket_view=True)
+    # The only buffers are copies of weights, which are the same on all ranks.
+    ddp = DDP(model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
     if system.reduce_dtype == "bfloat16":
         if ids is None:
             raise UserError(
