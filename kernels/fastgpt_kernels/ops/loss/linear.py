@@ -229,8 +229,8 @@ def linear_cross_entropy(
     unless given, where PyTorch's is -100. `chunk_tokens` is the number of rows of logits held at a
     time; None makes as few chunks as fit into a twelfth of the GPU's memory. Gradients are computed
     together with the loss, unless grad mode is off or neither x nor weight requires them; with
-    reduction "none" in the backward, from weight alone. dW is summed in fp32 and comes in the dtype
-    of `weight`: an fp32 one is never rounded.
+    reduction "none" in the backward, and `rounded` is not read then. dW is summed in fp32 and comes
+    in the dtype of `weight`: an fp32 one is never rounded.
 
     Wrong shapes and values raise ValueError, wrong types and dtypes TypeError.
     """
