@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -47,6 +48,12 @@ class Dispatched(TorchDispatchMode):
         if not self._paused and _computes(func):
             self.launches += [_launch(func, args, kwargs or {}, result)] * launches_of(func, args)
         return result
+
+
+@auto_functionalized_v2.py_impl(Dispatched)
+def _in_a_graph(mode: Dispatched, *args: Any, **kwargs: Any) -> Any:
+    """An op that changes its arguments, in a compiled graph, whose launches are counted there."""
+    return auto_functionalized_v2(*args, **kwargs)
 
 
 def _computes(func: Any) -> bool:

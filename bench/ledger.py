@@ -61,6 +61,8 @@ COLUMNS = ("launch", "times (a)", "line", "part", "reads MB", "writes MB", "GFLO
 GPU_COLUMNS = ("GPU", "fits", "micro-batch", "ms", "tokens/s", "MFU %", "hours to 10 B tokens")
 STEP_COLUMNS = ("compiled step", "a layer", "launches a micro-step", "kB a token", "GiB", "ms",
                 "tokens/s", "MFU %")  # fmt: skip
+# Ops that add to a gradient in place, but for products.
+ADDS = {"add_scaled": ("head", "cross entropy"), "add_rows": ("memory", "embedding")}
 FREE = ("reshape", "permute", "view", "expand", "unsqueeze", "full", "clone")  # moves no data
 OWN = ("gpu", "all_gpus", "compare", "peer_path", "out", "matmul_share", "copy_share",
        "kernel_share")  # fmt: skip
@@ -188,6 +190,8 @@ def sort(launch: Launch, phase: str, sizes: Sizes) -> tuple[str, str]:
             return "head", "products"
         dw = phase == "backward" and launch.shape[2] == sizes.tokens
         return "linear", "dW" if dw else "dX" if phase == "backward" else "forward"
+    if own and own[0] in ADDS:
+        return ADDS[own[0]]
     if launch.what != "triton" and own:
         op = record_of(own[0])
         return op.part, op.item or ("backward" if phase == "backward" else "forward")

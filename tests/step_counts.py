@@ -31,13 +31,14 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def steps() -> dict[tuple[str, ...], fake_step.Step]:
-    """The steps of `MOST`, a deterministic one and Muon's, from one recording of each."""
+    """The steps of `MOST`, a deterministic one, Muon's, and one of two micro-batches."""
     names = "bias", "dropout", "kernels"
     flags: dict[tuple[str, ...], dict[str, str]]
     flags = {k: dict(zip(names, k, strict=True)) for k in MOST}
     asked = {
         **flags,
         ("muon",): {"optimizer": "muon"},
+        ("adding",): {"gradient_accumulation_steps": "2"},
         ("deterministic",): {"deterministic": "True"},  # the last: it holds for the process
     }
     requests = [fake_step.Request("gpt2", {**SMALL, **f}) for f in asked.values()]
@@ -66,6 +67,21 @@ def test_a_deterministic_step_sums_in_one_order(steps) -> None:
     )
     assert "attention_query" in deterministic - one_pass
     assert any("index_put" in name for name in deterministic - one_pass)
+
+
+def test_gradients_of_weights_add_up_in_their_products(steps) -> None:
+    """And the head's in its op: no pass adds them or copies sums, and they are zeroed once."""
+    step = steps[("adding",)]
+    adds = [x for x in step.rest if x.what == "add_"]
+    assert adds and max(x.writes for x in adds) <= 4 * 1024 * 768  # vectors and positions
+    zeroed = sum(x.writes for x in step.rest if x.what == "_foreach_zero_")
+    weights = 4 * (50304 + 1024 + 2 * 12 * 768) * 768
+    assert weights <= zeroed < 1.01 * weights
+    graph = step.forward + step.backward
+    assert not any("copy_" in op for x in step.backward for op in (x.what, *x.ops))
+    assert sum(x.what == "addmm" and x.shape[2] == 8 * 1024 for x in step.backward) == 2 * 4
+    assert [x.what for x in graph if "fastgpt.add_scaled" in x.ops] == ["addcmul_"]
+    assert [x.what for x in graph if "fastgpt.add_rows" in x.ops] == ["index_add_"]
 
 
 def test_muon_takes_few_launches(steps) -> None:

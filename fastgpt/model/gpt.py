@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgpt.config.schema import ModelConfig
 from fastgpt.model import ops
+from fastgpt_kernels.accumulate import adds_rows
 from fastgpt_kernels.record import Sizes
 
 VOCAB_MULTIPLE = 128
@@ -97,15 +98,35 @@ class _Embedding(torch.autograd.Function):
         return head.index_put(ctx.saved_tensors, rows, accumulate=True), None
 
 
+class _AddingEmbedding(torch.autograd.Function):
+    """Rows idx (B, T) of a weight (V, C), whose gradients are added to those of `total`."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, idx: Tensor, total: Tensor) -> Tensor:
+        ctx.save_for_backward(idx)
+        ctx.total = total  # not saved: autograd would refuse what is changed
+        return F.embedding(idx, weight)
+
+    @staticmethod
+    def backward(ctx: Any, rows: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+        (idx,) = ctx.saved_tensors
+        adds_rows(ctx.total, idx.flatten(), rows.flatten(0, 1))
+        return None, None, None
+
+
 class Linear(nn.Linear):
-    """The parameters of a linear layer, fp32, with copies in 16 bits if the model keeps them."""
+    """The parameters of a linear layer, fp32, with copies in 16 bits if the model keeps them.
+
+    weight_sum is the weight's gradient where passes add to it themselves.
+    """
 
     weight_copy: Tensor | None
     bias_copy: Tensor | None
+    weight_sum: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool):
         super().__init__(in_features, out_features, bias=bias)
-        for name in ("weight_copy", "bias_copy"):
+        for name in ("weight_copy", "bias_copy", "weight_sum"):
             self.register_buffer(name, None, persistent=False)
 
     def read(self) -> tuple[Tensor, Tensor | None]:
@@ -114,9 +135,13 @@ class Linear(nn.Linear):
             return self.weight, self.bias
         return self.weight, _Rounded.apply(self.bias, self.bias_copy)
 
-    def rounded(self) -> dict[str, Tensor]:
-        """The weight's copy for the op, which returns the master's gradient."""
-        return {} if self.weight_copy is None else {"rounded": self.weight_copy}
+    def kept(self) -> dict[str, Tensor]:
+        """What the op is told of the weight besides: its copy, and where its gradient goes."""
+        return _given(rounded=self.weight_copy, add_to=self.weight_sum)
+
+
+def _given(**arguments: Tensor | None) -> dict[str, Tensor]:
+    return {name: x for name, x in arguments.items() if x is not None}
 
 
 class LayerNorm(nn.Module):
@@ -143,13 +168,13 @@ class Attention(nn.Module):
         # Ours sums the bias's gradient; of others Inductor fuses the sum into the linear layer's.
         if bias is not None and self.ops.ours("attention"):
             bias, more = bias.detach(), {"bias": self.c_attn.bias}
-        qkv = self.ops.linear(x, weight, bias, **self.c_attn.rounded())
+        qkv = self.ops.linear(x, weight, bias, **self.c_attn.kept())
         y = self.ops.attention(qkv, self.n_head, dropout_p=dropout_p, seed=seed, **more)
         weight, bias = self.c_proj.read()
-        rounded = self.c_proj.rounded()
+        kept = self.c_proj.kept()
         if self.ops.ours("add_layer_norm"):
-            return self.ops.linear(y, weight, **rounded), bias
-        y = self.ops.linear(y, weight, bias, **rounded)
+            return self.ops.linear(y, weight, **kept), bias
+        y = self.ops.linear(y, weight, bias, **kept)
         return F.dropout(y, self.dropout, self.training), None
 
 
@@ -165,12 +190,11 @@ class MLP(nn.Module):
         """As `Attention.forward`."""
         weight, bias = self.c_proj.read()
         fc = *self.c_fc.read(), weight
-        rounded = {}
-        if self.c_fc.weight_copy is not None:  # then there are both
-            rounded["rounded"] = self.c_fc.weight_copy, self.c_proj.weight_copy
+        first, second = self.c_fc.kept(), self.c_proj.kept()  # of the same
+        kept = {name: (first[name], second[name]) for name in first}
         if self.ops.ours("add_layer_norm"):
-            return self.ops.mlp(x, *fc, None, self.approximate, **rounded), bias
-        y = self.ops.mlp(x, *fc, bias, self.approximate, **rounded)
+            return self.ops.mlp(x, *fc, None, self.approximate, **kept), bias
+        y = self.ops.mlp(x, *fc, bias, self.approximate, **kept)
         return F.dropout(y, self.dropout, self.training), None
 
 
@@ -244,7 +268,9 @@ class GPT(nn.Module):
         self.checkpointing = False
         self.transformer = Transformer(shape, dropout, table)
         self.head_copy: Tensor | None
-        self.register_buffer("head_copy", None, persistent=False)
+        self.head_sum: Tensor | None
+        for name in ("head_copy", "head_sum"):
+            self.register_buffer(name, None, persistent=False)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> GPT:
@@ -286,6 +312,19 @@ class GPT(nn.Module):
             if layer.bias is not None and not gelu and not norm:
                 layer.bias_copy = layer.bias.detach().to(self.dtype)
         self.register_load_state_dict_post_hook(lambda model, _: model.copy_masters())
+
+    def keep_sums(self) -> None:
+        """Let backward passes add to gradients that stay, of weights that have copies.
+
+        Whoever uses the model leaves these `.grad` in their places, and zeroes them.
+        """
+        layers = [m for m in self.modules() if isinstance(m, Linear)]
+        for layer in layers:
+            if layer.weight_copy is not None:
+                layer.weight.grad = layer.weight_sum = torch.zeros_like(layer.weight)
+        if self.head_copy is not None:
+            weight = self.transformer.wte.weight
+            weight.grad = self.head_sum = torch.zeros_like(weight)
 
     def copies(self) -> dict[Tensor, Tensor]:
         """The copy of each master that has one."""
@@ -339,7 +378,11 @@ class GPT(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         if targets is None:
             return self.logits(self.hidden(idx))
-        embedded, weight = _Embedding.apply(self.transformer.wte.weight, idx)
+        weight = self.transformer.wte.weight
+        if self.head_sum is None:
+            embedded, weight = _Embedding.apply(weight, idx)
+        else:
+            embedded = _AddingEmbedding.apply(weight, idx, self.head_sum)
         y, vocab_size = self._hidden(embedded), self.shape.vocab_size
-        copy = {} if self.head_copy is None else {"rounded": self.head_copy}
-        return self.ops.linear_cross_entropy(y, weight, targets, vocab_size=vocab_size, **copy)
+        kept = _given(rounded=self.head_copy, add_to=self.head_sum)
+        return self.ops.linear_cross_entropy(y, weight, targets, vocab_size=vocab_size, **kept)

@@ -25,6 +25,7 @@ from fastgpt.train.muon import Muon
 from fastgpt.train.ranks import Ranks
 from fastgpt.train.sharding import like, whole
 from fastgpt.train.shares import shares_of
+from fastgpt_kernels.accumulate import adds_in_place
 from fastgpt_kernels.telling import why
 
 
@@ -72,6 +73,10 @@ class Trainer:
             self.wrapped, self.layout = sharding.wrap(model, system, machine)
         if self.layout != "fsdp":  # which gathers weights in their copies' dtype itself
             model.keep_copies()
+        # Of a single micro-batch the sum is its gradient, which need not be zeroed before.
+        self._sums = self.accumulation > 1 and not self.layout and adds_in_place(self.device)
+        if self._sums:
+            model.keep_sums()
         wish = Wish(system.kernels, vars(config.op))
         shares = shares_of(self.layout)
         self.optimizer, choice = optim.make_optimizer(
@@ -152,7 +157,8 @@ class Trainer:
         return loss, grad_norm
 
     def _zero_grad(self) -> None:
-        self.optimizer.zero_grad(set_to_none=self._graph is None)  # a graph holds their addresses
+        # A graph holds their addresses, and so do passes that add to them.
+        self.optimizer.zero_grad(set_to_none=self._graph is None and not self._sums)
 
     def warm_up(self, step: int, micro_batch: Tensor) -> None:
         """Compile forward and backward on one micro-batch; changes no weight.
@@ -173,10 +179,10 @@ class Trainer:
                 if not first or not compiled.mendable(e):
                     line = f"torch.compile failed ({said}); --compile=False goes without"
                     raise UserError(line) from e
-                self.optimizer.zero_grad(set_to_none=True)
+                self._zero_grad()
                 print(f"torch.compile failed ({said}): {compiled.clear()} is cleared, "
                       "compiling anew", flush=True)  # fmt: skip
-        self.optimizer.zero_grad(set_to_none=True)
+        self._zero_grad()
         self.machine.synchronize()
 
     def capture_if_it_pays(
@@ -247,14 +253,14 @@ class Trainer:
     def diagnose(self, step: int, tokens: Tensor) -> dict[str, Any]:
         """Run a step's forward and backward again, without the update, and look at each part."""
         self._graph = None  # plain, so that a bad number can be traced to its op
-        self.optimizer.zero_grad(set_to_none=True)
+        self._zero_grad()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
         loss = self._backward(step, tokens)
         named = list(self.model.named_parameters())
         norms = {n: whole(p.grad.norm()).item() for n, p in named if p.grad is not None}
         weights = {n: whole(p.detach().norm()).item() for n, p in named}
         losses = self.ranks.gather(loss.item())
-        self.optimizer.zero_grad(set_to_none=True)
+        self._zero_grad()
         return {
             "step": step,
             "loss": repr(sum(losses) / len(losses)),

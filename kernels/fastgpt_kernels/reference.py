@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgpt_kernels.accumulate import AddsTo
+
 
 def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float32, or float64 if any of the inputs is."""
@@ -114,13 +116,16 @@ def linear_cross_entropy(
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
     rounded: Tensor | None = None,
+    add_to: Tensor | None = None,
 ) -> Tensor:
     """cross_entropy of the logits x @ weight.T, rounded to x's dtype: x (..., C), weight (V, C).
 
     weight is like x or wider: then the products take it rounded to x's dtype, by the caller or
     here, and its gradient is not rounded. `chunk_tokens` is there for the signature's sake: the
-    logits are there whole.
+    logits are there whole. `add_to` (V, C) fp32 takes weight's gradient in place of weight.
     """
+    if add_to is not None:
+        weight = AddsTo.apply(weight, add_to)
     if weight.dtype != x.dtype:
         dtype = _compute_dtype(x, weight)
         rounded = weight.to(x.dtype) if rounded is None else rounded

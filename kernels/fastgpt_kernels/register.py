@@ -63,7 +63,7 @@ class Op:
 
     name       the registered op is `fastgpt::name`
     forward    the launcher, annotated; returns a tensor or a tuple of tensors, some of which may be
-               None. Its arguments with a default (launch configs) are not the op's
+               None, or nothing. Its arguments with a default (launch configs) are not the op's
     shapes     the same on tensors without data: new tensors of the results' shapes and dtypes
     public     how many of the results callers get; the others are for the backward pass
     mutates    names of the arguments that the launcher changes in place
@@ -199,7 +199,7 @@ def _tensors_only(function: Callable[..., Any]) -> Callable[..., Any]:
             for name, p in signature.parameters.items()
             if p.default is inspect.Parameter.empty
         ]
-        returned = hints["return"]
+        returned = None if hints["return"] is type(None) else hints["return"]
         if typing.get_origin(returned) is tuple:
             returned = tuple[(Tensor,) * len(typing.get_args(returned))]  # type: ignore[misc]
         tensors_only.__signature__ = signature.replace(  # type: ignore[attr-defined]

@@ -221,19 +221,33 @@ def test_the_master_gets_a_gradient_that_was_never_rounded(
     torch.testing.assert_close(loss.double(), wanted, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_add_product_is_summed_in_fp32(
-    dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """dW's product: exact but for fp32 sums, in place, in slices of the widened factor or whole."""
-    monkeypatch.setattr(linear_module(), "WIDENED_ROWS", 4)
-    a, b = torch.randn(50, 10, device=device).to(dtype).t(), torch.randn(50, 7, device=device)
-    b = b.to(dtype)
-    total = torch.full((10, 7), float("nan"), device=device)
-    exact = a.double() @ b.double()
-    for times in (1, 2):
-        linear_module().add_product(total, a, b, first=times == 1)
-        torch.testing.assert_close(total.double(), times * exact, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("op", ["triton", "reference"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_add_up_where_they_lie(op: str, reduction: str, device: torch.device) -> None:
+    """add_to: dW is added there, by however many passes, and the weight has no gradient."""
+    x, weight, targets = problem(12, 16, 30, torch.float32, device)
+    function = linear_cross_entropy if op == "triton" else reference.linear_cross_entropy
+    leaves = x.requires_grad_(), weight.requires_grad_()
+    (function(*leaves, targets, reduction=reduction) * 3).backward()
+    dx, dw = leaves[0].grad, leaves[1].grad
+    leaves[0].grad = leaves[1].grad = None
+    total = before = torch.randn_like(weight)
+    total = total.clone()
+    for _ in range(2):
+        (function(*leaves, targets, reduction=reduction, add_to=total) * 3).backward()
+    torch.testing.assert_close(total, before + 2 * dw)
+    torch.testing.assert_close(leaves[0].grad, 2 * dx)
+    assert leaves[1].grad is None
+
+
+def test_where_gradients_cannot_be_added(device: torch.device) -> None:
+    x, weight, targets = problem(6, 16, 30, torch.float32, device)
+    with pytest.raises(ValueError, match='add_to needs reduction "mean" or "sum"'):
+        linear_cross_entropy(x, weight, targets, reduction="none", add_to=torch.empty_like(weight))
+    with pytest.raises(ValueError, match="add_to"):
+        linear_cross_entropy(x, weight, targets, add_to=torch.empty(29, 16, device=device))
+    with pytest.raises(TypeError, match="add_to"):
+        linear_cross_entropy(x, weight, targets, add_to=weight.half())
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -353,7 +367,7 @@ def test_opcheck(device: torch.device) -> None:
         torch.library.opcheck(registered("linear_cross_entropy"), arguments, test_utils=utils)
     masters = x.half().requires_grad_(), weight.clone().requires_grad_(), targets
     for rounded in (None, weight.half()):
-        arguments = (*masters, rounded, -1, 45, 3, True, True)
+        arguments = (*masters, rounded, None, -1, 45, 3, True, True)
         torch.library.opcheck(registered("linear_cross_entropy"), arguments)
     torch.library.opcheck(registered("linear_cross_entropy_rows"), (*masters, -1, 45, 3))
     leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()

@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 
 from fastgpt_kernels import reference
+from fastgpt_kernels.accumulate import add_product, adds_scaled
 from fastgpt_kernels.host import (
     HAS_TRITON,
-    arch_of,
     check_int,
     check_tensor,
     refuse_interpreted_bf16,
@@ -47,7 +47,6 @@ CHUNK_BYTES = 2 << 30  # of logits, where no GPU's memory sets the limit
 SHARE = 12  # of a GPU's memory a chunk may take 1 / SHARE
 MIN_CHUNK_ROWS = 1024  # fewer do not fill a GPU with tiles of the products
 PITCH = 64  # rows of the chunk start at multiples of this many elements: aligned for any V
-WIDENED_ROWS = 4096  # of a factor of dW that is widened to fp32 at a time
 
 
 def chunk_rows(
@@ -107,31 +106,14 @@ def _chunks(
     return dx, dw
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total += a @ b, or total = a @ b if it is the first: summed in fp32, and never rounded.
-
-    total (N, K) fp32; a (N, M) and b (M, K) of one dtype. On CUDA the product adds in its epilogue.
-    """
-    wide: dict[str, torch.dtype] = {}
-    parts = [(total, a)]
-    if a.dtype != torch.float32 and arch_of(a).startswith("sm_"):
-        wide = {"out_dtype": torch.float32}
-    elif a.dtype != torch.float32:  # elsewhere PyTorch would round the result: widen the factors
-        parts = [*zip(total.split(WIDENED_ROWS), a.split(WIDENED_ROWS), strict=True)]
-        b = b.float()
-    for sums, factor in parts:
-        factor = factor if wide else factor.float()
-        if first:
-            torch.mm(factor, b, out=sums, **wide)  # type: ignore[call-overload]
-        else:
-            torch.addmm(sums, factor, b, out=sums, **wide)  # type: ignore[call-overload]
-
-
 def _with_gradients(
-    x: Tensor, weight: Tensor, targets: Tensor, rounded: Tensor | None, ignore_index: int,
-    vocab_size: int, chunk_tokens: int | None, need_dx: bool, need_dw: bool,
+    x: Tensor, weight: Tensor, targets: Tensor, rounded: Tensor | None, add_to: Tensor | None,
+    ignore_index: int, vocab_size: int, chunk_tokens: int | None, need_dx: bool, need_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The sum of the losses, its dx and dW, which are empty if not needed."""
+    """The sum of the losses, its dx and dW, which are empty if not needed.
+
+    `add_to` is for the backward pass.
+    """
     losses = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     dx, dw = _chunks(
         x, weight, targets.contiguous(), ignore_index, vocab_size, chunk_tokens,
@@ -141,9 +123,13 @@ def _with_gradients(
 
 
 def _scaled(
-    scale: Tensor, dx: Tensor, dw: Tensor, weight_dtype: torch.dtype, needs: list[bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """dx and dW, which the forward pass left for an upstream gradient of 1, times the real one."""
+    scale: Tensor, dx: Tensor, dw: Tensor, add_to: Tensor | None, weight_dtype: torch.dtype,
+    needs: list[bool],
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """dx and dW, which the forward pass left for an upstream gradient of 1, times the real one.
+
+    If there is an `add_to` dW goes there.
+    """
 
     def times(x: Tensor, dtype: torch.dtype) -> Tensor:
         if call_directly(x, scale):
@@ -151,6 +137,9 @@ def _scaled(
         return (x.float() * scale).to(dtype)
 
     need_dx, need_dw = needs
+    if need_dw and add_to is not None:
+        adds_scaled(add_to, dw, scale)
+        need_dw = False
     return times(dx, dx.dtype) if need_dx else None, times(dw, weight_dtype) if need_dw else None
 
 
@@ -187,13 +176,13 @@ if HAS_TRITON:
 
     _total = Op(
         "linear_cross_entropy", _with_gradients,
-        lambda x, weight, targets, rounded, ignore, vocab, chunk, need_dx, need_dw: (
+        lambda x, weight, targets, rounded, add_to, ignore, vocab, chunk, need_dx, need_dw: (
             x.new_empty((), dtype=torch.float32),
             *_shapes(x, weight, need_dx, need_dw, torch.float32),
         ),
-        saves=lambda inputs, results: (results[1:], (inputs[1].dtype,)),
+        saves=lambda inputs, results: (results[1:], (inputs[4], inputs[1].dtype)),
         backward=_scaled, gradients=(0, 1), needs=True,
-        flops=lambda x, w, *rest, **_: product_flops(x, w, 1 + rest[5] + rest[6]),
+        flops=lambda x, w, *rest, **_: product_flops(x, w, 1 + rest[6] + rest[7]),
     )  # fmt: skip
     _rows = Op(
         "linear_cross_entropy_rows", _row_losses,
@@ -220,6 +209,7 @@ def linear_cross_entropy(
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
     rounded: Tensor | None = None,
+    add_to: Tensor | None = None,
 ) -> Tensor:
     """cross_entropy(x @ weight.T, targets) without ever holding more than a chunk of the logits.
 
@@ -230,7 +220,8 @@ def linear_cross_entropy(
     time; None makes as few chunks as fit into a twelfth of the GPU's memory. Gradients are computed
     together with the loss, unless grad mode is off or neither x nor weight requires them; with
     reduction "none" in the backward, and `rounded` is not read then. dW is summed in fp32 and comes
-    in the dtype of `weight`: an fp32 one is never rounded.
+    in the dtype of `weight`: an fp32 one is never rounded. `add_to` (V, C) fp32: there the backward
+    pass adds dW, in place, and weight gets no gradient; not with reduction "none".
 
     Wrong shapes and values raise ValueError, wrong types and dtypes TypeError.
     """
@@ -242,12 +233,16 @@ def linear_cross_entropy(
     n_cols = weight.shape[0]
     if rounded is not None:
         check_tensor(op, "rounded", rounded, shape=weight.shape, dtypes=(x.dtype,), like=x)
+    if add_to is not None:
+        check_tensor(op, "add_to", add_to, shape=weight.shape, dtypes=(torch.float32,), like=x)
+        if reduction == "none":
+            raise ValueError(f'{op}: add_to needs reduction "mean" or "sum", got "none"')
     vocab_size = check_arguments(op, x, n_cols, targets, ignore_index, reduction, vocab_size)
     check_int(op, "chunk_tokens", chunk_tokens, least=1, optional=True)
     if not use_kernel(x):
         check_targets(op, targets, ignore_index, vocab_size)
         return reference.linear_cross_entropy(
-            x, weight, targets, ignore_index, reduction, vocab_size
+            x, weight, targets, ignore_index, reduction, vocab_size, add_to=add_to
         )
     refuse_interpreted_bf16(op, x)
     shape = targets.shape
@@ -257,7 +252,7 @@ def linear_cross_entropy(
         return _rows(x, weight, targets, *options).view(shape)
     enabled = torch.is_grad_enabled()
     needs = (enabled and x.requires_grad, enabled and weight.requires_grad)
-    total = _total(x, weight, targets, rounded, *options, *needs)
+    total = _total(x, weight, targets, rounded, add_to, *options, *needs)
     if reduction == "sum":
         return total
     # The mean over no rows is NaN, as PyTorch's, but its gradient that of a constant: 0.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgpt_kernels.accumulate import adds_in_place, adds_product
 from fastgpt_kernels.ops.gelu.record import eager as eager_bias_gelu
 from fastgpt_kernels.ops.matmul.configs import ALIGNMENT, runs_on
 from fastgpt_kernels.ops.matmul.linear import linear
@@ -19,47 +20,58 @@ from fastgpt_kernels.record import Case, Random, Record, Sizes, Work
 class _MasterLinear(torch.autograd.Function):
     """x R^T + bias, R being W rounded; the gradient of W is the product's fp32 sums, as they are.
 
-    (Autograd would round them to the dtype of R, and widen them again in a pass of its own.)
+    (Autograd would round them to the dtype of R, and widen them again in a pass of its own.) If
+    there is an `add_to` they are added there.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, rounded: Tensor, bias: Tensor | None
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, rounded: Tensor, bias: Tensor | None,
+        add_to: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, rounded)
+        ctx.add_to = add_to  # not saved: autograd would refuse what is changed
         return F.linear(x, rounded, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, rounded = ctx.saved_tensors
-        for_x, for_weight, _, for_bias = ctx.needs_input_grad
+        for_x, for_weight, _, for_bias, _ = ctx.needs_input_grad
         rows = dy.reshape(-1, dy.shape[-1])
         dx = dy @ rounded if for_x else None
-        dw = _fp32_product(rows.t(), x.reshape(-1, x.shape[-1])) if for_weight else None
-        return dx, dw, None, rows.sum(0) if for_bias else None
+        dw = None
+        if for_weight:
+            factors = rows.t(), x.reshape(-1, x.shape[-1])
+            dw = (
+                _fp32_product(*factors)
+                if ctx.add_to is None
+                else adds_product(ctx.add_to, *factors)
+            )
+        return dx, dw, None, rows.sum(0) if for_bias else None, None
 
 
 def _fp32_product(a: Tensor, b: Tensor) -> Tensor:
     """a b of 16 bits, fp32; rounded in between where no library has that."""
-    if a.device.type == "cuda" and torch.version.hip is None:
+    if adds_in_place(a.device):
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b).float()
 
 
 def eager_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, rounded: Tensor | None = None
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, rounded: Tensor | None = None,
+    add_to: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """x (..., K), weight (N, K), bias (N,) or None -> x W^T + bias (..., N), in x's dtype.
 
     fp32 masters are rounded on the way in, unless somebody has: `rounded` is the weight in x's
-    dtype. Their gradients come back fp32.
+    dtype. Their gradients come back fp32, or are added to `add_to` (N, K) fp32 in place.
     """
     bias = None if bias is None else bias.to(x.dtype)
     if weight.dtype != torch.float32 or x.dtype.itemsize != 2:
         return F.linear(x, weight.to(x.dtype), bias)
     if rounded is None:
         rounded = weight.to(x.dtype)
-    return _MasterLinear.apply(x, weight, rounded, bias)
+    return _MasterLinear.apply(x, weight, rounded, bias, add_to)
 
 
 def eager_mlp(
@@ -71,15 +83,19 @@ def eager_mlp(
     approximate: str = "tanh",
     *,
     rounded: tuple[Tensor, Tensor] | None = None,
+    add_to: tuple[Tensor, Tensor] | None = None,
     linear: Callable[..., Tensor] = eager_linear,
     bias_gelu: Callable[..., Tensor] = eager_bias_gelu,
 ) -> Tensor:
     """gelu(x fc_weight^T + fc_bias) proj_weight^T + proj_bias, made of two other ops.
 
     The first bias is left to the GELU op, which reads the activation anyway. `rounded` are the
-    weights in x's dtype, if somebody has rounded them.
+    weights in x's dtype, if somebody has rounded them; `add_to` takes their gradients, if it is
+    there.
     """
     fc, proj = ({"rounded": copy} for copy in rounded) if rounded else ({}, {})
+    if add_to:
+        fc["add_to"], proj["add_to"] = add_to
     h = bias_gelu(linear(x, fc_weight, **fc), fc_bias, approximate)
     return linear(h, proj_weight, proj_bias, **proj)
 
