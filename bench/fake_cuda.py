@@ -80,7 +80,8 @@ class Graph:
     @property
     def of_optimizer(self) -> bool:
         """Whether it runs once a step, not once a micro-batch."""
-        return any(line.startswith("muon.py:") for x in self.launches for line in x.lines)
+        files = {line.partition(":")[0] for x in self.launches for line in x.lines}
+        return not files.isdisjoint(("muon.py", "verdict.py"))
 
 
 def _guard() -> None:

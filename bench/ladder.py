@@ -120,7 +120,8 @@ class Rung:
     """One bar. `ms` is what it adds; `takes_ms` the whole part, of which `credit_ms` stand above.
 
     `bound_ms` is the least the part could take here (None: no such thing), `bound` how that was
-    computed. `items` are the part's ms by kind.
+    computed. `items` are the part's ms by kind. `predicted_ms` is what `bench ledger` says that the
+    part takes (None: nothing).
     """
 
     name: str
@@ -133,6 +134,7 @@ class Rung:
     bound: str = ""
     help: str = ""
     items: dict[str, float] = field(default_factory=dict)
+    predicted_ms: float | None = None
 
 
 @dataclass
@@ -150,6 +152,12 @@ class Ladder:
     others: dict[str, float]
     measured: Measured
     work: Work
+
+    def predict(self, prediction: Ladder) -> None:
+        """Put what a predicted ladder says of each part beside what was measured."""
+        takes = {r.name: r.takes_ms for r in prediction.rungs if r.items}
+        for rung in self.rungs:
+            rung.predicted_ms = takes.get(rung.name)
 
     def to_json(self) -> dict[str, Any]:
         """Schema: the fields of Ladder, Rung, Gemm, Measured and Work by name; times in ms."""

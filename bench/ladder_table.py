@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench.ladder import Ladder
+from bench.ladder import Ladder, Rung
 from bench.tables import table
 
 COLUMNS = ("", "adds ms", "points", "MFU", "takes ms", "bound ms", "of bound")
+PREDICTED = ("predicted ms", "measured / predicted")
 
 
 def show(ladder: Ladder) -> None:
     """Print the rungs, then each one's bound and what would help."""
     print(peaks(ladder))
-    print(table(COLUMNS, list(rows(ladder))))
+    cells, columns = list(rows(ladder)), list(COLUMNS)
+    if any(r.predicted_ms is not None for r in ladder.rungs):
+        cells = [a + b for a, b in zip(cells, predictions(ladder), strict=True)]
+        columns.extend(PREDICTED)
+    print(table(columns, cells))
     print("\n".join(details(ladder)), flush=True)
 
 
@@ -37,6 +42,19 @@ def rows(ladder: Ladder) -> Iterator[tuple[str, ...]]:
             f"{r.bound_ms / r.takes_ms:.0%}" if r.bound_ms and r.takes_ms else "",
         )
     yield "measured step", _ms(ladder.step_ms), "", f"{ladder.mfu:.1f}%", "", "", ""
+
+
+def predictions(ladder: Ladder) -> Iterator[tuple[str, ...]]:
+    """Cells of `PREDICTED` for the same rows; the last is of the parts that are predicted."""
+    known = [r for r in ladder.rungs if r.predicted_ms is not None]
+    total = Rung("", 0.0, takes_ms=sum(r.takes_ms or 0.0 for r in known))
+    total.predicted_ms = sum(r.predicted_ms or 0.0 for r in known)
+    for r in (*ladder.rungs, total):
+        if r.predicted_ms is None:
+            yield "", ""
+        else:
+            ratio = f"{(r.takes_ms or 0.0) / r.predicted_ms:.2f}" if r.predicted_ms else ""
+            yield _ms(r.predicted_ms), ratio
 
 
 def details(ladder: Ladder) -> Iterator[str]:

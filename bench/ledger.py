@@ -10,7 +10,7 @@ counted. How long each takes is not: products are taken at --matmul_share of the
 TFLOP/s, PyTorch's flash attention at its published rates, our kernels at --kernel_share of the
 bound that their machine code allows (`fastgpt_kernels.tools.aot`), all else at --copy_share of the
 data sheet's bandwidth, and no launch at less than 2 us. So the counts are facts, and milliseconds,
-tokens/s and MFU predictions.
+tokens/s and MFU predictions. The host's time is a call of an op on this CPU for each launch.
 
 --gpu=NAME        of the table of data sheets: h100, h200, a100, 4090, b200, ...
 --all-gpus        a line for each of them instead of the table of launches
@@ -23,7 +23,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +44,7 @@ from fastgpt.errors import UserError
 from fastgpt.model.device import DTYPES
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.model.peaks import SHEETS, Sheet
+from fastgpt.model.peaks import sheet as sheet_of
 from fastgpt.train import memory
 from fastgpt_kernels import host
 from fastgpt_kernels.ops.loss.linear import SHARE
@@ -247,6 +250,19 @@ def as_ladder(p: Prediction, config: Config, vocab_size: int, rates: Rates) -> l
     return ladder.build(Breakdown("cuda", 1, p.ms, parts), work, measured)
 
 
+def of_run(name: str, flags: dict[str, str], device_name: str) -> ladder.Ladder:
+    """What is predicted of a preset's step with flags on the GPU of that name. Raises UserError."""
+    found = sheet_of(device_name)
+    if found is None:
+        raise UserError(f"there is no data sheet of {device_name}")
+    rates, gpu = Rates(found), gpu_of(found)
+    config = setup.with_values(setup.preset_of(name, {**flags, "device": "cpu"}), {"compile": True})
+    vocab_size = setup.vocabulary(config)
+    (step,) = fake_step.record(fake_step.Request(name, flags, gpu=gpu))
+    p = predict(step, config, sizes_of(config, vocab_size), rates)
+    return as_ladder(p, config, vocab_size, rates)
+
+
 # --- the command ---------------------------------------------------------------------------------
 
 
@@ -343,6 +359,7 @@ def as_json(p: Prediction, config: Config, vocab_size: int, rates: Rates) -> dic
         "predicted_tokens_per_second": p.tokens / p.ms * 1e3,
         "predicted_mfu": mfu_of(config, vocab_size, p.ms, rates.sheet),
         "memory_bytes": memory_of(config, vocab_size, rates.sheet),
+        "host_ms": p.launches() * dispatch_us() / 1e3,
         "lines": [dataclasses.asdict(line) for line in p.lines],
     }
 
@@ -359,6 +376,21 @@ def memory_of(config: Config, vocab_size: int, sheet: Sheet, batch_size: int | N
         muon=config.optim.optimizer == "muon",
         room=sheet.gb * 10**9 // SHARE,
     ).total
+
+
+def dispatch_us() -> float:
+    """Microseconds that this CPU takes to call an op of PyTorch that computes next to nothing.
+
+    The best of many, as other programs only add to it.
+    """
+    x, best, calls = torch.zeros(1), math.inf, 200
+    with torch.no_grad():
+        for _ in range(50):
+            began = time.perf_counter()
+            for _ in range(calls):
+                torch.add(x, x, out=x)
+            best = min(best, time.perf_counter() - began)
+    return best / calls * 1e6
 
 
 def show(
@@ -384,6 +416,12 @@ def show(
         f"{p.tokens / p.ms * 1e3:,.0f} tokens/s, "
         + ", ".join(f"{k} {v:.1f} %" for k, v in mfu.items())
         + ("" if peer else f"; memory {gib:.1f} GiB by estimate")
+    )
+    us = dispatch_us()
+    print(
+        f"host: {p.launches() * us / 1e3:.1f} ms a step to call it all, at {us:.2f} us a call of "
+        "PyTorch's on this CPU, and the driver's time; where that is longer than the step a CUDA "
+        "graph (--cuda_graph) does without"
     )
 
 

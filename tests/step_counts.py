@@ -45,6 +45,13 @@ def steps() -> dict[tuple[str, ...], fake_step.Step]:
     return dict(zip(asked, fake_step.record(*requests), strict=True))
 
 
+def test_a_small_models_step_has_few_launches() -> None:
+    """shakespeare_char: forward, backward, clipping and update, 150 in all."""
+    (step,) = fake_step.record(fake_step.Request("shakespeare_char", {"dtype": "bfloat16"}))
+    assert len(step.forward) + len(step.backward) + len(step.rest) <= 150
+    assert len([x for x in step.rest if x.what == "triton"]) == 1  # clipping's and guard's scalars
+
+
 def counts(step: fake_step.Step, kernels: str) -> tuple[float, ...]:
     config = setup.preset_of("gpt2", {**SMALL, "kernels": kernels, "device": "cpu"})
     sizes = ledger.sizes_of(config, setup.GPT2_VOCAB)

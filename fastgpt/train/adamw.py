@@ -44,14 +44,18 @@ class FusedAdamW(torch.optim.AdamW):
                 loss = closure()
         first, *others = self.param_groups
         for key in ("lr", "betas", "eps"):
-            if any(group[key] != first[key] for group in others):
+            # What only the device reads, in a CUDA graph, `set_learning_rate` has filled.
+            if not isinstance(first[key], Tensor) and any(g[key] != first[key] for g in others):
                 raise ValueError(f"adamw: all groups must have the same {key}")
         groups = self.param_groups
         decays = {p: g["weight_decay"] for g in groups for p in g["params"] if p.grad is not None}
         if not decays:
             return loss
         tensors = self._table([*decays], [*decays.values()])
-        self._lr.fill_(first["lr"])
+        if isinstance(first["lr"], Tensor):
+            self._lr.copy_(first["lr"])
+        else:
+            self._lr.fill_(first["lr"])
         divisor = getattr(self, "grad_scale", None)
         adamw_step(
             tensors,

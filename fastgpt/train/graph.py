@@ -1,4 +1,4 @@
-"""One CUDA graph for a whole micro-step: forward, loss and backward replayed by a single launch.
+"""One CUDA graph for a micro-step, or for the whole step: all of it replayed by a single launch.
 
 A small model's kernels are shorter than the time Python takes to launch them; a graph takes that
 time away. Gradients stay where they are from step to step (zeroed, never freed), tokens are copied
@@ -23,11 +23,11 @@ from fastgpt.model.device import Machine
 HOST_BOUND = 0.9
 
 
-class MicroStepGraph:
-    """`graph(tokens)` does what `micro_step(tokens)` did when it was captured."""
+class StepGraph:
+    """`graph(tokens)` does what `step(tokens)` did when it was captured."""
 
-    def __init__(self, micro_step: Callable[[Tensor], Tensor], tokens: Tensor):
-        """Capture it; `micro_step` must have run before, so that all of it is compiled."""
+    def __init__(self, step: Callable[[Tensor], Tensor], tokens: Tensor):
+        """Capture it; `step` must have run before, so that all of it is compiled."""
         self.tokens = tokens.clone()
         # Warm-up on a side stream, as capture wants it: cuBLAS takes its workspaces, gradients
         # get their place.
@@ -35,18 +35,18 @@ class MicroStepGraph:
         side.wait_stream(torch.cuda.current_stream(tokens.device))
         with torch.cuda.stream(side):
             for _ in range(3):
-                micro_step(self.tokens)
+                step(self.tokens)
         torch.cuda.current_stream(tokens.device).wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         # thread_local: the thread that reads batches may go on allocating pinned memory.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.loss = micro_step(self.tokens)
+            self.result = step(self.tokens)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Add to the gradients. The next call overwrites the loss that this one returns."""
+        """What `step` returns, which the next call leaves alone."""
         self.tokens.copy_(tokens)
         self.graph.replay()
-        return self.loss
+        return self.result.clone()
 
 
 def obstacle(system: SystemConfig, machine: Machine) -> str:

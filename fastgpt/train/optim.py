@@ -87,26 +87,43 @@ def matrices_of_blocks(model: GPT) -> dict[Tensor, int]:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    lr = torch.tensor(lr).item()  # fp32, as a CUDA graph reads it: the same bits with and without
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Let a CUDA graph take a step of AdamW's: the learning rate is read on the device."""
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(float(group["lr"]), device=device)
+        group["capturable"] = True
+    # Steps that warm a graph up are not captured: PyTorch would warn of that.
+    optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
-def clip_gradients(optimizer: torch.optim.Optimizer, model: nn.Module, max_norm: float) -> Tensor:
-    """Have the next step scale gradients to a global norm of at most max_norm (0: as they are).
-
-    Returns their norm. Scaling is left to the fused optimizer, which reads every gradient anyway;
-    for one that is not fused (on mps) they are scaled here.
-    """
+def gradient_norms(model: nn.Module) -> list[Tensor]:
+    """The norm of each gradient; of gradients that are sharded over ranks one, of all."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = whole(torch.nn.utils.get_total_norm(grads))
-    if max_norm > 0:
-        if fused(optimizer):
-            # As torch.nn.utils.clip_grads_with_norm_ does it; these optimizers divide by it.
-            optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)  # type: ignore[attr-defined]
-        else:
-            torch.nn.utils.clip_grads_with_norm_(list(model.parameters()), max_norm, norm)
-    return norm
+    if hasattr(grads[0], "full_tensor"):
+        return [whole(torch.nn.utils.get_total_norm(grads))]
+    return [*torch._foreach_norm(grads)]
+
+
+@torch.no_grad()
+def divide_gradients(optimizer: torch.optim.Optimizer, model: nn.Module, divisor: Tensor) -> None:
+    """Have the next step divide gradients by a scalar, of the same device.
+
+    It is left to the fused optimizer, which reads every gradient anyway; for one that is not fused
+    (on mps) they are divided here.
+    """
+    if fused(optimizer):
+        optimizer.grad_scale = divisor  # type: ignore[attr-defined]
+    else:
+        torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], divisor)
 
 
 def fused(optimizer: torch.optim.Optimizer) -> bool:

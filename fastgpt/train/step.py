@@ -20,11 +20,12 @@ from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT
 from fastgpt.model.ops import Wish
 from fastgpt.train import compiled, graph, optim, sharding
-from fastgpt.train.graph import MicroStepGraph
+from fastgpt.train.graph import StepGraph
 from fastgpt.train.muon import Muon
 from fastgpt.train.ranks import Ranks
 from fastgpt.train.sharding import like, whole
 from fastgpt.train.shares import shares_of
+from fastgpt.train.verdict import verdict
 from fastgpt_kernels.accumulate import adds_in_place
 from fastgpt_kernels.telling import why
 
@@ -77,6 +78,8 @@ class Trainer:
         self._sums = self.accumulation > 1 and not self.layout and adds_in_place(self.device)
         if self._sums:
             model.keep_sums()
+        # Passes that add to gradients know their addresses, and so does a graph.
+        self._static_grads = self._sums
         wish = Wish(system.kernels, vars(config.op))
         shares = shares_of(self.layout)
         self.optimizer, choice = optim.make_optimizer(
@@ -94,7 +97,11 @@ class Trainer:
         self._bad, self._bad_steps = (torch.zeros((), device=self.device) for _ in range(2))
         self._last_step = 0
         self._guard_on_device = self.device.type == "cuda"
-        self._graph: MicroStepGraph | None = None
+        fuse = machine.compile and self._guard_on_device
+        self._verdict = torch.compile(verdict, fullgraph=True) if fuse else verdict
+        self._one = torch.ones((), device=self.device)
+        self._graph: StepGraph | None = None
+        self._graph_is_whole = False  # it has the update, too
 
     @property
     def resolved(self) -> Config:
@@ -111,39 +118,48 @@ class Trainer:
         loss = self._loss(tokens)
         if n_micro_batches > 1:
             loss = loss / n_micro_batches
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss).backward(self._one)  # or PyTorch fills one in each time
         return loss.detach()
 
     def _backward(self, step: int, tokens: Tensor) -> Tensor:
         """Gradients of the mean loss over all micro-batches. Returns that loss."""
+        self._seed(step)
+        micro_batches = tokens.split(self.micro_batch)
+        total: Tensor | None = None
+        for i, micro_batch in enumerate(micro_batches, 1):
+            with sharding.reducing(self.wrapped, last=i == len(micro_batches)):
+                if self._graph is None or self._graph_is_whole:
+                    loss = self.micro_step(micro_batch, len(micro_batches))
+                else:
+                    loss = self._graph(micro_batch)
+            total = loss if total is None else total + loss
+        assert total is not None
+        return total
+
+    def _seed(self, step: int) -> None:
         if self.config.model.dropout:
             seed = dropout_seed(self.config.run.seed, step)
             torch.manual_seed(dropout_seed(seed, self.ranks.rank) if self.ranks.rank else seed)
-        micro_batches = tokens.split(self.micro_batch)
-        total: Tensor | float = 0.0
-        for i, micro_batch in enumerate(micro_batches, 1):
-            with sharding.reducing(self.wrapped, last=i == len(micro_batches)):
-                if self._graph is None:
-                    total = total + self.micro_step(micro_batch, len(micro_batches))
-                else:
-                    total = total + self._graph(micro_batch)
-        assert isinstance(total, Tensor)
-        return total
 
     def step(self, step: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """One update from a batch (rows, T + 1). Returns loss and gradient norm, on the device."""
         optim.set_learning_rate(self.optimizer, optim.learning_rate(step, self.config.optim))
+        self._last_step = step
+        if self._graph is not None and self.graphed == "step":
+            self._seed(step)
+            loss, grad_norm = self._graph(tokens).unbind()
+            return loss, grad_norm
         # Averaged in every step: ranks that judged by losses of their own could disagree, as an
         # infinite loss may have finite gradients and loss scaling expects infinite ones.
         loss = self.ranks.mean(self._backward(step, tokens))
+        return loss, self._update(loss)
+
+    def _update(self, loss: Tensor) -> Tensor:
+        """Judge loss and gradients, and update the weights. Returns the gradients' norm."""
         self.scaler.unscale_(self.optimizer)
-        grad_norm = optim.clip_gradients(self.optimizer, self.model, self.config.optim.grad_clip)
-        # With loss scaling an infinite gradient is how the scaler finds its scale, and no fault.
-        finite = loss if self.scaler.is_enabled() else loss + grad_norm
-        bad = (finite - finite).nan_to_num_(nan=1.0)  # in two launches
-        torch.maximum(self._bad, bad, out=self._bad)
-        self._bad_steps += self._bad
-        self._last_step = step
+        grad_norm, divisor = self._judge(loss, self._bad, self._bad_steps)
+        if divisor is not None:
+            optim.divide_gradients(self.optimizer, self.model, divisor)
         if self._guard_on_device:
             if not self.scaler.is_enabled():
                 self.optimizer.found_inf = self._bad  # type: ignore[attr-defined]
@@ -154,11 +170,19 @@ class Trainer:
         if not hasattr(self.optimizer, "copies"):  # FusedAdamW writes them itself
             self.model.copy_masters()
         self._zero_grad()
-        return loss, grad_norm
+        return grad_norm
+
+    def _judge(self, loss: Tensor, bad: Tensor, bad_steps: Tensor) -> tuple[Tensor, Tensor | None]:
+        norms, max_norm = optim.gradient_norms(self.model), self.config.optim.grad_clip
+        return self._verdict(norms, loss, bad, bad_steps, max_norm, self.scaler.is_enabled())
+
+    def _whole_step(self, tokens: Tensor) -> Tensor:
+        """Of a single micro-batch: (loss, gradient norm)."""
+        loss = self.micro_step(tokens, 1)
+        return torch.stack([loss, self._update(loss)])
 
     def _zero_grad(self) -> None:
-        # A graph holds their addresses, and so do passes that add to them.
-        self.optimizer.zero_grad(set_to_none=self._graph is None and not self._sums)
+        self.optimizer.zero_grad(set_to_none=not self._static_grads)
 
     def warm_up(self, step: int, micro_batch: Tensor) -> None:
         """Compile forward and backward on one micro-batch; changes no weight.
@@ -170,7 +194,8 @@ class Trainer:
         errors = compiled.failures() if compiles else ()
         for first in (True, False):
             try:
-                self._backward(step, micro_batch)
+                loss = self._backward(step, micro_batch)
+                self._judge(loss, self._bad.clone(), self._bad_steps.clone())
                 if isinstance(self.optimizer, Muon):
                     self.optimizer.warm_up()
                 break
@@ -186,56 +211,83 @@ class Trainer:
         self.machine.synchronize()
 
     def capture_if_it_pays(
-        self, step: int, micro_batch: Callable[[], Tensor]
+        self, step: int, micro_batch: Callable[[], Tensor], update: bool = True
     ) -> tuple[bool, bool, str]:
-        """(whether micro-batches should run as one CUDA graph, whether they now do, why).
+        """(whether steps should run as CUDA graphs, whether they now do, why).
 
-        Steps go on without one if it cannot be captured. Raises UserError if --cuda_graph=True
-        asked for it.
+        Steps go on without one if it cannot be captured. update=False leaves the update out of it.
+        Raises UserError if --cuda_graph=True asked for a graph.
         """
         system, tokens, n = self.config.system, micro_batch(), self.accumulation
         yes, why = graph.wanted(system, self.machine, lambda: self.micro_step(tokens, n))
         self._zero_grad()
         if yes:
-            try:
-                self.capture(step, tokens)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as e:
-                line = (str(e).strip().splitlines() or [type(e).__name__])[0]
-                if system.cuda_graph is True:
-                    raise UserError(f"--cuda_graph=True: {line}; leave the flag out") from e
-                return True, False, line
-        return yes, yes, why
+            # The host reads what Muon's steps look like; AdamW's are all on the device.
+            alone = n == 1 and not isinstance(self.optimizer, Muon)
+            for whole in [True, False] if alone and update else [False]:
+                try:
+                    self.capture(step, tokens, whole)
+                    return True, True, why
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as e:
+                    line = (str(e).strip().splitlines() or [type(e).__name__])[0]
+                    why = f"{why}; not of the whole step: {line}"
+            if system.cuda_graph is True:
+                raise UserError(f"--cuda_graph=True: {line}; leave the flag out")
+            return True, False, line
+        return False, False, why
 
-    def capture(self, step: int, micro_batch: Tensor) -> None:
+    def capture(self, step: int, micro_batch: Tensor, whole: bool = False) -> None:
         """From now on run micro-batches of this shape as one CUDA graph; changes no weight.
 
-        Its loss and gradient norm are held against those of a plain micro-step. Raises RuntimeError
-        if they differ, or if something in the step cannot be captured; steps go on without.
+        With `whole` it is the step of a single micro-batch, update included. Loss and gradient norm
+        are held against those of a plain micro-step. Raises RuntimeError if they differ, or if
+        something in the step cannot be captured; steps go on without.
         """
-        n = self.accumulation
-        seed = dropout_seed(self.config.run.seed, step)
-        results = []
+        n, seed = self.accumulation, dropout_seed(self.config.run.seed, step)
+
+        def plain(tokens: Tensor) -> Tensor:
+            return self.micro_step(tokens, n)
+
+        def seeded(run: Callable[[Tensor], Tensor]) -> Tensor:
+            """Loss and gradient norm of a run; that of the whole step returns both."""
+            self._zero_grad()
+            torch.manual_seed(seed)
+            result = run(micro_batch)
+            if result.ndim:
+                return result
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            return torch.stack([result, torch.nn.utils.get_total_norm(grads)])
+
         try:
-            for graphed in (False, True):
-                if graphed:
-                    self._graph = MicroStepGraph(lambda x: self.micro_step(x, n), micro_batch)
-                self._zero_grad()
-                torch.manual_seed(seed)
-                loss = (self._graph or (lambda x: self.micro_step(x, n)))(micro_batch)
-                grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-                results.append((loss.item(), torch.nn.utils.get_total_norm(grads).item()))
-            for plain, replayed in zip(*results, strict=True):
-                if not abs(replayed - plain) <= 0.02 * abs(plain):
-                    raise RuntimeError(
-                        f"the graph gives {replayed:.6g}, the plain step {plain:.6g}"
-                    )
+            wanted = seeded(plain).tolist()
+            self._zero_grad()
+            self._static_grads = True
+            if whole:
+                optim.make_capturable(self.optimizer, self.device)
+                self._bad.fill_(1.0)  # by which updates are called off
+            self._graph = StepGraph(self._whole_step if whole else plain, micro_batch)
+            self._graph_is_whole = whole
+            for a, b in zip(wanted, seeded(self._graph).tolist(), strict=True):
+                if not abs(b - a) <= 0.02 * abs(a):
+                    raise RuntimeError(f"the graph gives {b:.6g}, the plain step {a:.6g}")
         except RuntimeError:
-            self._graph = None
+            self._drop_graph()
             raise
         finally:
             self._zero_grad()
+            self._bad.zero_()
+            self._bad_steps.zero_()
+
+    @property
+    def graphed(self) -> str:
+        """What is one CUDA graph: "step", "micro-batch", or nothing."""
+        whole = "step" if self._graph_is_whole else "micro-batch"
+        return "" if self._graph is None else whole
+
+    def _drop_graph(self) -> None:
+        self._graph, self._graph_is_whole, self._static_grads = None, False, self._sums
 
     def check(self) -> None:
         """Raise NonFinite if a step was not finite. Waits for the device."""
@@ -252,7 +304,7 @@ class Trainer:
 
     def diagnose(self, step: int, tokens: Tensor) -> dict[str, Any]:
         """Run a step's forward and backward again, without the update, and look at each part."""
-        self._graph = None  # plain, so that a bad number can be traced to its op
+        self._drop_graph()  # plain, so that a bad number can be traced to its op
         self._zero_grad()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
         loss = self._backward(step, tokens)

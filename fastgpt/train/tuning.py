@@ -459,7 +459,7 @@ class MicroStep:
         """Compile; the loss and the norm of all gradients."""
         trainer = self.trainer
         trainer.warm_up(0, self.tokens)
-        trainer.capture_if_it_pays(0, lambda: self.tokens)
+        trainer.capture_if_it_pays(0, lambda: self.tokens, update=False)
         loss = trainer._backward(0, self.tokens)
         grads = [p.grad for p in trainer.model.parameters() if p.grad is not None]
         found = {"loss": loss.item(), "gradient norm": torch.nn.utils.get_total_norm(grads).item()}

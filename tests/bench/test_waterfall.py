@@ -196,6 +196,37 @@ def test_table(capsys: pytest.CaptureFixture[str]):
     assert "residual +0.39%" in out and "a_kernel_of_tomorrow" in out
 
 
+def test_each_part_is_beside_its_prediction(tmp_path: Path, monkeypatch, capsys):
+    """And without one what was measured is whole."""
+    slower = replace(MEASURED, step_ms=101.8)
+    found, prediction = (ladder.build(h200(other=0.4), WORK, m) for m in (slower, MEASURED))
+    rung(prediction, "attention").takes_ms = 10.0
+    asked = []
+
+    def of_run(*args):
+        asked.append(args)
+        return prediction
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(waterfall.ledger, "of_run", of_run)
+    argv = ["gpt2", "--bias=True", "--seconds=3", "--device=cuda:0"]
+    waterfall.predict(found, "gpt2", argv, "bfloat16")
+    assert asked == [("gpt2", {"dtype": "bfloat16", "bias": "True"}, "NVIDIA H200")]
+    attention = rung(found, "attention")
+    assert attention.predicted_ms == 10.0 and attention.takes_ms != 10.0
+    assert rung(found, "residual").predicted_ms is rung(found, "other").predicted_ms is None
+    ladder_table.show(found)
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if line.split()[:1] == ["attention"])
+    assert line.split()[-2:] == ["10.000", f"{attention.takes_ms / 10:.2f}"]
+    picture.draw(found, "gpt2", "", [tmp_path / "w.svg"])
+    assert any("as bench ledger predicts" in text for text in svg_texts(tmp_path / "w.svg"))
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA T1000")
+    waterfall.predict(found, "gpt2", argv, "bfloat16")
+    assert capsys.readouterr().out == "no prediction: there is no data sheet of NVIDIA T1000\n"
+
+
 def svg_texts(path: Path) -> list[str]:
     root = ElementTree.parse(path).getroot()
     return ["".join(e.itertext()).strip() for e in root.iter("{http://www.w3.org/2000/svg}text")]

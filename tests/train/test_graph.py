@@ -76,19 +76,23 @@ def test_asked_for_and_not_to_be_had():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_graphed_steps_are_the_plain_ones(compile, dropout):
-    losses = []
+@pytest.mark.parametrize("adamw", ["eager", "triton"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_graphed_steps_are_the_plain_ones(compile, dropout, adamw, whole):
+    losses, n = [], 1 if whole else 2
     for graphed in (False, True):
-        config = replace(SMALL, batch_size=8, gradient_accumulation_steps=2, dropout=dropout)
+        config = replace(SMALL, batch_size=16 // n, gradient_accumulation_steps=n, dropout=dropout)
+        config = replace(config, **{"op.adamw": adamw})
         machine = Machine(CUDA, "bfloat16", compile)
         model = build(config, 97, machine)
         t = Trainer(model, config, machine)
         generator = torch.Generator().manual_seed(0)
         batches = torch.randint(97, (10, 16, 65), generator=generator).to(CUDA)
-        t.warm_up(0, batches[0][:8])
+        t.warm_up(0, batches[0][: 16 // n])
         if graphed:
             before = [p.detach().clone() for p in model.parameters()]
-            t.capture(0, batches[0][:8])
+            t.capture(0, batches[0][: 16 // n], whole)
+            assert t.graphed == ("step" if whole else "micro-batch")
             assert all(map(torch.equal, before, model.parameters())), "capturing changed a weight"
         losses.append([t.step(s, batches[s])[0].item() for s in range(10)])
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-3, atol=0)
@@ -97,7 +101,7 @@ def test_graphed_steps_are_the_plain_ones(compile, dropout):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("adamw", ["eager", "triton"])
-@pytest.mark.parametrize("graphed", [False, True])
+@pytest.mark.parametrize("graphed", ["", "micro-batch", "step"])
 def test_a_step_never_waits_for_the_device(graphed, adamw):
     config = replace(SMALL, batch_size=4, dropout=0.1, **{"op.adamw": adamw})
     machine = Machine(CUDA, "bfloat16", compile=True)
@@ -105,7 +109,7 @@ def test_a_step_never_waits_for_the_device(graphed, adamw):
     tokens = torch.randint(97, (4, 65), device=CUDA)
     t.warm_up(0, tokens)
     if graphed:
-        t.capture(0, tokens)
+        t.capture(0, tokens, whole=graphed == "step")
     t.step(0, tokens)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -147,7 +151,7 @@ def test_a_capture_that_fails(monkeypatch):
     monkeypatch.setattr(graph, "wanted", lambda *_: (True, "launches"))
 
     def fails(error: Exception):
-        def capture(step, micro_batch):
+        def capture(step, micro_batch, whole):
             raise error
 
         monkeypatch.setattr(trainer, "capture", capture)

@@ -11,6 +11,7 @@ import torch
 from fastgpt.config.schema import OptimConfig
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.train import optim
+from fastgpt.train.verdict import verdict
 
 
 def config(**changes) -> OptimConfig:
@@ -81,8 +82,12 @@ def test_clipping(limit, fused):
     if not fused:
         optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=False)
         assert not optim.fused(optimizer)
-    found = optim.clip_gradients(optimizer, model, limit)
-    assert found.item() == pytest.approx(norm, rel=1e-5)
+    zero = torch.zeros(())
+    norms = optim.gradient_norms(model)
+    found, divisor = verdict(norms, zero, zero, zero, limit, of_loss_alone=False)
+    assert found.item() == pytest.approx(norm, rel=1e-5) and (divisor is None) == (limit == 0)
+    if divisor is not None:
+        optim.divide_gradients(optimizer, model, divisor)
     optimizer.step()
     factor = min(1.0, limit / norm) if limit else 1.0
     for p, g in zip(model.parameters(), before, strict=True):
