@@ -31,23 +31,25 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def steps() -> dict[tuple[str, ...], fake_step.Step]:
-    """The steps of `MOST`, a deterministic one, Muon's, and one of two micro-batches."""
+    """The steps of `MOST`, Muon's, one of two micro-batches, a small and a deterministic one."""
     names = "bias", "dropout", "kernels"
     flags: dict[tuple[str, ...], dict[str, str]]
     flags = {k: dict(zip(names, k, strict=True)) for k in MOST}
-    asked = {
+    more = {
         **flags,
         ("muon",): {"optimizer": "muon"},
         ("adding",): {"gradient_accumulation_steps": "2"},
-        ("deterministic",): {"deterministic": "True"},  # the last: it holds for the process
     }
-    requests = [fake_step.Request("gpt2", {**SMALL, **f}) for f in asked.values()]
-    return dict(zip(asked, fake_step.record(*requests), strict=True))
+    asked = {k: fake_step.Request("gpt2", {**SMALL, **f}) for k, f in more.items()}
+    asked["small",] = fake_step.Request("shakespeare_char", {"dtype": "bfloat16"})
+    last = {**SMALL, "deterministic": "True"}  # it holds for the process
+    asked["deterministic",] = fake_step.Request("gpt2", last)
+    return dict(zip(asked, fake_step.record(*asked.values()), strict=True))
 
 
-def test_a_small_models_step_has_few_launches() -> None:
+def test_a_small_models_step_has_few_launches(steps) -> None:
     """shakespeare_char: forward, backward, clipping and update, 150 in all."""
-    (step,) = fake_step.record(fake_step.Request("shakespeare_char", {"dtype": "bfloat16"}))
+    step = steps[("small",)]
     assert len(step.forward) + len(step.backward) + len(step.rest) <= 150
     assert len([x for x in step.rest if x.what == "triton"]) == 1  # clipping's and guard's scalars
 

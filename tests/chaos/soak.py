@@ -46,7 +46,7 @@ def main() -> int:
     home = Path(tempfile.mkdtemp(prefix="fastgpt-soak-"))
     text = runs.write_text(home, n_lines=20_000)
     settings = ["laptop", f"--input={text}", "--tokenizer=byte", f"--max_iters={asked.steps}"]
-    settings += ["--batch_size=48", "--dropout=0.1", "--eval_interval=50", "--eval_iters=5"]
+    settings += ["--batch_size=24", "--dropout=0.1", "--eval_interval=50", "--eval_iters=5"]
     settings += ["--device=cpu", "--peak_tflops=1", "--sample_tokens=0", "--log_interval=1"]
     settings += [f"--lr_decay_iters={asked.steps}", f"--data_dir={home / 'data'}"]
     for name in ("alone", "killed"):
@@ -71,6 +71,7 @@ def main() -> int:
         if code not in (0, -number, 128 + number):
             print(f"exit code {code}; the log ends:")
             print((home / "killed" / "log.txt").read_text()[-2000:])
+            alone.kill()
             return 1
         # Ended after its last save a run is whole: a resume would have nothing left to do.
         if code == 0 or checkpoint.pointer(run_dir, "latest") == checkpoint.name_of(asked.steps):
