@@ -210,7 +210,7 @@ def build(parts: Breakdown, work: Work, m: Measured) -> Ladder:
             at_peak(work.causal_kernel_flops),
             f"{_tera(work.causal_kernel_flops)} (7 products, causal half) at the matmul peak",
             f"MFU credits masked scores with {credit:.3g} ms, counted in here; "
-            "compare --op.attention=triton, cudnn, flash",
+            "compare --op.attention=triton, hopper, cudnn, flash, fa4",
         ),
         part(
             "head and loss", "head", at_peak(work.head_flops),

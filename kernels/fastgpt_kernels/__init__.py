@@ -57,8 +57,9 @@ class Entry:
 OPS: dict[str, Entry] = {
     "attention": Entry(
         "attention.op",
-        "Causal self-attention; hopper is for sm_90; cudnn, flash and math are PyTorch's own.",
-        choices=("triton", "eager", "cudnn", "flash", "math", "hopper"),
+        "Causal self-attention; hopper is for sm_90; cudnn, flash and math are PyTorch's own, fa3 "
+        "and fa4 FlashAttention's packages.",
+        choices=("triton", "eager", "cudnn", "flash", "math", "hopper", "fa3", "fa4"),
     ),
     "layer_norm": Entry("norm.op", "The first norm."),
     "add_layer_norm": Entry("norm.op", "Residual addition and the norm behind it."),

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastgpt_kernels import host
 from fastgpt_kernels.ops.attention.hopper.op import hopper_attention, refusal
 from fastgpt_kernels.ops.attention.op import HEAD_DIMS, attention
 from fastgpt_kernels.record import Case, Random, Record, Sizes, Work
 from fastgpt_kernels.reference import SumsForBias
 
 KERNELS = ("forward", "prepare", "key_value", "query")
+# FlashAttention 3 and 4 as PyTorch takes them in the place of its own flash: the package that has
+# to be installed, and the architectures it is for.
+FLASH_IMPLS = {
+    "fa3": ("FA3", "flash_attn_interface", ("sm_90",)),
+    "fa4": ("FA4", "flash_attn.cute.interface", ("sm_90", "sm_100")),
+}
 HOPPER_KERNELS = tuple(
     f"hopper_{kernel}" for kernel in ("forward", "prepare", "backward", "finish")
 )
@@ -45,8 +53,27 @@ def eager(
 
 
 def _sdpa(backend: SDPBackend, *args, **kwargs) -> Tensor:
+    if backend is SDPBackend.FLASH_ATTENTION:
+        _take_flash("")
     with sdpa_kernel([backend]):
         return eager(*args, **kwargs)
+
+
+def _flash(name: str, *args, **kwargs) -> Tensor:
+    _take_flash(FLASH_IMPLS[name][0])
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
+        return eager(*args, **kwargs)
+
+
+@torch.compiler.assume_constant_result  # it runs when a graph is traced, which each process does
+def _take_flash(impl: str) -> bool:
+    """Have PyTorch's flash attention be this implementation, or its own, in this process."""
+    current = getattr(nn.attention, "current_flash_attention_impl", lambda: None)() or ""
+    if impl and impl != current:
+        nn.attention.activate_flash_attention_impl(impl)
+    elif current and not impl:
+        nn.attention.restore_flash_attention_impl()
+    return True
 
 
 def _limits(s: Sizes, dtype: torch.dtype, arch: str) -> str:
@@ -58,12 +85,29 @@ def _limits(s: Sizes, dtype: torch.dtype, arch: str) -> str:
 
 
 def _others(name: str, s: Sizes, device: torch.device) -> str:
-    """PyTorch's own attentions: a CPU has two of them."""
+    """PyTorch's own attentions, of which a CPU has two, and those it takes from a package."""
     if device.type == "cuda":
-        return ""
+        return _no_flash(name, s, host.arch_on(device)) if name in FLASH_IMPLS else ""
     if device.type != "cpu" or name not in ("flash", "math"):
         return "no GPU"
     return "on a CPU it has no dropout" if name == "flash" and s.dropout else ""
+
+
+def _no_flash(name: str, s: Sizes, arch: str) -> str:
+    """Why FlashAttention 3 or 4 cannot run; empty if it can."""
+    impl, package, archs = FLASH_IMPLS[name]
+    if arch not in archs:
+        return f"{impl} is for {' and '.join(archs)}, not {arch}"
+    if s.dropout:
+        return f"{impl} has no dropout"
+    known: list[str] = getattr(nn.attention, "list_flash_attention_impls", lambda: [])()
+    if impl not in known:
+        return f"torch {torch.__version__} knows no {impl}"
+    try:
+        found = importlib.util.find_spec(package)
+    except ImportError:  # of the package that it is in
+        found = None
+    return "" if found is not None else f"{impl} is not installed: no module {package}"
 
 
 def _case(s: Sizes, random: Random) -> Case:
@@ -101,6 +145,8 @@ RECORDS = {
             "triton": attention,
             "cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
             "flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION),
+            "fa3": partial(_flash, "fa3"),
+            "fa4": partial(_flash, "fa4"),
             "math": partial(_sdpa, SDPBackend.MATH),
             "hopper": hopper_attention,
         },
