@@ -288,6 +288,11 @@ def run(argv: Sequence[str]) -> int:
     rates = Rates(find(own["gpu"] or "h100"), **shares)
     flags = {"dtype": "bfloat16", **flags}
     config = setup.with_values(setup.preset_of(name, {**flags, "device": "cpu"}), {"compile": True})
+    if config.op.adamw == "triton":
+        raise UserError(
+            "--op.adamw=triton: it takes addresses of tensors, which fake ones have not; without "
+            "this flag PyTorch's AdamW is counted"
+        )
     vocab_size = setup.vocabulary(config)
     print(f"{name}: {setup.describe(config, vocab_size)}", flush=True)
     request = fake_step.Request(name, flags, own["peer_path"], gpu_of(rates.sheet))

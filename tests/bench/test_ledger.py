@@ -50,6 +50,9 @@ def test_what_a_launch_is_for() -> None:
         ("attention", "backward"): (
             "backward", Launch("attention_key_value", 9, 9, ops=("fastgpt.attention_backward",)),
         ),
+        ("memory", "embedding"): (
+            "backward", Launch("index_add_", 9, 9, ops=("fastgpt.add_rows",)),
+        ),
         ("head", "cross entropy"): (
             "forward", Launch("cross_entropy", 9, 9, ops=("fastgpt.linear_cross_entropy",)),
         ),
@@ -103,6 +106,7 @@ def test_gpus_by_name(name: str) -> None:
         (["--n_layerz=3"], "--n_layerz"),
         (["--all-gpus", "--copy_share=no"], "--copy_share=no: wanted a share"),
         (["--peer-path=gone", "--gpu=voodoo2"], "--gpu=voodoo2"),
+        (["gpt2", "--op.adamw=triton"], "--op.adamw=triton: it takes addresses of tensors"),
     ],
 )
 def test_mistakes(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
