@@ -141,9 +141,16 @@ def _seeds_alone(runs: Sequence[Compared]) -> list[str]:
     ]
 
 
+def _names(group: Sequence[Compared]) -> str:
+    """Of runs of one recipe."""
+    if len(group) > 2:
+        return f"{group[0].name} (and {len(group) - 1} more)"
+    return "+".join(r.name for r in group)
+
+
 def _pair(a: list[Compared], b: list[Compared]) -> str:
     step = _last_common([*a, *b])
-    names = ["+".join(r.name for r in g) for g in (a, b)]
+    names = [_names(g) for g in (a, b)]
     both = " and ".join(names)
     if step is None:
         return f"{both}: no step was evaluated in both"
@@ -198,7 +205,7 @@ def draw(runs: Sequence[Compared], path: Path) -> Path:
     recipes = list(dict.fromkeys(r.recipe for r in runs))
     for i, r in enumerate(runs):
         first = r.recipe not in [other.recipe for other in runs[:i]]
-        label = r.name if first else None
+        label = _names([x for x in runs if x.recipe == r.recipe]) if first else None
         color, train, evals = f"C{recipes.index(r.recipe)}", r.curves.train, r.curves.evals
         times = [scale * r.curves.hours(e["step"]) for e in evals]
         line = smooth([t["loss"] for t in train])

@@ -72,14 +72,14 @@ def test_runs_of_other_seeds_are_the_noise():
     a = [open_run(make(f"a{i}", 1.50 + d, 0, seed=i)) for i, d in enumerate(spread)]
     b = [open_run(make(f"b{i}", 1.49 + d, 0, seed=i, n_layer=3)) for i, d in enumerate(spread)]
     (line,) = verdict([*a, *b])
-    assert line.startswith("a0+a1+a2 and b0+b1+b2: no difference beyond noise")
+    assert line.startswith("a0 (and 2 more) and b0 (and 2 more): no difference beyond noise")
     # The mean of three from a spread of 0.02, twice: 0.02 sqrt(1/3 + 1/3), times t of 4: 2.776.
     assert "apart by 0.0100 +- 0.0453 (95 %, between seeds)" in line
     (alone,) = verdict(a)
     assert "differ in their seed alone" in alone and "standard deviation is 0.0200" in alone
     far = [open_run(make(f"c{i}", 1.40 + d, 0, seed=i, n_layer=4)) for i, d in enumerate(spread)]
     (line,) = verdict([*a, *far])
-    assert line.startswith("c0+c1+c2 is better than a0+a1+a2 by 0.1000 +- 0.0453 (95 %")
+    assert line.startswith("c0 (and 2 more) is better than a0 (and 2 more) by 0.1000 +- 0.0453")
     (line,) = verdict([*a[::2], *far[::2]])
     assert line.startswith("a0+a2 and c0+c2: no difference beyond noise"), "t of 2 is 4.3"
 
@@ -160,7 +160,7 @@ def test_a_recipe_has_one_colour(monkeypatch):
     compare(names, CompareConfig())
     lines = [x for x in drawn[0].axes[0].lines if x.get_marker() == "o"]
     assert [x.get_color() for x in lines] == ["C0", "C0", "C1", "C1"]
-    assert [t.get_text() for t in drawn[0].axes[0].get_legend().get_texts()] == ["a0", "b0"]
+    assert [t.get_text() for t in drawn[0].axes[0].get_legend().get_texts()] == ["a0+a1", "b0+b1"]
 
 
 def test_other_data_is_said(capsys):
