@@ -47,6 +47,7 @@ class Result:
             "problems": [],
             "complete": False,
         }
+        self._path: Path | None = None
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -57,16 +58,27 @@ class Result:
         return self.data["problems"]
 
     def save(self, folder: Path | None) -> Path | None:
-        """Write `<folder>/<gpu>/<date>-<commit>-<name>.json`; None: nowhere."""
+        """Write `<folder>/<gpu>/<date>-<commit>-<name>.json`; None: nowhere.
+
+        Of commands that begin in the same second the second writes `...-2.json`.
+        """
         if folder is None:
             return None
         self.data["gpu_after"] = provenance.gpu_state()
         environment = self.data["environment"]
         stamp = re.sub(r"[-:]", "", self.data["date"]).replace("T", "-").rstrip("Z")
-        name = f"{stamp}-{environment['commit']}-{self.data['name']}.json"
-        path = folder / slug(environment["device"]) / name
-        write(path, self.data)
-        return path
+        stem = f"{stamp}-{environment['commit']}-{self.data['name']}"
+        inside, count = folder / slug(environment["device"]), 1
+        path = inside / f"{stem}.json"
+        while self._path is None or self._path.parent != inside:
+            try:
+                write(path, self.data, new=True)
+                self._path = path
+            except FileExistsError:
+                count += 1
+                path = inside / f"{stem}-{count}.json"
+        write(self._path, self.data)
+        return self._path
 
     def finish(self, folder: Path | None) -> Path | None:
         """`save` for the last time: all that was asked for has been measured, or has a problem."""
@@ -116,12 +128,15 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def write(path: Path, data: dict[str, Any]) -> None:
-    """Check, then write aside and rename."""
+def write(path: Path, data: dict[str, Any], new: bool = False) -> None:
+    """Check, then write aside and rename. Raises FileExistsError if it was to be new and is not."""
     check(data, str(path))
+    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+    if new:
+        path.touch(exist_ok=False)
+    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    aside.write_text(text)
     os.replace(aside, path)
 
 

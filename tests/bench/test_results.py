@@ -32,6 +32,19 @@ def test_written_and_read_back(result: results.Result, tmp_path: Path) -> None:
     assert path.name.endswith("-step.json") and list(results.files(tmp_path)) == [path]
 
 
+def test_of_two_that_begin_in_one_second_none_is_lost(tmp_path: Path) -> None:
+    made = [results.Result("step", ["gpt2", f"--seed={i}"], {}) for i in range(3)]
+    for result in made:
+        result.data["date"] = made[0].data["date"]
+        result.rows.append(dict(ROW))
+        result.save(tmp_path)
+    paths = [result.finish(tmp_path) for result in made]
+    assert [p.stem.rpartition("step")[2] for p in paths if p] == ["", "-2", "-3"]
+    for path, result in zip(paths, made, strict=True):
+        assert path and results.load(path) == result.data and result.data["complete"]
+    assert len(list(tmp_path.rglob("*"))) == 1 + 3, "nothing is left aside"
+
+
 def test_slug() -> None:
     assert results.slug("NVIDIA GeForce RTX 4090") == "nvidia-geforce-rtx-4090"
 
