@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgpt.config.schema import ModelConfig
 from fastgpt.model import ops
-from fastgpt_kernels.accumulate import adds_rows
 from fastgpt_kernels.record import Sizes
 
 VOCAB_MULTIPLE = 128
@@ -109,6 +108,8 @@ class _AddingEmbedding(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, rows: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+        from fastgpt_kernels.accumulate import adds_rows  # loads the op registry
+
         (idx,) = ctx.saved_tensors
         adds_rows(ctx.total, idx.flatten(), rows.flatten(0, 1))
         return None, None, None

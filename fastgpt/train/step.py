@@ -26,7 +26,7 @@ from fastgpt.train.ranks import Ranks
 from fastgpt.train.sharding import like, whole
 from fastgpt.train.shares import shares_of
 from fastgpt.train.verdict import verdict
-from fastgpt_kernels.accumulate import adds_in_place
+from fastgpt_kernels.host import adds_in_place
 from fastgpt_kernels.telling import why
 
 

@@ -18,11 +18,6 @@ from fastgpt_kernels.register import Op, product_flops
 WIDENED_ROWS = 4096  # of a factor that is widened to fp32 at a time
 
 
-def adds_in_place(device: torch.device) -> bool:
-    """Whether a product of 16-bit factors there adds to fp32 as it ends: cuBLAS's do."""
-    return device.type == "cuda" and torch.version.hip is None
-
-
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
     """total += a @ b, or total = a @ b if it is the first: summed in fp32, and never rounded.
 
@@ -68,17 +63,3 @@ adds_product = Op(
 adds_scaled = Op("add_scaled", _add_scaled, _nothing, mutates=("total",))
 # total[rows[i]] += x[i], rows (M,) int64, x (M, C) like total (V, C)
 adds_rows = Op("add_rows", _add_rows, _nothing, mutates=("total",))
-
-
-class AddsTo(torch.autograd.Function):
-    """x as it is; its gradient is added to `total`, and x has none."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, total: Tensor) -> Tensor:
-        ctx.total = total  # not saved: autograd would refuse what is changed
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:  # type: ignore[override]
-        ctx.total.add_(gradient)  # specifications are not compiled
-        return None, None

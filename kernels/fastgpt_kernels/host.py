@@ -70,6 +70,11 @@ def arch_of(x: torch.Tensor) -> str:
     return arch(x.device.index) if x.is_cuda else _PRETENDED or "cpu"
 
 
+def adds_in_place(device: torch.device) -> bool:
+    """Whether a product of 16-bit factors there adds to fp32 as it ends: cuBLAS's do."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
 def on_device(x: torch.Tensor) -> AbstractContextManager[object]:
     """Makes the device of `x` the current one, which is where Triton launches."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():

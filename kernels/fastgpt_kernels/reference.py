@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt_kernels.accumulate import AddsTo
-
 
 def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float32, or float64 if any of the inputs is."""
@@ -134,6 +132,20 @@ def linear_cross_entropy(
     else:
         logits = F.linear(x, weight)
     return cross_entropy(logits, targets, ignore_index, reduction, vocab_size)
+
+
+class AddsTo(torch.autograd.Function):
+    """x as it is; its gradient is added to `total`, and x has none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, total: Tensor) -> Tensor:
+        ctx.total = total  # not saved: autograd would refuse what is changed
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:  # type: ignore[override]
+        ctx.total.add_(gradient)  # specifications are not compiled
+        return None, None
 
 
 class SumsForBias(torch.autograd.Function):

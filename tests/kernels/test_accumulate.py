@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fastgpt_kernels import accumulate
-from fastgpt_kernels.accumulate import AddsTo, add_product, adds_product, adds_rows, adds_scaled
+from fastgpt_kernels.accumulate import add_product, adds_product, adds_rows, adds_scaled
 from fastgpt_kernels.ops.matmul.record import eager_linear, eager_mlp
+from fastgpt_kernels.reference import AddsTo
 from tests.kernels.helpers import registered
 
 
