@@ -363,7 +363,7 @@ def test_opcheck(device: torch.device) -> None:
         utils = ["test_schema", "test_faketensor"]
         if need_dx:
             utils += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
-        arguments = (*leaves, targets, None, -1, 45, 3, need_dx, need_dw)
+        arguments = (*leaves, targets, None, None, -1, 45, 3, need_dx, need_dw)
         torch.library.opcheck(registered("linear_cross_entropy"), arguments, test_utils=utils)
     masters = x.half().requires_grad_(), weight.clone().requires_grad_(), targets
     for rounded in (None, weight.half()):
