@@ -78,7 +78,7 @@ class Graph:
     calls: dict[int, tuple[Any, ...]] = field(default_factory=dict)
 
     @property
-    def of_optimizer(self) -> bool:
+    def once_a_step(self) -> bool:
         """Whether it runs once a step, not once a micro-batch."""
         files = {line.partition(":")[0] for x in self.launches for line in x.lines}
         return not files.isdisjoint(("muon.py", "verdict.py"))

@@ -110,6 +110,11 @@ def _record(request: Request) -> Step:
     torch.nn.Module.to = lambda self, *a, **k: self  # type: ignore[method-assign]
     flags = {"device": "cuda:0", "compile": "True", **request.flags}
     config = setup.preset_of(request.preset, flags)
+    if config.op.adamw == "triton":
+        raise UserError(
+            "--op.adamw=triton: it takes addresses of tensors, which fake ones have not; without "
+            "this flag PyTorch's AdamW is counted"
+        )
     vocab_size = setup.vocabulary(config)
     kind = variants.PEER if request.peer_path else "ours"
     variant = variants.Variant("step", {}, kind, path=request.peer_path)
@@ -126,8 +131,8 @@ def _record(request: Request) -> Step:
             stepper.step(1, tokens)
     arch = "sm_{}{}".format(*request.gpu.capability)
     sizes = ModelShape.of(config.model, vocab_size).sizes(config.optim.batch_size)
-    once = [g for g in graphs if g.of_optimizer]
-    graphs = [g for g in graphs if not g.of_optimizer]
+    once = [g for g in graphs if g.once_a_step]
+    graphs = [g for g in graphs if not g.once_a_step]
     return Step(
         [x for g in graphs if not g.backward for x in parts(g, arch, sizes)],
         [x for g in graphs if g.backward for x in parts(g, arch, sizes)],

@@ -250,15 +250,24 @@ def as_ladder(p: Prediction, config: Config, vocab_size: int, rates: Rates) -> l
     return ladder.build(Breakdown("cuda", 1, p.ms, parts), work, measured)
 
 
+def asked(
+    name: str, flags: dict[str, str], rates: Rates, peer_path: str = ""
+) -> tuple[Config, int, fake_step.Request]:
+    """A preset's config with flags, its vocabulary, and what to record of it. Raises UserError."""
+    flags = {"dtype": "bfloat16", **flags}
+    config = setup.with_values(setup.preset_of(name, {**flags, "device": "cpu"}), {"compile": True})
+    request = fake_step.Request(name, flags, peer_path, gpu_of(rates.sheet))
+    return config, setup.vocabulary(config), request
+
+
 def of_run(name: str, flags: dict[str, str], device_name: str) -> ladder.Ladder:
     """What is predicted of a preset's step with flags on the GPU of that name. Raises UserError."""
     found = sheet_of(device_name)
     if found is None:
         raise UserError(f"there is no data sheet of {device_name}")
-    rates, gpu = Rates(found), gpu_of(found)
-    config = setup.with_values(setup.preset_of(name, {**flags, "device": "cpu"}), {"compile": True})
-    vocab_size = setup.vocabulary(config)
-    (step,) = fake_step.record(fake_step.Request(name, flags, gpu=gpu))
+    rates = Rates(found)
+    config, vocab_size, request = asked(name, flags, rates)
+    (step,) = fake_step.record(request)
     p = predict(step, config, sizes_of(config, vocab_size), rates)
     return as_ladder(p, config, vocab_size, rates)
 
@@ -286,16 +295,8 @@ def run(argv: Sequence[str]) -> int:
     name, own = positional[0] if positional else "gpt2", {k: flags.pop(k, "") for k in OWN}
     shares = {k: _share(k, own[k]) for k in OWN if k.endswith("_share") and own[k]}
     rates = Rates(find(own["gpu"] or "h100"), **shares)
-    flags = {"dtype": "bfloat16", **flags}
-    config = setup.with_values(setup.preset_of(name, {**flags, "device": "cpu"}), {"compile": True})
-    if config.op.adamw == "triton":
-        raise UserError(
-            "--op.adamw=triton: it takes addresses of tensors, which fake ones have not; without "
-            "this flag PyTorch's AdamW is counted"
-        )
-    vocab_size = setup.vocabulary(config)
+    config, vocab_size, request = asked(name, flags, rates, own["peer_path"])
     print(f"{name}: {setup.describe(config, vocab_size)}", flush=True)
-    request = fake_step.Request(name, flags, own["peer_path"], gpu_of(rates.sheet))
     if own["compare"]:
         print(table(STEP_COLUMNS, list(each_step(request, config, vocab_size, rates)), True))
         return 0
@@ -306,9 +307,11 @@ def run(argv: Sequence[str]) -> int:
         return 0
     result = results.Result("ledger", list(argv), settings.to_dict(config))
     found = as_ladder(p, config, vocab_size, rates)
-    show(p, step, config, vocab_size, rates, peer=bool(own["peer_path"]))
+    host_us = dispatch_us()
+    show(p, step, config, vocab_size, rates, host_us, peer=bool(own["peer_path"]))
     ladder_table.show(found)
-    result.rows.append({"key": name, "problem": "", **as_json(p, config, vocab_size, rates)})
+    row = as_json(p, config, vocab_size, rates) | {"host_ms": p.launches() * host_us / 1e3}
+    result.rows.append({"key": name, "problem": "", **row})
     if own["peer_path"]:
         del result.rows[0]["memory_bytes"]  # the estimate knows our model only
     result.rows[0]["waterfall"] = found.to_json()
@@ -364,7 +367,6 @@ def as_json(p: Prediction, config: Config, vocab_size: int, rates: Rates) -> dic
         "predicted_tokens_per_second": p.tokens / p.ms * 1e3,
         "predicted_mfu": mfu_of(config, vocab_size, p.ms, rates.sheet),
         "memory_bytes": memory_of(config, vocab_size, rates.sheet),
-        "host_ms": p.launches() * dispatch_us() / 1e3,
         "lines": [dataclasses.asdict(line) for line in p.lines],
     }
 
@@ -404,6 +406,7 @@ def show(
     config: Config,
     vocab_size: int,
     rates: Rates,
+    host_us: float,
     peer: bool = False,
 ) -> None:
     """Print the table of launches and what follows from it."""
@@ -422,11 +425,10 @@ def show(
         + ", ".join(f"{k} {v:.1f} %" for k, v in mfu.items())
         + ("" if peer else f"; memory {gib:.1f} GiB by estimate")
     )
-    us = dispatch_us()
     print(
-        f"host: {p.launches() * us / 1e3:.1f} ms a step to call it all, at {us:.2f} us a call of "
-        "PyTorch's on this CPU, and the driver's time; where that is longer than the step a CUDA "
-        "graph (--cuda_graph) does without"
+        f"host: {p.launches() * host_us / 1e3:.1f} ms a step to call it all, at {host_us:.2f} us a "
+        "call of PyTorch's on this CPU, and the driver's time; where that is longer than the step "
+        "a CUDA graph (--cuda_graph) does without"
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import re
@@ -68,16 +70,15 @@ class Result:
         environment = self.data["environment"]
         stamp = re.sub(r"[-:]", "", self.data["date"]).replace("T", "-").rstrip("Z")
         stem = f"{stamp}-{environment['commit']}-{self.data['name']}"
-        inside, count = folder / slug(environment["device"]), 1
-        path = inside / f"{stem}.json"
-        while self._path is None or self._path.parent != inside:
-            try:
-                write(path, self.data, new=True)
-                self._path = path
-            except FileExistsError:
-                count += 1
-                path = inside / f"{stem}-{count}.json"
-        write(self._path, self.data)
+        inside = folder / slug(environment["device"])
+        if self._path is not None and self._path.parent == inside:
+            write(self._path, self.data)
+            return self._path
+        for count in itertools.count(1):
+            self._path = inside / (f"{stem}.json" if count == 1 else f"{stem}-{count}.json")
+            with contextlib.suppress(FileExistsError):
+                write(self._path, self.data, new=True)
+                break
         return self._path
 
     def finish(self, folder: Path | None) -> Path | None:

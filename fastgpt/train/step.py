@@ -100,8 +100,8 @@ class Trainer:
         fuse = machine.compile and self._guard_on_device
         self._verdict = torch.compile(verdict, fullgraph=True) if fuse else verdict
         self._one = torch.ones((), device=self.device)
-        self._graph: StepGraph | None = None
-        self._graph_is_whole = False  # it has the update, too
+        self._graph: StepGraph | None = None  # of a micro-step
+        self._whole_graph: StepGraph | None = None  # with the update, too
 
     @property
     def resolved(self) -> Config:
@@ -128,7 +128,7 @@ class Trainer:
         total: Tensor | None = None
         for i, micro_batch in enumerate(micro_batches, 1):
             with sharding.reducing(self.wrapped, last=i == len(micro_batches)):
-                if self._graph is None or self._graph_is_whole:
+                if self._graph is None:
                     loss = self.micro_step(micro_batch, len(micro_batches))
                 else:
                     loss = self._graph(micro_batch)
@@ -145,9 +145,9 @@ class Trainer:
         """One update from a batch (rows, T + 1). Returns loss and gradient norm, on the device."""
         optim.set_learning_rate(self.optimizer, optim.learning_rate(step, self.config.optim))
         self._last_step = step
-        if self._graph is not None and self.graphed == "step":
+        if self._whole_graph is not None:
             self._seed(step)
-            loss, grad_norm = self._graph(tokens).unbind()
+            loss, grad_norm = self._whole_graph(tokens).unbind()
             return loss, grad_norm
         # Averaged in every step: ranks that judged by losses of their own could disagree, as an
         # infinite loss may have finite gradients and loss scaling expects infinite ones.
@@ -221,22 +221,28 @@ class Trainer:
         system, tokens, n = self.config.system, micro_batch(), self.accumulation
         yes, why = graph.wanted(system, self.machine, lambda: self.micro_step(tokens, n))
         self._zero_grad()
-        if yes:
-            # The host reads what Muon's steps look like; AdamW's are all on the device.
-            alone = n == 1 and not isinstance(self.optimizer, Muon)
-            for whole in [True, False] if alone and update else [False]:
-                try:
-                    self.capture(step, tokens, whole)
-                    return True, True, why
-                except torch.OutOfMemoryError:
-                    raise
-                except RuntimeError as e:
-                    line = (str(e).strip().splitlines() or [type(e).__name__])[0]
-                    why = f"{why}; not of the whole step: {line}"
-            if system.cuda_graph is True:
-                raise UserError(f"--cuda_graph=True: {line}; leave the flag out")
-            return True, False, line
-        return False, False, why
+        if not yes:
+            return False, False, why
+        # Muon's step takes its learning rate from the host; AdamW's is all on the device.
+        if update and n == 1 and not isinstance(self.optimizer, Muon):
+            failed = self._tried(step, tokens, whole=True)
+            if not failed:
+                return True, True, why
+            why = f"{why}; not of the whole step: {failed}"
+        failed = self._tried(step, tokens, whole=False)
+        if failed and system.cuda_graph is True:
+            raise UserError(f"--cuda_graph=True: {failed}; leave the flag out")
+        return True, not failed, failed or why
+
+    def _tried(self, step: int, tokens: Tensor, whole: bool) -> str:
+        """Capture. Why that failed; empty if it did not."""
+        try:
+            self.capture(step, tokens, whole)
+            return ""
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as e:
+            return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
     def capture(self, step: int, micro_batch: Tensor, whole: bool = False) -> None:
         """From now on run micro-batches of this shape as one CUDA graph; changes no weight.
@@ -267,9 +273,12 @@ class Trainer:
             if whole:
                 optim.make_capturable(self.optimizer, self.device)
                 self._bad.fill_(1.0)  # by which updates are called off
-            self._graph = StepGraph(self._whole_step if whole else plain, micro_batch)
-            self._graph_is_whole = whole
-            for a, b in zip(wanted, seeded(self._graph).tolist(), strict=True):
+            captured = StepGraph(self._whole_step if whole else plain, micro_batch)
+            if whole:
+                self._whole_graph = captured
+            else:
+                self._graph = captured
+            for a, b in zip(wanted, seeded(captured).tolist(), strict=True):
                 if not abs(b - a) <= 0.02 * abs(a):
                     raise RuntimeError(f"the graph gives {b:.6g}, the plain step {a:.6g}")
         except RuntimeError:
@@ -283,11 +292,13 @@ class Trainer:
     @property
     def graphed(self) -> str:
         """What is one CUDA graph: "step", "micro-batch", or nothing."""
-        whole = "step" if self._graph_is_whole else "micro-batch"
-        return "" if self._graph is None else whole
+        if self._whole_graph is not None:
+            return "step"
+        return "" if self._graph is None else "micro-batch"
 
     def _drop_graph(self) -> None:
-        self._graph, self._graph_is_whole, self._static_grads = None, False, self._sums
+        self._graph = self._whole_graph = None
+        self._static_grads = self._sums
 
     def check(self) -> None:
         """Raise NonFinite if a step was not finite. Waits for the device."""

@@ -53,16 +53,13 @@ def eager(
 
 
 def _sdpa(backend: SDPBackend, *args, **kwargs) -> Tensor:
-    if backend is SDPBackend.FLASH_ATTENTION:
-        _take_flash("")
     with sdpa_kernel([backend]):
         return eager(*args, **kwargs)
 
 
-def _flash(name: str, *args, **kwargs) -> Tensor:
-    _take_flash(FLASH_IMPLS[name][0])
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
-        return eager(*args, **kwargs)
+def _flash(impl: str, *args, **kwargs) -> Tensor:
+    _take_flash(impl)
+    return _sdpa(SDPBackend.FLASH_ATTENTION, *args, **kwargs)
 
 
 @torch.compiler.assume_constant_result  # it runs when a graph is traced, which each process does
@@ -144,9 +141,8 @@ RECORDS = {
             "eager": eager,
             "triton": attention,
             "cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
-            "flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION),
-            "fa3": partial(_flash, "fa3"),
-            "fa4": partial(_flash, "fa4"),
+            "flash": partial(_flash, ""),
+            **{name: partial(_flash, impl) for name, (impl, *_) in FLASH_IMPLS.items()},
             "math": partial(_sdpa, SDPBackend.MATH),
             "hopper": hopper_attention,
         },

@@ -43,11 +43,10 @@ class _MasterLinear(torch.autograd.Function):
         dw = None
         if for_weight:
             factors = rows.t(), x.reshape(-1, x.shape[-1])
-            dw = (
-                _fp32_product(*factors)
-                if ctx.add_to is None
-                else adds_product(ctx.add_to, *factors)
-            )
+            if ctx.add_to is None:
+                dw = _fp32_product(*factors)
+            else:
+                adds_product(ctx.add_to, *factors)
         return dx, dw, None, rows.sum(0) if for_bias else None, None
 
 
