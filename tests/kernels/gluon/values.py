@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 HERE = os.path.dirname(__file__)
-INTERNAL = {os.path.join(HERE, "values.py"), os.path.join(HERE, "emulator.py"), threading.__file__}
+FILES = "values.py", "machine.py", "emulator.py"
+INTERNAL = {*(os.path.join(HERE, name) for name in FILES), threading.__file__}
 
 
 class KernelError(Exception):
