@@ -154,9 +154,10 @@ def check(data: Any, where: str) -> None:
     if not all(isinstance(k, str) for k in keys) or len(set(keys)) != len(keys):
         raise ValueError(f"{where}: every row needs a key of its own")
     for row in data["rows"]:
-        timed, problem = bool(row.get("samples_ms")), row.get("problem", "")
-        if timed == bool(problem):
-            raise ValueError(f"{where}: {row['key']}: a row has either samples_ms or a problem")
+        found = row.get("samples_ms") or row.get("predicted_ms")
+        if bool(found) == bool(row.get("problem")):
+            either = "either samples_ms, or predicted_ms, or a problem"
+            raise ValueError(f"{where}: {row['key']}: a row has {either}")
 
 
 def load(path: Path) -> dict[str, Any]:

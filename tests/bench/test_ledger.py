@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench import ledger
+from bench import ledger, report, results
 from bench.fake_cuda import Launch
 from bench.fake_step import Step
 from fastgpt.config.presets import PRESETS
@@ -84,6 +84,21 @@ def test_prediction() -> None:
     assert sum(r.ms for r in found.rungs) == pytest.approx(p.ms) and found.residual_share == 0
     mfu = ledger.mfu_of(CONFIG, 50257, p.ms, RATES.sheet)
     assert found.mfu == pytest.approx(mfu["mfu"]) and mfu["mfu_6n"] < mfu["mfu_causal"]
+
+
+def test_a_result_with_its_picture(tmp_path, monkeypatch, capsys) -> None:
+    """And the report has it; the recording itself is tested in tests/step_counts.py."""
+    step = Step([product(M, C, C)] * 4, [product(C, C, M)] * 2, [], ["attention: triton"])
+    monkeypatch.setattr(ledger.fake_step, "record", lambda *requests: [step for _ in requests])
+    argv = ["gpt2", "--gpu=h200", "--n_layer=2", "--out", str(tmp_path)]
+    assert ledger.main(argv) == 0
+    assert "host: " in capsys.readouterr().out
+    (path,) = tmp_path.rglob("*.json")
+    (row,) = results.load(path)["rows"]
+    assert row["gpu"] == "H200" and row["predicted_ms"] > 0 and row["host_ms"] > 0
+    assert path.with_suffix(".png").exists() and path.with_suffix(".svg").exists()
+    report.main([str(tmp_path), f"--out={tmp_path / 'report.md'}"])
+    assert f"{row['predicted_ms']:.1f}" in (tmp_path / "report.md").read_text()
 
 
 def test_every_gpu_of_the_table_gets_a_line() -> None:
