@@ -235,6 +235,16 @@ def test_baseline_keeps_what_passed(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_what_a_kernel_overwrites_is_read_and_written() -> None:
+    room = json.loads((ROOT / "kernels/fastgpt_kernels/ops/loss/gate.json").read_text())
+    found = [kernels["sm_90"] for kernels in room.values()]
+    assert found
+    for kernels in found:
+        chunk = 16384 * 50304 * 2  # logits of a chunk, bf16, that become their gradient
+        least = kernels["gpt2 linear_cross_entropy forward: cross_entropy"]["H200"][0]
+        assert least == pytest.approx(2 * chunk / 4.8e12 * 1e6, rel=0.01)
+
+
 def test_readme_shows_the_baselines() -> None:
     text = aot.README.read_text()
     table = text.partition(baseline.BEGIN)[2].partition(baseline.END)[0]

@@ -46,7 +46,8 @@ class Launch:
     signature, constexprs, attrs  as `triton.compiler.ASTSource` takes them
     options                       the launch's own, num_warps and the like
     grid                          programs
-    moved                         bytes of the tensors among its arguments, each counted once
+    moved                         bytes of the tensors among its arguments, each counted once; what
+                                  the kernel's `in_place` names twice is read and written
     work                          FLOPs of the matrix products, by the op's record
     times                         how often a training step of the model launches it
     name                          of the first use that launched it, unique in a recording
@@ -162,9 +163,14 @@ class _Recorded:
         return None
 
     def run(self, x: int, y: int, z: int, *rest: Any) -> None:
-        arguments = rest[6:]
+        kernel, arguments = self.launch.kernel, rest[6:]
         tensors = {id(t): t for t in (getattr(a, "base", a) for a in arguments)}
-        moved = sum(t.numel() * t.element_size() for t in tensors.values() if isinstance(t, Tensor))
+        counted = [t for t in tensors.values() if isinstance(t, Tensor)]
+        named = dict(zip(kernel.arg_names, arguments, strict=True))
+        read, written = (named.get(name) for name in getattr(kernel, "in_place", ("", "")))
+        if isinstance(read, Tensor) and read is written:
+            counted.append(read)
+        moved = sum(t.numel() * t.element_size() for t in counted)
         self.found.append(replace(self.launch, grid=x * y * z, moved=moved))
 
 
