@@ -48,7 +48,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def quietly_built(variant: Variant, config: Config, vocab_size: int) -> Stepper:
     """`build` in a worker process."""
     device = torch.device(config.system.device)
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # events are recorded on the current one
     if device.type == "cpu":
         torch.set_num_threads(1)  # shared cores: waiting threads would cost more than they give

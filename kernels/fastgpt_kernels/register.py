@@ -13,6 +13,7 @@ What is declared is what the op computes; what PyTorch wants to know of it is de
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import typing
@@ -99,7 +100,7 @@ class Op:
         op = torch.library.custom_op(
             f"fastgpt::{name}", _tensors_only(forward), mutates_args=mutates
         )
-        op.register_fake(_tensors_only(shapes))
+        op.register_fake(_tensors_only(_curbed(shapes)))
         if backward is not None:
             op.register_autograd(self._gradients, setup_context=self._remember)
         self.registered = getattr(torch.ops.fastgpt, name).default
@@ -179,6 +180,28 @@ class Op:
             "backward": staticmethod(gradients),
         }
         return type(f"fastgpt::{self.name}", (torch.autograd.Function,), body)
+
+
+def _curbed(shapes: Callable[..., Any]) -> Callable[..., Any]:
+    """`shapes`, which torch.compile asks for before Inductor sees an op for the first time.
+
+    Until 2.13 Inductor then writes down all that its arguments were computed from, for a log that
+    nobody reads: of a model's last op that is twice as long with each layer.
+    """
+    if torch.__version__ >= "2.13":
+        return shapes
+
+    def asked(*inputs: Any) -> Any:
+        from torch._inductor.exc import OperatorIssue  # takes a second
+
+        OperatorIssue.operator_str = staticmethod(_target_only)  # type: ignore[method-assign]
+        return shapes(*inputs)
+
+    return functools.wraps(shapes)(asked)
+
+
+def _target_only(target: Any, args: Any, kwargs: Any) -> str:
+    return f"target: {target}"
 
 
 def _tensors_only(function: Callable[..., Any]) -> Callable[..., Any]:

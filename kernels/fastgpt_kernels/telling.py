@@ -43,6 +43,8 @@ def telling(
 def why(error: Exception) -> str:
     """An error in one line of at most 160 characters; compilers put source text around theirs."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    if len(lines) > 1 and lines[0].endswith("raised:"):  # torch.compile, of a backend
+        lines = lines[1:]
     line = lines[-1] if lines[0].startswith("at ") else lines[0]
     if not isinstance(error, RuntimeError | ValueError | TypeError) or not line:
         line = f"{type(error).__name__}: {line}".removesuffix(": ")

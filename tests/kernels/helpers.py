@@ -77,13 +77,14 @@ def assert_accurate(
     name: str = "",
     nudged_runs: Sequence[Tensor] = (),
     inherent: float = 0.0,
+    floor: float = 0.0,
 ) -> None:
     """`ours` errs at most `factor` times as much as PyTorch does, or within an ulp or so.
 
     `nudged_runs` are PyTorch's results on `nudged` inputs; `inherent` is a relative error that the
-    op's formula has whoever computes it, where PyTorch may be lucky. The floor is for when
-    PyTorch's own error is 0 or lucky: eps of the dtype times the largest value, which is two
-    roundings of that value.
+    op's formula has whoever computes it, where PyTorch may be lucky; `floor` an absolute one, where
+    the result is 0. Eps of the dtype times the largest value, which is two roundings of that value,
+    is always allowed.
     """
     assert ours.shape == oracle.shape, f"{name}: shape {ours.shape}, wanted {oracle.shape}"
     assert ours.dtype == torch_same_dtype.dtype, f"{name}: {ours.dtype}, {torch_same_dtype.dtype}"
@@ -102,10 +103,10 @@ def assert_accurate(
     torch_max, torch_norm = map(max, zip(*(errors(x[finite], oracle) for x in runs), strict=True))
     eps = torch.finfo(torch_same_dtype.dtype).eps
     scale = oracle.abs().max().item() if oracle.numel() else 0.0
-    assert our_max <= factor * torch_max + (eps + inherent) * scale, (
+    assert our_max <= factor * torch_max + (eps + inherent) * scale + floor, (
         f"{name}: largest error {our_max:.3e}, PyTorch's {torch_max:.3e}, largest value {scale:.3e}"
     )
-    assert our_norm <= factor * torch_norm + eps + inherent, (
+    assert floor or our_norm <= factor * torch_norm + eps + inherent, (
         f"{name}: relative error {our_norm:.3e}, PyTorch's {torch_norm:.3e}"
     )
 
@@ -131,6 +132,7 @@ def check_op(
     inputs: Sequence[Any],
     dys: Sequence[Tensor],
     factor: float = 2.0,
+    floor: float = 0.0,
 ) -> None:
     """Outputs and gradients of `op` obey the accuracy rule; `reference` is run in fp64 and as is.
 
@@ -150,7 +152,8 @@ def check_op(
     for part, kind in enumerate(("output", "gradient")):
         for i, (x, y, z) in enumerate(zip(ours[part], same[part], oracle[part], strict=True)):
             label = f"{kind} {i} {tuple(z.shape)}"
-            assert_accurate(x, y, z, factor, label, [run[part][i] for run in runs])
+            others = [run[part][i] for run in runs]
+            assert_accurate(x, y, z, factor, label, others, floor=floor)
 
 
 def registered(name: str) -> Any:

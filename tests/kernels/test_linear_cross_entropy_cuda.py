@@ -34,6 +34,7 @@ def test_real_size(
     x, weight, targets = problem(1021, 768, n_cols, dtype)
     vocab_size = n_cols - 40
     targets.clamp_(max=vocab_size - 1)
+    n_valid = int((targets != -1).sum())
     results = []
     for fn, compute in (
         (linear_cross_entropy, dtype),
@@ -44,8 +45,10 @@ def test_real_size(
         loss = fn(*leaves, targets, -1, reduction, vocab_size, chunk_tokens)
         gradients = torch.autograd.grad(loss.sum() * 0.7, leaves)
         results.append((loss.detach(), *gradients))
-    for ours, same, oracle in zip(*results, strict=True):
-        assert_accurate(ours, same, oracle)
+    # Logits are rounded, in an order of its own by each; of the mean of many PyTorch's may cancel.
+    rounding = torch.finfo(dtype).eps / n_valid**0.5 if reduction == "mean" else 0.0
+    for i, (ours, same, oracle) in enumerate(zip(*results, strict=True)):
+        assert_accurate(ours, same, oracle, floor=0.0 if i else rounding)
 
 
 def test_memory_is_one_chunk_and_the_gradients() -> None:

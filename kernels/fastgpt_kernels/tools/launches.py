@@ -9,7 +9,6 @@ kernel, the types of its arguments, which of them are multiples of 16, the const
 from __future__ import annotations
 
 import ast
-import copyreg
 import functools
 import hashlib
 import importlib
@@ -67,6 +66,14 @@ class Launch:
     name: str = ""
     op: str = ""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Launches go to other processes, kernels by name."""
+        return vars(self) | {"kernel": (self.kernel.fn.__module__, self.kernel.fn.__name__)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        module, name = state["kernel"]
+        vars(self).update(state, kernel=getattr(importlib.import_module(module), name))
+
     @property
     def title(self) -> str:
         """The kernel and the flags that are set, without sizes and tiles."""
@@ -123,17 +130,6 @@ def _from_triton(value: Any) -> bool:
     return home.split(".")[0] in ("triton", "torch")
 
 
-def _find(module: str, name: str) -> Any:
-    return getattr(importlib.import_module(module), name)
-
-
-def _by_name(kernel: Any) -> tuple[Any, ...]:
-    return _find, (kernel.fn.__module__, kernel.fn.__name__)
-
-
-copyreg.pickle(JITFunction, _by_name)  # launches go to other processes, kernels by name
-
-
 class _Driver:
     """As much of a driver as Triton's JIT asks for; the architecture's name is the device."""
 
@@ -165,11 +161,10 @@ class _Recorded:
     def run(self, x: int, y: int, z: int, *rest: Any) -> None:
         kernel, arguments = self.launch.kernel, rest[6:]
         tensors = {id(t): t for t in (getattr(a, "base", a) for a in arguments)}
-        counted = [t for t in tensors.values() if isinstance(t, Tensor)]
+        counted: list[Any] = [t for t in tensors.values() if isinstance(t, Tensor)]
         named = dict(zip(kernel.arg_names, arguments, strict=True))
         read, written = (named.get(name) for name in getattr(kernel, "in_place", ("", "")))
-        if isinstance(read, Tensor) and read is written:
-            counted.append(read)
+        counted += [t for t in (read,) if isinstance(t, Tensor) and t is written]
         moved = sum(t.numel() * t.element_size() for t in counted)
         self.found.append(replace(self.launch, grid=x * y * z, moved=moved))
 
@@ -194,7 +189,6 @@ def recording(arch: str) -> Iterator[list[Launch]]:
     def stand_in(self: Any, key: Any, signature: Any, device: Any, constexprs: Any, *rest: Any):
         launch = Launch(self, arch, signature, constexprs, rest[1], dict(given))
         kernels.add(self)
-        copyreg.pickle(type(self), _by_name)  # Gluon has a class of its own
         self.device_caches[device][0][key] = _Recorded(launch, found)
         return self.device_caches[device][0][key]
 
