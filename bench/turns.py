@@ -180,13 +180,17 @@ _starting = threading.Lock()
 
 def _start(worker: Worker, root: str) -> None:
     """Start the process; with `root`, one whose fastgpt and kernels are that checkout's."""
+    if not root:
+        with _starting:  # it gets the path as it is now
+            worker.spawn()
+        return worker.ready()
     with _starting, TemporaryDirectory() as folder:
         path = list(sys.path)
-        if root:
-            Path(folder, "bench").symlink_to(ROOT / "bench")
-            sys.path[:0] = [folder, root, f"{root}/kernels"]
+        Path(folder, "bench").symlink_to(ROOT / "bench")
+        sys.path[:0] = [folder, root, f"{root}/kernels"]
         try:
-            worker._start()
+            worker.spawn()
+            worker.ready()
         finally:
             sys.path[:] = path
 

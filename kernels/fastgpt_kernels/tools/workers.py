@@ -35,13 +35,17 @@ class Worker:
         self._context = multiprocessing.get_context("spawn")
         self._process: Any = None
 
-    def _start(self) -> None:
+    def spawn(self) -> None:
+        """Start the process, without waiting for its imports: `ready` does."""
         self._connection, theirs = self._context.Pipe()
         self._process = self._context.Process(
             target=_serve, args=(theirs, self._handle, self._arguments), daemon=True
         )
         self._process.start()
         theirs.close()
+
+    def ready(self) -> None:
+        """Wait for a process that was spawned. Raises TaskFailed if it does not come up."""
         if not self._connection.poll(120):
             self.close()
             raise TaskFailed("the worker process did not start within 120 s")
@@ -59,7 +63,8 @@ class Worker:
     def ask(self, *task: Any, timeout: float) -> Any:
         """The answer to a task; TaskFailed if it raised, died or took over `timeout` seconds."""
         if self._process is None:
-            self._start()
+            self.spawn()
+            self.ready()
         self._connection.send(task)
         if not self._connection.poll(timeout):
             self.close()
