@@ -15,6 +15,7 @@ import contextlib
 import gc
 import io
 import math
+import os
 import random
 import resource
 import sys
@@ -35,6 +36,7 @@ from bench.variants import Stepper, Variant, build
 from fastgpt.config import settings
 from fastgpt.config.schema import Config
 from fastgpt.model.peaks import synchronize
+from fastgpt_kernels.plans.device import cores
 from fastgpt_kernels.tools.workers import TaskFailed, Worker
 
 POOL = 8  # batches that the steps rotate through
@@ -42,6 +44,7 @@ CHECK_STEPS = 8
 # Relative difference from the reference that rounding explains, and dropout's other random numbers.
 LOSS_TOLERANCE, NORM_TOLERANCE = 0.01, 0.05
 DROPOUT_FACTOR = 4
+COMPILERS = "TORCHINDUCTOR_COMPILE_THREADS"
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -214,6 +217,8 @@ def measure(
     there is can be kept. Those that have neither samples nor a problem were not measured yet.
     """
     values = settings.to_dict(config)
+    # Those that compile at the same time share the cores: each begins processes of its own for it.
+    os.environ.setdefault(COMPILERS, str(max(1, cores() // builders)))
     found = [Measured(v) for v in variants]
     workers = [Worker(serve, Seat(v, values, vocab_size)) for v in variants]
 

@@ -24,6 +24,7 @@ import importlib.util
 import statistics
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -268,8 +269,11 @@ def traced(steps: Steps, count: int) -> tuple[trace.Breakdown, float]:
     activities = [ProfilerActivity.CPU]
     if steps.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities, record_shapes=True, acc_events=True) as profiler:
-        times = steps.run(count + 1)
+    with warnings.catch_warnings():
+        # To keep them it would make objects of them all, which takes longer than all else here.
+        warnings.filterwarnings("ignore", "Profiler clears events")
+        with profile(activities=activities, record_shapes=True) as profiler:
+            times = steps.run(count + 1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
