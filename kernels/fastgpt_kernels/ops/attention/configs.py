@@ -31,7 +31,7 @@ FORWARD_DROPOUT: Table = {
 # dk, dv and dq in one pass.
 BACKWARD: Table = {
     "default": {64: _attention(32, 128, 8, 2, tma=0), 128: _attention(32, 64, 8, 2, tma=0)},
-    "sm_90": {64: _attention(64, 128, 8, 2, tma=1), 128: _attention(32, 128, 8, 2, tma=1)},
+    "sm_90": {64: _attention(64, 64, 4, 2, tma=0), 128: _attention(32, 128, 8, 2, tma=1)},
     "sm_100": {64: _attention(32, 128, 8, 2, tma=1), 128: _attention(32, 128, 8, 2, tma=1)},
     "gfx942": {64: _attention(32, 64, 4, tma=0), 128: _attention(32, 64, 4, tma=0)},
 }
