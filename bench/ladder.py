@@ -50,6 +50,7 @@ class Measured:
     copy_bytes: float
     datasheet_flops: float | None = None  # None: a device without a data sheet
     datasheet_source: str = ""
+    step: str = "measured"  # or predicted
 
 
 @dataclass(frozen=True)
@@ -72,17 +73,15 @@ class Work:
         return self.total_flops - self.linear_flops - self.attention_flops - self.head_flops
 
 
-def count_work(
-    s: Sizes, n_params: int, element: int, clip: bool = True, optimizer: str = "adamw"
-) -> Work:
+def count_work(s: Sizes, n_params: int, element: int, optimizer: str = "adamw") -> Work:
     """FLOPs and bytes of one step; n_params without position embeddings, element bytes a value.
 
     Bytes, each tensor read or written once a kernel (M tokens, C wide, b bytes an element):
     first norm 2 MCb forward, 3 backward; every add + norm 4 and 4; GELU 8 and 12; embedding writes
     MCb, its gradient reads MCb and adds up fp32 rows, 8 MC; dropout 2 MCb + M C mask each way;
     gradients of the biases that no other kernel sums read 5 MCb a layer. The loss reads and
-    overwrites the logits, 2 MVb. AdamW moves 28 bytes a parameter, clipping 12 (4 to find the norm
-    only), each further micro-batch adds gradients up, 12; weights' casts 6 forward, 6 backward.
+    overwrites the logits, 2 MVb. AdamW moves 28 bytes a parameter and finding the norm 4; copies of
+    the weights are written once a step, b. Gradients add up where products end, at no cost here.
     Muon moves 20 bytes of a block's matrices, and what it makes orthogonal in and out, 4b.
     """
     m, c, layers, b = s.tokens, s.n_embd, s.n_layer, element
@@ -93,7 +92,7 @@ def count_work(
     if s.dropout:
         per_token += (1 + 2 * layers) * 2 * (2 * c * b + c)
     blocks = 12 * layers * c * c
-    per_micro_batch = 12 * (blocks + s.padded_vocab_size * c) if b < 4 else 0
+    copies = b * (blocks + s.padded_vocab_size * c) if b < 4 else 0
     muon = blocks if optimizer == "muon" else 0
     return Work(
         total_flops=tokens * (6.0 * n_params + 12 * layers * c * s.block_size),
@@ -103,11 +102,7 @@ def count_work(
         causal_kernel_flops=tokens * 7.0 * layers * c * s.block_size,
         memory_bytes=float(tokens * per_token),
         loss_bytes=2.0 * tokens * s.padded_vocab_size * b,
-        optimizer_bytes=float(
-            28 * (n_params - muon)
-            + n_params * ((12 if clip else 4) + 12 * (s.micro_batches - 1))
-            + s.micro_batches * per_micro_batch
-        ),
+        optimizer_bytes=float(28 * (n_params - muon) + 4 * n_params + copies),
         # Of five iterations: q, k, v and c_proj each three products of C x C x C, the MLP's two
         # matrices as many as nine, or five where they are in fp32 (fastgpt.train.muon).
         muon_flops=5 * (4 * 3 + 2 * (9 if b < 4 else 5)) * 2.0 * c**3 * layers if muon else 0.0,
@@ -249,7 +244,7 @@ def build(parts: Breakdown, work: Work, m: Measured) -> Ladder:
         )
     )  # fmt: skip
     residual = m.step_ms - sum(r.ms for r in rungs)
-    rungs.append(Rung("residual", residual, help="measured step minus all rungs"))
+    rungs.append(Rung("residual", residual, help=f"{m.step} step minus all rungs"))
     so_far, mfu = 0.0, 100.0
     for rung in rungs:
         so_far += rung.ms

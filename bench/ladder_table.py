@@ -30,7 +30,7 @@ def peaks(ladder: Ladder) -> str:
 
 
 def rows(ladder: Ladder) -> Iterator[tuple[str, ...]]:
-    """Cells of `COLUMNS` by rung, and the measured step."""
+    """Cells of `COLUMNS` by rung, and the step."""
     for r in ladder.rungs:
         yield (
             r.name,
@@ -41,7 +41,7 @@ def rows(ladder: Ladder) -> Iterator[tuple[str, ...]]:
             "" if r.bound_ms is None else _ms(r.bound_ms),
             f"{r.bound_ms / r.takes_ms:.0%}" if r.bound_ms and r.takes_ms else "",
         )
-    yield "measured step", _ms(ladder.step_ms), "", f"{ladder.mfu:.1f}%", "", "", ""
+    yield f"{ladder.measured.step} step", _ms(ladder.step_ms), "", f"{ladder.mfu:.1f}%", "", "", ""
 
 
 def predictions(ladder: Ladder) -> Iterator[tuple[str, ...]]:
@@ -59,7 +59,7 @@ def predictions(ladder: Ladder) -> Iterator[tuple[str, ...]]:
 
 def details(ladder: Ladder) -> Iterator[str]:
     """How each bound was computed, what would help, and what the part is made of."""
-    yield f"residual {ladder.residual_share:+.2%} of the measured step"
+    yield f"residual {ladder.residual_share:+.2%} of the {ladder.measured.step} step"
     for r in ladder.rungs:
         if r.bound or r.help:
             yield f"  {r.name}: " + "; ".join(filter(None, (r.bound, r.help)))

@@ -238,14 +238,13 @@ def as_ladder(p: Prediction, config: Config, vocab_size: int, rates: Rates) -> l
     with torch.device("meta"):
         n_params = GPT(ModelShape.of(config.model, vocab_size)).n_params()
     element = DTYPES[config.system.dtype].itemsize
-    clip = config.optim.grad_clip > 0
     work = ladder.count_work(
-        sizes_of(config, vocab_size), n_params, element, clip, config.optim.optimizer
+        sizes_of(config, vocab_size), n_params, element, config.optim.optimizer
     )
     sheet = rates.sheet
     measured = ladder.Measured(
         p.ms, p.ms, rates.matmul, f"{rates.matmul_share:.0%} of the data sheet, assumed",
-        rates.copy, sheet.tflops * 1e12, sheet.source,
+        rates.copy, sheet.tflops * 1e12, sheet.source, "predicted",
     )  # fmt: skip
     return ladder.build(Breakdown("cuda", 1, p.ms, parts), work, measured)
 

@@ -76,7 +76,7 @@ def _bars(axes: Any, rungs: list[Rung], ladder: Ladder) -> None:
             label = f"{rung.ms:.3g} ms"
         else:
             _split_bar(axes, row, at, rung, _COLOURS.get(rung.name, _INK))
-            label = f"{rung.ms:+.3g} ms   {-rung.mfu_points:+.1f} pt"
+            label = f"{_signed(rung.ms, '.3g')} ms   {_signed(-rung.mfu_points, '.1f')} pt"
         if rung.predicted_ms is not None:
             x = at + rung.predicted_ms - rung.credit_ms
             axes.plot([x, x], [row - 0.4, row + 0.4], color=_INK, lw=1.6, ls=(0, (2, 1)))
@@ -88,7 +88,7 @@ def _bars(axes: Any, rungs: list[Rung], ladder: Ladder) -> None:
     axes.barh(last, ladder.step_ms, color=_INK, height=0.62)
     beside, measured = ladder.step_ms + 0.008 * width, f"{ladder.step_ms:.4g} ms"
     axes.text(beside, last, measured, va="center", size=11, weight="bold", color=_INK)
-    _margins(axes, last, Rung("measured step", 0), f"{ladder.mfu:.1f} %", bold=True)
+    _margins(axes, last, Rung(f"{ladder.measured.step} step", 0), f"{ladder.mfu:.1f} %", bold=True)
     legend = "solid: still to win · pale: the least that this part costs on this device, its bound"
     if any(rung.predicted_ms is not None for rung in rungs):
         legend += " · dashed: as bench ledger predicts"
@@ -102,6 +102,11 @@ def _bars(axes: Any, rungs: list[Rung], ladder: Ladder) -> None:
     axes.grid(axis="x", color="#e4e8ec", lw=0.8)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
+
+
+def _signed(value: float, form: str) -> str:
+    """With its sign, but 0 for what is a rounding error of the sums."""
+    return format(0.0 if abs(value) < 5e-4 else value, f"+{form}")
 
 
 def _split_bar(axes: Any, row: int, at: float, rung: Rung, colour: str) -> None:

@@ -246,7 +246,6 @@ def measure(
         steps.sizes,
         model.n_params(),
         torch.finfo(dtype).bits // 8,
-        clip=steps.config.optim.grad_clip > 0,
         optimizer=steps.config.optim.optimizer,
     )
     best: ladder.Ladder | None = None

@@ -78,14 +78,14 @@ def test_work_of_gpt2_is_what_the_shapes_say():
     stream = 65536 * 768 * 2
     assert WORK.memory_bytes == stream * (12 * (8 + 8 + 20) + 5 + 1 + 1 + 4)
     assert WORK.loss_bytes == 2 * 65536 * 50304 * 2
-    # AdamW and clipping a parameter; 16-bit copies of all matrices, written and read once.
+    # AdamW and the norm a parameter; 16-bit copies of all matrices, written once a step.
     matrices = 12 * 12 * 768 * 768 + 50304 * 768
-    assert WORK.optimizer_bytes == N_PARAMS * (28 + 12) + 12 * matrices
+    assert WORK.optimizer_bytes == N_PARAMS * (28 + 4) + 2 * matrices
     muon = ladder.count_work(GPT2, N_PARAMS, 2, optimizer="muon")
     assert muon.optimizer_bytes == WORK.optimizer_bytes - 28 * 12 * 12 * 768 * 768
     assert muon.muon_flops == 12 * 300 * 768**3 and WORK.muon_flops == 0
-    more = ladder.count_work(replace(GPT2, micro_batches=3), N_PARAMS, 4, clip=False)
-    assert more.optimizer_bytes == N_PARAMS * (28 + 4 + 12 * 2), "fp32 has no copies"
+    more = ladder.count_work(replace(GPT2, micro_batches=3), N_PARAMS, 4)
+    assert more.optimizer_bytes == N_PARAMS * (28 + 4), "fp32 has no copies"
     biased = ladder.count_work(replace(GPT2, bias=True, dropout=True), N_PARAMS, 2)
     dropout = (1 + 2 * 12) * 2 * (2 * 768 * 2 + 768)
     assert biased.memory_bytes - WORK.memory_bytes == 65536 * (5 * 768 * 2 * 12 + dropout)
@@ -99,6 +99,14 @@ def test_flops_are_those_that_mfu_counts():
     assert work.rest_flops == pytest.approx(
         6 * 240 * sum(p.numel() for p in model.parameters() if p.ndim == 1)
     )
+
+
+def test_a_prediction_is_called_one(tmp_path):
+    found = ladder.build(h200(), WORK, replace(MEASURED, step="predicted"))
+    assert "predicted step" in [row[0] for row in ladder_table.rows(found)]
+    (path,) = picture.draw(found, "t", "f", [tmp_path / "p.svg"])
+    texts = path.read_text()
+    assert "predicted step" in texts and "measured step" not in texts and "e-1" not in texts
 
 
 def test_rungs_add_up_to_the_measured_step():

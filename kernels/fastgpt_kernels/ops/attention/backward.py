@@ -14,9 +14,10 @@ Five products of T x T x D against two in the forward pass: most of attention's 
   they stand; only dq needs dS through shared memory. Its addends go to an fp32 sum in memory by
   TMA reduction (one instruction a tile, added in the L2) or by vectorised atomics: one pass, five
   products, and a dq whose last bits depend on the order of arrival.
-- Deterministic: `key_value` without dq, and `query`, which owns BLOCK_M rows and walks the keys:
-  seven products, every sum in a fixed order. It costs traffic too: 1.3 GB a layer instead of 0.9 at
-  124M and 65,536 tokens, since q, k, v and dO are read twice.
+- Two passes: `key_value` without dq, and `query`, which owns BLOCK_M rows and walks the keys: seven
+  products, every sum in a fixed order. It costs traffic too: 1.3 GB a layer instead of 0.9 at 124M
+  and 65,536 tokens, since q, k, v and dO are read twice. That is how gradients are deterministic,
+  and where it was measured to be faster (`configs.TWO_PASSES`) how they are computed anyway.
 
 dq's sum. A whole one would be written, fetched, written back and read again, at fp32: most of what
 this pass moves. Instead there is a ring of slots, one a head, for four programs an SM: 17 MB at
@@ -30,7 +31,7 @@ atomic add with release and acquire by one thread, then a barrier (`_fence`). No
 call, so a CUDA graph may replay it.
 
 The gradient of the projection's bias is dqkv summed over all rows. Every program adds what it has
-of that in registers, C / H addends an output; deterministically a pass over dqkv does it.
+of that in registers, C / H addends an output; after two passes a pass over dqkv does it.
 
 Registers (16-bit, D = 64, sm_90, 64 rows x 128 keys, 8 warps): dk and dv take 32 a thread each, the
 scores and dP 32 each, dq's addend 16, lse and delta 16 each (a thread holds every fourth row), the
@@ -447,7 +448,7 @@ def launch_backward(
     """grad_y (B, T, C) and what the forward pass saved -> dqkv (B, T, 3*C), contiguous, and, if a
     bias is in qkv, its gradient (3*C,), fp32.
 
-    `config` is for the key_value kernel, `query_config` for the query kernel (deterministic only).
+    `config` is for the key_value kernel, `query_config` for the query kernel (of two passes only).
     """
     qkv, grad_y = read_in_place(qkv), read_in_place(grad_y)
     batch, T, width = qkv.shape
@@ -457,20 +458,23 @@ def launch_backward(
         return dqkv, sum_rows(dqkv) if biased else None
     threshold, keep_scale = dropout_threshold(dropout_p)
     dropout = threshold > 0
-    kernel = "KEY_VALUE" if deterministic else "BACKWARD"
+    two_passes = deterministic or (
+        head_dim in configs.TWO_PASSES.get(arch_of(qkv), ()) and qkv.itemsize == 2 and not dropout
+    )
+    kernel = "KEY_VALUE" if two_passes else "BACKWARD"
     config = config or pick(kernel, qkv, head_dim, dropout)
     rows = lookup(configs.ROWS, arch_of(qkv), head_dim)
     row_grid = (head_count, triton.cdiv(T, EVEN_T) * (EVEN_T // rows.blocks["BLOCK_T"]))
 
     # What the programs of a head share: q, k, v, dO, and dq's fp32 sum.
-    shared_bytes = T * head_dim * (4 * qkv.element_size() + (0 if deterministic else 4))
+    shared_bytes = T * head_dim * (4 * qkv.element_size() + (0 if two_passes else 4))
     group, tile_count = heads_together(shared_bytes), triton.cdiv(T, config.blocks["BLOCK_N"])
     ring = ring_size(head_count, group, tile_count, multiprocessors(qkv))
     head_pad = triton.next_power_of_2(head_dim)
     fp32 = partial(torch.empty, dtype=torch.float32, device=qkv.device)
     lse_delta = fp32((head_count, triton.cdiv(T, EVEN_T) * EVEN_T, 2))
     dq_sum = dq_tiles = arrived = sums = None
-    if not deterministic:
+    if not two_passes:
         dq_sum = dq_tiles = fp32((ring, T, head_dim))
         arrived = torch.empty(head_count, dtype=torch.int32, device=qkv.device)
         sums = fp32(width) if biased else None
@@ -495,7 +499,7 @@ def launch_backward(
             qkv, grad_y, lse_delta, dq_tiles, dq_sum, arrived, dqkv, sums, seed_or_any,
             *strides, *sizes, ring, *scales, **flags, TARGET=target, **config.kwargs(),
         )  # fmt: skip
-        if deterministic:
+        if two_passes:
             config = query_config or pick("QUERY", qkv, head_dim, dropout)
             grid = (triton.cdiv(T, config.blocks["BLOCK_M"]) * head_count,)
             attention_query_kernel[grid](

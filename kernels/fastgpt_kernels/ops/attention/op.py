@@ -8,7 +8,7 @@ For every batch entry and head, with q, k, v (T, D) its columns of qkv (B, T, 3*
 q of head h is at columns h*D, k at C + h*D, v at 2*C + h*D; y (B, T, C) has head h at h*D, and the
 gradient of qkv is one tensor laid out like qkv: nothing is transposed, split or concatenated around
 the op. How it works is told in forward.py (online softmax, one program a tile of rows), backward.py
-(dk, dv and dq in one pass, or deterministically in two) and tiles.py (program order, tile loads,
+(dk, dv and dq in one pass, or in two) and tiles.py (program order, tile loads,
 the dropout mask).
 
 Head dims 80 and 96 are worked on as 128 wide, with zeros that are not loaded.
@@ -74,7 +74,7 @@ def declare(name: str, forward: Callable[..., Any], backward: Callable[..., Any]
         backward=Op(
             f"{name}_backward", backward,
             _gradient_shapes,
-            # Five products, as torch counts; the deterministic kernels do seven.
+            # Five products, as torch counts; two passes do seven.
             flops=lambda grad_shape, qkv_shape, *_, **__: _flops(qkv_shape, 5),
         ),
         gradients=(0, 1),
@@ -126,8 +126,9 @@ def attention(
                    `reference.attention_dropout_mask`. None draws a seed from torch's generator of
                    the device, without waiting for it
     scale          of the logits, > 0; default 1 / sqrt(C / H)
-    deterministic  True: gradients are the same to the bit every time, at about 7/5 of the matrix
-                   products; None: torch.are_deterministic_algorithms_enabled(). The forward pass is
+    deterministic  True: gradients are the same to the bit every time, in two passes, which have 7/5
+                   of one's matrix products and are faster all the same where `configs.TWO_PASSES`
+                   says so; None: torch.are_deterministic_algorithms_enabled(). The forward pass is
                    always deterministic
 
     Returns y (B, T, C), contiguous, dtype of qkv. Differentiable once, in qkv and bias. Saves qkv,
