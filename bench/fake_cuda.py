@@ -9,7 +9,8 @@ and not run. What it would launch is read from its scheduler: each kernel with t
 reads and writes. It patches PyTorch for good, so it belongs in a process of its own.
 
 A build of PyTorch without CUDA has no device guard for it: `guard.cpp` is compiled into the user's
-cache folder, which takes a C++ compiler and ten seconds, once.
+cache folder, which takes a C++ compiler and ten seconds, once. A build with CUDA has its own, which
+asks the driver, and so needs a GPU here, of any kind.
 """
 
 from __future__ import annotations
@@ -151,6 +152,12 @@ def pretend(gpu: FakeGpu) -> None:
         raise RuntimeError("fake_cuda.pretend comes before `import torch`")
     _guard()
     import torch
+
+    if torch.version.cuda and not torch.cuda.device_count():
+        raise UserError(
+            "this build of PyTorch has CUDA, which wants a real GPU here to start: it takes one of "
+            "any kind, or an environment with PyTorch's CPU build"
+        )
     from torch.utils import _triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver

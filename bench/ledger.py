@@ -7,11 +7,13 @@
 The step is `fastgpt train`'s own, compiled by Dynamo, AOTAutograd and Inductor for a GPU that need
 not be here (`bench/fake_step.py`): what it launches, and the bytes and FLOPs of each launch, are
 counted. How long each takes is not: products are taken at --matmul_share of the data sheet's
-TFLOP/s, PyTorch's flash attention at its published rates, our kernels at --kernel_share of the
-bound that their machine code allows (`fastgpt_kernels.tools.aot`), all else at --copy_share of the
-data sheet's bandwidth, and no launch at less than 2 us. So the counts are facts, and milliseconds,
-tokens/s and MFU predictions. The host's time is a call of an op on this CPU for each launch.
+TFLOP/s, PyTorch's flash attention at its published rates, our kernels from sm_90 on at the shares
+of the data sheet that they reached on an H200, else at nine tenths of the bound that their machine
+code allows (`fastgpt_kernels.tools.aot`), all else at --copy_share of the data sheet's bandwidth,
+no launch at less than 2 us. So the counts are facts, and milliseconds, tokens/s and MFU
+predictions. The host's time is a call of an op on this CPU for each launch.
 
+--kernel_share=X  of that bound, for all our kernels and GPUs
 --gpu=NAME        of the table of data sheets: h100, h200, a100, 4090, b200, ...
 --all-gpus        a line for each of them instead of the table of launches
 --compare         a line for our kernels, for PyTorch's under torch.compile, and for the peer
@@ -53,6 +55,17 @@ from fastgpt_kernels.record import record_of
 # Shares of the data sheet's figures. Products: cuBLAS at the 124M's shapes, of which K = 768 is the
 # shortest, gives about 680 of an H100's 989 TFLOP/s. Copies: 3.0 of 3.35 and 4.3 of 4.8 TB/s.
 MATMUL_SHARE, COPY_SHARE, KERNEL_SHARE = 0.687, 0.895, 0.9
+# Of the data sheet's TFLOP/s, or of its bandwidth where there are no products, what each of ours
+# reached on an H200 in steps of GPT-2 124M, 15 micro-batches each: bench/results/nvidia-h200,
+# 2026-11-26. Key_value and query were measured alone (ops/attention/configs.py), and take 8 %
+# longer here, as attention did in that step; each counts as half of the five products. A GPU with
+# less bandwidth gives no less of it than it can: what holds up these kernels is not that alone.
+MEASURED_TBS = 4.8
+MEASURED_SHARES = {
+    "attention_forward": 0.26, "attention_key_value": 0.176, "attention_query": 0.288,
+    "attention_prepare": 0.63, "layer_norm_forward": 0.80, "layer_norm_backward": 0.58,
+    "bias_gelu_forward": 0.87, "bias_gelu_backward": 0.79, "cross_entropy": 0.69,
+}  # fmt: skip
 # PyTorch's flash attention at head dim 64 and 1,024 tokens, causal, forward and backward: published
 # are 229 and 180 TFLOP/s for an H100; FlashAttention 2's paper has 119 of 312 for both on an A100.
 FLASH_SHARES = {"sm_8": (0.38, 0.38), "": (0.23, 0.18)}
@@ -78,7 +91,7 @@ class Rates:
     sheet: Sheet
     matmul_share: float = MATMUL_SHARE
     copy_share: float = COPY_SHARE
-    kernel_share: float = KERNEL_SHARE
+    kernel_share: float | None = None  # of the bound, for all; None: measured, or the usual one
 
     @property
     def matmul(self) -> float:
@@ -105,8 +118,17 @@ class Rates:
             rate = self.flash["backward" in launch.what]
         seconds = max(moved / self.copy, launch.flops / rate)
         if launch.roof:
-            roof = max(moved / self.sheet.tbs, launch.flops / self.sheet.tflops) / 1e12
-            seconds = roof / launch.roof / self.kernel_share
+            sheet = self.sheet
+            tflops, tbs = sheet.tflops * 1e12, sheet.tbs * 1e12
+            recent = sheet.arch.startswith("sm_") and int(sheet.arch[3:]) >= 90
+            share = MEASURED_SHARES.get(launch.what) if recent else None
+            if share is None or self.kernel_share is not None:
+                share = launch.roof * (self.kernel_share or KERNEL_SHARE)
+                seconds = max(moved / tbs, launch.flops / tflops) / share
+            elif launch.flops:
+                seconds = max(moved / self.copy, launch.flops / tflops / share)
+            else:
+                seconds = moved / min(self.copy, share * max(tbs, MEASURED_TBS * 1e12))
         return max(1e6 * seconds, LEAST_US)
 
 

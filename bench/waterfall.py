@@ -270,7 +270,7 @@ def traced(steps: Steps, count: int) -> tuple[trace.Breakdown, float]:
         activities.append(ProfilerActivity.CUDA)
     with warnings.catch_warnings():
         # To keep them it would make objects of them all, which takes longer than all else here.
-        warnings.filterwarnings("ignore", "Profiler clears events")
+        warnings.filterwarnings("ignore", ".*Profiler clears events")
         with profile(activities=activities, record_shapes=True) as profiler:
             times = steps.run(count + 1)
     with tempfile.TemporaryDirectory() as folder:

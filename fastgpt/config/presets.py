@@ -48,7 +48,7 @@ def gpt2_speedrun() -> Config:
     """124M parameters by Muon to a validation loss of 3.28 on FineWeb, in 4B tokens at most.
 
     Target and data are llm.c's and modded-nanogpt's; docs/time_to_loss.md says what the recipe is
-    from. It has not run on a GPU.
+    from. It has not run to the end on a GPU.
     """
     c = replace(gpt2(), dataset="fineweb10B", shards=41, sampling="epochs", target_val_loss=3.28)
     c = replace(c, optimizer="muon", learning_rate=2e-3, warmup_iters=250)
