@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench import ablate, results, setup, step, turns
 from bench.turns import Measured
 from bench.variants import FAST, PEER, Variant, build
+from fastgpt.config import settings
+from fastgpt.config.schema import Config
 from fastgpt.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -107,6 +110,20 @@ def test_one_at_a_time() -> None:
     )
     assert seen == [[0, 0], [0, 0], [3, 0], [3, 0], [3, 3]]
     assert not any(m.problem for m in found)
+
+
+@pytest.mark.parametrize(("device", "chosen"), [("cuda", 0), ("cuda:0", 1), ("cpu", 0)])
+def test_only_a_gpu_with_a_number_is_chosen(
+    device: str, chosen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch refuses to make a device without one the current one, which it is already."""
+    seen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(turns, "build", lambda *a: "built")
+    config = settings.replace(Config(), device=device)
+    assert turns.quietly_built(Variant("eager"), config, 65) == "built"
+    assert len(seen) == chosen
 
 
 def test_a_step_that_is_cut_short_keeps_its_rounds(

@@ -6,6 +6,7 @@ Compiling needs kernels that are not interpreted, so that goes on in other proce
 
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from fastgpt_kernels.specs import spec_modules
 from fastgpt_kernels.tools import aot, baseline
 from fastgpt_kernels.tools.baseline import Verdict
 from fastgpt_kernels.tools.bound import DEVICES, bound, pipes, programs_per_sm
+from fastgpt_kernels.tools.launches import Launch
 from fastgpt_kernels.tools.sass import Code, Instruction, flops, parse_amdgcn, parse_sass, widths
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -256,6 +258,13 @@ def test_readme_shows_the_baselines() -> None:
 
 
 # --------------------------------------------------------------------------------------- everything
+
+
+def test_launches_go_to_other_processes_by_name() -> None:
+    kernel = SimpleNamespace(fn=python)
+    launch = Launch(kernel, "sm_90", {"x": "*fp32"}, {}, {}, moved=3)
+    found = pickle.loads(pickle.dumps(launch))
+    assert (found.kernel, found.arch, found.moved) == (python, "sm_90", 3)
 
 
 def test_an_architecture_says_what_it_cannot_have() -> None:
