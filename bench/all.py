@@ -79,7 +79,7 @@ def parts(gpu: bool, peer_path: str) -> list[Part]:
     return [
         Part("warm", bench("warm", preset, *peer), 15, 60),
         Part("step", bench("step", preset, *turns, *peer), 40, 150),
-        Part("waterfall", bench("waterfall", *waterfall), 30, 75),
+        Part("waterfall", bench("waterfall", *waterfall), 30, 100),
         Part("kernels", bench("kernels", *ops, rounds), 20, 90),
         Part("smoke", bench("smoke"), 15, 40),
         Part(TUNE, tune, 20, 60),
