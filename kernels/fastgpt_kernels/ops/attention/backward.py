@@ -459,7 +459,7 @@ def launch_backward(
     threshold, keep_scale = dropout_threshold(dropout_p)
     dropout = threshold > 0
     two_passes = deterministic or (
-        head_dim in configs.TWO_PASSES.get(arch_of(qkv), ()) and qkv.itemsize == 2 and not dropout
+        (arch_of(qkv), head_dim) in configs.TWO_PASSES and qkv.itemsize == 2 and not dropout
     )
     kernel = "KEY_VALUE" if two_passes else "BACKWARD"
     config = config or pick(kernel, qkv, head_dim, dropout)

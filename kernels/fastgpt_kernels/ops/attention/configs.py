@@ -71,13 +71,13 @@ QUERY_DROPOUT: Table = {
     "sm_100": {64: _attention(128, 64, 8, 2), 128: _attention(128, 64, 8, 2)},
     "gfx942": {64: _attention(64, 32, 4), 128: _attention(64, 32, 4)},
 }
-# Head dims of which two passes are faster than one where sums need not be the same every time, in
+# Architectures and head dims of which two passes are faster than one where sums need not be the same every time, in
 # 16 bits and without dropout. Measured on an H200, Triton 3.6, 384 causal heads of 1,024 x 64, us:
 #   one pass     64 x 128, 8 warps 692    64 x 64, 4 warps 678, with atomics 672    32 x 128 755
 #   two passes   dk and dv: 64 x 128, 8 warps 401, 64 x 64, 4 warps 342
 #                dq: 128 x 64, 8 warps 209, 64 x 64, 4 warps 227
 # dq's addends to memory cost more than the two products that are computed twice.
-TWO_PASSES: dict[str, tuple[int, ...]] = {"sm_90": (64,)}
+TWO_PASSES = frozenset({("sm_90", 64)})
 # True fp32 products do not run on tensor cores: Triton loads whole rows of both operands into
 # registers. At 64 nothing spills; at 128 the backward kernels do, by a few hundred bytes a thread.
 FORWARD_FP32: Table = {"default": {64: _attention(32, 32, 8), 128: _attention(16, 32, 8)}}
