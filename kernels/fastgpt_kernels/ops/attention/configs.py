@@ -71,8 +71,9 @@ QUERY_DROPOUT: Table = {
     "sm_100": {64: _attention(128, 64, 8, 2), 128: _attention(128, 64, 8, 2)},
     "gfx942": {64: _attention(64, 32, 4), 128: _attention(64, 32, 4)},
 }
-# Architectures and head dims of which two passes are faster than one where sums need not be the same every time, in
-# 16 bits and without dropout. Measured on an H200, Triton 3.6, 384 causal heads of 1,024 x 64, us:
+# Architectures and head dims of which two passes are faster than one where sums need not be the
+# same every time, in 16 bits and without dropout. Measured on an H200, Triton 3.6, 384 causal heads
+# of 1,024 x 64, microseconds:
 #   one pass     64 x 128, 8 warps 692    64 x 64, 4 warps 678, with atomics 672    32 x 128 755
 #   two passes   dk and dv: 64 x 128, 8 warps 401, 64 x 64, 4 warps 342
 #                dq: 128 x 64, 8 warps 209, 64 x 64, 4 warps 227
