@@ -37,8 +37,10 @@ def tokens(step: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kernels", "optimizer"), [("eager", "adamw"), ("eager", "muon"), ("triton", "adamw")]
-)
+    ("kernels", "optimizer"),
+    [("eager", "adamw"), ("eager", "muon"),
+     pytest.param("triton", "adamw", marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_trains_as_without_them(kernels, optimizer, monkeypatch):
     if kernels == "triton":
         if torch.cuda.is_available():
@@ -52,7 +54,7 @@ def test_trains_as_without_them(kernels, optimizer, monkeypatch):
         for t in (ours, plain):
             t.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     ours.warm_up(0, tokens()[:4])
-    for step in range(4):
+    for step in range(2 if kernels == "triton" else 4):  # interpreted: a minute
         (loss, norm), (wanted, its_norm) = (t.step(step, tokens(step)) for t in (ours, plain))
         torch.testing.assert_close(loss, wanted, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(norm, its_norm, rtol=1e-2, atol=1e-3)
