@@ -17,6 +17,7 @@ import pytest
 from bench import all as everything
 from bench import compare, convergence, results, turns
 from bench.__main__ import COMMANDS, main
+from fastgpt_kernels.stats import ratio_of_medians
 from tests.bench.test_step import TINY, fake_measure
 from tests.runs import write_text
 
@@ -131,3 +132,31 @@ def test_pytest_benchmark() -> None:
     assert "test_kernel[layer_norm-backward-fastgpt]" in done.stdout
     assert "test_step[eager-gpt2]" in done.stdout or "test_step[kernels+compile-" in done.stdout
     assert "Rounds" in done.stdout and re.search(r"(9|1\d) passed", done.stdout)
+
+
+def test_the_measured_table_is_what_the_results_say() -> None:
+    """README's rows of the H200, the ratios to nanoGPT with their intervals included."""
+    (path,) = (ROOT / "bench/results/nvidia-h200").glob("*-step.json")
+    rows = {row["variant"]: row for row in results.load(path)["rows"]}
+    names = {
+        "our kernels, torch.compile": "kernels+compile",
+        "our kernels": "kernels",
+        "torch.compile alone": "compile",
+        "nanoGPT, torch.compile": "nanoGPT, compile",
+        "eager PyTorch": "eager",
+    }
+    lines = (ROOT / "README.md").read_text().splitlines()
+    table = [[c.strip() for c in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
+    shown = {cells[0]: cells[1:] for cells in table if cells[0] in names}
+    peer = rows["nanoGPT, compile"]
+    for title, variant in names.items():
+        row = rows[variant]
+        r = ratio_of_medians(row["samples_ms"], peer["samples_ms"])
+        ratio = "1" if row is peer else f"{r.ratio:.3f} [{r.low:.3f}, {r.high:.3f}]"
+        assert shown[title] == [
+            f"{row['median_ms']:.1f}",
+            f"{round(row['tokens_per_second'], -2):,.0f}",
+            f"{100 * row['mfu']:.1f}",
+            f"{row['peak_memory_bytes'] / 2**30:.1f}",
+            ratio,
+        ]

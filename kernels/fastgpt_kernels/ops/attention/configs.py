@@ -73,10 +73,10 @@ QUERY_DROPOUT: Table = {
 }
 # Architectures and head dims of which two passes are faster than one where sums need not be the
 # same every time, in 16 bits and without dropout. Measured on an H200, Triton 3.6, 384 causal heads
-# of 1,024 x 64, microseconds:
+# of 1,024 x 64, microseconds (bench/results/nvidia-h200/20261126-kernels.csv):
 #   one pass     64 x 128, 8 warps 692    64 x 64, 4 warps 678, with atomics 672    32 x 128 755
-#   two passes   dk and dv: 64 x 128, 8 warps 401, 64 x 64, 4 warps 342
-#                dq: 128 x 64, 8 warps 209, 64 x 64, 4 warps 227
+#   two passes   dk and dv: 64 x 128, 8 warps 401 and dq 209; 64 x 64, 4 warps 342 and dq 227, in a
+#                run at a lower clock: its forward pass took 191 in place of 174
 # dq's addends to memory cost more than the two products that are computed twice.
 TWO_PASSES = frozenset({("sm_90", 64)})
 # True fp32 products do not run on tensor cores: Triton loads whole rows of both operands into
