@@ -232,8 +232,10 @@ def test_freed_gradients_are_freed():
 
 
 def trainer(kind: str, device: torch.device, dtype: str = "float32") -> Trainer:
-    o = OptimConfig(batch_size=2, learning_rate=1e-2, warmup_iters=2, grad_clip=0.5)
-    o = dataclasses.replace(o, gradient_accumulation_steps=1)
+    o = OptimConfig(
+        batch_size=2, gradient_accumulation_steps=1, learning_rate=1e-2, warmup_iters=2,
+        grad_clip=0.5,
+    )  # fmt: skip
     config = dataclasses.replace(laptop(), optim=o)
     config = replace(config, **{"kernels": "eager", "op.adamw": kind})
     table = ops.choose(device, wish=Wish("eager"))

@@ -164,7 +164,8 @@ class _Recorded:
         counted: list[Any] = [t for t in tensors.values() if isinstance(t, Tensor)]
         named = dict(zip(kernel.arg_names, arguments, strict=True))
         read, written = (named.get(name) for name in getattr(kernel, "in_place", ("", "")))
-        counted += [t for t in (read,) if isinstance(t, Tensor) and t is written]
+        if read is not None and read is written:
+            counted.append(read)
         moved = sum(t.numel() * t.element_size() for t in counted)
         self.found.append(replace(self.launch, grid=x * y * z, moved=moved))
 
