@@ -22,7 +22,7 @@ from fastgpt.data.corpora import CORPORA
 from fastgpt.data.tokens import open_dataset
 from fastgpt.data.vocabulary import GPT2_VOCAB
 from fastgpt.errors import UserError
-from fastgpt.model import ops
+from fastgpt.model import agreements, ops
 from fastgpt.model.build import choose
 from fastgpt.model.device import Machine
 from fastgpt.model.driver import why_no_gpu
@@ -90,7 +90,9 @@ def as_trained(config: Config) -> Config:
 
 
 def _ops(config: Config, machine: Machine, vocab_size: int, plan: Plan) -> tuple[ops.Choice, ...]:
-    """What computes the model, its optimizer, and the sample at the end of the run."""
+    """What computes the model, its optimizer, and the last sample: all checked anew."""
+    if before := agreements.kept(machine.device):
+        before.forget()
     device, wish = machine.device, ops.Wish(config.system.kernels, vars(config.op))
     length = min(1 + config.log.sample_tokens, config.model.block_size)
     sizes = replace(ModelShape.of(config.model, vocab_size).sizes(1), block_size=length)

@@ -2,7 +2,8 @@
 
 The parent sends what to check as a line of JSON, the child answers with a line for each task. If it
 is silent for too long, or ends, the op that it was at is at fault; the others are asked of a new
-process. Kernels that were compiled there are found in Triton's cache by the run.
+process. Kernels that were compiled there are found in Triton's cache by the run, and what agreed
+is not asked again at its next start (`agreements.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+from fastgpt.model.agreements import Agreements
 from fastgpt_kernels import host
 from fastgpt_kernels.plans.measure import put
 from fastgpt_kernels.record import Record, Sizes, record, records
@@ -90,15 +92,22 @@ class Silent(Exception):
 _FOUND: dict[Task, str] = {}
 
 
-def first_contact(tasks: Sequence[Task], limits: Limits = LIMITS) -> list[str]:
-    """What is wrong with each of the tasks; empty for one that agrees."""
+def first_contact(
+    tasks: Sequence[Task], limits: Limits = LIMITS, before: Agreements | None = None
+) -> list[str]:
+    """What is wrong with each of the tasks; empty for one that agrees, now or `before`."""
+    if before is not None:
+        _FOUND.update({t: "" for t in tasks if t not in _FOUND and asdict(t) in before})
+    asked = [task for task in tasks if task not in _FOUND]
     ahead = host.HAS_TRITON and all(task.device.startswith("cuda") for task in tasks)
-    while waiting := [task for task in tasks if task not in _FOUND]:
+    while waiting := [task for task in asked if task not in _FOUND]:
         try:
             _FOUND.update(_ask(waiting, ahead, limits))
         except OSError as e:
             _FOUND.update(dict.fromkeys(waiting, f"its check cannot start ({why(e)})"))
         ahead = False
+    if before is not None:
+        before.add(asdict(task) for task in asked if not _FOUND[task])
     return [_FOUND[task] for task in tasks]
 
 

@@ -10,8 +10,8 @@ depends on the choice:
 
 By itself (`--kernels=auto`) a GPU gets what a plan says, which was measured there (`plan.py`). What
 has no plan gets Triton if the shapes allow it and the op agrees with its specification on this very
-device (`fastgpt_kernels/selfcheck.py`, in a process of its own: `contact.py`), and everything else
-gets eager. Ops whose eager implementation is a library's own kernel (matrix products, the
+device (`fastgpt_kernels/selfcheck.py`, in a process of its own, once: `contact.py`), and everything
+else gets eager. Ops whose eager implementation is a library's own kernel (matrix products, the
 optimizer) are different: without a plan they leave it only on GPUs on which ours was measured
 faster, or for a flag such as --op.linear=triton.
 """
@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from fastgpt.errors import UserError
+from fastgpt.model.agreements import kept
 from fastgpt.model.contact import Task, first_contact
 from fastgpt.model.plan import Measured, Plan
 from fastgpt_kernels import host, versions
@@ -133,7 +134,8 @@ def choose_all(
             task = Task.of(op, name, device, dtype, sizes)
             tasks[op.name] = replace(task, configs=json.dumps(configs.get(op.name, [])))
     with telling("checking kernels") as elapsed:
-        found = dict(zip(tasks, first_contact([*tasks.values()]), strict=True))
+        before = kept(device) if tasks else None
+        found = dict(zip(tasks, first_contact([*tasks.values()], before=before), strict=True))
     if elapsed() > EVERY_S:
         print(f"checked {len(tasks)} kernels in {elapsed():.1f}s", flush=True)
     if any(obstacle == versions.untested() != "" for _, obstacle, *_ in wanted.values()):

@@ -199,7 +199,7 @@ def test_choices_are_made_of_what_was_found(monkeypatch):
     interpreted(monkeypatch)
     said = {"bias_gelu": "ends its process (SIGSEGV)", "layer_norm": ""}
     monkeypatch.setattr(ops, "CHECKED_ON", ("cpu",))
-    monkeypatch.setattr(ops, "first_contact", lambda tasks: [said[t.op] for t in tasks])
+    monkeypatch.setattr(ops, "first_contact", lambda tasks, **_: [said[t.op] for t in tasks])
     asked = [record(n) for n in ("bias_gelu", "layer_norm", "linear")]
 
     def choose(wish):
@@ -222,7 +222,7 @@ def test_a_measured_choice_that_fails_leaves_the_op_to_the_default(monkeypatch):
     interpreted(monkeypatch)
     monkeypatch.setattr(ops, "CHECKED_ON", ("cpu",))
     said = {"math": "is wrong here", "triton": ""}
-    monkeypatch.setattr(ops, "first_contact", lambda ts: [said[t.implementation] for t in ts])
+    monkeypatch.setattr(ops, "first_contact", lambda ts, **_: [said[t.implementation] for t in ts])
     plan = Plan({"attention": Measured("math", "measured")})
 
     def choose(wish):

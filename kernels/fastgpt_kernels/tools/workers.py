@@ -1,13 +1,16 @@
 """A process that answers one task after another and is killed when one takes too long.
 
-Compilers hang and GPUs fault; the tools (aot, bench) must outlive both and name the culprit.
+Compilers hang and GPUs fault; the tools (aot, bench) must outlive both and name the culprit. It
+ends with its owner, however that ended: nothing goes on computing that nobody waits for.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 
@@ -17,6 +20,7 @@ class TaskFailed(Exception):
 
 def _serve(connection: Connection, handle: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     """Answer (True, result) or (False, message) to each task until None comes."""
+    threading.Thread(target=_end_with_owner, daemon=True).start()
     connection.send(None)  # the imports are done: from here on the clock is the task's own
     while (task := connection.recv()) is not None:
         try:
@@ -25,6 +29,13 @@ def _serve(connection: Connection, handle: Callable[..., Any], arguments: tuple[
             last = (str(error).strip().splitlines() or [""])[-1]
             answer = False, f"{type(error).__name__}: {last}"
         connection.send(answer)
+
+
+def _end_with_owner() -> None:
+    owner = multiprocessing.parent_process()
+    assert owner is not None
+    wait([owner.sentinel])
+    os._exit(1)
 
 
 class Worker:
