@@ -9,9 +9,10 @@ differ by more than their difference scatters along the curves.
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastgpt.config import settings
@@ -46,7 +47,7 @@ class Compared:
 
 def compare(folders: Sequence[str], config: CompareConfig) -> int:
     """Print the table and the verdict, draw --to. Returns the exit code."""
-    runs = [_open(folder) for folder in folders]
+    runs = _named_apart([_open(folder) for folder in folders])
     print(table(runs))
     data = {tuple(settings.to_dict(r.config)[k] for k in _DATA) for r in runs}
     if len(data) > 1:
@@ -63,6 +64,13 @@ def _open(folder: str) -> Compared:
     if not curves.evals:
         raise UserError(f"{run_dir}: has no evaluation in its metrics.jsonl yet")
     return Compared(str(run_dir), curves, run.load_config(run_dir))
+
+
+def _named_apart(runs: Sequence[Compared]) -> list[Compared]:
+    """Each called by what tells it apart: without the folders that all are in."""
+    paths = [os.path.abspath(r.name) for r in runs]
+    common = os.path.commonpath([os.path.dirname(p) for p in paths])
+    return [replace(r, name=os.path.relpath(p, common)) for r, p in zip(runs, paths, strict=True)]
 
 
 def table(runs: Sequence[Compared]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import struct
 from pathlib import Path
@@ -147,6 +148,23 @@ def test_figures_and_picture(capsys):
     assert lines[4] == "curves pictures/both.png"
     assert Path("pictures/both.png").read_bytes().startswith(b"\x89PNG")
     assert compare(names, CompareConfig()) == 0 and Path("compare.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["x/runs/a", "x/runs/b"], ["a", "b"]),
+        (["runs/a", "other/a"], ["runs/a", "other/a"]),
+        (["runs/a", "runs/a/b"], ["a", "a/b"]),
+        (["runs/a"], ["a"]),
+    ],
+)
+def test_names_tell_runs_apart(folders, names, capsys):
+    """Long paths that all share leave no room for curves."""
+    made = [make(folder, 1.5, 0.0) for folder in folders]
+    compare([made[0], *map(os.path.abspath, made[1:])], CompareConfig())
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1 : 1 + len(names)]] == names
 
 
 def test_a_recipe_has_one_colour(monkeypatch):
