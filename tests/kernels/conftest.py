@@ -30,6 +30,7 @@ def run_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(host, "INTERPRETED", True)
         # As a GPU does it: the interpreter rounds the product, too.
         monkeypatch.setattr(InterpreterBuilder, "create_fma", helpers.fused_multiply_add)
+        monkeypatch.setattr(InterpreterBuilder, "create_splat", helpers.splat_masks)
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
-from triton.runtime.interpreter import TensorHandle
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 NUDGED_RUNS = 6
 
@@ -45,6 +46,19 @@ def fused_multiply_add(builder: Any, x: Any, y: Any, z: Any) -> Any:
     """x * y + z of interpreted fp32 values, rounded once: a product of two is exact in fp64."""
     exact = x.data.astype(np.float64) * y.data + z.data
     return TensorHandle(exact.astype(x.data.dtype), x.dtype)
+
+
+_splat = InterpreterBuilder.create_splat
+
+
+def splat_masks(builder: Any, wanted: Any, x: Any) -> Any:
+    """A scalar in every place. The interpreter's own gives a comparison of scalars the type of what
+    was compared, which from Triton 3.9 on it refuses as a mask.
+    """
+    splat = _splat(builder, wanted, x)
+    if wanted.scalar != tl.int1:
+        return splat
+    return TensorHandle(splat.data.astype(bool), tl.int1)
 
 
 def errors(x: Tensor, oracle: Tensor) -> tuple[float, float]:

@@ -127,6 +127,44 @@ def test_a_load_that_is_used_flies_no_more() -> None:
     assert Code((loads[0], loads[1], used, loads[2], loads[3])).in_flight == 24
 
 
+def loop(*body: Instruction) -> Code:
+    end = 16 * len(body)
+    code = [replace(x, address=16 * n) for n, x in enumerate(body)]
+    return Code((*code, Instruction(end, "BRA", "0x0", target=0), Instruction(end + 16, "EXIT")))
+
+
+def test_an_iteration_waits_once_for_what_it_asks_for_at_once() -> None:
+    first, second = (Instruction(0, "LDG.E.128", f"R{n}, desc[UR4][R90.64]") for n in (4, 8))
+    use = [Instruction(0, "FADD", f"R80, R{n}, R80") for n in (4, 8)]
+    assert loop(first, second, *use).waits == Code((first, second, *use)).waits == 1
+    assert loop(first, use[0], second, use[1]).waits == 2, "the second was moved down"
+    assert loop(use[0], first).waits == 1, "asked for an iteration ahead, and nothing else to do"
+    assert loop(use[0]).waits == 0
+
+
+@pytest.mark.parametrize(("allowed", "waits"), [(0, 1), (1, 1 / 2), (3, 1 / 4)])
+def test_copies_that_are_ahead_are_waited_for_less(allowed: int, waits: float) -> None:
+    copy = Instruction(0, "LDGSTS.E.BYPASS.128", "[R9], desc[UR4][R2.64], P1")
+    commit = Instruction(0, "LDGDEPBAR")
+    depbar = Instruction(0, "DEPBAR.LE", f"SB0, {allowed:#x}")
+    assert loop(copy, commit, depbar).waits == pytest.approx(waits, abs=0.13)
+
+
+def test_what_adds_up_other_programs_sums_is_not_hot() -> None:
+    """Even if it reads more an iteration than the loop that does the work."""
+    work = [
+        Instruction(0, "LDG.E.128", "R4, desc[UR4][R90.64]"),
+        Instruction(16, "STG.E.128", "desc[UR4][R90.64], R4"),
+        Instruction(32, "BRA", "0x0", target=0),
+    ]
+    sums = [
+        Instruction(48 + 16 * n, "LDG.E.128.STRONG.GPU", f"R{4 * n}, desc[UR4][R90.64]")
+        for n in range(8)
+    ]
+    code = Code((*work, *sums, Instruction(176, "BRA", "0x30", target=48)))
+    assert len(code.loops) == 2 and code.hot == tuple(work)
+
+
 def test_amdgcn_is_read() -> None:
     code = parse_amdgcn(AMD)
     assert (code.registers, code.shared, code.local) == (94, 4096, 16)
@@ -183,7 +221,7 @@ def test_bound_of_a_copy() -> None:
 
 FIGURES: dict[str, Any] = {
     "instructions": 100, "programs": 4, "times": 12, "registers": 90, "shared": 0, "barriers": 0,
-    "width": "128x4", "flight": 4096, "H100": [10.0, 0.5, "issue", "1.00 TB/s"],
+    "width": "128x4", "flight": 4096, "waits": 1.0, "H100": [10.0, 0.5, "issue", "1.00 TB/s"],
     "H200": [10.0, 0.4, "issue", "1.00 TB/s"],
 }  # fmt: skip
 
@@ -195,6 +233,7 @@ FIGURES: dict[str, Any] = {
         ({"instructions": 103, "programs": 5}, ""),
         ({"instructions": 104}, "104 instructions, 100 in the baseline"),
         ({"H100": [10.4, 0.4, "issue"]}, "10.4 us at least on H100, 10 in the baseline"),
+        ({"waits": 2.0}, "2 waits, 1 in the baseline"),
         ({"programs": 3}, "3 programs an SM, 4 in the baseline"),
     ],
 )

@@ -110,6 +110,7 @@ def measure(launch: Launch, code: Code, warps: int) -> dict[str, Any]:
         "barriers": count(code.hot, "BAR", "s_barrier"),
         "width": sass.width_text(code.hot),
         "flight": code.in_flight * sass.WARP * warps * programs,
+        "waits": round(code.waits, 2),
     }
     for name, device in bound.DEVICES.items():
         if device.arch == launch.arch:

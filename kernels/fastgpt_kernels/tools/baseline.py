@@ -28,8 +28,8 @@ class Verdict:
 
     figures  registers a thread, bytes of shared memory, programs an SM, launches a training step,
              instructions of the hot path and barriers among them, its global accesses by width,
-             bytes in flight an SM, and the bound on each device: microseconds, share of the roof,
-             what rules, and the rate
+             bytes in flight an SM, how often the hot path waits for memory, and the bound on each
+             device: microseconds, share of the roof, what rules, and the rate
     """
 
     name: str
@@ -44,14 +44,17 @@ class Verdict:
 def table(verdicts: Sequence[Verdict], show: bool = False) -> str:
     """The verdicts as text, one row a kernel; `show`: with a summary of its machine code."""
     width = max(len(v.name) for v in [*verdicts, Verdict("kernel", "")])
-    lines = [f"{'kernel':{width}}  arch   regs shared per SM  hot bar flying  accesses, bounds"]
+    lines = [
+        f"{'kernel':{width}}  arch   regs shared per SM  hot bar flying waits  accesses, bounds"
+    ]
     for v in verdicts:
         f, text = v.figures, ""
         if f:
             bounds = [f"{d} {f[d][3]} {f[d][1]:.0%} {f[d][2]}" for d in DEVICES if d in f]
             text = (
                 f"{f['registers']:4} {f['shared']:6} {f['programs']:6} {f['instructions']:4} "
-                f"{f['barriers']:3} {f['flight']:6}  {', '.join([f['width'], *bounds])}"
+                f"{f['barriers']:3} {f['flight']:6} {f['waits']:5.2f}  "
+                f"{', '.join([f['width'], *bounds])}"
             )
         problem = f"  <- {v.problem}" if v.problem else ""
         lines.append(f"{v.name:{width}}  {v.arch:6} {text}{problem}")
@@ -135,13 +138,13 @@ def compare(verdict: Verdict, known: Mapping[str, Any], version: str) -> Verdict
     before, now = entries.get(verdict.name, {}), verdict.figures
     if not before:
         problems.append("not in the baseline")
-    for figure in ("instructions", *DEVICES):
+    for figure in ("instructions", "waits", *DEVICES):
         if figure in before and figure in now:
             old, new = before[figure], now[figure]
             if figure in DEVICES:
                 old, new = old[0], new[0]
             if new > old * TOLERANCE:
-                what = f"us at least on {figure}" if figure in DEVICES else "instructions"
+                what = f"us at least on {figure}" if figure in DEVICES else figure
                 problems.append(f"{new:g} {what}, {old:g} in the baseline")
     if now and now["programs"] < before.get("programs", 0):
         problems.append(f"{now['programs']} programs an SM, {before['programs']} in the baseline")

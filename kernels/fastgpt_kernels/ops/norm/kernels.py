@@ -146,6 +146,7 @@ def layer_norm_backward_kernel(
     dweight_ptr, dbias_ptr, dx_bias_ptr,  # (C,), the biases or None
     dy_stride, d_sum_stride, s_stride, M, threshold, scale,
     C: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,  # as in the forward
+    STAGES: tl.constexpr,  # of rows: this many less one are on their way to shared memory
     SUM_COLUMNS: tl.constexpr, AMD: tl.constexpr,  # SUM_COLUMNS: of a tile of partials
 ):  # fmt: skip
     TILES: tl.constexpr = (C + TILE - 1) // TILE
@@ -163,7 +164,8 @@ def layer_norm_backward_kernel(
         dweight = dweight + (tl.zeros((ROWS, TILE), tl.float32),)
         dbias = dbias + (tl.zeros((ROWS, TILE), tl.float32),)
         dx_bias = dx_bias + (tl.zeros((ROWS, TILE), tl.float32),)
-    for start in range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):
+    every = tl.num_programs(0) * ROWS
+    for start in tl.range(tl.program_id(0) * ROWS, M, every, num_stages=STAGES):
         rows = (start + tl.arange(0, ROWS))[:, None]
         row_mask = rows < M
         s = _load_rows(s_ptr, s_stride, rows, row_mask, columns, C, TILE)
@@ -288,7 +290,9 @@ def launch_backward(
         sums = [None if t is None else t.zero_() for t in sums]
         return ds, d_residual, *sums  # type: ignore[return-value]
     others = None if d_residual_out is None else row_view(d_residual_out)
-    table = configs.BACKWARD if x_bias is None else configs.BACKWARD_X_BIAS
+    table = configs.BACKWARD if seed is None else configs.BACKWARD_DROPOUT
+    if x_bias is not None:
+        table = configs.BACKWARD_X_BIAS
     config = config or lookup(table, arch_of(s), C)
     TILE, ROWS = _tile(config, C)
     wanted = multiprocessors(s) * config.blocks["PROGRAMS_PER_SM"]
@@ -302,7 +306,7 @@ def launch_backward(
         layer_norm_backward_kernel[(programs,)](
             dy_rows, others, rows, given[0], seed, stats, ds, d_residual, partials, *sums,
             dy_rows.stride(0), 0 if others is None else others.stride(0), rows.stride(0), M,
-            *dropout_threshold(dropout_p), C, TILE, ROWS,
+            *dropout_threshold(dropout_p), C, TILE, ROWS, config.num_stages,
             sum_columns(config.num_warps), arch_of(s).startswith("gfx"),
             **config.options, **registers,
         )  # fmt: skip

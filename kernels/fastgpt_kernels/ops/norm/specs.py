@@ -44,13 +44,18 @@ def tunables(arch: str) -> Iterator[Tunable]:
             if columns <= max(key, 256) <= 8 * columns and rows * warps <= 16
         ]
         yield Tunable("FORWARD", key, candidates)
-    for name in ("BACKWARD", "BACKWARD_X_BIAS"):
+    for name in ("BACKWARD", "BACKWARD_DROPOUT", "BACKWARD_X_BIAS"):
         for key in entries(getattr(configs, name), arch):
             candidates = [
-                Config({"TILE": columns, "ROWS": rows, "PROGRAMS_PER_SM": programs}, rows * warps)
+                Config(
+                    {"TILE": columns, "ROWS": rows, "PROGRAMS_PER_SM": programs},
+                    num_warps=rows * warps, num_stages=stages,
+                )
                 for columns, warps in tiles
                 for rows in (1, 2, 4, 8)
                 for programs in (1, 2, 3, 4, 6, 8, 12)
+                for stages in (1, 3)
                 if columns <= key <= 4 * columns and 8 <= rows * warps * programs <= 32
-            ]
+                if stages == 1 or programs <= 3  # more programs hide the memory's latency as well
+            ]  # fmt: skip
             yield Tunable(name, key, candidates)
