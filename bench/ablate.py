@@ -2,7 +2,8 @@
 
 The fast path, then the fast path with one op at a time switched to eager; the ratio says how much
 longer the step takes without that kernel. Matrix products and the optimizer, which the fast path
-leaves to libraries, are switched the other way, to Triton. Flags of `fastgpt train` work here too.
+leaves to libraries, are switched the other way, to Triton, and attention also to its kernels for
+Hopper, which it does not take by itself. Flags of `fastgpt train` work here too.
 """
 
 from __future__ import annotations
@@ -22,10 +23,16 @@ def contenders(arch: str = "") -> list[Variant]:
     if not arch:
         return [Variant(name) for name in ("eager", *(f"{op.name} eager" for op in ops))]
     ops = [op for op in ops if not op.refusal(Sizes(), torch.bfloat16, arch)]
-    to = {op.name: "eager" for op in ops}
-    to |= {op.name: "triton" for op in ops if op.library and arch not in op.measured_faster}
     # First what is not decided yet, in case that time runs out.
-    switched = sorted(to.items(), key=lambda item: item[1] != "triton")
+    switched = [
+        (op.name, further)
+        for op in ops
+        for further in op.limits_of
+        if not op.refusal(Sizes(), torch.bfloat16, arch, further)
+    ]
+    left = [op.name for op in ops if op.library and arch not in op.measured_faster]
+    switched += [(name, "triton") for name in left]
+    switched += [(op.name, "eager") for op in ops if op.name not in left]
     return [Variant("kernels+compile", FAST, graph=True)] + [
         Variant(f"{op} {kind}", FAST | {f"op.{op}": kind}, graph=True) for op, kind in switched
     ]
@@ -34,7 +41,7 @@ def contenders(arch: str = "") -> list[Variant]:
 def worth(row: dict[str, Any], base_ms: float) -> list[float]:
     """ms a step that the kernel saves, and its interval's ends."""
     ratio = row["ratio"]
-    if row["variant"].endswith(" triton"):  # this row has the kernel, the fast path has not
+    if not row["variant"].endswith(" eager"):  # this row has the kernel, the fast path has not
         return [(1 - ratio[k]) * base_ms for k in ("ratio", "high", "low")]
     return [(ratio[k] - 1) * base_ms for k in ("ratio", "low", "high")]
 
@@ -60,6 +67,6 @@ def main(argv: list[str]) -> int:
     for row in rows:
         if "worth_ms" in row:
             saved, low, high = row["worth_ms"]
-            op = row["variant"].split()[0]
-            print(f"  {op}: its kernel is worth {saved:+.3f} ms [{low:+.3f}, {high:+.3f}] a step")
+            what = row["variant"].removesuffix(" eager")
+            print(f"  {what}: its kernel is worth {saved:+.3f} ms [{low:+.3f}, {high:+.3f}] a step")
     return result.end(args.out)
