@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from fastgpt_kernels.configs import Config, Table
@@ -18,6 +19,16 @@ FORWARD: Table = {
         8192: Config({"TILE": 2048, "ROWS": 1, "STEPS": 1}, num_warps=8),
     },
 }
+
+
+# An iteration asks for the rows of three tensors. ptxas moves the loads of the third down to where
+# it is used, which spares registers and waits three times (on an H200, 768 columns, 69 us where 42
+# are DRAM's). As copies to shared memory, two iterations ahead, they stay where they are: on sm_90,
+# where no fewer programs fit an SM with that. Not measured.
+def _ahead(entries: Mapping[int, Config]) -> dict[int, Config]:
+    return {C: replace(c, num_stages=3) if C <= 2048 else c for C, c in entries.items()}
+
+
 _BACKWARD = {
     768: Config({"TILE": 256, "ROWS": 4, "PROGRAMS_PER_SM": 3}, num_warps=4),
     1024: Config({"TILE": 256, "ROWS": 4, "PROGRAMS_PER_SM": 2}, num_warps=4),
@@ -25,22 +36,15 @@ _BACKWARD = {
     4096: Config({"TILE": 2048, "ROWS": 1, "PROGRAMS_PER_SM": 2}, num_warps=8),
     8192: Config({"TILE": 4096, "ROWS": 1, "PROGRAMS_PER_SM": 1}, num_warps=16),
 }
-_AHEAD = {width: replace(_BACKWARD[width], num_stages=3) for width in (768, 1024, 2048)}
-# An iteration asks for three tensors' rows. ptxas moves the loads of the third down to where it is
-# used, which spares registers and waits three times (on an H200, 768 columns, 69 us where 42 are
-# DRAM's). As copies to shared memory, two iterations ahead, they stay where they are. Not measured.
-BACKWARD: Table = {"default": _BACKWARD, "sm_90": {**_BACKWARD, **_AHEAD}}
-# The mask takes the registers that copies ahead would.
-BACKWARD_DROPOUT: Table = {"default": _BACKWARD}
 # With the sums of a third gradient: more warps a row, or fewer programs.
-BACKWARD_X_BIAS: Table = {
-    "default": {
-        512: Config({"TILE": 256, "ROWS": 4, "PROGRAMS_PER_SM": 3}, num_warps=4),
-        768: Config({"TILE": 256, "ROWS": 4, "PROGRAMS_PER_SM": 2}, num_warps=4),
-        1024: Config({"TILE": 512, "ROWS": 2, "PROGRAMS_PER_SM": 3}, num_warps=4),
-        1536: Config({"TILE": 512, "ROWS": 2, "PROGRAMS_PER_SM": 2}, num_warps=4),
-        2048: Config({"TILE": 1024, "ROWS": 1, "PROGRAMS_PER_SM": 2}, num_warps=4),
-        4096: Config({"TILE": 2048, "ROWS": 1, "PROGRAMS_PER_SM": 1}, num_warps=8),
-        8192: Config({"TILE": 4096, "ROWS": 1, "PROGRAMS_PER_SM": 1}, num_warps=16),
-    },
+_BACKWARD_X_BIAS = {
+    512: Config({"TILE": 256, "ROWS": 4, "PROGRAMS_PER_SM": 3}, num_warps=4),
+    768: Config({"TILE": 256, "ROWS": 4, "PROGRAMS_PER_SM": 2}, num_warps=4),
+    1024: Config({"TILE": 512, "ROWS": 2, "PROGRAMS_PER_SM": 3}, num_warps=4),
+    1536: Config({"TILE": 512, "ROWS": 2, "PROGRAMS_PER_SM": 2}, num_warps=4),
+    2048: Config({"TILE": 1024, "ROWS": 1, "PROGRAMS_PER_SM": 2}, num_warps=4),
+    4096: Config({"TILE": 2048, "ROWS": 1, "PROGRAMS_PER_SM": 1}, num_warps=8),
+    8192: Config({"TILE": 4096, "ROWS": 1, "PROGRAMS_PER_SM": 1}, num_warps=16),
 }
+BACKWARD: Table = {"default": _BACKWARD, "sm_90": _ahead(_BACKWARD)}
+BACKWARD_X_BIAS: Table = {"default": _BACKWARD_X_BIAS, "sm_90": _ahead(_BACKWARD_X_BIAS)}

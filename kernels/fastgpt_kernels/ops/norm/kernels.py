@@ -290,11 +290,11 @@ def launch_backward(
         sums = [None if t is None else t.zero_() for t in sums]
         return ds, d_residual, *sums  # type: ignore[return-value]
     others = None if d_residual_out is None else row_view(d_residual_out)
-    table = configs.BACKWARD if seed is None else configs.BACKWARD_DROPOUT
-    if x_bias is not None:
-        table = configs.BACKWARD_X_BIAS
+    table = configs.BACKWARD if x_bias is None else configs.BACKWARD_X_BIAS
     config = config or lookup(table, arch_of(s), C)
     TILE, ROWS = _tile(config, C)
+    # Dropout's mask takes the registers that copies ahead would.
+    stages = config.num_stages if seed is None else 1
     wanted = multiprocessors(s) * config.blocks["PROGRAMS_PER_SM"]
     programs = min(triton.cdiv(M, ROWS), wanted, MAX_PROGRAMS)
     partials = empty_partials(programs, sum(C for t in sums if t is not None), s.device)
@@ -306,7 +306,7 @@ def launch_backward(
         layer_norm_backward_kernel[(programs,)](
             dy_rows, others, rows, given[0], seed, stats, ds, d_residual, partials, *sums,
             dy_rows.stride(0), 0 if others is None else others.stride(0), rows.stride(0), M,
-            *dropout_threshold(dropout_p), C, TILE, ROWS, config.num_stages,
+            *dropout_threshold(dropout_p), C, TILE, ROWS, stages,
             sum_columns(config.num_warps), arch_of(s).startswith("gfx"),
             **config.options, **registers,
         )  # fmt: skip

@@ -44,7 +44,7 @@ def tunables(arch: str) -> Iterator[Tunable]:
             if columns <= max(key, 256) <= 8 * columns and rows * warps <= 16
         ]
         yield Tunable("FORWARD", key, candidates)
-    for name in ("BACKWARD", "BACKWARD_DROPOUT", "BACKWARD_X_BIAS"):
+    for name in ("BACKWARD", "BACKWARD_X_BIAS"):
         for key in entries(getattr(configs, name), arch):
             candidates = [
                 Config(
