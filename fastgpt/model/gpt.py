@@ -94,7 +94,16 @@ class _Embedding(torch.autograd.Function):
     def backward(  # type: ignore[override]
         ctx: Any, rows: Tensor, head: Tensor
     ) -> tuple[Tensor, None]:
-        return head.index_put(ctx.saved_tensors, rows, accumulate=True), None
+        (idx,) = ctx.saved_tensors
+        if rows.device.type != "cpu":
+            return head.index_put((idx,), rows, accumulate=True), None
+        # There index_put's threads add to a row in the order in which they come, and take ten times
+        # as long: no two runs would be the same to the bit.
+        from fastgpt_kernels.accumulate import adds_rows  # loads the op registry
+
+        total = head.clone()
+        adds_rows(total, idx.flatten(), rows.flatten(0, 1))
+        return total, None
 
 
 class _AddingEmbedding(torch.autograd.Function):

@@ -195,6 +195,28 @@ def test_a_checkpoint_is_gone_on_from_to_the_bit():
         b.load({**model, "transformer.wte.weight": torch.zeros(3, 3)}, {}, a.state_dict())
 
 
+def test_threads_train_to_the_same_bit():
+    """A run that is resumed equals one that is not, and several threads add up one gradient."""
+    idx = torch.randint(50, (12, 65), generator=torch.Generator().manual_seed(0))
+    shape = ModelShape(1, 2, 128, 64, 50, bias=False)  # enough rows that each thread has some
+
+    def grow() -> list[torch.Tensor]:
+        model = GPT(shape, 0.0, ops.choose(CPU, wish=Wish("eager"))).init_weights(0)
+        t = Trainer(model, replace(laptop(), kernels="eager"), Machine(CPU))
+        for step in range(3):
+            t.step(step, idx)
+        return weights(t)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first, *others = (grow() for _ in range(6))
+    finally:
+        torch.set_num_threads(before)
+    for other in others:
+        assert all(map(torch.equal, first, other))
+
+
 @pytest.mark.parametrize("fails", [1, 2])
 def test_a_compilation_that_fails_is_tried_once_more(fails, monkeypatch, capsys):
     t = trainer()
