@@ -97,8 +97,8 @@ class _Embedding(torch.autograd.Function):
         (idx,) = ctx.saved_tensors
         if rows.device.type != "cpu":
             return head.index_put((idx,), rows, accumulate=True), None
-        # There index_put's threads add to a row in the order in which they come, and take ten times
-        # as long: no two runs would be the same to the bit.
+        # There threads of index_put, and of what Inductor makes of it or of index_add, add to a row
+        # in the order in which they come: no two runs would be the same to the bit.
         from fastgpt_kernels.accumulate import adds_rows  # loads the op registry
 
         total = head.clone()

@@ -195,14 +195,15 @@ def test_a_checkpoint_is_gone_on_from_to_the_bit():
         b.load({**model, "transformer.wte.weight": torch.zeros(3, 3)}, {}, a.state_dict())
 
 
-def test_threads_train_to_the_same_bit():
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_threads_train_to_the_same_bit(compiled):
     """A run that is resumed equals one that is not, and several threads add up one gradient."""
     idx = torch.randint(50, (12, 65), generator=torch.Generator().manual_seed(0))
     shape = ModelShape(1, 2, 128, 64, 50, bias=False)  # enough rows that each thread has some
 
     def grow() -> list[torch.Tensor]:
         model = GPT(shape, 0.0, ops.choose(CPU, wish=Wish("eager"))).init_weights(0)
-        t = Trainer(model, replace(laptop(), kernels="eager"), Machine(CPU))
+        t = Trainer(model, replace(laptop(), kernels="eager"), Machine(CPU, compile=compiled))
         for step in range(3):
             t.step(step, idx)
         return weights(t)

@@ -76,6 +76,12 @@ class Instruction:
     def is_global(self) -> bool:
         return self.base in _GLOBAL or self.base.startswith(("global_", "buffer_"))
 
+    def reads(self, registers: str) -> bool:
+        """Whether it reads any of them, which are a regular expression (`_registers`)."""
+        stores = self.base in ("STG", "STS")  # of all others the first operand is the result
+        sources = self.operands if stores else self.operands.partition(",")[2]
+        return re.search(rf"\b{registers}\b", sources) is not None
+
     @property
     def loads_global(self) -> bool:
         return self.base in ("LDG", "LDGSTS") or self.base.startswith(
@@ -187,8 +193,7 @@ class Code:
         at = []
         for _ in range(9 if self.loops_over else 1):
             for i in self.hot:
-                reads = i.operands if i.base in ("STG", "STS") else i.operands.partition(",")[2]
-                awaited = [w for registers, w in pending if re.search(rf"\b{registers}\b", reads)]
+                awaited = [w for registers, w in pending if i.reads(registers)]
                 if i.base == "DEPBAR" and i.operands.startswith("SB0"):
                     awaited += copies[: len(copies) - int(i.operands.rpartition(" ")[2], 16)]
                 now = max([now, *awaited])
@@ -212,9 +217,8 @@ class Code:
         groups, group = [0], 0  # bytes of the committed groups of copies, and of the next one
         most = 0
         for i in self.body:
-            reads = i.operands if i.base in ("STG", "STS") else i.operands.partition(",")[2]
             for n in range(len(pending) - 1, -1, -1):
-                if re.search(rf"\b{pending[n][0]}\b", reads):
+                if i.reads(pending[n][0]):
                     del pending[: n + 1]
                     break
             if i.base == "LDG":
