@@ -42,10 +42,8 @@ from bench.variants import Ours, Variant, build
 from fastgpt.config import settings
 from fastgpt.config.schema import Config
 from fastgpt.data import token_files
-from fastgpt.data.batches import Batches
-from fastgpt.data.prefetch import Prefetcher
-from fastgpt.data.token_files import TokenWriter
-from fastgpt.data.tokens import TokenSplit
+from fastgpt.data.loader import Batches, Prefetcher
+from fastgpt.data.token_files import TokenSplit, TokenWriter
 from fastgpt.errors import UserError
 from fastgpt.model import ops
 from fastgpt.model.peaks import measured_peak, synchronize

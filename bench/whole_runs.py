@@ -26,9 +26,9 @@ from bench.turns import quietly_built, serve
 from bench.variants import Variant
 from fastgpt.config import settings
 from fastgpt.config.schema import Config, PrepareConfig
-from fastgpt.data.batches import Batches, eval_batches
+from fastgpt.data.loader import Batches, eval_batches
 from fastgpt.data.prepare import ensure
-from fastgpt.data.tokens import open_dataset
+from fastgpt.data.token_files import open_dataset
 from fastgpt.model.peaks import synchronize
 from fastgpt_kernels.tools.workers import TaskFailed, Worker
 

@@ -17,10 +17,10 @@ from fastgpt import __version__
 from fastgpt.config import settings
 from fastgpt.config.presets import default_name
 from fastgpt.config.schema import Config
-from fastgpt.data.build import cores
 from fastgpt.data.corpora import CORPORA
-from fastgpt.data.tokens import open_dataset
-from fastgpt.data.vocabulary import GPT2_VOCAB
+from fastgpt.data.prepare import cores
+from fastgpt.data.token_files import open_dataset
+from fastgpt.data.tokenizer import GPT2_VOCAB
 from fastgpt.errors import UserError
 from fastgpt.model import agreements, ops
 from fastgpt.model.build import choose

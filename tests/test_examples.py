@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastgpt
-from fastgpt.data.tokenizers import ByteTokenizer
+from fastgpt.data.tokenizer import ByteTokenizer
 from fastgpt.errors import UserError
 from fastgpt.train import python
 from tests import runs

@@ -22,11 +22,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastgpt.config.schema import EvalConfig, PrepareConfig
 from fastgpt.data import token_files
+from fastgpt.data.corpora import check_text
 from fastgpt.data.prepare import ensure
 from fastgpt.data.progress import progress
-from fastgpt.data.sources import check_text
-from fastgpt.data.token_files import Ids, TokenFile
-from fastgpt.data.tokens import open_dataset
+from fastgpt.data.token_files import Ids, TokenFile, open_dataset
 from fastgpt.errors import BadWeights, UserError, read_bytes, read_text, reading
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT

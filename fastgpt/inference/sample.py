@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from fastgpt.config.schema import SampleConfig
-from fastgpt.data.tokenizers import Tokenizer
+from fastgpt.data.tokenizer import Tokenizer
 from fastgpt.errors import UserError, read_text, reading
 from fastgpt.inference.generate import BatchGenerator, Sampling
 from fastgpt.model.device import Machine

@@ -11,8 +11,8 @@ import torch
 
 from fastgpt.config import settings
 from fastgpt.config.schema import Config
-from fastgpt.data.tokenizers import decode_stream
-from fastgpt.data.tokens import Dataset
+from fastgpt.data.token_files import Dataset
+from fastgpt.data.tokenizer import decode_stream
 from fastgpt.inference.generate import generate
 from fastgpt.model import ops
 from fastgpt.train import memory, plot

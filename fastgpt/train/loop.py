@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch
 
-from fastgpt.data.batches import Batches, eval_batches
-from fastgpt.data.prefetch import Prefetcher
-from fastgpt.data.tokens import Dataset, TokenSplit
+from fastgpt.data.loader import Batches, Prefetcher, eval_batches
+from fastgpt.data.token_files import Dataset, TokenSplit
 from fastgpt.errors import SharedError, UserError
 from fastgpt.storage import checkpoint
 from fastgpt.train import memory, metrics, mfu, optim, resume, sharding

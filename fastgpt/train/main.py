@@ -11,7 +11,7 @@ from torch import Tensor
 from fastgpt.config import settings
 from fastgpt.config.schema import Config, PrepareConfig
 from fastgpt.data.prepare import ensure, with_tokenizer
-from fastgpt.data.tokens import Dataset, open_dataset
+from fastgpt.data.token_files import Dataset, open_dataset
 from fastgpt.errors import UserError
 from fastgpt.model import ops
 from fastgpt.model.build import build

@@ -8,7 +8,7 @@ from typing import Any
 from fastgpt.config import settings
 from fastgpt.config.presets import PRESETS, default_name
 from fastgpt.config.schema import Config, SourceConfig
-from fastgpt.data.tokenizers import Tokenizer
+from fastgpt.data.tokenizer import Tokenizer
 from fastgpt.errors import UserError
 from fastgpt.inference import generate as decoding
 from fastgpt.model.device import Machine

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.config import settings
-from fastgpt.data.tokens import Dataset
+from fastgpt.data.token_files import Dataset
 from fastgpt.errors import UserError, reading
 from fastgpt.storage import checkpoint, run
 from fastgpt.train import optim, sharding

@@ -13,16 +13,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastgpt.data.tokenizers import (
+from fastgpt.data.tokenizer import (
     EOT_TEXT,
+    GPT2_SHA256,
+    GPT2_VOCAB,
     JSON_NAME,
     BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
+    dump_ranks,
     load_tokenizer,
+    parse_ranks,
 )
-from fastgpt.data.vocabulary import GPT2_SHA256, GPT2_VOCAB, dump_ranks, parse_ranks
 from fastgpt.errors import read_text, reading
 from fastgpt.storage.files import write_text
 

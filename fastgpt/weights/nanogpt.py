@@ -23,9 +23,8 @@ from torch import Tensor
 
 from fastgpt.config import settings
 from fastgpt.config.schema import Config, ImportConfig
-from fastgpt.data.tokenizers import Tokenizer, make_tokenizer
-from fastgpt.data.tokens import has_tokens, open_dataset
-from fastgpt.data.vocabulary import GPT2_VOCAB
+from fastgpt.data.token_files import has_tokens, open_dataset
+from fastgpt.data.tokenizer import GPT2_VOCAB, Tokenizer, make_tokenizer
 from fastgpt.errors import UserError, open_regular, reading
 from fastgpt.model.gpt import ModelShape
 from fastgpt.storage import checkpoint, run

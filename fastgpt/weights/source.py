@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastgpt.config import settings
 from fastgpt.config.schema import Config, SourceConfig
-from fastgpt.data.tokenizers import JSON_NAME, Tokenizer, load_tokenizer
+from fastgpt.data.tokenizer import JSON_NAME, Tokenizer, load_tokenizer
 from fastgpt.errors import BadWeights, UserError, reading
 from fastgpt.model.build import build
 from fastgpt.model.device import Machine

@@ -21,8 +21,8 @@ import torch
 from fastgpt.config.schema import Config, ExportConfig, ImportConfig, PrepareConfig
 from fastgpt.config.settings import replace, to_dict
 from fastgpt.data.prepare import prepare
-from fastgpt.data.tokenizers import ByteTokenizer
-from fastgpt.data.tokens import open_dataset
+from fastgpt.data.token_files import open_dataset
+from fastgpt.data.tokenizer import ByteTokenizer
 from fastgpt.errors import UserError
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.storage import checkpoint, run

@@ -24,9 +24,8 @@ import torch
 
 from fastgpt.config import settings
 from fastgpt.config.schema import Config
-from fastgpt.data.meta_pkl import read_meta
-from fastgpt.data.tokenizers import BPETokenizer, CharTokenizer, load_tokenizer
-from fastgpt.data.tokens import open_dataset
+from fastgpt.data.token_files import open_dataset
+from fastgpt.data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer, read_meta
 from fastgpt.errors import UserError
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.storage import checkpoint, run

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from fastgpt.config.schema import PrepareConfig
-from fastgpt.data import vocabulary
-from fastgpt.data.vocabulary import dump_ranks, train_ranks
+from fastgpt.data import tokenizer
+from fastgpt.data.tokenizer import dump_ranks, train_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,14 +38,14 @@ def settings(tmp_path, monkeypatch):
 def ranks() -> dict[bytes, int]:
     """A vocabulary of 511 tokens, trained here."""
     pytest.importorskip("rustbpe")
-    return train_ranks([TEXT * 3, Path(vocabulary.__file__).read_text()], 512)
+    return train_ranks([TEXT * 3, Path(tokenizer.__file__).read_text()], 512)
 
 
 @pytest.fixture
 def as_gpt2(ranks, monkeypatch, tmp_path) -> Path:
     """A rank file that counts as GPT-2's own for this test."""
     data = dump_ranks(ranks)
-    monkeypatch.setattr(vocabulary, "GPT2_SHA256", hashlib.sha256(data).hexdigest())
+    monkeypatch.setattr(tokenizer, "GPT2_SHA256", hashlib.sha256(data).hexdigest())
     path = tmp_path / "small.tiktoken"
     path.write_bytes(data)
     return path

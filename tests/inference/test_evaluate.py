@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from fastgpt.data.token_files import header
-from fastgpt.data.tokenizers import ByteTokenizer
+from fastgpt.data.tokenizer import ByteTokenizer
 from fastgpt.inference.evaluate import Question, ending_losses, total_loss, windows
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.weights import hf_tokenizer, hugging_face

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt.data.tokenizers import ByteTokenizer
+from fastgpt.data.tokenizer import ByteTokenizer
 from fastgpt.inference.sample import TextStream
 from tests import runs
 from tests.process import fastgpt

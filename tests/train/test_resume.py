@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastgpt.config.presets import laptop
-from fastgpt.data.tokens import Dataset
+from fastgpt.data.token_files import Dataset
 from fastgpt.errors import UserError
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape

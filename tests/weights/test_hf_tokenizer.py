@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt.data.tokenizers import (
+from fastgpt.data.tokenizer import (
     BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
     make_tokenizer,
+    train_ranks,
 )
-from fastgpt.data.vocabulary import train_ranks
 from fastgpt.errors import UserError
 from fastgpt.weights.hf_tokenizer import byte_characters, read, split_token, write
 from tests.data.conftest import TEXT

@@ -14,8 +14,8 @@ import torch
 from torch.nn import functional as F
 
 from fastgpt.config.schema import OptimConfig
-from fastgpt.data.batches import Batches
-from fastgpt.data.tokens import open_dataset
+from fastgpt.data.loader import Batches
+from fastgpt.data.token_files import open_dataset
 from fastgpt.errors import UserError
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.train.optim import learning_rate

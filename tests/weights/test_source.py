@@ -11,7 +11,7 @@ import torch
 
 from fastgpt.config.presets import PRESETS
 from fastgpt.config.settings import load_toml
-from fastgpt.data.tokenizers import ByteTokenizer
+from fastgpt.data.tokenizer import ByteTokenizer
 from fastgpt.inference.generate import generate
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.storage import files

@@ -1,35 +1,155 @@
-"""Text to token ids and back: bytes, characters, GPT-2's BPE, or a BPE trained on your text.
+"""Where the merges of a BPE vocabulary come from: GPT-2's rank file, or training with rustbpe.
+
+Text to token ids and back: bytes, characters, GPT-2's BPE, or a BPE trained on your text.
 
 A tokenizer saves itself as `tokenizer.json`, plus `tokenizer.tiktoken` (one `base64 rank` line per
 token) if it has merges, so that a dataset or run folder decodes without network.
+
+nanoGPT's meta.pkl, read without trusting it.
+
+A pickle is a program. Before it runs, each of its instructions is looked at, and only those that
+make dicts, lists, strings and plain numbers are let through: no globals, no calls, no persistent
+ids, nothing nested or repeated that could cost much memory. The unpickler refuses globals as well.
 """
 
 from __future__ import annotations
 
+import base64
 import codecs
 import functools
 import hashlib
+import io
+import itertools
 import json
+import os
+import pickle
+import pickletools
 import re
+import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import tiktoken
 
-from fastgpt.data.vocabulary import (
-    GPT2_PATTERN,
-    dump_ranks,
-    gpt2_ranks,
-    parse_ranks,
-    read_vocab_file,
-    train_ranks,
-)
-from fastgpt.errors import UserError, read_bytes, read_text
+from fastgpt.data.download import fetch
+from fastgpt.errors import UserError, open_regular, read_bytes, read_text
 from fastgpt.storage.files import atomic_file, write_text
+
+# GPT-2's pretokenizer. The possessive quantifiers change no match, only save backtracking.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# sha256 of GPT-2's ranks as a rank file: OpenAI's r50k_base.tiktoken.
+GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+GPT2_VOCAB = 50_257
+GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
+GPT2_NAME = "gpt2.tiktoken"
+# What tiktoken.get_encoding("gpt2") keeps: the same vocabulary in GPT-2's first file format.
+_GPT2_FIRST = (
+    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe",
+    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json",
+)
+
+
+def gpt2_ranks(vocab_file: str, cache: Path | None, download: bool) -> dict[bytes, int]:
+    """GPT-2's 50,256 ranks, verified; `make_tokenizer` says where they are looked for."""
+    own = cache / GPT2_NAME if cache else None
+    if vocab_file:
+        return _read_gpt2(Path(vocab_file))
+    for path in (own, _tiktoken_cache(GPT2_URL)):
+        if path and path.is_file():
+            return _read_gpt2(path)
+    if all(_tiktoken_cache(url).is_file() for url in _GPT2_FIRST):
+        ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
+        return _verified(ranks, _tiktoken_cache(_GPT2_FIRST[0]))
+    if own and download:
+        hint = f"download it elsewhere and pass --vocab_file={GPT2_NAME}"
+        return _read_gpt2(fetch(GPT2_URL, own, sha256=GPT2_SHA256, hint=hint))
+    raise UserError(
+        "GPT-2's vocabulary is not on this machine: run `fastgpt prepare` with the same options "
+        f"where there is network, or pass --vocab_file=FILE with the rank file {GPT2_URL}, or take "
+        "--tokenizer=byte"
+    )
+
+
+def _tiktoken_cache(url: str) -> Path:
+    folder = os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", folder))
+    return Path(folder) / hashlib.sha1(url.encode()).hexdigest()
+
+
+def _read_gpt2(path: Path) -> dict[bytes, int]:
+    return _verified(parse_ranks(read_vocab_file(path), path), path)
+
+
+def _verified(ranks: dict[bytes, int], path: Path) -> dict[bytes, int]:
+    if hashlib.sha256(dump_ranks(ranks)).hexdigest() != GPT2_SHA256:
+        raise UserError(
+            f"{path} is not GPT-2's vocabulary: {len(ranks)} tokens whose sha256 is not "
+            f"{GPT2_SHA256[:16]}...; a vocabulary of your own goes with --tokenizer=bpe"
+        )
+    return ranks
+
+
+def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
+    """Train size - 257 merges on `texts`; the last id is left for end-of-text.
+
+    Ties between equally frequent pairs go to the smaller pair of ids, so the result depends on
+    the texts alone. UserError when rustbpe is not installed or the texts hold too few pairs.
+    """
+    try:
+        import rustbpe
+    except ImportError:
+        raise UserError(
+            f"--tokenizer=bpe:{size} needs rustbpe: pip install 'rustbpe>=0.1' (the extra [bpe])"
+        ) from None
+    trainer = rustbpe.Tokenizer()
+    # Two merges may spell the same token; tiktoken knows the first only. So train some to spare.
+    trainer.train_from_iterator(iter(texts), size - 1 + 256, pattern=GPT2_PATTERN)
+    tokens = dict.fromkeys(bytes(token) for token, _ in trainer.get_mergeable_ranks())
+    if (most := len(tokens) + 1) < size:
+        raise UserError(
+            f"--tokenizer=bpe:{size}: this text has pairs for a vocabulary of {most} only; "
+            f"say --tokenizer=bpe:{most} or less"
+        )
+    return {token: rank for rank, token in enumerate(itertools.islice(tokens, size - 1))}
+
+
+def dump_ranks(ranks: dict[bytes, int]) -> bytes:
+    """A tiktoken rank file: `base64(token) rank` lines by rank."""
+    by_rank = sorted(ranks.items(), key=lambda item: item[1])
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in by_rank)
+
+
+def parse_ranks(data: bytes, where: Path | str) -> dict[bytes, int]:
+    """Ranks in a rank file's bytes. UserError unless they are 0 .. n-1 and have all 256 bytes."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(data.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            what = f"line {number} is not 'base64 rank': no tiktoken rank file"
+            raise UserError(f"{where}: {what}") from None
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        top = len(ranks) - 1
+        raise UserError(f"{where}: ranks are not 0 .. {top} once each: damaged rank file")
+    if missing := [b for b in range(256) if bytes([b]) not in ranks]:
+        raise UserError(f"{where}: no token for byte {missing[0]}: damaged rank file")
+    return ranks
+
+
+def read_vocab_file(path: Path) -> bytes:
+    """Bytes of a file the user named with --vocab_file."""
+    try:
+        return read_bytes(path, limit=1 << 28)
+    except OSError as e:
+        raise UserError(f"--vocab_file={path}: {e.strerror}") from None
+
 
 JSON_NAME = "tokenizer.json"
 RANKS_NAME = "tokenizer.tiktoken"
@@ -303,3 +423,58 @@ def make_tokenizer(
         raise UserError("--tokenizer=bpe needs a size to train (bpe:N) or a --vocab_file")
     parts = (part for text in texts for part in _split_long_runs(text))
     return BPETokenizer(spec, train_ranks(parts, size))
+
+
+MAX_BYTES = 16 << 20  # a vocabulary of all Unicode characters takes 11 MB
+_PLAIN = frozenset(
+    ("PROTO", "FRAME", "STOP", "MARK", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS")
+    + ("EMPTY_LIST", "LIST", "APPEND", "APPENDS", "SHORT_BINUNICODE", "BINUNICODE")
+    + ("BINUNICODE8", "UNICODE", "BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1")
+    + ("BINFLOAT", "FLOAT", "NONE", "NEWTRUE", "NEWFALSE", "MEMOIZE", "BINPUT", "LONG_BINPUT")
+    + ("PUT", "BINGET", "LONG_BINGET", "GET")
+)
+
+
+class _NoGlobals(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise pickle.UnpicklingError(f"global {module}.{name}")
+
+
+def read_meta(path: Path) -> tuple[int, Tokenizer | None]:
+    """(vocab_size, character tokenizer if `itos` is one). UserError unless it is plain."""
+    try:
+        with open_regular(path) as f:
+            data = f.read(MAX_BYTES + 1)
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+    if len(data) > MAX_BYTES:
+        raise UserError(f"{path} is refused: over {MAX_BYTES:,} bytes are no vocabulary; remove it")
+    meta = _load(path, data)
+    vocab_size = meta.get("vocab_size") if isinstance(meta, dict) else None
+    if type(vocab_size) is not int or not 1 <= vocab_size <= 1 << 16:
+        raise UserError(
+            f"{path} holds no vocab_size in 1 .. 65536: remove it (GPT-2's vocabulary is assumed "
+            "then) or prepare the data again"
+        )
+    itos = meta.get("itos")
+    if isinstance(itos, dict) and list(itos) == list(range(vocab_size)):
+        chars = list(itos.values())
+        if all(isinstance(c, str) and len(c) == 1 for c in chars) and len(set(chars)) == vocab_size:
+            return vocab_size, CharTokenizer(chars)
+    return vocab_size, None
+
+
+def _load(path: Path, data: bytes) -> Any:
+    try:
+        for n, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            if opcode.name not in _PLAIN:
+                what = f" {argument!r}"[:60] if argument is not None else ""
+                raise pickle.UnpicklingError(f"it asks for {opcode.name}{what}")
+            if opcode.name in ("BINPUT", "LONG_BINPUT", "PUT") and int(argument or 0) > n:
+                raise pickle.UnpicklingError(f"it asks for memo slot {argument}")
+        return _NoGlobals(io.BytesIO(data)).load()
+    except Exception as e:  # a damaged pickle raises nearly anything
+        raise UserError(
+            f"{path} is refused, nothing in it was run: {e}; only plain dicts, strings and "
+            "numbers are read. Remove it (GPT-2's vocabulary is assumed then) or prepare again"
+        ) from None
