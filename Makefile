@@ -3,7 +3,6 @@
 # make slow    run the slow ones: many sizes, many processes, whole commands
 # make chaos   3,000 kills, faults and damaged files, and a table of what held
 # make soak    a long run that is killed again and again, against one that is not: ten minutes
-# make mutants change single lines of the core and see whether its tests notice
 # make lint    ruff and mypy
 # make gate    compile the kernels for GPUs that need not be here and judge their machine code
 # make ledger  count launches and bytes of the compiled training step
@@ -37,7 +36,7 @@ HASHED := $(PIP) --require-hashes --only-binary :all: -r $(LOCK)
 HASHED += && $(PIP) --no-deps --no-index --no-build-isolation -e .
 NEEDS  := pyproject.toml constraints.txt $(if $(LOCKED),$(LOCK))
 
-.PHONY: train test slow chaos soak mutants lint gate ledger bench install lock clean
+.PHONY: train test slow chaos soak lint gate ledger bench install lock clean
 
 train: $(VENV)/.installed
 	$(BIN)/fastgpt train $(ARGS)
@@ -53,9 +52,6 @@ chaos: $(VENV)/.installed-test
 
 soak: $(VENV)/.installed-test
 	PYTHONPATH=.:kernels $(BIN)/python -m tests.chaos.soak $(SOAK_ARGS)
-
-mutants: $(VENV)/.installed-test
-	PYTHONPATH=.:kernels $(BIN)/python -m tests.mutants $(MUTANTS_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
