@@ -5,7 +5,6 @@
 # make soak    a long run that is killed again and again, against one that is not: ten minutes
 # make lint    ruff and mypy
 # make gate    compile the kernels for GPUs that need not be here and judge their machine code
-# make ledger  count launches and bytes of the compiled training step
 # make bench   measure all that fits into BUDGET seconds on this GPU, and report it
 #
 # make lock    write LOCK: the versions and sha256 of all files that are installed
@@ -36,7 +35,7 @@ HASHED := $(PIP) --require-hashes --only-binary :all: -r $(LOCK)
 HASHED += && $(PIP) --no-deps --no-index --no-build-isolation -e .
 NEEDS  := pyproject.toml constraints.txt $(if $(LOCKED),$(LOCK))
 
-.PHONY: train test slow chaos soak lint gate ledger bench install lock clean
+.PHONY: train test slow chaos soak lint gate bench install lock clean
 
 train: $(VENV)/.installed
 	$(BIN)/fastgpt train $(ARGS)
@@ -60,9 +59,6 @@ lint: $(VENV)/.installed-test
 
 gate: $(VENV)/.installed-test
 	$(BIN)/python -m fastgpt_kernels.tools.aot $(GATE_ARGS)
-
-ledger: $(VENV)/.installed-test
-	$(BIN)/python -m pytest tests/step_counts.py
 
 # A failed part does not keep what there is from being reported.
 bench: $(VENV)/.installed-bench
