@@ -1,8 +1,9 @@
 """Golden results: what commands print and compute, through the command line and files alone.
 
 `python -m tests.golden.make [help|log|runs|presets ...]` writes them anew, from the present code.
-Say in the commit why a result changes. Run folders in runs/ are from version 0.1.0 and stay as they
-are: what they hold must resume for good.
+Say in the commit why a result changes. The folders in runs/ are three steps of version 0.1.0 and
+stay as they are: they must resume for good. `old` has settings and a plan.json of that version
+alone: `tune`, `op.linear`, `op.mlp`, `op.adamw`.
 """
 
 from __future__ import annotations
@@ -23,26 +24,20 @@ import torch
 from safetensors.torch import load_file
 
 from fastgpt import cli
+from fastgpt.config.presets import PRESETS
 from tests.runs import latest, records
 
 HERE = Path(__file__).parent
 COMMANDS = ("", "train", "sample", "eval", "export", "import", "prepare", "compare", "doctor")
 COMMANDS += ("tune",)
 
+RUNS = ("plain", "muon", "old")
+
 DATA = ("--input=text.txt", "--tokenizer=char")
 SMALL = ("--device=cpu", "--dtype=float32", "--compile=False", "--kernels=eager")
 SMALL += ("--peak_tflops=1", "--sample_tokens=0", "--eval_iters=2", "--log_interval=1")
 SMALL += ("--n_layer=1", "--n_head=2", "--block_size=16", "--batch_size=4")
-RUN = (*DATA, *SMALL, "--n_embd=8", "--warmup_iters=2", "--eval_interval=3")
-RUNS = {
-    "plain": ("--dropout=0.0",),
-    "muon": ("--optimizer=muon", "--learning_rate=2e-3", "--lr_schedule=wsd"),
-    # With settings and a plan.json of version 0.1.0 alone.
-    "old": ("--bias=True", "--gradient_accumulation_steps=2", "--tune=30", "--op.linear=eager")
-    + ("--op.mlp=eager", "--op.adamw=eager"),
-}
-PRESETS = ("laptop", "desktop", "shakespeare_char", "gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl")
-PRESETS += ("gpt2_speedrun", "finetune_shakespeare")
+RUN = (*DATA, *SMALL, "--n_embd=8", "--warmup_iters=2")
 
 
 def fastgpt(*args: str) -> str:
@@ -136,25 +131,8 @@ def tensors(run_dir: Path) -> dict[str, list[float]]:
     return found
 
 
-def make_run(name: str) -> None:
-    folder = HERE / "runs" / name
-    shutil.rmtree(folder, ignore_errors=True)
-    with workplace() as here:
-        fastgpt("train", "laptop", *RUN, *RUNS[name], "--max_iters=3", f"--out_dir={name}")
-        for spare in ("loss.png", ".lock"):
-            (here / name / spare).unlink()
-        if name == "old":
-            eager = {"implementation": "eager", "reason": "measured", "configs": []}
-            plan = {"ops": {"attention": eager, "mlp": eager}, "compile": False, "threads": 1}
-            plan |= {"arch": "cpu", "device": "CPU", "date": "2025-01-01 00:00", "lines": ["2 s"]}
-            (here / name / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
-        else:
-            (here / name / "plan.json").unlink()
-        shutil.copytree(here / name, folder)
-
-
 def write(name: str, found: Any) -> None:
-    text = json.dumps(found, indent=None)
+    text = json.dumps(found)
     (HERE / name).write_text(re.sub(r'(?<=[\]}"\d]), (?=")', ",\n", text) + "\n")
 
 
@@ -167,9 +145,6 @@ def main() -> None:
     if "log" in parts:
         (HERE / "log.txt").write_text(log_lines())
     if "runs" in parts:
-        for name in RUNS:
-            if not (HERE / "runs" / name).exists():
-                make_run(name)
         write("runs.json", {name: resumed(name) for name in RUNS})
     if "presets" in parts:
         write("presets.json", {preset: one_step(preset) for preset in PRESETS})

@@ -1,0 +1,126 @@
+"""What one layer of the captured training graph is made of, forward and backward.
+
+It guards the fusions: an added cast, copy or unfused op is a node that the table below lacks. The
+graph is captured on a CPU as torch.compile does it, with the Triton kernels as custom ops that
+never run. Views move no data and are left out. Say in the commit why a count changes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+FUSED = {"fastgpt.layer_norm": 2, "fastgpt.attention": 1, "fastgpt.bias_gelu": 1}
+FUSED_BACKWARD = {f"{name}_backward": times for name, times in FUSED.items()}
+# Autograd writes the argument that add_product changed back; Inductor takes these copies out again.
+MAIN_GRAD = {"fastgpt.add_product": 4, "aten.copy_": 4}
+
+# By (bias, dropout, main_grad): nodes of a layer.
+Variant = tuple[bool, float, bool]
+EXPECTED: dict[Variant, dict[str, dict[str, int]]] = {
+    (False, 0.0, True): {
+        "forward": {**FUSED, "aten.mm": 4},
+        "backward": {**FUSED_BACKWARD, "aten.mm": 4, **MAIN_GRAD},
+    },
+    (True, 0.1, False): {
+        "forward": {**FUSED, "aten.mm": 3, "aten.addmm": 1},
+        "backward": {**FUSED_BACKWARD, "aten.mm": 8, "aten._to_copy": 4},  # gradients to fp32
+    },
+}
+
+
+def count(variant: Variant, n_layer: int) -> dict[str, Counter[str]]:
+    """Nodes by name of both graphs of a small model. In fp16, since Triton's interpreter refuses bf16."""
+    import torch
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    from fastgpt.config.presets import gpt2
+    from fastgpt.config.settings import replace
+    from fastgpt.model.build import build
+    from fastgpt.model.device import Machine
+
+    bias, dropout, main_grad = variant
+    sizes = {"n_layer": n_layer, "n_head": 2, "n_embd": 128, "block_size": 64, "batch_size": 2}
+    config = replace(gpt2(), **sizes, bias=bias, dropout=dropout, kernels="triton")
+    model = build(config, 512, Machine(torch.device("cpu"), "float16"))
+    model.keep_copies()
+    if main_grad:
+        model.keep_sums()
+    found: dict[str, Counter[str]] = {}
+
+    def counting(name: str):
+        def compiler(module: torch.fx.GraphModule, inputs):
+            found[name] = Counter(filter(None, map(name_of, module.graph.nodes)))
+            (results,) = module.graph.output_node().args
+            return make_boxed_func(lambda *_: [empty_like(node) for node in results])
+
+        return compiler
+
+    backend = aot_autograd(
+        fw_compiler=counting("forward"),
+        bw_compiler=counting("backward"),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    torch._dynamo.reset()
+    tokens = torch.zeros(2, 64, dtype=torch.int64)
+    torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(tokens, tokens).backward()
+    return found
+
+
+def name_of(node) -> str:
+    """The name of a node that computes or moves something; empty for others."""
+    if node.op != "call_function" or getattr(node.target, "is_view", False):
+        return ""
+    target = node.target
+    if str(target).startswith("auto_functionalized"):  # an op that changes its argument
+        target = node.args[0]
+    name = str(target).removesuffix(".default")
+    return "" if name in ("<built-in function getitem>", "aten._unsafe_view") else name
+
+
+def empty_like(node):
+    import torch
+
+    value = getattr(node, "meta", {}).get("val")
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+
+
+@pytest.fixture(scope="module")
+def layers() -> list[dict[str, dict[str, int]]]:
+    """Nodes of a layer of each variant, found by this file in a process that interprets Triton."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, __file__]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("variant", EXPECTED, ids=str)
+def test_nodes_of_a_layer(variant: Variant, layers):
+    for name, wanted in EXPECTED[variant].items():
+        found = layers[[*EXPECTED].index(variant)][name]
+        more, fewer = Counter(found) - Counter(wanted), Counter(wanted) - Counter(found)
+        assert found == wanted, f"{name}: more {dict(more)}, fewer {dict(fewer)}"
+
+
+def main() -> None:
+    found = []
+    for variant in EXPECTED:
+        one, two = count(variant, 1), count(variant, 2)
+        found.append({name: two[name] - one[name] for name in one})
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
