@@ -21,8 +21,7 @@ FUSED_BACKWARD = {f"{name}_backward": times for name, times in FUSED.items()}
 # Autograd writes the argument that add_product changed back; Inductor takes these copies out again.
 MAIN_GRAD = {"fastgpt.add_product": 4, "aten.copy_": 4}
 
-# By (bias, dropout, main_grad): nodes of a layer.
-Variant = tuple[bool, float, bool]
+Variant = tuple[bool, float, bool]  # bias, dropout, main_grad
 EXPECTED: dict[Variant, dict[str, dict[str, int]]] = {
     (False, 0.0, True): {
         "forward": {**FUSED, "aten.mm": 4},
@@ -36,7 +35,7 @@ EXPECTED: dict[Variant, dict[str, dict[str, int]]] = {
 
 
 def count(variant: Variant, n_layer: int) -> dict[str, Counter[str]]:
-    """Nodes by name of both graphs of a small model. In fp16, since Triton's interpreter refuses bf16."""
+    """Nodes by name of both graphs of a small model; Triton's interpreter refuses bf16."""
     import torch
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.aot_autograd import make_boxed_func
@@ -82,8 +81,8 @@ def name_of(node) -> str:
     target = node.target
     if str(target).startswith("auto_functionalized"):  # an op that changes its argument
         target = node.args[0]
-    name = str(target).removesuffix(".default")
-    return "" if name in ("<built-in function getitem>", "aten._unsafe_view") else name
+    free = ("<built-in function getitem>", "aten._unsafe_view.default")
+    return "" if str(target) in free else str(target).removesuffix(".default")
 
 
 def empty_like(node):
@@ -99,9 +98,8 @@ def empty_like(node):
 def layers() -> list[dict[str, dict[str, int]]]:
     """Nodes of a layer of each variant, found by this file in a process that interprets Triton."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, __file__]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    env = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -115,11 +113,8 @@ def test_nodes_of_a_layer(variant: Variant, layers):
 
 
 def main() -> None:
-    found = []
-    for variant in EXPECTED:
-        one, two = count(variant, 1), count(variant, 2)
-        found.append({name: two[name] - one[name] for name in one})
-    print(json.dumps(found))
+    models = [(count(variant, 1), count(variant, 2)) for variant in EXPECTED]
+    print(json.dumps([{name: two[name] - one[name] for name in one} for one, two in models]))
 
 
 if __name__ == "__main__":
