@@ -20,7 +20,6 @@ COMMANDS = {
     "ledger": "every launch of a step, counted without a GPU, and what it should take",
     "convergence": "who reaches a loss first: optimizers, implementations, a peer",
     "curves": "the fast path's losses against eager fp32's, over seeds",
-    "generate": "sampling speed",
     "scaling": "step time against the number of GPUs, on paper",
     "warm": "compile what the others measure, in parallel",
     "smoke": "whether each op is right on this device, at GPT-2's size",

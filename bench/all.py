@@ -35,7 +35,7 @@ TUNE = "tune"
 # Packages that the parts import, and who needs them.
 NEEDED = {
     "numpy": "everything",
-    "safetensors": "convergence, generate",
+    "safetensors": "convergence",
     "tiktoken": "waterfall, convergence",
     "rich": "waterfall, convergence",
     "matplotlib": "pictures only: numbers are written without them",
@@ -85,7 +85,6 @@ def parts(gpu: bool, peer_path: str) -> list[Part]:
         Part(TUNE, tune, 20, 60),
         Part("gemms", bench("gemms", rounds, "--without-autotune"), 20, 60, rest=True),
         Part("ablate", bench("ablate", preset, *turns), 90, 240, rest=True),
-        Part("generate", bench("generate"), 20, 90, rest=True),
         Part("convergence", bench("convergence", *peer), 60, 600, rest=True),
     ]
 

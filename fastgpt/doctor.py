@@ -6,7 +6,6 @@ import contextlib
 import importlib.metadata
 import platform
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,12 +25,10 @@ from fastgpt.model import agreements, ops
 from fastgpt.model.build import choose
 from fastgpt.model.device import Machine
 from fastgpt.model.driver import why_no_gpu
-from fastgpt.model.gpt import ModelShape
 from fastgpt.model.plan import Plan
 from fastgpt.storage import run
 from fastgpt.train import optim, tuning
 from fastgpt.weights.hugging_face import SIZES, shape_of_size
-from fastgpt_kernels.record import records
 
 
 def _version(package: str) -> str:
@@ -90,17 +87,12 @@ def as_trained(config: Config) -> Config:
 
 
 def _ops(config: Config, machine: Machine, vocab_size: int, plan: Plan) -> tuple[ops.Choice, ...]:
-    """What computes the model, its optimizer, and the last sample: all checked anew."""
+    """What computes the model and its optimizer: all checked anew."""
     if before := agreements.kept(machine.device):
         before.forget()
     device, wish = machine.device, ops.Wish(config.system.kernels, vars(config.op))
-    length = min(1 + config.log.sample_tokens, config.model.block_size)
-    sizes = replace(ModelShape.of(config.model, vocab_size).sizes(1), block_size=length)
-    decoding = ops.choose_all(
-        records("inference"), device, machine.torch_dtype, sizes, ops.Wish()
-    ).values()
     table = choose(config, vocab_size, machine, plan)
-    return (*table.choices, optim.choose(device, wish)[0], *(choice for choice, _ in decoding))
+    return (*table.choices, optim.choose(device, wish)[0])
 
 
 def _plan(config: Config, plan: Plan, name: str) -> str:

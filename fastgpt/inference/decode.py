@@ -9,7 +9,7 @@ training attention all at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -18,10 +18,6 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from fastgpt.model.gpt import GPT, Block, LayerNorm
-from fastgpt.model.ops import Wish, choose_all
-from fastgpt_kernels.record import records
-
-_HALVES = ("decode_attention_layer", "decode_mlp_layer")
 
 
 @dataclass(frozen=True)
@@ -59,19 +55,7 @@ class Decoder:
         size = (shape.n_layer, 2, batch_size, shape.n_head, max_len, shape.head_dim)
         self.cache = torch.zeros(size, dtype=dtype, device=device)
         self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        sizes = replace(shape.sizes(batch_size), block_size=max_len)
-        chosen = choose_all(records("inference"), device, dtype, sizes, Wish())
-        ours = {op for op, (choice, _) in chosen.items() if choice.implementation == "triton"}
-        self.attend = chosen["decode_attention"][1]
-        # Without our kernel PyTorch's layers and the op table's norms do better than its twin.
-        self.linear = chosen["decode_linear"][1] if "decode_linear" in ours else None
-        attention, mlp = (chosen[op][1] for op in _HALVES)
-        self.halves = (attention, mlp) if ours.issuperset(_HALVES) else None
-        from fastgpt_kernels import decode_counters  # loads Triton, which training does without
-
-        # Launches overlap, so that each has its own.
-        launches = 2 * shape.n_layer
-        self.counters = decode_counters(batch_size, shape.n_head, launches, device)
+        self.rows = torch.arange(batch_size, device=device)
 
     def _layer(self, block: Block) -> Layer:
         def cast_linear(layer: torch.nn.Linear) -> tuple[Tensor, Tensor | None]:
@@ -131,72 +115,24 @@ class Decoder:
         nothing. `limit`, if the caller knows it, bounds the positions that any row has after this
         step: the CPU then looks at no more of the cache than that.
         """
+        B, H, D = self.batch_size, self.shape.n_head, self.shape.head_dim
         S = self.max_len if limit is None else min(limit, self.max_len)
         at = self.positions.clamp(max=self.max_len - 1)
+        seen = torch.arange(S, device=at.device) <= at.view(B, 1, 1, 1)  # (B, 1, 1, S)
 
         def attend(i: int, qkv: Tensor) -> Tensor:
-            k_cache, v_cache = self.cache[i, :, :, :, :S].unbind(0)
-            return self.attend(qkv, k_cache, v_cache, at)
+            q, k, v = qkv.view(B, 3, H, D).unbind(1)
+            keys, values = self.cache[i]
+            keys[self.rows, :, at], values[self.rows, :, at] = k, v
+            q, keys, values = q.unsqueeze(2), keys[:, :, :S], values[:, :, :S]
+            return F.scaled_dot_product_attention(q, keys, values, seen).reshape(B, H * D)
 
-        x = self.wte[tokens] + self.wpe[at]
-        if self.linear is None:
-            logits = F.linear(self._hidden(x, attend), self.head)
-        elif self.halves is None:
-            logits = self._by_layers(self.linear, x.to(self.dtype), attend)
-        else:
-            logits = self._by_halves(self.linear, *self.halves, x.to(self.dtype), at, S)
+        logits = F.linear(self._hidden(self.wte[tokens] + self.wpe[at], attend), self.head)
         self.positions += 1
         return logits
-
-    def _by_layers(
-        self, linear: Callable[..., Tensor], x: Tensor, attend: Callable[[int, Tensor], Tensor]
-    ) -> Tensor:
-        """Embeddings (B, C) -> logits (B, V): five launches a layer, each weight read once."""
-        for i, layer in enumerate(self.layers):
-            qkv = linear(x, *layer.attn_in, **_norm(layer.attn_norm), early=True)
-            x = linear(attend(i, qkv), *layer.attn_out, residual=x, early=True)
-            norm, gelu = _norm(layer.mlp_norm), self.shape.gelu
-            h = linear(x, *layer.mlp_in, **norm, activation=gelu, early=True)
-            x = linear(h, *layer.mlp_out, residual=x, early=True)
-        return linear(x, self.head, **_norm(self.final_norm), early=True)
-
-    def _by_halves(
-        self, linear: Callable[..., Tensor], attention_half: Callable[..., Tensor],
-        mlp_half: Callable[..., Tensor], x: Tensor, at: Tensor, S: int,
-    ) -> Tensor:  # fmt: skip
-        """Embeddings (B, C) -> logits (B, V): two launches a layer, S positions of the cache.
-
-        The weights are as old as this decoder, so that a launch may read them early.
-        """
-        gelu = self.shape.gelu
-        for i, layer in enumerate(self.layers):
-            caches, counters = (
-                self.cache[i, :, :, :, :S].unbind(0),
-                self.counters[2 * i : 2 * i + 2],
-            )
-            x = attention_half(
-                x, **_norm(layer.attn_norm),
-                **_linear("qkv", layer.attn_in), **_linear("proj", layer.attn_out),
-                k_cache=caches[0], v_cache=caches[1], positions=at, counters=counters[0],
-                early=True,
-            )  # fmt: skip
-            x = mlp_half(
-                x, **_norm(layer.mlp_norm),
-                **_linear("fc", layer.mlp_in), **_linear("proj", layer.mlp_out),
-                counters=counters[1], activation=gelu, early=True,
-            )  # fmt: skip
-        return linear(x, self.head, **_norm(self.final_norm), early=True)
 
     @torch.no_grad()
     def windows(self, ids: Tensor) -> Tensor:
         """Logits (rows, V) after full windows ids (rows, T), T <= block_size; no cache."""
         lengths = torch.full((len(ids),), ids.shape[1], device=ids.device)
         return self._last_logits(ids, lengths, keep=False)
-
-
-def _norm(norm: LayerNorm) -> dict[str, Tensor | None]:
-    return {"norm_weight": norm.weight.detach(), "norm_bias": norm.bias}
-
-
-def _linear(name: str, layer: tuple[Tensor, Tensor | None]) -> dict[str, Tensor | None]:
-    return {f"{name}_weight": layer[0], f"{name}_bias": layer[1]}

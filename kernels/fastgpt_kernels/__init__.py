@@ -19,13 +19,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastgpt_kernels.ops.adamw.op import AdamWTensors, adamw_step
     from fastgpt_kernels.ops.attention.op import attention
-    from fastgpt_kernels.ops.decode.attention import decode_attention
-    from fastgpt_kernels.ops.decode.layers import (
-        decode_attention_layer,
-        decode_counters,
-        decode_mlp_layer,
-    )
-    from fastgpt_kernels.ops.decode.linear import decode_linear
     from fastgpt_kernels.ops.gelu.op import bias_gelu
     from fastgpt_kernels.ops.loss.cross_entropy import cross_entropy
     from fastgpt_kernels.ops.loss.linear import linear_cross_entropy
@@ -40,7 +33,7 @@ class Entry:
     """An op: the module in `ops/` of its public function, what it is, and who chooses how it runs.
 
     `chosen_by`: ops of the "model" and of "train" have a flag with these `choices`, besides auto;
-    "inference" ones follow the device; "" are those that are here for other people's models.
+    "" are those that are here for other people's models.
     """
 
     module: str
@@ -79,17 +72,6 @@ OPS: dict[str, Entry] = {
         "The optimizer; eager is PyTorch's fused one, and auto unless ours was measured faster.",
         chosen_by="train",
         exports=("AdamWTensors", "adamw_step"),
-    ),
-    "decode_attention": Entry("decode.attention", "Attention of a new token.", "inference"),
-    "decode_linear": Entry("decode.linear", "Linear layers of a new token.", "inference"),
-    "decode_attention_layer": Entry(
-        "decode.layers",
-        "The attention half of a layer for a new token, one launch.",
-        "inference",
-        exports=("decode_attention_layer", "decode_counters"),
-    ),
-    "decode_mlp_layer": Entry(
-        "decode.layers", "The MLP half of a layer for a new token, one launch.", "inference"
     ),
 }
 _MODULES = {name: f"ops.{e.module}" for op, e in OPS.items() for name in e.exports or (op,)}

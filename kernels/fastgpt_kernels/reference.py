@@ -197,56 +197,6 @@ def attention(
     return (p @ v).transpose(1, 2).reshape(batch, T, n_head * head_dim).to(qkv.dtype)
 
 
-def decode_attention(
-    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, *, scale: float | None = None
-) -> Tensor:
-    """Attention of one new token a row: qkv (B, 3*C) to its row of the caches (B, H, S, D).
-
-    The new key and value go to positions[b] (int64) of the caches, in place; y (B, C) attends to
-    positions 0 to positions[b]. Positions outside of the cache count as its first or last one.
-    """
-    B, H, S, D = k_cache.shape
-    dtype = _compute_dtype(qkv)
-    q, k, v = qkv.view(B, 3, H, D).unbind(1)
-    positions = positions.clamp(0, S - 1)
-    rows = torch.arange(B, device=qkv.device)
-    k_cache[rows, :, positions], v_cache[rows, :, positions] = k, v
-    logits = (k_cache.to(dtype) @ q.to(dtype).unsqueeze(-1)).squeeze(-1)  # (B, H, S)
-    unseen = torch.arange(S, device=qkv.device) > positions.view(B, 1, 1)
-    logits = (logits * (D**-0.5 if scale is None else scale)).masked_fill(unseen, float("-inf"))
-    # What lies past a position is anything, even NaN: it is not to be multiplied by 0.
-    values = v_cache.to(dtype).masked_fill(unseen.unsqueeze(-1), 0.0)
-    y = logits.softmax(-1).unsqueeze(2) @ values
-    return y.reshape(B, H * D).to(qkv.dtype)
-
-
-def decode_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: str = "none",
-    eps: float = 1e-5,
-    early: bool = False,
-) -> Tensor:
-    """act(layer_norm(x) @ weight.T + bias) + residual: x (B, K), weight (N, K) -> (B, N).
-
-    `early`, when the kernel may read the weights, changes nothing here.
-    """
-    dtype = _compute_dtype(x)
-    h = x.to(dtype)
-    if norm_weight is not None:
-        shift = None if norm_bias is None else norm_bias.to(dtype)
-        h = F.layer_norm(h, h.shape[-1:], norm_weight.to(dtype), shift, eps)
-    y = F.linear(h, weight.to(dtype), None if bias is None else bias.to(dtype))
-    if activation != "none":
-        y = F.gelu(y, approximate="tanh" if activation == "tanh" else "none")
-    return (y if residual is None else y + residual.to(dtype)).to(x.dtype)
-
-
 def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
     """A dropout seed as one int64 on `device`; None draws it there, without waiting for a GPU."""
     if isinstance(seed, Tensor):

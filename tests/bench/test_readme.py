@@ -42,7 +42,6 @@ def given(name: str, folder: Path) -> list[str]:
         "kernels": [*out, "--rounds=6"],
         "waterfall": [*out, *TINY, "--seconds=0.2", "--batch_size=2", "--n_head=2"],
         "convergence": [*out, *TINY, *corpus],
-        "generate": [*out, "--device=cpu", "--dtype=float32"],
         "all": out,
         "report": [str(folder), f"--out={folder}/RESULTS.md"],
         "check": [str(folder)],
@@ -55,7 +54,7 @@ ELSEWHERE = ("curves", "gemms", "ledger", "scaling")
 
 def test_every_command_is_documented() -> None:
     named = {line.split()[3] for line in DOCUMENTED}
-    assert named | set(ELSEWHERE) == set(COMMANDS) | set(ELSEWHERE) and len(DOCUMENTED) >= 16
+    assert named | set(ELSEWHERE) == set(COMMANDS) | set(ELSEWHERE) and len(DOCUMENTED) >= 15
     assert "pytest bench --benchmark-only" in LINES
 
 
@@ -86,10 +85,8 @@ def test_documented_command(line: str, tmp_path: Path, monkeypatch: pytest.Monke
     if name == "compare":
         ref_or_file(args, tmp_path, monkeypatch)
     files = args[0].endswith(".json") if args else False
-    if name == "generate":
-        args = [a for a in args if not a.startswith(("--size", "--new"))] + ["--new=4"]
     assert main([name, *args, *([] if files else given(name, tmp_path))]) == 0
-    if name in ("step", "ablate", "kernels", "waterfall", "convergence", "generate"):
+    if name in ("step", "ablate", "kernels", "waterfall", "convergence"):
         (path,) = tmp_path.glob(f"*/*-{name}.json")
         data = results.load(path)
         assert data["name"] == name and data["complete"] and data["rows"]

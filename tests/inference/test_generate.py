@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -107,6 +110,21 @@ def test_a_text_is_that_of_the_cache_free_path(sampling):
             assert [tokens[row] for tokens in steps] == want
             # Small models soon repeat themselves when greedy.
             assert len(set(want)) > (10 if sampling.top_k else 0)
+
+
+GOLDEN = json.loads(Path(__file__).with_name("golden_text.json").read_text())
+
+
+@pytest.mark.parametrize("rows", [[0], [3, 1], [4, 2, 0, 3, 1]], ids=len)
+@pytest.mark.parametrize("golden", GOLDEN["generated"], ids=lambda g: g["gelu"])
+def test_texts_are_those_of_the_golden_file(golden, rows):
+    """Made when a token's attention was computed in fp32 by hand, up to commit 104e7b5."""
+    tanh = golden["gelu"] == "tanh"
+    model = lively(shape(tanh, golden["gelu"], 2 if tanh else 1))
+    batch = BatchGenerator(model, len(rows), 100, Sampling(**golden["sampling"]))
+    steps = list(batch.stream([PROMPTS[r] for r in rows], 60, seeds=rows))
+    for column, row in enumerate(rows):
+        assert [tokens[column] for tokens in steps] == golden["texts"][row]
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])

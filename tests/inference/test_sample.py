@@ -10,7 +10,11 @@ import pytest
 
 from fastgpt.data.tokenizer import ByteTokenizer
 from fastgpt.inference.sample import TextStream
+from fastgpt.model.gpt import ModelShape
+from fastgpt.weights import hf_tokenizer, hugging_face
 from tests import runs
+from tests.inference.test_decode import lively
+from tests.inference.test_generate import GOLDEN
 from tests.process import fastgpt
 from tests.runs import TINY
 
@@ -34,6 +38,14 @@ def texts(said: str) -> list[str]:
     assert first_line.startswith("out/checkpoints/step_000000"), said
     assert re.search(r"^[\d,]+ tokens in .*s: .* tokens/s, \d+ at a time, cpu float32$", parts[-1])
     return [first, *parts[1:-1]]
+
+
+def test_the_text_of_the_golden_file(tmp_path: Path):
+    shape = ModelShape(2, 2, 32, 48, 128, bias=True)
+    hugging_face.write(tmp_path / "weights", shape, lively(shape).state_dict())
+    hf_tokenizer.write(tmp_path / "weights", ByteTokenizer())
+    said = fastgpt(tmp_path, "sample", "--weights=weights", *GOLDEN["sample_arguments"])
+    assert GOLDEN["sample_stdout"].replace("\r", "\n") in said  # as pipes are read here
 
 
 def test_samples_begin_with_the_prompt_and_follow_the_seed(trained: Path):
