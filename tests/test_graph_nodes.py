@@ -97,8 +97,7 @@ def empty_like(node):
 @pytest.fixture(scope="module")
 def layers() -> list[dict[str, dict[str, int]]]:
     """Nodes of a layer of each variant, found by this file in a process that interprets Triton."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    env = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"}
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
