@@ -28,13 +28,23 @@ from fastgpt.config.presets import PRESETS
 from tests.runs import latest, records
 
 HERE = Path(__file__).parent
-COMMANDS = ("", "train", "sample", "eval", "export", "import", "prepare", "compare", "doctor")
+COMMANDS: tuple[str, ...] = (
+    "",
+    "train",
+    "sample",
+    "eval",
+    "export",
+    "import",
+    "prepare",
+    "compare",
+    "doctor",
+)
 COMMANDS += ("tune",)
 
 RUNS = ("plain", "muon", "old")
 
 DATA = ("--input=text.txt", "--tokenizer=char")
-SMALL = ("--device=cpu", "--dtype=float32", "--compile=False", "--kernels=eager")
+SMALL: tuple[str, ...] = ("--device=cpu", "--dtype=float32", "--compile=False", "--kernels=eager")
 SMALL += ("--peak_tflops=1", "--sample_tokens=0", "--eval_iters=2", "--log_interval=1")
 SMALL += ("--n_layer=1", "--n_head=2", "--block_size=16", "--batch_size=4")
 RUN = (*DATA, *SMALL, "--n_embd=8", "--warmup_iters=2")
@@ -107,7 +117,13 @@ def resumed(name: str) -> dict[str, Any]:
 
 def one_step(preset: str) -> dict[str, Any]:
     """Loss, gradient norm, and tensors after one step of a preset with all sizes made small."""
-    flags = (*DATA, *SMALL, "--n_embd=32", "--gradient_accumulation_steps=2", "--max_iters=1")
+    flags: tuple[str, ...] = (
+        *DATA,
+        *SMALL,
+        "--n_embd=32",
+        "--gradient_accumulation_steps=2",
+        "--max_iters=1",
+    )
     flags += ("--init_from=scratch", "--warmup_iters=0", "--out_dir=run")
     flags += ("--always_save_checkpoint=True", "--target_val_loss=0")
     with workplace() as here:
