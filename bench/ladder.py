@@ -1,6 +1,6 @@
 """The waterfall's arithmetic: from a peak, a trace's breakdown and a measured step to its rungs.
 
-MFU counts F = 6N + 12 L C T FLOPs a token (fastgpt.train.mfu). F falls into parts: linear layers,
+MFU counts F = 6N + 12 L C T FLOPs a token (train/metrics.py). F falls into parts: linear layers,
 head, attention and a rest (norm and bias parameters, 0.03 %). Before any loss the step takes
 F / peak; each rung adds the time that its part takes beyond its own FLOPs at the matmul peak that
 is measured here:

@@ -248,7 +248,7 @@ def sort(launch: Launch, phase: str, sizes: Sizes) -> tuple[str, str]:
 
 
 def mfu_of(config: Config, vocab_size: int, ms: float, sheet: Sheet) -> dict[str, float]:
-    """MFU in percent by the three counts of `fastgpt.train.mfu`."""
+    """MFU in percent by the three counts of `fastgpt.train.metrics`."""
     rate = config.optim.rows * config.model.block_size / ms * 1e3
     flops = dataclasses.asdict(setup.flops_per_token(config, vocab_size))
     return {name: 100 * f * rate / (sheet.tflops * 1e12) for name, f in flops.items()}

@@ -22,7 +22,7 @@ from fastgpt.config.schema import Config
 from fastgpt.errors import UserError
 from fastgpt.model.device import Machine, resolve_device
 from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt.train import mfu
+from fastgpt.train import metrics
 from fastgpt_kernels import host
 
 # The sizes of vocabularies by data set; all others are made of GPT-2's tokens.
@@ -176,7 +176,7 @@ def first_weights(config: Config, vocab_size: int) -> dict[str, Tensor]:
     return model.init_weights(config.run.seed).state_dict()
 
 
-def flops_per_token(config: Config, vocab_size: int) -> mfu.FlopsPerToken:
+def flops_per_token(config: Config, vocab_size: int) -> metrics.FlopsPerToken:
     """By the three counts, of a model without memory: nothing is drawn or stored."""
     with torch.device("meta"):
-        return mfu.flops_per_token(GPT(ModelShape.of(config.model, vocab_size)))
+        return metrics.flops_per_token(GPT(ModelShape.of(config.model, vocab_size)))

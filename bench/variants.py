@@ -1,6 +1,6 @@
 """Ways to compute the same training step, each behind one face: `warm_up` and `step`.
 
-Ours go through `fastgpt.train.step.Trainer`, with model and op table as `fastgpt train` makes them.
+Ours go through `train.trainer.Trainer`, with model and op table as `fastgpt train` makes them.
 The others get the training loop that their own users write: autocast, clipping, fused AdamW.
 """
 
@@ -27,7 +27,7 @@ from fastgpt.model.build import build as build_model
 from fastgpt.model.device import DTYPES
 from fastgpt.model.peaks import synchronize
 from fastgpt.train import optim
-from fastgpt.train.step import Trainer
+from fastgpt.train.trainer import Trainer
 
 PEER, HF = "peer", "hf"
 EAGER = {"kernels": "eager", "compile": False}
@@ -123,7 +123,7 @@ def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
 
 
 class Ours:
-    """fastgpt.train.step.Trainer."""
+    """fastgpt.train.trainer.Trainer."""
 
     def __init__(self, variant: Variant, config: Config, vocab_size: int):
         machine = setup.machine(config)

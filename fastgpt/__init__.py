@@ -16,14 +16,14 @@ __version__ = "0.1.0"
 __all__ = ["fit", "generate", "load"]
 
 if TYPE_CHECKING:
-    from fastgpt.train.python import fit, generate, load
+    from fastgpt.api import fit, generate, load
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from fastgpt.train import python
+        from fastgpt import api
 
-        return getattr(python, name)
+        return getattr(api, name)
     raise AttributeError(f"module 'fastgpt' has no attribute {name!r}")
 
 

@@ -20,7 +20,7 @@ import torch
 from fastgpt.cli import main
 from fastgpt.model.gpt import GPT
 from fastgpt.storage import checkpoint
-from fastgpt.train.step import Trainer
+from fastgpt.train.trainer import Trainer
 
 torch.set_num_threads(1)
 kind, rank, at = os.environ.get("FAULT", "none:0:0").split(":")

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import fastgpt
+from fastgpt import api
 from fastgpt.data.tokenizer import ByteTokenizer
 from fastgpt.errors import UserError
-from fastgpt.train import python
 from tests import runs
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -46,7 +46,7 @@ def small(tmp_path: Path, monkeypatch) -> Path:
     """A folder to work in, with a text that stands for the standard library."""
     monkeypatch.chdir(tmp_path)
     text = runs.write_text(tmp_path)
-    fit = python.fit
+    fit = api.fit
 
     def smaller(config="laptop", **changes):
         own = {"input": str(text), "tokenizer": "byte"}
@@ -55,7 +55,7 @@ def small(tmp_path: Path, monkeypatch) -> Path:
             fewer["block_size"] = 16
         return fit(config, **{**own, **changes, **SMALL, **fewer})
 
-    monkeypatch.setattr(python, "fit", smaller)
+    monkeypatch.setattr(api, "fit", smaller)
     return tmp_path
 
 
@@ -113,7 +113,7 @@ def test_fit_refuses_what_the_command_line_refuses(small: Path):
         fit_itself("nope")
 
 
-fit_itself = python.fit
+fit_itself = api.fit
 
 
 def test_fit_reads_files_and_load_finds_what_was_made(small: Path):

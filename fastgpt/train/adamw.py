@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.errors import UserError
-from fastgpt.train.sharding import local
+from fastgpt.train.distributed import local
 from fastgpt_kernels import AdamWTensors, adamw_step
 
 

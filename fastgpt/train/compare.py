@@ -20,8 +20,8 @@ from fastgpt.config.schema import CompareConfig, Config
 from fastgpt.errors import UserError
 from fastgpt.storage import run
 from fastgpt.storage.files import atomic_file
-from fastgpt.train.curves import Curves, smooth, time_axis
 from fastgpt.train.metrics import count
+from fastgpt.train.plots import Curves, smooth, time_axis
 from fastgpt_kernels.stats import ONE_PAIR, student_t
 
 _NOT_THE_RUN = ("seed", "out_dir", "overwrite", "wandb_run_name", "wandb_log", "tensorboard")

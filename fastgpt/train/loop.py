@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluations, log lines and checkpoints in their order."""
+"""Training loop: steps, evaluations, log lines and checkpoints in their order."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import FrameType
 
 import torch
 
@@ -16,10 +17,9 @@ from fastgpt.data.loader import Batches, Prefetcher, eval_batches
 from fastgpt.data.token_files import Dataset, TokenSplit
 from fastgpt.errors import SharedError, UserError
 from fastgpt.storage import checkpoint
-from fastgpt.train import memory, metrics, mfu, optim, resume, sharding
+from fastgpt.train import distributed, memory, metrics, optim, resume
 from fastgpt.train.resume import Progress
-from fastgpt.train.signals import StopRequest
-from fastgpt.train.step import NonFinite, Trainer
+from fastgpt.train.trainer import NonFinite, Trainer
 from fastgpt_kernels.telling import telling
 
 
@@ -77,7 +77,7 @@ class Loop:
     def run(self, stack: ExitStack) -> int:
         """From progress.step to max_iters. Returns the exit code."""
         c, trainer, start = self.config, self.trainer, self.progress.step
-        self.flops = mfu.flops_per_token(trainer.model)
+        self.flops = metrics.flops_per_token(trainer.model)
         print(f"MFU against {trainer.machine.peak}", flush=True)
         rows = self.ranks.rows(self.rows)
         self.prefetcher = Prefetcher(self.batches, trainer.device, start_step=start, row_slice=rows)
@@ -259,7 +259,7 @@ class Loop:
         tokens = torch.from_numpy(self.batches.tokens(step))
         mine = tokens[self.ranks.rows(self.rows)]
         report = trainer.diagnose(step, mine.to(trainer.device))
-        model = sharding.whole_on_first(trainer.model.state_dict(), self.ranks)
+        model = distributed.whole_on_first(trainer.model.state_dict(), self.ranks)
         folder = self.run_dir / "nonfinite" / checkpoint.name_of(step)
         if self.ranks.first:
             groups = {"model": model, "batch": {"tokens": tokens}}
@@ -273,3 +273,25 @@ class Loop:
             f"stopped before the update; weights, batch and norms are in {folder}; "
             "try a lower --learning_rate or --dtype=float32"
         )
+
+
+class StopRequest:
+    """While active, the first SIGTERM or SIGINT sets `signal`; a second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._previous: dict[signal.Signals, signal._HANDLER] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)

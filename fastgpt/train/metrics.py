@@ -1,12 +1,11 @@
-"""What a run says: nanoGPT's log lines, a progress bar on a terminal, metrics.jsonl, trackers.
+"""Log of a run: nanoGPT's log lines, a progress bar, metrics.jsonl, TensorBoard and W&B.
 
     iter 4980: loss 0.8010, time 33.22ms, mfu 11.07%
     step 5000: train loss 0.6224, val loss 1.7044
 
-metrics.jsonl has one JSON object a line: {"kind": "train", "step", "loss", "lr", "grad_norm",
-"time_ms", "tokens_per_second", "mfu", "mfu_causal", "mfu_6n", "tokens"} at every log line, and
-{"kind": "eval", "step", "train_loss", "val_loss", "tokens"} at every evaluation. Losses are nats a
-token, MFU a fraction, tokens those seen in all.
+metrics.jsonl has one JSON object per line, described in docs/logging.md. Losses are nats per token,
+MFU is a fraction, tokens are those seen since the start. Trackers use nanoGPT's names where it has
+them: train/loss and val/loss at evaluations, lr, and mfu in percent, each over `iter`.
 """
 
 from __future__ import annotations
@@ -15,14 +14,17 @@ import hashlib
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
-from fastgpt.config.schema import Config
+from fastgpt.config.schema import Config, LogConfig
+from fastgpt.config.settings import to_dict
 from fastgpt.data.progress import Every
 from fastgpt.errors import UserError, read_text, reading
+from fastgpt.model.gpt import GPT
+from fastgpt.storage import run
 from fastgpt.storage.files import explain_os_error, write_text
-from fastgpt.train import trackers
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -108,7 +110,7 @@ class Metrics:
                 )
             write_text(self.path, text)
         self._file: IO[str] = open(self.path, "a")  # noqa: SIM115 - closed in __exit__
-        self._trackers = trackers.start(run_dir, config) if keeps else []
+        self._trackers = start_trackers(run_dir, config) if keeps else []
         self._progress: Any = None  # of rich
         if sys.stdout.isatty():
             from rich.console import Console
@@ -197,7 +199,7 @@ class Metrics:
             raise explain_os_error(e, self.path) from e
         self._digest.update(line.encode())
         for tracker in self._trackers:
-            tracker.log(record["step"], trackers.values(record))
+            tracker.log(record["step"], tracker_values(record))
 
     def seal(self) -> dict[str, Any]:
         """What the log holds now, for a checkpoint to keep."""
@@ -207,3 +209,116 @@ class Metrics:
         """Make what was written survive a power cut; called with every checkpoint."""
         if self._keeps:
             os.fsync(self._file.fileno())
+
+
+_ELSE = "or set WANDB_MODE=offline, or leave the flag out"
+
+
+class Tracker(Protocol):
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def tracker_values(record: dict[str, Any]) -> dict[str, float]:
+    """What trackers are told of a record of metrics.jsonl, by their names."""
+    if record["kind"] == "eval":
+        return {"train/loss": record["train_loss"], "val/loss": record["val_loss"]}
+    named = {"loss": "batch/loss"}
+    skipped = ("kind", "step")
+    out = {named.get(k, k): v for k, v in record.items() if k not in skipped}
+    return {k: v * 100 if k.startswith("mfu") else v for k, v in out.items()}
+
+
+def check_trackers(log: LogConfig) -> None:
+    """Raise UserError unless the trackers that are asked for can be used; starts none."""
+    if log.wandb_log:
+        wandb = _import("wandb", "wandb_log")
+        try:
+            wandb.login()  # asks on a terminal; without one it fails if no key is known
+        except Exception as e:  # its errors have no base that all of its versions know
+            raise UserError(f"--wandb_log=True: {_first(e)}; run `wandb login`, {_ELSE}") from e
+    if log.tensorboard:
+        _import("torch.utils.tensorboard", "tensorboard")
+
+
+def start_trackers(run_dir: Path, config: Config) -> list[Tracker]:
+    """The trackers of a run. Raises UserError if one cannot start."""
+    out: list[Tracker] = []
+    if config.log.wandb_log:
+        out.append(_Wandb(run_dir, config))
+    if config.log.tensorboard:
+        out.append(_TensorBoard(run_dir))
+    return out
+
+
+def _import(module: str, flag: str) -> Any:
+    try:
+        return __import__(module, fromlist=["x"])
+    except ImportError as e:
+        advice = "pip install -e '.[log]'"
+        raise UserError(f"--{flag}=True: {e.name or module} is not installed; {advice}") from e
+
+
+def _first(e: Exception) -> str:
+    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+
+
+class _Wandb:
+    def __init__(self, run_dir: Path, config: Config):
+        wandb = _import("wandb", "wandb_log")
+        ours = run.identity(run_dir)
+        try:
+            self._run = wandb.init(
+                project=config.log.wandb_project,
+                name=config.log.wandb_run_name or run_dir.name,
+                config=to_dict(config),
+                dir=run_dir,
+                # The run's own id: what is resumed here goes on there too.
+                id=ours.id if ours else None,
+                resume="allow",
+            )
+            self._run.define_metric("*", step_metric="iter")
+        except Exception as e:
+            raise UserError(f"--wandb_log=True: cannot start ({_first(e)}); {_ELSE[3:]}") from e
+        self._told = False
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        try:
+            self._run.log({"iter": step, **values})
+        except Exception as e:  # a tracker that fails does not end the training
+            if not self._told:
+                print(f"warning: W&B: {_first(e)}; metrics.jsonl has it all", file=sys.stderr)
+            self._told = True
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _TensorBoard:
+    def __init__(self, run_dir: Path):
+        writer = _import("torch.utils.tensorboard", "tensorboard").SummaryWriter
+        self._writer = writer(str(run_dir / "tensorboard"))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+@dataclass(frozen=True)
+class FlopsPerToken:
+    """FLOPs a token, by the three counts."""
+
+    mfu: float
+    mfu_causal: float
+    mfu_6n: float
+
+
+def flops_per_token(model: GPT) -> FlopsPerToken:
+    """The three counts for a model at its full block_size."""
+    n = 6.0 * model.n_params()
+    scores = 6.0 * model.shape.n_layer * model.shape.n_embd * model.shape.block_size
+    return FlopsPerToken(mfu=n + 2 * scores, mfu_causal=n + scores, mfu_6n=n)

@@ -25,8 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.train.sharding import local
-from fastgpt.train.shares import Shares
+from fastgpt.train.distributed import Shares, local
 
 MOMENTUM, SCALE, EPS = 0.95, 0.2, 1e-7
 # Of the quintic that lifts small singular values fastest; they end between about 0.7 and 1.2.

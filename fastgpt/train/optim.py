@@ -1,9 +1,9 @@
-"""The optimizer that a config asks for, its learning-rate schedule, clipping, and its state."""
+"""Optimizer of a run: learning-rate schedule, clipping, the check for finite values, its state."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +14,8 @@ from fastgpt.config.schema import OptimConfig
 from fastgpt.errors import UserError
 from fastgpt.model.gpt import GPT
 from fastgpt.model.ops import Choice, Wish, choose_all
+from fastgpt.train.distributed import Shares, like, whole
 from fastgpt.train.muon import Muon
-from fastgpt.train.sharding import like, whole
-from fastgpt.train.shares import Shares
 from fastgpt_kernels.record import Sizes, record
 
 
@@ -164,3 +163,35 @@ def load_state_tensors(
     adamw = optimizer.adamw if isinstance(optimizer, Muon) else optimizer
     if share_step := getattr(adamw, "share_step", None):  # FusedAdamW's
         share_step([p for p in params.values() if "step" in optimizer.state.get(p, {})])
+
+
+ADDENDS = 100  # One kernel adds up so many numbers from different places; stacking them is another.
+
+
+@torch.no_grad()
+def clip_and_check_finite(
+    norms: Sequence[Tensor],
+    loss: Tensor,
+    bad: Tensor,
+    bad_steps: Tensor,
+    max_norm: float,
+    of_loss_alone: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the gradients' norm and what they are to be divided by; all are fp32 scalars.
+
+    norms          of each parameter's gradient
+    bad            in place: 1 from the first step on whose loss or norm was not finite
+    bad_steps      in place: how many steps there were since, with it
+    max_norm       of the gradients after the division, as in torch.nn.utils.clip_grads_with_norm_;
+                   0: they are not divided
+    of_loss_alone  an infinite norm is no fault: with loss scaling it is how the scale is found
+    """
+    if torch.compiler.is_compiling() and len(norms) <= ADDENDS:
+        norm = torch.sqrt(sum((x * x for x in norms), torch.zeros_like(loss)))
+    else:
+        norm = torch.linalg.vector_norm(torch.stack([*norms]))
+    divisor = ((norm + 1e-6) / max_norm).clamp(min=1.0) if max_norm else None
+    finite = loss if of_loss_alone else loss + norm
+    bad.copy_(torch.maximum(bad, (~torch.isfinite(finite)).to(bad.dtype)))
+    bad_steps.add_(bad)
+    return norm, divisor

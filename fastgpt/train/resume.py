@@ -15,8 +15,8 @@ from fastgpt.config import settings
 from fastgpt.data.token_files import Dataset
 from fastgpt.errors import UserError, reading
 from fastgpt.storage import checkpoint, run
-from fastgpt.train import optim, sharding
-from fastgpt.train.step import Trainer
+from fastgpt.train import distributed, optim
+from fastgpt.train.trainer import Trainer
 
 
 @dataclass
@@ -62,11 +62,11 @@ def save(
         with ranks.together():
             if ranks.first:
                 shutil.rmtree(shards, ignore_errors=True)
-        model = sharding.write_shards(weights, shards / "model")
-        optimizer = sharding.write_shards(moments, shards / "optimizer")
+        model = distributed.write_shards(weights, shards / "model")
+        optimizer = distributed.write_shards(moments, shards / "optimizer")
     else:
-        model = sharding.whole_on_first(weights, ranks)
-        optimizer = sharding.whole_on_first(moments, ranks)
+        model = distributed.whole_on_first(weights, ranks)
+        optimizer = distributed.whole_on_first(moments, ranks)
     document = {
         "format": checkpoint.FORMAT,
         "model": trainer.model.shape.__dict__,

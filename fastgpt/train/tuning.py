@@ -29,7 +29,7 @@ from fastgpt.model.gpt import ModelShape
 from fastgpt.model.plan import Measured, Plan
 from fastgpt.storage import run
 from fastgpt.train import memory
-from fastgpt.train.step import Trainer
+from fastgpt.train.trainer import Trainer
 from fastgpt_kernels import host
 from fastgpt_kernels.plans import device as devices
 from fastgpt_kernels.plans import tune as op_tuning
@@ -195,7 +195,7 @@ def _micro_key(config: Config, vocab_size: int, machine: Machine) -> dict[str, A
         "settings": {**asdict(config.system), **_without(machine)},
         "ops": vars(config.op),
         "threads": torch.get_num_threads() if machine.device.type == "cpu" else 0,
-        "code": devices.hash_of(model / "gpt.py", model / "ops.py", here / "step.py"),
+        "code": devices.hash_of(model / "gpt.py", model / "ops.py", here / "trainer.py"),
     })  # fmt: skip
 
 

@@ -122,7 +122,7 @@ def test_a_source_that_measured_was_hashed() -> None:
     assert {
         "kernels/fastgpt_kernels/register.py",
         "bench/picture.py",
-        "fastgpt/train/step.py",
+        "fastgpt/train/trainer.py",
     } <= hashed
 
 

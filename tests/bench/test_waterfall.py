@@ -13,7 +13,7 @@ from bench import ladder, ladder_table, picture, results, waterfall
 from bench.categories import CATEGORIES, Sizes
 from bench.trace import Breakdown, Gemm
 from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt.train import mfu
+from fastgpt.train import metrics
 
 GPT2 = Sizes(64, 1024, 12, 12, 768, 50257, 50304)
 N_PARAMS = 123_653_376  # 12 x 12 x 768^2, embedding 50304 x 768, 25 norms: no position embeddings
@@ -95,7 +95,7 @@ def test_flops_are_those_that_mfu_counts():
     model = GPT(ModelShape(2, 2, 32, 16, 61, bias=True))
     sizes = Sizes(3, 16, 2, 2, 32, 61, 128, bias=True, micro_batches=5)
     work = ladder.count_work(sizes, model.n_params(), 4)
-    assert work.total_flops == pytest.approx(mfu.flops_per_token(model).mfu * 3 * 16 * 5)
+    assert work.total_flops == pytest.approx(metrics.flops_per_token(model).mfu * 3 * 16 * 5)
     assert work.rest_flops == pytest.approx(
         6 * 240 * sum(p.numel() for p in model.parameters() if p.ndim == 1)
     )

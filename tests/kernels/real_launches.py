@@ -19,7 +19,7 @@ from fastgpt.model import ops
 from fastgpt.model.build import build
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT
-from fastgpt.train.step import Trainer
+from fastgpt.train.trainer import Trainer
 from fastgpt_kernels.specs import spec_modules
 from fastgpt_kernels.tools.launches import Launch, record_all, recording
 

@@ -25,7 +25,7 @@ from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.model.ops import Wish
 from fastgpt.train import optim
 from fastgpt.train.adamw import FusedAdamW
-from fastgpt.train.step import Trainer
+from fastgpt.train.trainer import Trainer
 from fastgpt_kernels.record import record
 from tests import runs
 from tests.model.test_ops import interpreted

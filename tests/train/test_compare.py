@@ -15,10 +15,10 @@ from fastgpt.config.schema import CompareConfig, Config
 from fastgpt.config.settings import replace
 from fastgpt.errors import UserError
 from fastgpt.storage import run
-from fastgpt.train import plot
+from fastgpt.train import plots
 from fastgpt.train.compare import _open as open_run
 from fastgpt.train.compare import compare, draw, scatter, table, verdict
-from fastgpt.train.curves import Curves, smooth, time_axis
+from fastgpt.train.plots import Curves, smooth, time_axis
 
 
 def make(name: str, level: float, noise: float, **settings) -> str:
@@ -248,7 +248,7 @@ def test_the_picture_has_its_parts(monkeypatch):
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: (drawn.append(f), save(f, *a, **k)))
     make("a", 1.5, 0.0)
-    assert plot.loss_curve(Path("a")) == Path("a/loss.png")
+    assert plots.loss_curve(Path("a")) == Path("a/loss.png")
     axes, rates = drawn[0].axes
     labels = [line.get_label() for line in axes.lines]
     assert {"batch", "train, last 1.5001", "val, last 1.5001"} <= set(labels)

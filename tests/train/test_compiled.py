@@ -9,8 +9,9 @@ from fastgpt.config import settings
 from fastgpt.config.presets import laptop
 from fastgpt.errors import UserError
 from fastgpt.model.build import build
-from fastgpt.train import compiled, tuning
-from fastgpt.train.step import Trainer
+from fastgpt.train import trainer as trainer_module
+from fastgpt.train import tuning
+from fastgpt.train.trainer import Trainer
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def trainer(monkeypatch) -> Trainer:
         peak_tflops=1.0,
     )  # fmt: skip
     monkeypatch.setattr(torch, "compile", lambda module, **_: module)
-    monkeypatch.setattr(compiled, "failures", lambda: (OSError,))
+    monkeypatch.setattr(trainer_module, "compile_errors", lambda: (OSError,))
     machine = tuning.machine_of(config)
     return Trainer(build(config, 64, machine), config, machine)
 
@@ -37,7 +38,9 @@ def failing(trainer: Trainer, monkeypatch, times: int) -> list[str]:
         return plain(*tokens)
 
     trainer.forward = forward
-    monkeypatch.setattr(compiled, "clear", lambda: happened.append("cleared") or "the-folder")
+    monkeypatch.setattr(
+        trainer_module, "clear_compile_cache", lambda: happened.append("cleared") or "the-folder"
+    )
     return happened
 
 
@@ -64,6 +67,9 @@ def test_what_is_cleared_is_pytorchs_own_folder(tmp_path, monkeypatch):
     (tmp_path / "inductor/ab").mkdir(parents=True)
     (tmp_path / "inductor/ab/cut.so").write_bytes(b"\x7fELF")
     (tmp_path / "other").write_text("stays")
-    assert compiled.clear() == str(tmp_path / "inductor")
+    assert trainer_module.clear_compile_cache() == str(tmp_path / "inductor")
     assert [p.name for p in tmp_path.iterdir()] == ["other"]
-    assert OSError in compiled.failures() and ImportError in compiled.failures()
+    assert (
+        OSError in trainer_module.compile_errors()
+        and ImportError in trainer_module.compile_errors()
+    )

@@ -16,7 +16,7 @@ from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.model.ops import Choice, OpTable, Wish
 from fastgpt.train import optim
 from fastgpt.train.adamw import FusedAdamW
-from fastgpt.train.step import Trainer
+from fastgpt.train.trainer import Trainer
 from tests.model.test_ops import interpreted
 
 CPU, FP32 = torch.device("cpu"), torch.float32

@@ -15,7 +15,7 @@ from fastgpt.model import ops
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.model.ops import Wish
-from fastgpt.train.step import Trainer
+from fastgpt.train.trainer import Trainer
 from fastgpt_kernels.record import records
 from tests.model.test_ops import interpreted
 

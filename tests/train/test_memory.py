@@ -15,7 +15,7 @@ from fastgpt.model.build import build
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.train import memory
-from fastgpt.train.step import Trainer
+from fastgpt.train.trainer import Trainer
 from tests.fakes import FakeTensorMode, fake_model, fused_table
 
 BATCH = 7  # so that tokens are no size that a weight has

@@ -13,7 +13,7 @@ from fastgpt.config.schema import Config
 from fastgpt.config.settings import replace
 from fastgpt.data import progress
 from fastgpt.errors import UserError
-from fastgpt.train import metrics, plot
+from fastgpt.train import metrics, plots
 
 RECORD = {
     "loss": 0.80104,
@@ -192,12 +192,12 @@ def test_counts(n, text):
 
 
 def test_loss_curve_is_a_picture(tmp_path: Path):
-    assert plot.loss_curve(tmp_path) is None
+    assert plots.loss_curve(tmp_path) is None
     with log(tmp_path) as m:
         m.evaluation(0, 3.0, 3.1)
         m.train(0, 0.5, RECORD)
         m.evaluation(1, 2.0, 2.1)
-    path = plot.loss_curve(tmp_path)
+    path = plots.loss_curve(tmp_path)
     assert path == tmp_path / "loss.png"
     data = path.read_bytes()
     assert data.startswith(b"\x89PNG") and len(data) > 5000

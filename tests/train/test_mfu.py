@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastgpt.config.presets import PRESETS
 from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt.train import mfu
+from fastgpt.train import metrics
 from tests.fakes import FakeTensorMode, fake_model
 
 SIZES = {(12, 12, 768): 854.8, (24, 16, 1024): 2423, (36, 20, 1280): 5200, (48, 25, 1600): 10275}
@@ -21,7 +21,7 @@ def test_flops_per_token_of_gpt2(size, mega, monkeypatch):
         monkeypatch.setattr(layer, "reset_parameters", lambda self: None)
     with torch.device("meta"):
         model = GPT(ModelShape(*size, block_size=1024, vocab_size=50257, bias=False))
-    flops = mfu.flops_per_token(model)
+    flops = metrics.flops_per_token(model)
     assert flops.mfu / 1e6 == pytest.approx(mega, rel=1e-3)
     scores = 6 * size[0] * size[2] * 1024
     assert flops.mfu - flops.mfu_causal == scores and flops.mfu_causal - flops.mfu_6n == scores
@@ -42,7 +42,7 @@ def test_presets_run_the_matmuls_that_are_counted(preset, monkeypatch):
     # All of the scores are computed here; the rows that pad the vocabulary are not.
     padding = (shape.padded_vocab_size - shape.vocab_size) * m.n_embd
     vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
-    want = mfu.flops_per_token(model).mfu - 6 * (vectors + padding)
+    want = metrics.flops_per_token(model).mfu - 6 * (vectors + padding)
     assert counter.get_total_flops() == pytest.approx(want * m.block_size, rel=1e-9)
 
 
@@ -54,5 +54,5 @@ def test_count_agrees_with_what_pytorch_runs():
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(idx, idx).backward()
     vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
-    want = mfu.flops_per_token(model).mfu - 6 * vectors
+    want = metrics.flops_per_token(model).mfu - 6 * vectors
     assert counter.get_total_flops() == want * idx.numel()

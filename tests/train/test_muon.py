@@ -21,7 +21,7 @@ from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.model.ops import Wish
 from fastgpt.train import muon, optim
 from fastgpt.train.muon import Muon, newton_schulz, orthogonal
-from fastgpt.train.step import Trainer
+from fastgpt.train.trainer import Trainer
 from tests import runs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

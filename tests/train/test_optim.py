@@ -11,7 +11,7 @@ import torch
 from fastgpt.config.schema import OptimConfig
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.train import optim
-from fastgpt.train.verdict import verdict
+from fastgpt.train.optim import clip_and_check_finite
 
 
 def config(**changes) -> OptimConfig:
@@ -84,7 +84,7 @@ def test_clipping(limit, fused):
         assert not optim.fused(optimizer)
     zero = torch.zeros(())
     norms = optim.gradient_norms(model)
-    found, divisor = verdict(norms, zero, zero, zero, limit, of_loss_alone=False)
+    found, divisor = clip_and_check_finite(norms, zero, zero, zero, limit, of_loss_alone=False)
     assert found.item() == pytest.approx(norm, rel=1e-5) and (divisor is None) == (limit == 0)
     if divisor is not None:
         optim.divide_gradients(optimizer, model, divisor)

@@ -17,7 +17,7 @@ from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.train import optim, resume
 from fastgpt.train.resume import Progress
-from fastgpt.train.step import Trainer
+from fastgpt.train.trainer import Trainer
 
 
 def trainer(seed: int, dtype: str = "float32", n_embd: int = 16) -> Trainer:

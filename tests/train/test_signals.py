@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from fastgpt.train.signals import StopRequest
+from fastgpt.train.loop import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -13,7 +13,7 @@ from fastgpt.config.schema import Config, LogConfig
 from fastgpt.config.settings import replace
 from fastgpt.errors import UserError
 from fastgpt.storage import checkpoint, run
-from fastgpt.train import metrics, trackers
+from fastgpt.train import metrics
 from tests import runs
 from tests.runs import TINY
 
@@ -157,4 +157,4 @@ def test_a_missing_tracker_is_named(flag, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match=rf"--{flag}=True: .* is not installed; pip install"):
-        trackers.check(LogConfig(**{flag: True}))
+        metrics.check_trackers(LogConfig(**{flag: True}))

@@ -21,7 +21,7 @@ from fastgpt.model.device import Machine
 from fastgpt.model.plan import Measured, Plan
 from fastgpt.storage import run
 from fastgpt.train import tuning
-from fastgpt.train.ranks import Ranks
+from fastgpt.train.distributed import Ranks
 from fastgpt_kernels.plans import device as devices
 from fastgpt_kernels.plans.child import Failed
 from fastgpt_kernels.plans.measure import using

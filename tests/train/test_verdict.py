@@ -7,10 +7,18 @@ import math
 import pytest
 import torch
 
-from fastgpt.train.verdict import verdict
+from fastgpt.train.optim import clip_and_check_finite
 
 
-def judged(norms, loss, bad=0.0, steps=0.0, max_norm=1.0, of_loss_alone=False, function=verdict):
+def judged(
+    norms,
+    loss,
+    bad=0.0,
+    steps=0.0,
+    max_norm=1.0,
+    of_loss_alone=False,
+    function=clip_and_check_finite,
+):
     """(norm, divisor, bad, bad steps) as numbers."""
     guard = torch.tensor(bad), torch.tensor(steps)
     found = function([*torch.tensor(norms)], torch.tensor(loss), *guard, max_norm, of_loss_alone)
@@ -21,9 +29,9 @@ def judged(norms, loss, bad=0.0, steps=0.0, max_norm=1.0, of_loss_alone=False, f
 def function(request):
     """As it stands, and traced as on a GPU, where it is one kernel."""
     if request.param == "plain":
-        return verdict
+        return clip_and_check_finite
     torch._dynamo.reset()
-    return torch.compile(verdict, backend="aot_eager", fullgraph=True)
+    return torch.compile(clip_and_check_finite, backend="aot_eager", fullgraph=True)
 
 
 def test_of_sound_numbers(function):

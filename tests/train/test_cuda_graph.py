@@ -13,8 +13,8 @@ from fastgpt.config.settings import replace
 from fastgpt.errors import UserError
 from fastgpt.model.build import build
 from fastgpt.model.device import Machine
-from fastgpt.train import graph
-from fastgpt.train.step import Trainer
+from fastgpt.train import cuda_graph
+from fastgpt.train.trainer import Trainer
 
 CUDA = torch.device("cuda")
 H200 = Machine(CUDA, "bfloat16", peak_tflops=989.4)
@@ -46,10 +46,10 @@ def test_by_itself_only_where_launching_is_slow(launching, computing, yes, monke
         launched.append(True)
 
     launched = []
-    timed = partial(graph.timed, clock=lambda: now[0])
-    monkeypatch.setattr(graph, "timed", timed)
+    timed = partial(cuda_graph.timed, clock=lambda: now[0])
+    monkeypatch.setattr(cuda_graph, "timed", timed)
     monkeypatch.setattr(Machine, "synchronize", synchronize)
-    decided, why = graph.wanted(SystemConfig(), H200, micro_step)
+    decided, why = cuda_graph.wanted(SystemConfig(), H200, micro_step)
     assert decided is yes
     assert why == f"launching takes 5.0 of a micro-step's {launching + computing:.1f} ms"
 
@@ -59,17 +59,17 @@ def test_asked_for_and_not_to_be_had():
         raise AssertionError("nothing to measure")
 
     cpu = Machine(torch.device("cpu"))
-    assert graph.wanted(SystemConfig(), cpu, unused) == (False, "no GPU")
-    assert not graph.wanted(SystemConfig(cuda_graph=False), H200, unused)[0]
+    assert cuda_graph.wanted(SystemConfig(), cpu, unused) == (False, "no GPU")
+    assert not cuda_graph.wanted(SystemConfig(cuda_graph=False), H200, unused)[0]
     asked = SystemConfig(cuda_graph=True)
-    assert graph.wanted(asked, H200, unused)[0]
-    graph.check(asked, H200)
+    assert cuda_graph.wanted(asked, H200, unused)[0]
+    cuda_graph.check(asked, H200)
     with pytest.raises(UserError, match="--cuda_graph=True: no GPU"):
-        graph.check(asked, cpu)
+        cuda_graph.check(asked, cpu)
     with pytest.raises(UserError, match="activation checkpointing"):
-        graph.check(SystemConfig(cuda_graph=True, activation_checkpointing=True), H200)
+        cuda_graph.check(SystemConfig(cuda_graph=True, activation_checkpointing=True), H200)
     with pytest.raises(UserError, match="loss scale"):
-        graph.check(asked, Machine(CUDA, "float16"))
+        cuda_graph.check(asked, Machine(CUDA, "float16"))
 
 
 @pytest.mark.cuda
@@ -148,7 +148,7 @@ def test_a_capture_that_fails(monkeypatch):
     """Steps go on without a graph, unless it was asked for; out of memory is said."""
     config = replace(SMALL, device="cpu", compile=False)
     trainer = Trainer(build(config, 65, Machine(torch.device("cpu"))), config, Machine.of("cpu"))
-    monkeypatch.setattr(graph, "wanted", lambda *_: (True, "launches"))
+    monkeypatch.setattr(cuda_graph, "wanted", lambda *_: (True, "launches"))
 
     def fails(error: Exception):
         def capture(step, micro_batch, whole):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from fastgpt.config.schema import Config, OptimConfig
 from fastgpt.errors import UserError
-from fastgpt.train.ranks import Ranks, check_launch, launcher, restarted
+from fastgpt.train.distributed import Ranks, check_launch, launcher, restarted
 from tests import runs
 from tests.process import Command, fastgpt
 

@@ -1,12 +1,13 @@
-"""One optimizer step: micro-batches forward and backward, clipping, AdamW.
+"""Training step: micro-batches forward and backward, clipping, optimizer.
 
-A step is a pure function of the weights, the optimizer's state, the batch and (seed, step):
-dropout's generator is seeded anew for every step, so resuming needs no generator state.
+A step is a pure function of the weights, the optimizer's state, the batch and (seed, step).
+Dropout's generator is seeded anew for every step, so resuming needs no generator state.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +20,11 @@ from fastgpt.errors import UserError
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT
 from fastgpt.model.ops import Wish
-from fastgpt.train import compiled, graph, optim, sharding
-from fastgpt.train.graph import StepGraph
+from fastgpt.train import cuda_graph, distributed, optim
+from fastgpt.train.cuda_graph import StepGraph
+from fastgpt.train.distributed import Ranks, like, shares_of, whole
 from fastgpt.train.muon import Muon
-from fastgpt.train.ranks import Ranks
-from fastgpt.train.sharding import like, whole
-from fastgpt.train.shares import shares_of
-from fastgpt.train.verdict import verdict
+from fastgpt.train.optim import clip_and_check_finite
 from fastgpt_kernels.host import adds_in_place
 from fastgpt_kernels.telling import why
 
@@ -71,7 +70,7 @@ class Trainer:
         self.accumulation = rows // self.batch_size
         self.micro_batch = self.ranks.micro_batch(rows, self.batch_size)
         with self.ranks.together():
-            self.wrapped, self.layout = sharding.wrap(model, system, machine)
+            self.wrapped, self.layout = distributed.wrap(model, system, machine)
         if self.layout != "fsdp":  # which gathers weights in their copies' dtype itself
             model.keep_copies()
         # Of a single micro-batch the sum is its gradient, which need not be zeroed before.
@@ -97,8 +96,9 @@ class Trainer:
         self._bad, self._bad_steps = (torch.zeros((), device=self.device) for _ in range(2))
         self._last_step = 0
         self._guard_on_device = self.device.type == "cuda"
-        fuse = machine.compile and self._guard_on_device
-        self._verdict = torch.compile(verdict, fullgraph=True) if fuse else verdict
+        self._clip_and_check: Callable[..., Any] = clip_and_check_finite
+        if machine.compile and self._guard_on_device:
+            self._clip_and_check = torch.compile(clip_and_check_finite, fullgraph=True)
         self._one = torch.ones((), device=self.device)
         self._graph: StepGraph | None = None  # of a micro-step
         self._whole_graph: StepGraph | None = None  # with the update, too
@@ -127,7 +127,7 @@ class Trainer:
         micro_batches = tokens.split(self.micro_batch)
         total: Tensor | None = None
         for i, micro_batch in enumerate(micro_batches, 1):
-            with sharding.reducing(self.wrapped, last=i == len(micro_batches)):
+            with distributed.reducing(self.wrapped, last=i == len(micro_batches)):
                 if self._graph is None:
                     loss = self.micro_step(micro_batch, len(micro_batches))
                 else:
@@ -174,7 +174,7 @@ class Trainer:
 
     def _judge(self, loss: Tensor, bad: Tensor, bad_steps: Tensor) -> tuple[Tensor, Tensor | None]:
         norms, max_norm = optim.gradient_norms(self.model), self.config.optim.grad_clip
-        return self._verdict(norms, loss, bad, bad_steps, max_norm, self.scaler.is_enabled())
+        return self._clip_and_check(norms, loss, bad, bad_steps, max_norm, self.scaler.is_enabled())
 
     def _whole_step(self, tokens: Tensor) -> Tensor:
         """Of a single micro-batch: (loss, gradient norm)."""
@@ -191,7 +191,7 @@ class Trainer:
         Raises UserError if torch.compile cannot work here.
         """
         compiles = self.machine.compile or self.forward is not self.wrapped
-        errors = compiled.failures() if compiles else ()
+        errors = compile_errors() if compiles else ()
         for first in (True, False):
             try:
                 loss = self._backward(step, micro_batch)
@@ -201,11 +201,11 @@ class Trainer:
                 break
             except errors as e:
                 said = why(e)
-                if not first or not compiled.mendable(e):
+                if not first or not may_pass_without_cache(e):
                     line = f"torch.compile failed ({said}); --compile=False goes without"
                     raise UserError(line) from e
                 self._zero_grad()
-                print(f"torch.compile failed ({said}): {compiled.clear()} is cleared, "
+                print(f"torch.compile failed ({said}): {clear_compile_cache()} is cleared, "
                       "compiling anew", flush=True)  # fmt: skip
         self._zero_grad()
         self.machine.synchronize()
@@ -219,7 +219,7 @@ class Trainer:
         Raises UserError if --cuda_graph=True asked for a graph.
         """
         system, tokens, n = self.config.system, micro_batch(), self.accumulation
-        yes, why = graph.wanted(system, self.machine, lambda: self.micro_step(tokens, n))
+        yes, why = cuda_graph.wanted(system, self.machine, lambda: self.micro_step(tokens, n))
         self._zero_grad()
         if not yes:
             return False, False, why
@@ -354,3 +354,37 @@ class Trainer:
         optim.load_state_tensors(self.optimizer, self.model, optimizer)
         if state["scaler"]:  # empty: the run had none so far
             self.scaler.load_state_dict(state["scaler"])
+
+
+def compile_errors() -> tuple[type[Exception], ...]:
+    """What a compilation raises, and the loading of what was compiled before."""
+    from torch._dynamo.exc import TorchDynamoException  # takes a second
+    from torch._inductor.exc import CppCompileError, InductorError
+
+    return TorchDynamoException, InductorError, CppCompileError, OSError, ImportError
+
+
+def may_pass_without_cache(error: BaseException) -> bool:
+    """Whether another try without the cache may help: it does not where there is no compiler."""
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, InvalidCxxCompiler) or "InvalidCxxCompiler" in str(seen):
+            return False
+        seen = seen.__cause__ or seen.__context__
+    return True
+
+
+def clear_compile_cache() -> str:
+    """Forget and remove it all, in memory and on disk; the folder that was removed.
+
+    A library that was cut off, by a kill or a full disk, is found again by every later run.
+    """
+    import torch
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    folder = cache_dir()
+    shutil.rmtree(folder, ignore_errors=True)
+    torch.compiler.reset()
+    return folder

@@ -17,8 +17,8 @@ from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.model.ops import Wish
 from fastgpt.train import optim
-from fastgpt.train import step as step_module
-from fastgpt.train.step import NonFinite, Trainer, dropout_seed
+from fastgpt.train import trainer as trainer_module
+from fastgpt.train.trainer import NonFinite, Trainer, dropout_seed
 from tests.model.test_ops import interpreted
 
 CPU = torch.device("cpu")
@@ -231,7 +231,7 @@ def test_a_compilation_that_fails_is_tried_once_more(fails, monkeypatch, capsys)
         return forward(*args)
 
     t.forward = broken
-    monkeypatch.setattr(step_module.compiled, "clear", lambda: "the cache")
+    monkeypatch.setattr(trainer_module.compiled, "clear", lambda: "the cache")
     if fails == 1:
         t.warm_up(0, tokens())
     else:
@@ -267,7 +267,7 @@ class Warmed(Graph):
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_the_whole_step_as_a_graph(dropout, adamw, monkeypatch):
     """It begins, is trained and goes wrong as the plain one; capturing it changes nothing."""
-    monkeypatch.setattr(step_module, "StepGraph", Warmed)
+    monkeypatch.setattr(trainer_module, "StepGraph", Warmed)
     graphed, plain = (trainer(dropout=dropout, adamw=adamw) for _ in range(2))
     for t in (graphed, plain):
         t._guard_on_device = True
@@ -299,7 +299,7 @@ def test_what_cannot_be_captured_whole_may_be_in_part(monkeypatch):
 
     tried: list[bool] = []
     t = trainer()
-    monkeypatch.setattr(step_module.graph, "wanted", lambda *_: (True, "why"))
+    monkeypatch.setattr(trainer_module.graph, "wanted", lambda *_: (True, "why"))
     monkeypatch.setattr(t, "capture", fail)
     yes = (True, True, "why; not of the whole step: a sync")
     assert t.capture_if_it_pays(0, tokens) == yes and tried == [True, False]
@@ -312,7 +312,7 @@ def test_what_cannot_be_captured_whole_may_be_in_part(monkeypatch):
 
 @pytest.mark.parametrize("factor", [1.0, 1.019, 1.021, 0.979, math.nan])
 def test_a_graph_is_held_against_a_plain_step(factor, monkeypatch):
-    monkeypatch.setattr(step_module, "StepGraph", Graph)
+    monkeypatch.setattr(trainer_module, "StepGraph", Graph)
     monkeypatch.setattr(Graph, "factor", factor)
     t, plain = trainer(2, dropout=0.1), trainer(2, dropout=0.1)
     if abs(factor - 1) < 0.02:
@@ -330,13 +330,13 @@ def test_steps_go_on_without_a_graph_unless_it_was_asked_for(monkeypatch):
     t = trainer()
     monkeypatch.setattr(t, "capture", lambda step, micro_batch, whole: None)
     for wanted in (True, False):
-        monkeypatch.setattr(step_module.graph, "wanted", lambda *_, w=wanted: (w, "why"))
+        monkeypatch.setattr(trainer_module.graph, "wanted", lambda *_, w=wanted: (w, "why"))
         assert t.capture_if_it_pays(0, tokens) == (wanted, wanted, "why")
 
     def fail(step, micro_batch, whole):
         raise error
 
-    monkeypatch.setattr(step_module.graph, "wanted", lambda *_: (True, "why"))
+    monkeypatch.setattr(trainer_module.graph, "wanted", lambda *_: (True, "why"))
     monkeypatch.setattr(t, "capture", fail)
     error: Exception = RuntimeError("no capture\nmore")
     assert t.capture_if_it_pays(0, tokens) == (True, False, "no capture")
@@ -349,7 +349,7 @@ def test_steps_go_on_without_a_graph_unless_it_was_asked_for(monkeypatch):
 
 
 def test_a_graph_may_give_exactly_nothing(monkeypatch):
-    monkeypatch.setattr(step_module, "StepGraph", Graph)
+    monkeypatch.setattr(trainer_module, "StepGraph", Graph)
     t = trainer()
     t.micro_step = lambda tokens, n: torch.zeros(())  # type: ignore[method-assign]
     t.capture(0, tokens())

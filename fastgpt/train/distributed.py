@@ -1,0 +1,459 @@
+"""Several processes on one model: what torchrun starts.
+
+Every rank takes its rows of the same global batch. Decisions of the host, such as to stop, are the
+same on all ranks. Without torchrun there is one rank and no process group.
+
+DDP keeps a whole model on each GPU. FSDP2 keeps a shard of each tensor: attention and MLP are
+gathered in the compute dtype when their turn comes. Embeddings and norms form a group of their own
+that stays gathered in fp32. The parts of PyTorch that only FSDP needs are imported where they are
+used, so that a run of one process does not load them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from fastgpt.config.schema import Config, OptimConfig, SystemConfig
+from fastgpt.errors import RankError, SharedError, UserError
+from fastgpt.model.device import DTYPES, Machine, resolve_device
+
+
+class Ranks:
+    """This process among its fellows: `rank` of `size`. The default is one process alone."""
+
+    def __init__(self, rank: int = 0, size: int = 1, store: Any = None):
+        self.rank, self.size, self.store = rank, size, store
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def rows(self, rows: int) -> slice:
+        """This rank's part of a step's rows."""
+        each = rows // self.size
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+    def micro_batch(self, rows: int, batch_size: int) -> int:
+        """Rows of a micro-batch: batch_size, or less if a rank's rows are no multiple of it."""
+        each = rows // self.size
+        return next(b for b in range(min(batch_size, each), 0, -1) if each % b == 0)
+
+    def check(self, o: OptimConfig) -> None:
+        """Raise UserError if the ranks cannot share the global batch equally."""
+        rows = o.rows
+        if rows % self.size:
+            steps = o.gradient_accumulation_steps
+            good = max(1, round(steps / self.size)) * self.size
+            sizes = ", ".join(str(n) for n in range(1, min(rows, 64) + 1) if rows % n == 0)
+            raise UserError(
+                f"--batch_size={o.batch_size} x --gradient_accumulation_steps={steps} = {rows} "
+                f"rows do not divide among {self.size} ranks; pass "
+                f"--gradient_accumulation_steps={good}, or start one of {sizes} ranks"
+            )
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over ranks, on the device; `value` is changed."""
+        if self.size > 1:
+            dist.all_reduce(value)
+            value /= self.size
+        return value
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over ranks, on the device; `value` is changed."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def largest(self, value: int) -> Callable[[], int]:
+        """Ask for the largest value of any rank; what comes back waits for the answer.
+
+        Goes between hosts; the GPUs are not waited for. All ranks ask in the same order.
+        """
+        if self.size == 1:
+            return lambda: value
+        box = torch.tensor(value)
+        work = dist.all_reduce(box, dist.ReduceOp.MAX, async_op=True)
+
+        def answer() -> int:
+            work.wait()
+            return int(box)
+
+        return answer
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank."""
+        if self.size == 1:
+            return [value]
+        out: list[Any] = [None] * self.size
+        dist.all_gather_object(out, value)
+        return out
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A part that all ranks finish, or none: a UserError on any of them is raised on all.
+
+        The text is that of the lowest rank that failed, so that one line is said in total.
+        """
+        error: UserError | None = None
+        try:
+            yield
+        except UserError as e:
+            error = e
+        if self.size == 1:
+            if error:
+                raise error
+            return
+        said = self.gather(str(error) if error else None)
+        for rank, text in enumerate(said):
+            if text is not None:
+                raise SharedError(f"rank {rank}: {text}" if rank else text) from error
+
+    def silent(self) -> list[int]:
+        """After a failed exchange: the ranks that do not say within two seconds that they live."""
+        if self.store is None:
+            return []
+        with contextlib.suppress(Exception):
+            self.store.set(f"alive/{self.rank}", "1")
+            end, missing = time.monotonic() + 2.0, list(range(self.size))
+            while missing and time.monotonic() < end:
+                missing = [r for r in missing if not self.store.check([f"alive/{r}"])]
+                time.sleep(0.05)
+            return missing
+        return []
+
+
+def _number(name: str, default: int) -> int:
+    """A number that torchrun sets. UserError if it is none."""
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise UserError(f"{name}={text}: wanted a whole number, as torchrun sets it; or unset it")
+    return int(text)
+
+
+def restarted() -> bool:
+    """Whether torchrun started this run again after a failure."""
+    return _number("TORCHELASTIC_RESTART_COUNT", 0) > 0
+
+
+def launcher() -> str:
+    """Who started this process: torchrun's agent, which stays over restarts; "" without torchrun.
+
+    Its number and the time of its start on its machine, which together are no other process's.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    parent, since = os.getppid(), ""
+    with contextlib.suppress(OSError, IndexError):  # where there is /proc
+        text = Path(f"/proc/{parent}/stat").read_text()
+        since = text.rpartition(")")[2].split()[19]
+        since += "-" + Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()}:{parent}:{since}"
+
+
+def check_launch(config: Config) -> None:
+    """Raise UserError if the run's flags do not go with torchrun's."""
+    if _number("TORCHELASTIC_MAX_RESTARTS", 0) > 0 and not config.run.out_dir:
+        raise UserError(
+            "torchrun --max-restarts: a restart has to find its run; name it with --out_dir"
+        )
+    if _number("WORLD_SIZE", 1) > 1 and config.optim.auto_batch_size:
+        raise UserError("--batch_size=auto: not with several ranks; give a number")
+
+
+def local_device(name: str) -> str:
+    """--device of this process: if torchrun started one process for each GPU, the GPU of its own.
+
+    Raises UserError if this machine does not have it.
+    """
+    if resolve_device(name).type != "cuda" or "LOCAL_RANK" not in os.environ:
+        return name
+    local, count = _number("LOCAL_RANK", 0), torch.cuda.device_count()
+    if local >= count:
+        raise UserError(
+            f"torchrun started process {local + 1} on a machine with {count} GPUs; pass "
+            f"--nproc_per_node={count}"
+        )
+    torch.cuda.set_device(local)
+    return f"cuda:{local}"
+
+
+@contextlib.contextmanager
+def join(config: Config, device: torch.device) -> Iterator[Ranks]:
+    """The process group of torchrun's ranks, for as long as the block runs; else one rank alone.
+
+    Only rank 0 writes to stdout. An error of another rank is a RankError that names it; so is a
+    lost connection, which names the ranks that do not answer.
+    """
+    if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
+        if _number("WORLD_SIZE", 1) > 1:
+            raise UserError("WORLD_SIZE is set, RANK or MASTER_ADDR is not: start with torchrun")
+        yield Ranks()
+        return
+    system = config.system
+    # Beside NCCL, Gloo for what hosts tell each other without waiting for their GPUs.
+    backend = f"cpu:gloo,cuda:{system.backend}" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=system.dist_timeout)
+    stdout = sys.stdout
+    ranks = Ranks(_number("RANK", 0), _number("WORLD_SIZE", 1))
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        # A restart must not find the addresses of those who are gone.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt-{attempt}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        ranks = Ranks(rank, size, store)
+        if rank:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        with ranks.together():
+            ranks.check(config.optim)
+        yield ranks
+        ranks.largest(0)()  # leave together: rank 0 still draws the loss curve
+    except SharedError:
+        raise
+    except UserError as e:
+        if ranks.first:
+            raise
+        raise RankError(f"rank {ranks.rank}: {e}") from e
+    except (dist.DistError, RuntimeError) as e:
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        if ranks.size == 1 or not _is_connection(e):
+            raise
+        missing = ranks.silent()
+        who = ", ".join(map(str, missing)) or "none of them silent"
+        raise RankError(
+            f"rank {ranks.rank}: lost the others (silent: rank {who}; "
+            f"--dist_timeout={system.dist_timeout:g}): {why}"
+        ) from e
+    finally:
+        if sys.stdout is not stdout:
+            sys.stdout.close()
+            sys.stdout = stdout
+        # Not after an error: a peer that is gone would have to answer.
+        if dist.is_initialized() and sys.exc_info()[0] is None:
+            dist.destroy_process_group()
+
+
+def _is_connection(e: BaseException) -> bool:
+    words = ("gloo", "timed out", "timeout", "connection", "peer", "nccl", "socket")
+    return isinstance(e, dist.DistError) or any(w in str(e).lower() for w in words)
+
+
+# fp32 weights, gradients and AdamW's moments; more than this share of a GPU leaves activations
+# too little room.
+STATE_BYTES, STATE_SHARE = 16, 0.6
+
+
+def strategy(parallel: str, n_params: int, device: torch.device) -> str:
+    """ddp or fsdp for --parallel; auto is DDP if a GPU holds all of the training state."""
+    if parallel != "auto":
+        return parallel
+    if device.type != "cuda":
+        return "ddp"
+    room = torch.cuda.get_device_properties(device).total_memory
+    return "fsdp" if STATE_BYTES * n_params > STATE_SHARE * room else "ddp"
+
+
+def shard(model: nn.Module, system: SystemConfig, machine: Machine) -> None:
+    """FSDP2 over all ranks: attention and MLP each a group, the rest the root's."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if machine.dtype == "float16":
+        raise UserError(
+            "--parallel=fsdp: float16's loss scaling is not supported; pass --parallel=ddp or "
+            "--dtype=bfloat16"
+        )
+    reduce = DTYPES[system.reduce_dtype]
+    inner = MixedPrecisionPolicy(machine.torch_dtype, reduce, cast_forward_inputs=False)
+    outer = MixedPrecisionPolicy(None, reduce, cast_forward_inputs=False)
+    mesh = dist.init_device_mesh(machine.device.type, (dist.get_world_size(),))
+    for block in model.transformer.h:  # type: ignore[union-attr]
+        for part in (block.attn, block.mlp):  # type: ignore[union-attr]
+            if machine.compile:
+                part.compile()  # between FSDP's hooks, which no graph can hold
+            fully_shard(part, mesh=mesh, mp_policy=inner)
+    fully_shard(model, mesh=mesh, mp_policy=outer, reshard_after_forward=False)
+
+
+def replicate(model: nn.Module, system: SystemConfig, machine: Machine) -> DDP:
+    """DDP: buckets of gradients are reduced while the backward pass goes on."""
+    ids = [machine.device.index] if machine.device.type == "cuda" else None
+    # The only buffers are copies of weights, which are the same on all ranks.
+    ddp = DDP(model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+    if system.reduce_dtype == "bfloat16":
+        if ids is None:
+            raise UserError(
+                "--reduce_dtype=bfloat16: DDP reduces it on GPUs only; pass --reduce_dtype=float32 "
+                "or --parallel=fsdp"
+            )
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+        ddp.register_comm_hook(None, bf16_compress_hook)
+    return ddp
+
+
+def wrap(model: nn.Module, system: SystemConfig, machine: Machine) -> tuple[nn.Module, str]:
+    """(what to call in the model's place, "ddp", "fsdp", or "" without torchrun)."""
+    if not dist.is_initialized():
+        return model, ""
+    n_params = sum(p.numel() for p in model.parameters())
+    kind = strategy(system.parallel, n_params, machine.device)
+    if kind == "ddp":
+        return replicate(model, system, machine), kind
+    shard(model, system, machine)
+    return model, kind
+
+
+@contextlib.contextmanager
+def _fsdp_sync(model: Any, last: bool) -> Iterator[None]:
+    model.set_requires_gradient_sync(last)
+    model.set_is_last_backward(last)
+    yield
+
+
+def reducing(wrapped: nn.Module, last: bool) -> AbstractContextManager:
+    """Around a micro-step: gradients are reduced in the `last` one and only added up before."""
+    if isinstance(wrapped, DDP):
+        return contextlib.nullcontext() if last else wrapped.no_sync()
+    if hasattr(wrapped, "set_requires_gradient_sync"):  # an FSDPModule
+        return _fsdp_sync(wrapped, last)
+    return contextlib.nullcontext()
+
+
+def local(t: Tensor) -> Tensor:
+    """This rank's part of a DTensor; any other tensor as it is."""
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+def whole(t: Tensor) -> Tensor:
+    """The full tensor of one that may be sharded; all ranks take part."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def whole_on_first(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Full fp32 tensors on the CPU of rank 0, gathered one by one; nothing on the others."""
+    full = ((k, whole(v)) for k, v in tensors.items())
+    return {k: v.float().cpu() for k, v in full if ranks.first}
+
+
+def write_shards(tensors: dict[str, Tensor], folder: Path) -> Path:
+    """One safetensors file of tensors that are shared out; no rank holds more than its part.
+
+    torch.distributed.checkpoint writes each rank's part under `folder`, which all ranks see, and
+    rank 0 joins them through mapped files. All ranks take part. Raises UserError on all of them
+    if one could not write.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True, enable_consolidation=True)
+    try:
+        dcp.save(tensors, storage_writer=writer)
+    except dcp.api.CheckpointException as e:
+        rank, (first, _) = min(e.failures.items())
+        raise SharedError(f"{folder}: rank {rank} could not save: {first}") from e
+    path = folder / "model-00001-of-00001.safetensors"
+    if dist.get_rank() == 0:
+        _write_scalars(path, {k: v for k, v in tensors.items() if v.ndim == 0})
+    return path
+
+
+def _write_scalars(path: Path, scalars: dict[str, Tensor]) -> None:
+    """Fill in tensors without dimensions: joining the parts leaves zeros in their place.
+
+    Seen with torch 2.13, as in https://github.com/NVIDIA-NeMo/Automodel/pull/301. A file has the
+    header's length in 8 bytes, the header in JSON, the data: https://huggingface.co/docs/safetensors.
+    """
+    with open(path, "r+b") as f:
+        length = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(length))
+        for name, value in scalars.items():
+            begin, end = header[name]["data_offsets"]
+            f.seek(8 + length + begin)
+            assert f.write(value.cpu().numpy().tobytes()) == end - begin
+
+
+def like(t: Tensor, model_tensor: Tensor) -> Tensor:
+    """A full tensor laid out as `model_tensor` is: if that is shared out, this rank's share."""
+    if not hasattr(model_tensor, "full_tensor") or t.shape != model_tensor.shape:
+        return t
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = model_tensor.device_mesh, model_tensor.placements  # type: ignore[attr-defined]
+    return distribute_tensor(t.to(model_tensor.device), mesh, placements, src_data_rank=None)
+
+
+class Shares:
+    """One process, which does it all."""
+
+    def take(self, stack: Tensor, rows: int) -> Tensor:
+        """What this rank has of a stack of matrices of `rows` rows -> its share of whole ones."""
+        return stack
+
+    def give(self, share: Tensor, stack: Tensor) -> Tensor:
+        """The share worked on -> the stack worked on, in the layout of `stack`."""
+        return share
+
+
+class Replicated(Shares):
+    """All ranks have the same whole matrices (DDP): a part is taken, and gathered again."""
+
+    def take(self, stack: Tensor, rows: int) -> Tensor:
+        return _padded(stack, 0)[dist.get_rank()].contiguous()
+
+    def give(self, share: Tensor, stack: Tensor) -> Tensor:
+        every = share.new_empty(dist.get_world_size() * len(share), *share.shape[1:])
+        dist.all_gather_into_tensor(every, share)
+        return every[: len(stack)]
+
+
+class Sharded(Shares):
+    """Each rank has rows of every matrix (FSDP2), as torch.chunk cuts them.
+
+    All send their rows to those who work on the matrix, and get them back.
+    """
+
+    def take(self, stack: Tensor, rows: int) -> Tensor:
+        most = -(-rows // dist.get_world_size())
+        mine = _padded(F.pad(stack, (0, 0, 0, most - stack.shape[1])), 0)  # (ranks, each, most, C)
+        parts = _exchanged(mine)
+        return parts.transpose(0, 1).flatten(1, 2)[:, :rows]
+
+    def give(self, share: Tensor, stack: Tensor) -> Tensor:
+        parts = _padded(share, 1).transpose(0, 1)
+        return _exchanged(parts).flatten(0, 1)[: len(stack), : stack.shape[1]]
+
+
+def shares_of(layout: str) -> Shares:
+    """What goes with a layout of `distributed.wrap`."""
+    return {"ddp": Replicated, "fsdp": Sharded}.get(layout, Shares)()
+
+
+def _padded(x: Tensor, dim: int) -> Tensor:
+    """Zeros after the end of a dimension until it divides among the ranks; (ranks, each) of it."""
+    ranks = dist.get_world_size()
+    missing = -x.shape[dim] % ranks
+    return F.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, missing)).unflatten(dim, (ranks, -1))
+
+
+def _exchanged(parts: Tensor) -> Tensor:
+    """parts[r] goes to rank r; what came from rank r, in its place."""
+    parts = parts.contiguous()
+    out = parts.new_empty(parts.shape)
+    dist.all_to_all_single(out, parts)
+    return out
