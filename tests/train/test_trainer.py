@@ -16,7 +16,7 @@ from fastgpt.model import ops
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.model.ops import Wish
-from fastgpt.train import optim
+from fastgpt.train import cuda_graph, optim
 from fastgpt.train import trainer as trainer_module
 from fastgpt.train.trainer import NonFinite, Trainer, dropout_seed
 from tests.model.test_ops import interpreted
@@ -231,7 +231,7 @@ def test_a_compilation_that_fails_is_tried_once_more(fails, monkeypatch, capsys)
         return forward(*args)
 
     t.forward = broken
-    monkeypatch.setattr(trainer_module.compiled, "clear", lambda: "the cache")
+    monkeypatch.setattr(trainer_module, "clear_compile_cache", lambda: "the cache")
     if fails == 1:
         t.warm_up(0, tokens())
     else:
@@ -299,7 +299,7 @@ def test_what_cannot_be_captured_whole_may_be_in_part(monkeypatch):
 
     tried: list[bool] = []
     t = trainer()
-    monkeypatch.setattr(trainer_module.graph, "wanted", lambda *_: (True, "why"))
+    monkeypatch.setattr(cuda_graph, "wanted", lambda *_: (True, "why"))
     monkeypatch.setattr(t, "capture", fail)
     yes = (True, True, "why; not of the whole step: a sync")
     assert t.capture_if_it_pays(0, tokens) == yes and tried == [True, False]
@@ -330,13 +330,13 @@ def test_steps_go_on_without_a_graph_unless_it_was_asked_for(monkeypatch):
     t = trainer()
     monkeypatch.setattr(t, "capture", lambda step, micro_batch, whole: None)
     for wanted in (True, False):
-        monkeypatch.setattr(trainer_module.graph, "wanted", lambda *_, w=wanted: (w, "why"))
+        monkeypatch.setattr(cuda_graph, "wanted", lambda *_, w=wanted: (w, "why"))
         assert t.capture_if_it_pays(0, tokens) == (wanted, wanted, "why")
 
     def fail(step, micro_batch, whole):
         raise error
 
-    monkeypatch.setattr(trainer_module.graph, "wanted", lambda *_: (True, "why"))
+    monkeypatch.setattr(cuda_graph, "wanted", lambda *_: (True, "why"))
     monkeypatch.setattr(t, "capture", fail)
     error: Exception = RuntimeError("no capture\nmore")
     assert t.capture_if_it_pays(0, tokens) == (True, False, "no capture")
