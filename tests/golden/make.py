@@ -28,18 +28,7 @@ from fastgpt.config.presets import PRESETS
 from tests.runs import latest, records
 
 HERE = Path(__file__).parent
-COMMANDS: tuple[str, ...] = (
-    "",
-    "train",
-    "sample",
-    "eval",
-    "export",
-    "import",
-    "prepare",
-    "compare",
-    "doctor",
-)
-COMMANDS += ("tune",)
+COMMANDS = ("", *"train sample eval export import prepare compare doctor tune".split())
 
 RUNS = ("plain", "muon", "old")
 
