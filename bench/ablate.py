@@ -14,21 +14,25 @@ import torch
 
 from bench import results, setup, step
 from bench.variants import FAST, Variant
-from fastgpt_kernels.record import Sizes, records
+from fastgpt_kernels.registry import OpSpec, Sizes, specs
 
 
 def contenders(arch: str = "") -> list[Variant]:
     """The fast path first. Without a GPU (`arch` "sm_90" or so) it is eager, as are all others."""
-    ops = [*records("model"), *records("train")]
+    ops = [*specs("model"), *specs("train")]
     if not arch:
         return [Variant(name) for name in ("eager", *(f"{op.name} eager" for op in ops))]
-    ops = [op for op in ops if not op.refusal(Sizes(), torch.bfloat16, arch)]
+
+    def runs(op: OpSpec, name: str) -> bool:
+        return not op.unsupported_reason(name, arch, torch.bfloat16, Sizes())
+
+    ops = [op for op in ops if runs(op, "triton")]
     # First what is not decided yet, in case that time runs out.
     switched = [
         (op.name, further)
         for op in ops
-        for further in op.limits_of
-        if not op.refusal(Sizes(), torch.bfloat16, arch, further)
+        for further in op.implementations
+        if further == "hopper" and runs(op, further)
     ]
     left = [op.name for op in ops if op.library and arch not in op.measured_faster]
     switched += [(name, "triton") for name in left]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench import rivals, setup
 from bench.rivals import Provider, Tensors
-from fastgpt_kernels.record import Sizes, normal, record, records
+from fastgpt_kernels.registry import Sizes, normal, spec, specs
 
 PIECE = 1 << 26  # values of a tensor that fp64 has in memory at a time
 
@@ -61,7 +61,7 @@ class Case:
 
     def bound(self, fn: Callable[..., Any] | None = None) -> Callable[..., Any]:
         """`fn`, a function with the op's signature (default: eager), of the inputs alone."""
-        fn = fn or self.eager or record(self.op).eager
+        fn = fn or self.eager or spec(self.op).eager
         return lambda *inputs: fn(*inputs, *self.extras)
 
     def pick(self, results: Tensors) -> Tensors:
@@ -80,7 +80,7 @@ class Case:
         In pieces of rows, which do not depend on each other: fp64 of all may not fit in memory.
         """
         options = {"reduction": "sum"} if self.is_loss else {}
-        fn = partial(record(self.op).twin, **options)
+        fn = partial(spec(self.op).reference, **options)
         inputs, M, by_row = self.exact or self.inputs, len(self.keep), self._by_row()
         found: list[Tensors] = [[] for _ in by_row]
         split = len(inputs) - self.shared
@@ -108,12 +108,14 @@ class Case:
 def complete(case: Case, without: str = "") -> Case:
     """The case with all who compute it here: fastgpt, eager PyTorch and the op's rivals, of which
     one can be left out."""
-    op, arch = record(case.op), setup.arch(case.device)
-    obstacle = op.refusal(Sizes(), torch.bfloat16, arch) if arch else "needs a GPU"
+    op, arch = spec(case.op), setup.arch(case.device)
+    obstacle = (
+        op.unsupported_reason("triton", arch, torch.bfloat16, Sizes()) if arch else "needs a GPU"
+    )
     if obstacle and op.library:
         case.skipped["fastgpt"] = obstacle
     else:
-        case.providers.append(Provider("fastgpt", case.bound(op.ours)))
+        case.providers.append(Provider("fastgpt", case.bound(op.triton)))
     case.providers.append(Provider("eager", case.bound()))
     rivals.add(case)
     if without:
@@ -133,11 +135,11 @@ def random(device: torch.device, *shapes: tuple[int, ...]) -> Tensors:
 
 def of(op: str, sizes: Sizes, device: torch.device, label: str, dys: Tensors, **more: Any) -> Case:
     """The op's own inputs at a model's sizes, and the work that its record says this is."""
-    known, (like,) = record(op), random(device, ())
-    made = known.case(sizes, normal(device))
+    known, (like,) = spec(op), random(device, ())
+    made = known.example_inputs(sizes, normal(device))[0]
     inputs = [x.to(like) for x in made.inputs]
     shared = sum(len(x) != len(inputs[0]) for x in inputs)
-    work = known.work(sizes, like.itemsize)
+    work = known.cost(sizes, like.itemsize)
     unit = "TFLOP/s" if any(w.flops for w in work.values()) else "GB/s"
     return Case(
         op, label, inputs, dys, {kind: w.flops or w.bytes for kind, w in work.items()}, unit,
@@ -151,7 +153,7 @@ def attention(device: torch.device, size: int = 0) -> Case:
     B, T, C = (max(2, B * T // size), size, H * D) if size else (B, T, H * D)
     # The op table's eager implementation is PyTorch's fused one: a rival here.
     return of(
-        "attention", Sizes(B, T, H, C), device, f"B={B} T={T} {H}x{D} causal",
+        "attention", Sizes(B, T, H, C, bias=False), device, f"B={B} T={T} {H}x{D} causal",
         random(device, (B, T, C)), eager=single_ops, kept=(0, B - 1),
     )  # fmt: skip
 
@@ -222,7 +224,7 @@ def mlp(device: torch.device, M: int, C: int) -> Case:
 
 
 CASES: dict[str, Callable[..., Case]] = {
-    **{op.name: partial(plain, op.name) for op in records("model") if not op.library},
+    **{op.name: partial(plain, op.name) for op in specs("model") if not op.library},
     "cross_entropy": partial(loss_alone, "cross_entropy"),
     "linear_cross_entropy": partial(loss, "linear_cross_entropy"),
 } | {"attention": attention}

@@ -12,7 +12,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from fastgpt_kernels.record import records
+from fastgpt_kernels.registry import specs
 
 # In order of precedence where two of them run at once: what computes counts before what moves.
 CATEGORIES = (
@@ -69,7 +69,7 @@ SCOPE_ENDS = ("", "_backward", "Backward")
 # Our own ops by what a trace calls them: their kernels, registered ops and autograd functions.
 OURS = {
     name: op
-    for op in records()
+    for op in specs()
     for name in (*op.kernels, *(f"fastgpt::{op.name}{end}" for end in SCOPE_ENDS))
 }
 # Matrix products, and the place of their operands a, b among the inputs; `out=` may follow.
@@ -146,7 +146,7 @@ def categorize(work: Named, sizes: Sizes, *, host: bool) -> tuple[str, str]:
             return "muon", MUON[bool(work.gemm or has(_GEMM) or has(_BMM))]
         return "optimizer", "clipping" if has(_CLIPPING) else "rest"
     ours = next((OURS[name] for name in names if name in OURS), None)
-    part = ours.part if ours else ""
+    part = ours.category if ours else ""
     if has(_OPTIMIZER) or part == "optimizer":
         accumulates = any("AccumulateGrad" in name for name in names)
         return "optimizer", "gradient accumulation" if accumulates else "AdamW"
@@ -161,7 +161,7 @@ def categorize(work: Named, sizes: Sizes, *, host: bool) -> tuple[str, str]:
     if has(_CAST) and not _is_activation(work.dims, sizes):
         return "optimizer", "casts of weights"
     if ours and part == "memory":
-        return "memory", ours.item
+        return "memory", ours.label
     for item, rule in _MEMORY:
         if has(rule):
             return "memory", item

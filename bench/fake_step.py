@@ -173,13 +173,13 @@ def _own(launch: Launch, name: str, *args: Any, arch: str, sizes: Any) -> Iterat
 
 def _flops(name: str, launch: Launch, sizes: Any) -> int:
     """Of the products that have to be computed: attention's formula counts masked scores too."""
-    from fastgpt_kernels.record import record_of
+    from fastgpt_kernels.registry import spec_of
 
-    op = record_of(name)
+    op = spec_of(name)
     if op.name != "attention":
         return launch.flops
     backward = "backward" in name + launch.what
-    return int(op.work(sizes, 2)["backward" if backward else "forward"].flops)
+    return int(op.cost(sizes, 2)["backward" if backward else "forward"].flops)
 
 
 @functools.cache

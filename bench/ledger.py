@@ -50,7 +50,7 @@ from fastgpt.model.peaks import sheet as sheet_of
 from fastgpt.train import memory
 from fastgpt_kernels import host
 from fastgpt_kernels.ops.loss.linear import SHARE
-from fastgpt_kernels.record import record_of
+from fastgpt_kernels.registry import spec_of
 
 # Shares of the data sheet's figures. Products: cuBLAS at the 124M's shapes, of which K = 768 is the
 # shortest, gives about 680 of an H100's 989 TFLOP/s. Copies: 3.0 of 3.35 and 4.3 of 4.8 TB/s.
@@ -221,8 +221,8 @@ def sort(launch: Launch, phase: str, sizes: Sizes) -> tuple[str, str]:
     if own and own[0] in ADDS:
         return ADDS[own[0]]
     if launch.what != "triton" and own:
-        op = record_of(own[0])
-        return op.part, op.item or ("backward" if phase == "backward" else "forward")
+        op = spec_of(own[0])
+        return op.category, op.label or ("backward" if phase == "backward" else "forward")
     if launch.what.startswith("_scaled_dot_product"):
         return "attention", phase
     if "adam" in launch.what:

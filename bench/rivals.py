@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgpt_kernels as ours
 from fastgpt_kernels.host import arch
-from fastgpt_kernels.record import Sizes, record
+from fastgpt_kernels.registry import Sizes, spec
 
 if TYPE_CHECKING:
     from bench.cases import Case
@@ -225,7 +225,7 @@ def cut_cross_entropy(case: Case) -> Callable[..., Any]:
 
 
 FA3, FA4 = "flash_attn_interface.flash_attn_func", "flash_attn.cute.flash_attn_func"
-AUTOTUNE, EAGER_MLP = "max-autotune", record("mlp").eager
+AUTOTUNE, EAGER_MLP = "max-autotune", spec("mlp").eager
 TORCH_COMPILE = Rival("torch.compile", compiled)
 RIVALS: dict[str, list[Rival]] = {
     "attention": [
@@ -267,15 +267,16 @@ def attentions(case: Case) -> list[Provider]:
 
 def hopper(case: Case) -> list[Provider]:
     """Our kernels for Hopper, or why they are not in the table."""
-    known, name, qkv = record("attention"), "fastgpt, hopper", case.inputs[0]
+    known, name, qkv = spec("attention"), "fastgpt, hopper", case.inputs[0]
     if qkv.device.type != "cuda":
         case.skipped[name] = "needs a GPU"
         return []
     sizes = Sizes(n_head=case.extras[0], n_embd=qkv.shape[2] // 3)
-    if wrong := known.refusal(sizes, qkv.dtype, arch(qkv.device.index or 0), "hopper"):
+    here = arch(qkv.device.index or 0)
+    if wrong := known.unsupported_reason("hopper", here, qkv.dtype, sizes):
         case.skipped[name] = wrong
         return []
-    return [Provider(name, case.bound(known.implementations["hopper"]))]
+    return [Provider(name, case.bound(known.implementations["hopper"].function))]
 
 
 # Further ways of our own and of eager PyTorch.

@@ -15,7 +15,7 @@ from bench import results, setup
 from fastgpt_kernels import OPS
 from fastgpt_kernels.plans.child import Child, Failed
 from fastgpt_kernels.plans.tune import Question, names
-from fastgpt_kernels.record import Sizes, records
+from fastgpt_kernels.registry import Sizes, specs
 
 GPT2 = Sizes(batch_size=8, block_size=1024)
 SMALL = Sizes(2, 16, 2, 64, 61, 64)
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     setup.say_small()
     dtype, sizes = (torch.bfloat16, GPT2) if gpu else (torch.float32, SMALL)
     result = results.Result("smoke", argv, {"sizes": asdict(sizes)})
-    for op in records("model"):
+    for op in specs("model"):
         if args.ops and op.name not in args.ops:
             continue
         for case in (sizes, replace(sizes, dropout=0.2)) if op.name == "attention" else (sizes,):

@@ -21,7 +21,7 @@ from bench.kernels import Pass, judge
 from bench.rivals import TORCH_COMPILE, rivals_of
 from fastgpt.config.presets import PRESETS
 from fastgpt.model.peaks import synchronize
-from fastgpt_kernels.record import Sizes, record
+from fastgpt_kernels.registry import Sizes, spec
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
@@ -33,7 +33,7 @@ MAKE: dict[str, Callable[..., Case]] = CASES | {
 RUNS = [
     (op, kind, who)
     for op in MAKE
-    for kind in record(op).work(Sizes(), 2)
+    for kind in spec(op).cost(Sizes(), 2)
     for who in ("fastgpt", "eager", *["torch.compile"] * (TORCH_COMPILE in rivals_of(op)))
 ]
 

@@ -19,9 +19,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     from triton.runtime import interpreter
 
-    from fastgpt_kernels import host, record
+    from fastgpt_kernels import host, registry
 
-    record.records()  # loads every room, and with it the kernels
+    registry.specs()  # loads every op, and with it the kernels
     host.INTERPRETED = False
     del os.environ["TRITON_INTERPRET"]
 

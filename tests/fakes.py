@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgpt.model import ops
 from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt_kernels.record import record, records
+from fastgpt_kernels.registry import spec, specs
 
 
 def fused_table(monkeypatch: pytest.MonkeyPatch, products: str = "eager") -> ops.OpTable:
@@ -24,10 +24,10 @@ def fused_table(monkeypatch: pytest.MonkeyPatch, products: str = "eager") -> ops
     for name, module in list(sys.modules.items()):
         if name.startswith("fastgpt_kernels.ops.") and hasattr(module, "use_kernel"):
             monkeypatch.setattr(module, "use_kernel", lambda x: True)
-    functions = {op.name: op.ours for op in records("model")}
+    functions = {op.name: op.triton for op in specs("model")}
     if products == "eager":
-        mlp = partial(record("mlp").eager, bias_gelu=functions["bias_gelu"])
-        functions |= {"linear": record("linear").eager, "mlp": mlp}
+        mlp = partial(spec("mlp").eager, bias_gelu=functions["bias_gelu"])
+        functions |= {"linear": spec("linear").eager, "mlp": mlp}
     else:
         monkeypatch.setattr(
             sys.modules["fastgpt_kernels.ops.matmul.linear"], "arch_of", lambda x: "sm_90"

@@ -13,7 +13,7 @@ from fastgpt.model import ops
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.model.plan import Plan
-from fastgpt_kernels.record import Sizes
+from fastgpt_kernels.registry import Sizes
 
 
 def sizes_of(config: Config, vocab_size: int) -> Sizes:

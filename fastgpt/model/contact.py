@@ -26,7 +26,7 @@ import torch
 from fastgpt.model.agreements import Agreements
 from fastgpt_kernels import host
 from fastgpt_kernels.plans.measure import put
-from fastgpt_kernels.record import Record, Sizes, record, records
+from fastgpt_kernels.registry import OpSpec, Sizes, spec, specs
 from fastgpt_kernels.selfcheck import compile_ahead, disagreement
 from fastgpt_kernels.telling import why
 
@@ -50,23 +50,25 @@ class Task:
 
     @classmethod
     def of(
-        cls, op: Record, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes
+        cls, op: OpSpec, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes
     ) -> Task:
-        function = op.implementations[name]
-        known = record(op.name).implementations.get(name) is function
+        function = op.implementations[name].function
+        implementation = spec(op.name).implementations.get(name)
+        known = implementation is not None and implementation.function is function
         path = "" if known else f"{function.__module__}:{function.__qualname__}"
         deterministic = torch.are_deterministic_algorithms_enabled()
         dtype_name = str(dtype).removeprefix("torch.")
         return cls(op.name, name, str(device), dtype_name, sizes, path, deterministic)
 
-    def check(self) -> tuple[Record, str, torch.dtype, Sizes]:
+    def check(self) -> tuple[OpSpec, str, torch.dtype, Sizes]:
         """The way back: op, implementation, dtype, sizes; launches have the plan's configs."""
-        op = record(self.op)
+        op = spec(self.op)
         put(json.loads(self.configs), host.arch_on(torch.device(self.device)))
         if self.function:
             module, _, name = self.function.partition(":")
             function = getattr(importlib.import_module(module), name)
-            op = replace(op, implementations={**op.implementations, self.implementation: function})
+            found = replace(op.implementations[self.implementation], function=function)
+            op = replace(op, implementations={**op.implementations, self.implementation: found})
         return op, self.implementation, getattr(torch, self.dtype), self.sizes
 
 
@@ -203,7 +205,7 @@ def serve() -> None:
     tasks = [Task(**{**task, "sizes": Sizes(**task["sizes"])}) for task in request["tasks"]]
     device = torch.device(tasks[0].device)
     try:
-        records()  # loads every room: from here on the time is the op's
+        specs()  # loads every room: from here on the time is the op's
         if device.index is not None:
             torch.cuda.set_device(device)
         if tasks[0].deterministic:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgpt.config.schema import ModelConfig
 from fastgpt.model import ops
-from fastgpt_kernels.record import Sizes
+from fastgpt_kernels.registry import Sizes
 
 VOCAB_MULTIPLE = 128
 

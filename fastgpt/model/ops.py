@@ -34,7 +34,7 @@ from fastgpt.model.contact import Task, first_contact
 from fastgpt.model.plan import Measured, Plan
 from fastgpt_kernels import host, versions
 from fastgpt_kernels.plans.measure import put
-from fastgpt_kernels.record import Record, Sizes, records
+from fastgpt_kernels.registry import OpSpec, Sizes, specs
 from fastgpt_kernels.telling import EVERY_S, telling
 
 CHECKED_ON = ("cuda",)  # types of devices; Triton's interpreter is not worth the time
@@ -81,7 +81,7 @@ class Wish:
     kernels: str = "auto"
     ops: Mapping[str, str] | None = None
 
-    def of(self, op: Record) -> tuple[str, str]:
+    def of(self, op: OpSpec) -> tuple[str, str]:
         """(implementation or auto, the flag that says so)."""
         asked = (self.ops or {}).get(op.name, "auto")
         if asked != "auto":
@@ -103,10 +103,10 @@ def choose(
     Raises UserError if what was asked for cannot run here.
     """
     sizes, wish = sizes or Sizes(), wish or Wish()
-    chosen = choose_all(records("model"), device, dtype, sizes, wish, plan)
+    chosen = choose_all(specs("model"), device, dtype, sizes, wish, plan)
     _name_in_caches([choice for choice, _ in chosen.values()])
     functions = {name: function for name, (_, function) in chosen.items()}
-    for op in records("model"):
+    for op in specs("model"):
         choice, function = chosen[op.name]
         if op.made_of and choice.implementation == "eager":
             functions[op.name] = partial(function, **{name: functions[name] for name in op.made_of})
@@ -114,7 +114,7 @@ def choose(
 
 
 def choose_all(
-    ops: Sequence[Record],
+    ops: Sequence[OpSpec],
     device: torch.device,
     dtype: torch.dtype,
     sizes: Sizes,
@@ -155,11 +155,11 @@ def choose_all(
         kind, reason = ("eager", obstacle) if obstacle else (name, reason)
         if not obstacle:
             put(configs.get(op.name, ()), host.arch_on(device))
-        chosen[op.name] = Choice(op.name, kind, reason), op.implementations[kind]
+        chosen[op.name] = Choice(op.name, kind, reason), op.implementations[kind].function
     return chosen
 
 
-def _measured(op: Record, wish: Wish, plan: Plan | None) -> Measured | None:
+def _measured(op: OpSpec, wish: Wish, plan: Plan | None) -> Measured | None:
     """What a plan says of an op, where nothing overrides it."""
     # Of versions that nobody has tried, PyTorch's own implementation is the one to trust.
     if plan is None or wish.of(op)[0] != "auto" or versions.untested():
@@ -174,7 +174,7 @@ def _warn_of_versions(untested: str) -> None:
 
 
 def _wanted(
-    op: Record,
+    op: OpSpec,
     device: torch.device,
     dtype: torch.dtype,
     sizes: Sizes,
@@ -222,6 +222,6 @@ def _name_in_caches(choices: Sequence[Choice]) -> None:
     torch.compiler.config.cache_key_tag = " ".join([base, *told]).strip()
 
 
-def _obstacle(op: Record, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> str:
+def _obstacle(op: OpSpec, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> str:
     """Why an implementation cannot run here; empty if it can."""
-    return op.obstacle(name, device, dtype, sizes, host.arch_on(device))
+    return op.unsupported_reason(name, host.arch_on(device), dtype, sizes) or ""

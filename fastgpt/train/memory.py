@@ -27,7 +27,7 @@ from fastgpt.config.schema import Config
 from fastgpt.errors import UserError
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt_kernels.record import record
+from fastgpt_kernels.registry import spec
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def estimate(
 
 def of_model(model: GPT, batch_size: int, optimizer: str = "adamw") -> Estimate:
     """The estimate for a model as it stands: its ops, its dtype, checkpointed or not."""
-    fused = any(c.implementation == "triton" for c in model.ops.choices if not record(c.op).library)
+    fused = any(c.implementation == "triton" for c in model.ops.choices if not spec(c.op).library)
     from fastgpt_kernels.ops.loss.linear import room_on
 
     return estimate(

@@ -16,7 +16,7 @@ from fastgpt.model.gpt import GPT
 from fastgpt.model.ops import Choice, Wish, choose_all
 from fastgpt.train.distributed import Shares, like, whole
 from fastgpt.train.muon import Muon
-from fastgpt_kernels.record import Sizes, record
+from fastgpt_kernels.registry import Sizes, spec
 
 
 def learning_rate(step: int, c: OptimConfig) -> float:
@@ -43,8 +43,9 @@ def choose(device: torch.device, wish: Wish | None = None) -> tuple[Choice, Call
     """Which AdamW a device gets, and the function that makes it."""
     from fastgpt.train.adamw import FusedAdamW
 
-    op = record("adamw")
-    op = replace(op, implementations={"eager": op.eager, "triton": FusedAdamW})
+    op = spec("adamw")
+    fused = replace(op.implementations["triton"], function=FusedAdamW)
+    op = replace(op, implementations={**op.implementations, "triton": fused})
     return choose_all([op], device, torch.float32, Sizes(), wish or Wish())[op.name]
 
 

@@ -37,7 +37,7 @@ from fastgpt_kernels.plans.child import Child, Failed, Spent
 from fastgpt_kernels.plans.choose import MARGIN, ROUNDS, Candidate, Found, choose
 from fastgpt_kernels.plans.store import Store
 from fastgpt_kernels.plans.tune import OpPlan, Question, figures
-from fastgpt_kernels.record import Record, Sizes, records
+from fastgpt_kernels.registry import OpSpec, Sizes, specs
 from fastgpt_kernels.telling import telling
 
 AUTO_S = 60.0  # what --tune=auto may take,
@@ -168,7 +168,7 @@ def _questions(config: Config, vocab_size: int, machine: Machine) -> dict[str, Q
     wish = ops.Wish(config.system.kernels, vars(config.op))
     sizes = sizes_of(config, vocab_size)
     found = {}
-    for op in sorted(records("model"), key=lambda op: -_share(op, sizes, machine)):
+    for op in sorted(specs("model"), key=lambda op: -_share(op, sizes, machine)):
         if wish.of(op)[0] != "auto":
             continue
         question = Question(
@@ -180,10 +180,10 @@ def _questions(config: Config, vocab_size: int, machine: Machine) -> dict[str, Q
     return found
 
 
-def _share(op: Record, sizes: Sizes, machine: Machine) -> float:
+def _share(op: OpSpec, sizes: Sizes, machine: Machine) -> float:
     """An op's part of a step, by the FLOPs and bytes of its record, in no unit."""
-    work = op.work(sizes, machine.torch_dtype.itemsize).values()
-    return op.often * sum(max(w.flops, FLOPS_A_BYTE * w.bytes) for w in work)
+    work = op.cost(sizes, machine.torch_dtype.itemsize).values()
+    return op.calls_per_step * sum(max(w.flops, FLOPS_A_BYTE * w.bytes) for w in work)
 
 
 def _micro_key(config: Config, vocab_size: int, machine: Machine) -> dict[str, Any]:
@@ -317,7 +317,7 @@ def micro_candidates(
         wish = ops.Wish("auto", vars(config.op))
         eager = {
             op.name: {"implementation": "eager", "reason": "plain PyTorch", "configs": []}
-            for op in records("model")
+            for op in specs("model")
             if wish.of(op)[0] == "auto"
         }
         tables["all eager"] = eager

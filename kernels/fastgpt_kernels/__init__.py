@@ -46,6 +46,10 @@ class Entry:
     def room(self) -> str:
         return f"fastgpt_kernels.ops.{self.module.partition('.')[0]}"
 
+    @property
+    def spec_module(self) -> str:
+        return f"{self.room}.record"
+
 
 OPS: dict[str, Entry] = {
     "attention": Entry(

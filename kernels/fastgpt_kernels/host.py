@@ -61,8 +61,13 @@ def arch(device_index: int) -> str:
 
 
 def arch_on(device: torch.device) -> str:
-    """Architecture key of a device; "cpu" for all that are no GPU."""
-    return arch(device.index or 0) if device.type == "cuda" else "cpu"
+    """Architecture key of a device; its type, "cpu" or "mps", if it is no GPU with kernels."""
+    return arch(device.index or 0) if device.type == "cuda" else device.type
+
+
+def is_gpu(arch: str) -> bool:
+    """Returns True for the key of a GPU that Triton may compile for."""
+    return arch.startswith(("sm_", "gfx"))
 
 
 def arch_of(x: torch.Tensor) -> str:

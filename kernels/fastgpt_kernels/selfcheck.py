@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fastgpt_kernels.record import Case, Record, Sizes, normal
+from fastgpt_kernels.registry import ExampleInputs, OpSpec, Sizes, normal
 from fastgpt_kernels.telling import why
 
 # Relative error (Frobenius norm) that rounding explains: inputs and results of 8, 11 and 24 bits.
@@ -57,37 +57,36 @@ def few_rows(sizes: Sizes, tokens: int) -> Sizes:
 
 
 def calls(
-    op: Record, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes
-) -> Iterator[tuple[Case, Case]]:
+    op: OpSpec, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes
+) -> Iterator[tuple[ExampleInputs, ExampleInputs]]:
     """Every call of the run that implementation `name` makes: in its dtypes, and in fp32."""
     if op.few_tokens:
         sizes = few_rows(sizes, op.few_tokens)
-    for case in op.cases(sizes, normal(device)):
-        if case.ours is None or case.ours == (name == "triton"):
-            inputs = [
-                None if x is None else x if i in case.masters else x.to(dtype)
-                for i, x in enumerate(case.inputs)
-            ]
-            hints = case.hints if name == "triton" else {}
-            rounded = replace(case, inputs=inputs, arguments={**case.arguments, **hints})
-            exact = [None if x is None else x.float() for x in inputs]
-            yield rounded, replace(case, inputs=exact)
+    for example in op.example_inputs(sizes, normal(device)):
+        if not op.implementations[name].follows_seed:
+            example = example.without_dropout()
+        inputs = [
+            None if x is None else x if i in example.fp32_inputs else x.to(dtype)
+            for i, x in enumerate(example.inputs)
+        ]
+        exact = [None if x is None else x.float() for x in inputs]
+        yield replace(example, inputs=inputs), replace(example, inputs=exact)
 
 
 def disagreement(
-    op: Record, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes
+    op: OpSpec, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes
 ) -> str:
     """What is wrong with an op's implementation `name`; empty if it agrees in every call."""
-    function = op.implementations[name]
+    function = op.implementations[name].function
     for rounded, exact in calls(op, name, device, dtype, sizes):
         with _exact_matmuls(), torch.enable_grad():
-            want = op.run(op.twin, exact)
+            want = op.run(op.reference, exact)
             try:
                 got = op.run(function, rounded)
                 off = _error(got, want)
             except Exception as e:
                 return f"does not run here ({why(e)})"
-        masters = all(i in rounded.masters for i in range(len(rounded.inputs)))
+        masters = all(i in rounded.fp32_inputs for i in range(len(rounded.inputs)))
         if not off <= TOLERANCE[torch.float32 if masters else dtype]:
             return f"is off by {off:.2g} here"
     return ""
@@ -101,7 +100,7 @@ def _error(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> float:
 
 
 def compile_ahead(
-    checks: Sequence[tuple[Record, str, torch.dtype, Sizes]], device: torch.device, threads: int
+    checks: Sequence[tuple[OpSpec, str, torch.dtype, Sizes]], device: torch.device, threads: int
 ) -> int:
     """Compile in parallel what these checks launch, for later launches; returns how many kernels.
 
@@ -122,7 +121,7 @@ def compile_ahead(
         for op, name, dtype, sizes in checks:
             with contextlib.suppress(Exception), torch.enable_grad():
                 for rounded, _ in calls(op, name, device, dtype, sizes):
-                    op.run(op.implementations[name], rounded)
+                    op.run(op.implementations[name].function, rounded)
     finally:
         knobs.runtime.jit_cache_hook = before
     with ThreadPoolExecutor(threads) as pool, AsyncCompileMode(pool, ignore_errors=True):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastgpt_kernels import OPS
 from fastgpt_kernels.configs import Config
-from fastgpt_kernels.record import Case, Record, Sizes, differentiate
+from fastgpt_kernels.registry import ExampleInputs, OpSpec, Sizes, differentiate
 
 
 @dataclass(frozen=True)
@@ -102,30 +102,29 @@ def uses(module: str, m: Model) -> Iterator[Use]:
     if hasattr(room, "uses"):
         yield from room.uses(m)
         return
-    for op in importlib.import_module(module.rpartition(".")[0] + ".record").RECORDS.values():
+    for op in importlib.import_module(module.rpartition(".")[0] + ".record").SPECS.values():
         yield from recorded(op, m)
 
 
-def recorded(op: Record, m: Model, rows: int = 1) -> Iterator[Use]:
+def recorded(op: OpSpec, m: Model, rows: int = 1) -> Iterator[Use]:
     """The calls that an op's record names; of an op of generation with this many rows."""
     sizes = m if op.few_tokens else replace(m, batch_size=rows)
-    often = op.often
-    for case in op.cases(sizes, lambda *shape: torch.empty(shape, device="meta")):
-        if case.ours is not False:
-            trains = case.gradients and op.run is differentiate
-            yield Use(op.name, partial(_call, op, m, case), trains, sizes, often * trains)
-            often *= not trains  # the work is the first call's
+    often = op.calls_per_step
+    for case in op.example_inputs(sizes, lambda *shape: torch.empty(shape, device="meta")):
+        trains = case.gradients and op.run is differentiate
+        yield Use(op.name, partial(_call, op, m, case), trains, sizes, often * trains)
+        often *= not trains  # the work is the first call's
 
 
-def _call(op: Record, m: Model, case: Case) -> Any:
-    dtypes = [torch.float32 if i in case.masters else m.dtype for i in range(len(case.inputs))]
+def _call(op: OpSpec, m: Model, case: ExampleInputs) -> Any:
+    dtypes = [torch.float32 if i in case.fp32_inputs else m.dtype for i in range(len(case.inputs))]
     inputs = [
         None if x is None else torch.empty_like(x, dtype=dtype, requires_grad=case.gradients)
         for x, dtype in zip(case.inputs, dtypes, strict=True)
     ]
     if op.run is differentiate:
-        return case.call(op.ours, inputs)
-    return op.run(op.ours, replace(case, inputs=inputs, arguments={**case.arguments, **case.hints}))
+        return case.call(op.triton, inputs)
+    return op.run(op.triton, replace(case, inputs=inputs))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 import fastgpt_kernels as ours
 from bench import cases, rivals
 from bench.cases import CASES
-from fastgpt_kernels.record import record
+from fastgpt_kernels.registry import spec
 
 CPU = torch.device("cpu")
 MAKE = CASES | {
@@ -25,7 +25,7 @@ def test_truth(op: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     case = MAKE[op](CPU)
     leaves = [x.double().requires_grad_() for x in case.inputs]
-    y = record(op).twin(*leaves, *case.extras)
+    y = spec(op).reference(*leaves, *case.extras)
     outputs = list(y) if isinstance(y, tuple) else [y]
     gradients = torch.autograd.grad(outputs, leaves, [dy.double() for dy in case.dys])
     whole = case.pick([*(x.detach() for x in outputs), *gradients])

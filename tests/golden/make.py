@@ -28,7 +28,10 @@ from fastgpt.config.presets import PRESETS
 from tests.runs import latest, records
 
 HERE = Path(__file__).parent
-COMMANDS = ("", *"train sample eval export import prepare compare doctor tune".split())
+COMMANDS = (
+    "",
+    *["train", "sample", "eval", "export", "import", "prepare", "compare", "doctor", "tune"],
+)
 
 RUNS = ("plain", "muon", "old")
 

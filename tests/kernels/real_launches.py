@@ -53,7 +53,8 @@ def main(arch: str) -> int:
     dtype = "float16" if arch == "sm_75" else "bfloat16"
 
     def obstacle(op, name, device, dtype, sizes) -> str:
-        return op.refusal(sizes, dtype, arch) if name == "triton" else ""
+        reason = op.unsupported_reason(name, arch, dtype, sizes) if name == "triton" else None
+        return reason or ""
 
     with (
         recording(arch) as launches,

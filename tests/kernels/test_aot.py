@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastgpt_kernels.record import Sizes, record
+from fastgpt_kernels.registry import OpSpec, Sizes, spec
 from fastgpt_kernels.specs import spec_modules
 from fastgpt_kernels.tools import aot, baseline
 from fastgpt_kernels.tools.baseline import Verdict
@@ -307,11 +307,15 @@ def test_launches_go_to_other_processes_by_name() -> None:
 
 
 def test_an_architecture_says_what_it_cannot_have() -> None:
-    op = record("layer_norm")
-    assert op.refusal(Sizes(), torch.bfloat16, "sm_75") == "sm_75 has no bfloat16, only float16"
-    assert op.refusal(Sizes(), torch.float16, "sm_75") == ""
-    assert "no tensor-core" in record("attention").refusal(Sizes(), torch.float16, "sm_75")
-    assert "no TMA" in record("linear").refusal(Sizes(), torch.float16, "sm_75")
+    op = spec("layer_norm")
+
+    def reason(op: OpSpec, dtype: torch.dtype) -> str | None:
+        return op.unsupported_reason("triton", "sm_75", dtype, Sizes())
+
+    assert reason(op, torch.bfloat16) == "sm_75 has no bfloat16, only float16"
+    assert reason(op, torch.float16) is None
+    assert "no tensor-core" in (reason(spec("attention"), torch.float16) or "")
+    assert "no TMA" in (reason(spec("linear"), torch.float16) or "")
 
 
 SAMPLES = """

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastgpt_kernels import attention, host, reference
 from fastgpt_kernels.configs import Config
 from fastgpt_kernels.ops.attention import backward, configs, forward
-from fastgpt_kernels.record import record
+from fastgpt_kernels.registry import spec
 from tests.kernels.attention_cases import check_attention, random_qkv, torch_attention
 from tests.kernels.helpers import assert_accurate, forward_backward, registered
 
@@ -78,7 +78,7 @@ def test_the_bias_gets_the_sum_over_all_rows(
     assert torch.equal(ours[0], plain) and ours[2].dtype == torch.float32
     exact = gradients(reference.attention, qkv.double(), bias.double(), **options)
     torch.testing.assert_close(exact[2], exact[1].sum((0, 1)))
-    eager = gradients(record("attention").eager, qkv, bias, **options)
+    eager = gradients(spec("attention").eager, qkv, bias, **options)
     assert_accurate(ours[2], eager[2], exact[2], name="bias")
     summed = gradients(attention, qkv, bias.to(dtype), deterministic=deterministic, **options)
     assert summed[2].dtype == dtype

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastgpt_kernels import attention, host
-from fastgpt_kernels.record import Sizes, record
+from fastgpt_kernels.registry import Sizes, spec
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GOOD = torch.zeros(1, 4, 192)
@@ -75,7 +75,9 @@ def test_the_interpreter_refuses_bf16() -> None:
 
 
 def test_limits_say_why() -> None:
-    limits = record("attention").limits
-    assert "tensor-core" in limits(Sizes(), torch.float16, "sm_75")
-    assert "head dim 48" in limits(Sizes(n_head=16), torch.float16, "sm_80")
-    assert limits(Sizes(), torch.bfloat16, "sm_80") == ""
+    known, gpt2 = spec("attention"), Sizes()
+    assert "tensor-core" in known.unsupported_reason("triton", "sm_75", torch.float16, gpt2)
+    assert "head dim 48" in known.unsupported_reason(
+        "triton", "sm_80", torch.float16, Sizes(n_head=16)
+    )
+    assert known.unsupported_reason("triton", "sm_80", torch.bfloat16, gpt2) is None

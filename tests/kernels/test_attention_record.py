@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastgpt_kernels import host
 from fastgpt_kernels.ops.attention import record as module
-from fastgpt_kernels.record import Sizes, record
+from fastgpt_kernels.registry import Sizes, spec
 
 CUDA = torch.device("cuda", 0)
 attention = nn.attention
@@ -38,33 +37,32 @@ def activated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         attention.restore_flash_attention_impl()
 
 
-def obstacle(name: str, monkeypatch: pytest.MonkeyPatch, arch: str, **sizes: float) -> str:
-    monkeypatch.setattr(host, "arch", lambda index: arch)
-    return module._others(name, Sizes(**sizes), CUDA)  # type: ignore[arg-type]
+def reason(name: str, arch: str, **sizes: float) -> str | None:
+    known = spec("attention")
+    return known.unsupported_reason(name, arch, torch.bfloat16, Sizes(**sizes))  # type: ignore[arg-type]
 
 
 def test_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert obstacle("fa3", monkeypatch, "sm_100") == "FA3 is for sm_90, not sm_100"
-    assert obstacle("fa4", monkeypatch, "sm_80") == "FA4 is for sm_90 and sm_100, not sm_80"
-    assert obstacle("fa4", monkeypatch, "sm_90", dropout=0.1) == "FA4 has no dropout"
+    assert reason("fa3", "sm_100") == "FA3 is for sm_90, not sm_100"
+    assert reason("fa4", "sm_80") == "FA4 is for sm_90 and sm_100, not sm_80"
+    assert reason("fa4", "sm_90", dropout=0.1) == "FA4 has no dropout"
     missing = "FA4 is not installed: no module flash_attn.cute.interface"
-    assert obstacle("fa4", monkeypatch, "sm_100") == missing
-    assert obstacle("flash", monkeypatch, "sm_80") == obstacle("cudnn", monkeypatch, "sm_80") == ""
+    assert reason("fa4", "sm_100") == missing
+    assert reason("flash", "sm_80") is reason("cudnn", "sm_80") is None
     monkeypatch.setattr(attention, "list_flash_attention_impls", lambda: ["FA3"])
-    assert obstacle("fa4", monkeypatch, "sm_90").endswith("knows no FA4")
-    assert module._others("fa4", Sizes(), torch.device("cpu")) == "no GPU"
+    assert reason("fa4", "sm_90").endswith("knows no FA4")
+    assert reason("fa4", "cpu") == reason("cudnn", "mps") == "no GPU"
 
 
 def test_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = SimpleNamespace()
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda package: spec)
-    assert obstacle("fa3", monkeypatch, "sm_90") == obstacle("fa4", monkeypatch, "sm_90") == ""
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda package: SimpleNamespace())
+    assert reason("fa3", "sm_90") is reason("fa4", "sm_90") is None
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_is_taken_once_and_given_back(compiled: bool, activated: list[str]) -> None:
     """In one graph too; PyTorch's own flash is its own again."""
-    functions = record("attention").implementations
+    functions = {name: i.function for name, i in spec("attention").implementations.items()}
     if compiled:
         torch._dynamo.reset()
         functions = {

@@ -16,7 +16,7 @@ from fastgpt.model.device import Machine
 from fastgpt.model.plan import Plan
 from fastgpt_kernels import host
 from fastgpt_kernels.plans import device as devices
-from fastgpt_kernels.record import Sizes
+from fastgpt_kernels.registry import Sizes
 
 GPU = torch.device("cuda")
 GOOD = Task("bias_gelu", "triton", "cuda", "bfloat16", Sizes())

@@ -20,7 +20,7 @@ from fastgpt.model.contact import Limits, Task, first_contact
 from fastgpt.model.ops import Wish, choose_all
 from fastgpt.model.plan import Measured, Plan
 from fastgpt.train.adamw import FusedAdamW
-from fastgpt_kernels.record import Sizes, record
+from fastgpt_kernels.registry import Implementation, Sizes, spec
 from tests.model import bad_kernels
 from tests.model.test_ops import CPU, interpreted
 
@@ -34,8 +34,9 @@ def nothing_is_known(monkeypatch):
 
 
 def with_function(function, op="bias_gelu"):
-    known = record(op)
-    return replace(known, implementations={**known.implementations, "triton": function})
+    known = spec(op)
+    triton = Implementation(function)
+    return replace(known, implementations={**known.implementations, "triton": triton})
 
 
 def tasks(*functions):
@@ -188,7 +189,7 @@ def test_a_child_ends_with_its_parent(children):
 def test_the_kernels_themselves_in_a_child(monkeypatch):
     interpreted(monkeypatch)
     checked = ("layer_norm", "bias_gelu", "adamw")
-    known = [with_function(FusedAdamW, "adamw") if n == "adamw" else record(n) for n in checked]
+    known = [with_function(FusedAdamW, "adamw") if n == "adamw" else spec(n) for n in checked]
     found = [Task.of(op, "triton", CPU, torch.float32, SMALL) for op in known]
     assert [t.function for t in found] == ["", "", "fastgpt.train.adamw:FusedAdamW"]
     assert first_contact(found) == [""] * len(checked)
@@ -200,11 +201,13 @@ def test_choices_are_made_of_what_was_found(monkeypatch):
     said = {"bias_gelu": "ends its process (SIGSEGV)", "layer_norm": ""}
     monkeypatch.setattr(ops, "CHECKED_ON", ("cpu",))
     monkeypatch.setattr(ops, "first_contact", lambda tasks, **_: [said[t.op] for t in tasks])
-    asked = [record(n) for n in ("bias_gelu", "layer_norm", "linear")]
+    asked = [spec(n) for n in ("bias_gelu", "layer_norm", "linear")]
 
     def choose(wish):
         found = choose_all(asked, CPU, torch.float32, SMALL, wish)
-        assert all(f is record(n).implementations[c.implementation] for n, (c, f) in found.items())
+        assert all(
+            f is spec(n).implementations[c.implementation].function for n, (c, f) in found.items()
+        )
         return [c for c, _ in found.values()]
 
     assert choose(Wish()) == [
@@ -226,11 +229,11 @@ def test_a_measured_choice_that_fails_leaves_the_op_to_the_default(monkeypatch):
     plan = Plan({"attention": Measured("math", "measured")})
 
     def choose(wish):
-        return choose_all([record("attention")], CPU, torch.float32, SMALL, wish, plan)
+        return choose_all([spec("attention")], CPU, torch.float32, SMALL, wish, plan)
 
     choice, function = choose(Wish())["attention"]
     assert choice == ops.Choice("attention", "triton", "math: is wrong here; fused kernels")
-    assert function is record("attention").implementations["triton"]
+    assert function is spec("attention").triton
     said["triton"] = "is wrong too"
     choice, _ = choose(Wish())["attention"]
     assert choice == ops.Choice("attention", "eager", "math: is wrong here; triton: is wrong too")

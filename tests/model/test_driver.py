@@ -10,7 +10,7 @@ from fastgpt.model import driver, ops
 from fastgpt.model.driver import why_no_gpu
 from fastgpt.train import main
 from fastgpt_kernels import host, versions
-from fastgpt_kernels.record import Sizes
+from fastgpt_kernels.registry import Sizes
 from tests.model.test_ops import CPU, choices
 
 OLD = "NVIDIA A100-SXM4-40GB, 535.104.05"

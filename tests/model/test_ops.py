@@ -17,19 +17,19 @@ from fastgpt.model.plan import Measured, Plan
 from fastgpt.train import optim
 from fastgpt_kernels import OPS
 from fastgpt_kernels.ops.matmul import record as matmul_records
-from fastgpt_kernels.record import Sizes, record, records
+from fastgpt_kernels.registry import Sizes, spec, specs
 
 PARTS = {"attention", "head", "linear", "memory", "optimizer"}
 
 
 def eager(op: str):
-    return record(op).eager
+    return spec(op).eager
 
 
 def test_every_op_has_its_record_and_the_implementations_that_flags_name():
     for name, entry in OPS.items():
-        op = record(name)
-        assert op.name == name and op.part in PARTS and op.kernels
+        op = spec(name)
+        assert op.name == name and op.category in PARTS and op.kernels
         assert set(op.implementations) == set(entry.choices)
 
 
@@ -77,7 +77,7 @@ def test_linear_cross_entropy_leaves_padding_out():
 def test_table_gives_a_reason_for_every_op():
     table = ops.choose(torch.device("cpu"))
     assert {c.op for c in table.choices} == set(vars(table)) - {"choices", "_ours"}
-    assert {c.op for c in table.choices} == {op.name for op in records("model")}
+    assert {c.op for c in table.choices} == {op.name for op in specs("model")}
     assert all(c.implementation == "eager" and c.reason for c in table.choices)
     assert ops.describe(table.choices).startswith("eager (no GPU): attention, ")
 
@@ -142,8 +142,8 @@ def test_libraries_are_left_only_where_measured(monkeypatch):
         assert chosen["linear"].reason == "nothing measured faster than cuBLAS"
         assert chosen["adamw"].reason == "nothing measured faster than PyTorch's fused AdamW"
         assert chosen["bias_gelu"].implementation == "triton"
-    measured = replace(record("linear"), measured_faster=("sm_90", "cpu"))
-    monkeypatch.setitem(matmul_records.RECORDS, "linear", measured)
+    measured = replace(spec("linear"), measured_faster=("sm_90", "cpu"))
+    monkeypatch.setitem(matmul_records.SPECS, "linear", measured)
     chosen = choices()
     assert chosen["linear"].implementation == "triton"
     assert chosen["mlp"].implementation == "eager"
@@ -172,7 +172,7 @@ def test_fp32_weights_with_bf16_activations():
 
 
 def test_a_plan_counts_where_nothing_overrides_it(monkeypatch):
-    op = record("bias_gelu")
+    op = spec("bias_gelu")
     measured = Measured("eager", "measured")
     plan = Plan({"bias_gelu": measured})
     assert ops._measured(op, Wish(), plan) is measured

@@ -18,7 +18,7 @@ from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.model.ops import Choice, OpTable
 from fastgpt.train.adamw import FusedAdamW
 from fastgpt_kernels import OPS
-from fastgpt_kernels.record import Sizes, record, records
+from fastgpt_kernels.registry import Implementation, Sizes, spec, specs
 from fastgpt_kernels.selfcheck import calls, disagreement, few_rows
 from tests.model.test_ops import CPU, interpreted
 
@@ -29,10 +29,11 @@ FLAGGED = [name for name, op in OPS.items() if op.chosen_by]
 
 def check(op, function=None, dtype=torch.float32, sizes=SMALL):
     """As "triton" a function, as "eager" the record's own."""
-    known = record(op)
+    known = spec(op)
     if function is None:
         return disagreement(known, "eager", CPU, dtype, sizes)
-    known = replace(known, implementations={"eager": known.eager, "triton": function})
+    triton = Implementation(function)
+    known = replace(known, implementations={**known.implementations, "triton": triton})
     return disagreement(known, "triton", CPU, dtype, sizes)
 
 
@@ -42,12 +43,12 @@ def check(op, function=None, dtype=torch.float32, sizes=SMALL):
 @pytest.mark.parametrize("op", FLAGGED)
 def test_selfcheck_passes_the_kernels(op, sizes, monkeypatch):
     interpreted(monkeypatch)
-    assert check(op, FusedAdamW if op == "adamw" else record(op).ours, sizes=sizes) == ""
+    assert check(op, FusedAdamW if op == "adamw" else spec(op).triton, sizes=sizes) == ""
 
 
 def broken(op):
     """The op with gradients that are 1 % off."""
-    eager = record(op).eager
+    eager = spec(op).eager
     if op == "adamw":
         return lambda groups, **options: eager(groups, **{**options, "betas": (0.899, 0.95)})
 
@@ -74,7 +75,7 @@ def test_selfcheck_sees_what_is_wrong(op):
 
 def test_a_wrong_dropout_mask_is_seen():
     """Ours follows the specification's mask; PyTorch's, which draw their own, are held without."""
-    eager = record("attention").eager
+    eager = spec("attention").eager
     assert "is off by" in check("attention", eager, sizes=DROPPING)
     assert check("attention", sizes=DROPPING) == ""
 
@@ -102,7 +103,7 @@ def test_few_rows_compile_to_the_same_kernels(B, T, tokens):
 
 def watched(op, seen):
     """Eager, noting what a call compiles to, as far as that hangs on dtypes, widths and options."""
-    eager = record(op).eager
+    eager = spec(op).eager
 
     def of(name, x):
         if not isinstance(x, Tensor):
@@ -113,7 +114,7 @@ def watched(op, seen):
         options.pop("chunk_tokens", None)
         given = inspect.signature(eager).bind(*arguments, **options)
         given.apply_defaults()
-        ignored = ("seed", "targets", *record(op).made_of)
+        ignored = ("seed", "targets", *spec(op).made_of)
         found = {(k, of(k, x)) for k, x in given.arguments.items() if k not in ignored}
         seen.setdefault(op, set()).add(frozenset(found))
         return eager(*arguments, **options)
@@ -123,8 +124,8 @@ def watched(op, seen):
 
 def checked(op, sizes, dtype):
     seen: dict[str, set] = {}
-    for rounded, _ in calls(record(op), "triton", CPU, dtype, sizes):
-        record(op).run(watched(op, seen), rounded)
+    for rounded, _ in calls(spec(op), "triton", CPU, dtype, sizes):
+        spec(op).run(watched(op, seen), rounded)
     return seen[op]
 
 
@@ -142,9 +143,9 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=s
 def test_what_is_checked_is_what_the_model_calls(shape, dropout, dtype):
     """In training and evaluation, whether norms are ours or not: each call is checked, no other."""
     seen: dict[str, set] = {}
-    names = [op.name for op in records("model")]
+    names = [op.name for op in specs("model")]
     functions = {name: watched(name, seen) for name in names}
-    parts = {name: functions[name] for name in record("mlp").made_of}
+    parts = {name: functions[name] for name in spec("mlp").made_of}
     functions["mlp"] = partial(functions["mlp"], **parts)
     ids = torch.randint(300, (3, 41))
     ours = Choice("attention", "triton", ""), Choice("add_layer_norm", "triton", "")
@@ -158,11 +159,11 @@ def test_what_is_checked_is_what_the_model_calls(shape, dropout, dtype):
 
 def test_chunks_evaluation_and_vocabulary_of_the_loss():
     cases = [
-        c for c, _ in calls(record("linear_cross_entropy"), "triton", CPU, torch.bfloat16, SMALL)
+        c for c, _ in calls(spec("linear_cross_entropy"), "triton", CPU, torch.bfloat16, SMALL)
     ]
     training, evaluation = cases
     assert training.gradients and not evaluation.gradients
-    chunk = training.hints["chunk_tokens"]
+    chunk = training.arguments["chunk_tokens"]
     assert 2 * chunk < SMALL.tokens < 3 * chunk, "three chunks, and the last is shorter"
     for case in cases:
         assert case.inputs[1].shape == (384, 64) and case.arguments["vocab_size"] == 300

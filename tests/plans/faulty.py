@@ -35,10 +35,10 @@ class Gate:
         import torch
 
         from fastgpt_kernels.plans.measure import gate
-        from fastgpt_kernels.record import Sizes, record
+        from fastgpt_kernels.registry import Sizes, spec
 
         config = {"blocks": blocks, "num_warps": num_warps, "num_stages": num_stages}
         room = "fastgpt_kernels.ops.attention"
         given = [{"room": room, "table": "FORWARD", "bound": 64, "config": config}]
         sizes = Sizes(32, 1024, 12, 768)
-        return gate(record("attention"), sizes, torch.bfloat16, "sm_90", given)
+        return gate(spec("attention"), sizes, torch.bfloat16, "sm_90", given)

@@ -19,7 +19,7 @@ from fastgpt_kernels.plans.choose import Candidate, Found, Trial
 from fastgpt_kernels.plans.measure import OpBench, using
 from fastgpt_kernels.plans.store import Store
 from fastgpt_kernels.plans.tune import Question, figures, names
-from fastgpt_kernels.record import Sizes, record, records
+from fastgpt_kernels.registry import Implementation, Sizes, spec, specs
 
 CPU = torch.device("cpu")
 SMALL = Sizes(2, 16, 2, 64, 61, 64, gelu="erf")
@@ -39,7 +39,7 @@ def short_turns(monkeypatch, tmp_path):
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("op", [r.name for r in records("model")])
+@pytest.mark.parametrize("op", [r.name for r in specs("model")])
 def test_every_op_of_the_model_is_measured_as_a_run_calls_it(op):
     there = bench(op)
     there.check({"implementation": "eager"})
@@ -47,7 +47,7 @@ def test_every_op_of_the_model_is_measured_as_a_run_calls_it(op):
 
 
 def test_wrong_ones_are_refused(monkeypatch):
-    op = record("attention")
+    op = spec("attention")
 
     def half(qkv, n_head, **options):
         return op.eager(qkv, n_head, **options) * 0.5
@@ -60,8 +60,8 @@ def test_wrong_ones_are_refused(monkeypatch):
         return y if qkv.shape[0] < 40 else y * 1.1
 
     for name, function in {"math": half, "flash": raises, "cudnn": right_when_few}.items():
-        made = replace(op, implementations={**op.implementations, name: function})
-        monkeypatch.setitem(attention_records.RECORDS, "attention", made)
+        made = replace(op, implementations={**op.implementations, name: Implementation(function)})
+        monkeypatch.setitem(attention_records.SPECS, "attention", made)
         there = bench("attention", replace(SMALL, batch_size=40))
         with pytest.raises(Failed, match="is off|does not run here"):
             there.check({"implementation": name})
@@ -73,9 +73,9 @@ def test_wrong_ones_are_refused(monkeypatch):
 def test_dropout_is_in_what_is_timed():
     """Though what is compared has none: each implementation draws masks of its own."""
     sizes = replace(SMALL, dropout=0.5)
-    (case,) = measure.timed_cases(record("attention"), CPU, torch.float32, sizes)
+    (case,) = measure.timed_cases(spec("attention"), CPU, torch.float32, sizes)
     assert case.arguments["dropout_p"] == 0.5 and case.gradients
-    linear = measure.timed_cases(record("linear"), CPU, torch.bfloat16, sizes)
+    linear = measure.timed_cases(spec("linear"), CPU, torch.bfloat16, sizes)
     assert len(linear) >= 4 and linear[0].inputs[0].dtype == torch.bfloat16
     assert linear[0].inputs[1].dtype == torch.float32  # a master
 
@@ -126,18 +126,13 @@ def test_candidates_are_of_real_tables(arch):
 
 
 def test_candidates_come_from_the_record(monkeypatch):
-    op = record("attention")
+    op = spec("attention")
     question = Question("attention", CPU, torch.float32, False, SMALL)
     assert names(op, question) == ["eager", "flash", "math"]
-    new = replace(
-        op, implementations={**op.implementations, "new": op.eager},
-        others=lambda name, sizes, device: "" if name == "new" else "no GPU",
-    )  # fmt: skip
-    assert names(new, question) == ["eager", "new"]
     monkeypatch.setattr(host, "arch", lambda i: "sm_90")
     gpu = replace(question, device=torch.device("cuda", 0), dtype=torch.bfloat16)
     assert names(op, gpu)[0] == "triton" and {"cudnn", "flash"} <= set(names(op, gpu))
-    assert names(record("mlp"), gpu) == ["eager", "triton"]  # a library's, until it was measured
+    assert names(spec("mlp"), gpu) == ["eager", "triton"]  # a library's, until it was measured
 
 
 class Fake:
@@ -200,7 +195,7 @@ def test_tune_for_a_model_of_ones_own(monkeypatch):
     def measured(question, store, **_):
         asked.append(question)
         there = OpBench(**{**question.what, "device": "cpu"})
-        for name in names(record(question.op), question):
+        for name in names(spec(question.op), question):
             there.check({"implementation": name})
         best = "math" if question.op == "attention" else "eager"
         found = Found("eager", best, {best: Trial(ms=1.0)}, True, "2026-01-01 00:00", 1.0)
@@ -239,4 +234,4 @@ def test_a_real_child_measures_attention_on_this_device():
     tuned = fastgpt_kernels.tune("attention", torch.randn(1, 8, 96, requires_grad=True), 2)
     assert tuned.plan.found.complete and set(tuned.plan.found.trials) == {"eager", "flash", "math"}
     assert all(not t.problem and t.ms > 0 for t in tuned.plan.found.trials.values())
-    assert Candidate(tuned.plan.implementation).name in record("attention").implementations
+    assert Candidate(tuned.plan.implementation).name in spec("attention").implementations

@@ -26,14 +26,14 @@ from fastgpt.model.ops import Wish
 from fastgpt.train import optim
 from fastgpt.train.adamw import FusedAdamW
 from fastgpt.train.trainer import Trainer
-from fastgpt_kernels.record import record
+from fastgpt_kernels.registry import spec
 from tests import runs
 from tests.model.test_ops import interpreted
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(33, 70), (5000,), (1,), (8, 3, 5)]
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95)}
-torch_adamw = record("adamw").eager
+torch_adamw = spec("adamw").eager
 
 
 @pytest.fixture(autouse=True)

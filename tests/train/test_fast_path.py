@@ -16,7 +16,7 @@ from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.model.ops import Wish
 from fastgpt.train.trainer import Trainer
-from fastgpt_kernels.record import records
+from fastgpt_kernels.registry import specs
 from tests.model.test_ops import interpreted
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -30,7 +30,7 @@ def kernels_run(monkeypatch):
 
 
 # On a GPU fp32 products are cuBLAS's; `test_products_in_16_bits` has ours there.
-LIBRARY = [op.name for op in records() if op.library]
+LIBRARY = [op.name for op in specs() if op.library]
 PRODUCTS = pytest.mark.parametrize("products", ["eager"] + ["triton"] * (DEVICE.type == "cpu"))
 
 

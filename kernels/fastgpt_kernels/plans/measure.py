@@ -21,7 +21,7 @@ from torch import Tensor
 from fastgpt_kernels import OPS, configs, host, selfcheck, specs
 from fastgpt_kernels.configs import Config
 from fastgpt_kernels.plans.child import Failed
-from fastgpt_kernels.record import Case, Record, Sizes, differentiate, normal, record
+from fastgpt_kernels.registry import ExampleInputs, OpSpec, Sizes, differentiate, normal, spec
 from fastgpt_kernels.tools.timing import HEAD_START_CYCLES, L2_FLUSH_BYTES
 
 TURN_MS = 20.0  # of calls, on a CPU
@@ -51,13 +51,13 @@ class OpBench:
         torch.set_float32_matmul_precision(precision)
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
         self.device, self.dtype = torch.device(device), getattr(torch, dtype)
-        self.op, self.compile = record(op), compile
+        self.op, self.compile = spec(op), compile
         if self.device.index is not None:
             torch.cuda.set_device(self.device)
         self.sizes = Sizes(**(sizes or {}))
         if call is not None:
             case = example_case(call, self.device, self.dtype)
-            self.op = replace(self.op, calls=lambda sizes, random: [case], few_tokens=0)
+            self.op = replace(self.op, example_inputs=lambda s, random: [case], few_tokens=0)
         self.arch = host.arch_on(self.device)
         self._made: dict[str, list[_Call]] = {}
         self._norms: list[float] | None = None
@@ -111,7 +111,7 @@ class OpBench:
         if name not in self._made:
             # The cache of compiled graphs does not know which attention PyTorch was told to take.
             torch.compiler.config.cache_key_tag = f"{self.op.name}={name}"
-            function = self.op.implementations[name]
+            function = self.op.implementations[name].function
             if self.compile:
                 function = torch.compile(function, fullgraph=True, dynamic=False)
             cases = timed_cases(self.op, self.device, self.dtype, self.sizes)
@@ -139,8 +139,8 @@ class OpBench:
                 self._norms = []
         norms = [(call, call.norms()) for call in calls]
         mine = [x for _, n in norms for x in n]
-        # What draws its own random numbers has other norms, which are to be finite all the same.
-        drawn = [call.case.ours for call, n in norms for _ in n]
+        # With dropout masks, and with them norms, may differ, which are to be finite all the same.
+        drawn = ["dropout_p" in call.case.arguments for call, n in norms for _ in n]
         for got, want, own in zip(mine, self._norms or mine, drawn, strict=True):
             off = 0.0 if own else abs(got - want)
             if not (math.isfinite(got) and off <= NORMS * abs(want)):
@@ -150,7 +150,7 @@ class OpBench:
 class _Call:
     """One call of a function on inputs of its own, forward and backward."""
 
-    def __init__(self, function: Callable[..., Any], case: Case, device: torch.device):
+    def __init__(self, function: Callable[..., Any], case: ExampleInputs, device: torch.device):
         self.function, self.case, self.device = function, case, device
         self.leaves = [None if x is None else x.detach().clone() for x in case.inputs]
         tensors = [x for x in self.leaves if x is not None]
@@ -209,13 +209,16 @@ class _Call:
         return 1e3 * (time.perf_counter() - began) / self.count
 
 
-def timed_cases(op: Record, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> list[Case]:
+def timed_cases(
+    op: OpSpec, device: torch.device, dtype: torch.dtype, sizes: Sizes
+) -> list[ExampleInputs]:
     """The calls of a training step at its full size; those without gradients if it has none."""
-    found = [c for c in op.cases(sizes, normal(device)) if c.ours is not False]
+    found = op.example_inputs(sizes, normal(device))
     found = [c for c in found if c.gradients] or found
     return [
         replace(case, inputs=[
-            x if x is None or i in case.masters else x.to(dtype) for i, x in enumerate(case.inputs)
+            x if x is None or i in case.fp32_inputs else x.to(dtype)
+            for i, x in enumerate(case.inputs)
         ])
         for case in found
     ]  # fmt: skip
@@ -253,7 +256,7 @@ def using(given: Sequence[Mapping[str, Any]], arch: str):
 
 
 def gate(
-    op: Record, sizes: Sizes, dtype: torch.dtype, arch: str, given: Sequence[Mapping[str, Any]]
+    op: OpSpec, sizes: Sizes, dtype: torch.dtype, arch: str, given: Sequence[Mapping[str, Any]]
 ) -> str:
     """What the ahead-of-time gate has against these launch configs; empty if nothing.
 
@@ -314,14 +317,16 @@ def _make(told: Any, device: torch.device) -> Any:
     return made.to(device, dtype)
 
 
-def example_case(call: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Case:
+def example_case(
+    call: Mapping[str, Any], device: torch.device, dtype: torch.dtype
+) -> ExampleInputs:
     """The case of {"inputs", "arguments", "gradients"} as `describe` told them, random ones."""
     inputs = [_make(told, device) for told in call["inputs"]]
     arguments = {name: _make(told, device) for name, told in call["arguments"].items()}
     masters = [i for i, x in enumerate(inputs) if x is not None and x.dtype != dtype]
-    return Case(inputs, arguments, masters, call["gradients"])
+    return ExampleInputs(inputs, arguments, masters, call["gradients"])
 
 
-def differentiable(op: Record) -> bool:
+def differentiable(op: OpSpec) -> bool:
     """Whether an op is measured as a function of tensors; optimizers and decoding are not."""
     return op.run is differentiate

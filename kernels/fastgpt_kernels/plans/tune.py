@@ -26,7 +26,7 @@ from fastgpt_kernels.plans.child import Child, Failed, Spent
 from fastgpt_kernels.plans.choose import ROUNDS, Candidate, Found, choose
 from fastgpt_kernels.plans.measure import describe, differentiable, put
 from fastgpt_kernels.plans.store import Store
-from fastgpt_kernels.record import Record, Sizes, record
+from fastgpt_kernels.registry import OpSpec, Sizes, spec
 
 CHECK_S = 120.0  # limit for one candidate, compilation included
 NEXT = 4  # others that are named beside the choice
@@ -107,15 +107,15 @@ def figures(found: Found) -> str:
     return ", ".join(told)
 
 
-def names(op: Record, question: Question) -> list[str]:
+def names(op: OpSpec, question: Question) -> list[str]:
     """The implementations that can run, the one that is taken unmeasured first."""
     sizes, arch = question.sizes or Sizes(), host.arch_on(question.device)
 
     def obstacle(name: str) -> str:
-        ours = name == "triton" or name in op.limits_of
-        if question.call is not None and ours:  # its limits are the launcher's to tell
+        # Of one call the launcher tells its limits.
+        if question.call is not None and name in ("triton", "hopper"):
             return "" if host.HAS_TRITON and question.device.type == "cuda" else "no GPU"
-        return op.obstacle(name, question.device, question.dtype, sizes, arch)
+        return op.unsupported_reason(name, arch, question.dtype, sizes) or ""
 
     able = [name for name in op.implementations if not obstacle(name)]
     first = "triton" if "triton" in able and not op.slower(arch) else "eager"
@@ -164,7 +164,7 @@ def known(question: Question, store: Store) -> OpPlan | None:
     if found is None or not found.choice:
         return None
     plan = _plan(found, question, store)
-    return plan if plan.implementation in record(question.op).implementations else None
+    return plan if plan.implementation in spec(question.op).implementations else None
 
 
 def _plan(found: Found, question: Question, store: Store) -> OpPlan:
@@ -203,13 +203,13 @@ def measure(
     `with_configs`: launch configs of our kernels too, which takes long. None if nothing could be
     measured.
     """
-    op, end = record(question.op), clock() + seconds
+    op, end = spec(question.op), clock() + seconds
     key, able = question.key(), names(op, question)
     candidates = [Candidate(name, {"implementation": name}) for name in able]
     tuned = _chosen_configs(question, store)
     if tuned:
-        spec = {"implementation": "triton", "configs": tuned}
-        candidates.append(Candidate(tuned_name(tuned), spec))
+        asked = {"implementation": "triton", "configs": tuned}
+        candidates.append(Candidate(tuned_name(tuned), asked))
     if len(candidates) == 1:
         return None
     there = measurer(question, 1, lambda: end - clock())
@@ -218,9 +218,9 @@ def measure(
         if with_configs and _worth_it(found, able):
             tuned = _tune_configs(question, store, there, end, rounds, say, clock, measurer)
             if tuned:
-                spec = {"implementation": "triton", "configs": tuned}
+                asked = {"implementation": "triton", "configs": tuned}
                 candidates = [c for c in candidates if not c.spec.get("configs")]
-                candidates.append(Candidate(tuned_name(tuned), spec))
+                candidates.append(Candidate(tuned_name(tuned), asked))
                 found = _choose(key, candidates, there, store, end - clock(), rounds, say, clock)
     finally:
         there.close()
@@ -268,8 +268,8 @@ def _tune_configs(
             candidates = [Candidate("present", {"implementation": "triton", "configs": chosen})]
             for config in table["candidates"]:
                 one = [*chosen, {**where, "config": config}]
-                spec = {"implementation": "triton", "configs": one}
-                candidates.append(Candidate(f"{where['table']} {_short(config)}", spec))
+                asked = {"implementation": "triton", "configs": one}
+                candidates.append(Candidate(f"{where['table']} {_short(config)}", asked))
             key = question.key(part="configs", entry=where, behind=chosen)
             tell = lambda line, name=where["table"]: say(f"{name}: {line}")  # noqa: E731
             found = _choose(key, candidates, several, store, end - clock(), rounds, tell, clock)
@@ -324,10 +324,10 @@ def tune(
     something is proven faster it is what the package takes by itself.
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
-    if name not in OPS or not differentiable(found := record(name)):
-        able = ", ".join(n for n in OPS if differentiable(record(n)))
+    if name not in OPS or not differentiable(found := spec(name)):
+        able = ", ".join(n for n in OPS if differentiable(spec(n)))
         raise ValueError(f"tune: no op {name!r} that can be measured: there are {able}")
-    bound = inspect.signature(found.twin).bind(*inputs, **arguments)
+    bound = inspect.signature(found.reference).bind(*inputs, **arguments)
     leading: list[Any] = []
     rest = dict(bound.arguments)
     for argument, value in bound.arguments.items():
@@ -352,6 +352,6 @@ def tune(
     if plan is None or not plan.found.complete:
         plan = measure(question, store, seconds=seconds, say=say)
     if plan is None:
-        return Tuned(name, found.implementations[names(found, question)[0]], None)
+        return Tuned(name, found.implementations[names(found, question)[0]].function, None)
     put(plan.configs, host.arch_on(at))
-    return Tuned(name, found.implementations[plan.implementation], plan)
+    return Tuned(name, found.implementations[plan.implementation].function, plan)

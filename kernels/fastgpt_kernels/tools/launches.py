@@ -28,7 +28,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from fastgpt_kernels import OPS, host
-from fastgpt_kernels.record import record
+from fastgpt_kernels.registry import spec
 from fastgpt_kernels.specs import Model, Use, models, uses
 
 
@@ -228,13 +228,16 @@ def record_all(
     with recording(arch) as launches:
         for model in chosen or models(arch):
             for use in (use for module in modules for use in uses(module, model)):
-                op = record(use.op) if use.op in OPS else None
-                reason = op.refusal(use.sizes or model, model.dtype, arch) if op else ""
+                op = spec(use.op) if use.op in OPS else None
+                reason = None
+                if op:
+                    sizes = use.sizes or model
+                    reason = op.unsupported_reason("triton", arch, model.dtype, sizes)
                 if reason:
                     left_out[use.op] = reason
                     continue
                 for phase in run(use):
-                    work = op.work(use.sizes or model, model.dtype.itemsize) if op else {}
+                    work = op.cost(use.sizes or model, model.dtype.itemsize) if op else {}
                     flops = work[phase].flops if phase in work else 0.0
                     for key, n in Counter(launch.key for launch in launches).items():
                         if key in found:
@@ -246,7 +249,7 @@ def record_all(
                         found[key] = replace(
                             launch, op=use.op, name=name + f" {number}" * (number > 1),
                             moved=use.moved or launch.moved, work=flops / alike,
-                            times=n * use.often,
+                            times=n * use.calls_per_step,
                         )  # fmt: skip
                     launches.clear()
     return [*found.values()], left_out

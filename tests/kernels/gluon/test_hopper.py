@@ -16,8 +16,7 @@ import torch
 from fastgpt_kernels import reference
 from fastgpt_kernels.ops.attention.hopper import backward, compat, forward, op
 from fastgpt_kernels.ops.attention.hopper.host import blocks, in_place
-from fastgpt_kernels.ops.attention.record import RECORDS
-from fastgpt_kernels.record import Sizes
+from fastgpt_kernels.registry import Sizes, spec
 from fastgpt_kernels.tools import ptx
 from tests.kernels.attention_cases import check_attention, random_qkv
 from tests.kernels.gluon import cases
@@ -105,7 +104,7 @@ def test_what_is_left_to_triton(
 ) -> None:
     """Where the emulated kernels cannot be meant, Triton's interpreted ones run, to the bit."""
     qkv = random_qkv(1, 40, 1, head_dim, dtype, CPU)
-    ours = RECORDS["attention"].implementations["triton"]
+    ours = spec("attention").triton
     assert torch.equal(op.hopper_attention(qkv, 1, **more), ours(qkv, 1, **more))
 
 
@@ -128,13 +127,15 @@ def test_errors_are_those_of_the_op() -> None:
 
 
 def test_reasons_why_not() -> None:
-    known = RECORDS["attention"]
+    known = spec("attention")
     gpt2 = Sizes()
 
-    def why(sizes: Sizes = gpt2, dtype: torch.dtype = torch.bfloat16, arch: str = "sm_90") -> str:
-        return known.refusal(sizes, dtype, arch, "hopper")
+    def why(
+        sizes: Sizes = gpt2, dtype: torch.dtype = torch.bfloat16, arch: str = "sm_90"
+    ) -> str | None:
+        return known.unsupported_reason("hopper", arch, dtype, sizes)
 
-    assert why() == why(Sizes(n_embd=1536)) == why(dtype=torch.float16) == ""
+    assert why() == why(Sizes(n_embd=1536)) == why(dtype=torch.float16) is None
     assert why(arch="sm_100") == "hopper is for sm_90, not sm_100"
     assert why(dtype=torch.float32) == "hopper is for bfloat16 and float16, not float32"
     assert why(Sizes(n_head=24)) == "hopper has head dims 64 and 128, not 32"
@@ -145,7 +146,8 @@ def test_reasons_why_not() -> None:
 def test_an_unknown_triton_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("triton.__version__", version)
     said = f"hopper is not available with Triton {version}: known are 3.6 to 3.9"
-    assert RECORDS["attention"].refusal(Sizes(), torch.bfloat16, "sm_90", "hopper") == said
+    known = spec("attention")
+    assert known.unsupported_reason("hopper", "sm_90", torch.bfloat16, Sizes()) == said
 
 
 def test_what_spills_is_left_to_triton(as_on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:

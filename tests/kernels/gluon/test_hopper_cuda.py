@@ -5,7 +5,7 @@ import torch
 
 from fastgpt_kernels import host
 from fastgpt_kernels.ops.attention.hopper.op import hopper_attention, refusal
-from fastgpt_kernels.record import Sizes
+from fastgpt_kernels.registry import Sizes
 from tests.kernels.attention_cases import check_attention, random_qkv
 from tests.kernels.helpers import captured
 

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from fastgpt_kernels.ops.adamw.op import adamw_step
-from fastgpt_kernels.record import Case, Random, Record, Sizes, Work
+from fastgpt_kernels.registry import (
+    Cost,
+    ExampleInputs,
+    Implementation,
+    OpSpec,
+    Random,
+    Sizes,
+    triton_unsupported,
+)
 
 
 def eager(groups: Any, **options: Any) -> torch.optim.AdamW:
@@ -22,12 +30,13 @@ def eager(groups: Any, **options: Any) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, fused=fused, **options)
 
 
-def _case(s: Sizes, random: Random) -> Case:
+def _examples(s: Sizes, random: Random) -> list[ExampleInputs]:
     """A matrix and vectors, of sizes that end inside a block too."""
-    return Case([random(37, s.n_embd), random(5000), random(1)], masters=(0, 1, 2))
+    inputs = [random(37, s.n_embd), random(5000), random(1)]
+    return [ExampleInputs(inputs, fp32_inputs=(0, 1, 2))]
 
 
-def _run(make: Callable[..., torch.optim.Optimizer], case: Case) -> list[Tensor]:
+def _run(make: Callable[..., torch.optim.Optimizer], case: ExampleInputs) -> list[Tensor]:
     """Parameters and moments after three steps, clipped, and a fourth that is called off."""
     params = [x.float().clone().requires_grad_() for x in case.inputs]
     groups = [
@@ -48,15 +57,21 @@ def _run(make: Callable[..., torch.optim.Optimizer], case: Case) -> list[Tensor]
     return [*moved, *(s[k] for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq"))]
 
 
-def _work(s: Sizes, itemsize: int) -> dict[str, Work]:
+def _cost(s: Sizes, itemsize: int) -> dict[str, Cost]:
     """p, g, m, v read; p, m, v and a 16-bit copy written: of a block's matrices."""
-    return {"forward": Work(0, 30.0 * 12 * s.n_embd**2)}
+    return {"forward": Cost(0, 30.0 * 12 * s.n_embd**2)}
 
 
-RECORDS = {
-    "adamw": Record(
-        "adamw", {"eager": eager, "triton": adamw_step}, _case, _work,
-        kernels=("adamw_kernel",), part="optimizer", item="AdamW", library="PyTorch's fused AdamW",
+SPECS = {
+    "adamw": OpSpec(
+        "adamw",
+        {
+            "eager": Implementation(eager),
+            "triton": Implementation(adamw_step, triton_unsupported),
+        },
+        _examples, _cost,
+        kernels=("adamw_kernel",), category="optimizer", label="AdamW",
+        library="PyTorch's fused AdamW",
         run=_run,
     )
 }  # fmt: skip

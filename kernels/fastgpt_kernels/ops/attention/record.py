@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastgpt_kernels import host
+from fastgpt_kernels.host import is_gpu
 from fastgpt_kernels.ops.attention.hopper.op import hopper_attention, refusal
 from fastgpt_kernels.ops.attention.op import HEAD_DIMS, attention
-from fastgpt_kernels.record import Case, Random, Record, Sizes, Work
 from fastgpt_kernels.reference import SumsForBias
+from fastgpt_kernels.registry import (
+    Cost,
+    ExampleInputs,
+    Implementation,
+    OpSpec,
+    Random,
+    Sizes,
+    triton_unsupported,
+)
 
 KERNELS = ("forward", "prepare", "key_value", "query")
 # FlashAttention 3 and 4 as PyTorch takes them in the place of its own flash: the package that has
@@ -73,26 +83,35 @@ def _take_flash(impl: str) -> bool:
     return True
 
 
-def _limits(s: Sizes, dtype: torch.dtype, arch: str) -> str:
+def _unsupported(s: Sizes, dtype: torch.dtype, arch: str) -> str | None:
+    if reason := triton_unsupported(s, dtype, arch):
+        return reason
     if arch.startswith("sm_7"):
         return f"Triton has no tensor-core products for {arch}: without them the tiles spill"
     if s.head_dim in HEAD_DIMS:
-        return ""
+        return None
     return f"head dim {s.head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
 
 
-def _others(name: str, s: Sizes, device: torch.device) -> str:
-    """PyTorch's own attentions, of which a CPU has two, and those it takes from a package."""
-    if device.type == "cuda":
-        return _no_flash(name, s, host.arch_on(device)) if name in FLASH_IMPLS else ""
-    if device.type != "cpu" or name not in ("flash", "math"):
-        return "no GPU"
-    return "on a CPU it has no dropout" if name == "flash" and s.dropout else ""
+def _hopper_unsupported(s: Sizes, dtype: torch.dtype, arch: str) -> str | None:
+    return triton_unsupported(s, dtype, arch) or refusal(s, dtype, arch) or None
 
 
-def _no_flash(name: str, s: Sizes, arch: str) -> str:
-    """Why FlashAttention 3 or 4 cannot run; empty if it can."""
+def _needs_gpu(s: Sizes, dtype: torch.dtype, arch: str) -> str | None:
+    return None if is_gpu(arch) else "no GPU"
+
+
+def _flash_unsupported(s: Sizes, dtype: torch.dtype, arch: str) -> str | None:
+    if arch == "cpu":
+        return "on a CPU it has no dropout" if s.dropout else None
+    return _needs_gpu(s, dtype, arch)
+
+
+def _package_unsupported(name: str, s: Sizes, dtype: torch.dtype, arch: str) -> str | None:
+    """Returns why FlashAttention 3 or 4 cannot run, or None if it can."""
     impl, package, archs = FLASH_IMPLS[name]
+    if not is_gpu(arch):
+        return "no GPU"
     if arch not in archs:
         return f"{impl} is for {' and '.join(archs)}, not {arch}"
     if s.dropout:
@@ -104,52 +123,54 @@ def _no_flash(name: str, s: Sizes, arch: str) -> str:
         found = importlib.util.find_spec(package)
     except ImportError:  # of the package that it is in
         found = None
-    return "" if found is not None else f"{impl} is not installed: no module {package}"
+    return None if found is not None else f"{impl} is not installed: no module {package}"
 
 
-def _case(s: Sizes, random: Random) -> Case:
-    return Case([random(s.batch_size, s.block_size, 3 * s.n_embd)], {"n_head": s.n_head})
-
-
-def _calls(s: Sizes, random: Random) -> list[Case]:
-    """Training and evaluation, which drops nothing; each implementation draws masks of its own."""
-    case = _case(s, random)
+def _examples(s: Sizes, random: Random) -> list[ExampleInputs]:
+    """Training and evaluation, which drops nothing."""
+    qkv = random(s.batch_size, s.block_size, 3 * s.n_embd)
+    case = ExampleInputs([qkv], {"n_head": s.n_head})
     if s.bias:
         inputs = [*case.inputs, random(3 * s.n_embd)]
-        case = replace(case, inputs=inputs, masters=(1,), keywords=("bias",))
+        case = replace(case, inputs=inputs, fp32_inputs=(1,), keywords=("bias",))
     if not s.dropout:
         return [case]
     dropout = {**case.arguments, "dropout_p": s.dropout, "seed": 1}
     return [
-        replace(case, ours=False),
-        replace(case, ours=True, gradients=False),
-        replace(case, ours=True, arguments=dropout),
+        replace(case, arguments=dropout),
+        replace(case, gradients=False),
     ]
 
 
-def _work(s: Sizes, itemsize: int) -> dict[str, Work]:
+def _cost(s: Sizes, itemsize: int) -> dict[str, Cost]:
     """Two products of T x T x D a head forward, five backward, of which causal needs half."""
     product = 1.0 * s.batch_size * s.block_size**2 * s.n_embd
     moved = 1.0 * s.tokens * s.n_embd * itemsize
-    return {"forward": Work(2 * product, 4 * moved), "backward": Work(5 * product, 8 * moved)}
+    return {"forward": Cost(2 * product, 4 * moved), "backward": Cost(5 * product, 8 * moved)}
 
 
-RECORDS = {
-    "attention": Record(
+def _other(function: Callable[..., Tensor], reason: Any) -> Implementation:
+    """PyTorch's own attentions, which draw masks of their own."""
+    return Implementation(function, reason, follows_seed=False)
+
+
+SPECS = {
+    "attention": OpSpec(
         "attention",
         {
-            "eager": eager,
-            "triton": attention,
-            "cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
-            "flash": partial(_flash, ""),
-            **{name: partial(_flash, impl) for name, (impl, *_) in FLASH_IMPLS.items()},
-            "math": partial(_sdpa, SDPBackend.MATH),
-            "hopper": hopper_attention,
+            "eager": Implementation(eager, follows_seed=False),
+            "triton": Implementation(attention, _unsupported),
+            "cudnn": _other(partial(_sdpa, SDPBackend.CUDNN_ATTENTION), _needs_gpu),
+            "flash": _other(partial(_flash, ""), _flash_unsupported),
+            **{
+                name: _other(partial(_flash, impl), partial(_package_unsupported, name))
+                for name, (impl, *_) in FLASH_IMPLS.items()
+            },
+            "math": _other(partial(_sdpa, SDPBackend.MATH), lambda s, dtype, arch: None),
+            "hopper": Implementation(hopper_attention, _hopper_unsupported),
         },
-        _case, _work,
+        _examples, _cost,
         kernels=tuple(f"attention_{kernel}_kernel" for kernel in KERNELS + HOPPER_KERNELS),
-        part="attention", limits=_limits, calls=_calls, few_tokens=512, often=12,
-        others=_others,
-        limits_of={"hopper": refusal},
+        category="attention", few_tokens=512, calls_per_step=12,
     )
 }  # fmt: skip

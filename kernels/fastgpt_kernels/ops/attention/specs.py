@@ -13,7 +13,7 @@ from fastgpt_kernels.configs import Config
 from fastgpt_kernels.host import arch_of
 from fastgpt_kernels.ops.attention.hopper.op import hopper_attention, refusal
 from fastgpt_kernels.ops.attention.op import attention
-from fastgpt_kernels.ops.attention.record import RECORDS
+from fastgpt_kernels.ops.attention.record import SPECS
 from fastgpt_kernels.specs import Model, Tunable, Use, recorded
 
 
@@ -24,7 +24,7 @@ def uses(m: Model) -> Iterator[Use]:
     def call(T: int, **options: Any) -> Tensor:
         return attention(m.activation(m.batch_size, T, 3 * m.n_embd), m.n_head, **options)
 
-    yield from recorded(RECORDS["attention"], m)
+    yield from recorded(SPECS["attention"], m)
     yield Use("attention", partial(call, m.block_size, deterministic=True, **options))
     yield Use("attention", partial(call, m.block_size - 1), trains=False)
     if m.name == "gpt2" and not refusal(m, m.dtype, arch_of(torch.empty(0, device="meta"))):

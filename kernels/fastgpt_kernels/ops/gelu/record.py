@@ -6,7 +6,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgpt_kernels.ops.gelu.op import bias_gelu
-from fastgpt_kernels.record import Case, Random, Record, Sizes, Work
+from fastgpt_kernels.registry import (
+    Cost,
+    ExampleInputs,
+    Implementation,
+    OpSpec,
+    Random,
+    Sizes,
+    triton_unsupported,
+)
 
 
 def eager(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Tensor:
@@ -14,24 +22,25 @@ def eager(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> T
     return F.gelu(x if bias is None else x + bias.to(x.dtype), approximate=approximate)
 
 
-def _case(s: Sizes, random: Random) -> Case:
-    return Case([random(s.tokens, 4 * s.n_embd), random(4 * s.n_embd)])
+def _examples(s: Sizes, random: Random) -> list[ExampleInputs]:
+    inputs = [random(s.tokens, 4 * s.n_embd), random(4 * s.n_embd) if s.bias else None]
+    return [ExampleInputs(inputs, {"approximate": s.approximate}, fp32_inputs=(1,))]
 
 
-def _calls(s: Sizes, random: Random) -> list[Case]:
-    x, bias = _case(s, random).inputs
-    return [Case([x, bias if s.bias else None], {"approximate": s.approximate}, masters=(1,))]
-
-
-def _work(s: Sizes, itemsize: int) -> dict[str, Work]:
+def _cost(s: Sizes, itemsize: int) -> dict[str, Cost]:
     moved = 4.0 * s.tokens * s.n_embd * itemsize
-    return {"forward": Work(0, 2 * moved), "backward": Work(0, 3 * moved)}
+    return {"forward": Cost(0, 2 * moved), "backward": Cost(0, 3 * moved)}
 
 
-RECORDS = {
-    "bias_gelu": Record(
-        "bias_gelu", {"eager": eager, "triton": bias_gelu}, _case, _work,
+SPECS = {
+    "bias_gelu": OpSpec(
+        "bias_gelu",
+        {
+            "eager": Implementation(eager),
+            "triton": Implementation(bias_gelu, triton_unsupported),
+        },
+        _examples, _cost,
         kernels=tuple(f"bias_gelu_{kernel}_kernel" for kernel in ("forward", "backward", "sum")),
-        part="memory", item="GELU", calls=_calls, often=12,
+        category="memory", label="GELU", calls_per_step=12,
     )
 }  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastgpt_kernels.configs import Config, entries
 from fastgpt_kernels.ops.gelu import configs
 from fastgpt_kernels.ops.gelu.op import bias_gelu
-from fastgpt_kernels.ops.gelu.record import RECORDS
+from fastgpt_kernels.ops.gelu.record import SPECS
 from fastgpt_kernels.specs import Model, Tunable, Use, recorded
 
 
@@ -21,7 +21,7 @@ def uses(m: Model) -> Iterator[Use]:
         bias = m.activation(width) if m.bias else None
         return bias_gelu(m.activation(5, width), bias, m.approximate)
 
-    yield from recorded(RECORDS["bias_gelu"], m)
+    yield from recorded(SPECS["bias_gelu"], m)
     yield Use("bias_gelu", prompt, trains=False)
 
 

@@ -13,7 +13,7 @@ from fastgpt_kernels.configs import Config, entries
 from fastgpt_kernels.ops.loss.configs import CROSS_ENTROPY
 from fastgpt_kernels.ops.loss.cross_entropy import cross_entropy
 from fastgpt_kernels.ops.loss.linear import linear_cross_entropy
-from fastgpt_kernels.ops.loss.record import RECORDS
+from fastgpt_kernels.ops.loss.record import SPECS
 from fastgpt_kernels.specs import Model, Tunable, Use, recorded
 
 
@@ -34,7 +34,7 @@ def uses(m: Model) -> Iterator[Use]:
         logits = m.activation(m.tokens, m.padded_vocab_size) * 1
         return cross_entropy(logits, targets(0), reduction=reduction, **options)
 
-    yield from recorded(RECORDS["linear_cross_entropy"], m)
+    yield from recorded(SPECS["linear_cross_entropy"], m)
     for trains in (True, False):
         yield Use("linear_cross_entropy", head, trains)
     for reduction in ("mean", "none") if m.n_embd == 768 else ():

@@ -15,7 +15,15 @@ from fastgpt_kernels.ops.gelu.record import eager as eager_bias_gelu
 from fastgpt_kernels.ops.matmul.configs import ALIGNMENT, runs_on
 from fastgpt_kernels.ops.matmul.linear import linear
 from fastgpt_kernels.ops.matmul.mlp import mlp
-from fastgpt_kernels.record import Case, Random, Record, Sizes, Work
+from fastgpt_kernels.registry import (
+    Cost,
+    ExampleInputs,
+    Implementation,
+    OpSpec,
+    Random,
+    Sizes,
+    triton_unsupported,
+)
 
 
 class _MasterLinear(torch.autograd.Function):
@@ -100,69 +108,73 @@ def eager_mlp(
     return linear(h, proj_weight, proj_bias, **proj)
 
 
-def _limits(s: Sizes, dtype: torch.dtype, arch: str) -> str:
+def _unsupported(s: Sizes, dtype: torch.dtype, arch: str) -> str | None:
+    if reason := triton_unsupported(s, dtype, arch):
+        return reason
     if s.n_embd * dtype.itemsize % ALIGNMENT:
         return f"width {s.n_embd} is not a multiple of {ALIGNMENT // dtype.itemsize}"
     if arch != "cpu" and dtype == torch.float32:
         return "float32 has no tensor-core products"
-    return "" if runs_on(arch) else f"{arch} has no TMA, sm_90 and later have"
+    return None if runs_on(arch) else f"{arch} has no TMA, sm_90 and later have"
 
 
-def _linear_case(s: Sizes, random: Random) -> Case:
-    C = s.n_embd
-    return Case([random(s.tokens, C), random(3 * C, C) / C**0.5, random(3 * C)])
-
-
-def _linear_calls(s: Sizes, random: Random) -> list[Case]:
+def _linear_examples(s: Sizes, random: Random) -> list[ExampleInputs]:
     """Attention's two products, and those of an MLP that is made of them.
 
     What ends a branch leaves its bias to our add_layer_norm.
     """
     C, H = s.n_embd, 4 * s.n_embd
 
-    def layer(K: int, N: int, bias: bool) -> Case:
+    def layer(K: int, N: int, bias: bool) -> ExampleInputs:
         inputs = [random(s.tokens, K), random(N, K) / K**0.5, random(N) if bias else None]
-        return Case(inputs, masters=(1, 2))
+        return ExampleInputs(inputs, fp32_inputs=(1, 2))
 
     inner = [layer(C, 3 * C, s.bias), layer(C, H, False), layer(C, C, False), layer(H, C, False)]
     return inner + ([layer(C, C, True), layer(H, C, True)] if s.bias else [])
 
 
-def _mlp_case(s: Sizes, random: Random) -> Case:
+def _mlp_examples(s: Sizes, random: Random) -> list[ExampleInputs]:
     C, H = s.n_embd, 4 * s.n_embd
+    x, fc_bias, proj_bias = random(s.tokens, C), random(H), random(C)
     fc, proj = random(H, C) / C**0.5, random(C, H) / H**0.5
-    return Case([random(s.tokens, C), fc, random(H), proj, random(C)])
-
-
-def _mlp_calls(s: Sizes, random: Random) -> list[Case]:
-    x, fc, fc_bias, proj, proj_bias = _mlp_case(s, random).inputs
     # Our add_layer_norm takes the second bias.
-    biases = [(fc_bias, None), (fc_bias, proj_bias)] if s.bias else [(None, None)]
+    biases = [(fc_bias, proj_bias), (fc_bias, None)] if s.bias else [(None, None)]
     arguments = {"approximate": s.approximate}
-    return [Case([x, fc, a, proj, b], arguments, masters=(1, 2, 3, 4)) for a, b in biases]
+    return [
+        ExampleInputs([x, fc, a, proj, b], arguments, fp32_inputs=(1, 2, 3, 4)) for a, b in biases
+    ]
 
 
-def _work(layers: int) -> Callable[[Sizes, int], dict[str, Work]]:
+def _cost(layers: int) -> Callable[[Sizes, int], dict[str, Cost]]:
     """Of a product of `layers` times C x C weights."""
 
-    def work(s: Sizes, itemsize: int) -> dict[str, Work]:
+    def cost(s: Sizes, itemsize: int) -> dict[str, Cost]:
         flops = 2.0 * s.tokens * layers * s.n_embd**2
         moved = itemsize * (s.tokens * (1 + layers) * s.n_embd + layers * s.n_embd**2)
-        return {"forward": Work(flops, moved), "backward": Work(2 * flops, 2.0 * moved)}
+        return {"forward": Cost(flops, moved), "backward": Cost(2 * flops, 2.0 * moved)}
 
-    return work
+    return cost
 
 
 KERNELS = ("matmul_kernel", "matmul_sum_kernel")
-RECORDS = {
-    "linear": Record(
-        "linear", {"eager": eager_linear, "triton": linear}, _linear_case, _work(3),
-        kernels=KERNELS, part="linear", limits=_limits, library="cuBLAS",
-        calls=_linear_calls, often=12,
+SPECS = {
+    "linear": OpSpec(
+        "linear",
+        {
+            "eager": Implementation(eager_linear),
+            "triton": Implementation(linear, _unsupported),
+        },
+        _linear_examples, _cost(3),
+        kernels=KERNELS, category="linear", library="cuBLAS", calls_per_step=12,
     ),
-    "mlp": Record(
-        "mlp", {"eager": eager_mlp, "triton": mlp}, _mlp_case, _work(8),
-        kernels=KERNELS, part="linear", limits=_limits, library="cuBLAS",
-        made_of=("linear", "bias_gelu"), calls=_mlp_calls, often=12,
+    "mlp": OpSpec(
+        "mlp",
+        {
+            "eager": Implementation(eager_mlp),
+            "triton": Implementation(mlp, _unsupported),
+        },
+        _mlp_examples, _cost(8),
+        kernels=KERNELS, category="linear", library="cuBLAS",
+        made_of=("linear", "bias_gelu"), calls_per_step=12,
     ),
 }  # fmt: skip

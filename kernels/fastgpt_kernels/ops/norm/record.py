@@ -9,7 +9,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgpt_kernels.ops.norm import op
-from fastgpt_kernels.record import Case, Random, Record, Sizes, Work
+from fastgpt_kernels.registry import (
+    Cost,
+    ExampleInputs,
+    Implementation,
+    OpSpec,
+    Random,
+    Sizes,
+    triton_unsupported,
+)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -34,56 +42,55 @@ def add_layer_norm(
     return layer_norm(residual_out, weight, bias, eps), residual_out
 
 
-def _limits(s: Sizes, dtype: torch.dtype, arch: str) -> str:
-    return "" if s.n_embd <= op.MAX_WIDTH else f"width {s.n_embd} is more than {op.MAX_WIDTH}"
+def _unsupported(s: Sizes, dtype: torch.dtype, arch: str) -> str | None:
+    if reason := triton_unsupported(s, dtype, arch):
+        return reason
+    return None if s.n_embd <= op.MAX_WIDTH else f"width {s.n_embd} is more than {op.MAX_WIDTH}"
 
 
-def _branches(plain: Case, s: Sizes, random: Random) -> list[Case]:
-    """Training's, with the branch's bias and dropout, evaluation's, and a prompt's, with neither.
-
-    Each implementation draws masks of its own.
-    """
+def _branches(plain: ExampleInputs, s: Sizes, random: Random) -> list[ExampleInputs]:
+    """Training's, with the branch's bias and dropout, evaluation's, and a prompt's."""
     cases = []
     if s.bias:
         cases = [replace(plain, gradients=False)]
         inputs = [*plain.inputs, random(s.n_embd)]
-        plain = replace(plain, inputs=inputs, masters=range(2, len(inputs)))
+        plain = replace(plain, inputs=inputs, fp32_inputs=range(2, len(inputs)))
     if not s.dropout:
         return [plain, *cases]
     dropout = {"dropout_p": s.dropout, "seed": 1}
     return [
-        replace(plain, ours=True, arguments=dropout),
-        replace(plain, ours=False),
-        replace(plain, ours=True, gradients=False),
+        replace(plain, arguments=dropout),
+        replace(plain, gradients=False),
         *cases,
     ]
 
 
-def _record(name: str, streams: int, tensors: tuple[int, int], often: int) -> Record:
+def _record(name: str, streams: int, tensors: tuple[int, int], often: int) -> OpSpec:
     """`streams` inputs of the activations' size; tensors moved forward and backward."""
 
-    def case(s: Sizes, random: Random) -> Case:
-        shapes = [(s.tokens, s.n_embd)] * streams + [(s.n_embd,)] * 2
-        return Case([random(*shape) for shape in shapes])
-
-    def calls(s: Sizes, random: Random) -> list[Case]:
-        *inputs, bias = case(s, random).inputs
-        inputs += [bias] if s.bias else []
-        plain = Case(inputs, masters=range(streams, len(inputs)))
+    def examples(s: Sizes, random: Random) -> list[ExampleInputs]:
+        shapes = [(s.tokens, s.n_embd)] * streams + [(s.n_embd,)] * (1 + s.bias)
+        inputs = [random(*shape) for shape in shapes]
+        plain = ExampleInputs(inputs, fp32_inputs=range(streams, len(inputs)))
         return [plain] if streams == 1 else _branches(plain, s, random)
 
-    def work(s: Sizes, itemsize: int) -> dict[str, Work]:
+    def cost(s: Sizes, itemsize: int) -> dict[str, Cost]:
         moved = 1.0 * s.tokens * s.n_embd * itemsize
-        return {"forward": Work(0, tensors[0] * moved), "backward": Work(0, tensors[1] * moved)}
+        return {"forward": Cost(0, tensors[0] * moved), "backward": Cost(0, tensors[1] * moved)}
 
-    return Record(
-        name, {"eager": globals()[name], "triton": getattr(op, name)}, case, work,
+    return OpSpec(
+        name,
+        {
+            "eager": Implementation(globals()[name], follows_seed=False),
+            "triton": Implementation(getattr(op, name), _unsupported),
+        },
+        examples, cost,
         kernels=tuple(f"layer_norm_{kernel}_kernel" for kernel in ("forward", "backward")),
-        part="memory", item="norms", limits=_limits, calls=calls, often=often,
+        category="memory", label="norms", calls_per_step=often,
     )  # fmt: skip
 
 
-RECORDS = {
+SPECS = {
     "layer_norm": _record("layer_norm", 1, (2, 3), 1),
     "add_layer_norm": _record("add_layer_norm", 2, (4, 4), 24),
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastgpt_kernels.configs import Config, entries
 from fastgpt_kernels.ops.norm import configs
-from fastgpt_kernels.ops.norm.record import RECORDS
+from fastgpt_kernels.ops.norm.record import SPECS
 from fastgpt_kernels.specs import Model, Tunable, Use, recorded
 
 
@@ -24,11 +24,11 @@ def uses(m: Model) -> Iterator[Use]:
         inputs = [m.activation(5, m.n_embd) for _ in range(streams)]
         return norm(*inputs, m.parameter(m.n_embd), m.optional(m.n_embd))
 
-    for streams, (name, op) in enumerate(RECORDS.items(), 1):
+    for streams, (name, op) in enumerate(SPECS.items(), 1):
         yield from recorded(op, m)
-        yield Use(name, partial(call, op.ours, streams), trains=False)
+        yield Use(name, partial(call, op.triton, streams), trains=False)
     if m.dropout:  # without it, that backward pass is layer_norm's
-        for use in recorded(RECORDS["add_layer_norm"], m):
+        for use in recorded(SPECS["add_layer_norm"], m):
             yield replace(use, often=0, call=partial(_first, use.call))
 
 

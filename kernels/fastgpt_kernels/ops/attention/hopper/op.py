@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastgpt_kernels.host import HAS_TRITON, arch_of
 from fastgpt_kernels.ops.attention import op as plain
-from fastgpt_kernels.record import Sizes
 from fastgpt_kernels.register import Op
+from fastgpt_kernels.registry import Sizes
 
 HEAD_DIMS = (64, 128)
 # Versions of Triton between which the kernels were compiled and their machine code judged.

@@ -1,0 +1,211 @@
+"""The registry: one `OpSpec` per op, with its implementations, example inputs and cost.
+
+`spec(name)` finds one, which loads the op's module. Selection, the self-check, the benchmarks and
+the traces are written in terms of these specs, so that no other file knows an op by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt_kernels import OPS, host, reference
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A model and its micro-batch, as ops see them; GPT-2 124M's except for the rows."""
+
+    batch_size: int = 2
+    block_size: int = 256
+    n_head: int = 12
+    n_embd: int = 768
+    vocab_size: int = 50257
+    padded_vocab_size: int = 50304
+    dropout: float = 0.0
+    bias: bool = True
+    gelu: str = "tanh"  # or "erf"
+
+    @property
+    def tokens(self) -> int:
+        return self.batch_size * self.block_size
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def approximate(self) -> str:
+        """The same GELU in PyTorch's words."""
+        return "none" if self.gelu == "erf" else "tanh"
+
+
+@dataclass(frozen=True)
+class ExampleInputs:
+    """Inputs of one call: the differentiable ones in fp32, and the other arguments by name.
+
+    inputs       None stands for an input that the call goes without, such as a bias
+    arguments    the other arguments, by name
+    fp32_inputs  positions of the inputs that stay fp32, whatever the activations are
+    gradients    a run differentiates this call
+    keywords     names of the last inputs, which are passed by name
+    """
+
+    inputs: list[Any]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    fp32_inputs: Sequence[int] = ()
+    gradients: bool = True
+    keywords: Sequence[str] = ()
+
+    def call(self, function: Callable[..., Any], inputs: Sequence[Any]) -> Any:
+        """Returns the function's results, with `inputs` in place of the example's own."""
+        positional = len(inputs) - len(self.keywords)
+        named = dict(zip(self.keywords, inputs[positional:], strict=True))
+        return function(*inputs[:positional], **named, **self.arguments)
+
+    def without_dropout(self) -> ExampleInputs:
+        """Returns the same call without dropout, for implementations that draw their own mask."""
+        kept = {k: v for k, v in self.arguments.items() if k not in ("dropout_p", "seed")}
+        return replace(self, arguments=kept)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs (0: bound by memory) and bytes of one pass, each tensor moved once."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+
+Random = Callable[..., Tensor]  # (*shape) -> N(0, 1) in fp32
+
+
+def normal(device: torch.device, seed: int = 0) -> Random:
+    """Returns a source of random numbers on a device, the same for the same seed."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return lambda *shape: torch.randn(shape, generator=generator, device=device)
+
+
+def differentiate(function: Callable[..., Any], example: ExampleInputs) -> list[Tensor]:
+    """Returns results and gradients in fp32; fixed random numbers weigh the results."""
+    leaves = [
+        None if x is None else x.clone().requires_grad_(example.gradients) for x in example.inputs
+    ]
+    out = example.call(function, leaves)
+    outs = list(out) if isinstance(out, tuple) else [out]
+    if example.gradients:
+        weights = [normal(o.device, seed=1 + i)(*o.shape).to(o.dtype) for i, o in enumerate(outs)]
+        # One number, for which autograd does not load torch.fx: that takes a second.
+        sum((o * w).float().sum() for o, w in zip(outs, weights, strict=True)).backward()
+    grads = [x.grad for x in leaves if x is not None and x.grad is not None]
+    return [t.detach().float() for t in (*outs, *grads)]
+
+
+def triton_unsupported(sizes: Sizes, dtype: torch.dtype, arch: str) -> str | None:
+    """Returns why no Triton kernel runs on an architecture, or None if kernels run."""
+    if not host.HAS_TRITON:
+        return "triton is not installed"
+    if not host.is_gpu(arch):
+        return None if host.INTERPRETED else "no GPU"
+    if arch == "sm_75" and dtype == torch.bfloat16:
+        return "sm_75 has no bfloat16, only float16"
+    return None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op.
+
+    function            has the signature of the op's public function
+    unsupported_reason  (sizes, dtype, architecture) -> why it cannot run so, or None
+    follows_seed        its dropout mask is the specified one of `seed`, not a mask of its own
+    """
+
+    function: Callable[..., Any]
+    unsupported_reason: Callable[[Sizes, torch.dtype, str], str | None] = lambda s, dtype, a: None
+    follows_seed: bool = True
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One op.
+
+    name             as in the flag `--op.NAME` and in `fastgpt_kernels`
+    implementations  by the name that the flag gives them: "eager" is plain PyTorch and runs on
+                     every device, "triton" has the fused kernels
+    example_inputs   (sizes, random) -> every kind of call that a run of these sizes makes; the
+                     first is the one that benchmarks time
+    cost             (sizes, bytes per element) -> FLOPs and bytes by pass: "forward", "backward",
+                     or "both" if the gradient is computed with the result
+    kernels          names of its Triton kernels, as a profile shows them
+    category         the part of a training step: attention, head, linear, memory or optimizer
+    label            its name within that category, in traces
+    calls_per_step   how many times a training step of GPT-2 124M, 12 layers, calls it
+    few_tokens       how many tokens the self-check takes; 0: as many as the run
+    run              (function, example) -> all that has to agree between implementations
+    made_of          other ops that "eager" takes as keyword arguments
+    library          whose fused kernel "eager" is already, if it is one
+    measured_faster  architectures on which the op's kernel was measured to be faster than that
+    """
+
+    name: str
+    implementations: Mapping[str, Implementation]
+    example_inputs: Callable[[Sizes, Random], list[ExampleInputs]]
+    cost: Callable[[Sizes, int], dict[str, Cost]]
+    kernels: tuple[str, ...]
+    category: str
+    label: str = ""
+    calls_per_step: int = 0
+    few_tokens: int = 4096
+    run: Callable[[Callable[..., Any], ExampleInputs], list[Tensor]] = differentiate
+    made_of: tuple[str, ...] = ()
+    library: str = ""
+    measured_faster: tuple[str, ...] = ()
+
+    @property
+    def eager(self) -> Callable[..., Any]:
+        return self.implementations["eager"].function
+
+    @property
+    def triton(self) -> Callable[..., Any]:
+        return self.implementations["triton"].function
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        """The specification: the function in `reference`, or eager if there is none."""
+        return getattr(reference, self.name, self.eager)
+
+    def unsupported_reason(
+        self, implementation: str, arch: str, dtype: torch.dtype, sizes: Sizes
+    ) -> str | None:
+        """Returns why an implementation cannot run on an architecture, or None if it can.
+
+        arch is a key of `host.arch_on`: "sm_90", or "cpu".
+        """
+        return self.implementations[implementation].unsupported_reason(sizes, dtype, arch)
+
+    def slower(self, arch: str) -> str | None:
+        """Returns why an op that could run stays with a library, or None for all others."""
+        if not self.library or arch in self.measured_faster:
+            return None
+        return f"nothing measured faster than {self.library}"
+
+
+def spec(name: str) -> OpSpec:
+    """Returns an op's spec; loads its module."""
+    return importlib.import_module(OPS[name].spec_module).SPECS[name]
+
+
+def spec_of(registered: str) -> OpSpec:
+    """Returns the spec that a registered op belongs to: attention for `attention_backward`."""
+    return spec(max((name for name in OPS if registered.startswith(name)), key=len))
+
+
+def specs(chosen_by: str | None = None) -> list[OpSpec]:
+    """Returns all specs, or those of the ops that one part of the program chooses."""
+    return [spec(n) for n, e in OPS.items() if chosen_by is None or e.chosen_by == chosen_by]
