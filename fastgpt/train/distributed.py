@@ -105,7 +105,7 @@ class Ranks:
         return out
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def raise_on_all_ranks(self) -> Iterator[None]:
         """A part that all ranks finish, or none: a UserError on any of them is raised on all.
 
         The text is that of the lowest rank that failed, so that one line is said in total.
@@ -220,7 +220,7 @@ def join(config: Config, device: torch.device) -> Iterator[Ranks]:
         ranks = Ranks(rank, size, store)
         if rank:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        with ranks.together():
+        with ranks.raise_on_all_ranks():
             ranks.check(config.optim)
         yield ranks
         ranks.largest(0)()  # leave together: rank 0 still draws the loss curve
@@ -398,61 +398,61 @@ def like(t: Tensor, model_tensor: Tensor) -> Tensor:
     return distribute_tensor(t.to(model_tensor.device), mesh, placements, src_data_rank=None)
 
 
-class Shares:
-    """One process, which does it all."""
+class MatrixScatter:
+    """Matrices spread over the ranks for Muon; in one process nothing moves.
 
-    def take(self, stack: Tensor, rows: int) -> Tensor:
-        """What this rank has of a stack of matrices of `rows` rows -> its share of whole ones."""
+    A stack (n, R, C) holds one kind of matrix of all blocks. Where n does not divide among the
+    ranks, some ranks work on zeros. Exchanges are launched like kernels, so no host waits.
+    """
+
+    def scatter(self, stack: Tensor, rows: int) -> Tensor:
+        """Returns the whole matrices (each of `rows` rows) that this rank works on."""
         return stack
 
-    def give(self, share: Tensor, stack: Tensor) -> Tensor:
-        """The share worked on -> the stack worked on, in the layout of `stack`."""
-        return share
+    def gather(self, mine: Tensor, stack: Tensor) -> Tensor:
+        """Returns the results of all ranks in the layout of `stack`."""
+        return mine
 
 
-class Replicated(Shares):
-    """All ranks have the same whole matrices (DDP): a part is taken, and gathered again."""
+class ReplicatedScatter(MatrixScatter):
+    """DDP: each rank holds all matrices, picks some, and gathers the results of the others."""
 
-    def take(self, stack: Tensor, rows: int) -> Tensor:
+    def scatter(self, stack: Tensor, rows: int) -> Tensor:
         return _padded(stack, 0)[dist.get_rank()].contiguous()
 
-    def give(self, share: Tensor, stack: Tensor) -> Tensor:
-        every = share.new_empty(dist.get_world_size() * len(share), *share.shape[1:])
-        dist.all_gather_into_tensor(every, share)
+    def gather(self, mine: Tensor, stack: Tensor) -> Tensor:
+        every = mine.new_empty(dist.get_world_size() * len(mine), *mine.shape[1:])
+        dist.all_gather_into_tensor(every, mine)
         return every[: len(stack)]
 
 
-class Sharded(Shares):
-    """Each rank has rows of every matrix (FSDP2), as torch.chunk cuts them.
+class ShardedScatter(MatrixScatter):
+    """FSDP2: each rank holds rows of every matrix, as torch.chunk cuts them, and exchanges them."""
 
-    All send their rows to those who work on the matrix, and get them back.
-    """
-
-    def take(self, stack: Tensor, rows: int) -> Tensor:
+    def scatter(self, stack: Tensor, rows: int) -> Tensor:
         most = -(-rows // dist.get_world_size())
         mine = _padded(F.pad(stack, (0, 0, 0, most - stack.shape[1])), 0)  # (ranks, each, most, C)
-        parts = _exchanged(mine)
-        return parts.transpose(0, 1).flatten(1, 2)[:, :rows]
+        return _exchanged(mine).transpose(0, 1).flatten(1, 2)[:, :rows]
 
-    def give(self, share: Tensor, stack: Tensor) -> Tensor:
-        parts = _padded(share, 1).transpose(0, 1)
+    def gather(self, mine: Tensor, stack: Tensor) -> Tensor:
+        parts = _padded(mine, 1).transpose(0, 1)
         return _exchanged(parts).flatten(0, 1)[: len(stack), : stack.shape[1]]
 
 
-def shares_of(layout: str) -> Shares:
-    """What goes with a layout of `distributed.wrap`."""
-    return {"ddp": Replicated, "fsdp": Sharded}.get(layout, Shares)()
+def matrix_scatter(layout: str) -> MatrixScatter:
+    """Returns the scatter that goes with a layout of `wrap`."""
+    return {"ddp": ReplicatedScatter, "fsdp": ShardedScatter}.get(layout, MatrixScatter)()
 
 
 def _padded(x: Tensor, dim: int) -> Tensor:
-    """Zeros after the end of a dimension until it divides among the ranks; (ranks, each) of it."""
+    """Pads a dimension with zeros to a multiple of the ranks and splits it into (ranks, each)."""
     ranks = dist.get_world_size()
     missing = -x.shape[dim] % ranks
     return F.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, missing)).unflatten(dim, (ranks, -1))
 
 
 def _exchanged(parts: Tensor) -> Tensor:
-    """parts[r] goes to rank r; what came from rank r, in its place."""
+    """Sends parts[r] to rank r and returns the parts received, by rank."""
     parts = parts.contiguous()
     out = parts.new_empty(parts.shape)
     dist.all_to_all_single(out, parts)

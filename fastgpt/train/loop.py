@@ -200,7 +200,7 @@ class Loop:
 
     def evaluate(self, step: int) -> bool:
         """Both mean losses on the fixed batches, shared by the ranks. False: a signal came."""
-        with self.ranks.together():
+        with self.ranks.raise_on_all_ranks():
             self.dataset.train.check()
             self.dataset.val.check()
         means, n = {}, self.config.log.eval_iters

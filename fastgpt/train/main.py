@@ -63,13 +63,13 @@ def run_training(config: Config, name: str) -> tuple[int, Path]:
 
 def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[int, Path]:
     """`run_training` on one of the ranks."""
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
         cuda_graph.check(config.system, machine)
         if ranks.first:
             metrics.check_trackers(config.log)
         folder = ensure(PrepareConfig.of(config.data)) if ranks.first else Path()
     folder = ranks.gather(folder)[0]
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
         dataset = with_tokenizer(open_dataset(folder), config.data)
         config, weights = _start_from(config, dataset)
         for split in (dataset.train, dataset.val):
@@ -81,14 +81,14 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
     again = ranks.gather(restarted() and run.made_by(Path(r.out_dir), launch))[0]
     resuming = r.init_from == "resume" or again and bool(checkpoint.names(Path(r.out_dir)))
     plan = Plan()
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
         if ranks.first and resuming:
             plan = tuning.of_run(run.find(r.out_dir))
         elif ranks.first:
             plan = tuning.for_run(config, vocab_size, machine, alone=ranks.size == 1)
     plan = ranks.gather(plan)[0]
     machine = plan.adopt(machine, config.system.compile)
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
         model = build(config, vocab_size, machine, weights, plan)
     del weights
 
@@ -98,13 +98,13 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
     trainer = Trainer(model, config, machine, ranks, batch_size)
     with ExitStack() as stack:
         run_dir = Path()
-        with ranks.together():
+        with ranks.raise_on_all_ranks():
             if ranks.first:
                 held = run.resumed(r.out_dir) if resuming else None
                 held = held or run.begin(r.out_dir, name, r.overwrite or again)
                 run_dir = stack.enter_context(held)
         run_dir = ranks.gather(run_dir)[0]
-        with ranks.together():
+        with ranks.raise_on_all_ranks():
             start = resume.load(trainer, dataset, run_dir) if resuming else Progress()
             if start.step >= r.max_iters and not config.log.eval_only:
                 if ranks.first:
@@ -113,7 +113,7 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
                     f"{run_dir}: already at step {start.step} of --max_iters={r.max_iters}; give "
                     "more to go on"
                 )
-        with ranks.together():
+        with ranks.raise_on_all_ranks():
             if ranks.first:
                 run.save_config(run_dir, trainer.resolved, launch)
                 run.save_plan(run_dir, plan.to_dict())

@@ -14,7 +14,7 @@ from fastgpt.config.schema import OptimConfig
 from fastgpt.errors import UserError
 from fastgpt.model.gpt import GPT
 from fastgpt.model.ops import Choice, Wish, choose_all
-from fastgpt.train.distributed import Shares, like, whole
+from fastgpt.train.distributed import MatrixScatter, like, whole
 from fastgpt.train.muon import Muon
 from fastgpt_kernels.registry import Sizes, spec
 
@@ -53,12 +53,13 @@ def make_optimizer(
     model: GPT,
     c: OptimConfig,
     wish: Wish | None = None,
-    shares: Shares | None = None,
+    scatter: MatrixScatter | None = None,
     compile: bool = False,
 ) -> tuple[torch.optim.Optimizer, Choice]:
     """AdamW or Muon with AdamW, and which AdamW; matrices and embeddings decay, vectors do not.
 
-    shares and compile are for Muon: how the ranks share its work, and whether to compile it.
+    scatter and compile are for Muon: how its matrices are spread over the ranks, and whether
+    torch.compile makes its kernels.
     Raises UserError if the AdamW that `wish` asks for cannot run here.
     """
     device = next(model.parameters()).device
@@ -71,7 +72,7 @@ def make_optimizer(
     ]
     optimizer = make(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2))
     if matrices:
-        more: dict[str, Any] = {"weight_decay": c.weight_decay, "shares": shares}
+        more: dict[str, Any] = {"weight_decay": c.weight_decay, "scatter": scatter}
         if device.type != "cpu":  # where bf16's products take over 10 times as long as fp32's
             more |= {"dtype": model.dtype, "compile": compile}
         return Muon(matrices, optimizer, **more), choice

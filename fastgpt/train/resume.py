@@ -59,7 +59,7 @@ def save(
     if trainer.layout == "fsdp":
         # No rank has to hold it all; the file is the same.
         shards = checkpoint.shards(run_dir)
-        with ranks.together():
+        with ranks.raise_on_all_ranks():
             if ranks.first:
                 shutil.rmtree(shards, ignore_errors=True)
         model = distributed.write_shards(weights, shards / "model")
@@ -83,7 +83,7 @@ def save(
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         **trainer.state_dict(),
     }
-    with ranks.together():
+    with ranks.raise_on_all_ranks():
         if ranks.first:
             keep = trainer.config.log.keep_checkpoints
             checkpoint.save(

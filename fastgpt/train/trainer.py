@@ -22,7 +22,7 @@ from fastgpt.model.gpt import GPT
 from fastgpt.model.ops import Wish
 from fastgpt.train import cuda_graph, distributed, optim
 from fastgpt.train.cuda_graph import StepGraph
-from fastgpt.train.distributed import Ranks, like, shares_of, whole
+from fastgpt.train.distributed import Ranks, like, matrix_scatter, whole
 from fastgpt.train.muon import Muon
 from fastgpt.train.optim import clip_and_check_finite
 from fastgpt_kernels.host import adds_in_place
@@ -69,7 +69,7 @@ class Trainer:
         self.batch_size = batch_size or config.optim.batch_size
         self.accumulation = rows // self.batch_size
         self.micro_batch = self.ranks.micro_batch(rows, self.batch_size)
-        with self.ranks.together():
+        with self.ranks.raise_on_all_ranks():
             self.wrapped, self.layout = distributed.wrap(model, system, machine)
         if self.layout != "fsdp":  # which gathers weights in their copies' dtype itself
             model.keep_copies()
@@ -80,9 +80,9 @@ class Trainer:
         # Passes that add to gradients know their addresses, and so does a graph.
         self._static_grads = self._sums
         wish = Wish(system.kernels, vars(config.op))
-        shares = shares_of(self.layout)
+        scatter = matrix_scatter(self.layout)
         self.optimizer, choice = optim.make_optimizer(
-            model, config.optim, wish, shares, machine.compile
+            model, config.optim, wish, scatter, machine.compile
         )
         self.choices = (*model.ops.choices, choice)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=machine.dtype == "float16")
