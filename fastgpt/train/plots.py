@@ -8,15 +8,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastgpt.storage.files import atomic_file
 from fastgpt.train import metrics
 
 
 def loss_curve(run_dir: Path) -> Path | None:
-    """Draw RUN/loss.png: losses above, the learning rate below; over steps, tokens and hours.
+    """Draws RUN/loss.png: losses above, the learning rate below, over steps, tokens and hours.
 
-    The steep beginning runs out of the picture at the top, so that what came after fills it.
-    Returns its path, or None if the run has logged nothing yet.
+    The steep beginning is cut off at the top, so that the rest fills the picture.
+    Returns the picture's path, or None if the run has logged nothing yet.
     """
     curves = Curves.of(run_dir)
     if not curves.train and not curves.evals:
@@ -58,7 +60,7 @@ def loss_curve(run_dir: Path) -> Path | None:
 
 
 def _second_axes(axes: Any, rates: Any, curves: Curves) -> None:
-    """Tokens above the losses, hours of training below the rates."""
+    """Adds an axis of tokens above the losses and one of training time below the rates."""
     records = curves.train or curves.evals
     per_step = max(r["tokens"] / max(1, r["step"] + (r["kind"] == "train")) for r in records)
     if per_step > 0:
@@ -76,7 +78,7 @@ def _second_axes(axes: Any, rates: Any, curves: Curves) -> None:
 
 @dataclass(frozen=True)
 class Curves:
-    """A run's records, in the order of their steps."""
+    """Records of a run, in the order of their steps."""
 
     name: str
     train: list[dict[str, Any]]
@@ -90,9 +92,9 @@ class Curves:
 
     @cached_property
     def clock(self) -> list[tuple[int, float]]:
-        """(steps done, hours of training until then), evaluations and saves left out.
+        """Pairs (steps done, hours of training until then), without evaluations and saves.
 
-        A record's time is the mean since the one before.
+        A record's time is the mean since the record before it.
         """
         out, seconds, done = [(0, 0.0)], 0.0, 0
         for r in self.train:
@@ -102,34 +104,23 @@ class Curves:
         return out
 
     def hours(self, step: int) -> float:
-        """Hours of training until `step` steps were done."""
-        before, after = self.clock[0], self.clock[-1]
-        for point in self.clock:
-            if point[0] <= step:
-                before = point
-            else:
-                after = point
-                break
-        if after[0] <= before[0]:
-            return before[1]
-        return before[1] + (after[1] - before[1]) * (step - before[0]) / (after[0] - before[0])
+        """Returns the hours of training until `step` steps were done."""
+        done, hours = zip(*self.clock, strict=True)
+        return float(np.interp(step, done, hours))
 
     def median(self, key: str) -> float | None:
-        """The median over the log lines, which a few slow first ones do not move."""
+        """Returns the median of a value over the log lines."""
         values = [r[key] for r in self.train if isinstance(r.get(key), int | float)]
         return statistics.median(values) if values else None
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The evaluation with the least validation loss."""
+        """Evaluation with the least validation loss."""
         return min(self.evals, key=lambda r: r["val_loss"], default=None)
 
     @property
     def useful_range(self) -> tuple[float, float]:
-        """The span of losses that fills a picture: of all but the steep first eighth of the run.
-
-        What lies above is the fall from knowing nothing, which is alike in all runs.
-        """
+        """Span of losses after the first eighth of the run, in which all runs fall alike."""
         last = (self.train or self.evals)[-1]["step"]
         line = smooth([r["loss"] for r in self.train])
         losses = [x for x, r in zip(line, self.train, strict=True) if r["step"] >= last / 8]
@@ -141,12 +132,12 @@ class Curves:
 
 
 def time_axis(hours: float) -> tuple[str, float]:
-    """(the label of an axis that reaches so many hours, its units in an hour)."""
+    """Returns the label of a time axis that reaches `hours`, and its units per hour."""
     return ("hours of training", 1.0) if hours >= 1 else ("minutes of training", 60.0)
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Running means over a twentieth of the curve, so that a line shows and not its noise."""
+    """Returns running means over a twentieth of the curve."""
     width, out, total = max(1, len(values) // 20), [], 0.0
     for i, value in enumerate(values):
         total += value - (values[i - width] if i >= width else 0.0)

@@ -329,7 +329,7 @@ def test_the_speedrun_end_to_end(train):
         r"([\d.]+) s of training, ([\d.]+) s in all",
         said,
     )
-    assert found and 0 < float(found[1]) <= float(found[2])
+    assert found and 0 <= float(found[1]) <= float(found[2])
     assert b"momentum_buffer" in runs.tensor_files(Path("run"))["optimizer.safetensors"]
     again = train("--init_from=resume", "--out_dir=run")
     assert found[0].rpartition(",")[0] in again and "iter " not in again
