@@ -1,8 +1,8 @@
 """python -m bench ablate [PRESET]: what each kernel is worth in the whole training step.
 
 The fast path, then the fast path with one op at a time switched to eager; the ratio says how much
-longer the step takes without that kernel. Matrix products and the optimizer, which the fast path
-leaves to libraries, are switched the other way, to Triton, and attention also to its kernels for
+longer the step takes without that kernel. Matrix products, which the fast path
+leaves to a library, are switched the other way, to Triton, and attention also to its kernels for
 Hopper, which it does not take by itself. Flags of `fastgpt train` work here too.
 """
 
@@ -19,7 +19,7 @@ from fastgpt_kernels.registry import OpSpec, Sizes, specs
 
 def contenders(arch: str = "") -> list[Variant]:
     """The fast path first. Without a GPU (`arch` "sm_90" or so) it is eager, as are all others."""
-    ops = [*specs("model"), *specs("train")]
+    ops = specs("model")
     if not arch:
         return [Variant(name) for name in ("eager", *(f"{op.name} eager" for op in ops))]
 

@@ -110,11 +110,6 @@ def _record(request: Request) -> Step:
     torch.nn.Module.to = lambda self, *a, **k: self  # type: ignore[method-assign]
     flags = {"device": "cuda:0", "compile": "True", **request.flags}
     config = setup.preset_of(request.preset, flags)
-    if config.op.adamw == "triton":
-        raise UserError(
-            "--op.adamw=triton: it takes addresses of tensors, which fake ones have not; without "
-            "this flag PyTorch's AdamW is counted"
-        )
     vocab_size = setup.vocabulary(config)
     kind = variants.PEER if request.peer_path else "ours"
     variant = variants.Variant("step", {}, kind, path=request.peer_path)

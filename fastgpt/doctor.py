@@ -27,7 +27,7 @@ from fastgpt.model.device import Machine
 from fastgpt.model.driver import why_no_gpu
 from fastgpt.model.plan import Plan
 from fastgpt.storage import run
-from fastgpt.train import optim, tuning
+from fastgpt.train import tuning
 from fastgpt.weights.hugging_face import SIZES, shape_of_size
 
 
@@ -87,12 +87,10 @@ def as_trained(config: Config) -> Config:
 
 
 def _ops(config: Config, machine: Machine, vocab_size: int, plan: Plan) -> tuple[ops.Choice, ...]:
-    """What computes the model and its optimizer: all checked anew."""
+    """Returns what computes the model, checked anew."""
     if before := agreements.kept(machine.device):
         before.forget()
-    device, wish = machine.device, ops.Wish(config.system.kernels, vars(config.op))
-    table = choose(config, vocab_size, machine, plan)
-    return (*table.choices, optim.choose(device, wish)[0])
+    return choose(config, vocab_size, machine, plan).choices
 
 
 def _plan(config: Config, plan: Plan, name: str) -> str:

@@ -26,7 +26,6 @@ _context.set_forkserver_preload(
         "torch.nn.parallel",
         "matplotlib.figure",
         "matplotlib.backends.backend_agg",
-        "fastgpt.train.adamw",
         *(f"{room}.record" for room in dict.fromkeys(op.room for op in OPS.values())),
     ]
 )

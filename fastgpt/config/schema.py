@@ -220,7 +220,7 @@ def _op_config() -> type:
     """A section with a setting for each op that has a flag: --op.NAME."""
     fields = []
     for name, op in OPS.items():
-        if op.chosen_by in ("model", "train"):
+        if op.chosen_by == "model":
             kind = Literal[("auto", *op.choices)]  # type: ignore[valid-type]
             fields.append((name, Annotated[kind, Doc(op.about)], field(default="auto")))
     doc = "Single ops, if they should differ from --kernels; flags are --op.NAME."

@@ -21,6 +21,10 @@ from fastgpt.errors import UserError, read_text, reading
 
 C = TypeVar("C")
 
+# Settings of earlier versions: each flag is answered with its line, and old config.toml files may
+# hold them.
+REMOVED = {"op.adamw": "torch.optim.AdamW is the only AdamW; leave the flag out"}
+
 
 @dataclass(frozen=True)
 class Leaf:
@@ -214,6 +218,8 @@ def apply_flags(config: C, flags: Mapping[str, str]) -> C:
         flags = {"auto_batch_size": "True", **{k: v for k, v in flags.items() if k != "batch_size"}}
     values = {}
     for key, text in flags.items():
+        if key in REMOVED:
+            raise UserError(f"--{key}: was removed: {REMOVED[key]}")
         if key not in table:
             raise unknown_key(key, list(table), "--")
         values[key] = check_value(table[key], _parse(table[key], text), "--")
@@ -242,6 +248,8 @@ def parse_toml(text: str, path: Path) -> Config:
         group = value.items() if isinstance(value, dict) and key in sections else [(key, value)]
         for name, v in group:
             name = f"op.{name}" if key == "op" else name
+            if name in REMOVED:
+                continue
             if name not in table:
                 raise unknown_key(name, list(table), f"{path}: ")
             values[name] = check_value(table[name], v, f"{path}: ")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,10 +12,8 @@ from torch import Tensor, nn
 from fastgpt.config.schema import OptimConfig
 from fastgpt.errors import UserError
 from fastgpt.model.gpt import GPT
-from fastgpt.model.ops import Choice, Wish, choose_all
 from fastgpt.train.distributed import MatrixScatter, like, whole
 from fastgpt.train.muon import Muon
-from fastgpt_kernels.registry import Sizes, spec
 
 
 def learning_rate(step: int, c: OptimConfig) -> float:
@@ -39,46 +36,31 @@ def learning_rate(step: int, c: OptimConfig) -> float:
     return c.min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (c.learning_rate - c.min_lr)
 
 
-def choose(device: torch.device, wish: Wish | None = None) -> tuple[Choice, Callable[..., Any]]:
-    """Which AdamW a device gets, and the function that makes it."""
-    from fastgpt.train.adamw import FusedAdamW
-
-    op = spec("adamw")
-    fused = replace(op.implementations["triton"], function=FusedAdamW)
-    op = replace(op, implementations={**op.implementations, "triton": fused})
-    return choose_all([op], device, torch.float32, Sizes(), wish or Wish())[op.name]
-
-
 def make_optimizer(
-    model: GPT,
-    c: OptimConfig,
-    wish: Wish | None = None,
-    scatter: MatrixScatter | None = None,
-    compile: bool = False,
-) -> tuple[torch.optim.Optimizer, Choice]:
-    """AdamW or Muon with AdamW, and which AdamW; matrices and embeddings decay, vectors do not.
+    model: GPT, c: OptimConfig, scatter: MatrixScatter | None = None, compile: bool = False
+) -> torch.optim.Optimizer:
+    """Returns AdamW, or Muon with AdamW; matrices and embeddings decay, vectors do not.
 
+    AdamW is fused where PyTorch has that (not on mps): `grad_scale` then divides the gradients and
+    `found_inf` calls a step off, without a copy of either to the host.
     scatter and compile are for Muon: how its matrices are spread over the ranks, and whether
     torch.compile makes its kernels.
-    Raises UserError if the AdamW that `wish` asks for cannot run here.
     """
     device = next(model.parameters()).device
-    choice, make = choose(device, wish)
     matrices = matrices_of_blocks(model) if c.optimizer == "muon" else {}
     params = [p for p in model.parameters() if p.requires_grad and p not in matrices]
     groups = [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": c.weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = make(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2))
+    fused = device.type in ("cuda", "cpu")
+    adamw = torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=fused)
     if matrices:
         more: dict[str, Any] = {"weight_decay": c.weight_decay, "scatter": scatter}
         if device.type != "cpu":  # where bf16's products take over 10 times as long as fp32's
             more |= {"dtype": model.dtype, "compile": compile}
-        return Muon(matrices, optimizer, **more), choice
-    if hasattr(optimizer, "copies"):  # FusedAdamW's
-        optimizer.copies = model.copies()
-    return optimizer, choice
+        return Muon(matrices, adamw, **more)
+    return adamw
 
 
 def matrices_of_blocks(model: GPT) -> dict[Tensor, int]:
@@ -137,8 +119,7 @@ def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
     out: dict[str, Tensor] = {}
     for name, p in model.named_parameters():
         for key, value in optimizer.state.get(p, {}).items():
-            # FusedAdamW has one count for all parameters; in a file each has its own.
-            out[f"{key}.{name}"] = value.clone() if key == "step" else value
+            out[f"{key}.{name}"] = value
     return out
 
 
@@ -162,9 +143,6 @@ def load_state_tensors(
         p = params[name]
         # `step` too lives on the parameter's device: fused AdamW wants it there.
         optimizer.state[p][key] = like(value.to(p.device, copy=True), p)
-    adamw = optimizer.adamw if isinstance(optimizer, Muon) else optimizer
-    if share_step := getattr(adamw, "share_step", None):  # FusedAdamW's
-        share_step([p for p in params.values() if "step" in optimizer.state.get(p, {})])
 
 
 ADDENDS = 100  # One kernel adds up so many numbers from different places; stacking them is another.

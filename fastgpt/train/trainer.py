@@ -19,7 +19,6 @@ from fastgpt.config.schema import Config
 from fastgpt.errors import UserError
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT
-from fastgpt.model.ops import Wish
 from fastgpt.train import cuda_graph, distributed, optim
 from fastgpt.train.cuda_graph import StepGraph
 from fastgpt.train.distributed import Ranks, like, matrix_scatter, whole
@@ -79,12 +78,10 @@ class Trainer:
             model.keep_sums()
         # Passes that add to gradients know their addresses, and so does a graph.
         self._static_grads = self._sums
-        wish = Wish(system.kernels, vars(config.op))
-        scatter = matrix_scatter(self.layout)
-        self.optimizer, choice = optim.make_optimizer(
-            model, config.optim, wish, scatter, machine.compile
+        self.optimizer = optim.make_optimizer(
+            model, config.optim, matrix_scatter(self.layout), machine.compile
         )
-        self.choices = (*model.ops.choices, choice)
+        self.choices = model.ops.choices
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=machine.dtype == "float16")
         mode = "max-autotune-no-cudagraphs" if system.max_autotune else None
         self.forward: Callable[..., Any] = self.wrapped
@@ -167,8 +164,7 @@ class Trainer:
             self.check()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if not hasattr(self.optimizer, "copies"):  # FusedAdamW writes them itself
-            self.model.copy_masters()
+        self.model.copy_masters()
         self._zero_grad()
         return grad_norm
 

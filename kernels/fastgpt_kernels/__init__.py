@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastgpt_kernels.ops.adamw.op import AdamWTensors, adamw_step
     from fastgpt_kernels.ops.attention.op import attention
     from fastgpt_kernels.ops.gelu.op import bias_gelu
     from fastgpt_kernels.ops.loss.cross_entropy import cross_entropy
@@ -32,15 +31,14 @@ if TYPE_CHECKING:
 class Entry:
     """An op: the module in `ops/` of its public function, what it is, and who chooses how it runs.
 
-    `chosen_by`: ops of the "model" and of "train" have a flag with these `choices`, besides auto;
-    "" are those that are here for other people's models.
+    `chosen_by`: ops of the "model" have a flag with these `choices`, besides auto; "" are
+    those for other people's models.
     """
 
     module: str
     about: str
     chosen_by: str = "model"
     choices: tuple[str, ...] = ("triton", "eager")
-    exports: tuple[str, ...] = ()  # if they are not just the op's own name
 
     @property
     def room(self) -> str:
@@ -71,14 +69,8 @@ OPS: dict[str, Entry] = {
     ),
     "linear_cross_entropy": Entry("loss.linear", "The head and the loss."),
     "cross_entropy": Entry("loss.cross_entropy", "The loss alone, of logits.", chosen_by=""),
-    "adamw": Entry(
-        "adamw.op",
-        "The optimizer; eager is PyTorch's fused one, and auto unless ours was measured faster.",
-        chosen_by="train",
-        exports=("AdamWTensors", "adamw_step"),
-    ),
 }
-_MODULES = {name: f"ops.{e.module}" for op, e in OPS.items() for name in e.exports or (op,)}
+_MODULES = {op: f"ops.{e.module}" for op, e in OPS.items()}
 _MODULES["tune"] = "plans.tune"
 __all__ = [*_MODULES]
 

@@ -266,32 +266,3 @@ def attention_dropout_bits(seed: Tensor, heads: int, T: int) -> Tensor:
     bits = torch.stack([bits & 0xFFFF, bits >> 16], -1)  # (heads, T / 2, T / 4, word, half)
     bits = bits.view(heads, groups_m, 8, groups_n, 8, 4, 2).permute(0, 1, 6, 2, 3, 5, 4)
     return bits.reshape(heads, groups_m * 16, groups_n * 32)[:, :T, :T]
-
-
-def adamw_update(
-    tensors: Any,
-    step: Tensor,
-    lr: Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> None:
-    """What `adamw.adamw_step` does to its `AdamWTensors`, in place; `step` is t, counted already.
-
-    torch.optim.AdamW's update (Loshchilov and Hutter, 2019) with the gradient times `grad_scale`,
-    a rounded copy of the parameter if it has one, and nothing at all if `found_inf` is not 0.
-    """
-    if found_inf is not None and found_inf.item() != 0:
-        return
-    t, rate = step.item(), lr.item()
-    lists = (tensors.params, tensors.grads, tensors.exp_avgs, tensors.exp_avg_sqs)
-    for p, g, m, v, copy, decay in zip(*lists, tensors.copies, tensors.weight_decays, strict=True):
-        g = g.float() if grad_scale is None else g.float() * grad_scale
-        p.mul_(1 - rate * decay)
-        m.lerp_(g, 1 - betas[0])
-        v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-        denominator = (v.sqrt() / (1 - betas[1] ** t) ** 0.5).add_(eps)
-        p.addcdiv_(m, denominator, value=-rate / (1 - betas[0] ** t))
-        if copy is not None:
-            copy.copy_(p)

@@ -192,6 +192,18 @@ def test_names_are_listed_while_they_are_few():
     assert str(settings.unknown_key("zzz", names[:11], "")).endswith(", name9, name10")
 
 
+@pytest.mark.parametrize("name", settings.REMOVED)
+def test_a_removed_flag_is_answered_and_old_files_may_hold_it(name: str, tmp_path: Path):
+    with pytest.raises(UserError, match=f"^--{name}: was removed: .+"):
+        settings.apply_flags(Config(), {name: "triton"})
+    path = tmp_path / "config.toml"
+    section, _, key = name.rpartition(".")
+    path.write_text(f'n_layer = 3\n[{section or "system"}]\n{key} = "triton"\n')
+    assert settings.load_toml(path) == settings.replace(Config(), n_layer=3)
+    flat = {**settings.to_dict(Config()), name: "triton"}
+    assert settings.from_dict(flat, "state.json") == Config()
+
+
 def test_a_toml_file_has_its_size(tmp_path: Path):
     path = tmp_path / "c.toml"
     path.write_text("n_layer = 3\n#".ljust(1 << 20))

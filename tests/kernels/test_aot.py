@@ -238,8 +238,8 @@ FIGURES: dict[str, Any] = {
     ],
 )
 def test_what_got_worse_is_named(figures: dict[str, Any], problem: str) -> None:
-    known = {baseline.room(Verdict("", "", "adamw")): {"3.7.1": {"sm_90": {"a": FIGURES}}}}
-    now = Verdict("a", "sm_90", "adamw", figures=FIGURES | figures)
+    known = {baseline.room(Verdict("", "", "bias_gelu")): {"3.7.1": {"sm_90": {"a": FIGURES}}}}
+    now = Verdict("a", "sm_90", "bias_gelu", figures=FIGURES | figures)
     assert baseline.compare(now, known, "3.7.1").problem == problem
     assert baseline.compare(replace(now, problem="spills"), known, "3.7.1").problem == "; ".join(
         filter(None, ["spills", problem])
@@ -253,13 +253,13 @@ def test_baseline_keeps_what_passed(tmp_path: Path) -> None:
     """Through a file; what failed or is gone leaves it, what was not compiled stays as it was."""
     names = {"sm_90": "abcd", "gfx942": "efg"}
     launches = [
-        SimpleNamespace(name=n.upper(), key=n, arch=arch, op="adamw")
+        SimpleNamespace(name=n.upper(), key=n, arch=arch, op="bias_gelu")
         for arch, letters in names.items()
         for n in letters
     ]
     room = baseline.room(launches[0])
     verdicts = [
-        Verdict(x.name, x.arch, "adamw", x.key, FIGURES, "spills" if x.key in "bf" else "")
+        Verdict(x.name, x.arch, "bias_gelu", x.key, FIGURES, "spills" if x.key in "bf" else "")
         for x in launches
     ]
     known = baseline.updated({"3.6.0": {}}, "3.7.1", launches, verdicts)
@@ -268,7 +268,7 @@ def test_baseline_keeps_what_passed(tmp_path: Path) -> None:
     assert [x.key for x in baseline.stale(launches, {room: known}, "3.7.1")] == ["b", "f"]
     assert [x.key for x in baseline.stale(launches, {room: known}, "3.6.0")] == [*"abcdefg"]
     left = [x for x in launches if x.key not in "ce"]
-    verdicts = [Verdict("A", "sm_90", "adamw", "a", FIGURES | {"programs": 9})]
+    verdicts = [Verdict("A", "sm_90", "bias_gelu", "a", FIGURES | {"programs": 9})]
     archs = baseline.updated(known, "3.7.1", left, verdicts)["3.7.1"]
     assert archs["gfx942"] == ["g"]
     assert archs["sm_90"] == {

@@ -48,12 +48,6 @@ with warnings.catch_warnings(record=True) as caught:
         if y.requires_grad:
             assert torch.autograd.grad(y.sum(), x)[0].isfinite().all(), name
         ran.append(name)
-    p, g, m, v = torch.ones(4, 3)
-    fastgpt_kernels.adamw_step(
-        fastgpt_kernels.AdamWTensors([p], [g], [m], [v]), torch.zeros(()), torch.tensor(0.1)
-    )
-    assert (p < 1).all()
-    ran += ["AdamWTensors", "adamw_step"]
 print(json.dumps([sorted(ran), [str(w.message) for w in caught]]))
 """
 

@@ -108,9 +108,8 @@ def test_the_doctor_checks_anew(start, monkeypatch):
     monkeypatch.setattr(agreements.host, "HAS_TRITON", True)
     monkeypatch.setattr(ops, "choose_all", lambda *asked: {})
     monkeypatch.setattr(doctor, "choose", lambda *asked: ops.OpTable({}, ()))
-    monkeypatch.setattr(doctor.optim, "choose", lambda *asked: ("adamw", None))
     machine = replace(Machine.of("cpu"), device=GPU)
-    assert doctor._ops(laptop(), machine, 256, Plan()) == ("adamw",)
+    assert doctor._ops(laptop(), machine, 256, Plan()) == ()
     assert start(GOOD) == ([""], ["bias_gelu"])
 
 

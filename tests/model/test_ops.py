@@ -14,7 +14,6 @@ from fastgpt.errors import UserError
 from fastgpt.model import ops
 from fastgpt.model.ops import Wish
 from fastgpt.model.plan import Measured, Plan
-from fastgpt.train import optim
 from fastgpt_kernels import OPS
 from fastgpt_kernels.ops.matmul import record as matmul_records
 from fastgpt_kernels.registry import Sizes, spec, specs
@@ -86,9 +85,7 @@ CPU = torch.device("cpu")
 
 
 def choices(wish: Wish | None = None, sizes: Sizes | None = None) -> dict[str, ops.Choice]:
-    """By op, the optimizer among them."""
-    found = (*ops.choose(CPU, sizes=sizes, wish=wish).choices, optim.choose(CPU, wish)[0])
-    return {c.op: c for c in found}
+    return {c.op: c for c in ops.choose(CPU, sizes=sizes, wish=wish).choices}
 
 
 @pytest.mark.parametrize(
@@ -99,7 +96,6 @@ def choices(wish: Wish | None = None, sizes: Sizes | None = None) -> dict[str, o
         (Wish(ops={"attention": "flash"}), "--op.attention=flash: on a CPU it has no dropout"),
         (Wish(ops={"attention": "hopper"}), "--op.attention=hopper: no GPU"),
         (Wish(ops={"bias_gelu": "triton"}), "--op.bias_gelu=triton: no GPU"),
-        (Wish(ops={"adamw": "triton"}), "--op.adamw=triton: no GPU"),
     ],
     ids=str,
 )
@@ -140,7 +136,6 @@ def test_libraries_are_left_only_where_measured(monkeypatch):
         chosen = choices(Wish(kernels))
         assert chosen["linear"].implementation == chosen["mlp"].implementation == "eager"
         assert chosen["linear"].reason == "nothing measured faster than cuBLAS"
-        assert chosen["adamw"].reason == "nothing measured faster than PyTorch's fused AdamW"
         assert chosen["bias_gelu"].implementation == "triton"
     measured = replace(spec("linear"), measured_faster=("sm_90", "cpu"))
     monkeypatch.setitem(matmul_records.SPECS, "linear", measured)

@@ -76,13 +76,11 @@ def test_asked_for_and_not_to_be_had():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("adamw", ["eager", "triton"])
 @pytest.mark.parametrize("whole", [False, True])
-def test_graphed_steps_are_the_plain_ones(compile, dropout, adamw, whole):
+def test_graphed_steps_are_the_plain_ones(compile, dropout, whole):
     losses, n = [], 1 if whole else 2
     for graphed in (False, True):
         config = replace(SMALL, batch_size=16 // n, gradient_accumulation_steps=n, dropout=dropout)
-        config = replace(config, **{"op.adamw": adamw})
         machine = Machine(CUDA, "bfloat16", compile)
         model = build(config, 97, machine)
         t = Trainer(model, config, machine)
@@ -100,10 +98,9 @@ def test_graphed_steps_are_the_plain_ones(compile, dropout, adamw, whole):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("adamw", ["eager", "triton"])
 @pytest.mark.parametrize("graphed", ["", "micro-batch", "step"])
-def test_a_step_never_waits_for_the_device(graphed, adamw):
-    config = replace(SMALL, batch_size=4, dropout=0.1, **{"op.adamw": adamw})
+def test_a_step_never_waits_for_the_device(graphed):
+    config = replace(SMALL, batch_size=4, dropout=0.1)
     machine = Machine(CUDA, "bfloat16", compile=True)
     t = Trainer(build(config, 97, machine), config, machine)
     tokens = torch.randint(97, (4, 65), device=CUDA)

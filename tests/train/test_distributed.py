@@ -113,25 +113,6 @@ def test_muon_on_ranks(home: Path, strategy: str, n: int):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs in the interpreter here")
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_adamw_on_the_kernel(home: Path, strategy: str):
-    """DDP's buckets and FSDP's shares; PyTorch's AdamW goes on from what they save."""
-    args = (*TINY, "--input=text.txt", f"--parallel={strategy}", "--kernels=eager")
-    name = f"kernel-{strategy}"
-    args = (*args, f"--out_dir={name}", "--op.adamw=triton", "--max_iters=3", "--eval_iters=1")
-    job = train(home, 2, *args, interpret=True)
-    assert "triton (--op.adamw=triton): adamw" in job.output
-    again = ("train", "--init_from=resume", f"--out_dir={name}", "--op.adamw=eager")
-    fastgpt(home, *again, "--parallel=auto", "--max_iters=10")
-    curves = [
-        [r[k] for r in runs.records(home / n)[:10] for k in ("loss", "grad_norm")]
-        for n in (name, "one")
-    ]
-    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_compiled_on_two_ranks(home: Path, strategy: str):
     name = f"compiled-{strategy}"

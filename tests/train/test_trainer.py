@@ -19,31 +19,18 @@ from fastgpt.model.ops import Wish
 from fastgpt.train import cuda_graph, optim
 from fastgpt.train import trainer as trainer_module
 from fastgpt.train.trainer import NonFinite, Trainer, dropout_seed
-from tests.model.test_ops import interpreted
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(params=["eager", "triton"])
-def adamw(request, monkeypatch) -> str:
-    """Both implementations; the kernel in the interpreter."""
-    if request.param == "triton":
-        if torch.cuda.is_available():
-            pytest.skip("on a GPU the kernel runs for real: tests/model/test_adamw.py")
-        interpreted(monkeypatch)
-    return request.param
 
 
 def trainer(
     accumulation: int = 1,
     dropout: float = 0.0,
     dtype: torch.dtype = torch.float32,
-    adamw: str = "eager",
     **optim_changes,
 ) -> Trainer:
     changes = {"batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
-    changes |= {"kernels": "eager", "op.adamw": adamw}
-    config = replace(laptop(), dropout=dropout, **changes, **optim_changes)
+    config = replace(laptop(), kernels="eager", dropout=dropout, **changes, **optim_changes)
     table = ops.choose(CPU, wish=Wish("eager"))
     model = GPT(ModelShape(2, 2, 32, 16, 50, bias=True), dropout, table, dtype).init_weights(0)
     return Trainer(model, config, Machine(CPU))
@@ -69,9 +56,9 @@ def test_accumulation_is_the_batch_in_pieces(accumulation):
 
 
 @pytest.mark.parametrize("grad_clip", [0.0, 0.3, 1e6])
-def test_is_adamw_with_clipping_and_schedule(adamw, grad_clip):
+def test_is_adamw_with_clipping_and_schedule(grad_clip):
     """Against the same update written with PyTorch's unfused AdamW."""
-    t = trainer(adamw=adamw, grad_clip=grad_clip)
+    t = trainer(grad_clip=grad_clip)
     model = copy.deepcopy(t.model)
     c = t.config.optim
     groups = [
@@ -121,8 +108,8 @@ def test_evaluation_changes_nothing_and_repeats():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_bad_numbers_never_reach_the_weights(adamw, value):
-    t = trainer(adamw=adamw)
+def test_bad_numbers_never_reach_the_weights(value):
+    t = trainer()
     t.step(0, tokens())
     with torch.no_grad():
         t.model.transformer.h[1].mlp.c_fc.weight[0, 0] = value
@@ -139,9 +126,9 @@ def test_bad_numbers_never_reach_the_weights(adamw, value):
     assert "transformer.h.1.mlp.c_fc.weight" in report["not_finite"]
 
 
-def test_the_guard_on_the_device_holds_until_someone_looks(adamw):
+def test_the_guard_on_the_device_holds_until_someone_looks():
     """As on a GPU, where nothing waits: updates after the bad step are called off as well."""
-    t = trainer(adamw=adamw)
+    t = trainer()
     t._guard_on_device = True
     t.step(0, tokens())
     state = optim.state_tensors(t.optimizer, t.model)
@@ -265,10 +252,10 @@ class Warmed(Graph):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_the_whole_step_as_a_graph(dropout, adamw, monkeypatch):
+def test_the_whole_step_as_a_graph(dropout, monkeypatch):
     """It begins, is trained and goes wrong as the plain one; capturing it changes nothing."""
     monkeypatch.setattr(trainer_module, "StepGraph", Warmed)
-    graphed, plain = (trainer(dropout=dropout, adamw=adamw) for _ in range(2))
+    graphed, plain = (trainer(dropout=dropout) for _ in range(2))
     for t in (graphed, plain):
         t._guard_on_device = True
     before = weights(graphed)
@@ -387,9 +374,9 @@ def test_a_machine_that_cannot_compile_is_told_so():
 
 
 @pytest.mark.slow
-def test_float16_finds_its_scale_and_learns(adamw):
+def test_float16_finds_its_scale_and_learns():
     """Infinite gradients call the update off and halve the scale; then the loss falls."""
-    t = trainer(dtype=torch.float16, adamw=adamw)
+    t = trainer(dtype=torch.float16)
     t.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=1000)
     before = weights(t)
     t.step(0, tokens())
