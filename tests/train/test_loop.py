@@ -1,10 +1,14 @@
-"""The loop's clock; whole runs are in test_train.py."""
+"""The loop's clock and its signals; whole runs are in test_main.py."""
 
 from __future__ import annotations
+
+import os
+import signal
 
 import pytest
 
 from fastgpt.train import loop
+from fastgpt.train.loop import StopRequest
 
 
 def test_the_clock_counts_steps_and_no_pauses(monkeypatch: pytest.MonkeyPatch):
@@ -19,3 +23,21 @@ def test_the_clock_counts_steps_and_no_pauses(monkeypatch: pytest.MonkeyPatch):
     assert clock.lap() == 5.0, "a lap begins where the one before ended"
     now = 1006.0
     assert clock.elapsed == 12.0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_first_signal_is_noted(number):
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert stop.signal is None
+        os.kill(os.getpid(), number)
+        assert stop.signal == number
+        os.kill(os.getpid(), signal.SIGTERM)  # schedulers repeat themselves
+        assert stop.signal is not None
+    assert signal.getsignal(number) is before
+
+
+def test_second_interrupt_ends_at_once():
+    with pytest.raises(KeyboardInterrupt), StopRequest():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)

@@ -1,19 +1,30 @@
-"""Log lines as nanoGPT prints them, records, and what resuming keeps."""
+"""Log lines, records, trackers, FLOPs, and the parts of a log that resuming keeps."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from fastgpt.config.schema import Config
+from fastgpt.cli import main
+from fastgpt.config.presets import PRESETS
+from fastgpt.config.schema import Config, LogConfig
 from fastgpt.config.settings import replace
 from fastgpt.data import progress
 from fastgpt.errors import UserError
+from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.storage import checkpoint, run
 from fastgpt.train import metrics, plots
+from tests import runs
+from tests.fakes import FakeTensorMode, fake_model
+from tests.runs import TINY
 
 RECORD = {
     "loss": 0.80104,
@@ -203,3 +214,191 @@ def test_loss_curve_is_a_picture(tmp_path: Path):
     assert data.startswith(b"\x89PNG") and len(data) > 5000
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 3
+
+
+class FakeWandb(types.ModuleType):
+    """As much of wandb as is used; remembers what it was told."""
+
+    def __init__(self, login: Exception | None = None, init: Exception | None = None):
+        super().__init__("wandb")
+        self.errors = {"login": login, "init": init}
+        self.started: list[dict] = []
+        self.logged: list[dict] = []
+        self.metrics: list[tuple] = []
+        self.finished = 0
+
+    def _maybe(self, what: str) -> None:
+        if error := self.errors[what]:
+            raise error
+
+    def login(self) -> bool:
+        self._maybe("login")
+        return True
+
+    def init(self, **settings):
+        self._maybe("init")
+        self.started.append(settings)
+        return self
+
+    def define_metric(self, *args, **kwargs) -> None:
+        self.metrics.append((args, kwargs))
+
+    def log(self, values: dict) -> None:
+        self.logged.append(values)
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+@pytest.fixture
+def wandb(monkeypatch) -> FakeWandb:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def train(*args: str) -> int:
+    with pytest.raises(SystemExit) as e:
+        main(["train", *TINY, "--max_iters=2", "--eval_interval=2", "--sample_tokens=0", *args])
+    return int(e.value.code or 0)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    runs.write_text(tmp_path)
+    return tmp_path
+
+
+def test_a_whole_run_is_one_run_there_too(home: Path, wandb: FakeWandb):
+    """Names and units; resuming goes on with the same one."""
+    options = ("--input=text.txt", "--wandb_log=True", "--wandb_project=p", "--out_dir=out")
+    assert train(*options) == 0
+    with pytest.raises(SystemExit):
+        main(["train", "--init_from=resume", "--out_dir=out", "--max_iters=3"])
+    first, second = wandb.started
+    assert first["id"] == second["id"] == run.identity(Path("out")).id
+    assert first["resume"] == "allow" and (first["project"], first["name"]) == ("p", "out")
+    assert wandb.metrics[0] == (("*",), {"step_metric": "iter"}) and wandb.finished == 2
+    logged = metrics.read(Path("out/metrics.jsonl"))
+    evals = [r for r in logged if r["kind"] == "eval"]
+    assert wandb.logged[0] == {
+        "iter": 0,
+        "train/loss": evals[0]["train_loss"],
+        "val/loss": evals[0]["val_loss"],
+    }
+    step = next(r for r in logged if r["kind"] == "train")
+    told = wandb.logged[1]
+    assert told["iter"] == 0 and told["batch/loss"] == step["loss"] and told["lr"] == step["lr"]
+    assert told["mfu"] == pytest.approx(100 * step["mfu"]), "percent, as on the console"
+    assert len(wandb.logged) == len(logged)
+
+
+@pytest.mark.parametrize("which", ["login", "init"])
+def test_no_login_leaves_the_old_run_as_it_was(home: Path, wandb: FakeWandb, which, capsys):
+    assert train("--input=text.txt", "--out_dir=out") == 0
+    before = runs.tensor_files(home / "out")
+    listed = sorted(str(p) for p in (home / "out").rglob("*"))
+    wandb.errors[which] = RuntimeError("api_key not configured (no-tty)\nmore")
+    capsys.readouterr()
+    options = ("--input=text.txt", "--wandb_log=True")
+    assert train(*options, "--out_dir=out", "--overwrite=True") == 2
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1 and err[0].startswith("fastgpt: --wandb_log=True: "), err
+    assert "api_key not configured (no-tty)" in err[0] and "WANDB_MODE=offline" in err[0]
+    assert runs.tensor_files(home / "out") == before
+    assert sorted(str(p) for p in (home / "out").rglob("*")) == listed
+    # In a new folder nothing is left, and the same command goes on once the login works.
+    assert train(*options, "--out_dir=new") == 2 and not (home / "new").exists()
+    wandb.errors[which] = None
+    assert train(*options, "--out_dir=new") == 0 and checkpoint.names(home / "new")
+
+
+def test_a_tracker_that_fails_later_is_said_once(tmp_path: Path, wandb: FakeWandb, capsys):
+    config = replace(Config(), wandb_log=True)
+    with metrics.Metrics(tmp_path, config, start_step=0, tokens_per_step=1) as log:
+
+        def broken(values):
+            raise ConnectionError("no route")
+
+        wandb.log = broken
+        log.evaluation(0, 1.0, 2.0)
+        log.evaluation(1, 1.0, 2.0)
+    assert capsys.readouterr().err.count("warning: W&B: no route") == 1
+    assert len(metrics.read(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_tensorboard_gets_the_same_names(tmp_path: Path, monkeypatch):
+    added: list[tuple] = []
+
+    class Writer:
+        def __init__(self, folder: str):
+            assert folder == str(tmp_path / "tensorboard")
+
+        def add_scalar(self, *what) -> None:
+            added.append(what)
+
+        def close(self) -> None:
+            added.append(("closed",))
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    config = replace(Config(), tensorboard=True)
+    with metrics.Metrics(tmp_path, config, start_step=0, tokens_per_step=1) as log:
+        log.evaluation(4, 1.0, 2.0)
+    assert added == [("train/loss", 1.0, 4), ("val/loss", 2.0, 4), ("closed",)]
+
+
+@pytest.mark.parametrize("flag", ["wandb_log", "tensorboard"])
+def test_a_missing_tracker_is_named(flag, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=rf"--{flag}=True: .* is not installed; pip install"):
+        metrics.check_trackers(LogConfig(**{flag: True}))
+
+
+SIZES = {(12, 12, 768): 854.8, (24, 16, 1024): 2423, (36, 20, 1280): 5200, (48, 25, 1600): 10275}
+
+
+@pytest.mark.parametrize(("size", "mega"), SIZES.items())
+def test_flops_per_token_of_gpt2(size, mega, monkeypatch):
+    for layer in (torch.nn.Linear, torch.nn.Embedding):  # initialising takes most of the time
+        monkeypatch.setattr(layer, "reset_parameters", lambda self: None)
+    with torch.device("meta"):
+        model = GPT(ModelShape(*size, block_size=1024, vocab_size=50257, bias=False))
+    flops = metrics.flops_per_token(model)
+    assert flops.mfu / 1e6 == pytest.approx(mega, rel=1e-3)
+    scores = 6 * size[0] * size[2] * 1024
+    assert flops.mfu - flops.mfu_causal == scores and flops.mfu_causal - flops.mfu_6n == scores
+    assert flops.mfu_6n == 6 * model.n_params()
+
+
+@pytest.mark.quick("gpt2", "finetune_shakespeare", "shakespeare_char")
+@pytest.mark.parametrize("preset", [p for p in PRESETS if p not in ("desktop", "laptop")])
+def test_presets_run_the_matmuls_that_are_counted(preset, monkeypatch):
+    """torch's count of the matmuls that run, at full size, is ours: 6N + 12 L C T."""
+    m = PRESETS[preset]().model
+    shape = ModelShape.of(m, 50257)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = fake_model(shape, None, monkeypatch)
+        idx = torch.zeros(1, m.block_size, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(idx, idx).backward()
+    # All of the scores are computed here; the rows that pad the vocabulary are not.
+    padding = (shape.padded_vocab_size - shape.vocab_size) * m.n_embd
+    vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    want = metrics.flops_per_token(model).mfu - 6 * (vectors + padding)
+    assert counter.get_total_flops() == pytest.approx(want * m.block_size, rel=1e-9)
+
+
+def test_count_agrees_with_what_pytorch_runs():
+    """torch counts the matmuls, all of the scores included: ours without what vectors add to N."""
+    s = ModelShape(2, 2, 64, 32, 128, bias=False)
+    model = GPT(s).init_weights(0)
+    idx = torch.randint(128, (2, 32))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(idx, idx).backward()
+    vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    want = metrics.flops_per_token(model).mfu - 6 * vectors
+    assert counter.get_total_flops() == want * idx.numel()
