@@ -22,7 +22,6 @@ COMMANDS = {
     "curves": "the fast path's losses against eager fp32's, over seeds",
     "scaling": "step time against the number of GPUs, on paper",
     "warm": "compile what the others measure, in parallel",
-    "smoke": "whether each op is right on this device, at GPT-2's size",
     "all": "the above in order of worth, inside a time budget",
     "compare": "two result files, or two git refs: faster, slower, or no difference",
     "check": "which committed results are older than the sources they measured",

@@ -26,12 +26,11 @@ import torch
 
 from bench import results, setup
 from bench.cases import CASES
+from bench.stats import MIN_ROUNDS
 from bench.tables import table
-from fastgpt_kernels.stats import MIN_ROUNDS
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES = 60
-TUNE = "tune"
 # Packages that the parts import, and who needs them.
 NEEDED = {
     "numpy": "everything",
@@ -75,14 +74,11 @@ def parts(gpu: bool, peer_path: str) -> list[Part]:
         return ("-m", "bench", name, *args)
 
     waterfall = (own,) if gpu else (own, "--seconds=2")
-    tune = ("-m", "fastgpt", "tune", own, "--budget={seconds}")
     return [
         Part("warm", bench("warm", preset, *peer), 15, 60),
         Part("step", bench("step", preset, *turns, *peer), 40, 150),
         Part("waterfall", bench("waterfall", *waterfall), 30, 100),
         Part("kernels", bench("kernels", *ops, rounds), 20, 90),
-        Part("smoke", bench("smoke"), 15, 40),
-        Part(TUNE, tune, 20, 60),
         Part("gemms", bench("gemms", rounds, "--without-autotune"), 20, 60, rest=True),
         Part("ablate", bench("ablate", preset, *turns), 90, 240, rest=True),
         Part("convergence", bench("convergence", *peer), 60, 600, rest=True),
@@ -129,16 +125,12 @@ def run(part: Part, seconds: float, log: IO[str]) -> tuple[int | None, float]:
     return code, time.monotonic() - started
 
 
-def outcome(part: Part, code: int | None, said: list[str]) -> str:
-    """How a part ended, in a few words; of `tune` also what it found."""
+def outcome(code: int | None) -> str:
+    """How a part ended, in a few words."""
     if code is None:
         return "stopped at its time; what it had is written"
     if code:
         return f"exit code {code}: something in it failed"
-    if part.name == TUNE:
-        begin = [i for i, line in enumerate(said) if line.startswith("kernels: ")]
-        found = [f"  {line}" for line in said[begin[-1] :]] if begin else []
-        return "\n".join(["done", *found])
     return "done"
 
 
@@ -201,15 +193,13 @@ def main(argv: list[str]) -> int:
 
     def keep(part: Part, text: str, took: float) -> None:
         """Say and record how a part ended."""
-        first, *rest = text.splitlines()
-        first += f" ({took:.0f} s)" if took else ""
-        said.append("\n".join([f"{part.name}: {first}", *rest]))
+        said.append(f"{part.name}: {text}" + (f" ({took:.0f} s)" if took else ""))
         print(said[-1], flush=True)
         timed = {"problem": "", "samples_ms": [1e3 * took]} if took else {"problem": text}
         result.rows.append({"key": part.name, "outcome": text, **timed})
         result.save(out)
 
-    with (out / "all.log").open("w+") as log:
+    with (out / "all.log").open("w") as log:
         for i, part in enumerate(chosen):
             left = end - clock()
             seconds = allot(chosen[i:], left)
@@ -217,20 +207,14 @@ def main(argv: list[str]) -> int:
                 short = f"it takes {part.least:g} s, {max(left, 0):.0f} s were left"
                 keep(part, f"not run: {short}", 0.0)
                 continue
-            own = f"{max(1.0, seconds - STARTING_S):.0f}"
-            command = [word.replace("{seconds}", own) for word in part.command]
+            command = part.command
             if command[1] == "bench":
-                command.append(f"--out={out}")
-            place = log.tell()
-            code, took = run(replace(part, command=tuple(command)), seconds, log)
-            log.seek(place)
-            text = outcome(part, code, log.read().splitlines())
-            log.seek(0, os.SEEK_END)
+                command += (f"--out={out}",)
+            code, took = run(replace(part, command=command), seconds, log)
             failed += bool(code)  # None: cut at its time
-            keep(part, text, took)
+            keep(part, outcome(code), took)
     result.finish(out)
     lines = closing(out, before)
-    said = [line for text in said for line in text.splitlines()]
     room = MAX_LINES - len(said) - 3
     if len(lines) > room:
         lines = [*lines[: room - 1], f"  ... and {len(lines) - room + 1} more in {out}"]

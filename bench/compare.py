@@ -21,8 +21,8 @@ from pathlib import Path
 
 from bench import results
 from bench.provenance import ROOT
+from bench.stats import TOO_FEW, Ratio, ratio_of_independent_medians, ratio_of_medians
 from bench.tables import table
-from fastgpt_kernels.stats import TOO_FEW, Ratio, ratio_of_independent_medians, ratio_of_medians
 
 
 def compare_files(a: Path, b: Path) -> tuple[list[tuple[str, Ratio]], list[str]]:

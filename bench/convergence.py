@@ -28,6 +28,7 @@ import torch
 
 from bench import provenance, results, setup
 from bench.setup import at_least
+from bench.stats import ONE_PAIR, paired, summarize
 from bench.tables import table
 from bench.variants import Variant, contenders
 from bench.whole_runs import COLOURS, Course, Race, Rows, one_run
@@ -36,7 +37,6 @@ from fastgpt.config.schema import Config, PrepareConfig
 from fastgpt.data.prepare import ensure
 from fastgpt.errors import UserError
 from fastgpt.storage.files import write_text
-from fastgpt_kernels.stats import ONE_PAIR, paired, summarize
 from fastgpt_kernels.tools.workers import TaskFailed
 
 PRESET = "shakespeare_char"

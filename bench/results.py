@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import provenance
-from fastgpt_kernels.stats import Ratio, summarize
+from bench.stats import Ratio, summarize
 
 SCHEMA = 1
 NOT_YET = "the run was cut short before this was measured"

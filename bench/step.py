@@ -20,12 +20,12 @@ import torch
 
 from bench import provenance, results, setup, turns
 from bench.setup import at_least
+from bench.stats import MIN_ROUNDS, ratio_of_medians
 from bench.tables import table
 from bench.turns import Measured
 from bench.variants import Variant, contenders
 from fastgpt.config.schema import Config
 from fastgpt.errors import UserError
-from fastgpt_kernels.stats import MIN_ROUNDS, ratio_of_medians
 
 SWEEPS = {"batch": "batch_size"} | {k: k for k in ("block_size", "n_layer", "n_embd")}
 Rows = list[dict[str, Any]]

@@ -35,8 +35,8 @@ from bench import setup
 from bench.variants import Stepper, Variant, build
 from fastgpt.config import settings
 from fastgpt.config.schema import Config
+from fastgpt.data.prepare import cores
 from fastgpt.model.peaks import synchronize
-from fastgpt_kernels.plans.device import cores
 from fastgpt_kernels.tools.workers import TaskFailed, Worker
 
 POOL = 8  # batches that the steps rotate through

@@ -1,4 +1,4 @@
-"""The command line: prepare, train, sample, eval, export, import, compare, doctor, tune.
+"""The command line: prepare, train, sample, eval, export, import, compare, doctor.
 
 A command's module is imported once its arguments are known to be good: `--help` and mistakes answer
 at once, without PyTorch, which takes a second to load.
@@ -46,7 +46,6 @@ fastgpt {version}: train GPT-2-class models as fast as one CUDA GPU allows
   fastgpt prepare CORPUS [--key=value ...]               turn a corpus into token files
   fastgpt compare RUN RUN ... [--to=FILE.png]            their curves, figures, and a verdict
   fastgpt doctor [PRESET | FILE] [--key=value ...]       what this machine has and what will run
-  fastgpt tune [PRESET | FILE] [--budget=SECONDS]        measure which kernels are the fastest here
 
 presets   {presets}
 corpora   python_stdlib  shakespeare_char  shakespeare  openwebtext  fineweb10B
@@ -56,7 +55,6 @@ corpora   python_stdlib  shakespeare_char  shakespeare  openwebtext  fineweb10B
 """
 
 WAIT_FOR_RANK_0 = 10.0  # seconds
-TUNE_BUDGET = 600.0
 
 C = TypeVar("C", bound=SourceConfig)
 
@@ -144,7 +142,6 @@ def _command(args: list[str]) -> int:
         "prepare": (PrepareConfig, "CORPUS", _prepare),
         "compare": (CompareConfig, "RUN RUN ...", _compare),
         "doctor": (dict, "[PRESET | FILE]", _doctor),
-        "tune": (dict, "[PRESET | FILE]", _tune),
     }
     if not args or args[0] in ("-h", "--help", "help"):
         presets = textwrap.fill("  ".join(PRESETS), 88, subsequent_indent=" " * 10)
@@ -163,14 +160,6 @@ def _command(args: list[str]) -> int:
         print(
             "fastgpt doctor [PRESET | FILE] [--key=value ...]: Python, torch, triton, GPU and "
             "peak, disk, data, and the ops of `fastgpt train` with the same arguments"
-        )
-        return 0
-    if name == "tune":
-        print(
-            "fastgpt tune [PRESET | FILE.toml] [--budget=SECONDS] [--key=value ...]: measure on "
-            "this device which implementations, launch configs and, on a CPU, threads `fastgpt "
-            "train` with the same arguments is the fastest with, and keep it for its runs; takes "
-            f"at most {TUNE_BUDGET:g} seconds unless told"
         )
         return 0
     if name == "train":
@@ -350,20 +339,3 @@ def _doctor(args: list[str]) -> int:
 
     doctor(config, name)
     return 0
-
-
-def _tune(args: list[str]) -> int:
-    positional, flags = settings.split_flags(args)
-    text = flags.pop("budget", str(TUNE_BUDGET))
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise UserError(f"--budget={text}: wanted a number of seconds > 0")
-    config, name = _training([*positional, *(f"--{k}={v}" for k, v in flags.items())])
-    from fastgpt.doctor import as_trained, vocab_size
-    from fastgpt.train.tuning import tune
-
-    config = as_trained(config)
-    return tune(config, vocab_size(config), seconds)

@@ -21,13 +21,9 @@ from fastgpt.data.prepare import cores
 from fastgpt.data.token_files import open_dataset
 from fastgpt.data.tokenizer import GPT2_VOCAB
 from fastgpt.errors import UserError
-from fastgpt.model import agreements, ops
-from fastgpt.model.build import choose
 from fastgpt.model.device import Machine
 from fastgpt.model.driver import why_no_gpu
-from fastgpt.model.plan import Plan
 from fastgpt.storage import run
-from fastgpt.train import tuning
 from fastgpt.weights.hugging_face import SIZES, shape_of_size
 
 
@@ -86,23 +82,6 @@ def as_trained(config: Config) -> Config:
     return settings.replace(config, **{**vars(size), "block_size": block_size})
 
 
-def _ops(config: Config, machine: Machine, vocab_size: int, plan: Plan) -> tuple[ops.Choice, ...]:
-    """Returns what computes the model, checked anew."""
-    if before := agreements.kept(machine.device):
-        before.forget()
-    return choose(config, vocab_size, machine, plan).choices
-
-
-def _plan(config: Config, plan: Plan, name: str) -> str:
-    """What is chosen, on which figures, from when."""
-    if config.system.tune == "off":
-        return "--tune=off: nothing that was measured is used"
-    if not plan.lines:
-        return f"nothing measured on this device for it yet: fastgpt tune {name}"
-    took, *figures = plan.lines
-    return "\n".join([f"measured {plan.date} UTC on this {plan.device}, {took}", *figures])
-
-
 def doctor(config: Config, name: str) -> None:
     """Print the screen; ops, precision and peak are those of `fastgpt train` with this config.
 
@@ -112,8 +91,6 @@ def doctor(config: Config, name: str) -> None:
     machine = Machine.of(s.device, s.dtype, s.compile, s.peak_tflops)
     device, vocabulary = machine.device, vocab_size(config)
     config = as_trained(config)
-    known = config.system.tune != "off"
-    plan = tuning.known(config, vocabulary, machine) if known else Plan()
     free = shutil.disk_usage(".").free / 2**30
     bf16 = "not used here"
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
@@ -129,9 +106,8 @@ def doctor(config: Config, name: str) -> None:
         "peak": str(machine.peak),
         f"ops of {name}": "\n".join(
             f"{c.op}: {c.implementation} ({c.reason})"
-            for c in _ops(config, machine, vocabulary, plan)
+            for c in choose(config, vocabulary, machine).choices
         ),
-        "plan": _plan(config, plan, name),
         "disk": f"{free:.1f} GiB free in {Path.cwd()}",
         "data": _data_folders(),
         "runs": _runs(),

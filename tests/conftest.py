@@ -6,14 +6,10 @@ of triton by any test. It is taken away again at once: only tests/kernels turns 
 """
 
 import os
-import tempfile
 from fnmatch import fnmatch
 
 import pytest
 import torch
-
-# Nothing that was measured on this machine decides what the tests run.
-os.environ["FASTGPT_PLANS"] = os.path.join(tempfile.gettempdir(), f"no-plans-{os.getpid()}")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

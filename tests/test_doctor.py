@@ -49,7 +49,7 @@ def test_the_ops_are_those_of_the_run(preset, training, monkeypatch, tmp_path, c
     monkeypatch.chdir(tmp_path)
     asked = {}
 
-    def choose_all(asking, device, dtype, sizes, wish, plan=None):
+    def choose_all(asking, device, dtype, sizes, wish):
         asked.update({op.name: (dtype, sizes, wish.kernels) for op in asking})
         return {op.name: (Choice(op.name, "eager", "asked"), op.eager) for op in asking}
 

@@ -64,8 +64,6 @@ def test_the_commands_in_their_order(home: Path):
         resuming = "--init_from=resume" in args
         if command == "train" and "--help" not in args:
             args += ["--max_iters=4", "--overwrite=True"] if resuming else SMALL.split()
-        if command == "tune":
-            args = ["laptop", "--budget=0.01", *SMALL.split()]
         if command == "sample":
             args += ["--max_new_tokens=3", "--num_samples=1"]
         said = fastgpt(home, command, *args)

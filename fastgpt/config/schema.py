@@ -193,12 +193,8 @@ class SystemConfig:
     max_autotune: bool = False
     """Let torch.compile time more matmul kernels, Triton's besides cuBLAS's; minutes, once."""
     kernels: Literal["auto", "triton", "eager"] = "auto"
-    """Which implementation the fused ops use; auto: what was measured as the fastest on this device
-    (--tune), and unmeasured Triton on a GPU, each if it passes its check."""
-    tune: str = "auto"
-    """Measure on this device which kernels are the fastest. A number: for at most so many seconds
-    before the run, if it is not known yet; auto: 60, for runs of over 20 minutes; off: never, and
-    nothing that was measured before is used."""
+    """Which implementation the fused ops use; auto: Triton on a GPU, each op if it passes its
+    check."""
     activation_checkpointing: bool = False
     """Keep only what stands between blocks and compute the rest again: less memory, a third more
     compute."""

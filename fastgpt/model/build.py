@@ -12,7 +12,6 @@ from fastgpt.config.schema import Config
 from fastgpt.model import ops
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt.model.plan import Plan
 from fastgpt_kernels.registry import Sizes
 
 
@@ -22,12 +21,10 @@ def sizes_of(config: Config, vocab_size: int) -> Sizes:
     return shape.sizes(config.optim.batch_size, config.model.dropout)
 
 
-def choose(
-    config: Config, vocab_size: int, machine: Machine, plan: Plan | None = None
-) -> ops.OpTable:
+def choose(config: Config, vocab_size: int, machine: Machine) -> ops.OpTable:
     """The ops that a model of this config is made with. Raises UserError as `build` does."""
     sizes, wish = sizes_of(config, vocab_size), ops.Wish(config.system.kernels, vars(config.op))
-    return ops.choose(machine.device, machine.torch_dtype, sizes, wish, plan)
+    return ops.choose(machine.device, machine.torch_dtype, sizes, wish)
 
 
 def set_precision(config: Config, machine: Machine) -> None:
@@ -52,18 +49,15 @@ def build(
     vocab_size: int,
     machine: Machine,
     weights: Mapping[str, Tensor] | None = None,
-    plan: Plan | None = None,
 ) -> GPT:
     """The model on its device, with `weights` (a state dict), else drawn from --seed.
-
-    Its ops are those of the plan, where there is one and the settings leave it open.
 
     Also sets, for the whole process, what `set_precision` says. Raises UserError if an op
     that was asked for cannot run here.
     """
     system, shape = config.system, ModelShape.of(config.model, vocab_size)
     set_precision(config, machine)
-    table = choose(config, vocab_size, machine, plan)
+    table = choose(config, vocab_size, machine)
     model = GPT(shape, config.model.dropout, table, machine.torch_dtype)
     if weights is None:
         model.init_weights(config.run.seed)

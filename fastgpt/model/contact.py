@@ -2,8 +2,7 @@
 
 The parent sends what to check as a line of JSON, the child answers with a line for each task. If it
 is silent for too long, or ends, the op that it was at is at fault; the others are asked of a new
-process. Kernels that were compiled there are found in Triton's cache by the run, and what agreed
-is not asked again at its next start (`agreements.py`).
+process. Kernels that were compiled there are found in Triton's cache by the run.
 """
 
 from __future__ import annotations
@@ -23,9 +22,7 @@ from typing import Any
 
 import torch
 
-from fastgpt.model.agreements import Agreements
 from fastgpt_kernels import host
-from fastgpt_kernels.plans.measure import put
 from fastgpt_kernels.registry import OpSpec, Sizes, spec, specs
 from fastgpt_kernels.selfcheck import compile_ahead, disagreement
 from fastgpt_kernels.telling import why
@@ -36,7 +33,6 @@ class Task:
     """One implementation of an op, by names, and what it is to be checked for.
 
     function  "module:name" in place of the record's own implementation
-    configs   a plan's launch configs, as JSON
     """
 
     op: str
@@ -46,7 +42,6 @@ class Task:
     sizes: Sizes
     function: str = ""
     deterministic: bool = False
-    configs: str = "[]"
 
     @classmethod
     def of(
@@ -61,9 +56,8 @@ class Task:
         return cls(op.name, name, str(device), dtype_name, sizes, path, deterministic)
 
     def check(self) -> tuple[OpSpec, str, torch.dtype, Sizes]:
-        """The way back: op, implementation, dtype, sizes; launches have the plan's configs."""
+        """The way back: op, implementation, dtype, sizes."""
         op = spec(self.op)
-        put(json.loads(self.configs), host.arch_on(torch.device(self.device)))
         if self.function:
             module, _, name = self.function.partition(":")
             function = getattr(importlib.import_module(module), name)
@@ -94,12 +88,8 @@ class Silent(Exception):
 _FOUND: dict[Task, str] = {}
 
 
-def first_contact(
-    tasks: Sequence[Task], limits: Limits = LIMITS, before: Agreements | None = None
-) -> list[str]:
-    """What is wrong with each of the tasks; empty for one that agrees, now or `before`."""
-    if before is not None:
-        _FOUND.update({t: "" for t in tasks if t not in _FOUND and asdict(t) in before})
+def first_contact(tasks: Sequence[Task], limits: Limits = LIMITS) -> list[str]:
+    """What is wrong with each of the tasks; empty for one that agrees."""
     asked = [task for task in tasks if task not in _FOUND]
     ahead = host.HAS_TRITON and all(task.device.startswith("cuda") for task in tasks)
     while waiting := [task for task in asked if task not in _FOUND]:
@@ -108,8 +98,6 @@ def first_contact(
         except OSError as e:
             _FOUND.update(dict.fromkeys(waiting, f"its check cannot start ({why(e)})"))
         ahead = False
-    if before is not None:
-        before.add(asdict(task) for task in asked if not _FOUND[task])
     return [_FOUND[task] for task in tasks]
 
 

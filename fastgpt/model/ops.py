@@ -8,32 +8,27 @@ depends on the choice:
     triton   fastgpt_kernels, on a GPU
     others   as the op's record lists them: attention has PyTorch's cudnn and flash
 
-By itself (`--kernels=auto`) a GPU gets what a plan says, which was measured there (`plan.py`). What
-has no plan gets Triton if the shapes allow it and the op agrees with its specification on this very
-device (`fastgpt_kernels/selfcheck.py`, in a process of its own, once: `contact.py`), and everything
-else gets eager. Ops whose eager implementation is a library's own kernel (matrix products, the
-optimizer) are different: without a plan they leave it only on GPUs on which ours was measured
-faster, or for a flag such as --op.linear=triton.
+By itself (`--kernels=auto`) a GPU gets Triton if the shapes allow it and the op agrees with its
+specification on this very device (`fastgpt_kernels/selfcheck.py`, in a process of its own:
+`contact.py`), and everything else gets eager. Ops whose eager implementation is a library's own
+kernel (matrix products, the optimizer) are different: they leave it only on GPUs on which ours was
+measured faster, or for a flag such as --op.linear=triton.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
 from fastgpt.errors import UserError
-from fastgpt.model.agreements import kept
 from fastgpt.model.contact import Task, first_contact
-from fastgpt.model.plan import Measured, Plan
 from fastgpt_kernels import host, versions
-from fastgpt_kernels.plans.measure import put
 from fastgpt_kernels.registry import OpSpec, Sizes, specs
 from fastgpt_kernels.telling import EVERY_S, telling
 
@@ -96,14 +91,13 @@ def choose(
     dtype: torch.dtype = torch.float32,
     sizes: Sizes | None = None,
     wish: Wish | None = None,
-    plan: Plan | None = None,
 ) -> OpTable:
     """The table for a device, activations of `dtype`, and a model's sizes.
 
     Raises UserError if what was asked for cannot run here.
     """
     sizes, wish = sizes or Sizes(), wish or Wish()
-    chosen = choose_all(specs("model"), device, dtype, sizes, wish, plan)
+    chosen = choose_all(specs("model"), device, dtype, sizes, wish)
     _name_in_caches([choice for choice, _ in chosen.values()])
     functions = {name: function for name, (_, function) in chosen.items()}
     for op in specs("model"):
@@ -119,23 +113,16 @@ def choose_all(
     dtype: torch.dtype,
     sizes: Sizes,
     wish: Wish,
-    plan: Plan | None = None,
 ) -> dict[str, tuple[Choice, Callable[..., Any]]]:
-    """Choice and function of each op, by name. Raises UserError as `choose` does.
-
-    From then on launches have the plan's configs, in this process.
-    """
-    wanted = {op.name: _wanted(op, device, dtype, sizes, wish, plan) for op in ops}
-    configs = _configs(wanted, host.arch_on(device), plan)
+    """Choice and function of each op, by name. Raises UserError as `choose` does."""
+    wanted = {op.name: _wanted(op, device, dtype, sizes, wish) for op in ops}
     tasks = {}
     for op in ops:
         name, obstacle, *_ = wanted[op.name]
         if name != "eager" and not obstacle and device.type in CHECKED_ON:
-            task = Task.of(op, name, device, dtype, sizes)
-            tasks[op.name] = replace(task, configs=json.dumps(configs.get(op.name, [])))
+            tasks[op.name] = Task.of(op, name, device, dtype, sizes)
     with telling("checking kernels") as elapsed:
-        before = kept(device) if tasks else None
-        found = dict(zip(tasks, first_contact([*tasks.values()], before=before), strict=True))
+        found = dict(zip(tasks, first_contact([*tasks.values()]), strict=True))
     if elapsed() > EVERY_S:
         print(f"checked {len(tasks)} kernels in {elapsed():.1f}s", flush=True)
     if any(obstacle == versions.untested() != "" for _, obstacle, *_ in wanted.values()):
@@ -147,25 +134,9 @@ def choose_all(
             if flag:
                 raise UserError(f"{flag}: {wrong}")
             obstacle = f"{name}: {wrong}"
-        if obstacle and _measured(op, wish, plan):  # the default may do what the best does not
-            choice, function = choose_all([op], device, dtype, sizes, wish)[op.name]
-            reason = "; ".join(dict.fromkeys([obstacle, choice.reason]))
-            chosen[op.name] = replace(choice, reason=reason), function
-            continue
         kind, reason = ("eager", obstacle) if obstacle else (name, reason)
-        if not obstacle:
-            put(configs.get(op.name, ()), host.arch_on(device))
         chosen[op.name] = Choice(op.name, kind, reason), op.implementations[kind].function
     return chosen
-
-
-def _measured(op: OpSpec, wish: Wish, plan: Plan | None) -> Measured | None:
-    """What a plan says of an op, where nothing overrides it."""
-    # Of versions that nobody has tried, PyTorch's own implementation is the one to trust.
-    if plan is None or wish.of(op)[0] != "auto" or versions.untested():
-        return None
-    found = plan.ops.get(op.name)
-    return found if found and found.implementation in op.implementations else None
 
 
 @functools.cache
@@ -179,7 +150,6 @@ def _wanted(
     dtype: torch.dtype,
     sizes: Sizes,
     wish: Wish,
-    plan: Plan | None,
 ) -> tuple[str, str, str, str]:
     """(the implementation to take, why it cannot be, the flag that asks for it or nothing, why it
     is taken).
@@ -188,28 +158,12 @@ def _wanted(
     """
     wanted, flag = wish.of(op)
     if wanted == "auto":
-        if measured := _measured(op, wish, plan):
-            name = measured.implementation
-            return name, _obstacle(op, name, device, dtype, sizes), "", measured.reason
         obstacle = _obstacle(op, "triton", device, dtype, sizes)
         obstacle = obstacle or op.slower(host.arch_on(device)) or versions.untested()
         return "triton", obstacle, "", "fused kernels"
     if obstacle := _obstacle(op, wanted, device, dtype, sizes):
         raise UserError(f"{flag}: {obstacle}")
     return wanted, "", flag, flag
-
-
-def _configs(
-    wanted: Mapping[str, tuple[str, str, str, str]], arch: str, plan: Plan | None
-) -> dict[str, list[Any]]:
-    """The plan's launch configs, by op, of those ops that follow it; none for another GPU."""
-    if plan is None or plan.arch != arch:
-        return {}
-    return {
-        op: [*plan.ops[op].configs]
-        for op, (name, _, flag, _) in wanted.items()
-        if op in plan.ops and not flag and name == plan.ops[op].implementation
-    }
 
 
 def _name_in_caches(choices: Sequence[Choice]) -> None:

@@ -1,6 +1,6 @@
 """A run is a folder: found, made, locked, and described by its config.toml.
 
-RUN/config.toml  run.json  plan.json  metrics.jsonl  loss.png  tokenizer.json  checkpoints/
+RUN/config.toml  run.json  metrics.jsonl  loss.png  tokenizer.json  checkpoints/
 
 run.json has the run's id, who launched it, and the text of config.toml, and ends in its own sha256:
 a config.toml that was changed or damaged is named, and the run goes on with what it wrote itself.
@@ -25,11 +25,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fastgpt.config import settings
 from fastgpt.config.schema import Config
-from fastgpt.errors import UserError, read_bytes, reading
+from fastgpt.errors import UserError, read_bytes
 from fastgpt.storage import checkpoint
 from fastgpt.storage.files import (
     explain_os_error,
@@ -156,23 +155,6 @@ def save_config(run_dir: Path, config: Config, launch: Sequence[str] = ()) -> Id
     write_text(run_dir / IDENTITY, sealed(json.dumps(body, indent=1)))
     write_text(run_dir / "config.toml", text)
     return Identity(*kept, text)
-
-
-def load_plan(run_dir: Path) -> Any:
-    """The JSON of plan.json; None if the run has none, as those of earlier versions.
-
-    Raises UserError if it cannot be read: what the run computed with is not known then.
-    """
-    path = run_dir / "plan.json"
-    if not path.exists():
-        return None
-    with reading(path, "not JSON; without the file the run goes on, on other kernels perhaps"):
-        return json.loads(read_bytes(path, limit=1 << 24))
-
-
-def save_plan(run_dir: Path, plan: Any) -> None:
-    """Keep what a resume has to compute with."""
-    write_text(run_dir / "plan.json", json.dumps(plan, indent=1) + "\n")
 
 
 # --- a folder of one's own ------------------------------------------------------------------------

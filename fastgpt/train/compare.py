@@ -22,11 +22,11 @@ from fastgpt.storage import run
 from fastgpt.storage.files import atomic_file
 from fastgpt.train.metrics import count
 from fastgpt.train.plots import Curves, smooth, time_axis
-from fastgpt_kernels.stats import ONE_PAIR, student_t
 
 _NOT_THE_RUN = ("seed", "out_dir", "overwrite", "wandb_run_name", "wandb_log", "tensorboard")
 _DATA = ("dataset", "input", "tokenizer", "val_fraction")
 _TAIL = 6  # evaluations whose scatter is looked at
+ONE_PAIR = "a single run is never enough"
 
 
 @dataclass(frozen=True)
@@ -235,3 +235,26 @@ def draw(runs: Sequence[Compared], path: Path) -> Path:
     with atomic_file(path) as f:
         figure.savefig(f, format="png", dpi=120)
     return path
+
+
+def student_p(t: float, freedom: int) -> float:
+    """How likely |Student's t| is to be larger by chance (Abramowitz and Stegun 26.7.3, 26.7.4)."""
+    angle = math.atan(abs(t) / math.sqrt(freedom))
+    odd = freedom % 2
+    term = total = math.cos(angle) if odd else 1.0
+    for k in range(2 + odd, freedom, 2):
+        term *= math.cos(angle) ** 2 * (k - 1) / k
+        total += term
+    if freedom == 1:
+        total = 0.0
+    inside = math.sin(angle) * total
+    return 1.0 - (2 / math.pi * (angle + inside) if odd else inside)
+
+
+def student_t(freedom: int) -> float:
+    """The t beyond which 5 % lie on both sides together."""
+    low, high = 0.0, 20.0
+    for _ in range(50):  # halved until it is known
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_p(middle, freedom) > 0.05 else (low, middle)
+    return low

@@ -23,9 +23,8 @@ from fastgpt.model import ops
 from fastgpt.model.build import build
 from fastgpt.model.device import Machine
 from fastgpt.model.driver import why_no_gpu
-from fastgpt.model.plan import Plan
 from fastgpt.storage import checkpoint, run
-from fastgpt.train import cuda_graph, memory, metrics, plots, resume, tuning
+from fastgpt.train import cuda_graph, memory, metrics, plots, resume
 from fastgpt.train.distributed import Ranks, check_launch, join, launcher, local_device, restarted
 from fastgpt.train.loop import Loop
 from fastgpt.train.resume import Progress
@@ -80,16 +79,8 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
     r, launch = config.run, ranks.gather(launcher())
     again = ranks.gather(restarted() and run.made_by(Path(r.out_dir), launch))[0]
     resuming = r.init_from == "resume" or again and bool(checkpoint.names(Path(r.out_dir)))
-    plan = Plan()
     with ranks.raise_on_all_ranks():
-        if ranks.first and resuming:
-            plan = tuning.of_run(run.find(r.out_dir))
-        elif ranks.first:
-            plan = tuning.for_run(config, vocab_size, machine, alone=ranks.size == 1)
-    plan = ranks.gather(plan)[0]
-    machine = plan.adopt(machine, config.system.compile)
-    with ranks.raise_on_all_ranks():
-        model = build(config, vocab_size, machine, weights, plan)
+        model = build(config, vocab_size, machine, weights)
     del weights
 
     batch_size = config.optim.batch_size
@@ -116,7 +107,6 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
         with ranks.raise_on_all_ranks():
             if ranks.first:
                 run.save_config(run_dir, trainer.resolved, launch)
-                run.save_plan(run_dir, plan.to_dict())
                 if dataset.tokenizer is not None:
                     dataset.tokenizer.save(run_dir)
         introduce(trainer, dataset, run_dir)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
 import sys
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from fastgpt.config import settings
 from fastgpt.data.token_files import Dataset
-from fastgpt.errors import UserError, reading
+from fastgpt.errors import UserError, read_bytes, reading
 from fastgpt.storage import checkpoint, run
 from fastgpt.train import distributed, optim
 from fastgpt.train.trainer import Trainer
@@ -123,4 +125,16 @@ def load(trainer: Trainer, dataset: Dataset, run_dir: Path) -> Progress:
         )
     trainer.load(saved.model, saved.optimizer, document)
     print(f"resuming from {saved.folder}")
+    _say_if_planned(run_dir / "plan.json")
     return progress
+
+
+def _say_if_planned(path: Path) -> None:
+    """Says that a plan, which runs of version 0.1.0 computed by, no longer counts."""
+    with contextlib.suppress(UserError), reading(path, ""):
+        plan = json.loads(read_bytes(path, limit=1 << 24))
+        if plan["ops"] or plan["threads"] or plan["compile"] is not None:
+            print(
+                f"{path}: no longer applied; for the same bits as before, give what it names as "
+                f"--op.NAME, --compile and OMP_NUM_THREADS (now {torch.get_num_threads()})"
+            )

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from fastgpt_kernels.ops.matmul.linear import linear
     from fastgpt_kernels.ops.matmul.mlp import mlp
     from fastgpt_kernels.ops.norm.op import add_layer_norm, layer_norm
-    from fastgpt_kernels.plans.tune import tune
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,6 @@ OPS: dict[str, Entry] = {
     "cross_entropy": Entry("loss.cross_entropy", "The loss alone, of logits.", chosen_by=""),
 }
 _MODULES = {op: f"ops.{e.module}" for op, e in OPS.items()}
-_MODULES["tune"] = "plans.tune"
 __all__ = [*_MODULES]
 
 

@@ -2,17 +2,15 @@
 
 A table maps an architecture ("sm_90", "gfx942", or "default") to entries keyed by a size bound (a
 head dim, a row width): the entry with the smallest key at or above the size is used.
-The tables lie in the ops' rooms (`ops/*/configs.py`). A plan (`plans/`), measured on the device at
-hand, puts other entries in their place with `use`. An entry that nobody has timed says so: it was
-chosen by register and shared-memory counts from `python -m fastgpt_kernels.tools.aot`.
+The tables lie in the ops' rooms (`ops/*/configs.py`). An entry that nobody has timed says so: it
+was chosen by register and shared-memory counts from `python -m fastgpt_kernels.tools.aot`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 # Architectures for which every kernel is compiled and inspected in CI.
 ARCHITECTURES = (
@@ -52,9 +50,6 @@ class Config:
 
 Table = Mapping[str, Mapping[int, Config]]
 
-# What was looked up, while somebody watches: (table, architecture, bound).
-_WATCHED: list[tuple[Table, str, int]] | None = None
-
 
 def lookup(table: Table, arch: str, key: int) -> Config:
     """The entry for `key` on `arch`: the smallest key at or above it, else the largest one.
@@ -63,27 +58,9 @@ def lookup(table: Table, arch: str, key: int) -> Config:
     """
     found = entries(table, arch)
     bound = next((b for b in found if key <= b), max(found))
-    if _WATCHED is not None:
-        _WATCHED.append((table, arch, bound))
     return found[bound]
 
 
 def entries(table: Table, arch: str) -> Mapping[int, Config]:
     """All entries that `lookup` can return on `arch`; what `tunables` go through."""
     return table.get(arch) or table["default"]
-
-
-def use(table: Table, arch: str, bound: int, config: Config) -> None:
-    """From now on an entry of a table is this one, in this process."""
-    cast(dict, table)[arch] = {**entries(table, arch), bound: config}
-
-
-@contextmanager
-def watched() -> Iterator[list[tuple[Table, str, int]]]:
-    """Within, what launches look up is appended to the list: (table, architecture, bound)."""
-    global _WATCHED
-    before, _WATCHED = _WATCHED, []
-    try:
-        yield _WATCHED
-    finally:
-        _WATCHED = before

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench import all as everything
-from bench import results, smoke
-from fastgpt_kernels.plans.measure import OpBench
+from bench import results
 
 COPY = "import shutil; shutil.copy({source!r}, {target!r}); print('said something'); {then}"
 
@@ -69,12 +68,9 @@ def test_a_spent_budget_is_said(
 
 
 def test_what_a_part_says_at_its_end() -> None:
-    tune = everything.Part(everything.TUNE, (), 1, 1)
-    said = ["tune: attention", "kernels: measured 41 s on this GPU", "  attention  hopper  2.31 ms"]
-    assert everything.outcome(tune, 0, said).splitlines() == ["done", *(f"  {x}" for x in said[1:])]
-    assert everything.outcome(tune, 0, []) == "done"
-    assert everything.outcome(tune, None, said) == "stopped at its time; what it had is written"
-    assert everything.outcome(tune, 3, said) == "exit code 3: something in it failed"
+    assert everything.outcome(0) == "done"
+    assert everything.outcome(None) == "stopped at its time; what it had is written"
+    assert everything.outcome(3) == "exit code 3: something in it failed"
 
 
 def test_what_is_missing() -> None:
@@ -82,7 +78,7 @@ def test_what_is_missing() -> None:
     assert everything.missing({"nowhere_at_all": "pictures"}) == ["nowhere_at_all (pictures)"]
 
 
-CORE = ["warm", "step", "waterfall", "kernels", "smoke", "tune"]
+CORE = ["warm", "step", "waterfall", "kernels"]
 REST = ["gemms", "ablate", "convergence"]
 
 
@@ -97,7 +93,6 @@ def rehearse(
     def run(part: everything.Part, seconds: float, log: object) -> tuple[int | None, float]:
         given[part.name] = (now[0] - 1000.0, seconds)
         assert part.command[:2] != ("-m", "bench") or part.command[-1].startswith("--out=")
-        assert "{seconds}" not in "".join(part.command)
         now[0] += takes * seconds
         return (None if takes == 1.0 else 0), takes * seconds
 
@@ -143,28 +138,3 @@ def test_attention_and_the_head_come_first() -> None:
     with_peer = {p.name for p in everything.parts(True, "nano") if "--peer-path=nano" in p.command}
     assert with_peer == {"warm", "step", "convergence"}
     assert sys.executable
-
-
-def test_smoke_and_warm_on_a_cpu(tmp_path: Path, monkeypatch, capsys) -> None:
-    """Each op once, in this process; a wrong one is a row and the others go on."""
-
-    class Here:
-        def __init__(self, make: str, arguments: dict):
-            self.there = OpBench(**arguments)
-
-        def ask(self, method: str, *args, timeout: float):
-            if self.there.op.name == "linear":
-                raise smoke.Failed("is off by 1 here")
-            return getattr(self.there, method)(*args)
-
-        def close(self) -> None:
-            pass
-
-    monkeypatch.setattr(smoke, "Child", Here)
-    monkeypatch.setattr("fastgpt_kernels.plans.measure.TURN_MS", 0.1)
-    assert smoke.main([f"--out={tmp_path}", "--device=cpu"]) == 1
-    (path,) = results.files(tmp_path)
-    rows = {row["key"]: row["problem"] for row in results.load(path)["rows"]}
-    assert rows.pop("linear eager") == "is off by 1 here"
-    assert {"attention flash", "attention dropout 0.2 math", "mlp eager"} <= set(rows)
-    assert not any(rows.values()) and "attention eager: right" in capsys.readouterr().out

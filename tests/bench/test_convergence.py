@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from bench import convergence, results, whole_runs
+from bench.stats import ONE_PAIR
 from bench.variants import Variant
 from fastgpt.config.schema import CompareConfig
 from fastgpt.train.compare import compare
-from fastgpt_kernels.stats import ONE_PAIR
 from tests.bench.test_step import TINY, write_peer
 from tests.runs import write_text
 

@@ -17,7 +17,7 @@ import pytest
 from bench import all as everything
 from bench import compare, convergence, results, turns
 from bench.__main__ import COMMANDS, main
-from fastgpt_kernels.stats import ratio_of_medians
+from bench.stats import ratio_of_medians
 from tests.bench.test_step import TINY, fake_measure
 from tests.runs import write_text
 
@@ -35,7 +35,6 @@ def given(name: str, folder: Path) -> list[str]:
     corpus = [f"--input={folder}/text.txt", "--tokenizer=byte", f"--data_dir={folder}/data"]
     return {
         "warm": [*out, *TINY],
-        "smoke": [*out, "layer_norm"],
         "step": [*out, *TINY],
         "ablate": [*out, *TINY],
         "compare": TINY,

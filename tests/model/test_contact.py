@@ -18,7 +18,6 @@ from fastgpt.errors import UserError
 from fastgpt.model import contact, ops
 from fastgpt.model.contact import Limits, Task, first_contact
 from fastgpt.model.ops import Wish, choose_all
-from fastgpt.model.plan import Measured, Plan
 from fastgpt_kernels.registry import Implementation, Sizes, spec
 from tests.model import bad_kernels
 from tests.model.test_ops import CPU, interpreted
@@ -197,7 +196,7 @@ def test_choices_are_made_of_what_was_found(monkeypatch):
     interpreted(monkeypatch)
     said = {"bias_gelu": "ends its process (SIGSEGV)", "layer_norm": ""}
     monkeypatch.setattr(ops, "CHECKED_ON", ("cpu",))
-    monkeypatch.setattr(ops, "first_contact", lambda tasks, **_: [said[t.op] for t in tasks])
+    monkeypatch.setattr(ops, "first_contact", lambda tasks: [said[t.op] for t in tasks])
     asked = [spec(n) for n in ("bias_gelu", "layer_norm", "linear")]
 
     def choose(wish):
@@ -215,25 +214,6 @@ def test_choices_are_made_of_what_was_found(monkeypatch):
     assert {c.implementation for c in choose(Wish("eager"))} == {"eager"}
     with pytest.raises(UserError, match=r"--op.bias_gelu=triton: ends its process \(SIGSEGV\)"):
         choose(Wish(ops={"bias_gelu": "triton"}))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels run for real")
-def test_a_measured_choice_that_fails_leaves_the_op_to_the_default(monkeypatch):
-    interpreted(monkeypatch)
-    monkeypatch.setattr(ops, "CHECKED_ON", ("cpu",))
-    said = {"math": "is wrong here", "triton": ""}
-    monkeypatch.setattr(ops, "first_contact", lambda ts, **_: [said[t.implementation] for t in ts])
-    plan = Plan({"attention": Measured("math", "measured")})
-
-    def choose(wish):
-        return choose_all([spec("attention")], CPU, torch.float32, SMALL, wish, plan)
-
-    choice, function = choose(Wish())["attention"]
-    assert choice == ops.Choice("attention", "triton", "math: is wrong here; fused kernels")
-    assert function is spec("attention").triton
-    said["triton"] = "is wrong too"
-    choice, _ = choose(Wish())["attention"]
-    assert choice == ops.Choice("attention", "eager", "math: is wrong here; triton: is wrong too")
 
 
 def test_without_a_gpu_nobody_is_asked(monkeypatch):

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from fastgpt.errors import UserError
 from fastgpt.model import ops
 from fastgpt.model.ops import Wish
-from fastgpt.model.plan import Measured, Plan
 from fastgpt_kernels import OPS
 from fastgpt_kernels.ops.matmul import record as matmul_records
 from fastgpt_kernels.registry import Sizes, spec, specs
@@ -164,38 +163,6 @@ def test_fp32_weights_with_bf16_activations():
     want = F.layer_norm(x.float(), (8,), w, b)
     torch.testing.assert_close(y, want.bfloat16())
     assert eager("bias_gelu")(x, b).dtype == torch.bfloat16
-
-
-def test_a_plan_counts_where_nothing_overrides_it(monkeypatch):
-    op = spec("bias_gelu")
-    measured = Measured("eager", "measured")
-    plan = Plan({"bias_gelu": measured})
-    assert ops._measured(op, Wish(), plan) is measured
-    assert ops._measured(op, Wish(), None) is ops._measured(op, Wish(), Plan()) is None
-    assert ops._measured(op, Wish("triton"), plan) is None
-    assert ops._measured(op, Wish(ops={"bias_gelu": "triton"}), plan) is None
-    of_tomorrow = Plan({"bias_gelu": Measured("of_tomorrow", "measured")})
-    assert ops._measured(op, Wish(), of_tomorrow) is None
-    assert choices_by(plan)["bias_gelu"].reason == "measured"
-    monkeypatch.setattr(ops.versions, "untested", lambda: "triton 99")
-    assert ops._measured(op, Wish(), plan) is None
-
-
-def choices_by(plan: Plan) -> dict[str, ops.Choice]:
-    return {c.op: c for c in ops.choose(CPU, plan=plan).choices}
-
-
-def test_a_plans_configs_are_for_the_ops_that_follow_it():
-    names = ("layer_norm", "bias_gelu", "attention")
-    plan = Plan({n: Measured("triton", "measured", (n,)) for n in names}, arch="sm_90")  # type: ignore[arg-type]
-    wanted = {
-        "layer_norm": ("triton", "", "", "measured"),
-        "bias_gelu": ("triton", "", "--kernels=triton", "--kernels=triton"),
-        "attention": ("eager", "", "", "no plan"),
-        "linear": ("triton", "", "", "not in the plan"),
-    }
-    assert ops._configs(wanted, "sm_90", plan) == {"layer_norm": ["layer_norm"]}
-    assert ops._configs(wanted, "sm_80", plan) == ops._configs(wanted, "sm_90", None) == {}
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(7.0, "checked 0 kernels in 7.0s\n"), (5.0, "")])

@@ -176,4 +176,4 @@ def test_checks_ask_for_the_sizes_of_the_config(monkeypatch):
     )
     build.build(config, 61, Machine(CPU, "bfloat16"))
     want = Sizes(5, 64, 4, 128, 61, 128, 0.1, bias=True, gelu="erf")
-    assert asked == [(CPU, torch.bfloat16, want, ops.Wish("eager", vars(config.op)), None)]
+    assert asked == [(CPU, torch.bfloat16, want, ops.Wish("eager", vars(config.op)))]

@@ -9,8 +9,8 @@ from fastgpt.config import settings
 from fastgpt.config.presets import laptop
 from fastgpt.errors import UserError
 from fastgpt.model.build import build
+from fastgpt.model.device import Machine
 from fastgpt.train import trainer as trainer_module
-from fastgpt.train import tuning
 from fastgpt.train.trainer import Trainer
 
 
@@ -22,7 +22,7 @@ def trainer(monkeypatch) -> Trainer:
     )  # fmt: skip
     monkeypatch.setattr(torch, "compile", lambda module, **_: module)
     monkeypatch.setattr(trainer_module, "compile_errors", lambda: (OSError,))
-    machine = tuning.machine_of(config)
+    machine = Machine.of("cpu", compile=True)
     return Trainer(build(config, 64, machine), config, machine)
 
 

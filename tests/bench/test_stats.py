@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastgpt_kernels.stats import (
+from bench.stats import (
     ONE_PAIR,
     TOO_FEW,
     neighbours,
