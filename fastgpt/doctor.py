@@ -21,6 +21,7 @@ from fastgpt.data.prepare import cores
 from fastgpt.data.token_files import open_dataset
 from fastgpt.data.tokenizer import GPT2_VOCAB
 from fastgpt.errors import UserError
+from fastgpt.model.build import choose
 from fastgpt.model.device import Machine
 from fastgpt.model.driver import why_no_gpu
 from fastgpt.storage import run
