@@ -17,7 +17,6 @@ COMMANDS = {
     "step": "the whole training step: ms, tokens/s, MFU, memory, losses side by side",
     "ablate": "what each kernel is worth in the whole step",
     "waterfall": "where the milliseconds of a step go, from the device's peak down",
-    "ledger": "every launch of a step, counted without a GPU, and what it should take",
     "convergence": "who reaches a loss first: optimizers, implementations, a peer",
     "curves": "the fast path's losses against eager fp32's, over seeds",
     "scaling": "step time against the number of GPUs, on paper",

@@ -50,7 +50,6 @@ class Measured:
     copy_bytes: float
     datasheet_flops: float | None = None  # None: a device without a data sheet
     datasheet_source: str = ""
-    step: str = "measured"  # or predicted
 
 
 @dataclass(frozen=True)
@@ -115,8 +114,7 @@ class Rung:
     """One bar. `ms` is what it adds; `takes_ms` the whole part, of which `credit_ms` stand above.
 
     `bound_ms` is the least the part could take here (None: no such thing), `bound` how that was
-    computed. `items` are the part's ms by kind. `predicted_ms` is what `bench ledger` says that the
-    part takes (None: nothing).
+    computed. `items` are the part's ms by kind.
     """
 
     name: str
@@ -129,7 +127,6 @@ class Rung:
     bound: str = ""
     help: str = ""
     items: dict[str, float] = field(default_factory=dict)
-    predicted_ms: float | None = None
 
 
 @dataclass
@@ -147,12 +144,6 @@ class Ladder:
     others: dict[str, float]
     measured: Measured
     work: Work
-
-    def predict(self, prediction: Ladder) -> None:
-        """Put what a predicted ladder says of each part beside what was measured."""
-        takes = {r.name: r.takes_ms for r in prediction.rungs if r.items}
-        for rung in self.rungs:
-            rung.predicted_ms = takes.get(rung.name)
 
     def to_json(self) -> dict[str, Any]:
         """Schema: the fields of Ladder, Rung, Gemm, Measured and Work by name; times in ms."""
@@ -244,7 +235,7 @@ def build(parts: Breakdown, work: Work, m: Measured) -> Ladder:
         )
     )  # fmt: skip
     residual = m.step_ms - sum(r.ms for r in rungs)
-    rungs.append(Rung("residual", residual, help=f"{m.step} step minus all rungs"))
+    rungs.append(Rung("residual", residual, help="measured step minus all rungs"))
     so_far, mfu = 0.0, 100.0
     for rung in rungs:
         so_far += rung.ms

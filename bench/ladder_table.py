@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench.ladder import Ladder, Rung
+from bench.ladder import Ladder
 from bench.tables import table
 
 COLUMNS = ("", "adds ms", "points", "MFU", "takes ms", "bound ms", "of bound")
-PREDICTED = ("predicted ms", "measured / predicted")
 
 
 def show(ladder: Ladder) -> None:
     """Print the rungs, then each one's bound and what would help."""
     print(peaks(ladder))
-    cells, columns = list(rows(ladder)), list(COLUMNS)
-    if any(r.predicted_ms is not None for r in ladder.rungs):
-        cells = [a + b for a, b in zip(cells, predictions(ladder), strict=True)]
-        columns.extend(PREDICTED)
-    print(table(columns, cells))
+    print(table(COLUMNS, list(rows(ladder))))
     print("\n".join(details(ladder)), flush=True)
 
 
@@ -41,25 +36,12 @@ def rows(ladder: Ladder) -> Iterator[tuple[str, ...]]:
             "" if r.bound_ms is None else _ms(r.bound_ms),
             f"{r.bound_ms / r.takes_ms:.0%}" if r.bound_ms and r.takes_ms else "",
         )
-    yield f"{ladder.measured.step} step", _ms(ladder.step_ms), "", f"{ladder.mfu:.1f}%", "", "", ""
-
-
-def predictions(ladder: Ladder) -> Iterator[tuple[str, ...]]:
-    """Cells of `PREDICTED` for the same rows; the last is of the parts that are predicted."""
-    known = [r for r in ladder.rungs if r.predicted_ms is not None]
-    total = Rung("", 0.0, takes_ms=sum(r.takes_ms or 0.0 for r in known))
-    total.predicted_ms = sum(r.predicted_ms or 0.0 for r in known)
-    for r in (*ladder.rungs, total):
-        if r.predicted_ms is None:
-            yield "", ""
-        else:
-            ratio = f"{(r.takes_ms or 0.0) / r.predicted_ms:.2f}" if r.predicted_ms else ""
-            yield _ms(r.predicted_ms), ratio
+    yield "measured step", _ms(ladder.step_ms), "", f"{ladder.mfu:.1f}%", "", "", ""
 
 
 def details(ladder: Ladder) -> Iterator[str]:
     """How each bound was computed, what would help, and what the part is made of."""
-    yield f"residual {ladder.residual_share:+.2%} of the {ladder.measured.step} step"
+    yield f"residual {ladder.residual_share:+.2%} of the measured step"
     for r in ladder.rungs:
         if r.bound or r.help:
             yield f"  {r.name}: " + "; ".join(filter(None, (r.bound, r.help)))

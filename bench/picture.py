@@ -77,9 +77,6 @@ def _bars(axes: Any, rungs: list[Rung], ladder: Ladder) -> None:
         else:
             _split_bar(axes, row, at, rung, _COLOURS.get(rung.name, _INK))
             label = f"{_signed(rung.ms, '.3g')} ms   {_signed(-rung.mfu_points, '.1f')} pt"
-        if rung.predicted_ms is not None:
-            x = at + rung.predicted_ms - rung.credit_ms
-            axes.plot([x, x], [row - 0.4, row + 0.4], color=_INK, lw=1.6, ls=(0, (2, 1)))
         axes.text(max(at, end) + 0.008 * width, row, label, va="center", size=10, color=_INK)
         axes.plot([end, end], [row + 0.31, row + 0.69], color="#9aa5b1", lw=1)
         _margins(axes, row, rung, f"{rung.mfu_after:.1f} %")
@@ -88,10 +85,8 @@ def _bars(axes: Any, rungs: list[Rung], ladder: Ladder) -> None:
     axes.barh(last, ladder.step_ms, color=_INK, height=0.62)
     beside, measured = ladder.step_ms + 0.008 * width, f"{ladder.step_ms:.4g} ms"
     axes.text(beside, last, measured, va="center", size=11, weight="bold", color=_INK)
-    _margins(axes, last, Rung(f"{ladder.measured.step} step", 0), f"{ladder.mfu:.1f} %", bold=True)
+    _margins(axes, last, Rung("measured step", 0), f"{ladder.mfu:.1f} %", bold=True)
     legend = "solid: still to win · pale: the least that this part costs on this device, its bound"
-    if any(rung.predicted_ms is not None for rung in rungs):
-        legend += " · dashed: as bench ledger predicts"
     for x, text in ((0.0, legend), (1.0, "MFU so far"), (1.1, "bound / time")):
         axes.text(x, -0.85, text, transform=axes.get_yaxis_transform(), size=9, color=_SOFT)
     axes.set_xlim(0, width * 1.24)

@@ -40,9 +40,6 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
     if "median_ms" in row:
         spread = f" [{row['q1_ms']:.3f}, {row['q3_ms']:.3f}]" if "q1_ms" in row else ""
         out["ms"] = f"{row['median_ms']:.3f}{spread}"
-    if "predicted_ms" in row:
-        out |= {"GPU": row["gpu"], "predicted ms": f"{row['predicted_ms']:.1f}"}
-        out["predicted MFU %"] = f"{row['predicted_mfu']['mfu']:.1f}"
     if "rate" in row:
         out["rate"] = f"{row['rate']:,.1f} {row['unit']}"
         out["of the roof"] = f"{row['share_of_roof']:.0%}"

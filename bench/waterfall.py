@@ -11,9 +11,8 @@ and on the kernels that `fastgpt train` would use; the vocabulary is that of the
 corpus: 256 bytes, 65 characters or GPT-2's 50,257. It is timed without the profiler (device
 events on a GPU, medians) before and after it is traced; reading the loss for a log line is not in
 it, and neither is the CUDA graph that `fastgpt train` makes of a small model's step: a trace does
-not say which op a graph's kernel is of. Beside each part is what `bench ledger` predicts of it, if
-there is a data sheet of the GPU. Without a GPU it is one thread's step. Written are a result
-file, whose one row has the rungs (schema: bench/ladder.py), a PNG and an SVG.
+not say which op a graph's kernel is of. Without a GPU it is one thread's step. Written are a
+result file, whose one row has the rungs (schema: bench/ladder.py), a PNG and an SVG.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench import ladder, ladder_table, ledger, picture, results, roof, setup, trace
+from bench import ladder, ladder_table, picture, results, roof, setup, trace
 from bench.categories import DATA_SCOPE, Sizes
 from bench.turns import mark, ms_between
 from bench.variants import Ours, Variant, build
@@ -111,8 +110,6 @@ def run(config: Config, name: str, own: dict[str, str], argv: Sequence[str]) -> 
             return draw(result, found, steps, name, path)
 
         found, samples = measure(steps, seconds, int(own.get("traced_steps", 3)), keep)
-        if found.device == "cuda":
-            predict(found, name, argv, config.system.dtype)
         head = f"{name} on {result.data['environment']['device']}"
         head += " (a CPU picture: no GPU was used)" if found.device == "cpu" else ""
         print(f"{head}\nops: {choices}")
@@ -125,19 +122,6 @@ def run(config: Config, name: str, own: dict[str, str], argv: Sequence[str]) -> 
         also = keep(found, samples)
     print(f"written: {result.finish(out)}{also}")
     return 0 if whole else 1
-
-
-def predict(found: ladder.Ladder, name: str, argv: Sequence[str], dtype: str) -> None:
-    """What `bench ledger` says of this step on this GPU, beside the rungs; or why it says nothing.
-
-    What was measured is whole without it.
-    """
-    flags = {k: v for k, v in settings.split_flags(argv)[1].items() if k not in OWN}
-    flags = {"dtype": dtype} | {k: v for k, v in flags.items() if k not in ("device", "compile")}
-    try:
-        found.predict(ledger.of_run(name, flags, torch.cuda.get_device_name()))
-    except (UserError, RuntimeError) as e:
-        print(f"no prediction: {str(e).splitlines()[-1]}")
 
 
 def draw(result: results.Result, found: ladder.Ladder, steps: Steps, name: str, path: Path) -> str:

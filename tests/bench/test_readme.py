@@ -48,7 +48,7 @@ def given(name: str, folder: Path) -> list[str]:
 
 
 # These have tests of their own, which run them.
-ELSEWHERE = ("curves", "gemms", "ledger", "scaling")
+ELSEWHERE = ("curves", "gemms", "scaling")
 
 
 def test_every_command_is_documented() -> None:

@@ -101,14 +101,6 @@ def test_flops_are_those_that_mfu_counts():
     )
 
 
-def test_a_prediction_is_called_one(tmp_path):
-    found = ladder.build(h200(), WORK, replace(MEASURED, step="predicted"))
-    assert "predicted step" in [row[0] for row in ladder_table.rows(found)]
-    (path,) = picture.draw(found, "t", "f", [tmp_path / "p.svg"])
-    texts = path.read_text()
-    assert "predicted step" in texts and "measured step" not in texts and "e-1" not in texts
-
-
 def test_rungs_add_up_to_the_measured_step():
     found = ladder.build(h200(), WORK, MEASURED)
     assert adds_up(found)
@@ -202,37 +194,6 @@ def test_table(capsys: pytest.CaptureFixture[str]):
     assert line[2:] == ["5.224", "-5.5", "74.4%", "47.500", "42.276", "89%"]
     assert "101.8" in out
     assert "residual +0.39%" in out and "a_kernel_of_tomorrow" in out
-
-
-def test_each_part_is_beside_its_prediction(tmp_path: Path, monkeypatch, capsys):
-    """And without one what was measured is whole."""
-    slower = replace(MEASURED, step_ms=101.8)
-    found, prediction = (ladder.build(h200(other=0.4), WORK, m) for m in (slower, MEASURED))
-    rung(prediction, "attention").takes_ms = 10.0
-    asked = []
-
-    def of_run(*args):
-        asked.append(args)
-        return prediction
-
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    monkeypatch.setattr(waterfall.ledger, "of_run", of_run)
-    argv = ["gpt2", "--bias=True", "--seconds=3", "--device=cuda:0"]
-    waterfall.predict(found, "gpt2", argv, "bfloat16")
-    assert asked == [("gpt2", {"dtype": "bfloat16", "bias": "True"}, "NVIDIA H200")]
-    attention = rung(found, "attention")
-    assert attention.predicted_ms == 10.0 and attention.takes_ms != 10.0
-    assert rung(found, "residual").predicted_ms is rung(found, "other").predicted_ms is None
-    ladder_table.show(found)
-    out = capsys.readouterr().out
-    line = next(line for line in out.splitlines() if line.split()[:1] == ["attention"])
-    assert line.split()[-2:] == ["10.000", f"{attention.takes_ms / 10:.2f}"]
-    picture.draw(found, "gpt2", "", [tmp_path / "w.svg"])
-    assert any("as bench ledger predicts" in text for text in svg_texts(tmp_path / "w.svg"))
-    monkeypatch.undo()
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA T1000")
-    waterfall.predict(found, "gpt2", argv, "bfloat16")
-    assert capsys.readouterr().out == "no prediction: there is no data sheet of NVIDIA T1000\n"
 
 
 def svg_texts(path: Path) -> list[str]:

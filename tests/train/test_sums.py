@@ -80,7 +80,6 @@ def test_are_gone_on_with(monkeypatch):
 
 
 def test_compiled_in_one_graph(monkeypatch):
-    """That it copies nothing for it is counted in tests/step_counts.py."""
     torch._dynamo.reset()
     ours, plain = (trainer(s, monkeypatch) for s in (True, False))
     ours.forward = torch.compile(ours.model, fullgraph=True)
