@@ -7,7 +7,8 @@ Dropout's generator is seeded anew for every step, so resuming needs no generato
 from __future__ import annotations
 
 import math
-import shutil
+import os
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,7 @@ from fastgpt_kernels.telling import why
 
 
 class NonFinite(Exception):
-    """The loss or the gradient norm of `step` was not finite; its update did not happen."""
+    """A loss or gradient norm of `step` that was not finite; its update did not happen."""
 
     def __init__(self, step: int):
         super().__init__(f"step {step}")
@@ -37,7 +38,7 @@ class NonFinite(Exception):
 
 
 def dropout_seed(seed: int, step: int) -> int:
-    """A generator seed for a step, far from its neighbours' (SplitMix64's finaliser)."""
+    """Returns a generator seed for a step, mixed by SplitMix64's finaliser."""
     z = (seed + (step + 1) * 0x9E3779B97F4A7C15) % 2**64
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
@@ -45,13 +46,14 @@ def dropout_seed(seed: int, step: int) -> int:
 
 
 class Trainer:
-    """The model, its optimizer and all that a step changes.
+    """Model, optimizer, and all other state that a step changes.
 
-    `step` runs one; `losses` evaluates; `check` raises NonFinite if a step since the last call
-    went wrong. On a GPU nothing here waits for the device but `check`.
+    `step` runs one step, `losses` evaluates, and `check` raises NonFinite if a step since the last
+    call was not finite. On a GPU only `check` waits for the device.
 
-    A `batch_size` that is not the config's cuts the rows of a step, whose number stays, into other
-    micro-batches; `micro_batch` is how many rows this rank takes at a time.
+    batch_size   splits the rows of a step into other micro-batches than the config's; the number
+                 of rows stays
+    micro_batch  rows that this rank takes at a time
     """
 
     def __init__(
@@ -68,16 +70,18 @@ class Trainer:
         self.batch_size = batch_size or config.optim.batch_size
         self.accumulation = rows // self.batch_size
         self.micro_batch = self.ranks.micro_batch(rows, self.batch_size)
+
+        # Distribute the model, and make the copies and gradients that its matmuls use.
         with self.ranks.raise_on_all_ranks():
             self.wrapped, self.layout = distributed.wrap(model, system, machine)
-        if self.layout != "fsdp":  # which gathers weights in their copies' dtype itself
+        if self.layout != "fsdp":  # FSDP gathers weights in the compute dtype itself
             model.keep_copies()
-        # Of a single micro-batch the sum is its gradient, which need not be zeroed before.
+        # A single micro-batch's gradient is the sum, so accumulating in place would save nothing.
         self._sums = self.accumulation > 1 and not self.layout and adds_in_place(self.device)
         if self._sums:
             model.keep_sums()
-        # Passes that add to gradients know their addresses, and so does a graph.
-        self._static_grads = self._sums
+        self._static_grads = self._sums  # gradients whose addresses the backward pass knows
+
         self.optimizer = optim.make_optimizer(
             model, config.optim, matrix_scatter(self.layout), machine.compile
         )
@@ -88,8 +92,9 @@ class Trainer:
         if machine.compile and self.layout != "fsdp":  # FSDP's parts are compiled one by one
             # DDP cuts the graph at the end of a bucket, so that its reduction can begin.
             self.forward = torch.compile(self.wrapped, fullgraph=self.layout == "", mode=mode)
-        # 1 from the first step on whose loss or gradient norm was not finite, and how many there
-        # were since, with it: every update is called off on the device, until `check` looks.
+
+        # _bad is 1 from the first step whose loss or gradient norm was not finite, and _bad_steps
+        # counts the steps since. The device then skips every update until `check` looks.
         self._bad, self._bad_steps = (torch.zeros((), device=self.device) for _ in range(2))
         self._last_step = 0
         self._guard_on_device = self.device.type == "cuda"
@@ -98,28 +103,29 @@ class Trainer:
             self._clip_and_check = torch.compile(clip_and_check_finite, fullgraph=True)
         self._one = torch.ones((), device=self.device)
         self._graph: StepGraph | None = None  # of a micro-step
-        self._whole_graph: StepGraph | None = None  # with the update, too
+        self._whole_graph: StepGraph | None = None  # of a step, the update included
 
     @property
     def resolved(self) -> Config:
-        """The config with what was found in place of each `auto`: what a run stores and shows."""
-        cut = {"batch_size": self.batch_size, "gradient_accumulation_steps": self.accumulation}
-        return settings.replace(self.config, **self.machine.settings, **cut)
+        """Config with the value found for each `auto`, as a run stores and shows it."""
+        split = {"batch_size": self.batch_size, "gradient_accumulation_steps": self.accumulation}
+        return settings.replace(self.config, **self.machine.settings, **split)
 
-    def _loss(self, tokens: Tensor) -> Tensor:
-        """Mean loss of windows (B, T + 1): inputs and targets one token apart."""
-        return self.forward(tokens[:, :-1], tokens[:, 1:])
-
-    def micro_step(self, tokens: Tensor, n_micro_batches: int) -> Tensor:
-        """Adds a micro-batch's share to the gradients. Returns its share of the loss."""
-        loss = self._loss(tokens)
-        if n_micro_batches > 1:
-            loss = loss / n_micro_batches
-        self.scaler.scale(loss).backward(self._one)  # or PyTorch fills one in each time
-        return loss.detach()
+    def step(self, step: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Runs one update on a batch (rows, T + 1). Returns loss and norm, on the device."""
+        optim.set_learning_rate(self.optimizer, optim.learning_rate(step, self.config.optim))
+        self._last_step = step
+        if self._whole_graph is not None:
+            self._seed(step)
+            loss, grad_norm = self._whole_graph(tokens).unbind()
+            return loss, grad_norm
+        # The loss is averaged over the ranks in every step, so that all skip the same updates: an
+        # infinite loss may have finite gradients, and loss scaling expects infinite ones.
+        loss = self.ranks.mean(self._backward(step, tokens))
+        return loss, self._update(loss)
 
     def _backward(self, step: int, tokens: Tensor) -> Tensor:
-        """Gradients of the mean loss over all micro-batches. Returns that loss."""
+        """Accumulates the gradients of the mean loss over all micro-batches. Returns that loss."""
         self._seed(step)
         micro_batches = tokens.split(self.micro_batch)
         total: Tensor | None = None
@@ -138,30 +144,28 @@ class Trainer:
             seed = dropout_seed(self.config.run.seed, step)
             torch.manual_seed(dropout_seed(seed, self.ranks.rank) if self.ranks.rank else seed)
 
-    def step(self, step: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """One update from a batch (rows, T + 1). Returns loss and gradient norm, on the device."""
-        optim.set_learning_rate(self.optimizer, optim.learning_rate(step, self.config.optim))
-        self._last_step = step
-        if self._whole_graph is not None:
-            self._seed(step)
-            loss, grad_norm = self._whole_graph(tokens).unbind()
-            return loss, grad_norm
-        # Averaged in every step: ranks that judged by losses of their own could disagree, as an
-        # infinite loss may have finite gradients and loss scaling expects infinite ones.
-        loss = self.ranks.mean(self._backward(step, tokens))
-        return loss, self._update(loss)
+    def micro_step(self, tokens: Tensor, n_micro_batches: int) -> Tensor:
+        """Accumulates a micro-batch's gradients. Returns its part of the mean loss."""
+        loss = self._loss(tokens)
+        if n_micro_batches > 1:
+            loss = loss / n_micro_batches
+        self.scaler.scale(loss).backward(self._one)  # spares PyTorch's fill of a new 1
+        return loss.detach()
+
+    def _loss(self, tokens: Tensor) -> Tensor:
+        """Returns the mean loss of windows (B, T + 1): inputs and targets one token apart."""
+        return self.forward(tokens[:, :-1], tokens[:, 1:])
 
     def _update(self, loss: Tensor) -> Tensor:
-        """Judge loss and gradients, and update the weights. Returns the gradients' norm."""
+        """Clips the gradients and updates the weights if all is finite. Returns the norm."""
         self.scaler.unscale_(self.optimizer)
         grad_norm, divisor = self._judge(loss, self._bad, self._bad_steps)
         if divisor is not None:
             optim.divide_gradients(self.optimizer, self.model, divisor)
-        if self._guard_on_device:
-            if not self.scaler.is_enabled():
-                self.optimizer.found_inf = self._bad  # type: ignore[attr-defined]
-        else:
+        if not self._guard_on_device:
             self.check()
+        elif not self.scaler.is_enabled():
+            self.optimizer.found_inf = self._bad  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.model.copy_masters()
@@ -172,18 +176,28 @@ class Trainer:
         norms, max_norm = optim.gradient_norms(self.model), self.config.optim.grad_clip
         return self._clip_and_check(norms, loss, bad, bad_steps, max_norm, self.scaler.is_enabled())
 
-    def _whole_step(self, tokens: Tensor) -> Tensor:
-        """Of a single micro-batch: (loss, gradient norm)."""
-        loss = self.micro_step(tokens, 1)
-        return torch.stack([loss, self._update(loss)])
-
     def _zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=not self._static_grads)
 
-    def warm_up(self, step: int, micro_batch: Tensor) -> None:
-        """Compile forward and backward on one micro-batch; changes no weight.
+    def check(self) -> None:
+        """Raises NonFinite if a step was not finite. Waits for the device."""
+        if bad_steps := int(self._bad_steps):
+            raise NonFinite(self._last_step - bad_steps + 1)
 
-        If that fails it is tried once more without what was compiled before: that may be broken.
+    @torch.no_grad()
+    def losses(self, tokens: Tensor) -> Tensor:
+        """Returns the loss of an evaluation batch (B, T + 1), on the device, without dropout."""
+        self.model.eval()
+        loss = self._loss(tokens).detach()
+        self.model.train()
+        return loss
+
+    # --- before the first step: compilation and CUDA graphs --------------------------------------
+
+    def warm_up(self, step: int, micro_batch: Tensor) -> None:
+        """Compiles forward and backward on one micro-batch; changes no weight.
+
+        If that fails, tries once more with an empty cache, since a cached library may be broken.
         Raises UserError if torch.compile cannot work here.
         """
         compiles = self.machine.compile or self.forward is not self.wrapped
@@ -201,80 +215,84 @@ class Trainer:
                     line = f"torch.compile failed ({said}); --compile=False goes without"
                     raise UserError(line) from e
                 self._zero_grad()
-                print(f"torch.compile failed ({said}): {clear_compile_cache()} is cleared, "
-                      "compiling anew", flush=True)  # fmt: skip
+                folder = use_private_compile_cache()
+                print(f"torch.compile failed ({said}): compiling anew in {folder}", flush=True)
         self._zero_grad()
         self.machine.synchronize()
 
     def capture_if_it_pays(
         self, step: int, micro_batch: Callable[[], Tensor], update: bool = True
     ) -> tuple[bool, bool, str]:
-        """(whether steps should run as CUDA graphs, whether they now do, why).
+        """Returns whether steps should run as CUDA graphs, whether they now do, and why.
 
-        Steps go on without one if it cannot be captured. update=False leaves the update out of it.
+        Steps go on without a graph if it cannot be captured. update=False leaves the update out.
         Raises UserError if --cuda_graph=True asked for a graph.
         """
         system, tokens, n = self.config.system, micro_batch(), self.accumulation
-        yes, why = cuda_graph.wanted(system, self.machine, lambda: self.micro_step(tokens, n))
+        yes, reason = cuda_graph.wanted(system, self.machine, lambda: self.micro_step(tokens, n))
         self._zero_grad()
         if not yes:
-            return False, False, why
-        # Muon's step takes its learning rate from the host; AdamW's is all on the device.
+            return False, False, reason
+        failed: str | None = None
+        # Muon's step takes its learning rate from the host; all of AdamW's is on the device.
         if update and n == 1 and not isinstance(self.optimizer, Muon):
-            failed = self._tried(step, tokens, whole=True)
-            if not failed:
-                return True, True, why
-            why = f"{why}; not of the whole step: {failed}"
-        failed = self._tried(step, tokens, whole=False)
+            failed = self._try_capture(step, tokens, whole=True)
+            if failed is None:
+                return True, True, reason
+            reason = f"{reason}; not of the whole step: {failed}"
+        failed = self._try_capture(step, tokens, whole=False)
         if failed and system.cuda_graph is True:
             raise UserError(f"--cuda_graph=True: {failed}; leave the flag out")
-        return True, not failed, failed or why
+        return True, failed is None, failed or reason
 
-    def _tried(self, step: int, tokens: Tensor, whole: bool) -> str:
-        """Capture. Why that failed; empty if it did not."""
+    def _try_capture(self, step: int, tokens: Tensor, whole: bool) -> str | None:
+        """Captures. Returns the first line of an error, or None."""
         try:
             self.capture(step, tokens, whole)
-            return ""
+            return None
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as e:
             return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
     def capture(self, step: int, micro_batch: Tensor, whole: bool = False) -> None:
-        """From now on run micro-batches of this shape as one CUDA graph; changes no weight.
+        """Runs micro-batches of this shape as one CUDA graph from now on; changes no weight.
 
-        With `whole` it is the step of a single micro-batch, update included. Loss and gradient norm
-        are held against those of a plain micro-step. Raises RuntimeError if they differ, or if
-        something in the step cannot be captured; steps go on without.
+        With `whole` the graph is the step of a single micro-batch, update included. Its loss and
+        gradient norm are compared with those of a plain micro-step. Raises RuntimeError if they
+        differ, or if something cannot be captured; then steps go on without a graph.
         """
         n, seed = self.accumulation, dropout_seed(self.config.run.seed, step)
 
         def plain(tokens: Tensor) -> Tensor:
             return self.micro_step(tokens, n)
 
-        def seeded(run: Callable[[Tensor], Tensor]) -> Tensor:
-            """Loss and gradient norm of a run; that of the whole step returns both."""
+        def whole_step(tokens: Tensor) -> Tensor:
+            loss = self.micro_step(tokens, 1)
+            return torch.stack([loss, self._update(loss)])
+
+        def loss_and_norm(run: Callable[[Tensor], Tensor]) -> list[float]:
             self._zero_grad()
             torch.manual_seed(seed)
             result = run(micro_batch)
-            if result.ndim:
-                return result
-            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-            return torch.stack([result, torch.nn.utils.get_total_norm(grads)])
+            if not result.ndim:
+                grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+                result = torch.stack([result, torch.nn.utils.get_total_norm(grads)])
+            return result.tolist()
 
         try:
-            wanted = seeded(plain).tolist()
+            wanted = loss_and_norm(plain)
             self._zero_grad()
             self._static_grads = True
             if whole:
                 optim.make_capturable(self.optimizer, self.device)
-                self._bad.fill_(1.0)  # by which updates are called off
-            captured = StepGraph(self._whole_step if whole else plain, micro_batch)
+                self._bad.fill_(1.0)  # skips the updates
+            captured = StepGraph(whole_step if whole else plain, micro_batch)
             if whole:
                 self._whole_graph = captured
             else:
                 self._graph = captured
-            for a, b in zip(wanted, seeded(captured).tolist(), strict=True):
+            for a, b in zip(wanted, loss_and_norm(captured), strict=True):
                 if not abs(b - a) <= 0.02 * abs(a):
                     raise RuntimeError(f"the graph gives {b:.6g}, the plain step {a:.6g}")
         except RuntimeError:
@@ -287,7 +305,7 @@ class Trainer:
 
     @property
     def graphed(self) -> str:
-        """What is one CUDA graph: "step", "micro-batch", or nothing."""
+        """The part that is one CUDA graph: "step", "micro-batch", or "" for none."""
         if self._whole_graph is not None:
             return "step"
         return "" if self._graph is None else "micro-batch"
@@ -296,50 +314,14 @@ class Trainer:
         self._graph = self._whole_graph = None
         self._static_grads = self._sums
 
-    def check(self) -> None:
-        """Raise NonFinite if a step was not finite. Waits for the device."""
-        if bad_steps := int(self._bad_steps):
-            raise NonFinite(self._last_step - bad_steps + 1)
-
-    @torch.no_grad()
-    def losses(self, tokens: Tensor) -> Tensor:
-        """Loss of an evaluation batch (B, T + 1), on the device, without dropout."""
-        self.model.eval()
-        loss = self._loss(tokens).detach()
-        self.model.train()
-        return loss
-
-    def diagnose(self, step: int, tokens: Tensor) -> dict[str, Any]:
-        """Run a step's forward and backward again, without the update, and look at each part."""
-        self._drop_graph()  # plain, so that a bad number can be traced to its op
-        self._zero_grad()
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
-        loss = self._backward(step, tokens)
-        named = list(self.model.named_parameters())
-        norms = {n: whole(p.grad.norm()).item() for n, p in named if p.grad is not None}
-        weights = {n: whole(p.detach().norm()).item() for n, p in named}
-        losses = self.ranks.gather(loss.item())
-        self._zero_grad()
-        return {
-            "step": step,
-            "loss": repr(sum(losses) / len(losses)),
-            "bad_ranks": [r for r, x in enumerate(losses) if not math.isfinite(x)],
-            "learning_rate": optim.learning_rate(step, self.config.optim),
-            "gradient_norms": {n: repr(v) for n, v in norms.items()},
-            "weight_norms": {n: repr(v) for n, v in weights.items()},
-            "not_finite": sorted(
-                n
-                for n in weights
-                if not (math.isfinite(norms.get(n, 0.0)) and math.isfinite(weights[n]))
-            ),
-        }
+    # --- checkpoints and diagnosis ---------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint's state.json needs besides the tensors."""
+        """Returns the state that a checkpoint's state.json needs besides the tensors."""
         return {"scaler": self.scaler.state_dict()}
 
     def load(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict) -> None:
-        """Continue from a checkpoint's tensors. Raises UserError if they are another model's."""
+        """Loads a checkpoint's tensors. Raises UserError if they are another model's."""
         try:
             own = self.model.state_dict()
             self.model.load_state_dict({k: like(v, own.get(k, v)) for k, v in model.items()})
@@ -348,20 +330,42 @@ class Trainer:
                 f"checkpoint does not fit the model: {str(e).splitlines()[1].strip()}"
             ) from e
         optim.load_state_tensors(self.optimizer, self.model, optimizer)
-        if state["scaler"]:  # empty: the run had none so far
+        if state["scaler"]:  # empty if the run had none so far
             self.scaler.load_state_dict(state["scaler"])
+
+    def diagnose(self, step: int, tokens: Tensor) -> dict[str, Any]:
+        """Repeats a step's forward and backward without the update, and reports on each tensor."""
+        self._drop_graph()
+        self._zero_grad()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
+        loss = self._backward(step, tokens)
+        named = list(self.model.named_parameters())
+        norms = {n: whole(p.grad.norm()).item() for n, p in named if p.grad is not None}
+        weights = {n: whole(p.detach().norm()).item() for n, p in named}
+        losses = self.ranks.gather(loss.item())
+        self._zero_grad()
+        bad = [n for n in weights if not math.isfinite(norms.get(n, 0.0) + weights[n])]
+        return {
+            "step": step,
+            "loss": repr(sum(losses) / len(losses)),
+            "bad_ranks": [r for r, x in enumerate(losses) if not math.isfinite(x)],
+            "learning_rate": optim.learning_rate(step, self.config.optim),
+            "gradient_norms": {n: repr(v) for n, v in norms.items()},
+            "weight_norms": {n: repr(v) for n, v in weights.items()},
+            "not_finite": sorted(bad),
+        }
 
 
 def compile_errors() -> tuple[type[Exception], ...]:
-    """What a compilation raises, and the loading of what was compiled before."""
-    from torch._dynamo.exc import TorchDynamoException  # takes a second
+    """Returns the exceptions that compiling, or loading what was compiled before, can raise."""
+    from torch._dynamo.exc import TorchDynamoException  # the import takes a second
     from torch._inductor.exc import CppCompileError, InductorError
 
     return TorchDynamoException, InductorError, CppCompileError, OSError, ImportError
 
 
 def may_pass_without_cache(error: BaseException) -> bool:
-    """Whether another try without the cache may help: it does not where there is no compiler."""
+    """Returns whether an empty cache may help: not where no C++ compiler works."""
     from torch._inductor.exc import InvalidCxxCompiler
 
     seen: BaseException | None = error
@@ -372,15 +376,13 @@ def may_pass_without_cache(error: BaseException) -> bool:
     return True
 
 
-def clear_compile_cache() -> str:
-    """Forget and remove it all, in memory and on disk; the folder that was removed.
+def use_private_compile_cache() -> str:
+    """Moves torch.compile's cache of this process to a new folder, and returns that.
 
-    A library that was cut off, by a kill or a full disk, is found again by every later run.
+    A kill or a full disk can leave a broken library behind. The shared folder stays as it is, since
+    other projects and running jobs use it.
     """
-    import torch
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    folder = cache_dir()
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = tempfile.mkdtemp(prefix="fastgpt-compile-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
     torch.compiler.reset()
     return folder

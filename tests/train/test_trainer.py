@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,14 +221,27 @@ def test_a_compilation_that_fails_is_tried_once_more(fails, monkeypatch, capsys)
         return forward(*args)
 
     t.forward = broken
-    monkeypatch.setattr(trainer_module, "clear_compile_cache", lambda: "the cache")
+    monkeypatch.setattr(trainer_module, "use_private_compile_cache", lambda: "FOLDER")
     if fails == 1:
         t.warm_up(0, tokens())
     else:
         with pytest.raises(UserError, match=r"torch.compile failed \(.*cut off\); --compile=False"):
             t.warm_up(0, tokens())
-    assert calls == 2 and "the cache is cleared, compiling anew" in capsys.readouterr().out
+    assert calls == 2 and "cut off): compiling anew in FOLDER" in capsys.readouterr().out
     assert all(p.grad is None for p in t.model.parameters())
+
+
+def test_compiling_anew_leaves_the_shared_cache_alone(tmp_path: Path, monkeypatch):
+    """Other projects and running jobs use that folder."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "shared"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    library = tmp_path / "shared/ab/cut.so"
+    library.parent.mkdir(parents=True)
+    library.write_bytes(b"\x7fELF")
+    folder = trainer_module.use_private_compile_cache()
+    assert library.exists() and Path(folder).parent == tmp_path
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == folder
+    assert {OSError, ImportError} <= {*trainer_module.compile_errors()}
 
 
 class Graph:
