@@ -5,7 +5,7 @@
 # make soak    a long run that is killed again and again, against one that is not: ten minutes
 # make lint    ruff and mypy
 # make gate    compile the kernels for GPUs that need not be here and judge their machine code
-# make bench   measure all that fits into BUDGET seconds on this GPU, and report it
+# make bench   measure all that fits into BUDGET seconds on this GPU
 #
 # make lock    write LOCK: the versions and sha256 of all files that are installed
 #
@@ -60,10 +60,8 @@ lint: $(VENV)/.installed-test
 gate: $(VENV)/.installed-test
 	$(BIN)/python -m fastgpt_kernels.tools.aot $(GATE_ARGS)
 
-# A failed part does not keep what there is from being reported.
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m bench all --budget $(BUDGET) --out bench/results $(BENCH_ARGS); code=$$?; \
-	$(BIN)/python -m bench report; \
 	ls -t bench/results/*/*waterfall.png 2>/dev/null | head -n 1; exit $$code
 
 install: $(VENV)/.installed

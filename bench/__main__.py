@@ -13,18 +13,13 @@ if importlib.util.find_spec("fastgpt_kernels") is None:
 
 COMMANDS = {
     "kernels": "each op, forward and backward, against whatever else is installed",
-    "gemms": "the step's matrix products: cuBLAS against max-autotune",
     "step": "the whole training step: ms, tokens/s, MFU, memory, losses side by side",
     "ablate": "what each kernel is worth in the whole step",
     "waterfall": "where the milliseconds of a step go, from the device's peak down",
     "convergence": "who reaches a loss first: optimizers, implementations, a peer",
     "curves": "the fast path's losses against eager fp32's, over seeds",
-    "scaling": "step time against the number of GPUs, on paper",
-    "warm": "compile what the others measure, in parallel",
     "all": "the above in order of worth, inside a time budget",
     "compare": "two result files, or two git refs: faster, slower, or no difference",
-    "check": "which committed results are older than the sources they measured",
-    "report": "committed results as bench/RESULTS.md and plots",
 }
 # A command is its module's `main`, unless it shares a module with another one.
 SHARED = {"curves": "whole_runs"}

@@ -75,11 +75,9 @@ def parts(gpu: bool, peer_path: str) -> list[Part]:
 
     waterfall = (own,) if gpu else (own, "--seconds=2")
     return [
-        Part("warm", bench("warm", preset, *peer), 15, 60),
         Part("step", bench("step", preset, *turns, *peer), 40, 150),
         Part("waterfall", bench("waterfall", *waterfall), 30, 100),
         Part("kernels", bench("kernels", *ops, rounds), 20, 90),
-        Part("gemms", bench("gemms", rounds, "--without-autotune"), 20, 60, rest=True),
         Part("ablate", bench("ablate", preset, *turns), 90, 240, rest=True),
         Part("convergence", bench("convergence", *peer), 60, 600, rest=True),
     ]

@@ -1,6 +1,6 @@
 """Kernels for pytest-benchmark: pytest bench --benchmark-only, --benchmark-compare.
 
-Each op at the size of `python -m bench kernels` (products: of `gemms`), forward and backward apart;
+Each op at the size of `python -m bench kernels`, forward and backward apart;
 a loss does both at once. Every round waits for the device, so a time here has the launch in it:
 tens of microseconds on small sizes. `python -m bench kernels` times the device alone, in turns.
 """
@@ -15,19 +15,18 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gemms, setup
+from bench import setup
 from bench.cases import CASES, Case, complete, linear, mlp
 from bench.kernels import Pass, judge
 from bench.rivals import TORCH_COMPILE, rivals_of
-from fastgpt.config.presets import PRESETS
 from fastgpt.model.peaks import synchronize
 from fastgpt_kernels.registry import Sizes, spec
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
-M, C, N, _ = gemms.layers(PRESETS["gpt2"](), small=not GPU)["c_fc"]
+M, C = (32 * 1024, 768) if GPU else (96, 32)
 MAKE: dict[str, Callable[..., Case]] = CASES | {
-    "linear": partial(linear, name="c_fc", M=M, K=C, N=N),
+    "linear": partial(linear, name="c_fc", M=M, K=C, N=4 * C),
     "mlp": partial(mlp, M=M, C=C),
 }
 RUNS = [

@@ -78,8 +78,8 @@ def test_what_is_missing() -> None:
     assert everything.missing({"nowhere_at_all": "pictures"}) == ["nowhere_at_all (pictures)"]
 
 
-CORE = ["warm", "step", "waterfall", "kernels"]
-REST = ["gemms", "ablate", "convergence"]
+CORE = ["step", "waterfall", "kernels"]
+REST = ["ablate", "convergence"]
 
 
 def rehearse(
@@ -108,12 +108,12 @@ def rehearse(
 @pytest.mark.parametrize(
     ("budget", "takes", "names"),
     [
-        (120, 1.0, ["warm", "step", "waterfall", "kernels"]),
+        (120, 1.0, CORE),
         (300, 1.0, CORE),
         (540, 1.0, CORE),
         (1800, 1.0, [*CORE, *REST]),
-        (540, 0.6, [*CORE, "gemms"]),
-        (30, 1.0, ["warm"]),
+        (540, 0.6, [*CORE, "ablate"]),
+        (45, 1.0, ["step"]),
     ],
 )
 def test_what_runs_in_a_budget(
@@ -136,5 +136,5 @@ def test_attention_and_the_head_come_first() -> None:
     assert kernels.command[3:5] == ("attention", "linear_cross_entropy")
     assert "-x" not in " ".join(word for p in everything.parts(True, "") for word in p.command)
     with_peer = {p.name for p in everything.parts(True, "nano") if "--peer-path=nano" in p.command}
-    assert with_peer == {"warm", "step", "convergence"}
+    assert with_peer == {"step", "convergence"}
     assert sys.executable

@@ -8,7 +8,7 @@ x, y, s, a in 16 bits; weights and biases fp32 (rounded on the way in) or the sa
 With H hidden features a GELU of its own moves 4 H bytes a token forward and 6 H backward beyond the
 products, here it is 2 H and 2 H: s written, s read. The products' epilogues take longer instead: by
 1,534 and 355 instructions a thread and tile (sm_90, Triton 3.7.1), which is 0.10 ms a layer of 124M
-at 65,536 tokens, where the bytes saved take 0.40 on an H100. `python -m bench gemms` compares them.
+at 65,536 tokens, where the bytes saved take 0.40 on an H100.
 """
 
 from __future__ import annotations
