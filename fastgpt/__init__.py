@@ -7,7 +7,7 @@ In Python, without the command line:
     model, tokenizer = fastgpt.load(run)               # or a Hugging Face GPT-2 folder
     print(fastgpt.generate(model, tokenizer, "def main", max_new_tokens=100))
 
-They are loaded, and PyTorch with them, when they are first used.
+These functions, and PyTorch with them, are loaded when they are first used.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,12 +1,11 @@
-"""fastgpt from Python: `fastgpt.fit`, `fastgpt.load`, `fastgpt.generate`."""
+"""The Python interface: `fastgpt.fit`, `fastgpt.load`, `fastgpt.generate`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from fastgpt.config import settings
-from fastgpt.config.presets import PRESETS, default_name
+from fastgpt.config import presets, settings
 from fastgpt.config.schema import Config, SourceConfig
 from fastgpt.data.tokenizer import Tokenizer
 from fastgpt.errors import UserError
@@ -18,39 +17,25 @@ from fastgpt.weights.source import open_source
 
 
 def fit(config: Config | str | None = None, /, **changes: Any) -> Path:
-    """Train a model as `fastgpt train` does, and return the folder of its run.
+    """Trains a model as `fastgpt train` does. Returns the folder of its run.
 
-    config   a preset's name, the path of a TOML file or of nanoGPT's kind of Python file, or a
-             Config; None: the preset that fits this machine
+    config   name of a preset, path of a TOML file or of a Python file like nanoGPT's, or a Config;
+             None: the preset that fits this machine
     changes  settings by the names of their flags, as values: `max_iters=500, compile=False`
 
-    Logs to stdout. An interrupt ends the step and saves; the run is returned all the same. Raises
-    UserError, whose text is one line, for what the command line would refuse.
+    Logs to stdout. An interrupt ends the step, saves, and returns as well. Raises UserError, whose
+    text is one line, for settings that the command line would refuse.
     """
     name = "python"
     if config is None:
-        config = default_name()
+        config = presets.default_name()
     if isinstance(config, str):
-        config, name = _named(config)
-    table = settings.leaves(Config)
+        config, name = presets.load(config)
     for key, value in changes.items():
-        if key not in table:
-            raise settings.unknown_key(key, list(table), "")
-        changes[key] = settings.check_value(table[key], value, "")
+        changes[key] = settings.check_value(settings.find(Config, key, ""), value, "")
     config = settings.replace(config, **changes)
     settings.check(config)
     return run_training(config, name)[1]
-
-
-def _named(name: str) -> tuple[Config, str]:
-    if name in PRESETS:
-        return PRESETS[name](), name
-    path = Path(name)
-    if path.suffix == ".toml":
-        return settings.load_toml(path), path.parent.name if path.stem == "config" else path.stem
-    if path.suffix == ".py":
-        return settings.load_python(path), path.stem
-    raise settings.unknown_key(name, list(PRESETS), "", what="preset")
 
 
 def load(
@@ -60,14 +45,14 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
 ) -> tuple[GPT, Tokenizer | None]:
-    """The model of a run or of a Hugging Face GPT-2 folder, and its tokenizer if that is known.
+    """Returns a trained model, and its tokenizer if that is known.
 
-    folder      a run's folder (empty: the newest under runs/), a Hugging Face folder, or gpt2,
-                gpt2-medium, ..., which are downloaded once
+    folder      a run's folder (empty: the newest under runs/), a Hugging Face GPT-2 folder, or
+                gpt2, gpt2-medium, ..., which are downloaded once
     checkpoint  of a run: best, latest, or a folder's name under checkpoints/
 
-    The model is ready to generate: `model(ids)` of int64 ids (B, T) gives logits (B, T, V).
-    Raises UserError for what cannot be read.
+    `model(ids)` of int64 ids (B, T) gives logits (B, T, V). Raises UserError for what cannot be
+    read.
     """
     path, name = Path(folder), str(folder)
     if name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") and not path.exists():
@@ -94,10 +79,10 @@ def generate(
     seed: int = 1337,
     stop: bool = False,
 ) -> str:
-    """The text that follows `prompt`, without it. The same seed gives the same text.
+    """Returns the text that follows `prompt`, without it. The same seed gives the same text.
 
-    Settings are those of `fastgpt sample`; `stop` ends it at the end-of-text token. Raises
-    UserError without a tokenizer, and for a prompt that has no tokens.
+    The settings are those of `fastgpt sample`; `stop` ends the text at the end-of-text token.
+    Raises UserError without a tokenizer, and for a prompt that has no tokens.
     """
     if tokenizer is None:
         raise UserError("this model's tokenizer is not known; generate ids with model(ids)")

@@ -1,9 +1,8 @@
-"""What goes wrong: the one exception that speaks to the user, and reading what may be anything.
+"""Errors in one line, and reading of files that may hold anything.
 
-Whatever a file, a disk or a machine does ends in one line. `reading` makes one of what fails while
-a file's content is understood, `open_regular` refuses what is no file, and `explained`, asked by
-the command line for all that arrives there, turns the system's own errors into one. What is left
-over is a fault of ours and keeps its traceback.
+`reading` turns errors in a file's content into a UserError. `open_regular` refuses FIFOs, sockets,
+devices and folders. `explained` gives the command line a line for errors of the system. Any other
+exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -17,15 +16,14 @@ from io import BufferedReader
 from pathlib import Path
 from typing import cast
 
-# The text of C1 controls, bidirectional overrides and line separators too: all that could begin a
-# new line, or make a terminal show another one.
+# C1 controls, line separators and bidirectional overrides too: they begin a line or rewrite it.
 _HIDDEN = frozenset((*range(32), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F)))
 _HIDDEN |= frozenset(range(0x2066, 0x206A))
 _LONGEST = 1000
 
 
 def one_line(text: str) -> str:
-    """`text` with whatever is no plain character shown escaped, and not endlessly long."""
+    """Returns `text` with control characters escaped, and shortened if it is long."""
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST - 300]} ... {text[-300:]}"
     escaped = (
@@ -36,10 +34,10 @@ def one_line(text: str) -> str:
 
 
 class UserError(Exception):
-    """Something the user gave or has cannot be used.
+    """A mistake of the user's, or a file that cannot be used.
 
-    The message is one line: what was given, what is wanted, what to do. The command line prints
-    it to stderr without a traceback and exits with `code`; nothing may be half-written by then.
+    The message is one line: the given value, the wanted one, and advice. The command line prints
+    it to stderr without a traceback and exits with `code`. Nothing may be half-written by then.
     """
 
     code = 2
@@ -49,7 +47,7 @@ class UserError(Exception):
 
 
 class BadWeights(UserError):
-    """A model's weights are not finite numbers: the files are in order, the model is not."""
+    """Weights that are not finite numbers, in intact files."""
 
     code = 1
 
@@ -62,17 +60,17 @@ class RankError(UserError):
     """A UserError of one rank only, which names it; every rank prints its own."""
 
 
-# What understanding damaged or hostile content raises, in Python's own readers and in ours.
+# Exceptions that damaged or hostile content raises in readers.
 _CONTENT: tuple[type[Exception], ...] = (ValueError, LookupError, TypeError, AttributeError)
 _CONTENT += (ArithmeticError, RecursionError, EOFError)
 
 
 @contextmanager
 def reading(name: object, wrong: str, *others: type[Exception]) -> Iterator[None]:
-    """Turn what fails while `name` is read into one line that begins with it.
+    """Turns errors while `name` is read into one line that begins with it.
 
-    An OSError becomes "cannot be read"; content that is not as it should be, or one of `others`,
-    becomes `wrong` and the error's repr, which has no line breaks.
+    An OSError becomes "cannot be read". An error in the content, or one of `others`, becomes
+    `wrong` and the error's repr, which has no line breaks.
     """
     try:
         yield
@@ -92,13 +90,13 @@ _KINDS = {
 
 
 def open_regular(path: Path | str) -> BufferedReader:
-    """`open(path, "rb")`, but a FIFO, socket, device or folder is refused, and nothing waits.
+    """Opens a regular file for reading, without ever waiting.
 
-    Raises UserError for these, and OSError as `open` does.
+    Raises UserError for a FIFO, socket, device or folder, and OSError as `open` does.
     """
     fd = -1
     try:
-        # Without O_NONBLOCK opening a FIFO waits for someone who writes to it.
+        # Without O_NONBLOCK opening a FIFO waits for a writer.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
         mode = os.fstat(fd).st_mode
     except OSError as e:
@@ -117,7 +115,7 @@ def open_regular(path: Path | str) -> BufferedReader:
 
 
 def read_bytes(path: Path | str, limit: int | None = None) -> bytes:
-    """All of a file that is one. UserError if it is not, or if it is longer than `limit` bytes."""
+    """Returns a regular file's content. UserError if it is longer than `limit` bytes."""
     with open_regular(path) as f:
         data = f.read() if limit is None else f.read(limit + 1)
     if limit is not None and len(data) > limit:
@@ -126,12 +124,12 @@ def read_bytes(path: Path | str, limit: int | None = None) -> bytes:
 
 
 def read_text(path: Path | str, limit: int | None = None) -> str:
-    """`read_bytes` as UTF-8. UnicodeDecodeError, a ValueError, if it is none."""
+    """Returns `read_bytes` as UTF-8. Raises UnicodeDecodeError, a ValueError, if it is none."""
     return read_bytes(path, limit).decode()
 
 
 def explained(e: BaseException) -> str | None:
-    """One line for an error of the system or the machine; None: it is a fault of ours."""
+    """Returns one line for an error of the system or the machine; None for a bug."""
     if isinstance(e, OSError):
         names = [os.fsdecode(n) for n in (e.filename, e.filename2) if isinstance(n, str | bytes)]
         if not names:

@@ -1,19 +1,20 @@
-"""A config's settings by flat name: read from flags and TOML files, checked, written back."""
+"""Settings by flat name: read from flags and files, checked and written back."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import difflib
+import functools
+import json
 import math
 import re
 import tomllib
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from fastgpt.config import literals
 from fastgpt.config.schema import Config, Range, SourceConfig
@@ -31,39 +32,55 @@ REMOVED = {
 
 @dataclass(frozen=True)
 class Leaf:
-    """One setting: its flat name, its section ("" at the top), its type and its bounds.
+    """A setting: flat name, section ("" at the top), type or options, bounds, help text.
 
     Names are unique across sections; those in `op` carry it with them: op.attention.
     """
 
     name: str
     section: str
-    type: Any
+    type: type
+    options: tuple[Any, ...]
     range: Range | None
+    about: str
 
     @property
     def field(self) -> str:
-        """Its name inside its section."""
+        """Returns its name inside its section."""
         return self.name.rpartition(".")[2]
 
+    @property
+    def wanted(self) -> str:
+        if self.options:
+            return "one of " + ", ".join(map(str, self.options))
+        noun = {int: "a whole number", float: "a number", str: "text"}[self.type]
+        return noun + (f" {self.range}" if self.range else "")
 
+
+@functools.cache
 def leaves(cls: type) -> dict[str, Leaf]:
-    """All settings of a config class by their flat names, in order."""
+    """Returns all settings of a config class by their flat names, in order."""
     out: dict[str, Leaf] = {}
     hints = typing.get_type_hints(cls, include_extras=True)
     for f in dataclasses.fields(cls):
-        kind = hints[f.name]
+        kind, bounds = hints[f.name], None
         if dataclasses.is_dataclass(kind):
             prefix = "op." if f.name == "op" else ""
             for name, leaf in leaves(typing.cast(type, kind)).items():
                 out[prefix + name] = dataclasses.replace(leaf, name=prefix + name, section=f.name)
             continue
-        bounds = None
         if typing.get_origin(kind) is Annotated:
-            kind, *notes = typing.get_args(kind)
-            bounds = next((note for note in notes if isinstance(note, Range)), None)
-        out[f.name] = Leaf(f.name, "", kind, bounds)
+            kind, bounds = typing.get_args(kind)
+        out[f.name] = Leaf(f.name, "", kind, _options(kind), bounds, f.metadata["about"])
     return out
+
+
+def _options(kind: Any) -> tuple[Any, ...]:
+    """Returns the values of bool, of a Literal, or of a union of these; () for other types."""
+    if kind is bool:
+        return True, False
+    parts = (_options(k) or (k,) for k in typing.get_args(kind))
+    return tuple(option for part in parts for option in part)
 
 
 def get(config: Any, leaf: Leaf) -> Any:
@@ -71,11 +88,11 @@ def get(config: Any, leaf: Leaf) -> Any:
 
 
 def replace(config: C, **values: Any) -> C:
-    """A new config with other values, by their flat names ("op.attention" too), unchecked.
+    """Returns a config with other values, by their flat names ("op.attention" too), unchecked.
 
     A name that the config does not have raises KeyError.
     """
-    table = leaves(type(config))
+    table = leaves(config.__class__)  # type: ignore[arg-type]
     parts: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         leaf = table[name]
@@ -86,72 +103,46 @@ def replace(config: C, **values: Any) -> C:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Flat {name: value}."""
-    return {name: get(config, leaf) for name, leaf in leaves(type(config)).items()}
+    """Returns flat {name: value}."""
+    return {name: get(config, leaf) for name, leaf in leaves(config.__class__).items()}
 
 
-# --- checking one value --------------------------------------------------------------------------
-
-
-def _wanted(leaf: Leaf) -> str:
-    options = _options(leaf.type)
-    if options:
-        return "one of " + ", ".join(str(o) for o in options)
-    noun = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}[leaf.type]
-    return noun + (f" {leaf.range}" if leaf.range else "")
-
-
-def _options(kind: Any) -> tuple[Any, ...]:
-    """Allowed values of a Literal, or of a union of a Literal and bool."""
-    if typing.get_origin(kind) is Literal:
-        return typing.get_args(kind)
-    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        return sum(((True, False) if k is bool else _options(k) for k in typing.get_args(kind)), ())
-    return ()
-
-
-def _parse(leaf: Leaf, text: str) -> Any:
-    """A flag's text as the setting's type; text that does not fit comes back as it is."""
-    kind = leaf.type
-    words = {"True": True, "true": True, "False": False, "false": False}
-    if kind is bool or bool in typing.get_args(kind):
-        return words.get(text, text)
-    if kind in (int, float):
-        for read in (kind, literals.arithmetic):
-            with contextlib.suppress(ValueError):
-                return read(text)
-    return text
+# --- checking values -----------------------------------------------------------------------------
 
 
 def check_value(leaf: Leaf, value: Any, where: str) -> Any:
-    """The value in its setting's type. Raises UserError: what was given, what is wanted."""
-    kind = leaf.type
+    """Returns the value in its setting's type. Raises UserError: the given value, the wanted."""
     if type(value) is int and not -(2**63) <= value < 2**63:  # beyond floats, or beyond printing
-        raise UserError(
-            f"{where}{leaf.name}=(a number of {value.bit_length()} bits): wanted {_wanted(leaf)}"
-        )
-    if kind is float and type(value) is int:
+        bits = f"(a number of {value.bit_length()} bits)"
+        raise UserError(f"{where}{leaf.name}={bits}: wanted {leaf.wanted}")
+    if leaf.type is float and type(value) is int:
         value = float(value)
-    options = _options(kind)
-    if options:
-        good = any(value == o and type(value) is type(o) for o in options)
+    of_type = value.__class__ is leaf.type
+    if leaf.options:
+        good = any(value == o and value.__class__ is o.__class__ for o in leaf.options)
+    elif leaf.type is str:
+        if of_type and any(0xD800 <= ord(c) < 0xE000 for c in value):  # not UTF-8
+            raise UserError(f"{where}{leaf.name}={value}: wanted text in UTF-8; rename the file")
+        good = of_type and "\0" not in value
     else:
-        good = type(value) is kind
-        if good and kind in (int, float):
-            good = math.isfinite(value) and (leaf.range is None or leaf.range.check(value))
-        if good and kind is str:
-            good = "\0" not in value
-            if any(0xD800 <= ord(c) < 0xE000 for c in value):  # bytes of a name that is no UTF-8
-                raise UserError(
-                    f"{where}{leaf.name}={value}: wanted text in UTF-8; rename the file"
-                )
+        good = of_type and math.isfinite(value) and (not leaf.range or value in leaf.range)
     if not good:
-        raise UserError(f"{where}{leaf.name}={value}: wanted {_wanted(leaf)}")
+        raise UserError(f"{where}{leaf.name}={value}: wanted {leaf.wanted}")
     return value
 
 
+def find(cls: type, name: str, where: str) -> Leaf:
+    """Returns a config class's setting of this name. Raises UserError if it has none."""
+    table = leaves(cls)
+    if name not in table and name in REMOVED:
+        raise UserError(f"{where}{name}: was removed: {REMOVED[name]}")
+    if name not in table:
+        raise unknown_key(name, list(table), where)
+    return table[name]
+
+
 def unknown_key(key: str, names: Sequence[str], where: str, what: str = "setting") -> UserError:
-    """The error for a name that does not exist, with the nearest one that does."""
+    """Returns the error for a name that does not exist, with the nearest one that does."""
     close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     flag = "--" if where == "--" else ""
     listed = f"there are {', '.join(names)}" if len(names) < 12 else "--help lists them all"
@@ -160,7 +151,7 @@ def unknown_key(key: str, names: Sequence[str], where: str, what: str = "setting
 
 
 def check(config: Any) -> None:
-    """What the type and bounds of a single value do not show. Raises UserError."""
+    """Raises UserError for values that do not fit together, or that no type or bound describes."""
     flat = to_dict(config)
     if not re.fullmatch(r"auto|(cpu|mps)(:0)?|cuda(:\d+)?", flat.get("device", "auto")):
         raise UserError(f"--device={flat['device']}: wanted auto, cpu, cuda, cuda:N or mps")
@@ -188,11 +179,11 @@ def check(config: Any) -> None:
         )
 
 
-# --- from flags and files ------------------------------------------------------------------------
+# --- flags and files -----------------------------------------------------------------------------
 
 
 def split_flags(args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Positional arguments, and flags as {name: text}; `--key=value` or `--key value`."""
+    """Returns positional arguments, and flags (`--key=value`, `--key value`) as {name: text}."""
     positional: list[str] = []
     flags: dict[str, str] = {}
     rest = list(args)
@@ -211,83 +202,83 @@ def split_flags(args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     return positional, flags
 
 
+def _parse(leaf: Leaf, text: str) -> Any:
+    """Returns a flag's text as the setting's type; a text that does not fit unchanged."""
+    if leaf.options:
+        texts = {str(o): o for o in leaf.options}
+        return texts.get({"true": "True", "false": "False"}.get(text, text), text)
+    if leaf.type is not str:
+        for read in (leaf.type, literals.arithmetic):
+            with contextlib.suppress(ValueError):
+                return read(text)
+    return text
+
+
 def apply_flags(config: C, flags: Mapping[str, str]) -> C:
-    """A new config with the flags' values. Raises UserError for the first bad one."""
-    table = leaves(type(config))
-    if "auto_batch_size" in table and flags.get("batch_size") == "auto":
+    """Returns a config with the flags' values. Raises UserError for the first bad one."""
+    if isinstance(config, Config) and flags.get("batch_size") == "auto":
         # The configured batch size stays: with the accumulation it says what the global batch is.
         flags = {"auto_batch_size": "True", **{k: v for k, v in flags.items() if k != "batch_size"}}
     values = {}
     for key, text in flags.items():
-        if key in REMOVED:
-            raise UserError(f"--{key}: was removed: {REMOVED[key]}")
-        if key not in table:
-            raise unknown_key(key, list(table), "--")
-        values[key] = check_value(table[key], _parse(table[key], text), "--")
+        leaf = find(config.__class__, key, "--")
+        values[key] = check_value(leaf, _parse(leaf, text), "--")
     return replace(config, **values)
 
 
 def load_toml(path: Path) -> Config:
-    """A config from a TOML file: flat keys, or keys in their sections, or both."""
+    """Returns the config of a TOML file: flat keys, or keys in their sections, or both."""
     with reading(path, "not a TOML file"):
         text = read_text(path, limit=1 << 20)
     return parse_toml(text, path)
 
 
 def parse_toml(text: str, path: Path) -> Config:
-    """`load_toml` of a file's text; `path` is what errors call it."""
-    try:
-        with reading(path, "not a TOML file"):
+    """Returns the config in a TOML file's text. Settings that were removed are left out."""
+    with reading(path, "not a TOML file"):
+        try:
             tree = tomllib.loads(text)
-    except UserError as e:
-        if isinstance(e.__cause__, tomllib.TOMLDecodeError):
-            raise UserError(f"{path}: not a TOML file: {e.__cause__}") from None
-        raise
-    table, values = leaves(Config), {}
-    sections = {leaf.section for leaf in table.values()}
+        except tomllib.TOMLDecodeError as e:
+            raise UserError(f"{path}: not a TOML file: {e}") from None
+    flat: dict[str, Any] = {}
+    sections = {leaf.section for leaf in leaves(Config).values()}
     for key, value in tree.items():
-        group = value.items() if isinstance(value, dict) and key in sections else [(key, value)]
-        for name, v in group:
-            name = f"op.{name}" if key == "op" else name
-            if name in REMOVED:
-                continue
-            if name not in table:
-                raise unknown_key(name, list(table), f"{path}: ")
-            values[name] = check_value(table[name], v, f"{path}: ")
-    return replace(Config(), **values)
+        inside = isinstance(value, dict) and key in sections
+        prefix = "op." if key == "op" else ""
+        flat |= {prefix + k: v for k, v in value.items()} if inside else {key: value}
+    return from_dict(flat, f"{path}: ")
 
 
 def load_python(path: Path) -> Config:
-    """A config from a file of assignments, as nanoGPT's config/*.py are; nothing in it is run.
+    """Returns the config of a file of assignments, as nanoGPT's config/*.py; nothing is executed.
 
-    What it does not say is as in nanoGPT, whose GELU is the exact one.
+    Settings that it does not have are as in nanoGPT, whose GELU is the exact one.
     """
-    table, values = leaves(Config), {}
+    values = {"gelu": "erf"}
     for name, (value, line) in literals.assignments(path).items():
         where = f"{path}: line {line}: "
-        if name not in table:
-            raise unknown_key(name, list(table), where)
-        if table[name].type is int and isinstance(value, float) and value.is_integer():
+        leaf = find(Config, name, where)
+        if leaf.type is int and isinstance(value, float) and value.is_integer():
             value = int(value)
-        values[name] = check_value(table[name], value, where)
-    return replace(Config(), **{"gelu": "erf", **values})
+        values[name] = check_value(leaf, value, where)
+    return replace(Config(), **values)
 
 
 def from_dict(flat: Mapping[str, Any], where: str) -> Config:
-    """The inverse of `to_dict`; names that this version does not know are left out."""
-    table = leaves(Config)
-    known = {k: check_value(table[k], v, where) for k, v in flat.items() if k in table}
-    return replace(Config(), **known)
+    """Returns the config of `to_dict`'s result. Settings that were removed are left out."""
+    kept = {name: value for name, value in flat.items() if name not in REMOVED}
+    values = {n: check_value(find(Config, n, where), v, where) for n, v in kept.items()}
+    return replace(Config(), **values)
 
 
 def differences(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
-    """(name, value in a, value in b) of all settings that differ."""
-    ours, theirs = to_dict(a), to_dict(b)
-    return [(name, ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]]
+    """Returns (name, value in a, value in b) of all settings that differ."""
+    values = to_dict(b)
+    return [(name, x, values[name]) for name, x in to_dict(a).items() if x != values[name]]
 
 
 def to_toml(config: Config) -> str:
-    """The config as TOML that `load_toml` reads back to the same config."""
+    """Returns the config as TOML, from which `parse_toml` makes the same config."""
     lines: list[str] = []
     section = ""
     for leaf in leaves(Config).values():
@@ -299,12 +290,7 @@ def to_toml(config: Config) -> str:
 
 
 def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return repr(value)
-    escaped = "".join(
-        f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else {"\\": "\\\\", '"': '\\"'}.get(c, c)
-        for c in value
-    )
-    return f'"{escaped}"'
+    if not isinstance(value, str):
+        return repr(value).lower()  # true, 3, 1e-05
+    # JSON escapes as TOML does, but for DEL, which TOML does not allow in a text.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

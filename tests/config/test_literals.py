@@ -1,8 +1,7 @@
-"""nanoGPT's config files and arithmetic in flags: read as literals, nothing in them is ever run."""
+"""nanoGPT's config files and arithmetic in flags, read as literals; nothing is executed."""
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,6 @@ from fastgpt.config import settings
 from fastgpt.config.literals import arithmetic, assignments
 from fastgpt.config.schema import Config
 from fastgpt.errors import UserError
-
-NANOGPT = Path(__file__).parents[2] / ".peers" / "nanoGPT" / "config"
 
 LIKE_NANOGPT = """\
 \"\"\"A run of mine.\"\"\"
@@ -42,22 +39,6 @@ def test_a_file_of_assignments(tmp_path: Path):
     assert c.optim.min_lr == pytest.approx(1e-4) and c.run.max_iters == 5000
     assert c.log.wandb_run_name.startswith("ft-1") and c.optim.decay_lr is False
     assert c.model.gelu == "erf", "nanoGPT's"
-
-
-@pytest.mark.skipif(not NANOGPT.is_dir(), reason="nanoGPT's files are not here")
-def test_nanogpt_s_own_files_all_work():
-    files = sorted(NANOGPT.glob("*.py"))
-    assert len(files) >= 7
-    for path in files:
-        config = settings.load_python(path)
-        settings.check(config)
-        # Each value is what running the file would give, but for the time in a name.
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
-                name = node.targets[0].id
-                assert settings.to_dict(config)[name] == node.value.value, (path.name, name)
-    gpt2 = settings.load_python(NANOGPT / "train_gpt2.py")
-    assert gpt2.optim.rows == 12 * 5 * 8
 
 
 @pytest.mark.parametrize(
@@ -96,9 +77,8 @@ def test_whatever_else_is_named_by_its_line(line: str, message: str, tmp_path: P
 )
 def test_what_is_no_python(text: str, tmp_path: Path):
     (tmp_path / "bad.py").write_text(text)
-    with pytest.raises(UserError, match="bad.py: ") as e:
+    with pytest.raises(UserError, match="^[^\n]*bad.py: [^\n]*$"):
         assignments(tmp_path / "bad.py")
-    assert "\n" not in str(e.value)
 
 
 def test_sums_and_products_are_flags_too():
@@ -109,14 +89,11 @@ def test_sums_and_products_are_flags_too():
     for bad in ("5 *", "f()", "2**99999", "'5'", "5 * x", "1/0", "(" * 300):
         with pytest.raises(UserError, match="--batch_size="):
             settings.apply_flags(Config(), {"batch_size": bad})
-    with pytest.raises(ValueError):
-        arithmetic("True")
 
 
 def test_arithmetic_has_its_limits():
-    """What a value may need is allowed; nothing is worked out that could take long."""
     assert arithmetic("0.5 ** 64") == 0.5**64 and arithmetic("2 ** -64") == 0.5**64
     assert arithmetic("1".rjust(200, "0").replace("0", "+")) == 1
-    for bad in ("0.5 ** 65", "2 ** -65", "+" * 200 + "1"):
-        with pytest.raises(ValueError, match="a power that large|too long"):
+    for bad in ("0.5 ** 65", "2 ** -65", "+" * 200 + "1", "True"):
+        with pytest.raises(ValueError, match="a power that large|too long|no number"):
             arithmetic(bad)
