@@ -24,7 +24,7 @@ from fastgpt_kernels.telling import telling
 
 
 class StepClock:
-    """Mean seconds per step since the last lap, and seconds of all; pauses do not count."""
+    """Clock of mean seconds per step since the last lap, and of all seconds, without pauses."""
 
     def __init__(self) -> None:
         self.steps, self._start, self._laps = 0, time.perf_counter(), 0.0
@@ -48,7 +48,7 @@ class StepClock:
 
 
 class Loop:
-    """A run from the step in `progress`, which it moves on, to its end, its target or a signal."""
+    """Run of a trainer from the step in `progress` to its end, its target, or a signal."""
 
     def __init__(self, trainer: Trainer, dataset: Dataset, run_dir: Path, progress: Progress):
         self.trainer, self.dataset, self.run_dir = trainer, dataset, run_dir
@@ -71,11 +71,11 @@ class Loop:
 
     @property
     def reached(self) -> bool:
-        """Whether the last evaluation met --target_val_loss."""
+        """True if the last evaluation met --target_val_loss."""
         return 0 < self.config.log.target_val_loss >= self.progress.val_loss
 
     def run(self, stack: ExitStack) -> int:
-        """From progress.step to max_iters. Returns the exit code."""
+        """Runs from progress.step to max_iters. Returns the exit code."""
         c, trainer, start = self.config, self.trainer, self.progress.step
         self.flops = metrics.flops_per_token(trainer.model)
         print(f"MFU against {trainer.machine.peak}", flush=True)
@@ -93,8 +93,8 @@ class Loop:
             )
         )
         self.stop = stack.enter_context(StopRequest())
-        # The collector's pauses would land in single steps; it runs at evaluations instead, and
-        # leaves alone what is there for good: modules, the model.
+        # Garbage collection would delay single steps. It runs at evaluations instead, without the
+        # modules and the model, which stay.
         gc.freeze()
         gc.disable()
         stack.callback(gc.enable)
@@ -118,10 +118,10 @@ class Loop:
         return 128 + self.stopped if self.stopped else 0
 
     def _stopping(self) -> bool:
-        """Whether to stop, the same answer on all ranks: a signal may not have reached them all.
+        """Returns whether to stop, the same on all ranks, since a signal may reach only some.
 
-        Several ranks go by what they asked each other a step (or an evaluation batch) earlier: the
-        answer came while they computed, so that no host waits for the slowest one at every step.
+        The stop flag is all-reduced asynchronously and read one step (or evaluation batch) later,
+        so no rank waits for the slowest.
         """
         answer = self.ranks.largest(self.stop.signal or 0)
         if self.ranks.size > 1:
@@ -131,7 +131,7 @@ class Loop:
         return bool(number)
 
     def _steps(self) -> None:
-        """The loop itself."""
+        """Alternates steps, log lines, evaluations and checkpoints until the run stops."""
         c, trainer, at = self.config, self.trainer, self.progress
         clock, before = StepClock(), at.step_seconds
         while True:
@@ -139,7 +139,7 @@ class Loop:
             last = step == c.run.max_iters
             due = (step % c.log.eval_interval == 0 or last) and step != at.last_eval
             if due or c.log.eval_only:
-                trainer.check()  # waits for the device, whose open work is the steps'
+                trainer.check()  # waits for the device, so that the steps' time is complete
                 at.step_seconds = before + clock.elapsed
                 with clock.paused():
                     if self.evaluate(step):
@@ -166,7 +166,7 @@ class Loop:
                 self.metrics.train(step, seconds, record)
 
     def _compile(self) -> None:
-        """Trace and compile before the first step, so that no iteration's time has it in it."""
+        """Compiles before the first step, so that no iteration's time includes it."""
         with telling("compiling", self.metrics.say) as elapsed:
             self.trainer.warm_up(self.progress.step, self._micro_batch())
         self.metrics.say(f"compiled in {elapsed():.1f}s")
@@ -177,7 +177,7 @@ class Loop:
         return tokens.to(self.trainer.device)
 
     def _capture(self) -> None:
-        """Make the step, or the micro-step, one CUDA graph if that pays."""
+        """Captures the step, or the micro-step, as one CUDA graph if that pays."""
         step, trainer = self.progress.step, self.trainer
         wanted, graphed, why = trainer.capture_if_it_pays(step, self._micro_batch)
         if graphed:
@@ -186,7 +186,7 @@ class Loop:
             self.metrics.say(f"no CUDA graph: {why}")
 
     def _skew(self, seconds: float) -> dict[str, float]:
-        """How far the ranks' clocks are apart, and what one GPU does; nothing with one rank."""
+        """Returns the spread of the ranks' step times, or nothing for one rank."""
         if self.ranks.size == 1:
             return {}
         times = self.ranks.gather(seconds)
@@ -199,7 +199,7 @@ class Loop:
         }
 
     def evaluate(self, step: int) -> bool:
-        """Both mean losses on the fixed batches, shared by the ranks. False: a signal came."""
+        """Computes both mean losses on the fixed batches. Returns False if a signal came."""
         with self.ranks.raise_on_all_ranks():
             self.dataset.train.check()
             self.dataset.val.check()
@@ -210,7 +210,7 @@ class Loop:
             for k, tokens in self._eval_tokens(split):
                 if self._stopping():
                     return False
-                loss = self.trainer.losses(tokens)  # on all ranks: FSDP gathers weights for it
+                loss = self.trainer.losses(tokens)  # on all ranks, since FSDP gathers weights
                 if k < n:
                     losses[k] = loss
                 self.metrics.working(f"evaluating {name}", step, i * n + min(k + 1, n), 2 * n)
@@ -221,7 +221,7 @@ class Loop:
         return True
 
     def _eval_tokens(self, split: TokenSplit) -> Iterator[tuple[int, torch.Tensor]]:
-        """(index, tokens) of this rank's batches; ranks get equally many, a last may not count."""
+        """Yields (index, tokens) of this rank's batches; surplus ones keep the ranks in step."""
         c, ranks = self.config, self.ranks
         windows = eval_batches(
             split,
@@ -235,7 +235,7 @@ class Loop:
                 yield k, torch.from_numpy(window).to(self.trainer.device, non_blocking=True)
 
     def save_after_evaluation(self, step: int) -> None:
-        """nanoGPT's rule: if the validation loss improved, or always; and at the end."""
+        """Saves as nanoGPT does: if the validation loss improved, or always; and at the end."""
         at, c = self.progress, self.config
         best = at.val_loss < at.best_val_loss
         at.best_val_loss = min(at.val_loss, at.best_val_loss)
@@ -254,7 +254,7 @@ class Loop:
         self.metrics.say(f"saving checkpoint to {self.saved}")
 
     def non_finite(self, step: int) -> UserError:
-        """Write what is needed to look at the bad step: weights before it, batch, norms."""
+        """Writes weights, batch and norms of a step that was not finite. Returns the error."""
         trainer = self.trainer
         tokens = torch.from_numpy(self.batches.tokens(step))
         mine = tokens[self.ranks.rows(self.rows)]
@@ -276,7 +276,7 @@ class Loop:
 
 
 class StopRequest:
-    """While active, the first SIGTERM or SIGINT sets `signal`; a second SIGINT ends at once."""
+    """Context in which SIGTERM or SIGINT sets `signal`; a second SIGINT ends at once."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None

@@ -1,4 +1,4 @@
-"""A training run from its settings to its end: checks, run folder, loop, summary."""
+"""Training run from its settings to its end: checks, run folder, loop, summary."""
 
 from __future__ import annotations
 
@@ -34,20 +34,16 @@ from fastgpt.weights.source import pretrained
 
 
 def train(config: Config, name: str) -> int:
-    """Run a training run to its end, or to a signal. Returns the process's exit code.
+    """Runs a training run to its end or to a signal. Returns the exit code of the process.
 
-    `name` ends up in the name of a new run's folder. Raises UserError if the run cannot be done as
-    asked.
+    `name` becomes part of the name of a new run's folder. Raises UserError if the run cannot be
+    done as asked.
     """
     return run_training(config, name)[0]
 
 
 def run_training(config: Config, name: str) -> tuple[int, Path]:
-    """`train`, and the folder of the run.
-
-    `name` ends up in the name of a new run's folder. Raises UserError if the run cannot be done as
-    asked.
-    """
+    """Does the work of `train`. Returns the exit code and the folder of the run."""
     system = config.system
     check_launch(config)
     device = local_device(system.device)
@@ -61,7 +57,8 @@ def run_training(config: Config, name: str) -> tuple[int, Path]:
 
 
 def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[int, Path]:
-    """`run_training` on one of the ranks."""
+    """Runs the training on this rank. Everything that can fail, fails before the run's folder."""
+    # 1. Data, weights to start from, vocabulary.
     with ranks.raise_on_all_ranks():
         cuda_graph.check(config.system, machine)
         if ranks.first:
@@ -74,11 +71,12 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
         for split in (dataset.train, dataset.val):
             split.require(config.model.block_size)
         vocab_size = _vocab_size(config, dataset)
-    # Consent to go on with a run, or to replace it, is given by flags; a restart by torchrun has
-    # it for the run that its own first attempt made.
+    # 2. Resume or begin? Flags decide. A restart by torchrun may also continue or replace the run
+    # that its own first attempt made.
     r, launch = config.run, ranks.gather(launcher())
     again = ranks.gather(restarted() and run.made_by(Path(r.out_dir), launch))[0]
     resuming = r.init_from == "resume" or again and bool(checkpoint.names(Path(r.out_dir)))
+    # 3. Model and trainer.
     with ranks.raise_on_all_ranks():
         model = build(config, vocab_size, machine, weights)
     del weights
@@ -87,6 +85,7 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
     if config.optim.auto_batch_size and not resuming:
         batch_size = memory.fit_batch_size(model, config, machine)
     trainer = Trainer(model, config, machine, ranks, batch_size)
+    # 4. The run's folder, its checkpoint, and the loop.
     with ExitStack() as stack:
         run_dir = Path()
         with ranks.raise_on_all_ranks():
@@ -109,27 +108,28 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
                 run.save_config(run_dir, trainer.resolved, launch)
                 if dataset.tokenizer is not None:
                     dataset.tokenizer.save(run_dir)
-        introduce(trainer, dataset, run_dir)
-        _say_if_ops_differ(ranks.gather(trainer.choices))
+        print_introduction(trainer, dataset, run_dir)
+        _warn_if_ops_differ(ranks.gather(trainer.choices))
         loop = Loop(trainer, dataset, run_dir, start)
         code = loop.run(stack)
     if ranks.first:
-        farewell(loop, dataset, run_dir)
+        print_summary(loop, dataset, run_dir)
     return code, run_dir
 
 
-def _say_if_ops_differ(choices: list[tuple[ops.Choice, ...]]) -> None:
-    """Each rank checks its own GPU: one that runs other ops than rank 0 holds up all others."""
-    for rank, theirs in enumerate(choices):
-        if others := tuple(c for c in theirs if c not in choices[0]):
+def _warn_if_ops_differ(choices: list[tuple[ops.Choice, ...]]) -> None:
+    """Warns of ranks that run other ops than rank 0, since the slowest rank delays all."""
+    for rank, chosen in enumerate(choices):
+        if others := tuple(c for c in chosen if c not in choices[0]):
             print(f"warning: other ops than rank 0 on rank {rank}: {ops.describe(others)}")
 
 
 def _start_from(config: Config, dataset: Dataset) -> tuple[Config, dict[str, Tensor] | None]:
-    """The weights that a new run starts from, with a config of their shape; None: new weights.
+    """Returns the config and the weights that a new run starts from, or None for new weights.
 
-    As in nanoGPT a smaller --block_size drops the last positions. Says so if the data has another
-    tokenizer. Raises UserError if the weights have fewer positions than asked for.
+    The config takes the weights' shape. As in nanoGPT, a smaller --block_size drops the last
+    positions. Warns if the data has another tokenizer. Raises UserError if the weights have fewer
+    positions than asked for.
     """
     if config.run.init_from in ("scratch", "resume"):
         return config, None
@@ -144,17 +144,17 @@ def _start_from(config: Config, dataset: Dataset) -> tuple[Config, dict[str, Ten
     tensors["transformer.wpe.weight"] = wpe[:block_size].contiguous()
     shape = replace(found.shape, block_size=block_size)
     print(f"weights from {found.source}: {shape}")
-    theirs, data = hf_tokenizer.read(found.folder), dataset.tokenizer
-    if theirs and data and theirs.fingerprint != data.fingerprint:
+    known, data = hf_tokenizer.read(found.folder), dataset.tokenizer
+    if known and data and known.fingerprint != data.fingerprint:
         print(
-            f"warning: these weights know the ids of {theirs.name}, the data in {dataset.folder} "
+            f"warning: these weights know the ids of {known.name}, the data in {dataset.folder} "
             f"is in {data.name}: the text means nothing to them"
         )
     return settings.replace(config, **vars(shape)), tensors
 
 
 def _vocab_size(config: Config, dataset: Dataset) -> int:
-    """The model's vocabulary: as given, else the data's. UserError if the data has more ids."""
+    """Returns the given vocabulary, or the data's. Raises UserError if the data has more ids."""
     given = config.model.vocab_size
     if given and given < dataset.vocab_size:
         raise UserError(
@@ -164,8 +164,8 @@ def _vocab_size(config: Config, dataset: Dataset) -> int:
     return given or dataset.vocab_size
 
 
-def introduce(trainer: Trainer, dataset: Dataset, run_dir: Path) -> None:
-    """Say once what runs, on what, and why."""
+def print_introduction(trainer: Trainer, dataset: Dataset, run_dir: Path) -> None:
+    """Prints the settings, the data, the model, the device, and the chosen kernels."""
     config, section = trainer.resolved, ""
     for leaf in settings.leaves(Config).values():
         if leaf.section != section:
@@ -179,7 +179,7 @@ def introduce(trainer: Trainer, dataset: Dataset, run_dir: Path) -> None:
     print(f"number of parameters: {trainer.model.n_params() / 1e6:.2f}M")
     if trainer.layout:
         kind = {"ddp": "DDP", "fsdp": "FSDP2"}[trainer.layout]
-        rows = f"{trainer.micro_batch} rows a micro-batch"
+        rows = f"{trainer.micro_batch} rows per micro-batch"
         print(f"ranks {trainer.ranks.size} with {kind}, {rows}")
     print(f"device {device}{gpu}, {machine.dtype}, compile {machine.compile}")
     if device.type == "cuda":
@@ -190,7 +190,7 @@ def introduce(trainer: Trainer, dataset: Dataset, run_dir: Path) -> None:
 
 
 def draw_if_missing(run_dir: Path) -> None:
-    """The picture of a run that was killed after its last save."""
+    """Draws the loss curve of a run that was killed after its last save."""
     picture, log = run_dir / "loss.png", run_dir / "metrics.jsonl"
     if not log.exists():
         return
@@ -198,8 +198,8 @@ def draw_if_missing(run_dir: Path) -> None:
         print(f"loss curve {plots.loss_curve(run_dir)}")
 
 
-def farewell(loop: Loop, dataset: Dataset, run_dir: Path) -> None:
-    """Say how it went: losses, the picture, a sample, and the commands to go on."""
+def print_summary(loop: Loop, dataset: Dataset, run_dir: Path) -> None:
+    """Prints the losses, the picture's path, a sample, and the commands to go on."""
     at, c = loop.progress, loop.config
     picture = plots.loss_curve(run_dir)
     if at.last_eval >= 0:
@@ -212,28 +212,8 @@ def farewell(loop: Loop, dataset: Dataset, run_dir: Path) -> None:
         )
     if picture:
         print(f"loss curve {picture}")
-    if (
-        c.log.sample_tokens
-        and dataset.tokenizer is not None
-        and not loop.stopped
-        and loop.trainer.layout != "fsdp"
-    ):
-        # The first token of the validation text: one that the model knows in any vocabulary.
-        prompt = dataset.val.gather(np.zeros(1, dtype=np.int64), 1)[0].tolist()
-        ids = generate(
-            loop.trainer.model,
-            prompt,
-            c.log.sample_tokens,
-            temperature=0.8,
-            top_k=200,
-            seed=c.run.seed,
-        )
-        # A model of more ids than its data's, as nanoGPT's 50,304, may draw one that is no text.
-        known = dataset.tokenizer.vocab_size
-        ids = (i for i in ids if i < known)
-        print(f"\n--- sample {'-' * 61}")
-        print("".join(decode_stream(dataset.tokenizer, itertools.chain(prompt, ids))).strip())
-        print("-" * 72)
+    if c.log.sample_tokens and not loop.stopped and loop.trainer.layout != "fsdp":
+        _print_sample(loop, dataset)
     if loop.saved:
         more = "" if at.step < c.run.max_iters else f" --max_iters={2 * c.run.max_iters}"
         print()
@@ -246,3 +226,19 @@ def farewell(loop: Loop, dataset: Dataset, run_dir: Path) -> None:
                 "no sample: these token files have no tokenizer; if you know it, continue with "
                 "--tokenizer=gpt2 --vocab_file=FILE"
             )
+
+
+def _print_sample(loop: Loop, dataset: Dataset) -> None:
+    """Prints text that follows the first token of the validation data, if it can be decoded."""
+    c, tokenizer = loop.config, dataset.tokenizer
+    if tokenizer is None:
+        return
+    prompt = dataset.val.gather(np.zeros(1, dtype=np.int64), 1)[0].tolist()
+    ids = generate(
+        loop.trainer.model, prompt, c.log.sample_tokens, temperature=0.8, top_k=200, seed=c.run.seed
+    )
+    # A model with more ids than its data, such as nanoGPT's 50,304, may draw one without a text.
+    ids = (i for i in ids if i < tokenizer.vocab_size)
+    print(f"\n--- sample {'-' * 61}")
+    print("".join(decode_stream(tokenizer, itertools.chain(prompt, ids))).strip())
+    print("-" * 72)

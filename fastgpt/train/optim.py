@@ -17,11 +17,11 @@ from fastgpt.train.muon import Muon
 
 
 def learning_rate(step: int, c: OptimConfig) -> float:
-    """Linear warm-up, then down until lr_decay_iters, and there it stays.
+    """Returns the learning rate of a step: linear warm-up, then decay until lr_decay_iters.
 
-    cosine  to min_lr (nanoGPT's)
-    wsd     warm-up, stable, decay: at learning_rate but for the last lr_decay_fraction, linear to 0
-            (Hu et al. 2024, https://arxiv.org/abs/2404.06395)
+    cosine  decays to min_lr, as nanoGPT does
+    wsd     stays at learning_rate and decays linearly to 0 in the last lr_decay_fraction
+            (warm-up, stable, decay: Hu et al. 2024, https://arxiv.org/abs/2404.06395)
     """
     if not c.decay_lr:
         return c.learning_rate
@@ -57,20 +57,21 @@ def make_optimizer(
     adamw = torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=fused)
     if matrices:
         more: dict[str, Any] = {"weight_decay": c.weight_decay, "scatter": scatter}
-        if device.type != "cpu":  # where bf16's products take over 10 times as long as fp32's
+        if device.type != "cpu":  # bf16 matmuls take over 10 times as long as fp32 there
             more |= {"dtype": model.dtype, "compile": compile}
         return Muon(matrices, adamw, **more)
     return adamw
 
 
 def matrices_of_blocks(model: GPT) -> dict[Tensor, int]:
-    """How many maps each matrix of a block is: c_attn makes q, k and v."""
+    """Returns the number of matrices in each weight of a block: c_attn holds q, k and v."""
     named = model.transformer.h.named_parameters()
     return {p: 3 if name.endswith("c_attn.weight") else 1 for name, p in named if p.ndim == 2}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    lr = torch.tensor(lr).item()  # fp32, as a CUDA graph reads it: the same bits with and without
+    """Sets the learning rate of all groups, rounded to fp32 as a CUDA graph reads it."""
+    lr = torch.tensor(lr).item()
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)
@@ -79,17 +80,17 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Let a CUDA graph take a step of AdamW's: the learning rate is read on the device."""
+    """Keeps AdamW's learning rate on the device, so that a CUDA graph can hold its step."""
     for group in optimizer.param_groups:
         group["lr"] = torch.tensor(float(group["lr"]), device=device)
         group["capturable"] = True
-    # Steps that warm a graph up are not captured: PyTorch would warn of that.
+    # PyTorch would warn of the steps before the capture, which warm the graph up.
     optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
 def gradient_norms(model: nn.Module) -> list[Tensor]:
-    """The norm of each gradient; of gradients that are sharded over ranks one, of all."""
+    """Returns the norm of each gradient, or of sharded gradients the one norm of all."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     if hasattr(grads[0], "full_tensor"):
         return [whole(torch.nn.utils.get_total_norm(grads))]
@@ -98,10 +99,10 @@ def gradient_norms(model: nn.Module) -> list[Tensor]:
 
 @torch.no_grad()
 def divide_gradients(optimizer: torch.optim.Optimizer, model: nn.Module, divisor: Tensor) -> None:
-    """Have the next step divide gradients by a scalar, of the same device.
+    """Divides the gradients by a scalar on their device.
 
-    It is left to the fused optimizer, which reads every gradient anyway; for one that is not fused
-    (on mps) they are divided here.
+    A fused optimizer does that in its step, since it reads every gradient anyway. For others (on
+    mps) the gradients are divided here.
     """
     if fused(optimizer):
         optimizer.grad_scale = divisor  # type: ignore[attr-defined]
@@ -110,12 +111,12 @@ def divide_gradients(optimizer: torch.optim.Optimizer, model: nn.Module, divisor
 
 
 def fused(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether `step` heeds grad_scale and found_inf, on the device itself."""
+    """Returns whether `step` reads grad_scale and found_inf on the device."""
     return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state as flat named tensors: {"exp_avg.transformer.wte.weight": ...}."""
+    """Returns the optimizer's state as named tensors: {"exp_avg.transformer.wte.weight": ...}."""
     out: dict[str, Tensor] = {}
     for name, p in model.named_parameters():
         for key, value in optimizer.state.get(p, {}).items():
@@ -126,26 +127,23 @@ def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
 def load_state_tensors(
     optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]
 ) -> None:
-    """The inverse of `state_tensors`; every parameter's state comes from `tensors`.
-
-    Raises UserError where the optimizer cannot go on from it.
-    """
+    """Loads the result of `state_tensors`. Raises UserError if it is another optimizer's."""
     params = dict(model.named_parameters())
-    ours = "muon" if isinstance(optimizer, Muon) else "adamw"
-    theirs = "muon" if any(k.startswith("momentum_buffer.") for k in tensors) else "adamw"
-    if tensors and ours != theirs:
+    wanted = "muon" if isinstance(optimizer, Muon) else "adamw"
+    found = "muon" if any(k.startswith("momentum_buffer.") for k in tensors) else "adamw"
+    if tensors and wanted != found:
         raise UserError(
-            f"--optimizer={ours}: the checkpoint has the state of {theirs}; leave the flag out, or "
-            "start a new run"
+            f"--optimizer={wanted}: the checkpoint has the state of {found}; leave the flag out, "
+            "or start a new run"
         )
     for full_name, value in tensors.items():
         key, _, name = full_name.partition(".")
         p = params[name]
-        # `step` too lives on the parameter's device: fused AdamW wants it there.
+        # Fused AdamW needs `step` on the parameter's device, too.
         optimizer.state[p][key] = like(value.to(p.device, copy=True), p)
 
 
-ADDENDS = 100  # One kernel adds up so many numbers from different places; stacking them is another.
+MAX_ADDENDS = 100  # Inductor adds up to about this many scalars in one kernel.
 
 
 @torch.no_grad()
@@ -157,16 +155,18 @@ def clip_and_check_finite(
     max_norm: float,
     of_loss_alone: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns the gradients' norm and what they are to be divided by; all are fp32 scalars.
+    """Returns the norm of all gradients and their divisor for clipping, both fp32 scalars.
+
+    It works on scalars on the device, and nothing waits for it.
 
     norms          of each parameter's gradient
-    bad            in place: 1 from the first step on whose loss or norm was not finite
-    bad_steps      in place: how many steps there were since, with it
+    bad            set in place to 1 from the first step whose loss or norm is not finite
+    bad_steps      counts in place the steps since, that step included
     max_norm       of the gradients after the division, as in torch.nn.utils.clip_grads_with_norm_;
-                   0: they are not divided
-    of_loss_alone  an infinite norm is no fault: with loss scaling it is how the scale is found
+                   with 0 the divisor is None
+    of_loss_alone  ignores an infinite norm, by which loss scaling finds its scale
     """
-    if torch.compiler.is_compiling() and len(norms) <= ADDENDS:
+    if torch.compiler.is_compiling() and len(norms) <= MAX_ADDENDS:
         norm = torch.sqrt(sum((x * x for x in norms), torch.zeros_like(loss)))
     else:
         norm = torch.linalg.vector_norm(torch.stack([*norms]))

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from fastgpt.model.ops import Choice
 from fastgpt.storage import checkpoint
 from fastgpt.train import metrics
-from fastgpt.train.main import _say_if_ops_differ
+from fastgpt.train.main import _warn_if_ops_differ
 from tests import runs
 from tests.process import Command, fastgpt
 from tests.runs import TINY
@@ -340,9 +340,9 @@ def test_epochs_and_bfloat16_and_accumulation_resume_exactly(tmp_path: Path, tex
 def test_a_rank_that_runs_other_ops_is_named(capsys):
     plain = (Choice("attention", "triton", "fused kernels"), Choice("mlp", "eager", "no TMA"))
     slow = Choice("attention", "eager", "triton: does not answer within 60 s")
-    _say_if_ops_differ([plain, plain])
+    _warn_if_ops_differ([plain, plain])
     assert capsys.readouterr().out == ""
-    _say_if_ops_differ([plain, plain, (slow, plain[1])])
+    _warn_if_ops_differ([plain, plain, (slow, plain[1])])
     assert capsys.readouterr().out == (
         "warning: other ops than rank 0 on rank 2: "
         "eager (triton: does not answer within 60 s): attention\n"
