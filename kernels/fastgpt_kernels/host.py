@@ -46,6 +46,11 @@ def pretend(arch: str) -> Iterator[None]:
         _PRETENDED = before
 
 
+def pretending() -> bool:
+    """Returns True inside `pretend`."""
+    return _PRETENDED != ""
+
+
 def use_kernel(x: torch.Tensor) -> bool:
     """Whether the kernel itself runs: for a GPU tensor, or for any under TRITON_INTERPRET=1."""
     return HAS_TRITON and (x.is_cuda or INTERPRETED or (_PRETENDED != "" and x.is_meta))

