@@ -1,9 +1,9 @@
-"""`fastgpt compare RUN RUN ...`: curves, figures, and which is better, if noise lets one say it.
+"""Comparison of runs, `fastgpt compare RUN RUN ...`: a table, a picture, and a verdict.
 
-Runs that differ in their seed alone are of one recipe, and the spread of their loss is the noise. A
-recipe is called better if the 95 % interval of the difference, at the last step that all evaluated,
-excludes 0. A single run of a recipe is never enough for that: of two such runs is said whether they
-differ by more than their difference scatters along the curves.
+Runs that differ only in their seed belong to one recipe, and the spread of their losses is the
+noise. A recipe is called better if the 95 % interval of the difference, at the last step that all
+runs evaluated, excludes 0. That takes at least two runs of each recipe. For single runs the verdict
+only says if the difference is larger than its scatter along the curves.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ONE_PAIR = "a single run is never enough"
 
 @dataclass(frozen=True)
 class Compared:
-    """A run to compare: its curves, its settings, and what it is called in the table."""
+    """Run to compare: its name in the table, its curves and its settings."""
 
     name: str
     curves: Curves
@@ -39,14 +39,14 @@ class Compared:
 
     @property
     def recipe(self) -> tuple:
-        """All settings but the seed and names: equal for runs that differ by chance alone."""
+        """Settings without the seed and names, equal for runs that differ only by chance."""
         return tuple(
             (k, v) for k, v in settings.to_dict(self.config).items() if k not in _NOT_THE_RUN
         )
 
 
 def compare(folders: Sequence[str], config: CompareConfig) -> int:
-    """Print the table and the verdict, draw --to. Returns the exit code."""
+    """Prints the table and the verdict, and draws --to. Returns the exit code."""
     runs = _named_apart([_open(folder) for folder in folders])
     print(table(runs))
     data = {tuple(settings.to_dict(r.config)[k] for k in _DATA) for r in runs}
@@ -67,14 +67,14 @@ def _open(folder: str) -> Compared:
 
 
 def _named_apart(runs: Sequence[Compared]) -> list[Compared]:
-    """Each called by what tells it apart: without the folders that all are in."""
+    """Returns the runs named without the folders that they have in common."""
     paths = [os.path.abspath(r.name) for r in runs]
     common = os.path.commonpath([os.path.dirname(p) for p in paths])
     return [replace(r, name=os.path.relpath(p, common)) for r, p in zip(runs, paths, strict=True)]
 
 
 def table(runs: Sequence[Compared]) -> str:
-    """Steps, tokens, hours, losses, speed and MFU of each run, a line each."""
+    """Returns a line per run with steps, tokens, hours, losses, speed and MFU."""
     head = ("run", "steps", "tokens", "hours", "train", "val", "best val", "tok/s", "mfu")
     rows = [head]
     for r in runs:
@@ -105,10 +105,10 @@ def table(runs: Sequence[Compared]) -> str:
 
 
 def scatter(losses: Sequence[float]) -> float | None:
-    """The noise of the last values of a curve: a standard deviation; None with fewer than four.
+    """Returns the standard deviation of the noise in a curve's last values, or None below four.
 
-    From second differences, in which a slope cancels: for independent noise their variance is six
-    times its own.
+    It comes from second differences, in which a slope cancels. Their variance is six times that of
+    independent noise.
     """
     tail = list(losses)[-_TAIL:]
     if len(tail) < 4:
@@ -118,7 +118,7 @@ def scatter(losses: Sequence[float]) -> float | None:
 
 
 def verdict(runs: Sequence[Compared]) -> list[str]:
-    """A line for each pair of recipes: which is better, by how much, or that noise hides it."""
+    """Returns a line per pair of recipes: the better one and by how much, or no difference."""
     groups: dict[tuple, list[Compared]] = {}
     for r in runs:
         groups.setdefault(r.recipe, []).append(r)
@@ -150,7 +150,7 @@ def _seeds_alone(runs: Sequence[Compared]) -> list[str]:
 
 
 def _names(group: Sequence[Compared]) -> str:
-    """Of runs of one recipe."""
+    """Returns one name for the runs of a recipe."""
     if len(group) > 2:
         return f"{group[0].name} (and {len(group) - 1} more)"
     return "+".join(r.name for r in group)
@@ -189,21 +189,21 @@ def _pair(a: list[Compared], b: list[Compared]) -> str:
 
 
 def _noise(losses: list[list[float]]) -> tuple[float, int]:
-    """Standard deviation of the difference of the means, and its degrees of freedom (pooled)."""
+    """Returns the standard deviation of the difference of means, and its degrees of freedom."""
     freedom = sum(len(g) - 1 for g in losses)
     squares = sum((x - statistics.mean(g)) ** 2 for g in losses for x in g)
     return math.sqrt(squares / freedom * sum(1 / len(g) for g in losses)), freedom
 
 
 def _scatter_of_difference(a: Compared, b: Compared, step: int) -> float | None:
-    """Of the difference itself: what both curves share, as the batches evaluated, cancels."""
-    ours, theirs = ({e["step"]: e["val_loss"] for e in r.curves.evals} for r in (a, b))
-    common = sorted(k for k in ours.keys() & theirs.keys() if k <= step)
-    return scatter([ours[k] - theirs[k] for k in common])
+    """Returns the scatter of the difference, in which effects of the common batches cancel."""
+    first, second = ({e["step"]: e["val_loss"] for e in r.curves.evals} for r in (a, b))
+    common = sorted(k for k in first.keys() & second.keys() if k <= step)
+    return scatter([first[k] - second[k] for k in common])
 
 
 def draw(runs: Sequence[Compared], path: Path) -> Path:
-    """Validation loss over steps, tokens and hours, one picture; a recipe's runs in one colour."""
+    """Draws validation losses over steps, tokens and hours, with one colour per recipe."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.2), layout="constrained")

@@ -35,7 +35,7 @@ from fastgpt.model.device import DTYPES, Machine, resolve_device
 
 
 class Ranks:
-    """This process among its fellows: `rank` of `size`. The default is one process alone."""
+    """Process `rank` of `size`. The default is a single process without a process group."""
 
     def __init__(self, rank: int = 0, size: int = 1, store: Any = None):
         self.rank, self.size, self.store = rank, size, store
@@ -45,17 +45,17 @@ class Ranks:
         return self.rank == 0
 
     def rows(self, rows: int) -> slice:
-        """This rank's part of a step's rows."""
+        """Returns the slice of a step's rows that this rank takes."""
         each = rows // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
     def micro_batch(self, rows: int, batch_size: int) -> int:
-        """Rows of a micro-batch: batch_size, or less if a rank's rows are no multiple of it."""
+        """Returns the rows per micro-batch: batch_size, or its nearest divisor of a rank's rows."""
         each = rows // self.size
         return next(b for b in range(min(batch_size, each), 0, -1) if each % b == 0)
 
     def check(self, o: OptimConfig) -> None:
-        """Raise UserError if the ranks cannot share the global batch equally."""
+        """Raises UserError if the global batch does not divide among the ranks."""
         rows = o.rows
         if rows % self.size:
             steps = o.gradient_accumulation_steps
@@ -68,22 +68,22 @@ class Ranks:
             )
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean over ranks, on the device; `value` is changed."""
+        """Averages `value` over the ranks in place, on the device."""
         if self.size > 1:
             dist.all_reduce(value)
             value /= self.size
         return value
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over ranks, on the device; `value` is changed."""
+        """Sums `value` over the ranks in place, on the device."""
         if self.size > 1:
             dist.all_reduce(value)
         return value
 
     def largest(self, value: int) -> Callable[[], int]:
-        """Ask for the largest value of any rank; what comes back waits for the answer.
+        """Starts an all-reduce of the maximum. Returns a function that waits for the result.
 
-        Goes between hosts; the GPUs are not waited for. All ranks ask in the same order.
+        It runs between hosts and does not wait for the GPUs.
         """
         if self.size == 1:
             return lambda: value
@@ -97,7 +97,7 @@ class Ranks:
         return answer
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank."""
+        """Returns the values of all ranks, by rank."""
         if self.size == 1:
             return [value]
         out: list[Any] = [None] * self.size
@@ -106,9 +106,9 @@ class Ranks:
 
     @contextlib.contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
-        """A part that all ranks finish, or none: a UserError on any of them is raised on all.
+        """Context that all ranks finish, or none: a UserError on one of them is raised on all.
 
-        The text is that of the lowest rank that failed, so that one line is said in total.
+        The message is that of the lowest rank that failed, so that one line is printed in total.
         """
         error: UserError | None = None
         try:
@@ -125,7 +125,7 @@ class Ranks:
                 raise SharedError(f"rank {rank}: {text}" if rank else text) from error
 
     def silent(self) -> list[int]:
-        """After a failed exchange: the ranks that do not say within two seconds that they live."""
+        """Returns the ranks that do not answer within two seconds, after a failed exchange."""
         if self.store is None:
             return []
         with contextlib.suppress(Exception):
@@ -139,7 +139,7 @@ class Ranks:
 
 
 def _number(name: str, default: int) -> int:
-    """A number that torchrun sets. UserError if it is none."""
+    """Returns a number that torchrun sets. Raises UserError if it is not one."""
     text = os.environ.get(name, str(default))
     if not (text.isascii() and text.isdigit() and len(text) < 10):
         raise UserError(f"{name}={text}: wanted a whole number, as torchrun sets it; or unset it")
@@ -147,14 +147,14 @@ def _number(name: str, default: int) -> int:
 
 
 def restarted() -> bool:
-    """Whether torchrun started this run again after a failure."""
+    """Returns whether torchrun started this run again after a failure."""
     return _number("TORCHELASTIC_RESTART_COUNT", 0) > 0
 
 
 def launcher() -> str:
-    """Who started this process: torchrun's agent, which stays over restarts; "" without torchrun.
+    """Returns an identity of torchrun's agent, which survives restarts; "" without torchrun.
 
-    Its number and the time of its start on its machine, which together are no other process's.
+    It consists of host, process id, start time and boot id, so no other process has the same.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return ""
@@ -167,7 +167,7 @@ def launcher() -> str:
 
 
 def check_launch(config: Config) -> None:
-    """Raise UserError if the run's flags do not go with torchrun's."""
+    """Raises UserError if the run's flags contradict torchrun's."""
     if _number("TORCHELASTIC_MAX_RESTARTS", 0) > 0 and not config.run.out_dir:
         raise UserError(
             "torchrun --max-restarts: a restart has to find its run; name it with --out_dir"
@@ -177,9 +177,9 @@ def check_launch(config: Config) -> None:
 
 
 def local_device(name: str) -> str:
-    """--device of this process: if torchrun started one process for each GPU, the GPU of its own.
+    """Returns the device of this process; under torchrun each process has its own GPU.
 
-    Raises UserError if this machine does not have it.
+    Raises UserError if this machine does not have that GPU.
     """
     if resolve_device(name).type != "cuda" or "LOCAL_RANK" not in os.environ:
         return name
@@ -195,10 +195,10 @@ def local_device(name: str) -> str:
 
 @contextlib.contextmanager
 def join(config: Config, device: torch.device) -> Iterator[Ranks]:
-    """The process group of torchrun's ranks, for as long as the block runs; else one rank alone.
+    """Context with the process group of torchrun's ranks, or with a single rank.
 
-    Only rank 0 writes to stdout. An error of another rank is a RankError that names it; so is a
-    lost connection, which names the ranks that do not answer.
+    Only rank 0 writes to stdout. An error of another rank becomes a RankError that names it. A lost
+    connection becomes a RankError that names the ranks that do not answer.
     """
     if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
         if _number("WORLD_SIZE", 1) > 1:
@@ -206,14 +206,14 @@ def join(config: Config, device: torch.device) -> Iterator[Ranks]:
         yield Ranks()
         return
     system = config.system
-    # Beside NCCL, Gloo for what hosts tell each other without waiting for their GPUs.
+    # Gloo is for messages between hosts that must not wait for the GPUs.
     backend = f"cpu:gloo,cuda:{system.backend}" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=system.dist_timeout)
     stdout = sys.stdout
     ranks = Ranks(_number("RANK", 0), _number("WORLD_SIZE", 1))
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-        # A restart must not find the addresses of those who are gone.
+        # The prefix keeps a restart from finding the addresses of processes that are gone.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"attempt-{attempt}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
@@ -223,7 +223,7 @@ def join(config: Config, device: torch.device) -> Iterator[Ranks]:
         with ranks.raise_on_all_ranks():
             ranks.check(config.optim)
         yield ranks
-        ranks.largest(0)()  # leave together: rank 0 still draws the loss curve
+        ranks.largest(0)()  # all leave at the same time, since rank 0 draws the loss curve
     except SharedError:
         raise
     except UserError as e:
@@ -244,7 +244,7 @@ def join(config: Config, device: torch.device) -> Iterator[Ranks]:
         if sys.stdout is not stdout:
             sys.stdout.close()
             sys.stdout = stdout
-        # Not after an error: a peer that is gone would have to answer.
+        # After an error this would wait for a peer that may be gone.
         if dist.is_initialized() and sys.exc_info()[0] is None:
             dist.destroy_process_group()
 
@@ -254,13 +254,13 @@ def _is_connection(e: BaseException) -> bool:
     return isinstance(e, dist.DistError) or any(w in str(e).lower() for w in words)
 
 
-# fp32 weights, gradients and AdamW's moments; more than this share of a GPU leaves activations
-# too little room.
+# Bytes per parameter of fp32 weights, gradients and AdamW's moments, and the part of a GPU's memory
+# above which they leave activations too little room.
 STATE_BYTES, STATE_SHARE = 16, 0.6
 
 
 def strategy(parallel: str, n_params: int, device: torch.device) -> str:
-    """ddp or fsdp for --parallel; auto is DDP if a GPU holds all of the training state."""
+    """Returns ddp or fsdp for --parallel; auto is DDP if one GPU holds all training state."""
     if parallel != "auto":
         return parallel
     if device.type != "cuda":
@@ -270,7 +270,7 @@ def strategy(parallel: str, n_params: int, device: torch.device) -> str:
 
 
 def shard(model: nn.Module, system: SystemConfig, machine: Machine) -> None:
-    """FSDP2 over all ranks: attention and MLP each a group, the rest the root's."""
+    """Applies FSDP2 over all ranks: attention and MLP are a group each, the root has the rest."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     if machine.dtype == "float16":
@@ -291,9 +291,9 @@ def shard(model: nn.Module, system: SystemConfig, machine: Machine) -> None:
 
 
 def replicate(model: nn.Module, system: SystemConfig, machine: Machine) -> DDP:
-    """DDP: buckets of gradients are reduced while the backward pass goes on."""
+    """Wraps the model in DDP, which reduces buckets of gradients during the backward pass."""
     ids = [machine.device.index] if machine.device.type == "cuda" else None
-    # The only buffers are copies of weights, which are the same on all ranks.
+    # The only buffers are copies of weights, equal on all ranks.
     ddp = DDP(model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
     if system.reduce_dtype == "bfloat16":
         if ids is None:
@@ -308,7 +308,7 @@ def replicate(model: nn.Module, system: SystemConfig, machine: Machine) -> DDP:
 
 
 def wrap(model: nn.Module, system: SystemConfig, machine: Machine) -> tuple[nn.Module, str]:
-    """(what to call in the model's place, "ddp", "fsdp", or "" without torchrun)."""
+    """Returns the module to call instead of the model, and "ddp", "fsdp", or "" for one process."""
     if not dist.is_initialized():
         return model, ""
     n_params = sum(p.numel() for p in model.parameters())
@@ -327,7 +327,7 @@ def _fsdp_sync(model: Any, last: bool) -> Iterator[None]:
 
 
 def reducing(wrapped: nn.Module, last: bool) -> AbstractContextManager:
-    """Around a micro-step: gradients are reduced in the `last` one and only added up before."""
+    """Returns the context of a micro-step; gradients are reduced over the ranks in the `last`."""
     if isinstance(wrapped, DDP):
         return contextlib.nullcontext() if last else wrapped.no_sync()
     if hasattr(wrapped, "set_requires_gradient_sync"):  # an FSDPModule
@@ -336,27 +336,26 @@ def reducing(wrapped: nn.Module, last: bool) -> AbstractContextManager:
 
 
 def local(t: Tensor) -> Tensor:
-    """This rank's part of a DTensor; any other tensor as it is."""
+    """Returns this rank's shard of a DTensor, or any other tensor itself."""
     return t.to_local() if hasattr(t, "to_local") else t
 
 
 def whole(t: Tensor) -> Tensor:
-    """The full tensor of one that may be sharded; all ranks take part."""
+    """Returns the full tensor of a DTensor (all ranks take part), or any other tensor itself."""
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 def whole_on_first(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """Full fp32 tensors on the CPU of rank 0, gathered one by one; nothing on the others."""
+    """Gathers full fp32 tensors one by one on rank 0's CPU. Returns {} on the other ranks."""
     full = ((k, whole(v)) for k, v in tensors.items())
     return {k: v.float().cpu() for k, v in full if ranks.first}
 
 
 def write_shards(tensors: dict[str, Tensor], folder: Path) -> Path:
-    """One safetensors file of tensors that are shared out; no rank holds more than its part.
+    """Writes one safetensors file of sharded tensors; no rank holds more than its shards.
 
-    torch.distributed.checkpoint writes each rank's part under `folder`, which all ranks see, and
-    rank 0 joins them through mapped files. All ranks take part. Raises UserError on all of them
-    if one could not write.
+    torch.distributed.checkpoint writes each rank's shards under `folder`, which all ranks share.
+    Rank 0 then joins them through mapped files. Raises UserError on all ranks if one fails.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import HuggingFaceStorageWriter
@@ -374,10 +373,10 @@ def write_shards(tensors: dict[str, Tensor], folder: Path) -> Path:
 
 
 def _write_scalars(path: Path, scalars: dict[str, Tensor]) -> None:
-    """Fill in tensors without dimensions: joining the parts leaves zeros in their place.
+    """Writes the tensors without dimensions, in whose place torch 2.13 leaves zeros.
 
-    Seen with torch 2.13, as in https://github.com/NVIDIA-NeMo/Automodel/pull/301. A file has the
-    header's length in 8 bytes, the header in JSON, the data: https://huggingface.co/docs/safetensors.
+    Same bug as in https://github.com/NVIDIA-NeMo/Automodel/pull/301. A file has the header's length
+    in 8 bytes, the header in JSON, the data: https://huggingface.co/docs/safetensors.
     """
     with open(path, "r+b") as f:
         length = int.from_bytes(f.read(8), "little")
@@ -389,7 +388,7 @@ def _write_scalars(path: Path, scalars: dict[str, Tensor]) -> None:
 
 
 def like(t: Tensor, model_tensor: Tensor) -> Tensor:
-    """A full tensor laid out as `model_tensor` is: if that is shared out, this rank's share."""
+    """Returns a full tensor in the layout of `model_tensor`, which may be sharded."""
     if not hasattr(model_tensor, "full_tensor") or t.shape != model_tensor.shape:
         return t
     from torch.distributed.tensor import distribute_tensor

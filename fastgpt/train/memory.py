@@ -1,17 +1,13 @@
-"""Memory of a training step: what it will need, counted; and the largest micro-batch that fits.
+"""Memory of a training step by estimate, and the largest micro-batch that fits.
 
-With M = batch_size * block_size tokens in a micro-batch, width C, L layers, vocabulary V (padded),
-N parameters and e bytes an activation, the fused ops keep for the backward pass
+For M tokens per micro-batch, width C, padded vocabulary V and e bytes per activation, the fused ops
+save for the backward pass
 
-    a block     16 M C e    norm 1, qkv 3, attention 1, stream 1, norm 1, MLP 4 + 4, stream 1
-    loss        M C e       its gradient, which the loss op has already; and 4 V C for the head's
+    per block   16 M C e    norm 1, qkv 3, attention 1, stream 1, norm 1, MLP 4 + 4, stream 1
+    loss        M C e       its gradient; and 4 V C bytes for the head's gradient
 
-and the log-sum-exp of each head's rows and two statistics of each norm's, in fp32. Nothing grows
-with T squared, and logits are there for one chunk of rows at a time. The eager ops keep more: the
-norm's input in fp32, a copy of attention's output, and all logits, once in fp32.
-
-`tests/train/test_memory.py` holds these formulas against what autograd saves, and on a GPU the
-total against the peak that the allocator saw.
+and in fp32 the log-sum-exp of attention's rows and two statistics per norm. The eager ops also save
+the norm's input in fp32, a copy of attention's output, and all logits.
 """
 
 from __future__ import annotations
@@ -32,22 +28,15 @@ from fastgpt_kernels.registry import spec
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes at the peak of a step: at the end of the forward pass, with gradients there already."""
+    """Bytes at the peak of a step, which is the end of the forward pass."""
 
-    weights: int
-    """fp32 masters."""
-    gradients: int
-    """fp32."""
-    optimizer: int
-    """AdamW's two moments, fp32; of Muon's matrices one."""
-    casts: int
-    """Weights in the activations' dtype: copies, or rounded in the forward pass."""
-    activations: int
-    """What the blocks keep for the backward pass."""
-    loss: int
-    """The head's gradients and logits."""
-    working: int
-    """Gradients of one block's activations on their way, or with checkpointing the block again."""
+    weights: int  # fp32
+    gradients: int  # fp32, allocated by an earlier micro-batch
+    optimizer: int  # fp32 moments: two of AdamW, one of Muon's matrices
+    casts: int  # weights in the compute dtype
+    activations: int  # saved by the blocks for the backward pass
+    loss: int  # the head's gradients and logits
+    working: int  # gradients inside one block, or with checkpointing the block's activations
 
     @property
     def total(self) -> int:
@@ -59,7 +48,7 @@ class Estimate:
 
 
 def n_parameters(shape: ModelShape) -> int:
-    """Parameters of a model of this shape, position embeddings and padding included."""
+    """Returns the number of parameters, position embeddings and padding included."""
     C, L = shape.n_embd, shape.n_layer
     vectors = (2 * L + 1) * C + (shape.bias and (2 * L + 1) * C + L * 9 * C)
     return (shape.padded_vocab_size + shape.block_size) * C + L * 12 * C * C + vectors
@@ -68,7 +57,7 @@ def n_parameters(shape: ModelShape) -> int:
 def saved_by_blocks(
     shape: ModelShape, batch_size: int, itemsize: int, *, fused: bool, checkpointing: bool
 ) -> int:
-    """Bytes that blocks and norms keep for the backward pass, besides weights."""
+    """Returns the bytes that blocks and norms save for the backward pass, without weights."""
     C, L, H = shape.n_embd, shape.n_layer, shape.n_head
     M = batch_size * shape.block_size
     statistics = 2 * 4 * M  # a norm's mean and 1 / standard deviation
@@ -90,10 +79,10 @@ def estimate(
     muon: bool = False,
     room: int | None = None,
 ) -> Estimate:
-    """Memory of a training step on micro-batches of batch_size x block_size tokens.
+    """Returns the memory of a step on micro-batches of batch_size x block_size tokens.
 
-    muon  whether it is the optimizer of the blocks' matrices
-    room  bytes that the head's logits may take at a time; default: as on a CPU
+    muon  True if Muon optimizes the blocks' matrices
+    room  bytes for the head's logits at a time; the default is that of a CPU
     """
     from fastgpt_kernels.ops.loss.linear import CHUNK_BYTES, chunk_rows
 
@@ -121,7 +110,7 @@ def estimate(
 
 
 def of_model(model: GPT, batch_size: int, optimizer: str = "adamw") -> Estimate:
-    """The estimate for a model as it stands: its ops, its dtype, checkpointed or not."""
+    """Returns the estimate for a model with its kernels, dtype and checkpointing."""
     fused = any(c.implementation == "triton" for c in model.ops.choices if not spec(c.op).library)
     from fastgpt_kernels.ops.loss.linear import room_on
 
@@ -137,16 +126,16 @@ def of_model(model: GPT, batch_size: int, optimizer: str = "adamw") -> Estimate:
 
 
 def micro_batches(rows: int) -> Iterator[int]:
-    """Sizes that cut a step's rows into equal micro-batches, largest first."""
+    """Yields the sizes that split a step's rows into equal micro-batches, largest first."""
     yield from (b for b in range(rows, 0, -1) if rows % b == 0)
 
 
 def fit_batch_size(model: GPT, config: Config, machine: Machine) -> int:
-    """The largest micro-batch that fits and cuts the rows of a step evenly; says which it is.
+    """Returns and prints the largest micro-batch that fits and splits a step's rows evenly.
 
-    Candidates that the estimate rules out by far are passed over, the others are tried: forward and
-    backward, uncompiled, with room taken for the optimizer's moments. Raises UserError if not even
-    one sequence fits. On a CPU, which gains nothing from larger ones, returns the config's.
+    Candidates far above the estimate are skipped. The others run forward and backward, uncompiled,
+    beside tensors as large as the optimizer's moments. On a CPU the config's size is returned.
+    Raises UserError if not even one sequence fits.
     """
     o, device = config.optim, machine.device
     if device.type != "cuda":
@@ -168,7 +157,7 @@ def fit_batch_size(model: GPT, config: Config, machine: Machine) -> int:
 
 
 def _free(device: torch.device) -> int:
-    """Bytes that an allocation could still get: the driver's, and the cache's of this process."""
+    """Returns the bytes free in the driver and in PyTorch's cache of this process."""
     driver, _ = torch.cuda.mem_get_info(device)
     return driver + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
@@ -201,7 +190,7 @@ def _ways_out(config: Config, batch_size: int) -> str:
 
 
 def out_of_memory(config: Config, model: GPT, device: torch.device, batch_size: int) -> str:
-    """What was tried, what it needs by the estimate, what was free, and which flags help."""
+    """Returns a message: what was tried, its estimate, the free memory, and flags that help."""
     room, needed = "", of_model(model, batch_size, config.optim.optimizer).total
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory

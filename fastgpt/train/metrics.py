@@ -28,7 +28,7 @@ from fastgpt.storage.files import explain_os_error, write_text
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line cut off by a kill is left out."""
+    """Returns the records of a metrics.jsonl, without a last line cut off by a kill."""
     if not path.exists():
         return []
     with reading(path, "is not UTF-8 text"):
@@ -52,7 +52,7 @@ _NUMBERS = {
 
 
 def _checked(record: Any) -> dict[str, Any]:
-    """A record that has what its kind has, as numbers."""
+    """Returns the record. Raises if a number that its kind needs is missing."""
     for name in _NUMBERS[record["kind"]]:
         if not isinstance(record[name], int | float):
             raise TypeError(name)
@@ -60,7 +60,7 @@ def _checked(record: Any) -> dict[str, Any]:
 
 
 def duration(seconds: float) -> str:
-    """1m 05s, 2h 03m, 3d 04h."""
+    """Formats seconds as 1m 05s, 2h 03m, 3d 04h."""
     s = round(seconds)
     if s < 60:
         return f"{s}s"
@@ -72,7 +72,7 @@ def duration(seconds: float) -> str:
 
 
 def count(n: float) -> str:
-    """980, 12.3k, 4.56M, 7.89B: three digits."""
+    """Formats a number with three digits: 980, 12.3k, 4.56M, 7.89B."""
     for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if n >= scale:
             return f"{n / scale:.3g}{unit}"
@@ -80,10 +80,9 @@ def count(n: float) -> str:
 
 
 class Metrics:
-    """The run's voice; a context manager, so that files and the progress bar are always closed.
+    """Log of a run, as a context that closes its files and the progress bar.
 
-    `keeps` is False for ranks that are not the first: they write nothing, and their stdout goes
-    nowhere.
+    `keeps` is False for all ranks but the first, which write nothing.
     """
 
     def __init__(
@@ -99,7 +98,7 @@ class Metrics:
         self.path, self._keeps = run_dir / "metrics.jsonl" if keeps else Path(os.devnull), keeps
         self._tokens_per_step, self._max_iters = tokens_per_step, config.run.max_iters
         self._digest = hashlib.sha256()
-        if keeps:  # a resumed run writes the steps after its checkpoint anew
+        if keeps:  # a resumed run repeats the steps after its checkpoint
             kept = [r for r in read(self.path) if r["step"] < start_step + (r["kind"] == "eval")]
             text = "".join(json.dumps(r) + "\n" for r in kept)
             self._digest.update(text.encode())
@@ -135,14 +134,14 @@ class Metrics:
             tracker.close()
 
     def say(self, line: str) -> None:
-        """Print a line, above the progress bar if there is one."""
+        """Prints a line, above the progress bar if there is one."""
         if self._progress:
             self._progress.console.print(line, markup=False, soft_wrap=True)
         else:
             print(line, flush=True)
 
     def train(self, step: int, seconds: float, record: dict[str, float]) -> None:
-        """One optimizer step: its loss and, in `seconds`, the mean time since the last log line."""
+        """Logs a step. `seconds` is the mean time per step since the last log line."""
         tokens_per_second = self._tokens_per_step / seconds
         self._seconds, self._speed = seconds, f"{count(tokens_per_second)} tok/s"
         self.say(
@@ -163,7 +162,7 @@ class Metrics:
         )
 
     def evaluation(self, step: int, train_loss: float, val_loss: float) -> None:
-        """Mean losses on the fixed evaluation batches, before step `step`."""
+        """Logs the mean losses on the fixed evaluation batches, before step `step`."""
         self.say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         seen = step * self._tokens_per_step
         if self._speed and not self._progress:
@@ -172,7 +171,7 @@ class Metrics:
         self._write({"kind": "eval", "step": step, **losses, "tokens": seen})
 
     def working(self, what: str, step: int, done: int, total: int) -> None:
-        """Progress of something between two steps; in a pipe every ten seconds at most."""
+        """Shows progress of work between two steps; in a pipe every ten seconds at most."""
         if self._progress:
             description = f"{what} {done}/{total}"
             self._progress.update(self._task, completed=step, description=description)
@@ -186,7 +185,7 @@ class Metrics:
             self._progress.update(self._task, completed=done, description=text)
 
     def _eta(self, done: int) -> str:
-        """What is left of the run after `done` steps, if anything is."""
+        """Returns the time left after `done` steps, or "" at the end."""
         left = self._max_iters - done
         return f", ETA {duration(left * self._seconds)}" if left > 0 else ""
 
@@ -202,11 +201,11 @@ class Metrics:
             tracker.log(record["step"], tracker_values(record))
 
     def seal(self) -> dict[str, Any]:
-        """What the log holds now, for a checkpoint to keep."""
+        """Returns the hash of the log for a checkpoint to keep."""
         return {"sha256": self._digest.hexdigest()}
 
     def sync(self) -> None:
-        """Make what was written survive a power cut; called with every checkpoint."""
+        """Writes the log through to the disk, before each checkpoint."""
         if self._keeps:
             os.fsync(self._file.fileno())
 
@@ -221,7 +220,7 @@ class Tracker(Protocol):
 
 
 def tracker_values(record: dict[str, Any]) -> dict[str, float]:
-    """What trackers are told of a record of metrics.jsonl, by their names."""
+    """Returns the values of a record of metrics.jsonl under the trackers' names."""
     if record["kind"] == "eval":
         return {"train/loss": record["train_loss"], "val/loss": record["val_loss"]}
     named = {"loss": "batch/loss"}
@@ -231,7 +230,7 @@ def tracker_values(record: dict[str, Any]) -> dict[str, float]:
 
 
 def check_trackers(log: LogConfig) -> None:
-    """Raise UserError unless the trackers that are asked for can be used; starts none."""
+    """Raises UserError unless the requested trackers can be used; starts none."""
     if log.wandb_log:
         wandb = _import("wandb", "wandb_log")
         try:
@@ -243,7 +242,7 @@ def check_trackers(log: LogConfig) -> None:
 
 
 def start_trackers(run_dir: Path, config: Config) -> list[Tracker]:
-    """The trackers of a run. Raises UserError if one cannot start."""
+    """Starts the trackers of a run. Raises UserError if one cannot start."""
     out: list[Tracker] = []
     if config.log.wandb_log:
         out.append(_Wandb(run_dir, config))
@@ -267,15 +266,15 @@ def _first(e: Exception) -> str:
 class _Wandb:
     def __init__(self, run_dir: Path, config: Config):
         wandb = _import("wandb", "wandb_log")
-        ours = run.identity(run_dir)
+        identity = run.identity(run_dir)
         try:
             self._run = wandb.init(
                 project=config.log.wandb_project,
                 name=config.log.wandb_run_name or run_dir.name,
                 config=to_dict(config),
                 dir=run_dir,
-                # The run's own id: what is resumed here goes on there too.
-                id=ours.id if ours else None,
+                # With the run's own id a resumed run continues there, too.
+                id=identity.id if identity else None,
                 resume="allow",
             )
             self._run.define_metric("*", step_metric="iter")
@@ -310,7 +309,14 @@ class _TensorBoard:
 
 @dataclass(frozen=True)
 class FlopsPerToken:
-    """FLOPs a token, by the three counts."""
+    """Model FLOPs per token, forward and backward, by three counts.
+
+    N is the number of parameters without position embeddings. The tied head counts once.
+
+    mfu         6N + 12 L C T   nanoGPT; PaLM (Chowdhery et al. 2022, appendix B)
+    mfu_causal  6N +  6 L C T   llm.c: causal attention needs half of the scores
+    mfu_6n      6N              Kaplan et al. 2020
+    """
 
     mfu: float
     mfu_causal: float
@@ -318,7 +324,7 @@ class FlopsPerToken:
 
 
 def flops_per_token(model: GPT) -> FlopsPerToken:
-    """The three counts for a model at its full block_size."""
+    """Returns the three counts for a model at its full block_size."""
     n = 6.0 * model.n_params()
     scores = 6.0 * model.shape.n_layer * model.shape.n_embd * model.shape.block_size
     return FlopsPerToken(mfu=n + 2 * scores, mfu_causal=n + scores, mfu_6n=n)

@@ -1,4 +1,4 @@
-"""Where a run stands, saved to go on from: `load` reads what `save` writes."""
+"""Checkpoints of a run: `save` writes them and `load` resumes from them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ from fastgpt.train.trainer import Trainer
 
 @dataclass
 class Progress:
-    """Where a run stands: the next step, what was evaluated so far, and what its log then held.
+    """Position of a run.
 
-    `step_seconds` its steps took so far; `seconds` it took in all, with compiling, evaluations and
-    saves.
+    step          next step
+    seal          hash of metrics.jsonl at this step
+    step_seconds  time of all steps so far
+    seconds       time of the run so far, with compilation, evaluations and saves
     """
 
     step: int = 0
@@ -47,11 +49,10 @@ def save(
     best: bool,
     seal: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a checkpoint of the next step; all ranks take part. Returns its folder.
+    """Writes a checkpoint of the next step; all ranks take part. Returns its folder.
 
-    `seal` is what metrics.jsonl holds at this step, so that a later change of it shows.
-
-    Raises UserError on all ranks if it cannot be written.
+    `seal` is the hash of metrics.jsonl at this step, by which a later change is noticed. Raises
+    UserError on all ranks if the checkpoint cannot be written.
     """
     ranks = trainer.ranks
     weights = {k: v.detach() for k, v in trainer.model.state_dict().items()}
@@ -59,7 +60,7 @@ def save(
     model: dict[str, Tensor] | Path
     optimizer: dict[str, Tensor] | Path
     if trainer.layout == "fsdp":
-        # No rank has to hold it all; the file is the same.
+        # The file is the same, but no rank has to hold all tensors.
         shards = checkpoint.shards(run_dir)
         with ranks.raise_on_all_ranks():
             if ranks.first:
@@ -96,7 +97,7 @@ def save(
 
 
 def load(trainer: Trainer, dataset: Dataset, run_dir: Path) -> Progress:
-    """Load the newest good checkpoint into the trainer. Raises UserError if it does not fit."""
+    """Loads the newest good checkpoint into the trainer. Raises UserError if it does not fit."""
     saved = checkpoint.load(run_dir)
     document, shape = saved.state, trainer.model.shape
     with reading(saved.folder / "state.json", "is damaged"):
@@ -118,7 +119,7 @@ def load(trainer: Trainer, dataset: Dataset, run_dir: Path) -> Progress:
                 f"--{key}={now}: the run in {run_dir} has {key}={was}; leave the flag out, "
                 "or start a new run"
             )
-    if document["data"] not in (None, dataset.fingerprint):  # None: an imported run's is unknown
+    if document["data"] not in (None, dataset.fingerprint):  # None in an imported run
         raise UserError(
             f"{run_dir}: was trained on other data than {dataset.folder} holds; give the same "
             "data, or start a new run"
