@@ -19,19 +19,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastgpt import __version__
-from fastgpt.config import presets, settings
+from fastgpt.config import presets, schema, settings
 from fastgpt.config.help import listing
 from fastgpt.config.presets import PRESETS
-from fastgpt.config.schema import (
-    CompareConfig,
-    Config,
-    EvalConfig,
-    ExportConfig,
-    ImportConfig,
-    PrepareConfig,
-    SampleConfig,
-    SourceConfig,
-)
+from fastgpt.config.schema import Config
 from fastgpt.errors import RankError, SharedError, UserError, explained, one_line
 from fastgpt.storage import run
 
@@ -56,7 +47,7 @@ corpora   python_stdlib  shakespeare_char  shakespeare  openwebtext  fineweb10B
 
 WAIT_FOR_RANK_0 = 10.0  # seconds
 
-C = TypeVar("C", bound=SourceConfig)
+C = TypeVar("C")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -156,34 +147,25 @@ def _run(args: list[str]) -> int:
 
 
 def _training(args: list[str]) -> tuple[Config, str]:
-    """Returns the config of a run and its name."""
+    """Returns config and name of a run: resumed, from a file or preset, or this machine's."""
     positional, flags = settings.split_flags(args)
     if len(positional) > 1:
         raise UserError(f"{' '.join(positional)}: one preset or file is wanted")
-    flags = _weights_alone(flags)
     settings.apply_flags(Config(), flags)  # names and values first: the preset may ask PyTorch
-    config, name = _base(positional[0] if positional else None, flags)
-    config = settings.apply_flags(config, flags)
-    settings.check(config)
-    return config, name
-
-
-def _base(source: str | None, flags: dict[str, str]) -> tuple[Config, str]:
-    """Returns config and name of the run to resume, of a file or preset, or of the default."""
+    source = positional[0] if positional else None
     if flags.get("init_from") == "resume":
         run_dir = run.find(flags.get("out_dir", ""))
         if source is not None:
             print(f"resume: settings come from {run_dir / 'config.toml'}, not from {source}")
-        return run.load_config(run_dir), run_dir.name
-    if source is None:
-        source = presets.default_name()
-        print(f"preset {source}: {PRESETS[source].about}")
-    return presets.load(source)
-
-
-def _weights_alone(flags: dict[str, str]) -> dict[str, str]:
-    """Returns flags in which --weights without --init_from means the weights it names."""
-    return {"init_from": "weights", **flags} if flags.get("weights") else flags
+        config, name = run.load_config(run_dir), run_dir.name
+    else:
+        if source is None:
+            source = presets.default_name()
+            print(f"preset {source}: {PRESETS[source].about}")
+        config, name = presets.load(source)
+    config = settings.apply_flags(config, flags)
+    settings.check(config)
+    return config, name
 
 
 def _train(args: list[str]) -> int:
@@ -204,59 +186,57 @@ def _check_places(config: Config) -> None:
         run.check_free(r.out_dir, r.overwrite)
     if r.weights and not Path(r.weights).exists():
         raise UserError(f"--weights={r.weights}: there is no such file or folder")
-    prepare.check(PrepareConfig.of(config.data))
+    prepare.check(schema.PrepareConfig.of(config.data))
 
 
-def _of_model(config: C, args: list[str], hint: str) -> C:
-    """Returns the config of a command that takes only flags and works on a trained model."""
+def _read(
+    config: C, args: list[str], wanted: str, least: int = 0, most: int = 0
+) -> tuple[list[str], C]:
+    """Returns positional arguments and the config. Raises UserError for too few or too many."""
     positional, flags = settings.split_flags(args)
-    if positional:
-        raise UserError(f"{positional[0]}: not a flag; {hint}")
-    config = settings.apply_flags(config, _weights_alone(flags))
+    if not least <= len(positional) <= most:
+        given = f"{wanted}, {len(positional)} given"
+        raise UserError(given if most else f"{positional[0]}: not a flag; {wanted}")
+    config = settings.apply_flags(config, flags)
     settings.check(config)
-    if config.init_from == "resume":
+    if isinstance(config, schema.SourceConfig) and config.init_from == "resume":
         run.find(config.out_dir)
-    return config
+    return positional, config
 
 
 def _sample(args: list[str]) -> int:
-    config = _of_model(SampleConfig(), args, "the prompt is given as --start=TEXT")
+    _, config = _read(schema.SampleConfig(), args, "the prompt is given as --start=TEXT")
     from fastgpt.inference.sample import sample
 
     return sample(config)
 
 
 def _eval(args: list[str]) -> int:
-    config = _of_model(EvalConfig(), args, "the file is given as --input=FILE")
+    _, config = _read(schema.EvalConfig(), args, "the file is given as --input=FILE")
     from fastgpt.inference.evaluate import evaluate
 
     return evaluate(config)
 
 
 def _export(args: list[str]) -> int:
-    config = _of_model(ExportConfig(), args, "the new folder is given as --to=FOLDER")
+    _, config = _read(schema.ExportConfig(), args, "the new folder is given as --to=FOLDER")
     from fastgpt.weights.export import export
 
     return export(config)
 
 
 def _import(args: list[str]) -> int:
-    positional, flags = settings.split_flags(args)
-    if len(positional) != 1:
-        raise UserError(f"import: one checkpoint is wanted, {len(positional)} given")
-    config = settings.apply_flags(ImportConfig(), flags)
-    if not Path(positional[0]).is_file():
-        raise UserError(f"{positional[0]}: cannot be read: there is no such file")
+    (path,), config = _read(schema.ImportConfig(), args, "import: one checkpoint is wanted", 1, 1)
+    if not Path(path).is_file():
+        raise UserError(f"{path}: cannot be read: there is no such file")
     from fastgpt.weights.nanogpt import import_checkpoint
 
-    return import_checkpoint(positional[0], config)
+    return import_checkpoint(path, config)
 
 
 def _compare(args: list[str]) -> int:
-    folders, flags = settings.split_flags(args)
-    if len(folders) < 2:
-        raise UserError(f"compare: two runs or more are wanted, {len(folders)} given")
-    config = settings.apply_flags(CompareConfig(), flags)
+    wanted = "compare: two runs or more are wanted"
+    folders, config = _read(schema.CompareConfig(), args, wanted, 2, len(args))
     from fastgpt.train.compare import compare
 
     return compare(folders, config)
@@ -270,7 +250,7 @@ def _prepare(args: list[str]) -> int:
         raise UserError(f"{positional[0]} and --dataset={flags['dataset']}: one corpus is wanted")
     if not ("dataset" in flags or "input" in flags):
         raise UserError("prepare: which corpus? name one, or a text with --input=PATH")
-    config = settings.apply_flags(PrepareConfig(), flags)
+    config = settings.apply_flags(schema.PrepareConfig(), flags)
     from fastgpt.data.prepare import prepare
 
     prepare(config)
@@ -287,11 +267,11 @@ def _doctor(args: list[str]) -> int:
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], Callable[[], Any]]] = {
     "train": (_train, PRESETS["laptop"]),
-    "sample": (_sample, SampleConfig),
-    "eval": (_eval, EvalConfig),
-    "export": (_export, ExportConfig),
-    "import": (_import, ImportConfig),
-    "prepare": (_prepare, PrepareConfig),
-    "compare": (_compare, CompareConfig),
+    "sample": (_sample, schema.SampleConfig),
+    "eval": (_eval, schema.EvalConfig),
+    "export": (_export, schema.ExportConfig),
+    "import": (_import, schema.ImportConfig),
+    "prepare": (_prepare, schema.PrepareConfig),
+    "compare": (_compare, schema.CompareConfig),
     "doctor": (_doctor, PRESETS["laptop"]),
 }

@@ -1,16 +1,14 @@
-"""`fastgpt doctor`: one screen of what this machine has, and what will run on it and why."""
+"""`fastgpt doctor`: one screen about the machine, and the ops that will run on it and why."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import platform
 import shutil
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from fastgpt import __version__
 from fastgpt.config import settings
@@ -26,13 +24,6 @@ from fastgpt.model.device import Machine
 from fastgpt.model.driver import why_no_gpu
 from fastgpt.storage import run
 from fastgpt.weights.hugging_face import SIZES, shape_of_size
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _gpus() -> str:
@@ -58,15 +49,8 @@ def _data_folders() -> str:
     return "\n".join(lines) or "none under data/ yet; python_stdlib is made by itself when needed"
 
 
-def _runs() -> str:
-    try:
-        return f"newest: {run.newest()}"
-    except UserError as e:
-        return str(e)
-
-
 def vocab_size(config: Config) -> int:
-    """As training will find it, if the data is there; else what such data has."""
+    """Returns the vocabulary's size of the prepared data, or else that of its tokenizer."""
     data = config.data
     with contextlib.suppress(UserError):
         return config.model.vocab_size or open_dataset(Path(data.data_dir, data.dataset)).vocab_size
@@ -75,7 +59,7 @@ def vocab_size(config: Config) -> int:
 
 
 def as_trained(config: Config) -> Config:
-    """With the shape of the weights that it starts from, if they are of a known size."""
+    """Returns the config with the shape of the weights it starts from, if that is known."""
     if config.run.init_from not in SIZES:
         return config
     size = shape_of_size(config.run.init_from)
@@ -84,36 +68,34 @@ def as_trained(config: Config) -> Config:
 
 
 def doctor(config: Config, name: str) -> None:
-    """Print the screen; ops, precision and peak are those of `fastgpt train` with this config.
+    """Prints the screen; ops, precision and peak are those of `fastgpt train` with this config.
 
     Raises UserError if this machine cannot do what the config asks for.
     """
     s = config.system
     machine = Machine.of(s.device, s.dtype, s.compile, s.peak_tflops)
-    device, vocabulary = machine.device, vocab_size(config)
-    config = as_trained(config)
-    free = shutil.disk_usage(".").free / 2**30
-    bf16 = "not used here"
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        bf16 = "yes"
-    table = Table.grid(padding=(0, 2))
+    kernels = choose(as_trained(config), vocab_size(config), machine)
+    try:
+        runs = f"newest: {run.newest()}"
+    except UserError as e:
+        runs = str(e)
+    triton = [*distributions(name="triton")]
+    system = f"{platform.system()} {platform.machine()}, {cores()} cores"
     rows = {
-        "fastgpt": f"{__version__}, Python {platform.python_version()}, {platform.system()} "
-        f"{platform.machine()}, {cores()} cores",
+        "fastgpt": f"{__version__}, Python {platform.python_version()}, {system}",
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}",
-        "triton": _version("triton"),
+        "triton": triton[0].version if triton else "not installed",
         "GPU": _gpus(),
-        "precision": f"{machine.dtype}; bf16 on a GPU: {bf16}",
+        "precision": machine.dtype,
         "peak": str(machine.peak),
         f"ops of {name}": "\n".join(
-            f"{c.op}: {c.implementation} ({c.reason})"
-            for c in choose(config, vocabulary, machine).choices
+            f"{c.op}: {c.implementation} ({c.reason})" for c in kernels.choices
         ),
-        "disk": f"{free:.1f} GiB free in {Path.cwd()}",
+        "disk": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB free in {Path.cwd()}",
         "data": _data_folders(),
-        "runs": _runs(),
+        "runs": runs,
         "preset": f"fastgpt train alone means: fastgpt train {default_name()}",
     }
-    for name, text in rows.items():
-        table.add_row(f"[bold]{name}[/bold]", text)
-    Console(highlight=False, soft_wrap=True).print(table)
+    width = max(map(len, rows)) + 2
+    for title, text in rows.items():
+        print(title.ljust(width) + text.replace("\n", "\n" + " " * width))

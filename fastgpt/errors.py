@@ -16,21 +16,14 @@ from io import BufferedReader
 from pathlib import Path
 from typing import cast
 
-# C1 controls, line separators and bidirectional overrides too: they begin a line or rewrite it.
-_HIDDEN = frozenset((*range(32), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F)))
-_HIDDEN |= frozenset(range(0x2066, 0x206A))
 _LONGEST = 1000
 
 
 def one_line(text: str) -> str:
-    """Returns `text` with control characters escaped, and shortened if it is long."""
+    """Returns `text` with characters that are not printable escaped, and shortened if long."""
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST - 300]} ... {text[-300:]}"
-    escaped = (
-        c.encode("unicode_escape").decode() if ord(c) in _HIDDEN or 0xD800 <= ord(c) < 0xE000 else c
-        for c in text
-    )
-    return "".join(escaped)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class UserError(Exception):
@@ -80,13 +73,8 @@ def reading(name: object, wrong: str, *others: type[Exception]) -> Iterator[None
         raise UserError(f"{name}: {wrong} ({repr(e)[:200]})") from e
 
 
-_KINDS = {
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFDIR: "a folder",
-}
+# By the first letter of `ls -l`.
+_KINDS = {"d": "a folder", "p": "a FIFO", "s": "a socket", "c": "a device", "b": "a device"}
 
 
 def open_regular(path: Path | str) -> BufferedReader:
@@ -94,23 +82,19 @@ def open_regular(path: Path | str) -> BufferedReader:
 
     Raises UserError for a FIFO, socket, device or folder, and OSError as `open` does.
     """
-    fd = -1
     try:
         # Without O_NONBLOCK opening a FIFO waits for a writer.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
-        mode = os.fstat(fd).st_mode
     except OSError as e:
-        if fd >= 0:
-            os.close(fd)
-        if e.errno == errno.ENXIO:  # a socket
+        if e.errno == errno.ENXIO:
             raise UserError(f"{path}: is a socket or a device, a file is wanted") from None
         raise
     except ValueError:  # a NUL byte in its name
         raise OSError(errno.EINVAL, "no name of a file", str(path)) from None
-    if not stat.S_ISREG(mode):
+    kind = stat.filemode(os.fstat(fd).st_mode)[0]
+    if kind != "-":
         os.close(fd)
-        kind = _KINDS.get(stat.S_IFMT(mode), "no file")
-        raise UserError(f"{path}: is {kind}, a file is wanted")
+        raise UserError(f"{path}: is {_KINDS[kind]}, a file is wanted")
     return cast(BufferedReader, os.fdopen(fd, "rb"))
 
 
@@ -136,16 +120,13 @@ def explained(e: BaseException) -> str | None:
             return f"standard output, or a file: {e.strerror or str(e) or type(e).__name__}"
         why = e.strerror or type(e).__name__
         return f"{' -> '.join(names)}: {why}; a file or folder that can be used is wanted"
-    text = str(e)
     # PyTorch's words for the same, as RuntimeError or torch.OutOfMemoryError.
     words = ("DefaultCPUAllocator", "not enough memory", "out of memory", "can't allocate memory")
     if isinstance(e, MemoryError) or (
-        isinstance(e, RuntimeError) and any(w in text for w in words)
+        isinstance(e, RuntimeError) and any(w in str(e) for w in words)
     ):
-        why = (text.strip().splitlines() or [""])[0][:200]
-        return (
-            f"out of memory{f' ({why})' if why else ''}; a smaller model or --batch_size needs less"
-        )
+        why = f" ({str(e).strip().splitlines()[0][:200]})" if str(e) else ""
+        return f"out of memory{why}; a smaller model or --batch_size needs less"
     if isinstance(e, UnicodeEncodeError):
         return f"{e.object[e.start : e.end]!r}: cannot be written as {e.encoding}"
     return None

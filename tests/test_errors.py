@@ -11,14 +11,11 @@ import pytest
 from fastgpt.errors import UserError, explained, one_line, open_regular, read_bytes, reading
 
 
-def test_whatever_is_no_plain_character_is_shown_escaped():
-    hidden = [*range(32), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F)]
-    hidden += [*range(0x2066, 0x206A), 0xD800, 0xDFFF]
-    for code in hidden:
+def test_characters_that_are_not_printable_are_escaped():
+    for code in (*range(32), *range(0x7F, 0xA0), 0x2028, 0x202E, 0x2069, 0xD800, 0xDFFF):
         shown = one_line(f"a{chr(code)}b")
         assert shown.isascii() and shown.isprintable() and shown.startswith("a\\"), hex(code)
-    plain = "Größe 東京 \ud7ff\ue000\u2065\u206a \u2027\u202f~"
-    assert one_line(plain) == plain
+    assert one_line("Größe 東京 ~") == "Größe 東京 ~"
     assert str(UserError("x\n\x1b[31m")) == r"x\n\x1b[31m"
 
 

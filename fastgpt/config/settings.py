@@ -219,6 +219,8 @@ def apply_flags(config: C, flags: Mapping[str, str]) -> C:
     if isinstance(config, Config) and flags.get("batch_size") == "auto":
         # The configured batch size stays: with the accumulation it says what the global batch is.
         flags = {"auto_batch_size": "True", **{k: v for k, v in flags.items() if k != "batch_size"}}
+    if flags.get("weights"):  # those weights, whatever their size
+        flags = {"init_from": "weights", **flags}
     values = {}
     for key, text in flags.items():
         leaf = find(config.__class__, key, "--")
