@@ -23,7 +23,7 @@ from bench import provenance, results, roof, setup
 from bench.cases import CASES, Case, complete
 from bench.rivals import Provider
 from bench.stats import MIN_ROUNDS, Ratio, ratio_of_medians
-from fastgpt.model.peaks import synchronize
+from fastgpt.model.device import synchronize
 from fastgpt_kernels.tools.timing import interleaved
 
 OURS = "fastgpt"

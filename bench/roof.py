@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastgpt.model.peaks import measured_peak
+from fastgpt.model.device import measured_peak
 from fastgpt_kernels.tools.timing import interleaved
 
 

@@ -19,7 +19,7 @@ from bench import setup
 from bench.cases import CASES, Case, complete, linear, mlp
 from bench.kernels import Pass, judge
 from bench.rivals import TORCH_COMPILE, rivals_of
-from fastgpt.model.peaks import synchronize
+from fastgpt.model.device import synchronize
 from fastgpt_kernels.registry import Sizes, spec
 
 GPU = torch.cuda.is_available()

@@ -14,7 +14,7 @@ import torch
 
 from bench import setup
 from bench.variants import Variant, build, contenders
-from fastgpt.model.peaks import synchronize
+from fastgpt.model.device import synchronize
 
 GPU = torch.cuda.is_available()
 NAMES = "eager,compile,kernels+compile" if GPU else "eager"

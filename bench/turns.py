@@ -36,7 +36,7 @@ from bench.variants import Stepper, Variant, build
 from fastgpt.config import settings
 from fastgpt.config.schema import Config
 from fastgpt.data.prepare import cores
-from fastgpt.model.peaks import synchronize
+from fastgpt.model.device import synchronize
 from fastgpt_kernels.tools.workers import TaskFailed, Worker
 
 POOL = 8  # batches that the steps rotate through

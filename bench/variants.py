@@ -24,8 +24,7 @@ from fastgpt.config import settings
 from fastgpt.config.schema import Config
 from fastgpt.errors import UserError
 from fastgpt.model.build import build as build_model
-from fastgpt.model.device import DTYPES
-from fastgpt.model.peaks import synchronize
+from fastgpt.model.device import DTYPES, synchronize
 from fastgpt.train import optim
 from fastgpt.train.trainer import Trainer
 

@@ -45,7 +45,7 @@ from fastgpt.data.loader import Batches, Prefetcher
 from fastgpt.data.token_files import TokenSplit, TokenWriter
 from fastgpt.errors import UserError
 from fastgpt.model import ops
-from fastgpt.model.peaks import measured_peak, synchronize
+from fastgpt.model.device import measured_peak, synchronize
 
 OWN = ("out", "seconds", "traced_steps")
 MAX_RESIDUAL = 0.02

@@ -29,7 +29,7 @@ from fastgpt.config.schema import Config, PrepareConfig
 from fastgpt.data.loader import Batches, eval_batches
 from fastgpt.data.prepare import ensure
 from fastgpt.data.token_files import open_dataset
-from fastgpt.model.peaks import synchronize
+from fastgpt.model.device import synchronize
 from fastgpt_kernels.tools.workers import TaskFailed, Worker
 
 PRESET = "shakespeare_char"

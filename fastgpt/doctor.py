@@ -20,8 +20,7 @@ from fastgpt.data.token_files import open_dataset
 from fastgpt.data.tokenizer import GPT2_VOCAB
 from fastgpt.errors import UserError
 from fastgpt.model.build import choose
-from fastgpt.model.device import Machine
-from fastgpt.model.driver import why_no_gpu
+from fastgpt.model.device import Machine, unseen_gpu
 from fastgpt.storage import run
 from fastgpt.weights.hugging_face import SIZES, shape_of_size
 
@@ -29,7 +28,7 @@ from fastgpt.weights.hugging_face import SIZES, shape_of_size
 def _gpus() -> str:
     if not torch.cuda.is_available():
         none = "none that PyTorch sees: training runs on the CPU, on eager PyTorch"
-        return "\n".join(filter(None, (none, why_no_gpu())))
+        return "\n".join(filter(None, (none, unseen_gpu())))
     lines = []
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)

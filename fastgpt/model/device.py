@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastgpt.errors import UserError
-from fastgpt.model.peaks import Peak, device_peak, synchronize
+from fastgpt_kernels import cache
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What --device, --dtype and --compile mean here; resolved once by a command, then fixed."""
+    """The meaning of --device, --dtype and --compile here: resolved once by a command, then fixed.
+
+    dtype        of activations: float32, bfloat16 or float16
+    peak_tflops  the user's figure for `peak`; 0: none
+    """
 
     device: torch.device
     dtype: str = "float32"
-    """Of activations: float32, bfloat16 or float16."""
     compile: bool = False
     peak_tflops: float = 0.0
-    """The user's figure for `peak`; 0: none."""
 
     @classmethod
     def of(
@@ -33,7 +42,7 @@ class Machine:
         compile: str | bool = False,
         peak_tflops: float = 0.0,
     ) -> Machine:
-        """From the settings. Raises UserError if this machine cannot do what they ask for."""
+        """Resolves the settings. Raises UserError if this machine cannot do as they ask."""
         found = resolve_device(device)
         on_gpu = found.type == "cuda"
         return cls(
@@ -46,7 +55,7 @@ class Machine:
 
     @cached_property
     def peak(self) -> Peak:
-        """What MFU is taken against; measured at the first use if no table has the device."""
+        """The reference for MFU; measured at the first use if no table has the device."""
         return device_peak(self.device, self.torch_dtype, self.peak_tflops)
 
     @property
@@ -55,12 +64,12 @@ class Machine:
         return {"device": str(self.device), "dtype": self.dtype, "compile": self.compile}
 
     def synchronize(self) -> None:
-        """Wait until the device has done all it was given."""
+        """Waits until the device has done all it was given."""
         synchronize(self.device)
 
 
 def resolve_device(name: str) -> torch.device:
-    """The torch device for `--device`. Raises UserError if this machine does not have it."""
+    """Returns the torch device for `--device`. Raises UserError if this machine lacks it."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -82,7 +91,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _dtype(name: str, device: torch.device) -> str:
-    """float32, bfloat16 or float16 for `--dtype` on this device."""
+    """Returns float32, bfloat16 or float16 for `--dtype` on this device."""
     if name == "auto":
         if device.type != "cuda":
             return "float32"
@@ -92,3 +101,164 @@ def _dtype(name: str, device: torch.device) -> str:
     if name == "float16" and device.type != "cuda":
         raise UserError("--dtype=float16: needs a GPU (loss scaling); pass bfloat16 or float32")
     return name
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+# --- The peak that MFU is taken against ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Peak:
+    """FLOPs per second, and the source of the figure."""
+
+    flops: float
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.flops / 1e12:.4g} TFLOP/s ({self.source})"
+
+
+# Dense bf16 TFLOP/s with fp32 accumulation, by the device's whole name without "NVIDIA": a slice of
+# a GPU ("... MIG 1g.5gb"), a laptop's, or a name that two chips share is measured. Half of the
+# figure if a sheet gives it with sparsity.
+SHEETS = (
+    ("GB200", 2500.0, "NVIDIA GB200 NVL72 data sheet"),
+    ("B200", 2250.0, "NVIDIA HGX B200 data sheet"),
+    ("GH200 (480GB|144G HBM3e)", 989.4, "NVIDIA GH200 data sheet"),
+    ("H200", 989.4, "NVIDIA H200 data sheet"),
+    ("H200 NVL", 835.5, "NVIDIA H200 data sheet"),
+    ("H100 80GB HBM3", 989.4, "NVIDIA H100 data sheet"),
+    ("H100 NVL", 835.5, "NVIDIA H100 data sheet"),
+    ("H100 PCIe", 756.0, "NVIDIA H100 data sheet"),
+    ("A100-SXM4-[48]0GB|A100-PCIE-40GB|A100 80GB PCIe", 312.0, "NVIDIA A100 data sheet"),
+    ("L40S", 362.05, "NVIDIA L40S data sheet"),
+    ("L40", 181.05, "NVIDIA L40 data sheet"),
+    ("L4", 121.0, "NVIDIA L4 data sheet"),
+    ("A40", 149.7, "NVIDIA A40 data sheet"),
+    ("A30", 165.0, "NVIDIA A30 data sheet"),
+    ("A10", 125.0, "NVIDIA A10 data sheet"),
+    ("RTX 6000 Ada Generation", 364.25, "NVIDIA RTX 6000 Ada data sheet"),
+    ("RTX A6000", 154.8, "NVIDIA RTX A6000 data sheet"),
+    ("GeForce RTX 5090", 209.5, "NVIDIA RTX Blackwell paper"),
+    ("GeForce RTX 4090", 165.2, "NVIDIA Ada architecture paper"),
+    ("GeForce RTX 4080", 97.5, "NVIDIA Ada architecture paper"),
+    ("GeForce RTX 3090 Ti", 80.0, "NVIDIA Ampere GA102 paper"),
+    ("GeForce RTX 3090", 71.0, "NVIDIA Ampere GA102 paper"),
+)
+
+
+def table_peak(device_name: str) -> Peak | None:
+    """Returns the data sheet's peak for a device's name, or None if the table lacks it."""
+    for pattern, tflops, source in SHEETS:
+        if re.fullmatch(f"(NVIDIA )?({pattern})", device_name):
+            return Peak(tflops * 1e12, source)
+    return None
+
+
+def device_peak(device: torch.device, dtype: torch.dtype, override_tflops: float = 0.0) -> Peak:
+    """Returns the peak for a run: the user's figure, else the table's, else one measured here."""
+    if override_tflops:
+        return Peak(override_tflops * 1e12, "--peak_tflops")
+    known = table_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return known or measured_peak(device, dtype)
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype) -> Peak:
+    """Returns the best of many square matmuls on random data, within half a second.
+
+    On a CPU other programs slow every measurement down, so the best one ever made on this machine,
+    with as many threads, is remembered and counts.
+    """
+    size = 8192 if device.type == "cuda" else 768
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    a @ b
+    best, end = float("inf"), time.perf_counter() + 0.5
+    while time.perf_counter() < end:
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    name = str(dtype).removeprefix("torch.")
+    flops, source = 2.0 * size**3 / best, f"measured: {size} x {size} {name} matmul"
+    if device.type != "cpu":
+        return Peak(flops, source)
+    threads = torch.get_num_threads()
+    return Peak(
+        _best_ever(f"{threads} threads, {name}", flops),
+        f"{source}, {threads} thread{'s' * (threads > 1)}, the best on this machine so far",
+    )
+
+
+def _cpu() -> str:
+    """Returns the processor's name, as far as the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{platform.node()}: {line.partition(':')[2].strip()}"
+    return f"{platform.node()}: {platform.processor() or platform.machine()}"
+
+
+def _best_ever(key: str, flops: float) -> float:
+    """Returns the larger of this measurement and the remembered one, and remembers it."""
+    before = cache.load("peaks", _cpu()).get(key)
+    if isinstance(before, int | float) and flops <= before < 100 * flops:
+        return float(before)
+    cache.keep("peaks", _cpu(), {key: flops})  # without a home it is measured anew each time
+    return flops
+
+
+# --- A GPU that PyTorch does not see -------------------------------------------------------------
+
+# The oldest Linux driver for all releases of a CUDA version (NVIDIA, "CUDA compatibility": minor
+# version compatibility), and an index of PyTorch's with wheels for it.
+NEEDED = {13: "580.65.06", 12: "525.60.13", 11: "450.80.02"}
+WHEELS = ((580, "cu130"), (525, "cu126"))
+INDEX = "https://download.pytorch.org/whl"
+
+
+def _smi() -> str:
+    """Returns nvidia-smi's line, "NVIDIA H100, 535.104.05", or "" without it or a GPU."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return said.stdout.strip().splitlines()[0] if not said.returncode and said.stdout else ""
+
+
+def unseen_gpu(ask: Callable[[], str] = _smi, cuda: str | None = torch.version.cuda) -> str | None:
+    """Returns a line that names the driver that PyTorch needs and the package to install.
+
+    None if this machine has no NVIDIA GPU either.
+    """
+    name, _, driver = ask().rpartition(", ")
+    found = re.match(r"(\d+)\.", driver)
+    if not name or not found:
+        return None
+    major = int(found[1])
+    tag = next((wheel for least, wheel in WHEELS if major >= least), "")
+    version = ".".join(torch.__version__.split("+")[0].split(".")[:2])
+    command = f"pip install 'torch=={version}.*' --index-url {INDEX}/{tag}"
+    helps = f"install one that fits: {command}" if tag else f"install a driver >= {NEEDED[12]}"
+    here = f"there is a {name} with driver {driver}"
+    if cuda is None:
+        return f"{here}, but this PyTorch is built without CUDA; {helps}"
+    needed = NEEDED.get(int(cuda.split(".")[0]), "")
+    if needed and _numbers(driver) < _numbers(needed):
+        return (
+            f"{here}, but PyTorch {version} for CUDA {cuda} needs driver {needed} or newer; "
+            f"update it, or {helps}"
+        )
+    return f"{here}, but PyTorch does not see it: is CUDA_VISIBLE_DEVICES empty? {helps}"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", version))

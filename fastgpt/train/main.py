@@ -21,8 +21,7 @@ from fastgpt.errors import UserError
 from fastgpt.inference.generate import generate
 from fastgpt.model import ops
 from fastgpt.model.build import build
-from fastgpt.model.device import Machine
-from fastgpt.model.driver import why_no_gpu
+from fastgpt.model.device import Machine, unseen_gpu
 from fastgpt.storage import checkpoint, run
 from fastgpt.train import cuda_graph, memory, metrics, plots, resume
 from fastgpt.train.distributed import Ranks, check_launch, join, launcher, local_device, restarted
@@ -48,7 +47,7 @@ def run_training(config: Config, name: str) -> tuple[int, Path]:
     check_launch(config)
     device = local_device(system.device)
     machine = Machine.of(device, system.dtype, system.compile, system.peak_tflops)
-    if system.device == "auto" and machine.device.type == "cpu" and (said := why_no_gpu()):
+    if system.device == "auto" and machine.device.type == "cpu" and (said := unseen_gpu()):
         print(f"{said}; going on on the CPU", flush=True)
     if system.max_autotune and not machine.compile:
         raise UserError("--max_autotune=True: is torch.compile's; give --compile=True with it")

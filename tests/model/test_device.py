@@ -1,4 +1,4 @@
-"""Device and precision by name; those that a machine lacks are refused in words."""
+"""Device, precision and peak by name, and what to install where PyTorch sees no GPU."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from fastgpt.config.presets import laptop
 from fastgpt.config.schema import Config
 from fastgpt.config.settings import replace
 from fastgpt.errors import UserError
-from fastgpt.model import build, peaks
-from fastgpt.model.device import Machine
-from fastgpt.model.peaks import Peak
+from fastgpt.model import build, device
+from fastgpt.model.device import Machine, Peak, table_peak, unseen_gpu
+from fastgpt.train import main
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -59,13 +61,13 @@ def test_float16_needs_loss_scaling():
 def test_the_peak_is_found_once(monkeypatch):
     asked = []
 
-    def measured(device, dtype):
+    def measured(_, dtype):
         asked.append(dtype)
         return Peak(1e12, "measured")
 
-    monkeypatch.setattr(peaks, "measured_peak", measured)
+    monkeypatch.setattr(device, "measured_peak", measured)
     machine = Machine.of("cpu", "bfloat16")
-    assert asked == [], "nobody has wanted it yet"
+    assert asked == [], "measured before its first use"
     assert machine.peak == machine.peak == Peak(1e12, "measured") and asked == [torch.bfloat16]
     assert Machine.of("cpu", peak_tflops=2).peak.flops == 2e12 and len(asked) == 1
 
@@ -105,3 +107,140 @@ def test_deterministic(monkeypatch):
         assert not torch.utils.deterministic.fill_uninitialized_memory
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+# Streaming multiprocessors, dense bf16 FLOPs of one in a clock, and boost clock in GHz: by the
+# vendor's descriptions of the chips, not by their data sheets.
+CHIPS = {
+    "NVIDIA H100 80GB HBM3": (132, 4096, 1.83),
+    "NVIDIA A100-SXM4-80GB": (108, 2048, 1.41),
+    "NVIDIA A100-PCIE-40GB": (108, 2048, 1.41),
+    "NVIDIA A30": (56, 2048, 1.44),
+    "NVIDIA L40": (142, 512, 2.49),
+    "NVIDIA L4": (58, 1024, 2.04),
+    "NVIDIA A40": (84, 1024, 1.74),
+    "NVIDIA A10": (72, 1024, 1.695),
+    "NVIDIA RTX 6000 Ada Generation": (142, 1024, 2.505),
+    "NVIDIA RTX A6000": (84, 1024, 1.8),
+    "NVIDIA GeForce RTX 5090": (170, 512, 2.407),
+    "NVIDIA GeForce RTX 4090": (128, 512, 2.52),
+    "NVIDIA GeForce RTX 4080": (76, 512, 2.505),
+    "NVIDIA GeForce RTX 3090 Ti": (84, 512, 1.86),
+    "NVIDIA GeForce RTX 3090": (82, 512, 1.695),
+}
+SHEETS = {
+    "NVIDIA A100 80GB PCIe": 312.0,
+    "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA H100 NVL": 835.5,
+    "NVIDIA H200": 989.4,
+    "NVIDIA H200 NVL": 835.5,
+    "NVIDIA GH200 480GB": 989.4,
+    "NVIDIA B200": 2250.0,
+    "NVIDIA GB200": 2500.0,
+    "NVIDIA L40S": 362.05,
+    **{name: sms * flops * ghz / 1e3 for name, (sms, flops, ghz) in CHIPS.items()},
+}
+
+
+@pytest.mark.parametrize(("name", "tflops"), SHEETS.items())
+def test_a_sheet_agrees_with_its_chip(name, tflops):
+    peak = table_peak(name)
+    assert peak is not None and peak.source
+    assert peak.flops == pytest.approx(tflops * 1e12, rel=4e-3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
+        "NVIDIA H200 MIG 1g.18gb",
+        "NVIDIA H800 PCIe",
+        "NVIDIA A100-SXM-64GB",
+        "NVIDIA A40-48Q",
+        "NVIDIA A10G",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 3080",
+        "NVIDIA L4 of the future",
+        "Tesla T4",
+        "AMD Instinct MI300X",
+        "",
+    ],
+)
+def test_a_device_that_only_sounds_alike_is_measured(name, monkeypatch):
+    """A slice of a GPU has a fraction of its peak, so MFU by the whole one's is far too low."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    monkeypatch.setattr(device, "measured_peak", lambda *_: Peak(1e12, "measured"))
+    assert device.device_peak(CUDA, torch.bfloat16) == Peak(1e12, "measured")
+    assert device.device_peak(CUDA, torch.bfloat16, 12.5) == Peak(12.5e12, "--peak_tflops")
+
+
+def test_a_measured_peak_counts_two_operations_per_multiplication(monkeypatch, tmp_path):
+    """By a clock on which a matmul takes five milliseconds: 2 n^3 FLOPs in that time."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ticks = 0
+
+    def clock() -> float:
+        nonlocal ticks
+        ticks += 1
+        return ticks * 5e-3
+
+    monkeypatch.setattr(device.time, "perf_counter", clock)
+    with FlopCounterMode(display=False) as counter:
+        peak = device.measured_peak(CPU, torch.float32)
+    assert peak.flops == pytest.approx(2 * 768**3 / 5e-3)
+    # A clock is read once before all, and for each measurement before, after and to go on.
+    measured = (ticks - 2) // 3
+    assert measured > 20 and counter.get_total_flops() == 2 * 768**3 * (measured + 1), "a warm-up"
+    n = torch.get_num_threads()
+    threads = "1 thread" if n == 1 else f"{n} threads"
+    assert f"matmul, {threads}, the best on this machine so far" in peak.source
+
+
+def test_the_best_measurement_of_a_machine_counts(monkeypatch, tmp_path):
+    """A busy moment does not lower it, and an impossible figure does not stay."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert [device._best_ever("bf16", x) for x in (5.0, 3.0, 6.0, 4.0)] == [5.0, 5.0, 6.0, 6.0]
+    assert device._best_ever("other", 1.0) == 1.0 and device._best_ever("bf16", 1.0) == 6.0
+    for wrong in ("x", 1e30, float("nan"), [3]):
+        device.cache.keep("peaks", device._cpu(), {"bf16": wrong})
+        assert device._best_ever("bf16", 2.0) == 2.0
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert device._best_ever("bf16", 2.0) == 2.0
+
+
+OLD = "NVIDIA A100-SXM4-40GB, 535.104.05"
+
+
+@pytest.mark.parametrize(
+    ("said", "cuda", "parts"),
+    [
+        (OLD, "13.0", ("driver 535.104.05", "for CUDA 13.0 needs driver 580.65.06", "/cu126")),
+        ("NVIDIA H100, 580.82.07", None, ("without CUDA", "/cu130", "pip install 'torch==2.")),
+        ("Tesla T4, 470.57.02", "12.6", ("needs driver 525.60.13", "install a driver >= 525")),
+        ("NVIDIA H100, 580.82.07", "13.0", ("does not see it", "CUDA_VISIBLE_DEVICES")),
+    ],
+)
+def test_an_unseen_gpu_is_explained(said, cuda, parts):
+    line = unseen_gpu(lambda: said, cuda)
+    assert line and "\n" not in line and said.split(",")[0] in line
+    for part in parts:
+        assert part in line, line
+
+
+@pytest.mark.parametrize("said", ["", "No devices were found", "NVIDIA-SMI has failed, badly"])
+def test_without_a_gpu_nothing_is_explained(said, monkeypatch):
+    assert unseen_gpu(lambda: said, "13.0") is None
+    monkeypatch.setenv("PATH", "")
+    assert unseen_gpu() is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_training_explains_an_unseen_gpu_and_goes_on(monkeypatch, capsys):
+    monkeypatch.setattr(main, "unseen_gpu", lambda: unseen_gpu(lambda: OLD, "13.0"))
+    monkeypatch.setattr(main, "_train", lambda _, name, machine, ranks: (machine.device.type, None))
+    assert main.train(replace(laptop(), peak_tflops=1.0), "laptop") == "cpu"
+    assert capsys.readouterr().out.strip().endswith("; going on on the CPU")
+    main.train(replace(laptop(), device="cpu", peak_tflops=1.0), "laptop")
+    assert capsys.readouterr().out == ""

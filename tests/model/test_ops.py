@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fastgpt.errors import UserError
 from fastgpt.model import ops
 from fastgpt.model.ops import Wish
-from fastgpt_kernels import OPS
+from fastgpt_kernels import OPS, host, versions
 from fastgpt_kernels.ops.matmul import record as matmul_records
 from fastgpt_kernels.registry import Sizes, spec, specs
 
@@ -170,3 +170,37 @@ def test_checks_that_took_long_say_so(seconds, said, monkeypatch, capsys):
     monkeypatch.setattr(ops, "telling", lambda what: contextlib.nullcontext(lambda: seconds))
     ops.choose(CPU)
     assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize(
+    ("installed", "said"),
+    [
+        ({"torch": "2.11.0+cu130", "triton": "3.6.0"}, ""),
+        ({"torch": "2.15.1", "triton": "3.9.0"}, ""),
+        ({"torch": "2.13.0+cpu"}, ""),
+        ({"torch": "2.16.0", "triton": "3.9.0"}, "torch 2.16.0 is not among 2.11 to 2.15"),
+        ({"torch": "2.15.0", "triton": "4.0.0"}, "triton 4.0.0 is not among 3.6 to 3.9"),
+        ({"torch": "2.9.1", "triton": "3.5.0"}, "torch 2.9.1 is not among 2.11 to 2.15"),
+        ({"torch": "3.0", "triton": "3.10.0"}, "torch 3.0 is not"),
+    ],
+)
+def test_which_versions_are_tested(installed, said):
+    assert versions.outside(installed).startswith(said) and bool(said) == bool(
+        versions.outside(installed)
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run for real here")
+def test_untested_versions_run_eager_unless_asked_and_warn_once(monkeypatch, capsys):
+    monkeypatch.setattr(host, "INTERPRETED", True)
+    monkeypatch.setattr(versions, "untested", lambda: "torch 9.9 is not among 2.11 to 2.15")
+    ops._warn_of_versions.cache_clear()
+    for _ in range(2):
+        chosen = choices(sizes=Sizes())
+        assert {c.implementation for c in chosen.values()} == {"eager"}
+        assert chosen["bias_gelu"].reason == "torch 9.9 is not among 2.11 to 2.15"
+    assert capsys.readouterr().out.count("warning: torch 9.9 is not among") == 1
+    assert choices(ops.Wish("triton"))["bias_gelu"].implementation == "triton"
+    monkeypatch.setattr(host, "INTERPRETED", False)
+    with pytest.raises(UserError, match="no GPU"):
+        ops.choose(CPU, wish=ops.Wish("triton"))

@@ -1,0 +1,112 @@
+"""Small JSON files in the user's cache folder, $XDG_CACHE_HOME/fastgpt or ~/.cache/fastgpt.
+
+A file has sections, such as one per GPU and versions; a section has entries. Without a folder that
+can be written nothing is kept, and a file that is damaged or of another form counts as missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SECTIONS = 16  # per file: the oldest ones go
+
+
+def path(name: str) -> Path:
+    """Returns the path of a file. Raises OSError if the user has no home."""
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given, "fastgpt", f"{name}.json")
+    try:
+        return Path.home() / ".cache" / "fastgpt" / f"{name}.json"
+    except RuntimeError as e:
+        raise OSError("there is no home folder; XDG_CACHE_HOME names a folder") from e
+
+
+def load(name: str, section: str) -> dict[str, Any]:
+    """Returns the entries of a section; empty if there are none."""
+    found = _sections(name).get(section)
+    return found if isinstance(found, dict) else {}
+
+
+def keep(name: str, section: str, entries: Mapping[str, Any]) -> str | None:
+    """Adds entries to a section, whole or not at all; None as a value removes one.
+
+    Returns why they cannot be kept, or None.
+    """
+    sections = _sections(name)
+    merged = {**load(name, section), **entries}
+    sections.pop(section, None)
+    sections[section] = {k: v for k, v in merged.items() if v is not None}
+    newest = dict([*sections.items()][-SECTIONS:])
+    try:
+        file = path(name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, aside = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=file.parent)
+        try:
+            with os.fdopen(descriptor, "w") as f:
+                json.dump(newest, f, indent=1)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(aside, file)
+        finally:
+            Path(aside).unlink(missing_ok=True)
+    except OSError as e:
+        return str(e)
+    return None
+
+
+def _sections(name: str) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        document = json.loads(path(name).read_bytes())
+        return document if isinstance(document, dict) else {}
+    return {}
+
+
+@functools.cache
+def environment(device: torch.device) -> str:
+    """Returns what a result on a device is valid for: GPU, driver, versions, kernels' sources."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return ", ".join(
+        [
+            name,
+            f"driver {_driver()}",
+            f"torch {torch.__version__}",
+            f"triton {_triton()}",
+            _sources(),
+        ]
+    )
+
+
+def _driver() -> str:
+    """Returns the NVIDIA driver's version, "570.86.10", or "none"."""
+    with contextlib.suppress(OSError):
+        text = Path("/proc/driver/nvidia/version").read_text()
+        if found := re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", text):
+            return found[0]
+    return "none"
+
+
+def _triton() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "none"
+
+
+def _sources() -> str:
+    """Returns a hash of the package's modules."""
+    found = hashlib.sha256()
+    for module in sorted(Path(__file__).parent.rglob("*.py")):
+        found.update(module.name.encode() + module.read_bytes())
+    return found.hexdigest()[:16]
