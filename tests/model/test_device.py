@@ -192,7 +192,7 @@ def test_a_measured_peak_counts_two_operations_per_multiplication(monkeypatch, t
     assert peak.flops == pytest.approx(2 * 768**3 / 5e-3)
     # A clock is read once before all, and for each measurement before, after and to go on.
     measured = (ticks - 2) // 3
-    assert measured > 20 and counter.get_total_flops() == 2 * 768**3 * (measured + 1), "a warm-up"
+    assert measured > 5 and counter.get_total_flops() == 2 * 768**3 * (measured + 1), "a warm-up"
     n = torch.get_num_threads()
     threads = "1 thread" if n == 1 else f"{n} threads"
     assert f"matmul, {threads}, the best on this machine so far" in peak.source
