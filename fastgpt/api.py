@@ -9,7 +9,7 @@ from fastgpt.config import presets, settings
 from fastgpt.config.schema import Config, SourceConfig
 from fastgpt.data.tokenizer import Tokenizer
 from fastgpt.errors import UserError
-from fastgpt.inference import generate as decoding
+from fastgpt.inference.generate import BatchGenerator, Sampling
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT
 from fastgpt.train.main import run_training
@@ -89,16 +89,8 @@ def generate(
     ids = tokenizer.encode(prompt).tolist()
     if not ids:
         raise UserError("the prompt is empty; give some text to go on from")
-    made = decoding.generate(
-        model,
-        ids,
-        max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop_token=tokenizer.eot if stop else None,
-    )
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
+    batch = BatchGenerator(model, 1, len(ids) + max_new_tokens, sampling)
+    made = batch.stream([ids], max_new_tokens, [seed], tokenizer.eot if stop else None)
     # A model may know more ids than its tokenizer, as nanoGPT's 50,304 for 50,257.
-    return tokenizer.decode([i for i in made if i < tokenizer.vocab_size])
+    return tokenizer.decode([i for (i,) in made if i is not None and i < tokenizer.vocab_size])

@@ -206,7 +206,7 @@ def _read(
 
 def _sample(args: list[str]) -> int:
     _, config = _read(schema.SampleConfig(), args, "the prompt is given as --start=TEXT")
-    from fastgpt.inference.sample import sample
+    from fastgpt.inference.generate import sample
 
     return sample(config)
 

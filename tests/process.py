@@ -19,7 +19,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
         "fastgpt.train.main",
-        "fastgpt.inference.sample",
+        "fastgpt.inference.generate",
         "torch._dynamo",  # what making an optimizer imports
         "torch.distributed.run",
         "torch.distributed.fsdp",

@@ -15,7 +15,6 @@ ids, nothing nested or repeated that could cost much memory. The unpickler refus
 from __future__ import annotations
 
 import base64
-import codecs
 import functools
 import hashlib
 import io
@@ -28,7 +27,7 @@ import re
 import tempfile
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -353,16 +352,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if tokenizer._json() != spec:
         raise UserError(f"{path} and the vocabulary beside it do not belong together")
     return tokenizer
-
-
-def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Text of ids as they come, holding back bytes until their character is whole."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for i in ids:
-        if text := decoder.decode(tokenizer.decode_bytes([i])):
-            yield text
-    if text := decoder.decode(b"", final=True):
-        yield text
 
 
 def parse_spec(spec: str) -> tuple[str, int]:

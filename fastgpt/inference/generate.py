@@ -1,26 +1,42 @@
-"""Text from a model: drawing tokens, many rows at once, with a cache and on a GPU a CUDA graph.
+"""`fastgpt sample`: text from a trained model, many rows at a time, from a static cache.
 
-While a text fits block_size, a token costs one pass over the weights. A longer text is continued
-from its last block_size tokens, as nanoGPT does. GPT-2's positions are absolute, so every key and
-value changes as the window moves, and each token costs a forward pass over the whole window.
+While a text fits block_size, a token costs one pass over the weights, on a GPU one CUDA graph. A
+longer text goes on from its last block_size tokens, as in nanoGPT. GPT-2's positions are absolute:
+every key and value changes as the window moves, so each token costs a pass over the whole window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import codecs
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from fastgpt.inference.decode import Decoder
-from fastgpt.model.gpt import GPT
+from fastgpt.config.schema import SampleConfig
+from fastgpt.data.tokenizer import Tokenizer
+from fastgpt.errors import UserError, read_text, reading
+from fastgpt.model.device import Machine
+from fastgpt.model.gpt import GPT, Block
+from fastgpt.weights.source import Source, open_source
+
+RULE = "---------------"
+Tokens = Sequence[int]
+
+
+# --- drawing a token ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from its logits.
+    """Settings of how a token is drawn from its logits.
 
     temperature         the logits are divided by it; 0: the likeliest token, no drawing
     top_k               only the k likeliest tokens (0: all)
@@ -36,26 +52,31 @@ class Sampling:
 
 
 def draw(logits: Tensor, uniform: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
-    """Next tokens (B,) from logits (B, V) and numbers (B,) uniform in [0, 1).
+    """Draws next tokens (B,) from logits (B, V) and numbers (B,) uniform in [0, 1).
 
     seen (B, V) bool: which tokens a row holds; needed for a repetition penalty. The draw is the
-    inverse of the distribution function, so one number a token decides, on any device.
+    inverse of the distribution function, so one number per token decides, on any device.
     """
     logits = logits.float()
-    if sampling.repetition_penalty != 1.0 and seen is not None:
-        r = sampling.repetition_penalty
-        logits = torch.where(seen, torch.where(logits > 0, logits / r, logits * r), logits)
+    # Beyond these bounds quotients and products leave fp32's range. The result is the limit's.
+    temperature, top_p, penalty = (
+        min(max(x, 1e-15), 1e15)
+        for x in (sampling.temperature, sampling.top_p, sampling.repetition_penalty)
+    )
+    if penalty != 1.0 and seen is not None:
+        penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+        logits = torch.where(seen, penalised, logits)
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = logits / sampling.temperature
+    logits = logits / temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         kth = logits.topk(sampling.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     probs = logits.softmax(-1)
-    if sampling.top_p < 1:
+    if top_p < 1:
         ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
         # A token stays if those before it hold less than top_p: the likeliest one always does.
-        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= sampling.top_p, 0.0)
+        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0)
         probs = torch.zeros_like(probs).scatter_(1, ids, ordered)
     # In fp64 (which MPS lacks) u * total < total for every fp32 u < 1.
     total = probs.cumsum(-1, dtype=torch.float32 if probs.device.type == "mps" else torch.float64)
@@ -65,186 +86,255 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling, seen: Tensor | Non
 
 
 def uniforms(seeds: Sequence[int], n: int) -> Tensor:
-    """(rows, n) fp32 in [0, 1) on the CPU: row r depends on seeds[r] alone."""
+    """Returns (rows, n) fp32 in [0, 1) on the CPU; row r depends on seeds[r] alone."""
     rows = [torch.rand(n, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows)
 
 
+# --- many texts at a time -------------------------------------------------------------------------
+
+
 class BatchGenerator:
-    """Continues `batch_size` prompts at a time, each of its own length; can be used many times.
+    """Continuation of `batch_size` prompts at a time, each of its own length; can be used again.
 
     model       its weights as they are now; dropout is off whatever its mode
-    max_tokens  the longest text, prompt included, that will be asked for
-    compiled    torch.compile the decode step
-    graph       replay the decode step as one CUDA graph; None: on a GPU
+    longest     the longest text, prompt included, that will be asked for
+    compiled    torch.compile the step that makes a token
 
-    The same seed gives the same text if the logits agree.
+    The same seed gives the same text if the logits agree. On a GPU a step is one CUDA graph, unless
+    `graphed` is set to False. The caller may put numbers of rows into `ended` while texts are made.
     """
 
     def __init__(
-        self,
-        model: GPT,
-        batch_size: int,
-        max_tokens: int,
-        sampling: Sampling | None = None,
-        *,
-        compiled: bool = False,
-        graph: bool | None = None,
+        self, model: GPT, batch_size: int, longest: int, sampling: Sampling, compiled: bool = False
     ):
-        self.block_size, self.vocab_size = model.shape.block_size, model.shape.vocab_size
-        self.sampling = sampling or Sampling()
-        self.decoder = Decoder(model, batch_size, min(max_tokens, self.block_size))
-        device = self.decoder.wte.device
-        self.device, self.max_tokens, self.batch_size = device, max_tokens, batch_size
+        shape, t, self.sampling = model.shape, model.transformer, sampling
+        self.shape, self.dtype, self.ops = shape, model.dtype, model.ops
+        self.batch_size, self.longest = batch_size, longest
+        self.wte, self.wpe = t.wte.weight.detach(), t.wpe.weight.detach()
+        self.head, self.final_norm = self.wte[: shape.vocab_size].to(self.dtype), t.ln_f
+        self.norms, self.linears = [], []
+        for block in (cast(Block, b) for b in t.h):
+            self.norms += [block.ln_1, block.ln_2]
+            layers = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+            self.linears.append([self._cast(layer) for layer in layers])
         # All that a step reads and writes keeps its address, so that a graph can be replayed.
-        self.ids = torch.zeros(batch_size, max_tokens, dtype=torch.int64, device=device)
-        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.uniform = torch.zeros(batch_size, max_tokens, device=device)
-        self.drawn = torch.zeros(1, dtype=torch.int64, device=device)
-        penalty, size = self.sampling.repetition_penalty, (batch_size, self.vocab_size)
-        self.seen = torch.zeros(size, dtype=torch.bool, device=device) if penalty != 1.0 else None
-        self.compiled, self.graphed = compiled, device.type == "cuda" if graph is None else graph
-        self._step = torch.compile(self.decoder.step) if compiled else self.decoder.step
+        self.device = device = self.wte.device
+        self.max_len = min(longest, shape.block_size)
+        size = (shape.n_layer, 2, batch_size, shape.n_head, self.max_len, shape.head_dim)
+        self.cache = torch.zeros(size, dtype=self.dtype, device=device)
+        self.rows = torch.arange(batch_size, device=device)
+        self.positions, self.tokens = torch.zeros_like(self.rows), torch.zeros_like(self.rows)
+        self.uniform = torch.zeros(batch_size, device=device)
+        seen = torch.zeros(batch_size, shape.vocab_size, dtype=torch.bool, device=device)
+        self.seen = None if self.sampling.repetition_penalty == 1.0 else seen
+        self.graphed, self.ended = device.type == "cuda", set[int]()
+        self._step = torch.compile(self.step) if compiled else self.step
+        self._warm = False
         self._graph: torch.cuda.CUDAGraph | None = None
+
+    def _cast(self, layer: torch.nn.Linear) -> tuple[Tensor, Tensor | None]:
+        bias = None if layer.bias is None else layer.bias.detach().to(self.dtype)
+        return layer.weight.detach().to(self.dtype), bias
+
+    def _hidden(self, x: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Turns embeddings (..., C) into the final norm's output; attend(layer, qkv) gives y."""
+        x, (first, *norms) = x.to(self.dtype), [*self.norms, self.final_norm]
+        approximate = "none" if self.shape.gelu == "erf" else "tanh"
+        y = self.ops.layer_norm(x, first.weight, first.bias)
+        for i, (attn_in, attn_out, (fc_weight, fc_bias), mlp_out) in enumerate(self.linears):
+            norm, next_norm = norms[2 * i : 2 * i + 2]
+            branch = F.linear(attend(i, F.linear(y, *attn_in)), *attn_out)
+            y, x = self.ops.add_layer_norm(branch, x, norm.weight, norm.bias)
+            h = self.ops.bias_gelu(F.linear(y, fc_weight), fc_bias, approximate)
+            branch = F.linear(h, *mlp_out)
+            y, x = self.ops.add_layer_norm(branch, x, next_norm.weight, next_norm.bias)
+        return y
+
+    @torch.no_grad()
+    def prefill(self, texts: Sequence[Tokens]) -> Tensor:
+        """Fills the cache with the last block_size tokens of every row's text; logits (B, V).
+
+        Texts are padded on the right, which causal attention never looks at.
+        """
+        ends = [torch.tensor(list(text[-self.shape.block_size :])) for text in texts]
+        ids = pad_sequence(ends, batch_first=True).to(self.device)
+        self.positions.copy_(torch.tensor([len(end) for end in ends]))
+        (B, T), H, D = ids.shape, self.shape.n_head, self.shape.head_dim
+
+        def attend(i: int, qkv: Tensor) -> Tensor:
+            self.cache[i, :, :, :, :T] = qkv.view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)[1:]
+            return self.ops.attention(qkv, H)
+
+        y = self._hidden(self.wte[ids] + self.wpe[:T], attend)
+        return F.linear(y[self.rows, self.positions - 1], self.head)
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """Extends row b, of less than max_len tokens, by tokens[b]; logits (B, V)."""
+        B, H, D, at = self.batch_size, self.shape.n_head, self.shape.head_dim, self.positions
+        seen = torch.arange(self.max_len, device=self.device) <= at.view(B, 1, 1, 1)
+
+        def attend(i: int, qkv: Tensor) -> Tensor:
+            q, k, v = qkv.view(B, 3, H, D).unbind(1)
+            keys, values = self.cache[i]
+            keys[self.rows, :, at], values[self.rows, :, at] = k, v
+            y = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, seen)
+            return y.reshape(B, H * D)
+
+        logits = F.linear(self._hidden(self.wte[self.tokens] + self.wpe[at], attend), self.head)
+        self.positions += 1
+        return logits
 
     @torch.no_grad()
     def stream(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        *,
-        seeds: Sequence[int],
-        stop_token: int | None = None,
-        ended: set[int] | None = None,
+        self, prompts: Sequence[Tokens], n: int, seeds: Sequence[int], stop: int | None = None
     ) -> Iterator[list[int | None]]:
-        """Yield the next token of every row until all have ended; None if a row has ended.
+        """Yields the next token of every prompt until all have ended; None if one has ended.
 
-        A row ends before its stop_token, after max_new_tokens, or once the caller has put its
-        number into `ended`.
+        A text ends before the token `stop`, after n tokens, or once its row is in `ended`.
         """
-        self._begin(prompts, max_new_tokens, seeds)
-        ended = set() if ended is None else ended
-        for tokens in self._ahead(prompts, max_new_tokens):
-            ended |= {row for row, token in enumerate(tokens) if token == stop_token}
-            if len(ended) == self.batch_size:
-                return
-            yield [None if row in ended else token for row, token in enumerate(tokens)]
-
-    def _ahead(self, prompts, max_new_tokens: int) -> Iterator[list[int]]:
-        """Tokens (B,) of every step on the host.
-
-        A GPU is given the next step before the last one's tokens are waited for, so that it never
-        idles while the host looks at them. If all rows had ended, that step was for nothing.
-        """
-        waiting: tuple[Tensor, torch.cuda.Event] | None = None
-        for i in range(max_new_tokens):
-            if i == 0:  # of each prompt the model sees the last block_size tokens
-                self._draw(self.decoder.prefill([p[-self.block_size :] for p in prompts]))
-            else:
-                self._next([len(p) + i for p in prompts])
-            if self.device.type != "cuda":
-                yield self.tokens.tolist()
-                continue
-            host = torch.empty(self.batch_size, dtype=torch.int64, pin_memory=True)
-            host.copy_(self.tokens, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            if waiting is not None:
-                waiting[1].synchronize()
-                yield waiting[0].tolist()
-            waiting = host, event
-        if waiting is not None:
-            waiting[1].synchronize()
-            yield waiting[0].tolist()
-
-    def _begin(self, prompts, max_new_tokens: int, seeds: Sequence[int]) -> None:
-        longest = max(len(p) for p in prompts) + max_new_tokens
-        if len(prompts) != self.batch_size or len(seeds) != self.batch_size:
-            raise ValueError(
-                f"{len(prompts)} prompts and {len(seeds)} seeds: wanted {self.batch_size} of each"
-            )
-        if longest > self.max_tokens or not all(prompts):
-            raise ValueError(f"texts of {longest} tokens: wanted at most {self.max_tokens}")
-        texts = pad_sequence([torch.tensor(list(p)) for p in prompts], batch_first=True)
-        self.ids[:, : texts.shape[1]] = texts.to(self.device)
-        self.lengths.copy_(torch.tensor([len(p) for p in prompts]))
-        self.uniform[:, :max_new_tokens] = uniforms(seeds, max_new_tokens).to(self.device)
-        self.drawn.zero_()
+        idle, lengths = self.batch_size - len(prompts), [len(p) for p in prompts]
+        if idle < 0 or len(seeds) != len(prompts) or min(lengths) < 1:
+            given = f"{len(seeds)} seeds and prompts of {lengths} tokens"
+            raise ValueError(f"{given}: wanted at most {self.batch_size}, each of at least 1")
+        if max(lengths) + n > self.longest:
+            given = f"texts of {max(lengths) + n} tokens"
+            raise ValueError(f"{given}: wanted at most {self.longest}")
+        texts = [list(p) for p in prompts] + [[0] for _ in range(idle)]
+        numbers = uniforms([*seeds] + [0] * idle, n).to(self.device)
+        self.ended = set(range(len(prompts), self.batch_size))
         if self.seen is not None:
             self.seen.zero_()
-            for row, prompt in enumerate(prompts):
-                self.seen[row, self.ids[row, : len(prompt)]] = True
+            for row, text in zip(self.seen, texts, strict=True):
+                row[text] = True
+        for i in range(n):
+            self.uniform.copy_(numbers[:, i])
+            if i == 0 or max(map(len, texts)) > self.shape.block_size:
+                self._draw(self.prefill(texts))
+            elif self.graphed:
+                self._replay()
+            else:
+                self._draw(self._step())
+            tokens = self.tokens.tolist()
+            self.ended |= {row for row, token in enumerate(tokens) if token == stop}
+            if len(self.ended) == self.batch_size:
+                return
+            shown = enumerate(tokens[: len(prompts)])
+            yield [None if row in self.ended else token for row, token in shown]
+            for text, token in zip(texts, tokens, strict=True):
+                text.append(token)
 
     def _draw(self, logits: Tensor) -> None:
-        """Draw from logits (B, V), and append to every row."""
-        uniform = self.uniform.index_select(1, self.drawn).squeeze(1)
-        tokens = draw(logits, uniform, self.sampling, self.seen)
-        self.tokens.copy_(tokens)
-        self.ids.scatter_(1, self.lengths.unsqueeze(1), tokens.unsqueeze(1))
+        self.tokens.copy_(draw(logits, self.uniform, self.sampling, self.seen))
         if self.seen is not None:
-            self.seen.scatter_(1, tokens.unsqueeze(1), True)
-        self.lengths += 1
-        self.drawn += 1
-
-    def _next(self, lengths: list[int]) -> None:
-        """One more token on every row; `lengths` are those of the texts so far."""
-        past = [row for row, n in enumerate(lengths) if n > self.block_size]
-        if not past and self.graphed:
-            return self._replay()
-        if not past:
-            # A compiled step would be compiled again for every value of a bound that grows.
-            return self._draw(self._step(self.tokens, None if self.compiled else max(lengths)))
-        T = self.block_size
-        ids = torch.stack([self.ids[row, lengths[row] - T : lengths[row]] for row in past])
-        logits = self.decoder.windows(ids)
-        if len(past) < len(lengths):
-            slid, logits = logits, self._step(self.tokens).clone()
-            logits[past] = slid
-        self._draw(logits)
+            self.seen.scatter_(1, self.tokens.unsqueeze(1), True)
 
     def _replay(self) -> None:
-        """One cached step as a CUDA graph, which is captured the first time."""
+        """Draws the next tokens by a CUDA graph. The first call loads all kernels."""
+        if not self._warm:
+            self._warm = True
+            return self._draw(self._step())
         if self._graph is None:
-            state = [self.ids, self.lengths, self.tokens, self.drawn, self.decoder.positions]
-            state += [self.seen] if self.seen is not None else []
-            before = [t.clone() for t in state]
-            # Compile and load all kernels on a side stream first; then undo these steps. What they
-            # wrote to the cache lies past the rows' lengths, or is written again alike.
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(2):
-                    self._draw(self._step(self.tokens))
-                    for t, value in zip(state, before, strict=True):
-                        t.copy_(value)
-            torch.cuda.current_stream().wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._draw(self._step(self.tokens))
-            for t, value in zip(state, before, strict=True):
-                t.copy_(value)
+            with torch.cuda.graph(self._graph):  # records, and computes nothing
+                self._draw(self._step())
         self._graph.replay()
 
 
-def generate(
-    model: GPT,
-    prompt: Sequence[int],
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
-    seed: int = 0,
-    stop_token: int | None = None,
-) -> Iterator[int]:
-    """Yield up to max_new_tokens ids that continue one prompt (at least one id).
+# --- the command ----------------------------------------------------------------------------------
 
-    The model sees the last block_size tokens. Ends before stop_token if one is given.
+
+def prompts_of(start: str, source: Source) -> list[list[int]]:
+    """Returns the prompts of --start: the text itself, FILE:path, or each line of LINES:path."""
+    kind, _, name = start.partition(":")
+    texts, eot = [start], source.need_tokenizer().eot
+    if kind in ("FILE", "LINES") and name:
+        with reading(f"--start={start}", "is not UTF-8 text"):
+            texts = [read_text(name)]
+    if kind == "LINES" and name and not (texts := list(filter(None, texts[0].splitlines()))):
+        raise UserError(f"--start={start}: has no lines")
+    prompts = [source.encode(text.encode(), "--start").tolist() for text in texts]
+    if eot is not None:
+        prompts = [
+            [eot] if t == "<|endoftext|>" else p for t, p in zip(texts, prompts, strict=True)
+        ]
+    if not all(prompts):
+        raise UserError("--start: is empty; give some text to go on from")
+    return prompts
+
+
+def on_screen(text: str) -> str:
+    """Returns a model's text, its control characters escaped if stdout is a terminal."""
+    if not sys.stdout.isatty():
+        return text
+    escape = lambda match: match[0].encode("unicode_escape").decode()  # noqa: E731
+    return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", escape, text)
+
+
+class TextStream:
+    """Text of tokens as they come: whole characters only, and nothing from a stop string on.
+
+    `feed` holds back the possible beginning of a character or of a stop string, and returns True
+    once a stop string came. `take` returns what is new, the first time with the prompt.
     """
-    sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
-    batch = BatchGenerator(model, 1, len(prompt) + max_new_tokens, sampling)
-    for (token,) in batch.stream([prompt], max_new_tokens, seeds=[seed], stop_token=stop_token):
-        if token is not None:
-            yield token
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Tokens, stop_strings: Sequence[str]):
+        self._tokenizer, self._stops = tokenizer, [s for s in stop_strings if s]
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._ready, self._held = self._decoder.decode(tokenizer.decode_bytes(prompt)), ""
+        self._stopped = False
+
+    def feed(self, *tokens: int, final: bool = False) -> bool:
+        if self._stopped:
+            return True
+        # A model may know more ids than its tokenizer, as nanoGPT's 50,304 for 50,257.
+        known = [token for token in tokens if token < self._tokenizer.vocab_size]
+        held = self._held + self._decoder.decode(self._tokenizer.decode_bytes(known), final)
+        found = [at for s in self._stops if (at := held.find(s)) >= 0]
+        self._stopped, cut = bool(found), min(found, default=len(held))
+        if not found and not final:  # held back is the longest end that begins a stop string
+            begun = (i for i in range(cut) if any(s.startswith(held[i:]) for s in self._stops))
+            cut = next(begun, cut)
+        self._ready, self._held = self._ready + held[:cut], held[cut:]
+        return self._stopped
+
+    def take(self) -> str:
+        text, self._ready = self._ready, ""
+        return text
+
+
+def sample(config: SampleConfig) -> int:
+    """Prints num_samples texts per prompt, each batch's first as it is made. Returns the exit code.
+
+    Texts go to stdout, the rest to stderr.
+    """
+    machine = Machine.of(config.device, config.dtype, config.compile)
+    source = open_source(config)
+    source.check_finite()
+    tokenizer, prompts = source.need_tokenizer(), prompts_of(config.start, source)
+    tasks = [(p, config.seed + k) for p in prompts for k in range(config.num_samples)]
+    rows, longest = min(config.batch_size, len(tasks)), max(map(len, prompts))
+    sampling = Sampling(config.temperature, config.top_k, config.top_p, config.repetition_penalty)
+    model, most = source.model(machine), longest + config.max_new_tokens
+    batch = BatchGenerator(model, rows, most, sampling, machine.compile)
+    print(source.about, file=sys.stderr)
+    started, made, stop = time.perf_counter(), 0, tokenizer.eot if config.stop else None
+    for first in range(0, len(tasks), rows):
+        part, seeds = zip(*tasks[first : first + rows], strict=True)
+        streams = [TextStream(tokenizer, p, config.stop_strings.split("|")) for p in part]
+        print(on_screen(streams[0].take()), end="", flush=True)
+        for tokens in batch.stream(part, config.max_new_tokens, seeds, stop):
+            made += sum(token is not None for token in tokens)
+            for row, token in enumerate(tokens):
+                if token is not None and streams[row].feed(token):
+                    batch.ended.add(row)
+            print(on_screen(streams[0].take()), end="", flush=True)
+        for stream in streams:
+            stream.feed(final=True)
+            print(on_screen(stream.take()))
+            print(RULE)
+    seconds = time.perf_counter() - started
+    rate = f"{made / seconds:,.1f} tokens/s, {rows} at a time, {machine.device} {machine.dtype}"
+    print(f"{made:,} tokens in {seconds:.1f}s: {rate}", file=sys.stderr)
+    return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import shlex
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,9 +15,8 @@ from fastgpt.config import settings
 from fastgpt.config.schema import Config, PrepareConfig
 from fastgpt.data.prepare import ensure, with_tokenizer
 from fastgpt.data.token_files import Dataset, open_dataset
-from fastgpt.data.tokenizer import decode_stream
 from fastgpt.errors import UserError
-from fastgpt.inference.generate import generate
+from fastgpt.inference.generate import BatchGenerator, Sampling, on_screen
 from fastgpt.model import ops
 from fastgpt.model.build import build
 from fastgpt.model.device import Machine, unseen_gpu
@@ -233,11 +231,11 @@ def _print_sample(loop: Loop, dataset: Dataset) -> None:
     if tokenizer is None:
         return
     prompt = dataset.val.gather(np.zeros(1, dtype=np.int64), 1)[0].tolist()
-    ids = generate(
-        loop.trainer.model, prompt, c.log.sample_tokens, temperature=0.8, top_k=200, seed=c.run.seed
-    )
+    sampling, n = Sampling(temperature=0.8, top_k=200), c.log.sample_tokens
+    batch = BatchGenerator(loop.trainer.model, 1, 1 + n, sampling)
+    ids = [*prompt, *(tokens[0] for tokens in batch.stream([prompt], n, [c.run.seed]))]
     # A model with more ids than its data, such as nanoGPT's 50,304, may draw one without a text.
-    ids = (i for i in ids if i < tokenizer.vocab_size)
+    text = tokenizer.decode([i for i in ids if i < tokenizer.vocab_size])
     print(f"\n--- sample {'-' * 61}")
-    print("".join(decode_stream(tokenizer, itertools.chain(prompt, ids))).strip())
+    print(on_screen(text.strip()))
     print("-" * 72)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,6 +50,29 @@ class Source:
                 f"{self.origin}: {len(bad)} of {len(self.tensors)} tensors hold NaN or infinity, "
                 f"{bad[0]} first: nothing can be computed with these weights"
             )
+
+    def need_tokenizer(self) -> Tokenizer:
+        """Returns the tokenizer. Raises UserError if it is not known."""
+        if self.tokenizer is not None:
+            return self.tokenizer
+        if self.run_dir is None:
+            raise UserError(f"{self.origin}: has no tokenizer that can be read, so no text")
+        raise UserError(
+            f"{self.run_dir}: its data has no tokenizer, so there is no text; if it is known, "
+            f"name it: fastgpt train --init_from=resume --out_dir={self.run_dir} "
+            "--tokenizer=gpt2 --vocab_file=FILE"
+        )
+
+    def encode(self, text: bytes, name: object) -> np.ndarray:
+        """Returns ids (n,) of UTF-8 text `name`. Raises UserError for one that the model lacks."""
+        tokenizer = self.need_tokenizer()
+        ids = tokenizer.encode_bytes(text)
+        if (largest := ids.max(initial=0)) >= self.shape.vocab_size:
+            raise UserError(
+                f"{name}: has token {largest:,}, the model knows {self.shape.vocab_size:,}: "
+                f"this tokenizer ({tokenizer.name}) is not the model's"
+            )
+        return ids
 
     def model(self, machine: Machine) -> GPT:
         """The model, ready to evaluate or to generate."""

@@ -20,7 +20,6 @@ from fastgpt.data.tokenizer import (
     MAX_BYTES,
     ByteTokenizer,
     CharTokenizer,
-    decode_stream,
     dump_ranks,
     load_tokenizer,
     make_tokenizer,
@@ -64,17 +63,6 @@ def test_ids_outside_the_vocabulary_are_refused(tokenizer):
     for ids in ([tokenizer.vocab_size], [0, -1]):
         with pytest.raises(ValueError, match=f"0 .. {tokenizer.vocab_size - 1}"):
             tokenizer.decode(ids)
-
-
-def test_streams_never_break_characters(tokenizer):
-    parts = list(decode_stream(tokenizer, tokenizer.encode(TEXT)))
-    assert "".join(parts) == TEXT and "\ufffd" not in "".join(parts)
-    assert len(parts) > len(TEXT) / 8
-
-
-def test_streams_show_broken_characters_in_the_end():
-    assert list(decode_stream(ByteTokenizer(), [*"é".encode()][:1])) == ["\ufffd"]
-    assert list(decode_stream(ByteTokenizer(), [0xE4, 65])) == ["\ufffdA"]
 
 
 @hyp(max_examples=100, deadline=None)

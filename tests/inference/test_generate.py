@@ -1,26 +1,38 @@
-"""Drawing tokens: each cut keeps what its definition keeps, and a seed is a text."""
+"""Drawing tokens, texts from a cache, and `fastgpt sample` on a real, small run."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastgpt.inference.generate import BatchGenerator, Sampling, draw, generate, uniforms
+from fastgpt import cli
+from fastgpt.data.tokenizer import ByteTokenizer
+from fastgpt.inference.generate import BatchGenerator, Sampling, TextStream, draw, uniforms
 from fastgpt.model.gpt import GPT
-from tests.inference.test_decode import lively, shape
+from tests.inference.conftest import lively, shape
+from tests.process import fastgpt
 
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+GREEDY = Sampling(temperature=0)
+CUT = Sampling(temperature=0.9, top_k=20, top_p=0.9)
+PENALISED = Sampling(0.9, 20, 0.9, repetition_penalty=1.2)
+PROMPTS = [[1], [2, 3, 4], list(range(23)), list(range(24)), list(range(40))]
+GOLDEN = json.loads(Path(__file__).with_name("golden_text.json").read_text())
+
+
+# --- drawing a token ------------------------------------------------------------------------------
 
 
 def draws(logits: torch.Tensor, n: int = 400, **cut) -> torch.Tensor:
-    return draw(logits.expand(n, -1), torch.rand(n, generator=generator()), Sampling(**cut))
-
-
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+    uniform = torch.rand(n, generator=torch.Generator().manual_seed(0))
+    return draw(logits.expand(n, -1), uniform, Sampling(**cut))
 
 
 @pytest.mark.parametrize(
@@ -36,6 +48,9 @@ def generator() -> torch.Generator:
         ({"top_p": 0.6}, {0, 1}),
         ({"top_p": 0.81}, {0, 1, 2}),
         ({"top_k": 3, "top_p": 0.99}, {0, 1, 2}),
+        *(({"temperature": t}, {0}) for t in (1e-30, 1e-38, 1e-39, 1e-46, 5e-324)),
+        *(({"top_p": p}, {0}) for p in (1e-46, 5e-324)),
+        ({"temperature": 1e300}, {0, 1, 2, 3}),
     ],
 )
 def test_cuts(cut, want):
@@ -47,9 +62,6 @@ def test_cuts(cut, want):
 def test_tokens_come_as_often_as_their_probability_says():
     shares = draws(LOGITS, n=20_000).bincount() / 20_000
     torch.testing.assert_close(shares, LOGITS.exp(), rtol=0, atol=0.015)
-
-
-def test_temperature_scales_odds():
     n = (draws(LOGITS[:2], n=20_000, temperature=0.5) == 0).sum().item()
     assert n / 20_000 == pytest.approx(0.25 / (0.25 + 0.09), abs=0.015)
 
@@ -64,15 +76,15 @@ def test_the_ends_of_the_unit_interval():
     assert draw(tail, last, Sampling(top_k=1)).item() == 7
 
 
-def test_repetition_penalty_makes_seen_tokens_unlikelier():
+@pytest.mark.parametrize("penalty", [1.5, 1e300])
+@pytest.mark.parametrize("logits", [[2.0, 1.5], [-1.0, -1.2]])
+def test_repetition_penalty_makes_seen_tokens_unlikelier(logits, penalty):
     """As CTRL defines it: positive logits shrink, negative ones grow more negative."""
-    logits = torch.tensor([[2.0, 1.5, -1.0, -1.2]])
-    sampling = Sampling(temperature=0, repetition_penalty=1.5)
-    seen = torch.tensor([[True, False, False, False]])
-    assert draw(logits, torch.zeros(1), sampling, seen).item() == 1
-    assert draw(logits, torch.zeros(1), sampling, ~seen).item() == 0
-    low = torch.tensor([[-1.0, -1.2]])
-    assert draw(low, torch.zeros(1), sampling, torch.tensor([[True, False]])).item() == 1
+    for r, want in ((penalty, [1, 0]), (1 / penalty, [0, 1])):
+        for seen, token in zip(([[True, False]], [[False, True]]), want, strict=True):
+            sampling = Sampling(temperature=1e-300, repetition_penalty=r)
+            drawn = draw(torch.tensor([logits]), torch.zeros(1), sampling, torch.tensor(seen))
+            assert drawn.item() == token
 
 
 def test_a_row_s_numbers_depend_on_its_seed_alone():
@@ -80,12 +92,20 @@ def test_a_row_s_numbers_depend_on_its_seed_alone():
     assert torch.equal(a[0], b[1, :20]) and not torch.equal(a[0], a[1])
 
 
-GREEDY = Sampling(temperature=0)
+# --- texts ----------------------------------------------------------------------------------------
 
 
-def plain(
-    model: GPT, prompt: list[int], n: int, sampling: Sampling = GREEDY, seed: int = 0
-) -> list[int]:
+def texts_of(batch: BatchGenerator, prompts, n: int, seeds, stop=None) -> list[list[int]]:
+    rows = zip(*batch.stream(prompts, n, seeds, stop), strict=True)
+    return [[token for token in row if token is not None] for row in rows]
+
+
+def text_of(model: GPT, prompt, n: int, sampling: Sampling, seed: int = 0, stop=None) -> list[int]:
+    batch = BatchGenerator(model, 1, len(prompt) + n, sampling)
+    return texts_of(batch, [prompt], n, [seed], stop)[0]
+
+
+def plain(model: GPT, prompt: list[int], n: int, sampling: Sampling, seed: int) -> list[int]:
     """Text without a cache: the whole of the last block_size tokens for every token."""
     ids, numbers = list(prompt), uniforms([seed], n)
     for i in range(n):
@@ -95,26 +115,6 @@ def plain(
     return ids[len(prompt) :]
 
 
-PROMPTS = [[1], [2, 3, 4], list(range(23)), list(range(24)), list(range(40))]
-
-
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(top_k=10)], ids=["greedy", "drawn"])
-def test_a_text_is_that_of_the_cache_free_path(sampling):
-    """Prompts of many lengths in one batch, far past block_size, token by token."""
-    model = lively(shape())
-    batch = BatchGenerator(model, len(PROMPTS), 100, sampling)
-    for _ in range(2):  # the second time in what the first left behind
-        steps = list(batch.stream(PROMPTS, 40, seeds=range(len(PROMPTS))))
-        for row, prompt in enumerate(PROMPTS):
-            want = plain(model, prompt, 40, sampling, seed=row)
-            assert [tokens[row] for tokens in steps] == want
-            # Small models soon repeat themselves when greedy.
-            assert len(set(want)) > (10 if sampling.top_k else 0)
-
-
-GOLDEN = json.loads(Path(__file__).with_name("golden_text.json").read_text())
-
-
 @pytest.mark.parametrize("rows", [[0], [3, 1], [4, 2, 0, 3, 1]], ids=len)
 @pytest.mark.parametrize("golden", GOLDEN["generated"], ids=lambda g: g["gelu"])
 def test_texts_are_those_of_the_golden_file(golden, rows):
@@ -122,94 +122,196 @@ def test_texts_are_those_of_the_golden_file(golden, rows):
     tanh = golden["gelu"] == "tanh"
     model = lively(shape(tanh, golden["gelu"], 2 if tanh else 1))
     batch = BatchGenerator(model, len(rows), 100, Sampling(**golden["sampling"]))
-    steps = list(batch.stream([PROMPTS[r] for r in rows], 60, seeds=rows))
-    for column, row in enumerate(rows):
-        assert [tokens[column] for tokens in steps] == golden["texts"][row]
+    want = [golden["texts"][row] for row in rows]
+    assert texts_of(batch, [PROMPTS[row] for row in rows], 60, rows) == want
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_a_row_does_not_depend_on_its_neighbours(penalty):
-    model = lively(shape())
-    options = {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "repetition_penalty": penalty}
-    batch = BatchGenerator(model, len(PROMPTS), 70, Sampling(**options))
-    steps = list(batch.stream(PROMPTS, 30, seeds=range(len(PROMPTS))))
-    for row, prompt in enumerate(PROMPTS):
-        assert [t[row] for t in steps] == list(generate(model, prompt, 30, seed=row, **options))
-
-
-def test_a_repetition_penalty_counts_prompt_and_text():
-    model = lively(shape())
-    huge = Sampling(temperature=0, repetition_penalty=1e6)
-    steps = BatchGenerator(model, 1, 44, huge).stream([[5, 6, 7]], 30, seeds=[0])
+def test_reduced_precision_is_that_of_the_model():
+    model = lively(shape(), dtype=torch.bfloat16)
+    batch = BatchGenerator(model, 1, 24, GREEDY)
+    logits = batch.prefill([[1, 2, 3]])
+    batch.tokens.fill_(4)
     with torch.no_grad():
-        first = model(torch.tensor([[5, 6, 7]]))[0, -1]
-    text = [token for (token,) in steps]
-    positive = {int(i) for i in (first > 0).nonzero()} - {5, 6, 7}
-    assert text[0] in positive and len(set(text)) > 20 and not {5, 6, 7} & set(text[:10])
+        want = model(torch.tensor([[1, 2, 3, 4]]))[0]
+    assert batch.cache.dtype == logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits[0], want[2], rtol=0.02, atol=0.1)
+    torch.testing.assert_close(batch.step()[0], want[3], rtol=0.02, atol=0.1)
 
 
-def test_a_seed_is_a_text_past_the_block_size():
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(top_k=10)], ids=["greedy", "drawn"])
+def test_a_text_is_that_of_the_cache_free_path(sampling):
+    """Prompts of many lengths in one batch, far past block_size, token by token."""
+    model = lively(shape())
+    batch = BatchGenerator(model, len(PROMPTS), 100, sampling)
+    want = [plain(model, prompt, 40, sampling, row) for row, prompt in enumerate(PROMPTS)]
+    for value in (1e6, 0):  # nothing is read that a row did not write itself
+        batch.cache.fill_(value)
+        assert texts_of(batch, PROMPTS, 40, range(5)) == want
+    # Small models soon repeat themselves when greedy.
+    assert all(len(set(text)) > (10 if sampling.top_k else 0) for text in want)
+
+
+@pytest.mark.parametrize("sampling", [CUT, PENALISED], ids=["plain", "penalty"])
+def test_a_row_does_not_depend_on_its_neighbours(sampling):
     model = lively(shape()).train()
-    a, b, c = (list(generate(model, [1, 2], 40, seed=seed)) for seed in (1, 1, 2))
-    assert a == b != c and len(a) == 40 and all(0 <= t < 50 for t in a)
+    texts = texts_of(BatchGenerator(model, 7, 70, sampling), PROMPTS, 30, range(5))
+    alone = [text_of(model, prompt, 30, sampling, row) for row, prompt in enumerate(PROMPTS)]
+    assert texts == alone and texts[1] != text_of(model, PROMPTS[1], 30, sampling, 9)
     assert model.training, "the mode is left alone, and dropout is off all the same"
 
 
-def test_stop_token_ends_the_text_and_only_its_row():
-    model = lively(shape())
-    free = list(generate(model, [1], 40, seed=5))
+def test_a_stop_token_or_the_caller_ends_a_row():
+    model, batch = lively(shape()), BatchGenerator(lively(shape()), 2, 41, Sampling())
+    free, other = (text_of(model, [k], 40, Sampling(), seed=4 + k) for k in (1, 2))
     stop = free[7]
-    want = free[: free.index(stop)]
-    assert list(generate(model, [1], 40, seed=5, stop_token=stop)) == want
-    batch = BatchGenerator(model, 2, 41)
-    steps = list(batch.stream([[1], [2]], 40, seeds=[5, 6], stop_token=stop))
-    assert [t[0] for t in steps if t[0] is not None] == want
-    other = list(generate(model, [2], 40, seed=6, stop_token=stop))
-    assert [t[1] for t in steps if t[1] is not None] == other
-    assert len(steps) == max(len(want), len(other))
-
-
-def test_the_caller_ends_rows():
-    ended: set[int] = set()
-    batch = BatchGenerator(lively(shape()), 2, 41)
+    want = [text[: text.index(stop)] if stop in text else text for text in (free, other)]
+    steps = list(batch.stream([[1], [2]], 40, [5, 6], stop))
+    assert len(steps) == max(map(len, want))
+    for row, text in enumerate(want):
+        assert [tokens[row] for tokens in steps if tokens[row] is not None] == text
     seen = []
-    for tokens in batch.stream([[1], [2]], 40, seeds=[5, 6], ended=ended):
+    for tokens in batch.stream([[1], [2]], 40, [5, 6]):
         seen.append(tokens)
-        ended.add(0 if len(seen) < 3 else 1)
+        batch.ended.add(0 if len(seen) < 3 else 1)
     assert [t[0] is None for t in seen] == [False, True, True] and len(seen) == 3
 
 
 @pytest.mark.parametrize(
     ("prompts", "n", "message"),
     [
-        ([[1]], 5, "1 prompts and 2 seeds: wanted 2 of each"),
+        ([[1]], 5, "2 seeds and prompts of .1. tokens: wanted at most 2, each of at least 1"),
         ([[1], [1, 2]], 9, "texts of 11 tokens: wanted at most 10"),
-        ([[1], []], 5, "wanted at most 10"),
+        ([[1], []], 5, "wanted at most 2, each of at least 1"),
     ],
 )
 def test_what_does_not_fit(prompts, n, message):
     with pytest.raises(ValueError, match=message):
-        list(BatchGenerator(lively(shape()), 2, 10).stream(prompts, n, seeds=[1, 2]))
+        list(BatchGenerator(lively(shape()), 2, 10, GREEDY).stream(prompts, n, [1, 2]))
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_replayed_graph_is_the_eager_step(dtype):
-    model = lively(shape(n_head=1), dtype=dtype).cuda()
-    options = {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2}
-    texts = []
-    for graph in (False, True):
-        batch = BatchGenerator(model, len(PROMPTS), 70, Sampling(**options), graph=graph)
-        for _ in range(2):
-            texts.append(list(batch.stream(PROMPTS, 30, seeds=range(len(PROMPTS)))))
-    assert texts[0] == texts[1] == texts[2] == texts[3]
+    for sampling in (GREEDY, PENALISED):
+        texts, model = [], lively(shape(n_head=1), dtype=dtype).cuda()
+        for graphed in (False, True):
+            batch = BatchGenerator(model, 5, 70, sampling)
+            batch.graphed = graphed
+            texts += [texts_of(batch, PROMPTS, 30, range(5)) for _ in range(2)]
+        assert texts[0] == texts[1] == texts[2] == texts[3]
+        if sampling == GREEDY and dtype == torch.float32:
+            assert texts[0] == [plain(model.cpu(), p, 30, GREEDY, 0) for p in PROMPTS]
 
 
-@pytest.mark.cuda
-def test_greedy_text_on_a_gpu_is_the_cache_free_one():
-    model = lively(shape(n_head=1)).cuda()
-    batch = BatchGenerator(model, len(PROMPTS), 100, Sampling(temperature=0))
-    steps = list(batch.stream(PROMPTS, 60, seeds=range(len(PROMPTS))))
-    cpu = lively(shape(n_head=1))
-    for row, prompt in enumerate(PROMPTS):
-        assert [tokens[row] for tokens in steps] == plain(cpu, prompt, 60)
+# --- the command ----------------------------------------------------------------------------------
+
+
+def sample(folder: Path, *args: str, code: int = 0) -> str:
+    few = ("--num_samples=2", "--max_new_tokens=30", "--device=cpu")
+    return fastgpt(folder, "sample", "--out_dir=out", *few, *args, code=code)
+
+
+def texts(folder: Path, *args: str) -> list[str]:
+    parts = sample(folder, *args).split("\n---------------\n")
+    first_line, _, first = parts[0].partition("\n")
+    assert first_line.startswith("out/checkpoints/step_000000"), parts
+    assert re.search(r"^[\d,]+ tokens in .*s: .* tokens/s, \d+ at a time, cpu float32$", parts[-1])
+    return [first, *parts[1:-1]]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_golden_text_escapes_control_characters_on_a_terminal(
+    terminal, home: Path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["sample", f"--weights={home}/lively", *GOLDEN["sample_arguments"]])
+    want = GOLDEN["sample_stdout"]
+    for code in {*range(32), 127} - {9, 10} if terminal else ():
+        want = want.replace(chr(code), chr(code).encode("unicode_escape").decode())
+    assert capsys.readouterr().out == want
+
+
+def test_samples_follow_prompt_seed_and_settings(home: Path):
+    a = texts(home, "--start=a cat")
+    assert len(a) == 2 and a[0] != a[1]
+    assert all(t.startswith("a cat") and len(t) == len("a cat") + 30 for t in a)
+    assert texts(home, "--start=a cat") == a
+    assert texts(home, "--start=a cat", "--seed=5") != a
+    greedy = texts(home, "--start=a cat", "--temperature=0")
+    assert greedy[0] == greedy[1]
+    assert texts(home, "--start=a cat", "--temperature=1e-40") == greedy
+    assert texts(home, "--start=a cat", "--temperature=0", "--repetition_penalty=1.5") != greedy
+    stop = greedy[0][12:15]
+    stopped = [greedy[0][: greedy[0].index(stop, 5)]] * 2
+    assert stopped == texts(home, "--start=a cat", "--temperature=0", f"--stop_strings=@@@|{stop}")
+
+
+def test_many_prompts_at_a_time(home: Path):
+    (home / "prompts.txt").write_text("A cat\n\non a mat and saw\ndog\n")
+    assert texts(home, "--start=FILE:prompts.txt")[0].startswith("A cat\n\non a mat and saw\n")
+    three, one = (
+        texts(home, "--start=LINES:prompts.txt", "--top_k=5", f"--batch_size={n}") for n in (3, 1)
+    )
+    assert three == one and [t[:3] for t in one] == ["A c", "A c", "on ", "on ", "dog", "dog"]
+    assert len(set(one)) == 6 and one[2:4] == texts(home, "--start=on a mat and saw", "--top_k=5")
+
+
+class Letters(ByteTokenizer):
+    """Two letters per token, to have stop strings begin in the middle of one."""
+
+    def _decode(self, ids):
+        return b"".join(b"%c%c" % (i, i + 1) for i in ids.tolist())
+
+
+@pytest.mark.parametrize("stops", [[], ["dcdc"], ["d"], ["xdc", "cxd"], ["efe"]])
+def test_what_is_shown_as_it_comes(stops: list[str]):
+    """Never more than what comes before the first stop string, and all of that at the end."""
+    ids = [97, 99, 99, 99, 120, 99, 101, 101]
+    whole = "".join(chr(i) + chr(i + 1) for i in ids)
+    want = min((whole[: whole.index(s)] for s in stops if s in whole), key=len, default=whole)
+    stream = TextStream(Letters(), [98], stops)
+    shown = itertools.accumulate((stream.feed(i), stream.take())[1] for i in [*ids, 1000])
+    assert all(f"bc{want}".startswith(text) for text in shown)
+    stream = TextStream(Letters(), [98], stops)
+    assert [stream.feed(i) for i in ids][-1] == stream.feed(final=True) == (want != whole)
+    assert stream.take() == f"bc{want}"
+
+
+def test_half_a_character_is_held_back():
+    stream = TextStream(ByteTokenizer(), "é".encode()[:1], [])
+    assert stream.take() == ""
+    assert stream.feed("é".encode()[1], "é".encode()[0]) is False and stream.take() == "é"
+    stream.feed(final=True)
+    assert stream.take() == "\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--start=LINES:none.txt"], "--start=LINES:none.txt: cannot be read: No such file"),
+        (["--start=FILE:none.txt"], "--start=FILE:none.txt: cannot be read: No such file"),
+        (["--weights=none"], "--weights=none: there is no such file or folder"),
+        (["--init_from=weights"], "--init_from=weights: which? name a folder with --weights=PATH"),
+        (["--init_from=resume", "--weights=x"], "--weights: goes with --init_from=weights or"),
+        (["--start="], "--start: is empty"),
+        (["--start=東"], "東"),
+        (["--checkpoint=step_1"], "--checkpoint=step_1: "),
+        (["--temperature=-1"], "--temperature=-1.0: wanted a number >= 0"),
+    ],
+)
+def test_bad_requests(args, message, home: Path):
+    said = sample(home, *args, code=2)
+    assert message in said and "Traceback" not in said
+
+
+def test_a_damaged_best_checkpoint_and_a_missing_tokenizer(home: Path, tmp_path: Path):
+    shutil.copytree(home / "out", tmp_path / "out")
+    best = (tmp_path / "out" / "checkpoints" / "best").read_text().strip()
+    path = tmp_path / "out" / "checkpoints" / best / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    said = sample(tmp_path)
+    assert said.startswith(f"damaged checkpoint: out/checkpoints/{best}/model.safetensors")
+    assert said.count("---------------") == 2
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    assert "its data has no tokenizer, so there is no text" in sample(tmp_path, code=2)

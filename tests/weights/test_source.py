@@ -12,7 +12,7 @@ import torch
 from fastgpt.config.presets import PRESETS
 from fastgpt.config.settings import load_toml
 from fastgpt.data.tokenizer import ByteTokenizer
-from fastgpt.inference.generate import generate
+from fastgpt.inference.generate import BatchGenerator, Sampling
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.storage import files
 from fastgpt.storage.checkpoint import load
@@ -99,7 +99,8 @@ def test_a_run_goes_out_and_comes_back(home: Path):
     (got,) = pipeline("a cat", **greedy)
     ours = ByteTokenizer()
     prompt = ours.encode("a cat").tolist()
-    assert got["generated_text"] == ours.decode(generate(model, prompt, 8, temperature=0))
+    batch = BatchGenerator(model, 1, len(prompt) + 8, Sampling(temperature=0))
+    assert got["generated_text"] == ours.decode(i for (i,) in batch.stream([prompt], 8, [0]))
     fastgpt(home, "export", "--weights=folder", "--to=folder2")
     first, second = ((home / f / "model.safetensors").read_bytes() for f in ("folder", "folder2"))
     assert first == second
