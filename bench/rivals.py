@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgpt_kernels as ours
-from fastgpt_kernels.host import arch
+from fastgpt_kernels.launch import arch
 from fastgpt_kernels.registry import Sizes, spec
 
 if TYPE_CHECKING:

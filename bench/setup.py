@@ -23,7 +23,7 @@ from fastgpt.errors import UserError
 from fastgpt.model.device import Machine, resolve_device
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.train import metrics
-from fastgpt_kernels import host
+from fastgpt_kernels import launch
 
 # The sizes of vocabularies by data set; all others are made of GPT-2's tokens.
 VOCABULARIES = {"python_stdlib": 256, "shakespeare_char": 65}
@@ -167,7 +167,7 @@ _machine = functools.cache(Machine.of)
 
 def arch(device: torch.device) -> str:
     """The GPU's architecture, "sm_90" or so; empty for a CPU."""
-    return host.arch(device.index or 0) if device.type == "cuda" else ""
+    return launch.arch(device.index or 0) if device.type == "cuda" else ""
 
 
 def first_weights(config: Config, vocab_size: int) -> dict[str, Tensor]:

@@ -15,10 +15,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     from triton.runtime import interpreter
 
-    from fastgpt_kernels import host, registry
+    from fastgpt_kernels import launch, registry
 
     registry.specs()  # loads every op, and with it the kernels
-    host.INTERPRETED = False
+    launch.INTERPRETED = False
     del os.environ["TRITON_INTERPRET"]
 
     patch_tensor = interpreter._patch_lang_tensor

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from fastgpt_kernels import host
+from fastgpt_kernels import launch
 from fastgpt_kernels.registry import OpSpec, Sizes, spec, specs
 from fastgpt_kernels.selfcheck import compile_ahead, disagreement
 from fastgpt_kernels.telling import why
@@ -91,7 +91,7 @@ _FOUND: dict[Task, str] = {}
 def first_contact(tasks: Sequence[Task], limits: Limits = LIMITS) -> list[str]:
     """What is wrong with each of the tasks; empty for one that agrees."""
     asked = [task for task in tasks if task not in _FOUND]
-    ahead = host.HAS_TRITON and all(task.device.startswith("cuda") for task in tasks)
+    ahead = launch.HAS_TRITON and all(task.device.startswith("cuda") for task in tasks)
     while waiting := [task for task in asked if task not in _FOUND]:
         try:
             _FOUND.update(_ask(waiting, ahead, limits))

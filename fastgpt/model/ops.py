@@ -28,7 +28,7 @@ import torch
 
 from fastgpt.errors import UserError
 from fastgpt.model.contact import Task, first_contact
-from fastgpt_kernels import host, versions
+from fastgpt_kernels import launch, versions
 from fastgpt_kernels.registry import OpSpec, Sizes, specs
 from fastgpt_kernels.telling import EVERY_S, telling
 
@@ -159,7 +159,7 @@ def _wanted(
     wanted, flag = wish.of(op)
     if wanted == "auto":
         obstacle = _obstacle(op, "triton", device, dtype, sizes)
-        obstacle = obstacle or op.slower(host.arch_on(device)) or versions.untested()
+        obstacle = obstacle or op.slower(launch.arch_on(device)) or versions.untested()
         return "triton", obstacle, "", "fused kernels"
     if obstacle := _obstacle(op, wanted, device, dtype, sizes):
         raise UserError(f"{flag}: {obstacle}")
@@ -178,4 +178,4 @@ def _name_in_caches(choices: Sequence[Choice]) -> None:
 
 def _obstacle(op: OpSpec, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> str:
     """Why an implementation cannot run here; empty if it can."""
-    return op.unsupported_reason(name, host.arch_on(device), dtype, sizes) or ""
+    return op.unsupported_reason(name, launch.arch_on(device), dtype, sizes) or ""

@@ -25,7 +25,7 @@ from fastgpt.train.cuda_graph import StepGraph
 from fastgpt.train.distributed import Ranks, like, matrix_scatter, whole
 from fastgpt.train.muon import Muon
 from fastgpt.train.optim import clip_and_check_finite
-from fastgpt_kernels.host import adds_in_place
+from fastgpt_kernels.launch import adds_in_place
 from fastgpt_kernels.telling import why
 
 

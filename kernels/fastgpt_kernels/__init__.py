@@ -78,7 +78,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     function = getattr(importlib.import_module(f"fastgpt_kernels.{_MODULES[name]}"), name)
     globals()[name] = function
-    if not importlib.import_module("fastgpt_kernels.host").HAS_TRITON:
+    if not importlib.import_module("fastgpt_kernels.launch").HAS_TRITON:
         _warn_without_triton()
     return function
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt_kernels.host import arch_of
+from fastgpt_kernels.launch import arch_of
 from fastgpt_kernels.register import Op, product_flops
 
 WIDENED_ROWS = 4096  # of a factor that is widened to fp32 at a time

@@ -6,14 +6,22 @@ call: an eager call with its backward pass takes 23 µs less. An op can be diffe
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
-from torch.utils.flop_counter import register_flop_formula
 
-from fastgpt_kernels import host
+from fastgpt_kernels import launch
+
+# torch.compile's caches on disk know an op by its name alone. What they hold of another version of
+# this package, whose results may have other shapes, must not be taken for this one's.
+_source = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
+torch.compiler.config.cache_key_tag += (
+    f" fastgpt_kernels {hashlib.sha256(_source).hexdigest()[:16]}"
+)
 
 _LIBRARY = torch.library.Library("fastgpt", "DEF")
 
@@ -40,13 +48,15 @@ def define_op(
     """
 
     def on_meta(*inputs: Any) -> Any:
-        return launcher(*inputs) if host.pretending() else fake(*inputs)
+        return launcher(*inputs) if launch.pretending() else fake(*inputs)
 
     _LIBRARY.define(name + torch.library.infer_schema(launcher, mutates_args=mutates))
     _LIBRARY.impl(name, launcher, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgpt::{name}", on_meta, lib=_LIBRARY)
     packet = getattr(torch.ops.fastgpt, name)
-    if flops is not None:
+    if flops is not None and launch.KERNELS:  # the counter takes a tenth of a second to load
+        from torch.utils.flop_counter import register_flop_formula
+
         register_flop_formula(packet)(flops)
     if setup_context is not None and backward is not None:
         function = _autograd_function(name, packet.default, setup_context, backward)

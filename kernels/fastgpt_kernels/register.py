@@ -14,11 +14,9 @@ What is declared is what the op computes; what PyTorch wants to know of it is de
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 import typing
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,11 +50,6 @@ def product_flops(x: torch.Size, weight: torch.Size, products: int) -> int:
 
 
 registered: dict[str, Op] = {}  # all of them, by name
-
-# torch.compile's caches on disk know an op by its name alone: what they hold of another version of
-# this package, whose results may have other shapes, must not be taken for this one's.
-_code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
-torch.compiler.config.cache_key_tag += f" fastgpt_kernels {hashlib.sha256(_code).hexdigest()[:16]}"
 
 
 class Op:

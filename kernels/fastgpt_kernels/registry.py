@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt_kernels import OPS, host, reference
+from fastgpt_kernels import OPS, launch, reference
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,10 @@ def differentiate(function: Callable[..., Any], example: ExampleInputs) -> list[
 
 def triton_unsupported(sizes: Sizes, dtype: torch.dtype, arch: str) -> str | None:
     """Returns why no Triton kernel runs on an architecture, or None if kernels run."""
-    if not host.HAS_TRITON:
+    if not launch.HAS_TRITON:
         return "triton is not installed"
-    if not host.is_gpu(arch):
-        return None if host.INTERPRETED else "no GPU"
+    if not launch.is_gpu(arch):
+        return None if launch.INTERPRETED else "no GPU"
     if arch == "sm_75" and dtype == torch.bfloat16:
         return "sm_75 has no bfloat16, only float16"
     return None
@@ -185,7 +185,7 @@ class OpSpec:
     ) -> str | None:
         """Returns why an implementation cannot run on an architecture, or None if it can.
 
-        arch is a key of `host.arch_on`: "sm_90", or "cpu".
+        arch is a key of `launch.arch_on`: "sm_90", or "cpu".
         """
         return self.implementations[implementation].unsupported_reason(sizes, dtype, arch)
 

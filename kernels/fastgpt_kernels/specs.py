@@ -2,7 +2,6 @@
 
 A room's `specs.py` defines
 
-    def tunables(arch: str) -> Iterator[Tunable]            entries of its config tables
     def uses(m: Model) -> Iterator[Use]                     how a model calls its ops, if that is
                                                             not just what their records say
 """
@@ -10,7 +9,7 @@ A room's `specs.py` defines
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor
 
 from fastgpt_kernels import OPS
-from fastgpt_kernels.configs import Config
 from fastgpt_kernels.registry import ExampleInputs, OpSpec, Sizes, differentiate
 
 
@@ -125,20 +123,6 @@ def _call(op: OpSpec, m: Model, case: ExampleInputs) -> Any:
     if op.run is differentiate:
         return case.call(op.triton, inputs)
     return op.run(op.triton, replace(case, inputs=inputs))
-
-
-@dataclass(frozen=True)
-class Tunable:
-    """One entry of a table of launch configs, and the configs to try for it.
-
-    table       the table's name in the room's configs.py, e.g. "FORWARD"
-    key         the entry's key there
-    candidates  configs to try; one that does not compile, spills or is wrong is named and left out
-    """
-
-    table: str
-    key: int
-    candidates: Sequence[Config]
 
 
 def spec_modules(only: Iterable[str] = ()) -> list[str]:

@@ -7,8 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgpt_kernels.configs import options
-from fastgpt_kernels.host import arch_of
+from fastgpt_kernels.launch import arch_of, options
 from fastgpt_kernels.specs import Model, Use
 
 

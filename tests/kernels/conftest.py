@@ -11,7 +11,7 @@ import torch
 from hypothesis import settings
 from triton.runtime.interpreter import InterpreterBuilder
 
-from fastgpt_kernels import host
+from fastgpt_kernels import launch
 from tests.kernels import helpers
 
 # The same examples in every run: a failure is the change's, never the draw's.
@@ -27,7 +27,7 @@ def run_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors go to the interpreted kernel here, not to the reference."""
     if not HAS_CUDA:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-        monkeypatch.setattr(host, "INTERPRETED", True)
+        monkeypatch.setattr(launch, "INTERPRETED", True)
         # As a GPU does it: the interpreter rounds the product, too.
         monkeypatch.setattr(InterpreterBuilder, "create_fma", helpers.fused_multiply_add)
         monkeypatch.setattr(InterpreterBuilder, "create_splat", helpers.splat_masks)

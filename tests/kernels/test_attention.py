@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgpt_kernels import attention, host, reference
-from fastgpt_kernels.configs import Config
+from fastgpt_kernels import attention, launch, reference
+from fastgpt_kernels.launch import Config
 from fastgpt_kernels.ops.attention import backward, configs, forward
 from fastgpt_kernels.registry import spec
 from tests.kernels.attention_cases import check_attention, random_qkv, torch_attention
@@ -427,7 +427,7 @@ def test_flop_counter_sees_the_public_function() -> None:
 
 def test_cpu_tensors_run_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU and without the interpreter, in bf16 too."""
-    monkeypatch.setattr(host, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     qkv = random_qkv(1, 12, 2, 32, torch.bfloat16, torch.device("cpu")).requires_grad_()
     y = attention(qkv, 2, dropout_p=0.5, seed=1)
     assert torch.equal(y, reference.attention(qkv, 2, dropout_p=0.5, seed=1))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastgpt_kernels import attention, host
+from fastgpt_kernels import attention, launch
 from fastgpt_kernels.registry import Sizes, spec
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,7 +62,7 @@ def test_bad_argument(change: dict[str, Any], error: type[Exception], message: s
 
 
 def test_bad_arguments_are_refused_without_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     with pytest.raises(ValueError, match="head dim must be one of"):
         attention(torch.zeros(1, 4, 192), 4)
     attention(torch.zeros(1, 4, 192, dtype=torch.float64), 2)  # the reference takes float64

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastgpt_kernels.configs import Config, lookup
+from fastgpt_kernels.launch import Config, lookup
 from fastgpt_kernels.specs import configs_of, spec_modules
 
 SMALL, LARGE, HOPPER = Config({"B": 1}, 1), Config({"B": 2}, 2), Config({"B": 3}, 4, 2)

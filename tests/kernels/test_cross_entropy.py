@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgpt_kernels import cross_entropy, host, reference
-from fastgpt_kernels.configs import ARCHITECTURES, Config, entries, lookup
+from fastgpt_kernels import cross_entropy, launch, reference
+from fastgpt_kernels.launch import SMS, Config, lookup
 from fastgpt_kernels.ops.loss import kernels
 from fastgpt_kernels.ops.loss.configs import CROSS_ENTROPY
 from tests.kernels.helpers import assert_accurate, check_op, forward_backward, registered
@@ -436,7 +436,7 @@ def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], messa
 
 
 def test_on_the_cpu_it_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     logits, targets = problem(5, 30, torch.bfloat16, torch.device("cpu"))
     logits.requires_grad_()
     loss = cross_entropy(logits * 1, targets)
@@ -454,11 +454,11 @@ def test_interpreter_refuses_bf16() -> None:
             cross_entropy(torch.zeros(2, 4, dtype=torch.bfloat16), TARGETS[:2])
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", SMS)
 def test_configs_fit_the_kernel(arch: str) -> None:
     """128 bits a lane and access, and no more threads than a program may have."""
     lanes = 64 if arch.startswith("gfx") else 32
-    for bound, config in entries(CROSS_ENTROPY, arch).items():
+    for bound, config in CROSS_ENTROPY.get(arch, CROSS_ENTROPY["default"]).items():
         threads = lanes * config.num_warps
         assert threads <= 1024, bound
         assert config.blocks["BLOCK"] % (threads * (4 if lanes == 64 else 8)) == 0, bound

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastgpt_kernels import bias_gelu, host, reference
+from fastgpt_kernels import bias_gelu, launch, reference
 from fastgpt_kernels.ops.gelu import kernels
 from tests.kernels.helpers import assert_accurate, check_op, forward_backward, registered
 
@@ -176,7 +176,7 @@ def test_compiled_equals_eager(device: torch.device) -> None:
 
 
 def test_runs_the_reference_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     x, bias, dy = tensors((4, 20), torch.bfloat16, torch.device("cpu"))
     ours = forward_backward(bias_gelu, (x, bias), (dy,))
     wanted = forward_backward(reference.bias_gelu, (x, bias), (dy,))

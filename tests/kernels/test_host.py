@@ -5,8 +5,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgpt_kernels import bias_gelu, host, layer_norm
-from fastgpt_kernels.host import check_tensor, row_view
+from fastgpt_kernels import bias_gelu, launch, layer_norm
+from fastgpt_kernels.checks import check_tensor, refuse_interpreted_bf16
+from fastgpt_kernels.launch import row_view
 from fastgpt_kernels.register import call_directly
 
 X = torch.randn(4, 8)
@@ -29,14 +30,14 @@ def test_whoever_looks_at_ops_sees_the_registered_one() -> None:
 
 
 def test_meta_tensors_pretend_to_lie_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     x = torch.empty(2, device="meta", dtype=torch.bfloat16)
-    with host.pretend("sm_89"):
-        assert host.use_kernel(x) and not host.use_kernel(X)
-        assert (host.arch_of(x), host.multiprocessors(x)) == ("sm_89", 128)
-        host.refuse_interpreted_bf16("op", x)
-    assert not host.use_kernel(x)
-    assert (host.arch_of(x), host.multiprocessors(x)) == ("cpu", 2)
+    with launch.pretend("sm_89"):
+        assert launch.use_kernel(x) and not launch.use_kernel(X)
+        assert (launch.arch_of(x), launch.multiprocessors(x)) == ("sm_89", 128)
+        refuse_interpreted_bf16("op", x)
+    assert not launch.use_kernel(x)
+    assert (launch.arch_of(x), launch.multiprocessors(x)) == ("cpu", 2)
 
 
 @pytest.mark.parametrize("op", ["layer_norm", "bias_gelu"])
@@ -52,7 +53,7 @@ def test_fake_tensors_get_fake_results(op: str) -> None:
 def test_autocast_does_not_change_the_dtype(
     interpreted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host, "INTERPRETED", interpreted)
+    monkeypatch.setattr(launch, "INTERPRETED", interpreted)
     with torch.autocast("cpu", torch.bfloat16):
         for dtype in (torch.float16, torch.float32):
             assert layer_norm(X.to(dtype), torch.ones(8)).dtype is dtype

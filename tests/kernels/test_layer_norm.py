@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastgpt_kernels import add_layer_norm, host, layer_norm, reference
-from fastgpt_kernels.configs import Config
+from fastgpt_kernels import add_layer_norm, launch, layer_norm, reference
+from fastgpt_kernels.launch import Config
 from fastgpt_kernels.ops.norm.kernels import _tile, launch_backward, launch_forward
 from fastgpt_kernels.ops.norm.op import MAX_WIDTH
 from tests.kernels.helpers import check_op, errors, forward_backward, registered
@@ -250,7 +250,7 @@ def test_compiled_equals_eager(device: torch.device) -> None:
 
 
 def test_runs_the_reference_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     inputs = tensors((4, 3, 20), torch.bfloat16, torch.device("cpu"))
     dys = [torch.randn_like(inputs[0]) for _ in range(2)]
     wanted = forward_backward(reference.add_layer_norm, inputs, dys)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgpt_kernels import host
+from fastgpt_kernels import launch
 from fastgpt_kernels.library import define_op
 
 
@@ -79,14 +79,14 @@ def test_fake_tensors_and_flops() -> None:
 def test_meta_tensors_reach_the_launcher_only_where_they_pretend() -> None:
     seen = []
 
-    def launch(x: Tensor) -> Tensor:
+    def fill(x: Tensor) -> Tensor:
         seen.append(x.device.type)
         return torch.empty_like(x)
 
-    op = define_op("test_meta", launch, torch.empty_like)
+    op = define_op("test_meta", fill, torch.empty_like)
     op(torch.empty(2, device="meta"))
     assert not seen
-    with host.pretend("sm_90"):
+    with launch.pretend("sm_90"):
         op(torch.empty(2, device="meta"))
     assert seen == ["meta"]
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgpt_kernels import host, linear, mlp, reference
+from fastgpt_kernels import launch, linear, mlp, reference
 from fastgpt_kernels.ops.matmul.configs import runs_on
 from tests.kernels.helpers import check_op, forward_backward, registered
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 needs_tma = pytest.mark.skipif(
-    not runs_on(host.arch_of(torch.empty(0, device=DEVICE))), reason="a GPU without TMA"
+    not runs_on(launch.arch_of(torch.empty(0, device=DEVICE))), reason="a GPU without TMA"
 )
 BOTH = pytest.mark.parametrize("approximate", ["tanh", "none"])
 MASTERS = pytest.mark.parametrize("masters", [True, False], ids=["fp32 weights", "same dtype"])
@@ -163,7 +163,7 @@ def test_compiled_equals_eager(op: Callable) -> None:
 
 
 def test_runs_the_reference_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     for op, wanted_op, make in ((linear, reference.linear, layer), (mlp, reference.mlp, block)):
         inputs, dy = make((4,), 20, 12, torch.bfloat16)
         inputs, dy = [t.cpu() for t in inputs], dy.cpu()
@@ -207,7 +207,7 @@ def test_bad_arguments(
     op: Callable, args: tuple[Any, ...], error: type[Exception], message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(host, "INTERPRETED", True)
+    monkeypatch.setattr(launch, "INTERPRETED", True)
     with pytest.raises(error, match=f"^{message}"):
         op(*args)
 

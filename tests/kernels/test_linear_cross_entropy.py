@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgpt_kernels import host, linear_cross_entropy, reference
-from fastgpt_kernels.configs import Config
+from fastgpt_kernels import launch, linear_cross_entropy, reference
+from fastgpt_kernels.launch import Config
 from fastgpt_kernels.ops.loss import kernels
 from fastgpt_kernels.ops.loss.linear import chunk_rows, room_on
 from tests.kernels.helpers import check_op, forward_backward, registered
@@ -433,7 +433,7 @@ def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], messa
 
 
 def test_on_the_cpu_it_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     x, weight, targets = problem(5, 8, 30, torch.bfloat16, torch.device("cpu"))
     loss = linear_cross_entropy(x, weight, targets, chunk_tokens=2)
     wanted = F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1)

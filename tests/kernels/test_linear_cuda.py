@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt_kernels import host, linear, mlp, reference
+from fastgpt_kernels import launch, linear, mlp, reference
 from fastgpt_kernels.ops.matmul.configs import runs_on
 from tests.kernels.helpers import check_op, forward_backward
 
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(
-        torch.cuda.is_available() and not runs_on(host.arch(0)), reason="a GPU without TMA"
+        torch.cuda.is_available() and not runs_on(launch.arch(0)), reason="a GPU without TMA"
     ),
 ]
 CUDA = torch.device("cuda", 0)

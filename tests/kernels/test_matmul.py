@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastgpt_kernels import host
-from fastgpt_kernels.configs import Config
+from fastgpt_kernels import launch
+from fastgpt_kernels.launch import Config
 from fastgpt_kernels.ops.matmul import configs, kernels
 from fastgpt_kernels.ops.matmul.configs import runs_on
 from fastgpt_kernels.ops.matmul.kernels import aligned, launch_matmul, segments
@@ -21,7 +21,7 @@ from tests.kernels.helpers import assert_accurate
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 DTYPES = [torch.float16, torch.bfloat16 if DEVICE.type == "cuda" else torch.float32]
 pytestmark = pytest.mark.skipif(
-    not runs_on(host.arch_of(torch.empty(0, device=DEVICE))), reason="TMA"
+    not runs_on(launch.arch_of(torch.empty(0, device=DEVICE))), reason="TMA"
 )
 
 # Less than a tile, whole tiles, a little more; several bands of GROUP_M; K less than a step.

@@ -21,6 +21,6 @@ def test_every_op_has_an_example() -> None:
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: text.split("(")[0].split()[-1])
 def test_example_runs(example: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a user without a GPU would run it: on the reference; with a GPU on the kernels."""
-    monkeypatch.setattr("fastgpt_kernels.host.INTERPRETED", False)
+    monkeypatch.setattr("fastgpt_kernels.launch.INTERPRETED", False)
     exec(compile(SETUP + example, "kernels/README.md", "exec"), {})
     assert example.strip().count("\n") <= 6, "an example is five lines or so"

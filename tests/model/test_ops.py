@@ -110,10 +110,10 @@ def test_asking_for_eager_is_the_reason():
 
 
 def interpreted(monkeypatch) -> None:
-    from fastgpt_kernels import host
+    from fastgpt_kernels import launch
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(host, "INTERPRETED", True)
+    monkeypatch.setattr(launch, "INTERPRETED", True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run for real here")

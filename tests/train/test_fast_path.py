@@ -132,10 +132,10 @@ def test_checkpointing_traces_without_a_break():
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")
 def test_products_in_16_bits():
     """The model on our matrix products, compiled: as near to fp32 as on cuBLAS's."""
-    from fastgpt_kernels import host
+    from fastgpt_kernels import launch
     from fastgpt_kernels.ops.matmul.configs import runs_on
 
-    if not runs_on(host.arch(0)):
+    if not runs_on(launch.arch(0)):
         pytest.skip("a GPU without TMA")
     shape, results = ModelShape(2, 4, 256, 128, 1000, bias=True), {}
     inputs = torch.randint(1000, (4, 129), generator=torch.Generator().manual_seed(0)).to(DEVICE)

@@ -40,7 +40,6 @@ import triton
 from triton.compiler import ASTSource
 
 import fastgpt_kernels
-from fastgpt_kernels.configs import ARCHITECTURES
 from fastgpt_kernels.specs import spec_modules
 from fastgpt_kernels.telling import telling
 from fastgpt_kernels.tools import baseline, bound, ptx, sass
@@ -53,6 +52,8 @@ PROGRAM = "python -m fastgpt_kernels.tools.aot"
 ALWAYS = "sm_90"  # compiled in every run
 NARROW = 4  # global accesses of 16 bits or less that a hot path may have, for scalars
 README = Path(fastgpt_kernels.__file__).parents[1] / "README.md"
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
 def compile_launch(launch: Launch) -> tuple[Code, Any]:

@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fastgpt_kernels import OPS, host
+from fastgpt_kernels import OPS, launch
 from fastgpt_kernels.registry import spec
 from fastgpt_kernels.specs import Model, Use, models, uses
 
@@ -196,7 +196,7 @@ def recording(arch: str) -> Iterator[list[Launch]]:
     JITFunction.run, JITFunction._do_compile = note, stand_in
     driver.set_active(_Driver(arch))
     try:
-        with host.pretend(arch):
+        with launch.pretend(arch):
             yield found
     finally:
         JITFunction.run, JITFunction._do_compile, driver._active = run, compile_now, active
@@ -249,7 +249,7 @@ def record_all(
                         found[key] = replace(
                             launch, op=use.op, name=name + f" {number}" * (number > 1),
                             moved=use.moved or launch.moved, work=flops / alike,
-                            times=n * use.calls_per_step,
+                            times=n * use.often,
                         )  # fmt: skip
                     launches.clear()
     return [*found.values()], left_out

@@ -18,7 +18,7 @@ from torch import Tensor
 from tests.kernels.gluon.emulator import emulated  # isort: skip - before Gluon is
 from tests.kernels.gluon.values import KernelError  # isort: skip
 from fastgpt_kernels import reference
-from fastgpt_kernels.configs import lookup
+from fastgpt_kernels.launch import lookup
 from fastgpt_kernels.ops.attention.forward import LOG2_E
 from fastgpt_kernels.ops.attention.hopper import backward, configs, forward
 

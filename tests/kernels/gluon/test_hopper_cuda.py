@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastgpt_kernels import host
+from fastgpt_kernels import launch
 from fastgpt_kernels.ops.attention.hopper.op import hopper_attention, refusal
 from fastgpt_kernels.registry import Sizes
 from tests.kernels.attention_cases import check_attention, random_qkv
@@ -16,7 +16,7 @@ HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str
 
 @pytest.fixture(autouse=True)
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    if reason := refusal(Sizes(), torch.bfloat16, host.arch(0)):
+    if reason := refusal(Sizes(), torch.bfloat16, launch.arch(0)):
         pytest.skip(reason)
     monkeypatch.setattr("tests.kernels.attention_cases.attention", hopper_attention)
 

@@ -49,8 +49,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastgpt_kernels.configs import Config, lookup
-from fastgpt_kernels.host import arch_of, multiprocessors, on_device
+from fastgpt_kernels.launch import Config, arch_of, lookup, multiprocessors, on_device
 from fastgpt_kernels.ops.attention import configs
 from fastgpt_kernels.ops.attention.forward import (
     EVEN_T,

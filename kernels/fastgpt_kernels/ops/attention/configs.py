@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastgpt_kernels.configs import Config, Table
+from fastgpt_kernels.launch import Config, Table
 
 
 def _attention(m: int, n: int, warps: int, stages: int = 1, tma: int | None = None) -> Config:

@@ -26,8 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgpt_kernels.configs import Config, lookup
-from fastgpt_kernels.host import arch_of, on_device
+from fastgpt_kernels.launch import Config, arch_of, lookup, on_device
 from fastgpt_kernels.ops.attention import configs
 from fastgpt_kernels.ops.attention.tiles import head_offset, kept, load_tile, locate, store_tile
 from fastgpt_kernels.reference import dropout_threshold

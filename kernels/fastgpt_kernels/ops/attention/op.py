@@ -26,15 +26,14 @@ import torch
 from torch import Tensor
 
 from fastgpt_kernels import reference
-from fastgpt_kernels.host import (
+from fastgpt_kernels.checks import (
     FLOAT_DTYPES,
-    HAS_TRITON,
     check_dropout,
     check_int,
     check_tensor,
     refuse_interpreted_bf16,
-    use_kernel,
 )
+from fastgpt_kernels.launch import HAS_TRITON, use_kernel
 from fastgpt_kernels.register import Op
 
 HEAD_DIMS = (32, 64, 80, 96, 128)

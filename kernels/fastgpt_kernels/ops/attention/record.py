@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastgpt_kernels.host import is_gpu
+from fastgpt_kernels.launch import is_gpu
 from fastgpt_kernels.ops.attention.hopper.op import hopper_attention, refusal
 from fastgpt_kernels.ops.attention.op import HEAD_DIMS, attention
 from fastgpt_kernels.reference import SumsForBias

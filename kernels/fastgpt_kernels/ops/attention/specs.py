@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt_kernels.configs import Config
-from fastgpt_kernels.host import arch_of
+from fastgpt_kernels.launch import arch_of
 from fastgpt_kernels.ops.attention.hopper.op import hopper_attention, refusal
 from fastgpt_kernels.ops.attention.op import attention
 from fastgpt_kernels.ops.attention.record import SPECS
-from fastgpt_kernels.specs import Model, Tunable, Use, recorded
+from fastgpt_kernels.specs import Model, Use, recorded
 
 
 def uses(m: Model) -> Iterator[Use]:
@@ -48,26 +47,3 @@ def _hopper_uses(m: Model) -> Iterator[Use]:
                 return hopper_attention(qkv, n_head, causal=causal)
 
             yield Use("attention", call)
-
-
-def _candidates(tma: tuple[int | None, ...]) -> list[Config]:
-    return [
-        Config(
-            {"BLOCK_M": m, "BLOCK_N": n} | ({} if t is None else {"TMA_REDUCE": t}), warps, stages
-        )
-        for m, n in ((32, 64), (32, 128), (64, 64), (64, 128), (128, 32), (128, 64), (128, 128))
-        for warps in (4, 8)
-        for stages in (1, 2, 3)
-        for t in tma
-    ]
-
-
-def tunables(arch: str) -> Iterator[Tunable]:
-    """The 16-bit tables without and with dropout."""
-    tma = (0, 1) if arch.startswith("sm_") and int(arch[3:]) >= 90 else (0,)
-    reductions: dict[str, tuple[int | None, ...]]
-    reductions = {"FORWARD": (None,), "BACKWARD": tma, "KEY_VALUE": (0,), "QUERY": (None,)}
-    for dropout in ("", "_DROPOUT"):
-        for head in (64, 128):
-            for name, tried in reductions.items():
-                yield Tunable(name + dropout, head, _candidates(tried))

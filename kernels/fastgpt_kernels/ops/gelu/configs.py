@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastgpt_kernels.configs import Config, Table
+from fastgpt_kernels.launch import Config, Table
 
 # Key: the width C, though one config does for all. A tile is ROWS x BLOCK_C, or more rows of fewer
 # columns if C is narrower. A program of the forward does one tile, of the backward a column of

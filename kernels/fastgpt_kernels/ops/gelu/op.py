@@ -20,13 +20,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastgpt_kernels import reference
-from fastgpt_kernels.host import (
-    FLOAT_DTYPES,
-    HAS_TRITON,
-    check_approximate,
-    check_tensor,
-    use_kernel,
-)
+from fastgpt_kernels.checks import FLOAT_DTYPES, check_approximate, check_tensor
+from fastgpt_kernels.launch import HAS_TRITON, use_kernel
 from fastgpt_kernels.register import Op
 
 if HAS_TRITON:

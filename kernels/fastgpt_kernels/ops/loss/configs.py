@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastgpt_kernels.configs import Config, Table
+from fastgpt_kernels.launch import Config, Table
 
 # Key: the row's width in 2-byte elements (an fp32 row counts double). BLOCK is in the same unit:
 # 8 elements, 128 bits, a thread. A row of up to BLOCK * TILES stays in registers, one of more is

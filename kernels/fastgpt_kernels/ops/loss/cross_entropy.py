@@ -30,14 +30,8 @@ import torch
 from torch import Tensor
 
 from fastgpt_kernels import reference
-from fastgpt_kernels.host import (
-    FLOAT_DTYPES,
-    HAS_TRITON,
-    check_int,
-    check_tensor,
-    refuse_interpreted_bf16,
-    use_kernel,
-)
+from fastgpt_kernels.checks import FLOAT_DTYPES, check_int, check_tensor, refuse_interpreted_bf16
+from fastgpt_kernels.launch import HAS_TRITON, use_kernel
 from fastgpt_kernels.register import Op, call_directly
 
 REDUCTIONS = ("mean", "sum", "none")

@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt_kernels.configs import Config, lookup, options
-from fastgpt_kernels.host import arch_of, on_device
+from fastgpt_kernels.launch import Config, arch_of, lookup, on_device, options
 from fastgpt_kernels.ops.loss.configs import CROSS_ENTROPY, WIDEST_UNALIGNED
 
 # The rescaling kernel: so few programs that a launch which finds nothing to do takes microseconds.

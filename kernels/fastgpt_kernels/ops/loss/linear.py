@@ -33,13 +33,8 @@ from torch import Tensor
 
 from fastgpt_kernels import reference
 from fastgpt_kernels.accumulate import add_product, adds_scaled
-from fastgpt_kernels.host import (
-    HAS_TRITON,
-    check_int,
-    check_tensor,
-    refuse_interpreted_bf16,
-    use_kernel,
-)
+from fastgpt_kernels.checks import check_int, check_tensor, refuse_interpreted_bf16
+from fastgpt_kernels.launch import HAS_TRITON, use_kernel
 from fastgpt_kernels.ops.loss.cross_entropy import check_arguments, check_rows, check_targets
 from fastgpt_kernels.register import Op, call_directly, product_flops
 

@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt_kernels.configs import Config, entries
-from fastgpt_kernels.ops.loss.configs import CROSS_ENTROPY
 from fastgpt_kernels.ops.loss.cross_entropy import cross_entropy
 from fastgpt_kernels.ops.loss.linear import linear_cross_entropy
 from fastgpt_kernels.ops.loss.record import SPECS
-from fastgpt_kernels.specs import Model, Tunable, Use, recorded
+from fastgpt_kernels.specs import Model, Use, recorded
 
 
 def uses(m: Model) -> Iterator[Use]:
@@ -39,14 +37,3 @@ def uses(m: Model) -> Iterator[Use]:
         yield Use("linear_cross_entropy", head, trains)
     for reduction in ("mean", "none") if m.n_embd == 768 else ():
         yield Use("cross_entropy", partial(loss, reduction))
-
-
-def tunables(arch: str) -> Iterator[Tunable]:
-    """Blocks of 8 elements a thread, and how many of them stay in registers."""
-    candidates = [
-        Config({"BLOCK": 256 * warps, "TILES": tiles}, warps)
-        for warps in (1, 2, 4, 8, 16, 32)
-        for tiles in (1, 2, 4, 8, 13, 25)
-    ]
-    for key in entries(CROSS_ENTROPY, arch):
-        yield Tunable("CROSS_ENTROPY", key, candidates)

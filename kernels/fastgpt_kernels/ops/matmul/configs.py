@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastgpt_kernels.configs import Config, Table
+from fastgpt_kernels.launch import Config, Table
 
 ALIGNMENT = 16  # bytes: what TMA wants of addresses and row pitches
 

@@ -44,8 +44,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastgpt_kernels.configs import Config, lookup, options
-from fastgpt_kernels.host import arch_of, multiprocessors, on_device, refuse_interpreted_bf16
+from fastgpt_kernels.checks import refuse_interpreted_bf16
+from fastgpt_kernels.launch import Config, arch_of, lookup, multiprocessors, on_device, options
 from fastgpt_kernels.ops.gelu.kernels import form_of, gelu_and_slope
 from fastgpt_kernels.ops.matmul.configs import ALIGNMENT, MATMUL, MATMUL_GELU, MATMUL_REDUCE
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastgpt_kernels import reference
-from fastgpt_kernels.host import FLOAT_DTYPES, HAS_TRITON, arch_of, check_tensor, use_kernel
+from fastgpt_kernels.checks import FLOAT_DTYPES, check_tensor
+from fastgpt_kernels.launch import HAS_TRITON, arch_of, use_kernel
 from fastgpt_kernels.ops.matmul.configs import ALIGNMENT, runs_on
 from fastgpt_kernels.register import Op, product_flops
 

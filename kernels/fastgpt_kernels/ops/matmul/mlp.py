@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fastgpt_kernels import reference
-from fastgpt_kernels.host import FLOAT_DTYPES, HAS_TRITON, check_approximate, check_tensor
+from fastgpt_kernels.checks import FLOAT_DTYPES, check_approximate, check_tensor
+from fastgpt_kernels.launch import HAS_TRITON
 from fastgpt_kernels.ops.matmul.linear import (
     check_layer,
     dtype_of,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgpt_kernels.accumulate import adds_product
-from fastgpt_kernels.host import adds_in_place
+from fastgpt_kernels.launch import adds_in_place
 from fastgpt_kernels.ops.gelu.record import eager as eager_bias_gelu
 from fastgpt_kernels.ops.matmul.configs import ALIGNMENT, runs_on
 from fastgpt_kernels.ops.matmul.linear import linear

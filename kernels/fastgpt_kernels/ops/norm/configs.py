@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from fastgpt_kernels.configs import Config, Table
+from fastgpt_kernels.launch import Config, Table
 
 # Key: the width C. A tile is ROWS x TILE, or more rows of fewer columns if C is narrower; a row is
 # the tiles that C takes. Not measured: 8 elements of a tile a thread are one 128-bit access in

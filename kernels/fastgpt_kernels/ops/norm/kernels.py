@@ -15,16 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt_kernels.configs import Config, lookup
-from fastgpt_kernels.host import (
-    arch_of,
-    multiprocessors,
-    on_device,
-    refuse_interpreted_bf16,
-    row_view,
-)
+from fastgpt_kernels.checks import refuse_interpreted_bf16
+from fastgpt_kernels.launch import Config, arch_of, lookup, multiprocessors, on_device, row_view
 from fastgpt_kernels.ops.norm import configs
-from fastgpt_kernels.partials import (
+from fastgpt_kernels.partial_sums import (
     COUNTERS,
     MAX_PROGRAMS,
     add_partials_at_last,

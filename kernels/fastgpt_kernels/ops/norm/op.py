@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from fastgpt_kernels import reference
-from fastgpt_kernels.host import FLOAT_DTYPES, HAS_TRITON, check_dropout, check_tensor, use_kernel
+from fastgpt_kernels.checks import FLOAT_DTYPES, check_dropout, check_tensor
+from fastgpt_kernels.launch import HAS_TRITON, use_kernel
 from fastgpt_kernels.register import Op
 
 MAX_WIDTH = 8192  # a row, and in the backward pass dweight and dbias, have to fit in registers
@@ -47,7 +48,7 @@ def _save(inputs, results):
 
 if HAS_TRITON:
     from fastgpt_kernels.ops.norm.kernels import launch_backward, launch_forward
-    from fastgpt_kernels.partials import COUNTERS
+    from fastgpt_kernels.partial_sums import COUNTERS
 
     _backward_op = Op("layer_norm_backward", launch_backward, _gradient_shapes)
 

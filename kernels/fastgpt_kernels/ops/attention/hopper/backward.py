@@ -41,8 +41,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fastgpt_kernels.configs import Config, lookup, options
-from fastgpt_kernels.host import multiprocessors, on_device
+from fastgpt_kernels.launch import Config, lookup, multiprocessors, on_device, options
 from fastgpt_kernels.ops.attention.forward import LOG2_E
 from fastgpt_kernels.ops.attention.hopper.compat import barrier, load, reduce_add, store
 from fastgpt_kernels.ops.attention.hopper.configs import BACKWARD

@@ -6,7 +6,7 @@ spill, with as much shared memory as an SM has.
 
 from __future__ import annotations
 
-from fastgpt_kernels.configs import Config, Table
+from fastgpt_kernels.launch import Config, Table
 
 
 def _config(**blocks: int) -> Config:

@@ -10,7 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
-from fastgpt_kernels.host import HAS_TRITON, arch_of
+from fastgpt_kernels.launch import HAS_TRITON, arch_of
 from fastgpt_kernels.ops.attention import op as plain
 from fastgpt_kernels.register import Op
 from fastgpt_kernels.registry import Sizes

@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt_kernels.configs import options
-from fastgpt_kernels.host import on_device
+from fastgpt_kernels.launch import on_device, options
 
 BLOCK_P, BLOCK_C = 64, 32  # 8 KB of partials in flight a program, and 128 contiguous bytes a row
 NUM_WARPS = 4

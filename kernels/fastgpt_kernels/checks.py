@@ -1,112 +1,17 @@
-"""What every launcher needs on the host: what runs the op, argument errors, architecture names.
+"""Argument checks: a wrong argument raises one line with op, argument, value and what is wanted.
 
-Argument errors read `attention: n_head must divide C=770, got 12`: op, argument, wanted, got.
+    attention: n_head must divide C=770, got 12
+
+Every op takes bfloat16, float16 and float32 on every device; `reference` also takes float64.
 """
 
 from __future__ import annotations
 
-import functools
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from importlib.util import find_spec
+from collections.abc import Sequence
 
 import torch
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-try:
-    HAS_TRITON = find_spec("triton") is not None  # loading it takes a quarter of a second
-except ImportError:
-    HAS_TRITON = False
-# Whether kernels are defined for Triton's interpreter: `triton.jit` looks at the variable when it
-# decorates. A plain bool, since torch.compile can read that and cannot trace Triton's settings.
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
-# The architecture that meta tensors lie on for the tools (see `pretend`), with its SMs (CUs): those
-# of a T4, A100, 3090, 4090, H100, B200, 5090 and MI300X.
-_PRETENDED = ""
-SMS = {
-    "sm_75": 40, "sm_80": 108, "sm_86": 82, "sm_89": 128, "sm_90": 132, "sm_100": 148,
-    "sm_120": 170, "gfx942": 304,
-}  # fmt: skip
-
-
-@contextmanager
-def pretend(arch: str) -> Iterator[None]:
-    """Within, ops launch their kernels for meta tensors too, as on a GPU of this architecture.
-
-    For the tools, under a driver that launches nothing: meta tensors have no data, and addresses
-    that start at 0.
-    """
-    global _PRETENDED
-    before, _PRETENDED = _PRETENDED, arch
-    try:
-        yield
-    finally:
-        _PRETENDED = before
-
-
-def pretending() -> bool:
-    """Returns True inside `pretend`."""
-    return _PRETENDED != ""
-
-
-def use_kernel(x: torch.Tensor) -> bool:
-    """Whether the kernel itself runs: for a GPU tensor, or for any under TRITON_INTERPRET=1."""
-    return HAS_TRITON and (x.is_cuda or INTERPRETED or (_PRETENDED != "" and x.is_meta))
-
-
-@functools.cache
-def arch(device_index: int) -> str:
-    """Architecture key of a GPU, as in `configs`: "sm_90", "gfx942"."""
-    props = torch.cuda.get_device_properties(device_index)
-    if torch.version.hip:
-        return props.gcnArchName.split(":")[0]
-    return f"sm_{props.major}{props.minor}"
-
-
-def arch_on(device: torch.device) -> str:
-    """Architecture key of a device; its type, "cpu" or "mps", if it is no GPU with kernels."""
-    return arch(device.index or 0) if device.type == "cuda" else device.type
-
-
-def is_gpu(arch: str) -> bool:
-    """Returns True for the key of a GPU that Triton may compile for."""
-    return arch.startswith(("sm_", "gfx"))
-
-
-def arch_of(x: torch.Tensor) -> str:
-    """Architecture key for the device of `x`; "cpu" for the interpreter."""
-    return arch(x.device.index) if x.is_cuda else _PRETENDED or "cpu"
-
-
-def adds_in_place(device: torch.device) -> bool:
-    """Whether a product of 16-bit factors there adds to fp32 as it ends: cuBLAS's do."""
-    return device.type == "cuda" and torch.version.hip is None
-
-
-def on_device(x: torch.Tensor) -> AbstractContextManager[object]:
-    """Makes the device of `x` the current one, which is where Triton launches."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return nullcontext()
-
-
-@functools.cache
-def _multiprocessors(device_index: int) -> int:
-    return torch.cuda.get_device_properties(device_index).multi_processor_count
-
-
-def multiprocessors(x: torch.Tensor) -> int:
-    """SMs (CUs) of the device of `x`; 2 for the interpreter, so that programs loop there too."""
-    return _multiprocessors(x.device.index) if x.is_cuda else SMS.get(_PRETENDED, 2)
-
-
-def row_view(x: torch.Tensor) -> torch.Tensor:
-    """`x` (..., C) as (M, C) with contiguous rows; a copy only if its strides require one."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
 
 _INTEGER = int | torch.SymInt
 _NUMBER = int | float
