@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -53,51 +54,14 @@ def test_help_shows_a_presets_own_defaults(capsys):
     assert "(default: 1600)" in run(capsys, "train", "gpt2_xl", "--help")[1]
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["trian"], "trian: no such command; did you mean train?"),
-        (["train", "gpt22"], "gpt22: no such preset; did you mean gpt2?"),
-        (["train", "zzz"], "zzz: no such preset; there are laptop, desktop"),
-        (["train", "laptop", "gpt2"], "laptop gpt2: one preset or file is wanted"),
-        (["train", "no.toml"], "no.toml: cannot be read"),
-        (
-            ["train", "config/train_gpt2.py"],
-            "cannot be read: No such file or directory; the preset gpt2 is",
-        ),
-        (["train", "--n_layr=3"], "did you mean --n_layer?"),
-        (["train", "laptop", "--n_head=3"], "--n_head=3: must divide n_embd=128; the nearest"),
-        (["train", "laptop", "--device=gpu"], "--device=gpu: wanted auto, cpu, cuda"),
-        (["train", "laptop", "--device=meta"], "--device=meta: wanted auto, cpu, cuda"),
-        (["train", "laptop", "--device=cpu", "--dtype=float16"], "--dtype=float16: needs a GPU"),
-        (["train", "laptop", "--input=none.txt"], "--input=none.txt: there is no such file"),
-        (["train", "laptop", "--dataset=nope"], "--dataset=nope: "),
-        (["train", "shakespeare_char"], "run `fastgpt prepare shakespeare_char` once"),
-        (["train", "--init_from=resume"], "no run with a checkpoint under runs/ yet"),
-        (["train", "--init_from=resume", "--out_dir=x"], "--out_dir=x: no run there"),
-        (["sample", "--out_dir=x"], "--out_dir=x: no run there"),
-        (["sample", "hello"], "hello: not a flag; the prompt is given as --start=TEXT"),
-        (["sample", "--top_p=0"], "--top_p=0.0: wanted a number > 0 and <= 1"),
-        (["prepare"], "which corpus?"),
-        (["prepare", "a", "b"], "a b: one corpus is wanted"),
-        (["prepare", "shakespear"], "did you mean shakespeare"),
-        (["doctor", "x"], "x: no such preset; there are laptop, desktop"),
-    ],
-)
-def test_mistakes(args, message, capsys):
-    code, _, err = run(capsys, *args)
-    assert code == 2 and message in err
-    assert err.startswith("fastgpt: ") and err.count("\n") == 1 and "Traceback" not in err
-
-
 ENV = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
 
 
-def python(*args: str) -> str:
-    """Returns both streams of a Python process that must end well."""
-    command, streams = [sys.executable, *args], subprocess.STDOUT
-    got = subprocess.run(command, stdout=subprocess.PIPE, stderr=streams, text=True, env=ENV)
-    assert got.returncode == 0, got.stdout
+def python(*args: str, **options) -> str:
+    """Returns what a Python process prints that must end well."""
+    command = [sys.executable, *args]
+    got = subprocess.run(command, capture_output=True, text=True, env=ENV, **options)
+    assert got.returncode == 0, got.stderr
     return got.stdout.strip()
 
 
@@ -108,68 +72,120 @@ def test_help_needs_no_docstrings():
     assert "None" not in out and "Transformer blocks." in out
 
 
-LIGHT = """
-import sys
-from fastgpt.cli import main
-for args in {args!r}:
-    try:
-        main(args)
-    except SystemExit as e:
-        assert e.code == (0 if "--help" in args else 2), (args, e.code)
-    assert "torch" not in sys.modules, args
-"""
+# --- mistakes are one line -----------------------------------------------------------------------
+
+# Mistakes that are found without PyTorch, and their messages; files are those of `places`.
+LIGHT = {
+    "trian": "fastgpt trian: no such command; did you mean train?",
+    "train gpt22": "gpt22: no such preset; did you mean gpt2?",
+    "train zzz": "zzz: no such preset; there are laptop, desktop",
+    "train laptop gpt2": "laptop gpt2: one preset or file is wanted",
+    "train --n_layr=3": "--n_layr: no such setting; did you mean --n_layer?",
+    "train --n_layer=0": "--n_layer=0: wanted a whole number >= 1",
+    "train --n_layer": "--n_layer: no value given",
+    "train laptop --n_head=3": "--n_head=3: must divide n_embd=128; the nearest",
+    "train laptop --min_lr=1": "--min_lr=1: must not exceed",
+    "train laptop --batch_size=5*x": "--batch_size=5*x: wanted a whole number",
+    "train laptop --device=gpu": "--device=gpu: wanted auto, cpu, cuda",
+    "train laptop --device=meta": "--device=meta: wanted auto, cpu, cuda",
+    "train laptop --init_from=weights": "--init_from=weights: which? name a folder",
+    "train laptop --weights=none": "--weights=none: there is no such file",
+    "train laptop --input=none.txt": "--input=none.txt: there is no such file",
+    "train laptop --input=a\nb\x1b[31m": r"--input=a\nb\x1b[31m: there is no such file",
+    "train laptop --dataset=nope": "--dataset=nope: ",
+    "train laptop --tokenizer=nope --input=bad.py": "--tokenizer=nope",
+    "train laptop --out_dir=full": "--out_dir=full: is not empty",
+    "train shakespeare_char": "run `fastgpt prepare shakespeare_char` once",
+    "train --init_from=resume": "no run with a checkpoint under runs/ yet",
+    "train --init_from=resume --out_dir=x": "--out_dir=x: no run there",
+    "train --init_from=resume --out_dir=/proc": "--out_dir=/proc: no run there",
+    "train config/train_gpt2.py": "cannot be read: No such file or directory; the preset gpt2 is",
+    "train bad.py": "bad.py: line 2: os.remove('bad.toml'): is no assignment",
+    "train no.toml": "no.toml: cannot be read",
+    "train bad.toml": "bad.toml: n_layr: no such setting",
+    "train loop.toml": "loop.toml: cannot be read: Too many levels of symbolic links",
+    "train full.toml": "full.toml: is a folder, a file is wanted",
+    "train pipe.toml": "pipe.toml: is a FIFO, a file is wanted",
+    "train /dev/zero.toml": "/dev/zero.toml: cannot be read: No such file",
+    "train deep.toml": "deep.toml: not a TOML file",
+    "train huge.toml": "huge.toml: n_layer=(a number of 1329 bits): wanted a whole",
+    "train digits.toml": "digits.toml: not a TOML file",
+    f"train laptop --n_layer={'9' * 5000}": "wanted a whole number >= 1",
+    f"train laptop --input={'x' * 5000}": "File name too long",
+    "train laptop --n_layer=2147483648": "wanted a whole number >= 1 and <= 4096",
+    "sample hello": "hello: not a flag; the prompt is given as --start=TEXT",
+    "sample --top_p=0": "--top_p=0.0: wanted a number > 0 and <= 1",
+    "sample --device=tpu": "--device=tpu: wanted auto, cpu",
+    "sample --out_dir=x": "--out_dir=x: no run there",
+    "sample --init_from=resume --weights=x": "--weights: goes with --init_from=weights",
+    "eval --task=hellaswag --weights=x": "--task=hellaswag: needs its file",
+    "eval --stride=x": "--stride=x: wanted a whole number",
+    "export --weights=x": "--to: where to? name a new folder",
+    "export --too=x": "--too: no such setting; did you mean --to?",
+    "import": "import: one checkpoint is wanted, 0 given",
+    "import x.pt --gelu=x": "--gelu=x: wanted one of erf, tanh",
+    "import /dev/zero": "/dev/zero: cannot be read: there is no such file",
+    "compare one": "compare: two runs or more are wanted, 1 given",
+    "prepare": "prepare: which corpus?",
+    "prepare a b": "a b: one corpus is wanted",
+    "prepare a --shards=0": "--shards=0: wanted a whole number >= 1 and <= 103",
+    "prepare shakespear": "did you mean shakespeare",
+    "doctor x": "x: no such preset; there are laptop, desktop",
+}
 
 
-def test_help_and_mistakes_do_not_load_torch(tmp_path: Path):
-    """One process for all: what an argument loads stays loaded, so the first that does is named."""
+@pytest.fixture
+def places(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("n_layr = 3")
     (tmp_path / "bad.py").write_text("import os\nos.remove('bad.toml')\n")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
-    args = [
-        "--help",
-        "trian",
-        *(f"{c} --help" for c in ("train", "sample", "eval", "export", "import", "prepare")),
-        "doctor --help",
-        "train --n_layerz=3",
-        "train --n_layer=0",
-        "train --n_layer",
-        "train laptop --device=gpu",
-        "train gpt22",
-        "train laptop gpt2",
-        "train no.toml",
-        "train bad.toml",
-        "train laptop --n_head=7",
-        "train laptop --min_lr=1",
-        "train laptop --init_from=weights",
-        "train --init_from=resume",
-        "train laptop --input=none.txt",
-        "train laptop --dataset=none",
-        "train laptop --tokenizer=nope --input=bad.toml",
-        "train shakespeare_char",
-        "train laptop --weights=none",
-        "train laptop --out_dir=full",
-        "train laptop --batch_size=5*x",
-        "train bad.py",
-        "compare one",
-        "sample --top_p=3",
-        "sample --device=tpu",
-        "sample --out_dir=none",
-        "sample --init_from=resume --weights=x",
-        "eval --task=hellaswag --weights=x",
-        "eval --stride=x",
-        "export --weights=x",
-        "export --too=x",
-        "import",
-        "import x.pt --gelu=x",
-        "import none.pt",
-        "prepare",
-        "prepare --shards=0",
-        "prepare nope",
-        "doctor x",
-    ]
-    program = LIGHT.format(args=[a.split() for a in args])
-    assert python("-c", program).count("fastgpt: ") == sum("--help" not in a for a in args)
+    (tmp_path / "full.toml").symlink_to("full")
+    (tmp_path / "loop.toml").symlink_to("loop.toml")
+    os.mkfifo(tmp_path / "pipe.toml")
+    (tmp_path / "deep.toml").write_text("a = " + "[" * 5000)
+    (tmp_path / "huge.toml").write_text(f"n_layer = {10**400}")
+    (tmp_path / "digits.toml").write_text(f"n_layer = {'9' * 5000}")
+
+
+PROGRAM = """
+import contextlib, io, json, sys
+from fastgpt.cli import main
+said = []
+for args in json.load(sys.stdin):
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            main(args.split(" "))
+        except SystemExit as e:
+            said.append((args, e.code, err.getvalue(), "torch" in sys.modules))
+print(json.dumps(said))
+"""
+
+
+def test_help_and_mistakes_do_not_load_torch(places):
+    """Runs all in one process: the first that loads PyTorch is named."""
+    helps = [f"{command} --help" for command in cli.COMMANDS]
+    out = python("-c", PROGRAM, input=json.dumps([*helps, *LIGHT]))
+    for args, code, err, loaded in json.loads(out.splitlines()[-1]):
+        assert not loaded and code == (2 if args in LIGHT else 0), args[:80]
+        if args in LIGHT:
+            assert err.startswith("fastgpt: ") and LIGHT[args] in err, err
+            assert err.count("\n") == 1 and "\x1b" not in err and "Traceback" not in err, err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--device=cpu", "--dtype=float16"], "--dtype=float16: needs a GPU"),
+        (["--input=\udcff.txt"], "\\udcff.txt: wanted text in UTF-8; rename the file"),
+        (["--input=text.txt", "--block_size=1024"], "block_size"),
+    ],
+)
+def test_other_mistakes_leave_nothing_behind(args, message, capsys, tmp_path: Path):
+    runs.write_text(tmp_path, n_lines=3)
+    code, _, err = run(capsys, "train", "laptop", *args)
+    assert code == 2 and message in err and err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
 
 
 def test_training_alone_loads_little():
@@ -178,13 +194,6 @@ def test_training_alone_loads_little():
     heavy += [f"torch.distributed.{m}" for m in ("fsdp", "tensor", "checkpoint")]
     program = f"import sys, fastgpt.train.main; print(set({heavy}) & {{*sys.modules}})"
     assert python("-c", program) == "set()"
-
-
-def test_mistakes_leave_nothing_behind(capsys, tmp_path: Path):
-    path = runs.write_text(tmp_path, n_lines=3)
-    code, _, err = run(capsys, "train", "laptop", f"--input={path}", "--block_size=1024")
-    assert code == 2 and "block_size" in err
-    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.skipif(__import__("torch").cuda.is_available(), reason="there is a GPU here")
@@ -237,47 +246,6 @@ def test_doctor_is_one_screen(tmp_path: Path):
     for row in ("torch", "triton", "GPU", "precision", "peak", "ops", "disk", "data", "runs"):
         assert f"\n{row} " in out, row
     assert len(out.splitlines()) < 40 and "attention: eager" in out
-
-
-# --- whatever the system does is one line
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["train", "laptop", f"--input={'x' * 5000}"], "File name too long"),
-        (
-            ["train", "laptop", "--input=\udcff.txt"],
-            "\\udcff.txt: wanted text in UTF-8; rename the file",
-        ),
-        (
-            ["train", "laptop", "--input=a\nb\x1b[31m"],
-            "--input=a\\nb\\x1b[31m: there is no such file",
-        ),
-        (["train", "loop.toml"], "loop.toml: cannot be read: Too many levels of symbolic links"),
-        (["train", "folder.toml"], "folder.toml: is a folder, a file is wanted"),
-        (["train", "pipe.toml"], "pipe.toml: is a FIFO, a file is wanted"),
-        (["train", "/dev/zero.toml"], "/dev/zero.toml: cannot be read: No such file"),
-        (["train", "deep.toml"], "deep.toml: not a TOML file"),
-        (["train", "huge.toml"], "huge.toml: n_layer=(a number of 1329 bits): wanted a whole"),
-        (["train", "digits.toml"], "digits.toml: not a TOML file"),
-        (["train", "laptop", f"--n_layer={'9' * 5000}"], "wanted a whole number >= 1"),
-        (["train", "laptop", "--n_layer=2147483648"], "wanted a whole number >= 1 and <= 4096"),
-        (["import", "/proc/self/mem"], "/proc/self/mem: cannot be read"),
-        (["import", "/dev/zero"], "/dev/zero: cannot be read: there is no such file"),
-        (["train", "--init_from=resume", "--out_dir=/proc"], "--out_dir=/proc: no run there"),
-    ],
-)
-def test_odd_places_and_values_are_one_line(args, message, capsys, tmp_path: Path):
-    (tmp_path / "loop.toml").symlink_to("loop.toml")
-    (tmp_path / "folder.toml").mkdir()
-    os.mkfifo(tmp_path / "pipe.toml")
-    (tmp_path / "deep.toml").write_text("a = " + "[" * 5000)
-    (tmp_path / "huge.toml").write_text(f"n_layer = {10**400}")
-    (tmp_path / "digits.toml").write_text(f"n_layer = {'9' * 5000}")
-    code, _, err = run(capsys, *args)
-    assert code == 2 and message in err, err
-    assert err.startswith("fastgpt: ") and err.count("\n") == 1 and "\x1b" not in err
 
 
 @pytest.mark.parametrize(

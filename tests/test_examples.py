@@ -17,6 +17,7 @@ from fastgpt.data.tokenizer import ByteTokenizer
 from fastgpt.errors import UserError
 from tests import runs
 
+FIT = api.fit  # the fixture's makes everything small
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = {
     "n_layer": 1,
@@ -46,14 +47,13 @@ def small(tmp_path: Path, monkeypatch) -> Path:
     """A folder to work in, with a text that stands for the standard library."""
     monkeypatch.chdir(tmp_path)
     text = runs.write_text(tmp_path)
-    fit = api.fit
 
     def smaller(config="laptop", **changes):
         own = {"input": str(text), "tokenizer": "byte"}
         fewer = {"max_iters": 2, "eval_interval": 2, "lr_decay_iters": 2, "log_interval": 1}
         if changes.get("init_from") == "weights":
             fewer["block_size"] = 16
-        return fit(config, **{**own, **changes, **SMALL, **fewer})
+        return FIT(config, **{**own, **changes, **SMALL, **fewer})
 
     monkeypatch.setattr(api, "fit", smaller)
     return tmp_path
@@ -106,14 +106,10 @@ def test_fit_refuses_what_the_command_line_refuses(small: Path):
         ({"n_head": 3}, "--n_head=3: must divide n_embd=128"),
     ):
         with pytest.raises(UserError) as e:
-            # The real one: the fixture's makes everything small.
-            fit_itself("laptop", **changes)
+            FIT("laptop", **changes)
         assert message in str(e.value)
     with pytest.raises(UserError, match="nope: no such preset"):
-        fit_itself("nope")
-
-
-fit_itself = api.fit
+        FIT("nope")
 
 
 def test_fit_reads_files_and_load_finds_what_was_made(small: Path):
