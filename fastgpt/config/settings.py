@@ -53,7 +53,7 @@ class Leaf:
     def wanted(self) -> str:
         if self.options:
             return "one of " + ", ".join(map(str, self.options))
-        noun = {int: "a whole number", float: "a number", str: "text"}[self.type]
+        noun = {int: "a whole number", float: "a number", str: "text in UTF-8"}[self.type]
         return noun + (f" {self.range}" if self.range else "")
 
 
@@ -121,9 +121,7 @@ def check_value(leaf: Leaf, value: Any, where: str) -> Any:
     if leaf.options:
         good = any(value == o and value.__class__ is o.__class__ for o in leaf.options)
     elif leaf.type is str:
-        if of_type and any(0xD800 <= ord(c) < 0xE000 for c in value):  # not UTF-8
-            raise UserError(f"{where}{leaf.name}={value}: wanted text in UTF-8; rename the file")
-        good = of_type and "\0" not in value
+        good = of_type and not re.search("[\0\ud800-\udfff]", value)
     else:
         good = of_type and math.isfinite(value) and (not leaf.range or value in leaf.range)
     if not good:
@@ -186,18 +184,15 @@ def split_flags(args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Returns positional arguments, and flags (`--key=value`, `--key value`) as {name: text}."""
     positional: list[str] = []
     flags: dict[str, str] = {}
-    rest = list(args)
-    while rest:
-        arg = rest.pop(0)
+    rest = iter(args)
+    for arg in rest:
+        key, eq, value = arg[2:].partition("=")
+        key = key.replace("-", "_")
         if not arg.startswith("--"):
             positional.append(arg)
             continue
-        key, eq, value = arg[2:].partition("=")
-        key = key.replace("-", "_")
-        if not eq:
-            if not rest or rest[0].startswith("--"):
-                raise UserError(f"--{key}: no value given; write --{key}=VALUE")
-            value = rest.pop(0)
+        if not eq and (value := next(rest, "--")).startswith("--"):
+            raise UserError(f"--{key}: no value given; write --{key}=VALUE")
         flags[key] = value  # the last one counts, as in nanoGPT
     return positional, flags
 
