@@ -13,10 +13,11 @@ These functions, and PyTorch with them, are loaded when they are first used.
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["fit", "generate", "load"]
+__all__ = ["UserError", "fit", "generate", "load"]
 
 if TYPE_CHECKING:
     from fastgpt.api import fit, generate, load
+    from fastgpt.errors import UserError
 
 
 def __getattr__(name: str) -> Any:

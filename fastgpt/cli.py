@@ -131,7 +131,7 @@ def _run(args: list[str]) -> int:
         names = textwrap.fill("  ".join(PRESETS), 88, subsequent_indent=" " * 10)
         print(OVERVIEW.format(version=__version__, presets=names), end="")
         return 0
-    if args[0] == "--version":
+    if args[0] in ("--version", "version"):
         print(f"fastgpt {__version__}")
         return 0
     name, *rest = args

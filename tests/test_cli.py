@@ -39,7 +39,8 @@ def test_overview_and_version(capsys):
         assert code == 0 and "fastgpt train" in out and "shakespeare_char" in out
         assert max(map(len, out.splitlines())) <= 100
         assert re.findall(r"^  fastgpt (\w+)", out, re.M) == [*cli.COMMANDS]
-    assert run(capsys, "--version")[1].startswith("fastgpt 0.")
+    for args in ("--version", "version"):
+        assert run(capsys, args)[1].startswith("fastgpt 0.")
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -78,6 +79,7 @@ def test_help_needs_no_docstrings():
 LIGHT = {
     "trian": "fastgpt trian: no such command; did you mean train?",
     "train gpt22": "gpt22: no such preset; did you mean gpt2?",
+    "train full/thesis.tex": "full/thesis.tex: no such preset; train on this text with --input=",
     "train zzz": "zzz: no such preset; there are laptop, desktop",
     "train laptop gpt2": "laptop gpt2: one preset or file is wanted",
     "train --n_layr=3": "--n_layr: no such setting; did you mean --n_layer?",

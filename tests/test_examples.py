@@ -133,6 +133,7 @@ def test_importing_fastgpt_loads_nothing():
     program = "import sys, fastgpt; dir(fastgpt); print('torch' in sys.modules, fastgpt.__all__)"
     env = {"PYTHONPATH": f"{EXAMPLES.parent}:{EXAMPLES.parent / 'kernels'}"}
     got = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
-    assert got.stdout == "False ['fit', 'generate', 'load']\n", got.stderr
+    assert got.stdout == "False ['UserError', 'fit', 'generate', 'load']\n", got.stderr
+    assert fastgpt.UserError is UserError
     with pytest.raises(AttributeError, match="has no attribute 'nope'"):
         fastgpt.nope  # noqa: B018

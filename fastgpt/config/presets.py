@@ -90,6 +90,8 @@ def load(source: str) -> tuple[Config, str]:
             if isinstance(e.__cause__, FileNotFoundError) and name in PRESETS:
                 raise UserError(f"{e}; the preset {name} is built in") from e
             raise
+    if path.exists():
+        raise UserError(f"{source}: no such preset; train on this text with --input={source}")
     raise unknown_key(source, list(PRESETS), "", what="preset")
 
 
