@@ -15,7 +15,7 @@ def listing(config: Any) -> str:
     """Returns each setting's flag, help text, and value in `config`, wrapped for the terminal."""
     width = min(shutil.get_terminal_size((100, 24)).columns, 100) - INDENT
     lines, section = [], None
-    for leaf in leaves(config.__class__).values():
+    for leaf in leaves(type(config)).values():
         if leaf.section != section:
             section = leaf.section
             lines += ["", f"{section} options:".lstrip()]

@@ -5,8 +5,7 @@ Flags are flat (`--n_layer=4`) and have nanoGPT's names and meanings; the tree o
 here, so that the rest of the code trusts it.
 """
 
-from __future__ import annotations
-
+# Annotations are not postponed: settings.py reads the fields' types.
 import operator
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -191,7 +190,7 @@ class PrepareConfig(CorpusConfig):
     overwrite: bool = flag(False, "Make the token files anew if they exist.")
 
     @classmethod
-    def of(cls, data: CorpusConfig) -> PrepareConfig:
+    def of(cls, data: CorpusConfig) -> "PrepareConfig":
         """Returns the settings that prepare a run's data."""
         return cls(**{f.name: getattr(data, f.name) for f in fields(CorpusConfig)})
 

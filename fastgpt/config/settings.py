@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import functools
 import json
 import math
 import re
@@ -57,16 +56,14 @@ class Leaf:
         return noun + (f" {self.range}" if self.range else "")
 
 
-@functools.cache
 def leaves(cls: type) -> dict[str, Leaf]:
     """Returns all settings of a config class by their flat names, in order."""
     out: dict[str, Leaf] = {}
-    hints = typing.get_type_hints(cls, include_extras=True)
     for f in dataclasses.fields(cls):
-        kind, bounds = hints[f.name], None
+        kind, bounds = typing.cast(Any, f.type), None
         if dataclasses.is_dataclass(kind):
             prefix = "op." if f.name == "op" else ""
-            for name, leaf in leaves(typing.cast(type, kind)).items():
+            for name, leaf in leaves(kind).items():
                 out[prefix + name] = dataclasses.replace(leaf, name=prefix + name, section=f.name)
             continue
         if typing.get_origin(kind) is Annotated:
@@ -92,7 +89,7 @@ def replace(config: C, **values: Any) -> C:
 
     A name that the config does not have raises KeyError.
     """
-    table = leaves(config.__class__)  # type: ignore[arg-type]
+    table = leaves(type(config))
     parts: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         leaf = table[name]
@@ -104,7 +101,7 @@ def replace(config: C, **values: Any) -> C:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Returns flat {name: value}."""
-    return {name: get(config, leaf) for name, leaf in leaves(config.__class__).items()}
+    return {name: get(config, leaf) for name, leaf in leaves(type(config)).items()}
 
 
 # --- checking values -----------------------------------------------------------------------------
@@ -218,7 +215,7 @@ def apply_flags(config: C, flags: Mapping[str, str]) -> C:
         flags = {"init_from": "weights", **flags}
     values = {}
     for key, text in flags.items():
-        leaf = find(config.__class__, key, "--")
+        leaf = find(type(config), key, "--")
         values[key] = check_value(leaf, _parse(leaf, text), "--")
     return replace(config, **values)
 
