@@ -56,7 +56,7 @@ class Leaf:
         return noun + (f" {self.range}" if self.range else "")
 
 
-def leaves(cls: type) -> dict[str, Leaf]:
+def leaves(cls: Any) -> dict[str, Leaf]:
     """Returns all settings of a config class by their flat names, in order."""
     out: dict[str, Leaf] = {}
     for f in dataclasses.fields(cls):
