@@ -8,7 +8,6 @@ import difflib
 import json
 import math
 import re
-import tomllib
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -229,6 +228,8 @@ def load_toml(path: Path) -> Config:
 
 def parse_toml(text: str, path: Path) -> Config:
     """Returns the config in a TOML file's text. Settings that were removed are left out."""
+    import tomllib  # with datetime, for runs that read such a file
+
     with reading(path, "not a TOML file"):
         try:
             tree = tomllib.loads(text)
