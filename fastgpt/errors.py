@@ -49,6 +49,12 @@ class SharedError(UserError):
     """A UserError that all ranks raise together; rank 0 prints it."""
 
 
+class RanksDiffer(SharedError):
+    """Settings, data or versions that are not the same on all ranks."""
+
+    code = 1
+
+
 class RankError(UserError):
     """A UserError of one rank only, which names it; every rank prints its own."""
 

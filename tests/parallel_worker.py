@@ -2,7 +2,8 @@
 
 kill, term (SIGTERM to this rank alone), hang, nan and guard (a NaN that is looked for as on a GPU)
 strike in the forward pass number `at` of that rank, crash while it hashes file number `at` of its
-checkpoints, and full once a file of it grows past `at` bytes.
+checkpoints, and full once a file of it grows past `at` bytes. flag gives that rank the flag `at`,
+and cwd lets it run in the folder `at`.
 """
 
 from __future__ import annotations
@@ -75,6 +76,10 @@ def crash(path: Path) -> str:
 
 if kind == "crash" and mine():
     checkpoint.sha256_file = crash
+elif kind == "flag":
+    sys.argv += [f"--{at}"] if mine() else []
+elif kind == "cwd":
+    os.chdir(at if mine() else ".")
 elif kind == "full" and mine():
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(at), int(at)))
 elif kind != "none":

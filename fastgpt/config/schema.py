@@ -55,6 +55,10 @@ class RunConfig:
         "scratch: new weights; resume: go on from the newest checkpoint of --out_dir or of the "
         "newest run; gpt2, ...: OpenAI's weights, downloaded once; weights: those of --weights.",
     )
+    checkpoint: str = flag(
+        "latest", "With --init_from=resume: latest, best, or a folder's name under checkpoints/."
+    )
+    reset_optimizer: bool = flag(False, "Resume with fresh moments, without the optimizer's state.")
     weights: str = flag("", "Hugging Face GPT-2 folder or safetensors file to start from.")
     overwrite: bool = flag(False, "Replace the run that already stands in --out_dir.")
     max_iters: Count = flag(600_000, "Optimizer steps in all.")

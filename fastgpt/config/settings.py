@@ -153,6 +153,10 @@ def check(config: Any) -> None:
         raise UserError("--init_from=weights: which? name a folder with --weights=PATH")
     if isinstance(config, SourceConfig) and config.init_from == "resume" and config.weights:
         raise UserError("--weights: goes with --init_from=weights or gpt2..., not with resume")
+    if isinstance(config, Config) and config.run.init_from != "resume":
+        for name, default in (("checkpoint", "latest"), ("reset_optimizer", False)):
+            if flat[name] != default:
+                raise UserError(f"--{name}={flat[name]}: goes with --init_from=resume")
     if flat.get("to") == "":
         raise UserError("--to: where to? name a new folder, as --to FOLDER")
     if flat.get("task") == "hellaswag" and not flat["input"]:

@@ -148,7 +148,10 @@ def save_config(run_dir: Path, config: Config, launch: Sequence[str] = ()) -> Id
         init_from = "scratch"
         if before or (run_dir / "config.toml").is_file():
             init_from = load_config(run_dir, say=lambda line: None).run.init_from
-    config = settings.replace(config, out_dir="", overwrite=False, init_from=init_from)
+    config = settings.replace(
+        config, out_dir="", overwrite=False, init_from=init_from, checkpoint="latest",
+        reset_optimizer=False,
+    )  # fmt: skip
     text = settings.to_toml(config)
     kept = (before.id, before.launch) if before else (secrets.token_hex(8), tuple(launch))
     body = {"format": 1, "id": kept[0], "launch": kept[1], "config": text}

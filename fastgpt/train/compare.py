@@ -52,6 +52,9 @@ def compare(folders: Sequence[str], config: CompareConfig) -> int:
     data = {tuple(settings.to_dict(r.config)[k] for k in _DATA) for r in runs}
     if len(data) > 1:
         print("the runs have other data or tokenizers: their losses are not of the same thing")
+    for r in runs:
+        if r.curves.diverged_at is not None:
+            print(f"{r.name}: diverged at step {r.curves.diverged_at}; later steps are left out")
     for line in verdict(runs):
         print(line)
     print(f"curves {draw(runs, Path(config.to))}")
@@ -62,7 +65,7 @@ def _open(folder: str) -> Compared:
     run_dir = run.find(folder)
     curves = Curves.of(run_dir)
     if not curves.evals:
-        raise UserError(f"{run_dir}: has no evaluation in its metrics.jsonl yet")
+        raise UserError(f"{run_dir}: has no evaluation with finite losses in its metrics.jsonl")
     return Compared(str(run_dir), curves, run.load_config(run_dir))
 
 

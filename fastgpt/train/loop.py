@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -215,6 +216,8 @@ class Loop:
                     losses[k] = loss
                 self.metrics.working(f"evaluating {name}", step, i * n + min(k + 1, n), 2 * n)
             means[name] = self.ranks.sum(losses).mean().item()
+        if not all(map(math.isfinite, means.values())):
+            raise self._diverged(f"train loss {means['train']}, val loss {means['val']}")
         at = self.progress
         at.last_eval, at.val_loss = step, means["val"]
         self.metrics.evaluation(step, means["train"], means["val"])
@@ -245,13 +248,25 @@ class Loop:
             self.save(best=best)
 
     def save(self, *, best: bool) -> None:
+        """Writes a checkpoint. Raises UserError, and writes nothing, if a weight is not finite."""
         at = self.progress
+        if bad := self.trainer.non_finite_tensors():
+            raise self._diverged(f"{bad[0]} and {len(bad) - 1} other tensors are not finite")
         at.seconds = time.perf_counter() - self._began
         self.metrics.working("saving", at.step, 0, 1)
         self.metrics.sync()
         seal = self.metrics.seal()
         self.saved = resume.save(self.trainer, at, self.dataset, self.run_dir, best=best, seal=seal)
         self.metrics.say(f"saving checkpoint to {self.saved}")
+
+    def _diverged(self, what: str) -> UserError:
+        """Returns the error of a run whose numbers are not finite any more."""
+        good = checkpoint.names(self.run_dir)
+        resume_from = f"--init_from=resume --checkpoint={good[0]}" if good else "a new run"
+        return SharedError(
+            f"step {self.progress.step}: {what}: the run has diverged and nothing was saved; go on "
+            f"with {resume_from} and a lower --learning_rate"
+        )
 
     def non_finite(self, step: int) -> UserError:
         """Writes weights, batch and norms of a step that was not finite. Returns the error."""
@@ -276,15 +291,19 @@ class Loop:
 
 
 class StopRequest:
-    """Context in which SIGTERM or SIGINT sets `signal`; a second SIGINT ends at once."""
+    """Context in which SIGTERM, SIGHUP or SIGINT sets `signal`; a second SIGINT ends at once.
+
+    A SIGHUP that the caller ignores, as nohup does, stays ignored.
+    """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._handle)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TextIO, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastgpt import __version__
 from fastgpt.config import settings
 from fastgpt.config.schema import Config, PrepareConfig
 from fastgpt.data.prepare import ensure, with_tokenizer
 from fastgpt.data.token_files import Dataset, open_dataset
-from fastgpt.errors import UserError
+from fastgpt.errors import RanksDiffer, UserError
 from fastgpt.inference.generate import BatchGenerator, Sampling, on_screen
 from fastgpt.model import ops
 from fastgpt.model.build import build
@@ -49,8 +55,44 @@ def run_training(config: Config, name: str) -> tuple[int, Path]:
         print(f"{said}; going on on the CPU", flush=True)
     if system.max_autotune and not machine.compile:
         raise UserError("--max_autotune=True: is torch.compile's; give --compile=True with it")
-    with join(config, machine.device) as ranks:
+    with lasting_output(), join(config, machine.device) as ranks:
         return _train(config, name, machine, ranks)
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Context in which a closed terminal, pipe or full disk behind stdout or stderr ends no run."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, _LastingStream(stream)) for stream in streams)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+
+
+class _LastingStream:
+    """Stream whose output goes to /dev/null after the first error."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, function: Callable[..., Any], *arguments: str) -> None:
+        try:
+            function(*arguments)
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
 
 
 def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[int, Path]:
@@ -68,6 +110,7 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
         for split in (dataset.train, dataset.val):
             split.require(config.model.block_size)
         vocab_size = _vocab_size(config, dataset)
+    _agree(config, dataset, machine, ranks)
     # 2. Resume or begin? Flags decide. A restart by torchrun may also continue or replace the run
     # that its own first attempt made.
     r, launch = config.run, ranks.gather(launcher())
@@ -112,6 +155,26 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
     if ranks.first:
         print_summary(loop, dataset, run_dir)
     return code, run_dir
+
+
+# Settings that may differ between ranks: paths of this host, and those that only rank 0 uses.
+_PER_RANK = {"out_dir", "data_dir", "input", "vocab_file", "weights", "workers", "peak_tflops"}
+
+
+def _agree(config: Config, dataset: Dataset, machine: Machine, ranks: Ranks) -> None:
+    """Raises RanksDiffer on all ranks if one has other settings, data or versions than rank 0."""
+    mine = settings.to_dict(config) | machine.settings
+    mine = {k: v for k, v in mine.items() if k not in _PER_RANK}
+    versions = {"fastgpt": __version__, "torch": torch.__version__}
+    mine |= versions | {"device": machine.device.type, "data": dataset.fingerprint}
+    every = ranks.gather(mine)
+    for rank, other in enumerate(every):
+        for key, value in every[0].items():
+            if other.get(key) != value:
+                raise RanksDiffer(
+                    f"rank {rank} has {key}={other.get(key)}, rank 0 has {key}={value}: start all "
+                    "ranks with the same flags, data and versions"
+                )
 
 
 def _warn_if_ops_differ(choices: list[tuple[ops.Choice, ...]]) -> None:

@@ -37,7 +37,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     for i, line in enumerate(lines):
         try:
             records.append(_checked(json.loads(line)))
-        except (ValueError, LookupError, TypeError, RecursionError) as e:
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as e:
             if i + 1 < len(lines) or line.endswith("\n"):
                 raise UserError(
                     f"{path}: line {i + 1} is not JSON, or no record; mend or remove it"
@@ -56,6 +56,7 @@ def _checked(record: Any) -> dict[str, Any]:
     for name in _NUMBERS[record["kind"]]:
         if not isinstance(record[name], int | float):
             raise TypeError(name)
+        float(record[name])  # raises for integers beyond a float
     return record
 
 

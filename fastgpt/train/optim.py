@@ -127,7 +127,10 @@ def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
 def load_state_tensors(
     optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]
 ) -> None:
-    """Loads the result of `state_tensors`. Raises UserError if it is another optimizer's."""
+    """Loads the result of `state_tensors`, or no tensors at all for fresh moments.
+
+    Raises UserError if they are another optimizer's, or do not fit it in names, shapes or dtypes.
+    """
     params = dict(model.named_parameters())
     wanted = "muon" if isinstance(optimizer, Muon) else "adamw"
     found = "muon" if any(k.startswith("momentum_buffer.") for k in tensors) else "adamw"
@@ -136,6 +139,22 @@ def load_state_tensors(
             f"--optimizer={wanted}: the checkpoint has the state of {found}; leave the flag out, "
             "or start a new run"
         )
+    expected = {}
+    for name, p in params.items():
+        if isinstance(optimizer, Muon) and p in optimizer.matrices:
+            expected[f"momentum_buffer.{name}"] = p.shape
+        else:
+            expected |= {f"{key}.{name}": p.shape for key in ("exp_avg", "exp_avg_sq")}
+            expected[f"step.{name}"] = torch.Size(())
+    for full_name in expected | tensors if tensors else ():
+        value, shape = tensors.get(full_name), expected.get(full_name)
+        if value is None or value.shape != shape or value.dtype != torch.float32:
+            is_ = "missing" if value is None else f"{value.dtype} {tuple(value.shape)}"
+            wanted = "no such tensor" if shape is None else f"torch.float32 {tuple(shape)}"
+            raise UserError(
+                f"the checkpoint's optimizer tensor {full_name} is {is_}, wanted {wanted}; "
+                "--reset_optimizer=True goes on with fresh moments"
+            )
     for full_name, value in tensors.items():
         key, _, name = full_name.partition(".")
         p = params[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,17 +79,22 @@ def _second_axes(axes: Any, rates: Any, curves: Curves) -> None:
 
 @dataclass(frozen=True)
 class Curves:
-    """Records of a run, in the order of their steps."""
+    """Records of a run, in the order of their steps, up to the first loss that is not finite."""
 
     name: str
     train: list[dict[str, Any]]
     evals: list[dict[str, Any]]
+    diverged_at: int | None = None
 
     @classmethod
     def of(cls, run_dir: Path) -> Curves:
         records = metrics.read(run_dir / "metrics.jsonl")
+        losses = ("loss", "train_loss", "val_loss")
+        bad = [r["step"] for r in records if not all(math.isfinite(r.get(k, 0)) for k in losses)]
+        end = min(bad, default=None)
+        records = [r for r in records if end is None or r["step"] < end]
         train, evals = ([r for r in records if r["kind"] == k] for k in ("train", "eval"))
-        return cls(run_dir.name, train, evals)
+        return cls(run_dir.name, train, evals, end)
 
     @cached_property
     def clock(self) -> list[tuple[int, float]]:

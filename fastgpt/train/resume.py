@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.config import settings
+from fastgpt.config.schema import Config
 from fastgpt.data.token_files import Dataset
 from fastgpt.errors import UserError, read_bytes, reading
 from fastgpt.storage import checkpoint, run
@@ -82,6 +83,7 @@ def save(
         "tokenizer": dataset.tokenizer.fingerprint if dataset.tokenizer else None,
         "metrics": seal,
         "config": settings.to_dict(trainer.resolved),
+        "threads": _threads(trainer),
         "ops": [c.__dict__ for c in trainer.choices],
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         **trainer.state_dict(),
@@ -97,8 +99,12 @@ def save(
 
 
 def load(trainer: Trainer, dataset: Dataset, run_dir: Path) -> Progress:
-    """Loads the newest good checkpoint into the trainer. Raises UserError if it does not fit."""
-    saved = checkpoint.load(run_dir)
+    """Loads the checkpoint that --checkpoint names into the trainer.
+
+    Raises UserError if it does not fit, or holds numbers that are not finite.
+    """
+    r = trainer.config.run
+    saved = checkpoint.load(run_dir, r.checkpoint)
     document, shape = saved.state, trainer.model.shape
     with reading(saved.folder / "state.json", "is damaged"):
         progress = Progress(
@@ -124,10 +130,46 @@ def load(trainer: Trainer, dataset: Dataset, run_dir: Path) -> Progress:
             f"{run_dir}: was trained on other data than {dataset.folder} holds; give the same "
             "data, or start a new run"
         )
-    trainer.load(saved.model, saved.optimizer, document)
+    optimizer = {} if r.reset_optimizer else saved.optimizer
+    if not (optimizer or r.reset_optimizer or "imported_from" in document):
+        raise UserError(
+            f"{saved.folder}: has no optimizer state; --reset_optimizer=True goes on with fresh "
+            "moments"
+        )
+    trainer.load(saved.model, optimizer, document)
+    if bad := trainer.non_finite_tensors():
+        raise UserError(
+            f"{saved.folder}: {bad[0]} is not finite; resume from an older checkpoint with "
+            "--checkpoint=NAME"
+        )
     print(f"resuming from {saved.folder}")
+    _say_if_changed(trainer, document)
     _say_if_planned(run_dir / "plan.json")
     return progress
+
+
+def _say_if_changed(trainer: Trainer, document: dict[str, Any]) -> None:
+    """Prints the settings, and a CPU's threads, by which the run computes otherwise than before."""
+    was, now = dict(document.get("config", {})), settings.to_dict(trainer.resolved)
+    for flat in (was, now):
+        flat["rows per step"] = flat.get("batch_size", 0) * flat.get(
+            "gradient_accumulation_steps", 0
+        )
+    was["threads"], now["threads"] = document.get("threads"), _threads(trainer)
+    keys = ("rows per step", "threads", "seed", "sampling", "block_size", "dropout", "dtype")
+    keys += tuple(leaf.name for leaf in settings.leaves(Config).values() if leaf.section == "optim")
+    split = ("batch_size", "gradient_accumulation_steps")
+    changed = [
+        f"{key} {now[key]} (was {was[key]})"
+        for key in dict.fromkeys(keys)
+        if key not in split and was.get(key) is not None and was[key] != now[key]
+    ]
+    if changed:
+        print(f"other than before: {', '.join(changed)}")
+
+
+def _threads(trainer: Trainer) -> int | None:
+    return torch.get_num_threads() if trainer.device.type == "cpu" else None
 
 
 def _say_if_planned(path: Path) -> None:

@@ -22,7 +22,7 @@ from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT
 from fastgpt.train import cuda_graph, distributed, optim
 from fastgpt.train.cuda_graph import StepGraph
-from fastgpt.train.distributed import Ranks, like, matrix_scatter, whole
+from fastgpt.train.distributed import Ranks, like, local, matrix_scatter, whole
 from fastgpt.train.muon import Muon
 from fastgpt.train.optim import clip_and_check_finite
 from fastgpt_kernels.launch import adds_in_place
@@ -315,6 +315,13 @@ class Trainer:
         self._static_grads = self._sums
 
     # --- checkpoints and diagnosis ---------------------------------------------------------------
+
+    def non_finite_tensors(self) -> list[str]:
+        """Returns the names of weights and moments that are not finite on any rank."""
+        tensors = self.model.state_dict() | optim.state_tensors(self.optimizer, self.model)
+        norms = torch.stack([*torch._foreach_norm([local(t) for t in tensors.values()], ord=1)])
+        bad = self.ranks.sum((~norms.isfinite()).float()).tolist()
+        return [name for name, is_bad in zip(tensors, bad, strict=True) if is_bad]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state that a checkpoint's state.json needs besides the tensors."""

@@ -98,7 +98,7 @@ def test_too_little_to_judge():
     (line,) = verdict([open_run(a), open_run(b)])
     assert line == "a and b: no step was evaluated in both"
     (Path("b") / "metrics.jsonl").write_text("")
-    with pytest.raises(UserError, match="b: has no evaluation in its metrics.jsonl yet"):
+    with pytest.raises(UserError, match="b: has no evaluation with finite losses"):
         open_run(b)
 
 
@@ -261,3 +261,21 @@ def test_the_picture_has_its_parts(monkeypatch):
     assert tokens._functions[0](1000) == pytest.approx(0.1)
     assert minutes.get_xlabel() == "minutes of training"
     assert minutes._functions[0](991) == pytest.approx(991 * 0.036 / 60)
+
+
+def test_a_diverged_run_is_named_and_compared_up_to_there(capsys):
+    for name in ("a", "b"):
+        make(name, 1.5, 0.0)
+    log = Path("b/metrics.jsonl")
+    lines = log.read_text().splitlines()
+    cut = next(i for i, line in enumerate(lines) if '"eval"' in line and '"step": 500' in line)
+    lines[cut] = lines[cut].replace('"val_loss": ', '"val_loss": NaN, "was": ')
+    log.write_text("\n".join(lines) + "\n")
+    assert compare(["a", "b"], CompareConfig(to="x.png")) == 0
+    said = capsys.readouterr().out
+    assert "b: diverged at step 500; later steps are left out" in said
+    assert "at step 400" in said and plots.loss_curve(Path("b")) == Path("b/loss.png")
+    lines[cut] = lines[cut].replace('"step": 500', '"step": ' + "5" * 400)
+    log.write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl: line \d+ is not JSON, or no record"):
+        compare(["a", "b"], CompareConfig(to="x.png"))

@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -280,6 +281,37 @@ def test_ranks_share_the_rows(size: int):
     assert sum((list(range(24)[s]) for s in slices), []) == list(range(24))
     micro = Ranks(0, size).micro_batch(24, 4)
     assert micro <= 4 and 24 // size % micro == 0
+
+
+@pytest.mark.quick("learning_rate*")
+@pytest.mark.parametrize(
+    "flag", ["learning_rate=0.1", "dtype=bfloat16", "n_layer=1", "max_iters=5", "eval_interval=3"]
+)
+def test_a_rank_with_another_setting_is_named(home: Path, flag: str):
+    """Before the first step; nothing is written."""
+    key, _, value = flag.partition("=")
+    args = (*TINY, "--input=text.txt", f"--out_dir=x-{key}")
+    job = Torchrun(home, 2, "train", *args, fault=f"flag:1:{flag}")
+    assert job.wait() != 0
+    (line,) = job.said
+    assert line.startswith(f"fastgpt: rank 1 has {key}={value}, rank 0 has {key}=")
+    assert not (home / f"x-{key}").exists()
+
+
+def test_a_rank_with_other_data_is_named(home: Path):
+    """Two hosts may have other bytes at the same path."""
+    for folder, first in ((home / "tok", 0), (home / "host2/tok", 1)):
+        folder.mkdir(parents=True)
+        tokens = np.arange(4000, dtype=np.uint16) % 50
+        tokens[0] = first
+        for split in ("train", "val"):
+            tokens.tofile(folder / f"{split}.bin")
+    fault = f"cwd:1:{home / 'host2'}"
+    job = Torchrun(home, 2, "train", *TINY, "--dataset=tok", "--out_dir=y", fault=fault)
+    assert job.wait() != 0
+    (line,) = job.said
+    assert line.startswith("fastgpt: rank 1 has data=") and ", rank 0 has data=" in line
+    assert not (home / "y").exists()
 
 
 def test_the_error_names_numbers_that_divide():

@@ -25,7 +25,7 @@ def test_the_clock_counts_steps_and_no_pauses(monkeypatch: pytest.MonkeyPatch):
     assert clock.elapsed == 12.0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_first_signal_is_noted(number):
     before = signal.getsignal(number)
     with StopRequest() as stop:
@@ -41,3 +41,14 @@ def test_second_interrupt_ends_at_once():
     with pytest.raises(KeyboardInterrupt), StopRequest():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_ignored_hangup_stays_ignored():
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with loop.StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -392,3 +393,42 @@ def test_a_finished_run_without_its_picture_gets_it(tmp_path: Path, text: str):
     said = resume(tmp_path, "--out_dir=out", code=2)
     assert "loss curve out/loss.png" in said and "already at step 2" in said
     assert not (tmp_path / "out" / ".loss.png.x.tmp").exists()
+
+
+@pytest.mark.parametrize("lost", ["full disk", "closed pipe", "closed terminal"])
+def test_lost_output_ends_no_run(lost: str, tmp_path: Path, text: str):
+    """The log goes on in metrics.jsonl, and the run ends with its last checkpoint."""
+    if lost == "full disk":
+        out = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, out = os.pipe() if lost == "closed pipe" else os.openpty()
+        os.close(reader)
+    command = [sys.executable, "-m", "fastgpt", "train", *TINY, text, "--out_dir=out"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, cwd=tmp_path, stdout=out, stderr=out, env=environment)
+    os.close(out)
+    assert done.returncode == 0
+    assert runs.records(tmp_path / "out", "eval")[-1]["step"] == 20
+    assert runs.latest(tmp_path / "out").name == "step_00000020"
+
+
+def test_a_diverged_run_ends_before_it_is_saved(tmp_path: Path, text: str):
+    """Good checkpoints stay, and a resume can start from any of them."""
+    train(tmp_path, text, "--out_dir=out", "--max_iters=20", "--keep_checkpoints=2")
+    worse = ("--out_dir=out", "--max_iters=21", "--learning_rate=1e38", "--decay_lr=False")
+    said = resume(tmp_path, *worse, "--keep_checkpoints=1", code=2)
+    assert "step 21: train loss nan, val loss nan: the run has diverged" in said
+    assert "--init_from=resume --checkpoint=step_00000020" in said and "--- sample" not in said
+    assert checkpoint.names(tmp_path / "out") == ["step_00000020", "step_00000010"]
+    better = ("--out_dir=out", "--checkpoint=step_00000010", "--max_iters=12")
+    said = resume(tmp_path, *better, "--learning_rate=1e-3")
+    assert "resuming from out/checkpoints/step_00000010" in said
+    assert runs.latest(tmp_path / "out").name == "step_00000012"
+    assert 'checkpoint = "latest"' in (tmp_path / "out/config.toml").read_text()
+
+
+def test_resuming_names_settings_that_change_the_run(tmp_path: Path, text: str):
+    train(tmp_path, text, "--out_dir=out", "--max_iters=3")
+    said = resume(tmp_path, "--out_dir=out", "--max_iters=4", "--batch_size=2", "--seed=5")
+    assert "other than before: rows per step 2 (was 4), seed 5 (was 1337)\n" in said
+    assert "other than before" not in resume(tmp_path, "--out_dir=out", "--max_iters=5")

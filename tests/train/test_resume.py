@@ -10,6 +10,7 @@ from typing import cast
 import pytest
 import torch
 
+from fastgpt.config import settings
 from fastgpt.config.presets import laptop
 from fastgpt.data.token_files import Dataset
 from fastgpt.errors import UserError
@@ -20,9 +21,10 @@ from fastgpt.train.resume import Progress
 from fastgpt.train.trainer import Trainer
 
 
-def trainer(seed: int, dtype: str = "float32", n_embd: int = 16) -> Trainer:
+def trainer(seed: int, dtype: str = "float32", n_embd: int = 16, **changes) -> Trainer:
     model = GPT(ModelShape(1, 2, n_embd, 8, 50, bias=True)).init_weights(seed)
-    return Trainer(model, laptop(), Machine(torch.device("cpu"), dtype))
+    config = settings.replace(laptop(), **changes)
+    return Trainer(model, config, Machine(torch.device("cpu"), dtype))
 
 
 def dataset(fingerprint: str = "abc") -> Dataset:
@@ -74,3 +76,40 @@ def test_another_model_or_other_data_is_refused(tmp_path: Path):
         resume.load(trainer(0, n_embd=32), dataset(), tmp_path)
     with pytest.raises(UserError, match="was trained on other data than text holds"):
         resume.load(trainer(0), dataset("xyz"), tmp_path)
+
+
+def test_optimizer_tensors_are_checked(tmp_path: Path):
+    """Fused AdamW would crash on a moment of another shape, and start anew without a word."""
+    a = trainer(0)
+    a.step(0, tokens(0))
+    resume.save(a, Progress(1), dataset(), tmp_path, best=True)
+    good = optim.state_tensors(a.optimizer, a.model)
+    name = "exp_avg.transformer.h.0.attn.c_attn.weight"
+    changes: list[tuple[dict, str]] = [
+        (good | {name: torch.zeros(3)}, r"c_attn.weight is torch.float32 \(3,\), wanted .*48, 16"),
+        (good | {name: good[name].half()}, "is torch.float16"),
+        ({k: v for k, v in good.items() if k != name}, f"{name} is missing"),
+        (good | {"exp_avg.other": torch.zeros(3)}, "exp_avg.other is .* wanted no such tensor"),
+    ]
+    for tensors, message in changes:
+        with pytest.raises(UserError, match=message):
+            optim.load_state_tensors(trainer(1).optimizer, a.model, tensors)
+    (tmp_path / "empty").mkdir()
+    a.optimizer.state.clear()
+    resume.save(a, Progress(1), dataset(), tmp_path / "empty", best=True)
+    with pytest.raises(UserError, match="has no optimizer state; --reset_optimizer=True"):
+        resume.load(trainer(1), dataset(), tmp_path / "empty")
+    b = trainer(1, reset_optimizer=True)
+    resume.load(b, dataset(), tmp_path)
+    assert not b.optimizer.state and torch.equal(*(t.model.transformer.wte.weight for t in (a, b)))
+
+
+@pytest.mark.parametrize("which", ["weight", "moment"])
+def test_what_is_not_finite_is_not_resumed(which: str, tmp_path: Path):
+    a = trainer(0)
+    a.step(0, tokens(0))
+    p = a.model.transformer.wte.weight
+    (p if which == "weight" else a.optimizer.state[p]["exp_avg"]).data[0, 0] = float("nan")
+    resume.save(a, Progress(1), dataset(), tmp_path, best=True)
+    with pytest.raises(UserError, match="wte.weight is not finite; resume from an older"):
+        resume.load(trainer(1), dataset(), tmp_path)
