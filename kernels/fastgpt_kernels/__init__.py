@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 import warnings
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastgpt_kernels.bias_gelu import bias_gelu
     from fastgpt_kernels.ops.attention.op import attention
-    from fastgpt_kernels.ops.gelu.op import bias_gelu
     from fastgpt_kernels.ops.loss.cross_entropy import cross_entropy
     from fastgpt_kernels.ops.loss.linear import linear_cross_entropy
     from fastgpt_kernels.ops.matmul.linear import linear
@@ -40,12 +42,12 @@ class Entry:
     choices: tuple[str, ...] = ("triton", "eager")
 
     @property
-    def room(self) -> str:
-        return f"fastgpt_kernels.ops.{self.module.partition('.')[0]}"
+    def path(self) -> str:
+        return f"fastgpt_kernels.{'ops.' * ('.' in self.module)}{self.module}"
 
     @property
     def spec_module(self) -> str:
-        return f"{self.room}.record"
+        return f"{self.path.rpartition('.')[0]}.record" if "." in self.module else self.path
 
 
 OPS: dict[str, Entry] = {
@@ -57,7 +59,7 @@ OPS: dict[str, Entry] = {
     ),
     "layer_norm": Entry("norm.op", "The first norm."),
     "add_layer_norm": Entry("norm.op", "Residual addition and the norm behind it."),
-    "bias_gelu": Entry("gelu.op", "The MLP's bias and GELU."),
+    "bias_gelu": Entry("bias_gelu", "The MLP's bias and GELU."),
     "linear": Entry(
         "matmul.linear",
         "Attention's matrix products; eager is cuBLAS, and auto unless ours was measured faster.",
@@ -69,14 +71,24 @@ OPS: dict[str, Entry] = {
     "linear_cross_entropy": Entry("loss.linear", "The head and the loss."),
     "cross_entropy": Entry("loss.cross_entropy", "The loss alone, of logits.", chosen_by=""),
 }
-_MODULES = {op: f"ops.{e.module}" for op, e in OPS.items()}
-__all__ = [*_MODULES]
+__all__ = [*OPS]
+
+
+class _Package(ModuleType):
+    """This package, in which an op's name is its function also after its module was imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_module = name in OPS and isinstance(value, ModuleType)
+        super().__setattr__(name, getattr(value, name) if is_module else value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in OPS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    function = getattr(importlib.import_module(f"fastgpt_kernels.{_MODULES[name]}"), name)
+    function = getattr(importlib.import_module(OPS[name].path), name)
     globals()[name] = function
     if not importlib.import_module("fastgpt_kernels.launch").HAS_TRITON:
         _warn_without_triton()

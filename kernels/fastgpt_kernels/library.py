@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
 
 from fastgpt_kernels import launch
@@ -62,6 +63,17 @@ def define_op(
         function = _autograd_function(name, packet.default, setup_context, backward)
         _LIBRARY.impl(name, function, "Autograd")
     return packet.default
+
+
+def tensors_only(*results: Tensor | None) -> tuple[Tensor, ...]:
+    """Returns results as a registered op must, which has no None: an empty tensor in its place."""
+    like = next(x for x in results if x is not None)
+    return tuple(like.new_empty(0) if x is None else x for x in results)
+
+
+def matmul_flops(x: torch.Size, weight: torch.Size, products: int) -> int:
+    """Returns the FLOPs of matmuls among x (M, K), weight (N, K) and their product (M, N)."""
+    return products * 2 * x[0] * weight[0] * weight[1]
 
 
 def _autograd_function(

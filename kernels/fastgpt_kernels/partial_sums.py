@@ -9,58 +9,16 @@ every run.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from fastgpt_kernels.launch import on_device, options
-
-BLOCK_P, BLOCK_C = 64, 32  # 8 KB of partials in flight a program, and 128 contiguous bytes a row
-NUM_WARPS = 4
 
 # Of `add_partials_at_last`: programs are added up by groups, and then the groups, so that the last
 # one, which has an SM alone, reads a few hundred KB. A counter for the groups, and one for each.
 GROUP: tl.constexpr = tl.constexpr(16)
 COUNTERS = 256
 MAX_PROGRAMS = GROUP.value * (COUNTERS - 1)
-
-
-@triton.jit
-def add_partials(
-    partials_ptr,  # (K, P, C) fp32
-    out0_ptr, out1_ptr,  # (C,); the second is not used if K is 1
-    P, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    k = tl.program_id(1)
-    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    base = partials_ptr + k.to(tl.int64) * P * C
-    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for start in range(0, P, BLOCK_P):
-        rows = start + tl.arange(0, BLOCK_P)
-        mask = (rows < P)[:, None] & (columns < C)[None, :]
-        total += tl.load(base + rows[:, None] * C + columns[None, :], mask=mask, other=0.0)
-    result = tl.sum(total, axis=0)
-    if k == 0:
-        tl.store(out0_ptr + columns, result.to(out0_ptr.dtype.element_ty), mask=columns < C)
-    else:
-        tl.store(out1_ptr + columns, result.to(out1_ptr.dtype.element_ty), mask=columns < C)
-
-
-def sum_partials(kernel: Any, partials: Tensor, *dtypes: torch.dtype) -> list[Tensor]:
-    """`partials` (K, P, C) fp32 summed over P: K (1 or 2) tensors (C,), the k-th in dtypes[k].
-
-    `kernel` is `add_partials` under the name of the op that asks, for profiles.
-    """
-    K, P, C = partials.shape
-    outs = [torch.empty(C, dtype=dtype, device=partials.device) for dtype in dtypes]
-    with on_device(partials):
-        kernel[(triton.cdiv(C, BLOCK_C), K)](
-            partials, outs[0], outs[-1], P, C, BLOCK_P, BLOCK_C, **options(NUM_WARPS)
-        )
-    return outs
 
 
 def empty_partials(programs: int, width: int, device: torch.device) -> Tensor:

@@ -55,15 +55,13 @@ def add_layer_norm(
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Tensor:
-    """y = gelu(x + bias), the sum not rounded before the GELU (Hendrycks & Gimpel, 2016).
+    """Returns gelu(z), z = x + bias: x (..., C), bias (C,) or None (Hendrycks and Gimpel, 2016).
 
-    x (..., C), bias (C,) or None. approximate="none" or "erf" is z/2 (1 + erf(z / sqrt 2)); "tanh"
-    is z/2 (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))).
+    approximate="none" or "erf" is z/2 (1 + erf(z / sqrt 2)), "tanh" is
+    z/2 (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))).
     """
-    dtype = _compute_dtype(x, bias)
-    z = x.to(dtype) if bias is None else x.to(dtype) + bias.to(dtype)
-    name = "none" if approximate == "erf" else approximate
-    return F.gelu(z, approximate=name).to(x.dtype)
+    z = x if bias is None else x + bias.to(x.dtype)
+    return F.gelu(z, approximate="none" if approximate == "erf" else approximate)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

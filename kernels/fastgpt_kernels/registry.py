@@ -131,6 +131,15 @@ class Implementation:
     follows_seed: bool = True
 
 
+def implementations(
+    eager: Callable[..., Any],
+    triton: Callable[..., Any],
+    unsupported_reason: Callable[[Sizes, torch.dtype, str], str | None] = triton_unsupported,
+) -> dict[str, Implementation]:
+    """Returns the two implementations that most ops have."""
+    return {"eager": Implementation(eager), "triton": Implementation(triton, unsupported_reason)}
+
+
 @dataclass(frozen=True)
 class OpSpec:
     """One op.

@@ -130,7 +130,7 @@ def spec_modules(only: Iterable[str] = ()) -> list[str]:
     for op in only:
         if op not in OPS:
             raise ValueError(f"no op {op!r}: there are {', '.join(OPS)}")
-    rooms = dict.fromkeys(e.room for op, e in OPS.items() if not only or op in only)
+    rooms = dict.fromkeys(e.path.rpartition(".")[0] for op, e in OPS.items() if "." in e.module)
     return [f"{room}.specs" for room in rooms]
 
 

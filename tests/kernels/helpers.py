@@ -8,6 +8,7 @@ third or by three times as much. So it is run several times more, in fp32, on in
 rounding, and the worst of its runs is what counts. All of them are held against the one oracle.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -187,3 +188,29 @@ def captured(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     with torch.cuda.graph(graph):
         outputs = step()
     return graph, outputs
+
+
+def module_of(op: str) -> Any:
+    """Returns the module of an op, whose name in the package is its function."""
+    return importlib.import_module(f"fastgpt_kernels.{op}")
+
+
+def transposed(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def sliced(x: Tensor) -> Tensor:
+    return torch.cat([x, x], -1)[..., : x.shape[-1]]
+
+
+def expanded(x: Tensor) -> Tensor:
+    """Returns a tensor with stride zero, as the gradient of a sum has it."""
+    return x[:1, :1].expand(x.shape)
+
+
+def strided(x: Tensor) -> Tensor:
+    return torch.stack([x, x], -1)[..., 0]
+
+
+# Each makes a tensor of the same shape, which has other strides.
+LAYOUTS = [transposed, sliced, expanded, strided]

@@ -40,15 +40,6 @@ def test_meta_tensors_pretend_to_lie_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -
     assert (launch.arch_of(x), launch.multiprocessors(x)) == ("cpu", 2)
 
 
-@pytest.mark.parametrize("op", ["layer_norm", "bias_gelu"])
-def test_fake_tensors_get_fake_results(op: str) -> None:
-    with FakeTensorMode():
-        x, w = torch.randn(3, 5, 8, requires_grad=True), torch.randn(8, requires_grad=True)
-        y = layer_norm(x, w, w) if op == "layer_norm" else bias_gelu(x, w)
-        dx, dw = torch.autograd.grad(y.sum(), (x, w))
-    assert (y.shape, dx.shape, dw.shape) == (x.shape, x.shape, w.shape)
-
-
 @pytest.mark.parametrize("interpreted", [True, False])
 def test_autocast_does_not_change_the_dtype(
     interpreted: bool, monkeypatch: pytest.MonkeyPatch
@@ -58,13 +49,6 @@ def test_autocast_does_not_change_the_dtype(
         for dtype in (torch.float16, torch.float32):
             assert layer_norm(X.to(dtype), torch.ones(8)).dtype is dtype
             assert bias_gelu(X.to(dtype), torch.ones(8)).dtype is dtype
-
-
-def test_second_derivatives_are_refused() -> None:
-    x = X.clone().requires_grad_()
-    (dx,) = torch.autograd.grad(bias_gelu(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fastgpt.errors import UserError
 from fastgpt.model import ops
 from fastgpt.model.ops import Wish
-from fastgpt_kernels import OPS, host, versions
+from fastgpt_kernels import OPS, launch, versions
 from fastgpt_kernels.ops.matmul import record as matmul_records
 from fastgpt_kernels.registry import Sizes, spec, specs
 
@@ -192,7 +192,7 @@ def test_which_versions_are_tested(installed, said):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run for real here")
 def test_untested_versions_run_eager_unless_asked_and_warn_once(monkeypatch, capsys):
-    monkeypatch.setattr(host, "INTERPRETED", True)
+    monkeypatch.setattr(launch, "INTERPRETED", True)
     monkeypatch.setattr(versions, "untested", lambda: "torch 9.9 is not among 2.11 to 2.15")
     ops._warn_of_versions.cache_clear()
     for _ in range(2):
@@ -201,6 +201,6 @@ def test_untested_versions_run_eager_unless_asked_and_warn_once(monkeypatch, cap
         assert chosen["bias_gelu"].reason == "torch 9.9 is not among 2.11 to 2.15"
     assert capsys.readouterr().out.count("warning: torch 9.9 is not among") == 1
     assert choices(ops.Wish("triton"))["bias_gelu"].implementation == "triton"
-    monkeypatch.setattr(host, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     with pytest.raises(UserError, match="no GPU"):
         ops.choose(CPU, wish=ops.Wish("triton"))

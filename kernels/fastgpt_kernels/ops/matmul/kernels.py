@@ -44,9 +44,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastgpt_kernels.bias_gelu import form_of, gelu_and_slope
 from fastgpt_kernels.checks import refuse_interpreted_bf16
 from fastgpt_kernels.launch import Config, arch_of, lookup, multiprocessors, on_device, options
-from fastgpt_kernels.ops.gelu.kernels import form_of, gelu_and_slope
 from fastgpt_kernels.ops.matmul.configs import ALIGNMENT, MATMUL, MATMUL_GELU, MATMUL_REDUCE
 
 ONES = 16  # columns of the product that adds up `column_sums`: the narrowest Triton has

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from fastgpt_kernels.accumulate import adds_product
 from fastgpt_kernels.launch import adds_in_place
-from fastgpt_kernels.ops.gelu.record import eager as eager_bias_gelu
 from fastgpt_kernels.ops.matmul.configs import ALIGNMENT, runs_on
 from fastgpt_kernels.ops.matmul.linear import linear
 from fastgpt_kernels.ops.matmul.mlp import mlp
+from fastgpt_kernels.reference import bias_gelu as eager_bias_gelu
 from fastgpt_kernels.registry import (
     Cost,
     ExampleInputs,

@@ -1,0 +1,289 @@
+"""GELU of x + bias, with the bias's gradient summed while dx is computed (Hendrycks, Gimpel 2016).
+
+    z = x + bias, not rounded                x and y (..., C), bias (C,) or None
+    erf    y = z Phi(z)                      Phi(z) = (1 + erf(z / sqrt 2)) / 2
+    tanh   y = z s,  s = sigmoid(2u)         u = sqrt(2 / pi) (z + 0.044715 z^3)
+    dx = dy * (Phi(z) + z phi(z))   or   dy * (s + z s (1 - s) 2u'),   dbias = sum of dx over rows
+
+All arithmetic is fp32. s is (1 + tanh u) / 2 without its cancellation for negative z. In bf16, tanh
+is the GPU's own approximation. Bytes per element in 16 bits: 4 forward, 6 backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt_kernels import launch, reference
+from fastgpt_kernels.checks import (
+    FLOAT_DTYPES,
+    check_approximate,
+    check_tensor,
+    refuse_interpreted_bf16,
+)
+from fastgpt_kernels.launch import Config, Table, lookup, tl, triton
+from fastgpt_kernels.library import define_op, tensors_only
+from fastgpt_kernels.registry import Cost, ExampleInputs, OpSpec, Random, Sizes, implementations
+
+# --- Launch configs ---------------------------------------------------------------------------
+
+# Key: the width C, though one config serves all. A tile is ROWS x BLOCK_C, or more rows of fewer
+# columns if C is narrower. A forward program computes one tile. A backward program walks a column
+# of them, and PROGRAMS_PER_SM of these fit an SM together. Not timed against others: 16 elements
+# per thread, 8 of a row, are one 128-bit access in 16 bits. 256 columns divide 4C of every GPT-2.
+FORWARD: Table = {"default": {1 << 31: Config({"ROWS": 8, "BLOCK_C": 256}, num_warps=4)}}
+BACKWARD: Table = {
+    "default": {
+        1 << 31: Config({"ROWS": 8, "BLOCK_C": 256, "PROGRAMS_PER_SM": 5}, 4, num_stages=2),
+    },
+}
+# The sum of dbias: 8 KB of partial sums in flight per program, and 128 contiguous bytes of a row.
+SUM = Config({"BLOCK_P": 64, "BLOCK_C": 32}, num_warps=4)
+
+# --- Kernels ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def tanh_approx(u):
+    """tanh in one instruction; its error is at most 2**-10.987 of it (PTX ISA, tanh)."""
+    return tl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def gelu_and_slope(z, FORM: tl.constexpr):
+    """(y, dy/dz) of y = gelu(z), z in fp32, FORM from `form_of`."""
+    if FORM == "tanh.approx":
+        # With t = tanh(u) and s = (1 + t) / 2: dy/dz = s + 2 z u' (s - s t) / 2. The error of t
+        # makes at most 0.00025 |z| in y. In dy/dz it is multiplied by 2 z u' / 2, which grows
+        # without end while s - s t vanishes: cut at 7.5 it makes at most 0.0036.
+        square = z * z
+        minus_t = tanh_approx(z * tl.fma(square, -0.0356774081, -0.7978845608))
+        s = tl.fma(minus_t, -0.5, 0.5)
+        zu = tl.clamp(z * tl.fma(square, 0.1070322243, 0.7978845608), -7.5, 7.5)
+        return z * s, tl.fma(zu, tl.fma(s, minus_t, s), s)
+    elif FORM == "tanh":
+        # t = exp(-|2u|) as a power of two: the constants are 2 sqrt(2/pi) log2(e), and the same
+        # times 0.044715. t is at most 1, so that 1 - s is exact too: t r if s is r.
+        square = z * z
+        t = tl.exp2(-tl.abs(z) * (2.302208198 + 0.102943240 * square))
+        r = 1.0 / (1.0 + t)
+        s = tl.where(z >= 0, r, t * r)
+        # 2u' = 2 sqrt(2/pi) (1 + 3 * 0.044715 z^2)
+        return z * s, s + z * (t * r * r) * (1.595769122 + 0.214064487 * square)
+    else:
+        gate = 0.5 + 0.5 * tl.math.erf(z * 0.7071067811865476)
+        return z * gate, gate + z * 0.3989422804014327 * tl.exp2(z * z * -0.7213475204444817)
+
+
+@triton.jit
+def bias_gelu_fwd_kernel(
+    x_ptr,  # (M, C), rows x_stride apart
+    bias_ptr,  # (C,) or None
+    y_ptr,  # (M, C) contiguous
+    x_stride, M,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, FORM: tl.constexpr,
+):  # fmt: skip
+    column_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    program = tl.program_id(0)
+    rows = program // column_blocks * ROWS + tl.arange(0, ROWS)
+    columns = program % column_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (rows < M)[:, None]
+    if C % BLOCK_C != 0:
+        mask = mask & (columns < C)[None, :]
+    wide = rows.to(tl.int64)[:, None]
+    z = tl.load(x_ptr + wide * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
+    y, _ = gelu_and_slope(z, FORM)  # [ROWS, BLOCK_C]
+    tl.store(y_ptr + wide * C + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def bias_gelu_bwd_kernel(
+    dy_ptr,  # (M, C), rows dy_stride apart
+    x_ptr,  # (M, C), rows x_stride apart
+    bias_ptr,  # (C,) or None
+    dx_ptr,  # (M, C) contiguous
+    partials_ptr,  # (programs of a column, C) fp32, or None without bias
+    dy_stride, x_stride, M,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, FORM: tl.constexpr,
+    STAGES: tl.constexpr,  # above 1: the loop's loads are copied ahead through shared memory
+):  # fmt: skip
+    column_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    program, programs = tl.program_id(0) // column_blocks, tl.num_programs(0) // column_blocks
+    columns = tl.program_id(0) % column_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    column_mask = columns < C
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
+        # One sum per tile element: warps lie along the rows, and meet once, after the loop.
+        total = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    for start in tl.range(program * ROWS, M, programs * ROWS, num_stages=STAGES):
+        rows = start + tl.arange(0, ROWS)
+        mask = (rows < M)[:, None]
+        if C % BLOCK_C != 0:
+            mask = mask & column_mask[None, :]
+        wide = rows.to(tl.int64)[:, None]
+        z = tl.load(x_ptr + wide * x_stride + columns[None, :], mask=mask, other=0.0)
+        dy = tl.load(dy_ptr + wide * dy_stride + columns[None, :], mask=mask, other=0.0)
+        z = z.to(tl.float32)  # [ROWS, BLOCK_C]
+        if bias_ptr is not None:
+            z += bias[None, :]
+        _, slope = gelu_and_slope(z, FORM)
+        dx = dy.to(tl.float32) * slope
+        tl.store(dx_ptr + wide * C + columns[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if bias_ptr is not None:
+            total += dx
+    if bias_ptr is not None:
+        dbias = tl.sum(total, axis=0)
+        tl.store(partials_ptr + program * C + columns, dbias, mask=column_mask)
+
+
+@triton.jit
+def bias_gelu_sum_kernel(
+    partials_ptr,  # (P, C) fp32
+    out_ptr,  # (C,)
+    P, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for start in range(0, P, BLOCK_P):
+        rows = start + tl.arange(0, BLOCK_P)
+        mask = (rows < P)[:, None] & (columns < C)[None, :]
+        total += tl.load(partials_ptr + rows[:, None] * C + columns[None, :], mask=mask, other=0.0)
+    result = tl.sum(total, axis=0)
+    tl.store(out_ptr + columns, result.to(out_ptr.dtype.element_ty), mask=columns < C)
+
+
+# --- Launchers --------------------------------------------------------------------------------
+
+
+def form_of(tanh: bool, x: Tensor) -> str:
+    """Returns how a kernel computes gelu of x: "erf", "tanh" or "tanh.approx".
+
+    The last has half the instructions, and an error that the rounding to bf16 hides.
+    """
+    if tanh and x.dtype == torch.bfloat16 and launch.arch_of(x).startswith("sm_"):
+        return "tanh.approx"
+    return "tanh" if tanh else "erf"
+
+
+def _tile(config: Config, C: int) -> tuple[int, int]:
+    """Returns (ROWS, BLOCK_C), with as many elements in fewer columns for a narrow C."""
+    rows, columns = config.blocks["ROWS"], config.blocks["BLOCK_C"]
+    narrow = min(columns, triton.next_power_of_2(C))
+    return rows * columns // narrow, narrow
+
+
+def _forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+    """Launches the forward kernel; returns y."""
+    refuse_interpreted_bf16("bias_gelu", x, bias)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    rows = launch.row_view(x)
+    M, C = rows.shape
+    config = lookup(FORWARD, launch.arch_of(x), C)
+    ROWS, BLOCK_C = _tile(config, C)
+    with launch.on_device(x):
+        bias_gelu_fwd_kernel[(triton.cdiv(M, ROWS) * triton.cdiv(C, BLOCK_C),)](
+            rows, launch.contiguous(bias), y, rows.stride(0), M,
+            C, ROWS, BLOCK_C, form_of(tanh, x), **config.options,
+        )  # fmt: skip
+    return y
+
+
+def _backward(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
+    """Launches the backward kernels; returns (dx, dbias), dbias empty without a bias."""
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if dx.numel() == 0:
+        return tensors_only(dx, None if bias is None else torch.zeros_like(bias))
+    rows, dy_rows = launch.row_view(x), launch.row_view(dy)
+    M, C = rows.shape
+    config = lookup(BACKWARD, launch.arch_of(x), C)
+    ROWS, BLOCK_C = _tile(config, C)
+    column_blocks = triton.cdiv(C, BLOCK_C)
+    wanted = launch.multiprocessors(x) * config.blocks["PROGRAMS_PER_SM"] // column_blocks
+    programs = max(1, min(triton.cdiv(M, ROWS), wanted))
+    partials = dbias = None
+    if bias is not None:
+        partials = torch.empty((programs, C), dtype=torch.float32, device=x.device)
+        dbias = torch.empty(C, dtype=bias.dtype, device=x.device)
+    with launch.on_device(x):
+        bias_gelu_bwd_kernel[(programs * column_blocks,)](
+            dy_rows, rows, launch.contiguous(bias), dx, partials,
+            dy_rows.stride(0), rows.stride(0), M, C, ROWS, BLOCK_C, form_of(tanh, x),
+            config.num_stages, **config.options,
+        )  # fmt: skip
+        if dbias is not None:
+            grid = (triton.cdiv(C, SUM.blocks["BLOCK_C"]),)
+            bias_gelu_sum_kernel[grid](partials, dbias, programs, C, **SUM.kwargs())
+    return tensors_only(dx, dbias)
+
+
+# --- Registration -----------------------------------------------------------------------------
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, bias, ctx.tanh = inputs
+    ctx.save_for_backward(x, bias)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, bias = ctx.saved_tensors
+    dx, dbias = _backward_op(dy, x, bias, ctx.tanh)
+    return dx, None if bias is None else dbias, None
+
+
+_backward_op = define_op(
+    "bias_gelu_backward", _backward,
+    lambda dy, x, bias, tanh: tensors_only(
+        x.new_empty(x.shape), None if bias is None else bias.new_empty(bias.shape)
+    ),
+)  # fmt: skip
+_op = define_op(
+    "bias_gelu", _forward, lambda x, bias, tanh: x.new_empty(x.shape),
+    setup_context=_setup_context, backward=_gradients,
+)  # fmt: skip
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Tensor:
+    """Returns gelu(x + bias): x (..., C) in bf16, fp16 or fp32, bias (C,) in any of them or None.
+
+    approximate is "tanh" (GPT-2's) or "none" (by erf, and may be called so), as in
+    `torch.nn.functional.gelu`. The result has x's shape and dtype, contiguous; the bias's gradient
+    has the bias's dtype. Leave the bias out of the linear layer before:
+    `bias_gelu(F.linear(x, weight), bias)`.
+    Raises TypeError or ValueError for arguments that do not fit.
+    """
+    check_tensor("bias_gelu", "x", x, dtypes=FLOAT_DTYPES)
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"bias_gelu: x must have shape (..., C) with C >= 1, got {tuple(x.shape)}")
+    C = x.shape[-1:]
+    check_tensor("bias_gelu", "bias", bias, shape=C, dtypes=FLOAT_DTYPES, like=x, optional=True)
+    approximate = check_approximate("bias_gelu", approximate)
+    if not launch.use_kernel(x):
+        return reference.bias_gelu(x, bias, approximate)
+    return _op(x, bias, approximate == "tanh")
+
+
+def _example_inputs(s: Sizes, random: Random) -> list[ExampleInputs]:
+    inputs = [random(s.tokens, 4 * s.n_embd), random(4 * s.n_embd) if s.bias else None]
+    return [ExampleInputs(inputs, {"approximate": s.approximate}, fp32_inputs=(1,))]
+
+
+def _cost(s: Sizes, itemsize: int) -> dict[str, Cost]:
+    moved = 4.0 * s.tokens * s.n_embd * itemsize
+    return {"forward": Cost(0, 2 * moved), "backward": Cost(0, 3 * moved)}
+
+
+SPECS = {
+    "bias_gelu": OpSpec(
+        "bias_gelu", implementations(reference.bias_gelu, bias_gelu), _example_inputs, _cost,
+        kernels=tuple(f"bias_gelu_{part}_kernel" for part in ("fwd", "bwd", "sum")),
+        category="memory", label="GELU", calls_per_step=12,
+    )
+}  # fmt: skip
