@@ -1,4 +1,4 @@
-"""CUDA graph of a micro-step, or of the whole step, replayed by a single launch.
+"""CUDA graph of a micro-step, replayed by a single launch.
 
 It helps a small model, whose kernels take less time than Python needs to launch them. Gradients
 keep their addresses (they are zeroed, never freed), tokens are copied into one buffer, and dropout

@@ -178,11 +178,11 @@ class Loop:
         return tokens.to(self.trainer.device)
 
     def _capture(self) -> None:
-        """Captures the step, or the micro-step, as one CUDA graph if that pays."""
+        """Captures the micro-step as a CUDA graph if that pays."""
         step, trainer = self.progress.step, self.trainer
         wanted, graphed, why = trainer.capture_if_it_pays(step, self._micro_batch)
         if graphed:
-            self.metrics.say(f"each {trainer.graphed} is one CUDA graph ({why})")
+            self.metrics.say(f"each micro-batch is one CUDA graph ({why})")
         elif wanted:
             self.metrics.say(f"no CUDA graph: {why}")
 

@@ -70,22 +70,9 @@ def matrices_of_blocks(model: GPT) -> dict[Tensor, int]:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate of all groups, rounded to fp32 as a CUDA graph reads it."""
-    lr = torch.tensor(lr).item()
+    """Sets the learning rate of all groups, rounded to fp32."""
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
-
-
-def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Keeps AdamW's learning rate on the device, so that a CUDA graph can hold its step."""
-    for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(float(group["lr"]), device=device)
-        group["capturable"] = True
-    # PyTorch would warn of the steps before the capture, which warm the graph up.
-    optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]
+        group["lr"] = torch.tensor(lr).item()
 
 
 @torch.no_grad()

@@ -102,8 +102,7 @@ class Trainer:
         if machine.compile and self._guard_on_device:
             self._clip_and_check = torch.compile(clip_and_check_finite, fullgraph=True)
         self._one = torch.ones((), device=self.device)
-        self._graph: StepGraph | None = None  # of a micro-step
-        self._whole_graph: StepGraph | None = None  # of a step, the update included
+        self._graph: StepGraph | None = None
 
     @property
     def resolved(self) -> Config:
@@ -115,10 +114,6 @@ class Trainer:
         """Runs one update on a batch (rows, T + 1). Returns loss and norm, on the device."""
         optim.set_learning_rate(self.optimizer, optim.learning_rate(step, self.config.optim))
         self._last_step = step
-        if self._whole_graph is not None:
-            self._seed(step)
-            loss, grad_norm = self._whole_graph(tokens).unbind()
-            return loss, grad_norm
         # The loss is averaged over the ranks in every step, so that all skip the same updates: an
         # infinite loss may have finite gradients, and loss scaling expects infinite ones.
         loss = self.ranks.mean(self._backward(step, tokens))
@@ -221,78 +216,53 @@ class Trainer:
         self.machine.synchronize()
 
     def capture_if_it_pays(
-        self, step: int, micro_batch: Callable[[], Tensor], update: bool = True
+        self, step: int, micro_batch: Callable[[], Tensor]
     ) -> tuple[bool, bool, str]:
-        """Returns whether steps should run as CUDA graphs, whether they now do, and why.
+        """Returns whether micro-steps should run as a CUDA graph, whether they now do, and why.
 
-        Steps go on without a graph if it cannot be captured. update=False leaves the update out.
-        Raises UserError if --cuda_graph=True asked for a graph.
+        They go on without one if it cannot be captured. Raises UserError if --cuda_graph=True asked
+        for it.
         """
         system, tokens, n = self.config.system, micro_batch(), self.accumulation
         yes, reason = cuda_graph.wanted(system, self.machine, lambda: self.micro_step(tokens, n))
         self._zero_grad()
         if not yes:
             return False, False, reason
-        failed: str | None = None
-        # Muon's step takes its learning rate from the host; all of AdamW's is on the device.
-        if update and n == 1 and not isinstance(self.optimizer, Muon):
-            failed = self._try_capture(step, tokens, whole=True)
-            if failed is None:
-                return True, True, reason
-            reason = f"{reason}; not of the whole step: {failed}"
-        failed = self._try_capture(step, tokens, whole=False)
-        if failed and system.cuda_graph is True:
-            raise UserError(f"--cuda_graph=True: {failed}; leave the flag out")
-        return True, failed is None, failed or reason
-
-    def _try_capture(self, step: int, tokens: Tensor, whole: bool) -> str | None:
-        """Captures. Returns the first line of an error, or None."""
         try:
-            self.capture(step, tokens, whole)
-            return None
+            self.capture(step, tokens)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as e:
-            return (str(e).strip().splitlines() or [type(e).__name__])[0]
+            failed = (str(e).strip().splitlines() or [type(e).__name__])[0]
+            if system.cuda_graph is True:
+                raise UserError(f"--cuda_graph=True: {failed}; leave the flag out") from e
+            return True, False, failed
+        return True, True, reason
 
-    def capture(self, step: int, micro_batch: Tensor, whole: bool = False) -> None:
+    def capture(self, step: int, micro_batch: Tensor) -> None:
         """Runs micro-batches of this shape as one CUDA graph from now on; changes no weight.
 
-        With `whole` the graph is the step of a single micro-batch, update included. Its loss and
-        gradient norm are compared with those of a plain micro-step. Raises RuntimeError if they
-        differ, or if something cannot be captured; then steps go on without a graph.
+        The graph's loss and gradient norm are compared with those of a plain micro-step. Raises
+        RuntimeError if they differ, or if something cannot be captured; then steps go on without.
         """
         n, seed = self.accumulation, dropout_seed(self.config.run.seed, step)
 
         def plain(tokens: Tensor) -> Tensor:
             return self.micro_step(tokens, n)
 
-        def whole_step(tokens: Tensor) -> Tensor:
-            loss = self.micro_step(tokens, 1)
-            return torch.stack([loss, self._update(loss)])
-
         def loss_and_norm(run: Callable[[Tensor], Tensor]) -> list[float]:
             self._zero_grad()
             torch.manual_seed(seed)
-            result = run(micro_batch)
-            if not result.ndim:
-                grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-                result = torch.stack([result, torch.nn.utils.get_total_norm(grads)])
-            return result.tolist()
+            loss = run(micro_batch)
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            return torch.stack([loss, torch.nn.utils.get_total_norm(grads)]).tolist()
 
         try:
             wanted = loss_and_norm(plain)
             self._zero_grad()
             self._static_grads = True
-            if whole:
-                optim.make_capturable(self.optimizer, self.device)
-                self._bad.fill_(1.0)  # skips the updates
-            captured = StepGraph(whole_step if whole else plain, micro_batch)
-            if whole:
-                self._whole_graph = captured
-            else:
-                self._graph = captured
-            for a, b in zip(wanted, loss_and_norm(captured), strict=True):
+            self._graph = StepGraph(plain, micro_batch)
+            for a, b in zip(wanted, loss_and_norm(self._graph), strict=True):
                 if not abs(b - a) <= 0.02 * abs(a):
                     raise RuntimeError(f"the graph gives {b:.6g}, the plain step {a:.6g}")
         except RuntimeError:
@@ -300,19 +270,9 @@ class Trainer:
             raise
         finally:
             self._zero_grad()
-            self._bad.zero_()
-            self._bad_steps.zero_()
-
-    @property
-    def graphed(self) -> str:
-        """The part that is one CUDA graph: "step", "micro-batch", or "" for none."""
-        if self._whole_graph is not None:
-            return "step"
-        return "" if self._graph is None else "micro-batch"
 
     def _drop_graph(self) -> None:
-        self._graph = self._whole_graph = None
-        self._static_grads = self._sums
+        self._graph, self._static_grads = None, self._sums
 
     # --- checkpoints and diagnosis ---------------------------------------------------------------
 

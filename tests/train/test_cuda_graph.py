@@ -76,9 +76,9 @@ def test_asked_for_and_not_to_be_had():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("whole", [False, True])
-def test_graphed_steps_are_the_plain_ones(compile, dropout, whole):
-    losses, n = [], 1 if whole else 2
+@pytest.mark.parametrize("n", [1, 2])
+def test_graphed_steps_are_the_plain_ones(compile, dropout, n):
+    losses = []
     for graphed in (False, True):
         config = replace(SMALL, batch_size=16 // n, gradient_accumulation_steps=n, dropout=dropout)
         machine = Machine(CUDA, "bfloat16", compile)
@@ -89,8 +89,7 @@ def test_graphed_steps_are_the_plain_ones(compile, dropout, whole):
         t.warm_up(0, batches[0][: 16 // n])
         if graphed:
             before = [p.detach().clone() for p in model.parameters()]
-            t.capture(0, batches[0][: 16 // n], whole)
-            assert t.graphed == ("step" if whole else "micro-batch")
+            t.capture(0, batches[0][: 16 // n])
             assert all(map(torch.equal, before, model.parameters())), "capturing changed a weight"
         losses.append([t.step(s, batches[s])[0].item() for s in range(10)])
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-3, atol=0)
@@ -98,7 +97,7 @@ def test_graphed_steps_are_the_plain_ones(compile, dropout, whole):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("graphed", ["", "micro-batch", "step"])
+@pytest.mark.parametrize("graphed", [False, True])
 def test_a_step_never_waits_for_the_device(graphed):
     config = replace(SMALL, batch_size=4, dropout=0.1)
     machine = Machine(CUDA, "bfloat16", compile=True)
@@ -106,7 +105,7 @@ def test_a_step_never_waits_for_the_device(graphed):
     tokens = torch.randint(97, (4, 65), device=CUDA)
     t.warm_up(0, tokens)
     if graphed:
-        t.capture(0, tokens, whole=graphed == "step")
+        t.capture(0, tokens)
     t.step(0, tokens)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -139,25 +138,3 @@ def test_deterministic_runs_are_equal_to_the_bit(graphed, monkeypatch):
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(map(torch.equal, *weights))
-
-
-def test_a_capture_that_fails(monkeypatch):
-    """Steps go on without a graph, unless it was asked for; out of memory is said."""
-    config = replace(SMALL, device="cpu", compile=False)
-    trainer = Trainer(build(config, 65, Machine(torch.device("cpu"))), config, Machine.of("cpu"))
-    monkeypatch.setattr(cuda_graph, "wanted", lambda *_: (True, "launches"))
-
-    def fails(error: Exception):
-        def capture(step, micro_batch, whole):
-            raise error
-
-        monkeypatch.setattr(trainer, "capture", capture)
-
-    fails(RuntimeError("no stream\nsecond line"))
-    assert trainer.capture_if_it_pays(0, lambda: None) == (True, False, "no stream")
-    trainer.config = replace(config, cuda_graph=True)
-    with pytest.raises(UserError, match="--cuda_graph=True: no stream; leave the flag out"):
-        trainer.capture_if_it_pays(0, lambda: None)
-    fails(torch.OutOfMemoryError("full"))
-    with pytest.raises(torch.OutOfMemoryError):
-        trainer.capture_if_it_pays(0, lambda: None)

@@ -256,63 +256,6 @@ class Graph:
         return self.micro_step(micro_batch) * self.factor
 
 
-class Warmed(Graph):
-    """Runs what a real one runs before and while it captures."""
-
-    factor = 1.0
-
-    def __init__(self, micro_step, micro_batch):
-        super().__init__(micro_step, micro_batch)
-        for _ in range(4):
-            micro_step(micro_batch)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_the_whole_step_as_a_graph(dropout, monkeypatch):
-    """It begins, is trained and goes wrong as the plain one; capturing it changes nothing."""
-    monkeypatch.setattr(trainer_module, "StepGraph", Warmed)
-    graphed, plain = (trainer(dropout=dropout) for _ in range(2))
-    for t in (graphed, plain):
-        t._guard_on_device = True
-    before = weights(graphed)
-    graphed.capture(0, tokens(), whole=True)
-    assert graphed.graphed == "step" and plain.graphed == ""
-    assert all(torch.equal(p, q) for p, q in zip(before, weights(graphed), strict=True))
-    for step in range(3):
-        a, b = (t.step(step, tokens(step)) for t in (graphed, plain))
-        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-    assert all(torch.equal(p, q) for p, q in zip(weights(plain), weights(graphed), strict=True))
-    states = (optim.state_tensors(t.optimizer, t.model) for t in (graphed, plain))
-    for (name, x), (_, y) in zip(*(s.items() for s in states), strict=True):
-        assert torch.equal(x, y), name
-    for t in (graphed, plain):
-        with torch.no_grad():
-            t.model.transformer.wpe.weight[0, 0] = math.nan
-        t.step(3, tokens(3))
-        with pytest.raises(NonFinite, match="step 3"):
-            t.check()
-    assert graphed.diagnose(3, tokens(3))["loss"] == "nan" and graphed.graphed == ""
-
-
-def test_what_cannot_be_captured_whole_may_be_in_part(monkeypatch):
-    def fail(step, micro_batch, whole):
-        tried.append(whole)
-        if whole or len(tried) > 2:
-            raise RuntimeError("a sync\nmore")
-
-    tried: list[bool] = []
-    t = trainer()
-    monkeypatch.setattr(cuda_graph, "wanted", lambda *_: (True, "why"))
-    monkeypatch.setattr(t, "capture", fail)
-    yes = (True, True, "why; not of the whole step: a sync")
-    assert t.capture_if_it_pays(0, tokens) == yes and tried == [True, False]
-    assert t.capture_if_it_pays(0, tokens, update=False) == (True, False, "a sync")
-    several = trainer(2)
-    monkeypatch.setattr(several, "capture", fail)
-    assert several.capture_if_it_pays(0, tokens) == (True, False, "a sync")
-    assert tried == [True, False, False, False]
-
-
 @pytest.mark.parametrize("factor", [1.0, 1.019, 1.021, 0.979, math.nan])
 def test_a_graph_is_held_against_a_plain_step(factor, monkeypatch):
     monkeypatch.setattr(trainer_module, "StepGraph", Graph)
@@ -331,12 +274,12 @@ def test_a_graph_is_held_against_a_plain_step(factor, monkeypatch):
 
 def test_steps_go_on_without_a_graph_unless_it_was_asked_for(monkeypatch):
     t = trainer()
-    monkeypatch.setattr(t, "capture", lambda step, micro_batch, whole: None)
+    monkeypatch.setattr(t, "capture", lambda step, micro_batch: None)
     for wanted in (True, False):
         monkeypatch.setattr(cuda_graph, "wanted", lambda *_, w=wanted: (w, "why"))
         assert t.capture_if_it_pays(0, tokens) == (wanted, wanted, "why")
 
-    def fail(step, micro_batch, whole):
+    def fail(step, micro_batch):
         raise error
 
     monkeypatch.setattr(cuda_graph, "wanted", lambda *_: (True, "why"))
