@@ -1,7 +1,7 @@
 """Which versions of PyTorch and Triton are supported.
 
-The tests run with those of constraints.txt; with both ends of Triton the kernels are compiled and
-judged (`make gate GATE_ARGS="--triton DIR DIR"`). The ends of PyTorch follow from its own notes.
+The tests run with those of constraints.txt; with both ends of Triton the kernels are compiled too
+(`make gate GATE_ARGS="--triton DIR"`). The ends of PyTorch follow from its own notes.
 """
 
 from __future__ import annotations

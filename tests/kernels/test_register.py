@@ -1,7 +1,5 @@
 """What registering an op takes care of besides the op."""
 
-import copyreg
-
 import pytest
 import torch
 
@@ -34,11 +32,3 @@ def test_new_inductors_are_left_alone(version, monkeypatch):
 
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
     assert register._curbed(shapes) is shapes
-
-
-def test_tools_leave_the_copying_of_kernels_alone():
-    """Inductor copies its own, which have no module any more; ours go to processes by name."""
-    jit = pytest.importorskip("triton.runtime.jit")
-    from fastgpt_kernels.tools import launches  # noqa: F401
-
-    assert jit.JITFunction not in copyreg.dispatch_table

@@ -4,5 +4,4 @@ op.py        the public function, declared as a PyTorch op through `fastgpt_kern
 kernels.py   the Triton kernels and their launchers
 configs.py   launch configs by architecture and size
 record.py    what the op tells the rest of the program, see `fastgpt_kernels.record`
-specs.py     what the tools compile ahead of time and tune, see `fastgpt_kernels.specs`
 """

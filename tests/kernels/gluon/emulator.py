@@ -25,7 +25,7 @@ What it takes as given: Gluon's documentation, and the PTX ISA's memory model an
 mbarriers, bulk copies and wgmma. What it does not model:
 
 - warps within a partition: that all have passed a point when one thread arrives at an mbarrier or
-  starts a copy is the compiler's business, and `fastgpt_kernels.tools.ptx` reads whether it is so;
+  starts a copy is the compiler's business;
 - layouts and registers, and so whether it compiles, spills, or how fast it is;
 - global memory between CTAs, which run one after the other; a kernel whose CTAs wait for each other
   hangs here;

@@ -1,12 +1,6 @@
 """Attention for Hopper: proved in the emulator, refused where it is not known to work, counted."""
 
 import importlib
-import json
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +11,6 @@ from fastgpt_kernels import reference
 from fastgpt_kernels.ops.attention.hopper import backward, compat, forward, op
 from fastgpt_kernels.ops.attention.hopper.host import blocks, in_place
 from fastgpt_kernels.registry import Sizes, spec
-from fastgpt_kernels.tools import ptx
 from tests.kernels.attention_cases import check_attention, random_qkv
 from tests.kernels.gluon import cases
 from tests.kernels.gluon.cases import Problem, run_backward, run_forward
@@ -26,8 +19,6 @@ from tests.kernels.helpers import registered
 
 SEEDS = 10
 CPU = torch.device("cpu")
-TRITONS = os.environ.get("FASTGPT_TRITONS", "").split()
-GATE = Path(op.__file__).parents[1] / "gate.json"
 
 
 def name(p: Problem) -> str:
@@ -191,30 +182,6 @@ def forward_names() -> tuple[Any, Any]:
     return backward.reduce_add, forward.steps_a_loop
 
 
-COMPILE = """
-from fastgpt_kernels.tools import aot
-from fastgpt_kernels.tools.launches import record_all
-if __name__ == "__main__":
-    found = record_all("sm_90", ["fastgpt_kernels.ops.attention.specs"])[0]
-    some = [x for x in found if x.title.startswith("attention_hopper_") and "CAUSAL" in x.title]
-    for verdict in map(aot.inspect, some[:2]):
-        print(verdict.name, verdict.problem or "sound")
-"""
-
-
-@pytest.mark.skipif(not TRITONS, reason="FASTGPT_TRITONS names no folders with other Tritons")
-@pytest.mark.parametrize("folder", TRITONS)
-def test_other_tritons_compile_them(folder: str, tmp_path: Path) -> None:
-    script = tmp_path / "compile_some.py"
-    script.write_text(COMPILE)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([folder, *filter(None, sys.path)])
-    done = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.stdout.count(" sound\n") == 2, done.stdout + done.stderr
-
-
 # --- tensors as TMA addresses them ---------------------------------------------------------------
 
 
@@ -237,56 +204,3 @@ def test_strided_inputs_and_gradients(as_on_hopper: None) -> None:
         y = op.hopper_attention(x, 1)
         found.append((y, *torch.autograd.grad(y.sum(), x)))  # a gradient with strides of zero
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-# --- machine code --------------------------------------------------------------------------------
-
-
-def test_the_gates_counts() -> None:
-    """Instructions a warp issues while the tensor cores work: 450 in 1,024, 600 in 2,560 clocks."""
-    entries = {
-        n: e for n, e in json.loads(GATE.read_text())["3.7.1"]["sm_90"].items() if "clocks" in e
-    }
-    kinds = {
-        kind: [e for n, e in entries.items() if kind in n] for kind in ("forward", "backward:")
-    }
-    assert [len(found) for found in kinds.values()] == [5, 5]
-    for e in kinds["forward"]:
-        assert e["instructions"] <= 450 * e["clocks"] / 1024
-        assert e["H100"][0] * 330 < e["H100"][0] * rate(e["H100"])
-    for e in kinds["backward:"]:
-        assert e["instructions"] <= 600 * e["clocks"] / 2560
-        assert rate(e["H100"]) >= 230
-
-
-def rate(bound: list[Any]) -> float:
-    """TFLOP/s of the gate's bound."""
-    return float(re.fullmatch(r"([\d.]+) TFLOP/s", bound[3])[1])  # type: ignore[index]
-
-
-READY = """
-    st.shared.b32 [%r1], %r2;
-    fence.proxy.async.shared::cta;
-    bar.sync 0, 128;
-    cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%rd1, {%r1, %r2, %r3}], [%r4];
-    cp.async.bulk.wait_group.read 0;
-    bar.sync 0, 128;
-    st.shared.b32 [%r1], %r2;
-    wgmma.wait_group.sync.aligned 0;
-    bar.sync 0, 128;
-    @%p1 mbarrier.arrive.shared::cta.b64 _, [%r5];
-"""
-
-
-def test_ptx_is_read() -> None:
-    assert ptx.problems(READY) == []
-    lines = READY.splitlines(keepends=True)
-
-    def left_out(*numbers: int) -> list[str]:
-        found = ptx.problems("".join(x for i, x in enumerate(lines) if i not in numbers))
-        return [re.sub(r"^PTX line \d+: ", "", problem) for problem in found]
-
-    assert left_out(2) == left_out(3) == ["a copy starts before all warps have fenced"]
-    assert left_out(6) == ["memory is touched before all warps have seen their copies leave it"]
-    assert left_out(9) == left_out(7, 9) == ["one thread arrives before all warps are there"]
-    assert left_out(7, 8, 9) == []  # the barrier of the copies counts

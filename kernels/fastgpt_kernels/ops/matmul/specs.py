@@ -1,3 +1,0 @@
-"""The matrix products for the tools."""
-
-from __future__ import annotations
