@@ -43,9 +43,9 @@ def test_batches_in_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backward, "together", lambda *sizes: 2)
     assert run_backward(Problem(70, batch=3, n_head=1), 0) == ""
     monkeypatch.undo()
-    assert backward.raise_on_all_ranks(12, 1024, 64, 132) == 11  # 132 heads of 256 KB: 34 MB
-    assert backward.raise_on_all_ranks(12, 1024, 128, 132) == 6
-    assert backward.raise_on_all_ranks(64, 8192, 128, 132) == 1
+    assert backward.together(12, 1024, 64, 132) == 11  # 132 heads of 256 KB: 34 MB
+    assert backward.together(12, 1024, 128, 132) == 6
+    assert backward.together(64, 8192, 128, 132) == 1
 
 
 # --- as an implementation of the op --------------------------------------------------------------

@@ -317,7 +317,7 @@ def attention_hopper_backward_kernel(
     )  # fmt: skip
 
 
-def raise_on_all_ranks(n_head: int, T: int, head_dim: int, sm_count: int) -> int:
+def together(n_head: int, T: int, head_dim: int, sm_count: int) -> int:
     """Of how many batch entries dq's sum is in memory at a time, one at least.
 
     As many as fit the L2 cache, but no more than give an SM eight programs.
@@ -340,7 +340,7 @@ def launch_backward(
     config = config or lookup(BACKWARD, "sm_90", head_dim)
     row_tiles = triton.cdiv(T, TILE.value)
     padded = row_tiles * TILE.value
-    step = min(batch, raise_on_all_ranks(n_head, T, head_dim, multiprocessors(qkv)))
+    step = min(batch, together(n_head, T, head_dim, multiprocessors(qkv)))
     stats = torch.empty((2 * step * n_head, padded), dtype=torch.float32, device=qkv.device)
     dq_sum = torch.empty((step * n_head, T, head_dim), dtype=torch.float32, device=qkv.device)
     rows = config.blocks["ROWS"]
