@@ -23,8 +23,8 @@ from bench import provenance, results, roof, setup
 from bench.cases import CASES, Case, complete
 from bench.rivals import Provider
 from bench.stats import MIN_ROUNDS, Ratio, ratio_of_medians
+from bench.timing import interleaved
 from fastgpt.model.device import synchronize
-from fastgpt_kernels.tools.timing import interleaved
 
 OURS = "fastgpt"
 WIDTHS, VOCABULARIES = (1024, 1280, 1600, 4096), (8192, 32768, 128256)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from bench.timing import interleaved
 from fastgpt.model.device import measured_peak
-from fastgpt_kernels.tools.timing import interleaved
 
 
 def measure(device: torch.device) -> dict[str, float]:

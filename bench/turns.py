@@ -33,11 +33,11 @@ import torch
 import fastgpt
 from bench import setup
 from bench.variants import Stepper, Variant, build
+from bench.workers import TaskFailed, Worker
 from fastgpt.config import settings
 from fastgpt.config.schema import Config
 from fastgpt.data.prepare import cores
 from fastgpt.model.device import synchronize
-from fastgpt_kernels.tools.workers import TaskFailed, Worker
 
 POOL = 8  # batches that the steps rotate through
 CHECK_STEPS = 8

@@ -1,6 +1,6 @@
 """A process that answers one task after another and is killed when one takes too long.
 
-Compilers hang and GPUs fault; the tools (aot, bench) must outlive both and name the culprit. It
+Compilers hang and GPUs fault; a benchmark must outlive both and name the culprit. It
 ends with its owner, however that ended: nothing goes on computing that nobody waits for.
 """
 

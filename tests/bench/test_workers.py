@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from fastgpt_kernels.tools.workers import TaskFailed, Worker
+from bench.workers import TaskFailed, Worker
 
 OWNER = """
-from tests.kernels.test_workers import answer
-from fastgpt_kernels.tools.workers import Worker
+from tests.bench.test_workers import answer
+from bench.workers import Worker
 worker = Worker(answer, "pid")
 print(worker.ask(0.0, timeout=60), flush=True)
 worker.ask(600.0, timeout=600)
