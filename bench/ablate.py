@@ -1,9 +1,8 @@
 """python -m bench ablate [PRESET]: what each kernel is worth in the whole training step.
 
 The fast path, then the fast path with one op at a time switched to eager; the ratio says how much
-longer the step takes without that kernel. Matrix products, which the fast path
-leaves to a library, are switched the other way, to Triton, and attention also to its kernels for
-Hopper, which it does not take by itself. Flags of `fastgpt train` work here too.
+longer the step takes without that kernel. Attention is also switched to its kernels for Hopper,
+which the fast path does not take by itself. Flags of `fastgpt train` work here too.
 """
 
 from __future__ import annotations
@@ -34,9 +33,7 @@ def contenders(arch: str = "") -> list[Variant]:
         for further in op.implementations
         if further == "hopper" and runs(op, further)
     ]
-    left = [op.name for op in ops if op.library and arch not in op.measured_faster]
-    switched += [(name, "triton") for name in left]
-    switched += [(op.name, "eager") for op in ops if op.name not in left]
+    switched += [(op.name, "eager") for op in ops]
     return [Variant("kernels+compile", FAST, graph=True)] + [
         Variant(f"{op} {kind}", FAST | {f"op.{op}": kind}, graph=True) for op, kind in switched
     ]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import rivals, setup
+from bench import rivals
 from bench.rivals import Provider, Tensors
 from fastgpt_kernels.registry import Sizes, normal, spec, specs
 
@@ -108,14 +108,8 @@ class Case:
 def complete(case: Case, without: str = "") -> Case:
     """The case with all who compute it here: fastgpt, eager PyTorch and the op's rivals, of which
     one can be left out."""
-    op, arch = spec(case.op), setup.arch(case.device)
-    obstacle = (
-        op.unsupported_reason("triton", arch, torch.bfloat16, Sizes()) if arch else "needs a GPU"
-    )
-    if obstacle and op.library:
-        case.skipped["fastgpt"] = obstacle
-    else:
-        case.providers.append(Provider("fastgpt", case.bound(op.triton)))
+    op = spec(case.op)
+    case.providers.append(Provider("fastgpt", case.bound(op.triton)))
     case.providers.append(Provider("eager", case.bound()))
     rivals.add(case)
     if without:
@@ -206,25 +200,8 @@ def loss_alone(op: str, device: torch.device, size: int = 0) -> Case:
     return replace(case, size=f"{M} x {V}", eager=F.cross_entropy, kept=few, owned=True)
 
 
-def linear(device: torch.device, name: str, M: int, K: int, N: int) -> Case:
-    """y (M, N) = x (M, K) @ weight (N, K).T; of large ones the truth has the first rows."""
-    x, weight, dy = random(device, (M, K), (N, K), (M, N))
-    inputs, flops = [x, weight / K**0.5], 2.0 * M * K * N
-    work = {"forward": flops, "backward": 2 * flops}
-    kept = None if M * N <= 1 << 22 else range(512)
-    return Case(
-        "linear", f"{M} x {K} -> {N}", inputs, [dy], work, shared=1, kept=kept, name=name
-    )  # fmt: skip
-
-
-def mlp(device: torch.device, M: int, C: int) -> Case:
-    """The MLP (M, C) -> (M, C), GELU and biases included, all gradients."""
-    label = f"{M} x {C} -> {4 * C} -> {C}"
-    return of("mlp", Sizes(1, M, 1, C), device, label, random(device, (M, C)))
-
-
 CASES: dict[str, Callable[..., Case]] = {
-    **{op.name: partial(plain, op.name) for op in specs("model") if not op.library},
+    **{op.name: partial(plain, op.name) for op in specs("model")},
     "cross_entropy": partial(loss_alone, "cross_entropy"),
     "linear_cross_entropy": partial(loss, "linear_cross_entropy"),
 } | {"attention": attention}

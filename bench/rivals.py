@@ -225,7 +225,6 @@ def cut_cross_entropy(case: Case) -> Callable[..., Any]:
 
 
 FA3, FA4 = "flash_attn_interface.flash_attn_func", "flash_attn.cute.flash_attn_func"
-AUTOTUNE, EAGER_MLP = "max-autotune", spec("mlp").eager
 TORCH_COMPILE = Rival("torch.compile", compiled)
 RIVALS: dict[str, list[Rival]] = {
     "attention": [
@@ -245,14 +244,6 @@ RIVALS: dict[str, list[Rival]] = {
         TORCH_COMPILE,
         Rival("liger-kernel", liger_linear_cross_entropy, "liger_kernel"),
         Rival("cut-cross-entropy", cut_cross_entropy, "cut_cross_entropy"),
-    ],
-    "linear": [
-        Rival("cuBLASLt", lambda case: lambda x, w: _OnLibrary.apply(x, w, "cublaslt")),
-        Rival(AUTOTUNE, autotuned),
-    ],
-    "mlp": [
-        Rival("cuBLAS, fused GELU", lambda case: partial(EAGER_MLP, bias_gelu=ours.bias_gelu)),
-        Rival(AUTOTUNE, autotuned),
     ],
 }
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from bench import setup
-from bench.cases import CASES, Case, complete, linear, mlp
+from bench.cases import CASES, Case, complete
 from bench.kernels import Pass, judge
 from bench.rivals import TORCH_COMPILE, rivals_of
 from fastgpt.model.device import synchronize
@@ -24,14 +23,9 @@ from fastgpt_kernels.registry import Sizes, spec
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
-M, C = (32 * 1024, 768) if GPU else (96, 32)
-MAKE: dict[str, Callable[..., Case]] = CASES | {
-    "linear": partial(linear, name="c_fc", M=M, K=C, N=4 * C),
-    "mlp": partial(mlp, M=M, C=C),
-}
 RUNS = [
     (op, kind, who)
-    for op in MAKE
+    for op in CASES
     for kind in spec(op).cost(Sizes(), 2)
     for who in ("fastgpt", "eager", *["torch.compile"] * (TORCH_COMPILE in rivals_of(op)))
 ]
@@ -47,7 +41,7 @@ def case_of() -> Iterator[Callable[[str], Case]]:
             held.clear()
             torch._dynamo.reset()
             torch.manual_seed(0)
-            held[op] = complete(MAKE[op](DEVICE))
+            held[op] = complete(CASES[op](DEVICE))
         return held[op]
 
     with setup.one_thread(DEVICE):

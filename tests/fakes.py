@@ -8,7 +8,6 @@ of CUDA ones needs a CUDA build), and as fp16 where bf16 is meant: as many bytes
 from __future__ import annotations
 
 import sys
-from functools import partial
 
 import pytest
 import torch
@@ -16,22 +15,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgpt.model import ops
 from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt_kernels.registry import spec, specs
+from fastgpt_kernels.registry import specs
 
 
-def fused_table(monkeypatch: pytest.MonkeyPatch, products: str = "eager") -> ops.OpTable:
-    """The Triton ops, made to believe that they are on a GPU; the matrix products as asked."""
+def fused_table(monkeypatch: pytest.MonkeyPatch) -> ops.OpTable:
+    """The Triton ops, made to believe that they are on a GPU."""
     for name, module in list(sys.modules.items()):
         if name.startswith("fastgpt_kernels.ops.") and hasattr(module, "use_kernel"):
             monkeypatch.setattr(module, "use_kernel", lambda x: True)
     functions = {op.name: op.triton for op in specs("model")}
-    if products == "eager":
-        mlp = partial(spec("mlp").eager, bias_gelu=functions["bias_gelu"])
-        functions |= {"linear": spec("linear").eager, "mlp": mlp}
-    else:
-        monkeypatch.setattr(
-            sys.modules["fastgpt_kernels.ops.matmul.linear"], "arch_of", lambda x: "sm_90"
-        )
     choices = tuple(ops.Choice(op, "triton", "fake") for op in functions)
     return ops.OpTable(functions, choices)
 

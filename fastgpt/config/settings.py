@@ -24,6 +24,8 @@ C = TypeVar("C")
 # hold them.
 REMOVED = {
     "op.adamw": "torch.optim.AdamW is the only AdamW; leave the flag out",
+    "op.linear": "cuBLAS was measured to be faster; leave the flag out",
+    "op.mlp": "cuBLAS was measured to be faster; leave the flag out",
     "tune": "`fastgpt tune` measures, and runs use what it found; leave the flag out",
 }
 

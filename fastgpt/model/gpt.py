@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgpt.config.schema import ModelConfig
 from fastgpt.model import ops
+from fastgpt_kernels.linear import linear, tied_embedding
 from fastgpt_kernels.registry import Sizes
 
 VOCAB_MULTIPLE = 128
@@ -65,93 +66,35 @@ class ModelShape:
         return Sizes(batch_size, self.block_size, *width, *vocab, dropout, self.bias, self.gelu)
 
 
-class _Rounded(torch.autograd.Function):
-    """A master's copy in its place: the gradient of the copy, widened, is the master's."""
-
-    @staticmethod
-    def forward(ctx: Any, master: Tensor, copy: Tensor) -> Tensor:
-        ctx.dtype = master.dtype
-        return copy.view_as(copy)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return gradient.to(ctx.dtype), None
-
-
-class _Embedding(torch.autograd.Function):
-    """Rows idx (B, T) of a weight (V, C) that the head reads too, and the weight for the head.
-
-    So its gradient is the head's, to which those of the rows are added: no zeros are filled in and
-    no two gradients of the weight's size are summed.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(idx)
-        return F.embedding(idx, weight), weight.view_as(weight)
-
-    @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, rows: Tensor, head: Tensor
-    ) -> tuple[Tensor, None]:
-        (idx,) = ctx.saved_tensors
-        if rows.device.type != "cpu":
-            return head.index_put((idx,), rows, accumulate=True), None
-        # There threads of index_put, and of what Inductor makes of it or of index_add, add to a row
-        # in the order in which they come: no two runs would be the same to the bit.
-        from fastgpt_kernels.accumulate import adds_rows  # loads the op registry
-
-        total = head.clone()
-        adds_rows(total, idx.flatten(), rows.flatten(0, 1))
-        return total, None
-
-
-class _AddingEmbedding(torch.autograd.Function):
-    """Rows idx (B, T) of a weight (V, C), whose gradients are added to those of `total`."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, idx: Tensor, total: Tensor) -> Tensor:
-        ctx.save_for_backward(idx)
-        ctx.total = total  # not saved: autograd would refuse what is changed
-        return F.embedding(idx, weight)
-
-    @staticmethod
-    def backward(ctx: Any, rows: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
-        from fastgpt_kernels.accumulate import adds_rows  # loads the op registry
-
-        (idx,) = ctx.saved_tensors
-        adds_rows(ctx.total, idx.flatten(), rows.flatten(0, 1))
-        return None, None, None
-
-
 class Linear(nn.Linear):
-    """The parameters of a linear layer, fp32, with copies in 16 bits if the model keeps them.
+    """The parameters of a linear layer, fp32; the matmuls read their 16-bit copy if there is one.
 
-    weight_sum is the weight's gradient where passes add to it themselves.
+    weight_bf16 and main_grad are those of `fastgpt_kernels.linear`.
     """
 
-    weight_copy: Tensor | None
-    bias_copy: Tensor | None
-    weight_sum: Tensor | None
+    weight_bf16: Tensor | None
+    main_grad: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool):
         super().__init__(in_features, out_features, bias=bias)
-        for name in ("weight_copy", "bias_copy", "weight_sum"):
+        for name in ("weight_bf16", "main_grad"):
             self.register_buffer(name, None, persistent=False)
 
-    def read(self) -> tuple[Tensor, Tensor | None]:
-        """The weight, and the bias or its copy."""
-        if self.bias_copy is None:
-            return self.weight, self.bias
-        return self.weight, _Rounded.apply(self.bias, self.bias_copy)
-
-    def kept(self) -> dict[str, Tensor]:
-        """What the op is told of the weight besides: its copy, and where its gradient goes."""
-        return _given(rounded=self.weight_copy, add_to=self.weight_sum)
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        """x W^T + bias; the bias is given, as some are left to the op that follows."""
+        return linear(x, self.weight, bias, self.weight_bf16, self.main_grad)
 
 
-def _given(**arguments: Tensor | None) -> dict[str, Tensor]:
-    return {name: x for name, x in arguments.items() if x is not None}
+class TokenEmbedding(nn.Embedding):
+    """The token embedding, which is the head's weight too; with the buffers of `Linear`."""
+
+    weight_bf16: Tensor | None
+    main_grad: Tensor | None
+
+    def __init__(self, num_embeddings: int, embedding_dim: int):
+        super().__init__(num_embeddings, embedding_dim)
+        for name in ("weight_bf16", "main_grad"):
+            self.register_buffer(name, None, persistent=False)
 
 
 class LayerNorm(nn.Module):
@@ -171,41 +114,37 @@ class Attention(nn.Module):
         self.n_head, self.dropout, self.ops = shape.n_head, dropout, table
 
     def forward(self, x: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The branch, and its last bias if the norm is to add that and to drop out."""
-        dropout_p = self.dropout if self.training else 0.0
-        weight, bias = self.c_attn.read()
-        more = {}
-        # Ours sums the bias's gradient; of others Inductor fuses the sum into the linear layer's.
+        """Returns the branch, and c_proj's bias if `add_layer_norm` is to add that."""
+        bias, given = self.c_attn.bias, {}
+        # The kernel sums the bias's gradient; elsewhere Inductor fuses that into the linear layer.
         if bias is not None and self.ops.ours("attention"):
-            bias, more = bias.detach(), {"bias": self.c_attn.bias}
-        qkv = self.ops.linear(x, weight, bias, **self.c_attn.kept())
-        y = self.ops.attention(qkv, self.n_head, dropout_p=dropout_p, seed=seed, **more)
-        weight, bias = self.c_proj.read()
-        kept = self.c_proj.kept()
-        if self.ops.ours("add_layer_norm"):
-            return self.ops.linear(y, weight, **kept), bias
-        y = self.ops.linear(y, weight, bias, **kept)
-        return F.dropout(y, self.dropout, self.training), None
+            bias, given = bias.detach(), {"bias": bias}
+        dropout_p = self.dropout if self.training else 0.0
+        qkv = self.c_attn(x, bias)
+        y = self.ops.attention(qkv, self.n_head, dropout_p=dropout_p, seed=seed, **given)
+        return _project(y, self.c_proj, self.ops)
 
 
 class MLP(nn.Module):
-    def __init__(self, shape: ModelShape, dropout: float, table: ops.OpTable):
+    def __init__(self, shape: ModelShape, table: ops.OpTable):
         super().__init__()
         self.c_fc = Linear(shape.n_embd, 4 * shape.n_embd, bias=shape.bias)
         self.c_proj = Linear(4 * shape.n_embd, shape.n_embd, bias=shape.bias)
         self.approximate = "none" if shape.gelu == "erf" else "tanh"
-        self.dropout, self.ops = dropout, table
+        self.ops = table
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As `Attention.forward`."""
-        weight, bias = self.c_proj.read()
-        fc = *self.c_fc.read(), weight
-        first, second = self.c_fc.kept(), self.c_proj.kept()  # of the same
-        kept = {name: (first[name], second[name]) for name in first}
-        if self.ops.ours("add_layer_norm"):
-            return self.ops.mlp(x, *fc, None, self.approximate, **kept), bias
-        y = self.ops.mlp(x, *fc, bias, self.approximate, **kept)
-        return F.dropout(y, self.dropout, self.training), None
+        """Returns the same as `Attention.forward`."""
+        x = self.ops.bias_gelu(self.c_fc(x, None), self.c_fc.bias, self.approximate)
+        return _project(x, self.c_proj, self.ops)
+
+
+def _project(y: Tensor, c_proj: Linear, table: ops.OpTable) -> tuple[Tensor, Tensor | None]:
+    """Returns c_proj of y, and its bias if that is left to `add_layer_norm`."""
+    bias = c_proj.bias
+    if table.ours("add_layer_norm"):
+        return c_proj(y, None), bias
+    return c_proj(y, bias), None
 
 
 class Block(nn.Module):
@@ -214,7 +153,7 @@ class Block(nn.Module):
         self.ln_1 = LayerNorm(shape.n_embd, shape.bias)
         self.attn = Attention(shape, dropout, table)
         self.ln_2 = LayerNorm(shape.n_embd, shape.bias)
-        self.mlp = MLP(shape, dropout, table)
+        self.mlp = MLP(shape, table)
         self.dropout, self.ops = dropout, table
 
     def forward(
@@ -225,18 +164,15 @@ class Block(nn.Module):
         seeds (3, 1) int64 of the block's dropout, or None for PyTorch's generator.
         """
         a, b, c = (None, None, None) if seeds is None else seeds
-        y, x = self._add(self.attn(y, a), x, self.ln_2, b)
-        return self._add(self.mlp(y), x, next_norm, c)
+        y, x = self._add_norm(*self.attn(y, a), x, self.ln_2, b)
+        return self._add_norm(*self.mlp(y), x, next_norm, c)
 
-    def _add(
-        self,
-        branch: tuple[Tensor, Tensor | None],
-        x: Tensor,
-        norm: LayerNorm,
-        seed: Tensor | None,
+    def _add_norm(
+        self, y: Tensor, bias: Tensor | None, x: Tensor, norm: LayerNorm, seed: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        y, bias = branch
+        """Drops out of the branch y, adds it to the stream x, and normalises."""
         if not self.ops.ours("add_layer_norm"):
+            y = F.dropout(y, self.dropout, self.training)
             return self.ops.add_layer_norm(y, x, norm.weight, norm.bias)
         p = self.dropout if self.training else 0.0
         return self.ops.add_layer_norm(y, x, norm.weight, norm.bias, bias, dropout_p=p, seed=seed)
@@ -247,7 +183,7 @@ class Transformer(nn.Module):
 
     def __init__(self, shape: ModelShape, dropout: float, table: ops.OpTable):
         super().__init__()
-        self.wte = nn.Embedding(shape.padded_vocab_size, shape.n_embd)
+        self.wte = TokenEmbedding(shape.padded_vocab_size, shape.n_embd)
         self.wpe = nn.Embedding(shape.block_size, shape.n_embd)
         self.h = nn.ModuleList(Block(shape, dropout, table) for _ in range(shape.n_layer))
         self.ln_f = LayerNorm(shape.n_embd, shape.bias)
@@ -260,8 +196,8 @@ class GPT(nn.Module):
     without, the logits (B, T, vocab_size). T is at most block_size.
 
     Parameters are fp32 masters; `dtype` is that of activations, the residual stream and what the
-    matmuls read: masters rounded in each pass, or copies that `keep_copies` makes. Norm statistics,
-    softmax and the loss are fp32 in any case.
+    matmuls read: weights rounded in each pass, or the copies of `make_weight_copies`. Norm
+    statistics, softmax and the loss are fp32 in any case.
     """
 
     def __init__(
@@ -277,10 +213,6 @@ class GPT(nn.Module):
         # Keep only what stands between blocks, and run each block again in the backward pass.
         self.checkpointing = False
         self.transformer = Transformer(shape, dropout, table)
-        self.head_copy: Tensor | None
-        self.head_sum: Tensor | None
-        for name in ("head_copy", "head_sum"):
-            self.register_buffer(name, None, persistent=False)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> GPT:
@@ -300,54 +232,42 @@ class GPT(nn.Module):
         self.transformer.wte.weight[self.shape.vocab_size :] = 0.0
         return self
 
-    def keep_copies(self) -> None:
-        """Let products read copies in `dtype`, which follow the masters by `copy_masters`.
+    def make_weight_copies(self) -> None:
+        """Makes copies in `dtype` of the weights that matmuls read, if that is of 16 bits.
 
-        Of what would be rounded in each pass: our linear layers take masters. Who changes masters
-        other than by loading a state dict calls `copy_masters`.
+        A caller that changes weights, except by loading a state dict, calls `sync_weight_copies`.
         """
-        eager = {c.op for c in self.ops.choices if c.implementation == "eager"}
         if self.dtype == torch.float32:
             return
-        if "linear_cross_entropy" not in eager:
-            self.head_copy = self.transformer.wte.weight.detach().to(self.dtype)
-        for name, layer in self.named_modules():
-            op = "mlp" if ".mlp." in name and "mlp" not in eager else "linear"
-            if not isinstance(layer, Linear) or op not in eager:
-                continue
-            layer.weight_copy = layer.weight.detach().to(self.dtype)
-            # Ours read biases of any dtype.
-            gelu = name.endswith("c_fc") and "bias_gelu" not in eager
-            norm = name.endswith("c_proj") and "add_layer_norm" not in eager
-            if layer.bias is not None and not gelu and not norm:
-                layer.bias_copy = layer.bias.detach().to(self.dtype)
-        self.register_load_state_dict_post_hook(lambda model, _: model.copy_masters())
-
-    def keep_sums(self) -> None:
-        """Let backward passes add to gradients that stay, of weights that have copies.
-
-        Whoever uses the model leaves these `.grad` in their places, and zeroes them.
-        """
-        layers = [m for m in self.modules() if isinstance(m, Linear)]
-        for layer in layers:
-            if layer.weight_copy is not None:
-                layer.weight.grad = layer.weight_sum = torch.zeros_like(layer.weight)
-        if self.head_copy is not None:
-            weight = self.transformer.wte.weight
-            weight.grad = self.head_sum = torch.zeros_like(weight)
-
-    def copies(self) -> dict[Tensor, Tensor]:
-        """The copy of each master that has one."""
-        layers = [m for m in self.modules() if isinstance(m, Linear)]
-        pairs = [p for m in layers for p in ((m.weight, m.weight_copy), (m.bias, m.bias_copy))]
-        pairs.append((self.transformer.wte.weight, self.head_copy))
-        return {master: copy for master, copy in pairs if copy is not None}
+        for module in self._matmul_weights():
+            module.weight_bf16 = module.weight.detach().to(self.dtype)
+        self.register_load_state_dict_post_hook(lambda model, _: model.sync_weight_copies())
 
     @torch.no_grad()
-    def copy_masters(self) -> None:
-        """Round the masters into their copies, if there are any."""
-        if copies := self.copies():
+    def sync_weight_copies(self) -> None:
+        """Rounds the weights into their copies, if there are any."""
+        if copies := self.weight_copies():
             torch._foreach_copy_([*copies.values()], [*copies])
+
+    def weight_copies(self) -> dict[Tensor, Tensor]:
+        """Returns the copy of each weight that has one."""
+        modules = self._matmul_weights()
+        return {m.weight: m.weight_bf16 for m in modules if m.weight_bf16 is not None}
+
+    def use_main_grads(self) -> None:
+        """Lets backward passes add to gradients that stay, of weights that have copies.
+
+        The caller leaves these `.grad` in place, and zeroes them.
+        """
+        for module in self._matmul_weights():
+            if module.weight_bf16 is not None:
+                module.weight.grad = module.main_grad = torch.zeros_like(module.weight)
+
+    def _matmul_weights(self) -> list[Linear | TokenEmbedding]:
+        """Returns the modules whose weights a matmul reads; eager losses round the head's own."""
+        found = [m for m in self.modules() if isinstance(m, Linear | TokenEmbedding)]
+        head = self.transformer.wte if self.ops.ours("linear_cross_entropy") else None
+        return [m for m in found if isinstance(m, Linear) or m is head]
 
     def n_params(self, position_embeddings: bool = False) -> int:
         """Number of parameters; without the position embeddings it is the N of 6N."""
@@ -388,11 +308,10 @@ class GPT(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         if targets is None:
             return self.logits(self.hidden(idx))
-        weight = self.transformer.wte.weight
-        if self.head_sum is None:
-            embedded, weight = _Embedding.apply(weight, idx)
-        else:
-            embedded = _AddingEmbedding.apply(weight, idx, self.head_sum)
-        y, vocab_size = self._hidden(embedded), self.shape.vocab_size
-        kept = _given(rounded=self.head_copy, add_to=self.head_sum)
-        return self.ops.linear_cross_entropy(y, weight, targets, vocab_size=vocab_size, **kept)
+        wte, given = self.transformer.wte, {}
+        if wte.weight_bf16 is not None:
+            given = {"weight_bf16": wte.weight_bf16, "main_grad": wte.main_grad}
+        embedded, weight = tied_embedding(wte.weight, idx, wte.main_grad)
+        return self.ops.linear_cross_entropy(
+            self._hidden(embedded), weight, targets, vocab_size=self.shape.vocab_size, **given
+        )

@@ -21,7 +21,6 @@ import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -81,9 +80,7 @@ class Wish:
         asked = (self.ops or {}).get(op.name, "auto")
         if asked != "auto":
             return asked, f"--op.{op.name}={asked}"
-        # --kernels=triton does not mean to leave a library's kernels.
-        leave = self.kernels == "triton" and op.library
-        return "auto" if leave else self.kernels, f"--kernels={self.kernels}"
+        return self.kernels, f"--kernels={self.kernels}"
 
 
 def choose(
@@ -100,10 +97,6 @@ def choose(
     chosen = choose_all(specs("model"), device, dtype, sizes, wish)
     _name_in_caches([choice for choice, _ in chosen.values()])
     functions = {name: function for name, (_, function) in chosen.items()}
-    for op in specs("model"):
-        choice, function = chosen[op.name]
-        if op.made_of and choice.implementation == "eager":
-            functions[op.name] = partial(function, **{name: functions[name] for name in op.made_of})
     return OpTable(functions, tuple(choice for choice, _ in chosen.values()))
 
 
@@ -159,7 +152,7 @@ def _wanted(
     wanted, flag = wish.of(op)
     if wanted == "auto":
         obstacle = _obstacle(op, "triton", device, dtype, sizes)
-        obstacle = obstacle or op.slower(launch.arch_on(device)) or versions.untested()
+        obstacle = obstacle or versions.untested()
         return "triton", obstacle, "", "fused kernels"
     if obstacle := _obstacle(op, wanted, device, dtype, sizes):
         raise UserError(f"{flag}: {obstacle}")

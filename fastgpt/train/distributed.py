@@ -286,8 +286,15 @@ def shard(model: nn.Module, system: SystemConfig, machine: Machine) -> None:
         for part in (block.attn, block.mlp):  # type: ignore[union-attr]
             if machine.compile:
                 part.compile()  # between FSDP's hooks, which no graph can hold
+            part.register_forward_hook(_copy_bias)  # before FSDP's hook, which comes next
             fully_shard(part, mesh=mesh, mp_policy=inner)
     fully_shard(model, mesh=mesh, mp_policy=outer, reshard_after_forward=False)
+
+
+def _copy_bias(part: nn.Module, inputs: Any, output: tuple[Tensor, Tensor | None]) -> Any:
+    """Copies the bias that a branch leaves to the norm: FSDP frees it when the branch returns."""
+    y, bias = output
+    return y, None if bias is None else bias.clone()
 
 
 def replicate(model: nn.Module, system: SystemConfig, machine: Machine) -> DDP:

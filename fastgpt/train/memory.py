@@ -23,7 +23,6 @@ from fastgpt.config.schema import Config
 from fastgpt.errors import UserError
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt_kernels.registry import spec
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def estimate(
 
 def of_model(model: GPT, batch_size: int, optimizer: str = "adamw") -> Estimate:
     """Returns the estimate for a model with its kernels, dtype and checkpointing."""
-    fused = any(c.implementation == "triton" for c in model.ops.choices if not spec(c.op).library)
+    fused = any(c.implementation == "triton" for c in model.ops.choices)
     from fastgpt_kernels.ops.loss.linear import room_on
 
     return estimate(

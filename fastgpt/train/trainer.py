@@ -25,7 +25,7 @@ from fastgpt.train.cuda_graph import StepGraph
 from fastgpt.train.distributed import Ranks, like, local, matrix_scatter, whole
 from fastgpt.train.muon import Muon
 from fastgpt.train.optim import clip_and_check_finite
-from fastgpt_kernels.launch import adds_in_place
+from fastgpt_kernels.linear import accumulates_in_fp32
 from fastgpt_kernels.telling import why
 
 
@@ -75,11 +75,11 @@ class Trainer:
         with self.ranks.raise_on_all_ranks():
             self.wrapped, self.layout = distributed.wrap(model, system, machine)
         if self.layout != "fsdp":  # FSDP gathers weights in the compute dtype itself
-            model.keep_copies()
+            model.make_weight_copies()
         # A single micro-batch's gradient is the sum, so accumulating in place would save nothing.
-        self._sums = self.accumulation > 1 and not self.layout and adds_in_place(self.device)
+        self._sums = self.accumulation > 1 and not self.layout and accumulates_in_fp32(self.device)
         if self._sums:
-            model.keep_sums()
+            model.use_main_grads()
         self._static_grads = self._sums  # gradients whose addresses the backward pass knows
 
         self.optimizer = optim.make_optimizer(
@@ -163,7 +163,7 @@ class Trainer:
             self.optimizer.found_inf = self._bad  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.model.copy_masters()
+        self.model.sync_weight_copies()
         self._zero_grad()
         return grad_norm
 

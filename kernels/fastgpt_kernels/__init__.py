@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from fastgpt_kernels.ops.attention.op import attention
     from fastgpt_kernels.ops.loss.cross_entropy import cross_entropy
     from fastgpt_kernels.ops.loss.linear import linear_cross_entropy
-    from fastgpt_kernels.ops.matmul.linear import linear
-    from fastgpt_kernels.ops.matmul.mlp import mlp
     from fastgpt_kernels.ops.norm.op import add_layer_norm, layer_norm
 
 
@@ -60,14 +58,6 @@ OPS: dict[str, Entry] = {
     "layer_norm": Entry("norm.op", "The first norm."),
     "add_layer_norm": Entry("norm.op", "Residual addition and the norm behind it."),
     "bias_gelu": Entry("bias_gelu", "The MLP's bias and GELU."),
-    "linear": Entry(
-        "matmul.linear",
-        "Attention's matrix products; eager is cuBLAS, and auto unless ours was measured faster.",
-    ),
-    "mlp": Entry(
-        "matmul.mlp",
-        "The MLP as one op, its GELU inside the products; eager is linear and bias_gelu.",
-    ),
     "linear_cross_entropy": Entry("loss.linear", "The head and the loss."),
     "cross_entropy": Entry("loss.cross_entropy", "The loss alone, of logits.", chosen_by=""),
 }

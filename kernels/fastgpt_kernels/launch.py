@@ -105,11 +105,6 @@ def is_gpu(arch: str) -> bool:
     return arch.startswith(("sm_", "gfx"))
 
 
-def adds_in_place(device: torch.device) -> bool:
-    """Returns True where a matmul of 16-bit factors can add to fp32 as it ends: cuBLAS does."""
-    return device.type == "cuda" and torch.version.hip is None
-
-
 @functools.cache
 def _multiprocessors(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count

@@ -64,26 +64,6 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") 
     return F.gelu(z, approximate="none" if approximate == "erf" else approximate)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x W^T + bias: x (..., K), weight (N, K), bias (N,) or None; rounded to x's dtype once."""
-    dtype = _compute_dtype(x, weight, bias)
-    y = F.linear(x.to(dtype), weight.to(x.dtype).to(dtype))
-    return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
-
-
-def mlp(
-    x: Tensor,
-    fc_weight: Tensor,
-    fc_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    approximate: str = "tanh",
-) -> Tensor:
-    """linear(gelu(linear(x, fc)), proj): x (..., C), fc_weight (H, C), proj_weight (C', H)."""
-    h = bias_gelu(linear(x, fc_weight, fc_bias), None, approximate)
-    return linear(h, proj_weight, proj_bias)
-
-
 def cross_entropy(
     logits: Tensor,
     targets: Tensor,
@@ -111,21 +91,21 @@ def linear_cross_entropy(
     reduction: str = "mean",
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
-    rounded: Tensor | None = None,
-    add_to: Tensor | None = None,
+    weight_bf16: Tensor | None = None,
+    main_grad: Tensor | None = None,
 ) -> Tensor:
     """cross_entropy of the logits x @ weight.T, rounded to x's dtype: x (..., C), weight (V, C).
 
     weight is like x or wider: then the products take it rounded to x's dtype, by the caller or
     here, and its gradient is not rounded. `chunk_tokens` is there for the signature's sake: the
-    logits are there whole. `add_to` (V, C) fp32 takes weight's gradient in place of weight.
+    logits are there whole. `main_grad` (V, C) fp32 takes weight's gradient in place of weight.
     """
-    if add_to is not None:
-        weight = AddsTo.apply(weight, add_to)
+    if main_grad is not None:
+        weight = AddsTo.apply(weight, main_grad)
     if weight.dtype != x.dtype:
         dtype = _compute_dtype(x, weight)
-        rounded = weight.to(x.dtype) if rounded is None else rounded
-        read = weight + (rounded - weight).detach()
+        copy = weight.to(x.dtype) if weight_bf16 is None else weight_bf16
+        read = weight + (copy - weight).detach()
         logits = F.linear(x.to(dtype), read.to(dtype)).to(x.dtype)
     else:
         logits = F.linear(x, weight)

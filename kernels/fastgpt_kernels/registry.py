@@ -152,14 +152,11 @@ class OpSpec:
     cost             (sizes, bytes per element) -> FLOPs and bytes by pass: "forward", "backward",
                      or "both" if the gradient is computed with the result
     kernels          names of its Triton kernels, as a profile shows them
-    category         the part of a training step: attention, head, linear, memory or optimizer
+    category         the part of a training step: attention, head, memory or optimizer
     label            its name within that category, in traces
     calls_per_step   how many times a training step of GPT-2 124M, 12 layers, calls it
     few_tokens       how many tokens the self-check takes; 0: as many as the run
     run              (function, example) -> all that has to agree between implementations
-    made_of          other ops that "eager" takes as keyword arguments
-    library          whose fused kernel "eager" is already, if it is one
-    measured_faster  architectures on which the op's kernel was measured to be faster than that
     """
 
     name: str
@@ -172,9 +169,6 @@ class OpSpec:
     calls_per_step: int = 0
     few_tokens: int = 4096
     run: Callable[[Callable[..., Any], ExampleInputs], list[Tensor]] = differentiate
-    made_of: tuple[str, ...] = ()
-    library: str = ""
-    measured_faster: tuple[str, ...] = ()
 
     @property
     def eager(self) -> Callable[..., Any]:
@@ -197,12 +191,6 @@ class OpSpec:
         arch is a key of `launch.arch_on`: "sm_90", or "cpu".
         """
         return self.implementations[implementation].unsupported_reason(sizes, dtype, arch)
-
-    def slower(self, arch: str) -> str | None:
-        """Returns why an op that could run stays with a library, or None for all others."""
-        if not self.library or arch in self.measured_faster:
-            return None
-        return f"nothing measured faster than {self.library}"
 
 
 def spec(name: str) -> OpSpec:

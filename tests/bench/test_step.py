@@ -219,14 +219,11 @@ def test_ablation_switches_what_the_fast_path_leaves_to_libraries() -> None:
 
     hopper = overrides("sm_90")
     assert hopper[0] == ("attention", "hopper") and ("attention", "eager") in hopper
-    assert {to for op, to in hopper if op in ("linear", "mlp")} == {"triton"}
     ampere = overrides("sm_80")
     assert ("bias_gelu", "eager") in ampere and ("attention", "hopper") not in ampere
-    assert "mlp" not in dict(ampere), "its products need TMA"
     ratio = {"ratio": 0.97, "low": 0.96, "high": 0.98}
-    found = ablate.worth({"variant": "linear triton", "ratio": ratio}, 100.0)
+    found = ablate.worth({"variant": "attention hopper", "ratio": ratio}, 100.0)
     assert found == pytest.approx([3.0, 2.0, 4.0])
-    assert ablate.worth({"variant": "attention hopper", "ratio": ratio}, 100.0) == found
 
 
 def test_sweep_rows_have_keys_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

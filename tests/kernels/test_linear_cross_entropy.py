@@ -224,7 +224,7 @@ def test_the_master_gets_a_gradient_that_was_never_rounded(
 @pytest.mark.parametrize("op", ["triton", "reference"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_gradients_add_up_where_they_lie(op: str, reduction: str, device: torch.device) -> None:
-    """add_to: dW is added there, by however many passes, and the weight has no gradient."""
+    """main_grad: dW is added there, by however many passes, and the weight has no gradient."""
     x, weight, targets = problem(12, 16, 30, torch.float32, device)
     function = linear_cross_entropy if op == "triton" else reference.linear_cross_entropy
     leaves = x.requires_grad_(), weight.requires_grad_()
@@ -234,7 +234,7 @@ def test_gradients_add_up_where_they_lie(op: str, reduction: str, device: torch.
     total = before = torch.randn_like(weight)
     total = total.clone()
     for _ in range(2):
-        (function(*leaves, targets, reduction=reduction, add_to=total) * 3).backward()
+        (function(*leaves, targets, reduction=reduction, main_grad=total) * 3).backward()
     torch.testing.assert_close(total, before + 2 * dw)
     torch.testing.assert_close(leaves[0].grad, 2 * dx)
     assert leaves[1].grad is None
@@ -242,12 +242,14 @@ def test_gradients_add_up_where_they_lie(op: str, reduction: str, device: torch.
 
 def test_where_gradients_cannot_be_added(device: torch.device) -> None:
     x, weight, targets = problem(6, 16, 30, torch.float32, device)
-    with pytest.raises(ValueError, match='add_to needs reduction "mean" or "sum"'):
-        linear_cross_entropy(x, weight, targets, reduction="none", add_to=torch.empty_like(weight))
-    with pytest.raises(ValueError, match="add_to"):
-        linear_cross_entropy(x, weight, targets, add_to=torch.empty(29, 16, device=device))
-    with pytest.raises(TypeError, match="add_to"):
-        linear_cross_entropy(x, weight, targets, add_to=weight.half())
+    with pytest.raises(ValueError, match='main_grad needs reduction "mean" or "sum"'):
+        linear_cross_entropy(
+            x, weight, targets, reduction="none", main_grad=torch.empty_like(weight)
+        )
+    with pytest.raises(ValueError, match="main_grad"):
+        linear_cross_entropy(x, weight, targets, main_grad=torch.empty(29, 16, device=device))
+    with pytest.raises(TypeError, match="main_grad"):
+        linear_cross_entropy(x, weight, targets, main_grad=weight.half())
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -347,11 +349,11 @@ def test_a_copy_of_the_master_is_what_is_read(reduction: str, device: torch.devi
     results = []
     for rounded in (None, weight.half()):
         leaves = x.clone().requires_grad_(), weight.float().requires_grad_()
-        loss = linear_cross_entropy(*leaves, targets, reduction=reduction, rounded=rounded)
+        loss = linear_cross_entropy(*leaves, targets, reduction=reduction, weight_bf16=rounded)
         results.append((loss, *torch.autograd.grad(loss, leaves)))
     assert all(map(torch.equal, *results)) and results[1][2].dtype == torch.float32
-    with pytest.raises(ValueError, match="rounded"):
-        linear_cross_entropy(x, weight.float(), targets, rounded=weight.half()[:3])
+    with pytest.raises(ValueError, match="weight_bf16"):
+        linear_cross_entropy(x, weight.float(), targets, weight_bf16=weight.half()[:3])
 
 
 @pytest.mark.slow

@@ -34,8 +34,6 @@ calls = {
     "layer_norm": lambda f: f(x, gain),
     "add_layer_norm": lambda f: f(x, x, gain)[0],
     "bias_gelu": lambda f: f(x),
-    "linear": lambda f: f(x, weight, bias),
-    "mlp": lambda f: f(x, weight, bias, down, None),
     "linear_cross_entropy": lambda f: f(x, weight, targets),
     "cross_entropy": lambda f: f(x, targets),
 }

@@ -197,7 +197,7 @@ def test_choices_are_made_of_what_was_found(monkeypatch):
     said = {"bias_gelu": "ends its process (SIGSEGV)", "layer_norm": ""}
     monkeypatch.setattr(ops, "CHECKED_ON", ("cpu",))
     monkeypatch.setattr(ops, "first_contact", lambda tasks: [said[t.op] for t in tasks])
-    asked = [spec(n) for n in ("bias_gelu", "layer_norm", "linear")]
+    asked = [spec(n) for n in ("bias_gelu", "layer_norm")]
 
     def choose(wish):
         found = choose_all(asked, CPU, torch.float32, SMALL, wish)
@@ -209,7 +209,6 @@ def test_choices_are_made_of_what_was_found(monkeypatch):
     assert choose(Wish()) == [
         ops.Choice("bias_gelu", "eager", "triton: ends its process (SIGSEGV)"),
         ops.Choice("layer_norm", "triton", "fused kernels"),
-        ops.Choice("linear", "eager", "nothing measured faster than cuBLAS"),
     ]
     assert {c.implementation for c in choose(Wish("eager"))} == {"eager"}
     with pytest.raises(UserError, match=r"--op.bias_gelu=triton: ends its process \(SIGSEGV\)"):

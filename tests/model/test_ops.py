@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from fastgpt.errors import UserError
 from fastgpt.model import ops
 from fastgpt.model.ops import Wish
 from fastgpt_kernels import OPS, launch, versions
-from fastgpt_kernels.ops.matmul import record as matmul_records
 from fastgpt_kernels.registry import Sizes, spec, specs
 
 PARTS = {"attention", "head", "linear", "memory", "optimizer"}
@@ -126,34 +124,6 @@ def test_the_shapes_decide_too(monkeypatch):
         choices(Wish(ops={"attention": "hopper"}))
     assert "width 9024 is more than 8192" in chosen["add_layer_norm"].reason
     assert chosen["bias_gelu"].implementation == "triton"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run for real here")
-def test_libraries_are_left_only_where_measured(monkeypatch):
-    interpreted(monkeypatch)
-    for kernels in ("auto", "triton"):
-        chosen = choices(Wish(kernels))
-        assert chosen["linear"].implementation == chosen["mlp"].implementation == "eager"
-        assert chosen["linear"].reason == "nothing measured faster than cuBLAS"
-        assert chosen["bias_gelu"].implementation == "triton"
-    measured = replace(spec("linear"), measured_faster=("sm_90", "cpu"))
-    monkeypatch.setitem(matmul_records.SPECS, "linear", measured)
-    chosen = choices()
-    assert chosen["linear"].implementation == "triton"
-    assert chosen["mlp"].implementation == "eager"
-    chosen = choices(Wish(ops={"mlp": "triton"}))
-    assert (chosen["mlp"].implementation, chosen["mlp"].reason) == ("triton", "--op.mlp=triton")
-    with pytest.raises(UserError, match="--op.mlp=triton: width 38 is not a multiple of 4"):
-        choices(Wish(ops={"mlp": "triton"}), Sizes(n_head=1, n_embd=38))
-
-
-def test_the_eager_mlp_is_made_of_the_tables_ops():
-    """So that `--op.linear` and `--op.bias_gelu` are heard inside it too."""
-    table = ops.choose(CPU)
-    assert table.mlp.keywords == {"linear": table.linear, "bias_gelu": table.bias_gelu}
-    x, fc, b, proj, c = (torch.randn(s) for s in ((3, 8), (16, 8), (16,), (8, 16), (8,)))
-    want = F.gelu(x @ fc.T + b, approximate="tanh") @ proj.T + c
-    torch.testing.assert_close(table.mlp(x, fc, b, proj, c), want)
 
 
 def test_fp32_weights_with_bf16_activations():

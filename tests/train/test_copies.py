@@ -1,4 +1,4 @@
-"""Copies of the linear layers' masters: the same training, to the bit, and no pass rounds them."""
+"""Copies of the linear layers' weights: the same training, to the bit, and no pass rounds them."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def tokens(step: int = 0) -> Tensor:
 
 
 def follow(model: GPT) -> bool:
-    return all(torch.equal(copy, p.to(copy.dtype)) for p, copy in model.copies().items())
+    return all(torch.equal(copy, p.to(copy.dtype)) for p, copy in model.weight_copies().items())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_trains_as_without_them(dtype, monkeypatch):
     ours = trainer(dtype)
-    monkeypatch.setattr(GPT, "keep_copies", lambda model: None)
+    monkeypatch.setattr(GPT, "make_weight_copies", lambda model: None)
     plain = trainer(dtype)
-    assert len(ours.model.copies()) == 16 and not plain.model.copies()
+    assert len(ours.model.weight_copies()) == 8 and not plain.model.weight_copies()
     for step in range(4):
         a, b = (t.step(step, tokens(step)) for t in (ours, plain))
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
@@ -62,34 +62,27 @@ def test_follow_what_is_loaded():
     assert torch.equal(a.step(1, tokens(1))[0], b.step(1, tokens(1))[0])
 
 
-def test_only_what_an_eager_op_would_round():
-    assert not trainer("float32").model.copies()
-    model = trainer("bfloat16").model
+def test_what_has_a_copy():
+    """The matrices of the blocks, and the head's if its op takes a copy."""
+    assert not trainer("float32").model.weight_copies()
 
-    def copied(**implementations: str) -> set[str]:
-        """Layers and parameters of a block of which there are copies, by ops' implementations."""
-        ops = ("linear", "mlp", "bias_gelu", "add_layer_norm")
-        chosen = dict.fromkeys(ops, "eager") | implementations
-        table = OpTable({}, tuple(Choice(op, i, "") for op, i in chosen.items()))
-        other = GPT(SHAPE, 0.0, table, torch.bfloat16)
-        other.keep_copies()
-        names = {p: n for n, p in other.named_parameters()}
-        return {names[p].removeprefix("transformer.h.1.") for p in other.copies()}
+    def copied(implementation: str) -> set[str]:
+        choice = Choice("linear_cross_entropy", implementation, "")
+        model = GPT(SHAPE, 0.0, OpTable({}, (choice,)), torch.bfloat16)
+        model.make_weight_copies()
+        names = {p: n for n, p in model.named_parameters()}
+        return {names[p] for p in model.weight_copies()}
 
-    block = {n for n, _ in model.transformer.h[1].named_parameters() if ".c_" in n}
-    assert {n for n in copied() if "transformer" not in n} == block
-    assert copied(linear="triton") == {"transformer.wte.weight"}  # the head's
-    assert not any("mlp." in name for name in copied(mlp="triton"))
-    assert block - copied(bias_gelu="triton") == {"mlp.c_fc.bias"}
-    ends = {"attn.c_proj.bias", "mlp.c_proj.bias"}
-    assert block - copied(add_layer_norm="triton") == ends
+    blocks = {n for n, _ in trainer("float32").model.named_parameters() if ".c_" in n}
+    assert copied("eager") == {n for n in blocks if n.endswith("weight")}
+    assert copied("triton") == copied("eager") | {"transformer.wte.weight"}
 
 
-def test_the_compiled_step_rounds_no_parameter(monkeypatch):
-    """In one graph, as on a GPU; without copies 16. The head's are rounded inside its op."""
+def test_the_compiled_step_rounds_no_weight(monkeypatch):
+    """In one graph, as on a GPU; without copies 8. The head's are rounded inside its op."""
 
     def rounded() -> list[tuple[int, ...]]:
-        """Shapes of the graph's inputs that are rounded in it."""
+        """Shapes of the matrices among the graph's inputs that are rounded in it."""
         t, shapes = trainer("bfloat16"), []
 
         def look(graph: torch.fx.GraphModule, inputs: list[Tensor]):
@@ -102,8 +95,8 @@ def test_the_compiled_step_rounds_no_parameter(monkeypatch):
         torch._dynamo.reset()
         t.forward = torch.compile(t.model, backend=aot_autograd(fw_compiler=look), fullgraph=True)
         assert torch.isfinite(t.step(0, tokens())[0]) and follow(t.model)
-        return shapes
+        return [shape for shape in shapes if len(shape) == 2]
 
     assert rounded() == []
-    monkeypatch.setattr(GPT, "keep_copies", lambda model: None)
-    assert len(rounded()) == 16
+    monkeypatch.setattr(GPT, "make_weight_copies", lambda model: None)
+    assert len(rounded()) == 8

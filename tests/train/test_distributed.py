@@ -114,6 +114,20 @@ def test_muon_on_ranks(home: Path, strategy: str, n: int):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run in the interpreter here")
+def test_biases_left_to_a_kernel_outlive_the_gathered_weights(home: Path):
+    """FSDP frees a branch's parameters when it returns; the norm's kernel reads its bias later."""
+    curves = []
+    for strategy in ("ddp", "fsdp"):
+        name = f"bias-{strategy}"
+        args = (*TINY, "--input=text.txt", f"--parallel={strategy}", f"--out_dir={name}")
+        args += ("--kernels=triton", "--bias=True", "--max_iters=2", "--n_embd=32", "--n_head=1")
+        train(home, 2, *args, "--eval_iters=1", interpret=True)
+        curves.append([r["loss"] for r in runs.records(home / name)])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_compiled_on_two_ranks(home: Path, strategy: str):
     name = f"compiled-{strategy}"

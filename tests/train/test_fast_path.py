@@ -16,7 +16,6 @@ from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.model.ops import Wish
 from fastgpt.train.trainer import Trainer
-from fastgpt_kernels.registry import specs
 from tests.model.test_ops import interpreted
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -29,25 +28,16 @@ def kernels_run(monkeypatch):
         interpreted(monkeypatch)
 
 
-# On a GPU fp32 products are cuBLAS's; `test_products_in_16_bits` has ours there.
-LIBRARY = [op.name for op in specs() if op.library]
-PRODUCTS = pytest.mark.parametrize("products", ["eager"] + ["triton"] * (DEVICE.type == "cpu"))
-
-
-def trainer(
-    kernels: str, dropout: float = 0.0, bias: bool = True, products: str = "eager"
-) -> Trainer:
-    by_op = dict.fromkeys(LIBRARY, products)
+def trainer(kernels: str, dropout: float = 0.0, bias: bool = True) -> Trainer:
     config = replace(
         laptop(), batch_size=1, warmup_iters=2, learning_rate=1e-2, dropout=dropout,
-        kernels=kernels, **{f"op.{op}": to for op, to in by_op.items()},
+        kernels=kernels,
     )  # fmt: skip
     shape = ModelShape(**{**SHAPE.__dict__, "bias": bias})
-    table = ops.choose(DEVICE, sizes=shape.sizes(1, dropout), wish=Wish(kernels, by_op))
+    table = ops.choose(DEVICE, sizes=shape.sizes(1, dropout), wish=Wish(kernels))
     model = GPT(shape, dropout, table).init_weights(0).to(DEVICE)
     trainer = Trainer(model, config, Machine(DEVICE))
-    chosen = {c.op: c.implementation for c in trainer.choices}
-    assert chosen == {**dict.fromkeys(chosen, kernels), **by_op}
+    assert {c.implementation for c in trainer.choices} == {kernels}
     return trainer
 
 
@@ -57,9 +47,8 @@ def tokens(step: int) -> torch.Tensor:
 
 
 @pytest.mark.slow
-@PRODUCTS
-def test_twenty_steps_are_the_eager_ones(products):
-    eager, triton = trainer("eager"), trainer("triton", products=products)
+def test_twenty_steps_are_the_eager_ones():
+    eager, triton = trainer("eager"), trainer("triton")
     losses = [[t.step(s, tokens(s % 2))[0].item() for s in range(20)] for t in (eager, triton)]
     assert losses[0][-1] < losses[0][0] - 0.5, "nothing was learned"
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=2e-5, atol=2e-5)
@@ -70,10 +59,9 @@ def test_twenty_steps_are_the_eager_ones(products):
         assert error < 1e-3, f"{name} is off by {error:.2g}"
 
 
-@PRODUCTS
-def test_gradients_are_the_eager_ones(products):
+def test_gradients_are_the_eager_ones():
     grads = []
-    for t in (trainer("eager", bias=False), trainer("triton", bias=False, products=products)):
+    for t in (trainer("eager", bias=False), trainer("triton", bias=False)):
         t._backward(0, tokens(0))
         grads.append({n: p.grad for n, p in t.model.named_parameters()})
     for name, want in grads[0].items():
@@ -88,10 +76,9 @@ def test_dropout_in_the_kernels_repeats_with_the_step():
 
 
 @pytest.mark.slow
-@PRODUCTS
-def test_one_graph_and_no_recompile(products):
+def test_one_graph_and_no_recompile():
     """fullgraph refuses any break; after the first step and evaluation nothing compiles again."""
-    t = trainer("triton", dropout=0.3, products=products)
+    t = trainer("triton", dropout=0.3)
     torch._dynamo.reset()
     counters.clear()
     t.forward = torch.compile(t.model, backend="aot_eager", fullgraph=True)
@@ -126,32 +113,3 @@ def test_checkpointing_traces_without_a_break():
         loss, _ = t.step(step, tokens(step))
         assert torch.isfinite(loss)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")
-def test_products_in_16_bits():
-    """The model on our matrix products, compiled: as near to fp32 as on cuBLAS's."""
-    from fastgpt_kernels import launch
-    from fastgpt_kernels.ops.matmul.configs import runs_on
-
-    if not runs_on(launch.arch(0)):
-        pytest.skip("a GPU without TMA")
-    shape, results = ModelShape(2, 4, 256, 128, 1000, bias=True), {}
-    inputs = torch.randint(1000, (4, 129), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    for name, dtype in (
-        ("exact", torch.float32),
-        ("eager", torch.bfloat16),
-        ("triton", torch.bfloat16),
-    ):
-        products = dict.fromkeys(LIBRARY, "triton" if name == "triton" else "eager")
-        wish = Wish("eager" if name == "exact" else "triton", products)
-        table = ops.choose(DEVICE, dtype, shape.sizes(4), wish)
-        model = GPT(shape, 0.0, table, dtype).init_weights(0).to(DEVICE)
-        torch._dynamo.reset()
-        loss = torch.compile(model, fullgraph=True)(inputs[:, :-1], inputs[:, 1:])
-        loss.backward()
-        results[name] = [loss.detach(), *(p.grad for p in model.parameters())]
-    for exact, eager, triton in zip(*results.values(), strict=True):
-        off = (eager - exact).norm() / exact.norm()
-        assert (triton - exact).norm() / exact.norm() <= 2 * off + 1e-3

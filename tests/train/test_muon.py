@@ -224,12 +224,12 @@ def test_copies_follow():
     table = ops.choose(DEVICE, wish=Wish("eager"))
     model = GPT(ModelShape(1, 2, 16, 8, 20, True), 0.0, table, torch.bfloat16).init_weights(0)
     trainer = Trainer(model.to(DEVICE), config, Machine(DEVICE, "bfloat16"))
-    before = {k: v.clone() for k, v in model.copies().items()}
+    before = {k: v.clone() for k, v in model.weight_copies().items()}
     trainer.step(0, torch.randint(20, (2, 9)).to(DEVICE))
     assert before
-    for master, copy in model.copies().items():
+    for master, copy in model.weight_copies().items():
         assert torch.equal(copy, master.to(torch.bfloat16))
-    assert any(not torch.equal(copy, before[m]) for m, copy in model.copies().items())
+    assert any(not torch.equal(copy, before[m]) for m, copy in model.weight_copies().items())
 
 
 def test_float16_scales_its_loss():

@@ -23,7 +23,7 @@ SHAPE = ModelShape(2, 2, 64, 16, 50, bias=True)
 
 def trainer(sums: bool, monkeypatch, kernels: str = "eager", n: int = 2, **settings) -> Trainer:
     """Of n micro-batches, in bf16, or fp16 where kernels are interpreted."""
-    monkeypatch.setattr(trainer_module, "adds_in_place", lambda device: sums)
+    monkeypatch.setattr(trainer_module, "accumulates_in_fp32", lambda device: sums)
     flags = {"batch_size": 8 // n, "gradient_accumulation_steps": n, **settings}
     config = replace(laptop(), kernels="eager", **flags)
     machine = Machine(CPU, "float16" if kernels == "triton" else "bfloat16")

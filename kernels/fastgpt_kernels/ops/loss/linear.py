@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 
 from fastgpt_kernels import reference
-from fastgpt_kernels.accumulate import add_product, adds_scaled
 from fastgpt_kernels.checks import check_int, check_tensor, refuse_interpreted_bf16
 from fastgpt_kernels.launch import HAS_TRITON, use_kernel
+from fastgpt_kernels.linear import accumulate_scaled, add_matmul
 from fastgpt_kernels.ops.loss.cross_entropy import check_arguments, check_rows, check_targets
 from fastgpt_kernels.register import Op, call_directly, product_flops
 
@@ -67,7 +67,7 @@ def room_on(device: torch.device) -> int:
 def _chunks(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, vocab_size: int,
     chunk_tokens: int | None,
-    *, rounded: Tensor | None = None, losses: Tensor | None = None, need_dx: bool = False,
+    *, weight_bf16: Tensor | None = None, losses: Tensor | None = None, need_dx: bool = False,
     need_dw: bool = False, scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Fill `losses` (M,) and return dx like x and dW (V, C) fp32, or empty tensors for them.
@@ -75,7 +75,7 @@ def _chunks(
     `scale` (M,) fp32 is the upstream gradient of the rows' losses, None for 1.
     """
     (n_rows, n_features), n_cols = x.shape, weight.shape[0]
-    weight = weight.to(x.dtype) if rounded is None else rounded
+    weight = weight.to(x.dtype) if weight_bf16 is None else weight_bf16
     dx = torch.empty(x.shape if need_dx else 0, dtype=x.dtype, device=x.device)
     dw = torch.empty(weight.shape if need_dw else 0, dtype=torch.float32, device=x.device)
     if n_rows == 0 or n_features == 0:
@@ -97,33 +97,34 @@ def _chunks(
         if need_dx:
             torch.mm(logits, weight, out=dx[part])
         if need_dw:
-            add_product(dw, logits.t(), x[part], first=start == 0)
+            add_matmul(dw, logits.t(), x[part], first=start == 0)
     return dx, dw
 
 
 def _with_gradients(
-    x: Tensor, weight: Tensor, targets: Tensor, rounded: Tensor | None, add_to: Tensor | None,
-    ignore_index: int, vocab_size: int, chunk_tokens: int | None, need_dx: bool, need_dw: bool,
+    x: Tensor, weight: Tensor, targets: Tensor, weight_bf16: Tensor | None,
+    main_grad: Tensor | None, ignore_index: int, vocab_size: int, chunk_tokens: int | None,
+    need_dx: bool, need_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The sum of the losses, its dx and dW, which are empty if not needed.
 
-    `add_to` is for the backward pass.
+    `main_grad` is for the backward pass.
     """
     losses = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     dx, dw = _chunks(
         x, weight, targets.contiguous(), ignore_index, vocab_size, chunk_tokens,
-        rounded=rounded, losses=losses, need_dx=need_dx, need_dw=need_dw,
+        weight_bf16=weight_bf16, losses=losses, need_dx=need_dx, need_dw=need_dw,
     )  # fmt: skip
     return losses.sum(), dx, dw
 
 
 def _scaled(
-    scale: Tensor, dx: Tensor, dw: Tensor, add_to: Tensor | None, weight_dtype: torch.dtype,
+    scale: Tensor, dx: Tensor, dw: Tensor, main_grad: Tensor | None, weight_dtype: torch.dtype,
     needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """dx and dW, which the forward pass left for an upstream gradient of 1, times the real one.
 
-    If there is an `add_to` dW goes there.
+    If there is an `main_grad` dW goes there.
     """
 
     def times(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -132,8 +133,8 @@ def _scaled(
         return (x.float() * scale).to(dtype)
 
     need_dx, need_dw = needs
-    if need_dw and add_to is not None:
-        adds_scaled(add_to, dw, scale)
+    if need_dw and main_grad is not None:
+        accumulate_scaled(main_grad, dw, scale)
         need_dw = False
     return times(dx, dx.dtype) if need_dx else None, times(dw, weight_dtype) if need_dw else None
 
@@ -171,7 +172,7 @@ if HAS_TRITON:
 
     _total = Op(
         "linear_cross_entropy", _with_gradients,
-        lambda x, weight, targets, rounded, add_to, ignore, vocab, chunk, need_dx, need_dw: (
+        lambda x, weight, targets, weight_bf16, main_grad, ignore, vocab, chunk, need_dx, need_dw: (
             x.new_empty((), dtype=torch.float32),
             *_shapes(x, weight, need_dx, need_dw, torch.float32),
         ),
@@ -203,20 +204,20 @@ def linear_cross_entropy(
     reduction: str = "mean",
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
-    rounded: Tensor | None = None,
-    add_to: Tensor | None = None,
+    weight_bf16: Tensor | None = None,
+    main_grad: Tensor | None = None,
 ) -> Tensor:
     """cross_entropy(x @ weight.T, targets) without ever holding more than a chunk of the logits.
 
-    x (..., C) bf16, fp16 or fp32; weight (V, C) like x or fp32, such as a master, which is rounded
-    to x's dtype on the way in, or by the caller: `rounded`, (V, C) like x; targets (...) int64. The
-    loss and the meaning of the other arguments are those of `cross_entropy`; ignore_index is -1
-    unless given, where PyTorch's is -100. `chunk_tokens` is the number of rows of logits held at a
-    time; None makes as few chunks as fit into a twelfth of the GPU's memory. Gradients are computed
-    together with the loss, unless grad mode is off or neither x nor weight requires them; with
-    reduction "none" in the backward, and `rounded` is not read then. dW is summed in fp32 and comes
-    in the dtype of `weight`: an fp32 one is never rounded. `add_to` (V, C) fp32: there the backward
-    pass adds dW, in place, and weight gets no gradient; not with reduction "none".
+    x (..., C) bf16, fp16 or fp32; weight (V, C) like x or fp32, which is rounded to x's dtype here,
+    or by the caller: `weight_bf16`, (V, C) like x; targets (...) int64. The loss and the meaning of
+    the other arguments are those of `cross_entropy`; ignore_index is -1 unless given, where
+    PyTorch's is -100. `chunk_tokens` is the number of rows of logits held at a time; None makes as
+    few chunks as fit into a twelfth of the GPU's memory. Gradients are computed together with the
+    loss, unless grad mode is off or neither x nor weight requires them; with reduction "none" in
+    the backward, and `weight_bf16` is not read then. dW is summed in fp32 and comes in the dtype of
+    `weight`: an fp32 one is never rounded. `main_grad` (V, C) fp32: there the backward pass adds
+    dW, in place, and weight gets no gradient; not with reduction "none".
 
     Wrong shapes and values raise ValueError, wrong types and dtypes TypeError.
     """
@@ -226,18 +227,20 @@ def linear_cross_entropy(
         op, "weight", weight, shape=(None, x.shape[-1]), dtypes=(x.dtype, torch.float32), like=x
     )
     n_cols = weight.shape[0]
-    if rounded is not None:
-        check_tensor(op, "rounded", rounded, shape=weight.shape, dtypes=(x.dtype,), like=x)
-    if add_to is not None:
-        check_tensor(op, "add_to", add_to, shape=weight.shape, dtypes=(torch.float32,), like=x)
+    if weight_bf16 is not None:
+        check_tensor(op, "weight_bf16", weight_bf16, shape=weight.shape, dtypes=(x.dtype,), like=x)
+    if main_grad is not None:
+        check_tensor(
+            op, "main_grad", main_grad, shape=weight.shape, dtypes=(torch.float32,), like=x
+        )
         if reduction == "none":
-            raise ValueError(f'{op}: add_to needs reduction "mean" or "sum", got "none"')
+            raise ValueError(f'{op}: main_grad needs reduction "mean" or "sum", got "none"')
     vocab_size = check_arguments(op, x, n_cols, targets, ignore_index, reduction, vocab_size)
     check_int(op, "chunk_tokens", chunk_tokens, least=1, optional=True)
     if not use_kernel(x):
         check_targets(op, targets, ignore_index, vocab_size)
         return reference.linear_cross_entropy(
-            x, weight, targets, ignore_index, reduction, vocab_size, add_to=add_to
+            x, weight, targets, ignore_index, reduction, vocab_size, main_grad=main_grad
         )
     refuse_interpreted_bf16(op, x)
     shape = targets.shape
@@ -247,7 +250,7 @@ def linear_cross_entropy(
         return _rows(x, weight, targets, *options).view(shape)
     enabled = torch.is_grad_enabled()
     needs = (enabled and x.requires_grad, enabled and weight.requires_grad)
-    total = _total(x, weight, targets, rounded, add_to, *options, *needs)
+    total = _total(x, weight, targets, weight_bf16, main_grad, *options, *needs)
     if reduction == "sum":
         return total
     # The mean over no rows is NaN, as PyTorch's, but its gradient that of a constant: 0.
