@@ -18,24 +18,24 @@ from fastgpt.errors import UserError, open_regular
 
 
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
+    """Returns the hex sha256 of a file's bytes."""
     with open_regular(path) as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def sealed(text: str) -> str:
-    """`text` with its own sha256 as a last line, so that any change of it shows."""
+    """Returns `text` with its own sha256 as a last line, so that any change of it shows."""
     return f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n"
 
 
 def unsealed(data: bytes) -> str | None:
-    """The text that `sealed` was given, or None if a byte of it is not as it was."""
+    """Returns the text that `sealed` was given, or None if a byte of it has changed."""
     body, _, digest = data.removesuffix(b"\n").rpartition(b"\n")
     return body.decode() if hashlib.sha256(body).hexdigest().encode() == digest else None
 
 
 def fsync_dir(path: Path) -> None:
-    """Make renames and new entries inside the folder survive a power cut."""
+    """Makes renames and new entries inside the folder survive a power cut."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -48,7 +48,7 @@ def _old(folder: Path) -> Path:
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Rename `new` to `folder`; what stood there is removed once the new one has its name."""
+    """Renames `new` to `folder`; the old one is removed once the new one has its name."""
     fsync_dir(new)
     if folder.exists():
         shutil.rmtree(_old(folder), ignore_errors=True)
@@ -59,7 +59,7 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def recover_folder(folder: Path) -> None:
-    """Finish a `replace_folder` that a kill interrupted."""
+    """Ends a `replace_folder` that a kill interrupted."""
     old = _old(folder)
     if old.exists() and not folder.exists():
         os.rename(old, folder)
@@ -69,7 +69,7 @@ def recover_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
-    """Open a temporary file beside `path`; on success fsync it and rename it onto `path`.
+    """Opens a temporary file beside `path`; on success syncs it and renames it onto `path`.
 
     On any exception the temporary file is removed and `path` stays as it was.
     Raises UserError if the disk is full or the folder cannot be written.
@@ -93,48 +93,63 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
 
 
 def umask() -> int:
-    """What this process takes from the modes of new files. Can only be asked for by setting it."""
+    """Returns the bits that new files' modes lack. The system tells them only when they are set."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
 
 
+def remove(path: Path) -> None:
+    """Removes a file, or a folder with all that it holds."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def sweep(folder: Path, *patterns: str) -> None:
-    """Remove what killed writers left in `folder`; the caller holds what keeps others out."""
-    for pattern in patterns or (".*.tmp",):
-        for path in folder.glob(pattern):
-            with contextlib.suppress(OSError):
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink()
-
-
-def hold(folder: Path) -> int:
-    """A descriptor that marks a temporary folder as in use, until it or its process is closed."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return fd
-
-
-def sweep_unheld(folder: Path, pattern: str) -> None:
-    """Remove temporary folders that no process holds: their writers were killed."""
-    for path in folder.glob(pattern):
+    """Removes leftovers of killed writers from `folder`, which this process has for itself."""
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
         with contextlib.suppress(OSError):
-            os.close(hold(path))
-            shutil.rmtree(path)
+            remove(path)
+
+
+class Held(UserError):
+    """The message that another process has a file or folder for itself."""
+
+
+@contextlib.contextmanager
+def lock(path: Path, busy: str) -> Iterator[None]:
+    """Holds a file, made if need be, or a folder; the system releases it however the process ends.
+
+    Raises Held with the text `busy` if another process holds it.
+    """
+    kind = os.O_DIRECTORY if path.is_dir() else os.O_RDWR | os.O_CREAT | os.O_NONBLOCK
+    try:
+        fd = os.open(path, kind | os.O_CLOEXEC, 0o666)
+    except OSError as e:
+        raise explain_os_error(e, path) from e
+    try:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            busy = ""
+        if busy:
+            raise Held(busy)
+        yield
+    finally:
+        os.close(fd)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Atomically replace `path` by `text` (UTF-8)."""
+    """Atomically replaces `path` by `text` (UTF-8)."""
     with atomic_file(path) as f:
         f.write(text.encode())
 
 
 def explain_os_error(e: Exception, path: Path) -> Exception:
-    """The UserError that says what a failed write to `path` means for the user, or the error.
+    """Returns a UserError with advice on a failed write to `path`, or the error itself.
 
-    It is an OSError, or safetensors's own, which has the system's as text: "... (os error 28)".
+    `e` is an OSError, or safetensors's own, which has the system's as text: "... (os error 28)".
     """
     if not isinstance(e, OSError):
         code = re.search(r"os error (\d+)", str(e))

@@ -247,23 +247,6 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch):
     assert left == {"latest", "step_00000001"}
 
 
-def test_settings_are_those_of_the_newest_intact_state(tmp_path: Path):
-    assert checkpoint.saved_config(tmp_path) is None
-    w = {"w": torch.zeros(1)}
-    for step in (1, 2, 3):
-        state = {"config": {"n_layer": step}} if step < 3 else {"config": "none"}
-        checkpoint.save(tmp_path, step, w, w, state, best=False, keep=3)
-    folder = tmp_path / "checkpoints"
-    assert checkpoint.saved_config(tmp_path) is None, "the newest has no settings"
-    (folder / "latest").write_text("step_00000001\n")
-    assert checkpoint.saved_config(tmp_path) == {"n_layer": 1}, "what latest names comes first"
-    (folder / "step_00000003" / "state.json").write_text("{}")
-    (folder / "latest").unlink()
-    assert checkpoint.saved_config(tmp_path) == {"n_layer": 2}
-    (folder / "step_00000002" / "manifest.json").unlink()
-    assert checkpoint.saved_config(tmp_path) == {"n_layer": 1}
-
-
 def test_names_are_known_without_pytorch():
     """Arguments are checked before it is loaded."""
     program = "import sys; from fastgpt.storage import checkpoint; print('torch' in sys.modules)"

@@ -265,8 +265,8 @@ def test_a_config_that_is_not_what_the_run_wrote_is_named():
 
 def test_the_settings_are_in_the_checkpoint_too():
     folder = Path("out")
-    config = settings.replace(Config(), n_layer=5)
-    checkpoint.save(folder, 3, {}, {}, {"config": settings.to_dict(config)}, best=True, keep=1)
+    state = {"format": 1, "config": settings.to_dict(settings.replace(Config(), n_layer=5))}
+    checkpoint.save(folder, 3, {}, {}, state, best=True, keep=1)
     assert run.find("out") == folder and run.load_config(folder).model.n_layer == 5
 
 

@@ -215,14 +215,14 @@ def test_weights_that_turn_bad_stop_the_run(tmp_path: Path, text: str):
 
 def seal(folder: Path) -> None:
     """Write the manifest of changed files anew, as a writer of bad but intact files would."""
-    from fastgpt.storage.files import sha256_file
+    from fastgpt.storage.files import sealed, sha256_file
 
     files = {
         p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)}
         for p in folder.iterdir()
         if p.name != "manifest.json"
     }
-    (folder / "manifest.json").write_text(checkpoint._manifest_text(files))
+    (folder / "manifest.json").write_text(sealed(json.dumps({"files": files})))
 
 
 def test_a_learning_rate_that_explodes_stops_the_run(tmp_path: Path, text: str):

@@ -157,17 +157,16 @@ def test_a_larger_vocabulary_than_the_data_s(home: Path):
 
 
 def test_a_killed_export_is_swept_by_the_next(home: Path):
-    """What a kill left beside the folder; one that is being written is left alone."""
-    dead = home / ".tmp-swept-99999"
-    dead.mkdir()
-    (dead / "model.safetensors").touch()
-    alive = home / ".tmp-swept-11111"
-    alive.mkdir()
-    held = files.hold(alive)
+    """A kill leaves files beside the folder; a folder that is being written is left alone."""
+    aside = home / ".tmp-swept"
+    aside.mkdir()
+    (aside / "leftover").touch()
+    with files.lock(aside, "busy"):
+        said = fastgpt(home, "export", "--weights=weights", "--to=swept", code=2)
+    assert "--to=swept: another process is exporting to it" in said
+    assert (aside / "leftover").exists()
     fastgpt(home, "export", "--weights=weights", "--to=swept")
-    os.close(held)
-    assert not dead.exists() and alive.exists()
-    alive.rmdir()
+    assert not aside.exists() and not (home / "swept" / "leftover").exists()
 
 
 @pytest.mark.slow
