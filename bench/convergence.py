@@ -37,7 +37,7 @@ from fastgpt.config import settings
 from fastgpt.config.schema import Config, PrepareConfig
 from fastgpt.data.prepare import ensure
 from fastgpt.errors import UserError
-from fastgpt.storage.files import write_text
+from fastgpt.storage.atomic import write_text
 
 PRESET = "shakespeare_char"
 # nanoGPT's README ends its GPU run at 1.4697; on the way there 1.5 is met by a steep curve.

@@ -24,7 +24,7 @@ from fastgpt.config.help import listing
 from fastgpt.config.presets import PRESETS
 from fastgpt.config.schema import Config
 from fastgpt.errors import RankError, SharedError, UserError, explained, one_line
-from fastgpt.storage import run
+from fastgpt.storage import run_dir as run
 
 OVERVIEW = """\
 fastgpt {version}: train GPT-2-class models as fast as one CUDA GPU allows

@@ -21,7 +21,7 @@ from fastgpt.data.tokenizer import GPT2_VOCAB
 from fastgpt.errors import UserError
 from fastgpt.model.build import choose
 from fastgpt.model.device import Machine, unseen_gpu
-from fastgpt.storage import run
+from fastgpt.storage import run_dir as run
 from fastgpt.weights.hugging_face import SIZES, shape_of_size
 
 

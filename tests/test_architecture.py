@@ -110,7 +110,7 @@ def test_few_doors():
     [
         ("fastgpt/data/x.py", "from fastgpt.train import loop", upward),
         ("fastgpt/data/x.py", "from fastgpt.model.gpt import GPT", upward),
-        ("fastgpt/model/x.py", "from fastgpt.storage import run", upward),
+        ("fastgpt/model/x.py", "from fastgpt.storage import run_dir", upward),
         ("fastgpt/storage/x.py", "import fastgpt_kernels.attention", upward),
         ("fastgpt/errors.py", "def f():\n    from fastgpt import cli", upward),
         ("fastgpt/inference/x.py", "import torch.distributed as dist", forbidden),

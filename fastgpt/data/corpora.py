@@ -32,7 +32,7 @@ import numpy as np
 from fastgpt.data import download
 from fastgpt.data.progress import progress
 from fastgpt.errors import UserError, open_regular, read_text
-from fastgpt.storage.files import write_text
+from fastgpt.storage.atomic import write_text
 
 _CHUNK = 1 << 20
 _SMALL = 16 << 20  # files up to this size are read in one go

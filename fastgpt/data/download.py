@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastgpt.data.progress import progress
 from fastgpt.errors import UserError
-from fastgpt.storage.files import explain_os_error, fsync_dir, sha256_file
+from fastgpt.storage.atomic import explain_os_error, fsync_dir, sha256_file
 
 _CHUNK = 1 << 20
 TIMEOUT_S = 30.0

@@ -71,7 +71,7 @@ from fastgpt.data.tokenizer import (
     read_vocab_file,
 )
 from fastgpt.errors import UserError, read_text
-from fastgpt.storage.files import (
+from fastgpt.storage.atomic import (
     explain_os_error,
     recover_folder,
     replace_folder,

@@ -31,7 +31,7 @@ import numpy as np
 from fastgpt.data.progress import progress
 from fastgpt.data.tokenizer import GPT2_VOCAB, JSON_NAME, Tokenizer, load_tokenizer, read_meta
 from fastgpt.errors import UserError, open_regular, read_text, reading
-from fastgpt.storage.files import explain_os_error, fsync_dir, write_text
+from fastgpt.storage.atomic import explain_os_error, fsync_dir, write_text
 
 MAGIC = 20240520
 HEADER_BYTES = 256 * 4

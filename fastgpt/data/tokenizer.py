@@ -36,7 +36,7 @@ import tiktoken
 
 from fastgpt.data.download import fetch
 from fastgpt.errors import UserError, open_regular, read_bytes, read_text
-from fastgpt.storage.files import atomic_file, write_text
+from fastgpt.storage.atomic import atomic_file, write_text
 
 # GPT-2's pretokenizer. The possessive quantifiers change no match, only save backtracking.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"

@@ -28,7 +28,7 @@ from fastgpt.data.token_files import Ids, open_dataset
 from fastgpt.errors import BadWeights, UserError, read_bytes, read_text, reading
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT
-from fastgpt.storage import run
+from fastgpt.storage import run_dir as run
 from fastgpt.weights.source import Source, open_source
 
 

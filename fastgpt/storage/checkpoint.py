@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from fastgpt.errors import UserError, read_bytes, reading
-from fastgpt.storage.files import (
+from fastgpt.storage.atomic import (
     explain_os_error,
     recover_folder,
     replace_folder,

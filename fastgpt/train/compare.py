@@ -18,8 +18,8 @@ from pathlib import Path
 from fastgpt.config import settings
 from fastgpt.config.schema import CompareConfig, Config
 from fastgpt.errors import UserError
-from fastgpt.storage import run
-from fastgpt.storage.files import atomic_file
+from fastgpt.storage import run_dir as run
+from fastgpt.storage.atomic import atomic_file
 from fastgpt.train.metrics import count
 from fastgpt.train.plots import Curves, smooth, time_axis
 

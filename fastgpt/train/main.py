@@ -26,7 +26,8 @@ from fastgpt.inference.generate import BatchGenerator, Sampling, on_screen
 from fastgpt.model import ops
 from fastgpt.model.build import build
 from fastgpt.model.device import Machine, unseen_gpu
-from fastgpt.storage import checkpoint, run
+from fastgpt.storage import checkpoint
+from fastgpt.storage import run_dir as run
 from fastgpt.train import cuda_graph, memory, metrics, plots, resume
 from fastgpt.train.distributed import Ranks, check_launch, join, launcher, local_device, restarted
 from fastgpt.train.loop import Loop

@@ -23,8 +23,8 @@ from fastgpt.config.settings import to_dict
 from fastgpt.data.progress import Every
 from fastgpt.errors import UserError, read_text, reading
 from fastgpt.model.gpt import GPT
-from fastgpt.storage import run
-from fastgpt.storage.files import explain_os_error, write_text
+from fastgpt.storage import run_dir as run
+from fastgpt.storage.atomic import explain_os_error, write_text
 
 
 def read(path: Path) -> list[dict[str, Any]]:

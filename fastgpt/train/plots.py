@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastgpt.storage.files import atomic_file
+from fastgpt.storage.atomic import atomic_file
 from fastgpt.train import metrics
 
 

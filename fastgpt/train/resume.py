@@ -17,7 +17,8 @@ from fastgpt.config import settings
 from fastgpt.config.schema import Config
 from fastgpt.data.token_files import Dataset
 from fastgpt.errors import UserError, read_bytes, reading
-from fastgpt.storage import checkpoint, run
+from fastgpt.storage import checkpoint
+from fastgpt.storage import run_dir as run
 from fastgpt.train import distributed, optim
 from fastgpt.train.trainer import Trainer
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastgpt.config.schema import ExportConfig
 from fastgpt.errors import UserError
-from fastgpt.storage.files import explain_os_error, lock, sweep
+from fastgpt.storage.atomic import explain_os_error, lock, sweep
 from fastgpt.weights import hf_tokenizer, hugging_face
 from fastgpt.weights.source import open_source
 

@@ -27,7 +27,7 @@ from fastgpt.data.tokenizer import (
     parse_ranks,
 )
 from fastgpt.errors import read_text, reading
-from fastgpt.storage.files import write_text
+from fastgpt.storage.atomic import write_text
 
 OURS = "fastgpt"  # a folder of its own: both formats call a file tokenizer.json
 

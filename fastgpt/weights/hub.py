@@ -13,7 +13,7 @@ import urllib.request
 from pathlib import Path
 
 from fastgpt.errors import UserError
-from fastgpt.storage.files import sha256_file
+from fastgpt.storage.atomic import sha256_file
 from fastgpt.weights.hugging_face import SIZES
 
 REPOSITORIES = {name: f"openai-community/{name}" for name in SIZES}

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from fastgpt.errors import UserError, open_regular, read_text, reading
 from fastgpt.model.gpt import ModelShape
-from fastgpt.storage.files import explain_os_error, umask, write_text
+from fastgpt.storage.atomic import explain_os_error, umask, write_text
 
 # n_layer, n_head, n_embd of OpenAI's four; vocabulary 50,257, 1,024 positions.
 SIZES = {

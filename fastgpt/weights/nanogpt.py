@@ -27,7 +27,8 @@ from fastgpt.data.token_files import has_tokens, open_dataset
 from fastgpt.data.tokenizer import GPT2_VOCAB, Tokenizer, make_tokenizer
 from fastgpt.errors import UserError, open_regular, reading
 from fastgpt.model.gpt import ModelShape
-from fastgpt.storage import checkpoint, run
+from fastgpt.storage import checkpoint
+from fastgpt.storage import run_dir as run
 from fastgpt.weights.hugging_face import (
     check,
     check_layers,

@@ -19,7 +19,8 @@ from fastgpt.errors import BadWeights, UserError, reading
 from fastgpt.model.build import build
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt.storage import checkpoint, run
+from fastgpt.storage import checkpoint
+from fastgpt.storage import run_dir as run
 from fastgpt.weights import hf_tokenizer, hub, hugging_face
 from fastgpt.weights.hugging_face import expected
 

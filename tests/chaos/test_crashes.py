@@ -25,7 +25,8 @@ from fastgpt.data.token_files import open_dataset
 from fastgpt.data.tokenizer import ByteTokenizer
 from fastgpt.errors import UserError
 from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt.storage import checkpoint, run
+from fastgpt.storage import checkpoint
+from fastgpt.storage import run_dir as run
 from fastgpt.weights import hf_tokenizer, hugging_face
 from fastgpt.weights.export import export
 from fastgpt.weights.nanogpt import import_checkpoint

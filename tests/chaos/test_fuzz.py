@@ -28,7 +28,8 @@ from fastgpt.data.token_files import open_dataset
 from fastgpt.data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer, read_meta
 from fastgpt.errors import UserError
 from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt.storage import checkpoint, run
+from fastgpt.storage import checkpoint
+from fastgpt.storage import run_dir as run
 from fastgpt.train import metrics
 from fastgpt.weights import hf_tokenizer, hugging_face, nanogpt
 from tests.chaos.conftest import chunks

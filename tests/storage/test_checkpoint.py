@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 
 from fastgpt.errors import UserError
-from fastgpt.storage import checkpoint, files
+from fastgpt.storage import atomic, checkpoint
 
 
 def save(
@@ -121,7 +121,7 @@ CUTS = [
     "os.replace",
     "write_text",
     "os.rename",
-    "files.fsync_dir",
+    "atomic.fsync_dir",
     "shutil.rmtree",
 ]
 
@@ -134,7 +134,7 @@ class Killed(BaseException):
 def test_a_save_cut_off_anywhere_loses_nothing(cut, tmp_path: Path, monkeypatch):
     """Cut at every call of every kind: the old or the new checkpoint loads, and saving goes on."""
     module, _, name = cut.rpartition(".")
-    places = {"os": os, "shutil": shutil, "files": files, "safetensors": safetensors.torch}
+    places = {"os": os, "shutil": shutil, "files": atomic, "safetensors": safetensors.torch}
     place = places.get(module, checkpoint)
     real = getattr(place, name)
     for nth in range(1, 20):
@@ -230,7 +230,7 @@ def monkeypatched_cwd(folder: Path) -> Iterator[None]:
 )
 def test_a_sealed_but_foreign_manifest_is_named(text: str, tmp_path: Path):
     folder = save(tmp_path, 5)
-    (folder / "manifest.json").write_text(files.sealed(text))
+    (folder / "manifest.json").write_text(atomic.sealed(text))
     assert "manifest.json: is damaged" in str(checkpoint.fault(folder))
 
 

@@ -14,7 +14,7 @@ from fastgpt.cli import main
 from fastgpt.config.schema import CompareConfig, Config
 from fastgpt.config.settings import replace
 from fastgpt.errors import UserError
-from fastgpt.storage import run
+from fastgpt.storage import run_dir as run
 from fastgpt.train import plots
 from fastgpt.train.compare import _open as open_run
 from fastgpt.train.compare import compare, draw, scatter, table, verdict

@@ -215,7 +215,7 @@ def test_weights_that_turn_bad_stop_the_run(tmp_path: Path, text: str):
 
 def seal(folder: Path) -> None:
     """Write the manifest of changed files anew, as a writer of bad but intact files would."""
-    from fastgpt.storage.files import sealed, sha256_file
+    from fastgpt.storage.atomic import sealed, sha256_file
 
     files = {
         p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)}

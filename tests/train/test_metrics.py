@@ -20,7 +20,8 @@ from fastgpt.config.settings import replace
 from fastgpt.data import progress
 from fastgpt.errors import UserError
 from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt.storage import checkpoint, run
+from fastgpt.storage import checkpoint
+from fastgpt.storage import run_dir as run
 from fastgpt.train import metrics, plots
 from tests import runs
 from tests.fakes import FakeTensorMode, fake_model

@@ -14,7 +14,7 @@ from fastgpt.config.settings import load_toml
 from fastgpt.data.tokenizer import ByteTokenizer
 from fastgpt.inference.generate import BatchGenerator, Sampling
 from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt.storage import files
+from fastgpt.storage import atomic
 from fastgpt.storage.checkpoint import load
 from fastgpt.weights import hf_tokenizer, hugging_face
 from fastgpt.weights.hugging_face import read
@@ -161,7 +161,7 @@ def test_a_killed_export_is_swept_by_the_next(home: Path):
     aside = home / ".tmp-swept"
     aside.mkdir()
     (aside / "leftover").touch()
-    with files.lock(aside, "busy"):
+    with atomic.lock(aside, "busy"):
         said = fastgpt(home, "export", "--weights=weights", "--to=swept", code=2)
     assert "--to=swept: another process is exporting to it" in said
     assert (aside / "leftover").exists()

@@ -12,8 +12,9 @@ import pytest
 from fastgpt.config import settings
 from fastgpt.config.schema import Config
 from fastgpt.errors import UserError
-from fastgpt.storage import checkpoint, run
-from fastgpt.storage.files import unsealed
+from fastgpt.storage import checkpoint
+from fastgpt.storage import run_dir as run
+from fastgpt.storage.atomic import unsealed
 from tests.faults import killed_at
 
 

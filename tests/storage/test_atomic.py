@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from fastgpt.errors import UserError
-from fastgpt.storage import files
+from fastgpt.storage import atomic
 
 
 def test_write_and_replace(tmp_path: Path):
     path = tmp_path / "a" / "b.txt"
-    files.write_text(path, "one")
-    files.write_text(path, "zwei ü")
+    atomic.write_text(path, "one")
+    atomic.write_text(path, "zwei ü")
     assert path.read_text() == "zwei ü"
     assert [p.name for p in path.parent.iterdir()] == ["b.txt"]
     assert path.stat().st_mode & 0o777 == 0o644
@@ -23,8 +23,8 @@ def test_write_and_replace(tmp_path: Path):
 
 def test_an_error_leaves_the_old_content(tmp_path: Path):
     path = tmp_path / "b.txt"
-    files.write_text(path, "old")
-    with pytest.raises(RuntimeError), files.atomic_file(path) as f:
+    atomic.write_text(path, "old")
+    with pytest.raises(RuntimeError), atomic.atomic_file(path) as f:
         f.write(b"half")
         raise RuntimeError
     assert path.read_text() == "old"
@@ -43,7 +43,7 @@ def test_an_error_leaves_the_old_content(tmp_path: Path):
     ],
 )
 def test_system_errors_become_advice(code, words, tmp_path: Path):
-    with pytest.raises(UserError, match=words) as e, files.atomic_file(tmp_path / "x") as f:
+    with pytest.raises(UserError, match=words) as e, atomic.atomic_file(tmp_path / "x") as f:
         f.write(b"half")
         raise OSError(code, "system's words")
     assert "\n" not in str(e.value) and str(tmp_path / "x") in str(e.value)
@@ -51,7 +51,7 @@ def test_system_errors_become_advice(code, words, tmp_path: Path):
 
 
 def test_other_system_errors_stay_what_they_are(tmp_path: Path):
-    with pytest.raises(OSError, match="broken") as e, files.atomic_file(tmp_path / "x"):
+    with pytest.raises(OSError, match="broken") as e, atomic.atomic_file(tmp_path / "x"):
         raise OSError(errno.EIO, "broken")
     assert not isinstance(e.value, UserError)
 
@@ -59,7 +59,7 @@ def test_other_system_errors_stay_what_they_are(tmp_path: Path):
 def test_sha256(tmp_path: Path):
     data = bytes(range(256)) * 9000
     (tmp_path / "x").write_bytes(data)
-    assert files.sha256_file(tmp_path / "x") == hashlib.sha256(data).hexdigest()
+    assert atomic.sha256_file(tmp_path / "x") == hashlib.sha256(data).hexdigest()
 
 
 def folder_with(path: Path, text: str) -> Path:
@@ -73,18 +73,18 @@ def test_a_folder_takes_the_place_of_another(tmp_path: Path):
     for text in ("one", "two"):
         # A leftover of a kill would be in the way of the rename.
         folder_with(tmp_path / ".data.old", "of long ago")
-        files.replace_folder(folder_with(tmp_path / "new", text), target)
+        atomic.replace_folder(folder_with(tmp_path / "new", text), target)
         assert (target / "x").read_text() == text
         assert [p.name for p in tmp_path.iterdir()] == ["data"]
 
 
 def test_a_replaced_folder_comes_back_if_nothing_took_its_place(tmp_path: Path):
     target, old = tmp_path / "data", tmp_path / ".data.old"
-    files.recover_folder(target)
+    atomic.recover_folder(target)
     assert not list(tmp_path.iterdir())
     folder_with(old, "one")
-    files.recover_folder(target)
+    atomic.recover_folder(target)
     assert (target / "x").read_text() == "one" and not old.exists()
     folder_with(old, "zero")
-    files.recover_folder(target)
+    atomic.recover_folder(target)
     assert (target / "x").read_text() == "one" and not old.exists()

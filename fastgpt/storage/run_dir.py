@@ -22,8 +22,8 @@ from pathlib import Path
 from fastgpt.config import settings
 from fastgpt.config.schema import Config
 from fastgpt.errors import UserError, read_bytes
-from fastgpt.storage import checkpoint, files
-from fastgpt.storage.files import Held, explain_os_error, fsync_dir, remove, sealed, unsealed
+from fastgpt.storage import atomic, checkpoint
+from fastgpt.storage.atomic import Held, explain_os_error, fsync_dir, remove, sealed, unsealed
 
 RUNS = Path("runs")
 IDENTITY = "run.json"
@@ -134,8 +134,8 @@ def save_config(run_dir: Path, config: Config, launch: Sequence[str] = ()) -> Id
     new = Identity(secrets.token_hex(8), tuple(launch))
     own = dataclasses.replace(before or new, config=settings.to_toml(config))
     text = json.dumps({"format": 1, **vars(own)}, indent=1)
-    files.write_text(run_dir / IDENTITY, sealed(text))
-    files.write_text(run_dir / "config.toml", own.config)
+    atomic.write_text(run_dir / IDENTITY, sealed(text))
+    atomic.write_text(run_dir / "config.toml", own.config)
     return own
 
 
@@ -161,7 +161,7 @@ def begin(out_dir: str, name: str, overwrite: bool) -> Iterator[Path]:
             check_free(out_dir, overwrite)
             stack.enter_context(lock(run_dir))
             _bring_back(run_dir)
-            files.sweep(run_dir, ".*.tmp")
+            atomic.sweep(run_dir, ".*.tmp")
             check_free(out_dir, overwrite)
             if _is_barren(run_dir):
                 _remove(run_dir)
@@ -185,13 +185,13 @@ def resumed(out_dir: str) -> Iterator[Path]:
     run_dir = find(out_dir)
     with lock(run_dir):
         _bring_back(run_dir)
-        files.sweep(run_dir, ".*.tmp")
+        atomic.sweep(run_dir, ".*.tmp")
         yield run_dir
 
 
 def lock(run_dir: Path) -> contextlib.AbstractContextManager[None]:
     busy = f"{run_dir}: another process is training this run; wait for it"
-    return files.lock(run_dir / _LOCK, busy)
+    return atomic.lock(run_dir / _LOCK, busy)
 
 
 def check_free(out_dir: str, overwrite: bool) -> None:
@@ -275,7 +275,7 @@ def _remove(run_dir: Path, made: Sequence[Path] = ()) -> None:
     for name in _present(run_dir):
         remove(run_dir / name)
     if made:
-        files.sweep(run_dir, ".*.tmp", _LOCK)
+        atomic.sweep(run_dir, ".*.tmp", _LOCK)
         with contextlib.suppress(OSError):  # another program has put files there meanwhile
             for folder in made:
                 folder.rmdir()
