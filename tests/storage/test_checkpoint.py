@@ -134,7 +134,7 @@ class Killed(BaseException):
 def test_a_save_cut_off_anywhere_loses_nothing(cut, tmp_path: Path, monkeypatch):
     """Cut at every call of every kind: the old or the new checkpoint loads, and saving goes on."""
     module, _, name = cut.rpartition(".")
-    places = {"os": os, "shutil": shutil, "files": atomic, "safetensors": safetensors.torch}
+    places = {"os": os, "shutil": shutil, "atomic": atomic, "safetensors": safetensors.torch}
     place = places.get(module, checkpoint)
     real = getattr(place, name)
     for nth in range(1, 20):
