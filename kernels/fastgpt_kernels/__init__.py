@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastgpt_kernels.bias_gelu import bias_gelu
+    from fastgpt_kernels.layer_norm import add_layer_norm, layer_norm
     from fastgpt_kernels.ops.attention.op import attention
     from fastgpt_kernels.ops.loss.cross_entropy import cross_entropy
     from fastgpt_kernels.ops.loss.linear import linear_cross_entropy
-    from fastgpt_kernels.ops.norm.op import add_layer_norm, layer_norm
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ OPS: dict[str, Entry] = {
         "and fa4 FlashAttention's packages.",
         choices=("triton", "eager", "cudnn", "flash", "math", "hopper", "fa3", "fa4"),
     ),
-    "layer_norm": Entry("norm.op", "The first norm."),
-    "add_layer_norm": Entry("norm.op", "Residual addition and the norm behind it."),
+    "layer_norm": Entry("layer_norm", "The first norm."),
+    "add_layer_norm": Entry("layer_norm", "Residual addition and the norm behind it."),
     "bias_gelu": Entry("bias_gelu", "The MLP's bias and GELU."),
     "linear_cross_entropy": Entry("loss.linear", "The head and the loss."),
     "cross_entropy": Entry("loss.cross_entropy", "The loss alone, of logits.", chosen_by=""),

@@ -17,15 +17,10 @@ import torch
 from torch import Tensor
 
 from fastgpt_kernels import launch, reference
-from fastgpt_kernels.checks import (
-    FLOAT_DTYPES,
-    check_approximate,
-    check_tensor,
-    refuse_interpreted_bf16,
-)
+from fastgpt_kernels.checks import check_tensor, refuse_interpreted_bf16
 from fastgpt_kernels.launch import Config, Table, lookup, tl, triton
 from fastgpt_kernels.library import define_op, tensors_only
-from fastgpt_kernels.registry import Cost, ExampleInputs, OpSpec, Random, Sizes, implementations
+from fastgpt_kernels.registry import ExampleInputs, OpSpec, Random, Sizes, implementations, traffic
 
 # --- Launch configs ---------------------------------------------------------------------------
 
@@ -232,10 +227,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, bias)
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, bias = ctx.saved_tensors
-    dx, dbias = _backward_op(dy, x, bias, ctx.tanh)
-    return dx, None if bias is None else dbias, None
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+    return _backward_op(dy, *ctx.saved_tensors, ctx.tanh)
 
 
 _backward_op = define_op(
@@ -259,12 +252,13 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") 
     `bias_gelu(F.linear(x, weight), bias)`.
     Raises TypeError or ValueError for arguments that do not fit.
     """
-    check_tensor("bias_gelu", "x", x, dtypes=FLOAT_DTYPES)
+    check_tensor("bias_gelu", "x", x)
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"bias_gelu: x must have shape (..., C) with C >= 1, got {tuple(x.shape)}")
-    C = x.shape[-1:]
-    check_tensor("bias_gelu", "bias", bias, shape=C, dtypes=FLOAT_DTYPES, like=x, optional=True)
-    approximate = check_approximate("bias_gelu", approximate)
+    check_tensor("bias_gelu", "bias", bias, shape=x.shape[-1:], like=x, optional=True)
+    if approximate not in ("tanh", "none", "erf"):
+        wanted = "'tanh', 'none' or 'erf' (the same)"
+        raise ValueError(f"bias_gelu: approximate must be {wanted}, got {approximate!r}")
     if not launch.use_kernel(x):
         return reference.bias_gelu(x, bias, approximate)
     return _op(x, bias, approximate == "tanh")
@@ -275,14 +269,10 @@ def _example_inputs(s: Sizes, random: Random) -> list[ExampleInputs]:
     return [ExampleInputs(inputs, {"approximate": s.approximate}, fp32_inputs=(1,))]
 
 
-def _cost(s: Sizes, itemsize: int) -> dict[str, Cost]:
-    moved = 4.0 * s.tokens * s.n_embd * itemsize
-    return {"forward": Cost(0, 2 * moved), "backward": Cost(0, 3 * moved)}
-
-
 SPECS = {
     "bias_gelu": OpSpec(
-        "bias_gelu", implementations(reference.bias_gelu, bias_gelu), _example_inputs, _cost,
+        "bias_gelu", implementations(reference.bias_gelu, bias_gelu), _example_inputs,
+        traffic(2, 3, width=4),
         kernels=tuple(f"bias_gelu_{part}_kernel" for part in ("fwd", "bwd", "sum")),
         category="memory", label="GELU", calls_per_step=12,
     )

@@ -2,7 +2,8 @@
 
     attention: n_head must divide C=770, got 12
 
-Every op takes bfloat16, float16 and float32 on every device; `reference` also takes float64.
+Every op takes bfloat16, float16 and float32 on every device. The functions of `reference` also take
+float64.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ def check_tensor(
     *,
     ndim: int | None = None,
     shape: Sequence[int | None] | None = None,
-    dtypes: Sequence[torch.dtype] | None = None,
+    dtypes: Sequence[torch.dtype] = FLOAT_DTYPES,
     like: torch.Tensor | None = None,
     optional: bool = False,
 ) -> None:
-    """Raise TypeError/ValueError naming op, argument, what it got and what it wants.
+    """Raises TypeError or ValueError unless x is a tensor that fits.
 
     ndim      how many dimensions it has
     shape     entries of None match any size
-    dtypes    those that it may have; without them that of `like`
+    dtypes    those that it may have
     like      a tensor on the same device
     optional  x may be None
     """
@@ -42,29 +43,25 @@ def check_tensor(
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
     if ndim is not None and x.ndim != ndim:
         raise ValueError(f"{op}: {name} must have {ndim} dimensions, got shape {tuple(x.shape)}")
-    if (
-        shape is not None
-        and x.shape != shape
-        and (
-            x.ndim != len(shape)
-            or any(s not in (None, g) for s, g in zip(shape, x.shape, strict=True))
-        )
-    ):
+    if shape is not None and x.shape != shape and not _matches(x.shape, shape):
         wanted = "(" + ", ".join("*" if s is None else str(s) for s in shape) + ")"
         raise ValueError(f"{op}: {name} must have shape {wanted}, got {tuple(x.shape)}")
-    if dtypes is None:
-        dtypes = (x.dtype if like is None else like.dtype,)
     if x.dtype not in dtypes:
         wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(
-            f"{op}: {name} must be of dtype {wanted}, got {str(x.dtype).removeprefix('torch.')}"
-        )
+        got = str(x.dtype).removeprefix("torch.")
+        raise TypeError(f"{op}: {name} must be of dtype {wanted}, got {got}")
     if like is not None and x.device != like.device:
         raise ValueError(f"{op}: {name} must be on {like.device}, got {x.device}")
 
 
+def _matches(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
+    return len(shape) == len(wanted) and all(
+        w in (None, s) for s, w in zip(shape, wanted, strict=True)
+    )
+
+
 def check_dropout(op: str, dropout_p: object, seed: object, like: torch.Tensor) -> None:
-    """Raise TypeError/ValueError unless p is in [0, 1) and the seed an int64, as int or tensor."""
+    """Raises TypeError or ValueError unless p is in [0, 1) and the seed an int64 or None."""
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, _NUMBER):
         raise TypeError(f"{op}: dropout_p must be a float, got {type(dropout_p).__name__}")
     if not 0 <= dropout_p < 1:
@@ -84,7 +81,7 @@ def check_dropout(op: str, dropout_p: object, seed: object, like: torch.Tensor) 
 def check_int(
     op: str, name: str, value: object, *, least: int | None = None, optional: bool = False
 ) -> None:
-    """TypeError unless `value` is an int (None if optional), ValueError if it is below `least`."""
+    """Raises TypeError unless `value` is an int, and ValueError if it is below `least`."""
     if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, _INTEGER):
@@ -93,23 +90,10 @@ def check_int(
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
 
 
-def check_approximate(op: str, approximate: str) -> str:
-    """The name that `torch.nn.functional.gelu` has for a GELU; "erf" is what it calls "none".
-
-    Raises ValueError for any other.
-    """
-    if approximate == "erf":
-        return "none"
-    if approximate not in ("tanh", "none"):
-        wanted = "'tanh', 'none' or 'erf' (the same)"
-        raise ValueError(f"{op}: approximate must be {wanted}, got {approximate!r}")
-    return approximate
-
-
 def refuse_interpreted_bf16(op: str, *tensors: torch.Tensor | None) -> None:
-    """Raise TypeError for bfloat16 on the CPU: Triton's interpreter gets its bits wrong, silently.
+    """Raises TypeError for bfloat16 on a CPU: Triton's interpreter gets it wrong, silently.
 
-    Call it when a kernel is about to run.
+    Launchers call it, since the reference takes bfloat16.
     """
     for t in tensors:
         if t is not None and t.dtype is torch.bfloat16 and t.is_cpu:

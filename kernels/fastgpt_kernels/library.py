@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ def define_op(
                    that `mutates` names
     fake           the same function on tensors without data
     setup_context  (ctx, inputs, output), as in torch.autograd.Function
-    backward       (ctx, *gradients) -> a gradient or None for each input; an unused result has the
-                   gradient None
+    backward       (ctx, *gradients) -> a gradient for each of the first inputs, which is dropped
+                   where none is needed; an unused result has the gradient None
     flops          FLOPs of a call, from the arguments with shapes in place of tensors
     """
 
@@ -94,9 +95,12 @@ def _autograd_function(
     def backward_once(ctx: Any, *gradients: Any) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError(f"{name}: has no second derivative; leave out create_graph=True")
+        needs = ctx.needs_input_grad
         if all(gradient is None for gradient in gradients):
-            return (None,) * len(ctx.needs_input_grad)
-        return backward(ctx, *gradients)
+            return (None,) * len(needs)
+        found = backward(ctx, *gradients)
+        found = found if isinstance(found, tuple) else (found,)
+        return tuple(x if need else None for x, need in zip_longest(found, needs))
 
     body = {"forward": staticmethod(forward), "backward": staticmethod(backward_once)}
     function = type(f"fastgpt::{name}", (torch.autograd.Function,), body)

@@ -24,15 +24,13 @@ def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """y = (x - mean) / sqrt(var + eps) * weight + bias over the last dimension (Ba et al., 2016).
+    """Returns (x - mean) / sqrt(var + eps) * weight + bias over the last dimension, in x's dtype.
 
-    x (..., C), weight (C,), bias (C,) or None; y like x. The variance is the biased one (1/C).
+    x (..., C), weight (C,), bias (C,) or None. The variance is the biased one (Ba et al., 2016).
     """
-    dtype = _compute_dtype(x, weight, bias)
-    y = F.layer_norm(
-        x.to(dtype), weight.shape, weight.to(dtype), None if bias is None else bias.to(dtype), eps
-    )
-    return y.to(x.dtype)
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    bias = None if bias is None else bias.to(dtype)
+    return F.layer_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), bias, eps).to(x.dtype)
 
 
 def add_layer_norm(
@@ -40,17 +38,19 @@ def add_layer_norm(
     x_bias: Tensor | None = None, eps: float = 1e-5,
     *, dropout_p: float = 0.0, seed: int | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """residual_out = residual + Z (x + x_bias), rounded to x's dtype once; y = its layer_norm.
+    """Returns (layer_norm(residual_out), residual_out): residual_out = residual + Z (x + x_bias).
 
-    Z is 0 where `norm_dropout_mask` says, else 1 / (1 - p): all ones without dropout.
+    Z is 0 where `norm_dropout_mask` of the seed says, else 1 / (1 - p). Without a seed PyTorch's
+    generator draws it.
     """
-    dtype = _compute_dtype(x, residual, x_bias)
-    branch = x.to(dtype) if x_bias is None else x.to(dtype) + x_bias.to(dtype)
-    if dropout_p > 0:
-        C = x.shape[-1]
-        kept = norm_dropout_mask(seed_tensor(seed, x.device), x.numel() // max(C, 1), C, dropout_p)
-        branch = branch * kept.view(x.shape) * dropout_threshold(dropout_p)[1]
-    residual_out = (branch + residual.to(dtype)).to(x.dtype)
+    branch = x if x_bias is None else x + x_bias.to(x.dtype)
+    if dropout_p and seed is None:
+        branch = F.dropout(branch, dropout_p)
+    elif dropout_p:
+        rows, C = x.numel() // max(x.shape[-1], 1), x.shape[-1]
+        kept = norm_dropout_mask(seed_tensor(seed, x.device), rows, C, dropout_p).view(x.shape)
+        branch = torch.where(kept, branch * dropout_threshold(dropout_p)[1], 0.0)
+    residual_out = branch + residual
     return layer_norm(residual_out, weight, bias, eps), residual_out
 
 

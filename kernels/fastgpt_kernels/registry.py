@@ -117,6 +117,10 @@ def triton_unsupported(sizes: Sizes, dtype: torch.dtype, arch: str) -> str | Non
     return None
 
 
+def _always(sizes: Sizes, dtype: torch.dtype, arch: str) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One way to compute an op.
@@ -127,17 +131,31 @@ class Implementation:
     """
 
     function: Callable[..., Any]
-    unsupported_reason: Callable[[Sizes, torch.dtype, str], str | None] = lambda s, dtype, a: None
+    unsupported_reason: Callable[[Sizes, torch.dtype, str], str | None] = _always
     follows_seed: bool = True
 
 
 def implementations(
     eager: Callable[..., Any],
     triton: Callable[..., Any],
-    unsupported_reason: Callable[[Sizes, torch.dtype, str], str | None] = triton_unsupported,
+    unsupported_reason: Callable[[Sizes, torch.dtype, str], str | None] = _always,
 ) -> dict[str, Implementation]:
-    """Returns the two implementations that most ops have."""
-    return {"eager": Implementation(eager), "triton": Implementation(triton, unsupported_reason)}
+    """Returns the two implementations of an op with Triton kernels, and their own limits."""
+
+    def reason(sizes: Sizes, dtype: torch.dtype, arch: str) -> str | None:
+        return triton_unsupported(sizes, dtype, arch) or unsupported_reason(sizes, dtype, arch)
+
+    return {"eager": Implementation(eager), "triton": Implementation(triton, reason)}
+
+
+def traffic(forward: int, backward: int, width: int = 1) -> Callable[[Sizes, int], dict[str, Cost]]:
+    """Returns the cost of passes that move so many tensors (B, T, width C)."""
+
+    def cost(sizes: Sizes, itemsize: int) -> dict[str, Cost]:
+        moved = float(width * sizes.tokens * sizes.n_embd * itemsize)
+        return {"forward": Cost(0, forward * moved), "backward": Cost(0, backward * moved)}
+
+    return cost
 
 
 @dataclass(frozen=True)

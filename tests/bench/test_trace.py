@@ -59,7 +59,7 @@ def cuda_trace(n_steps=5, period=1000.0):
         t.kernel("triton_poi_fused_add_2", gpu + 155, 5, host + 65)
         t.kernel("triton_per_fused_add_native_layer_norm_3", gpu + 160, 50, host + 70)
         t.op("fastgpt::bias_gelu", host + 72, 6, [[M, 4 * C]])
-        t.kernel("bias_gelu_forward_kernel", gpu + 210, 30, host + 73)
+        t.kernel("bias_gelu_fwd_kernel", gpu + 210, 30, host + 73)
         t.op("fastgpt::linear_cross_entropy", host + 80, 40, [[M, C], [V, C]])
         t.op("aten::mm", host + 85, 10, [[M, C], [C, V], [M, V]])  # out=
         t.kernel("sm90_xmma_gemm_bf16bf16_bf16f32", gpu + 240, 100, host + 86)
@@ -166,7 +166,7 @@ def test_cpu_trace_with_known_gaps_and_two_threads():
         (("triton_poi_fused_addmm_gelu_8",), (), ("memory", "GELU")),
         (("triton_poi_fused_add_9",), (), ("memory", "residual, bias, rest")),
         (("triton_tem_fused_mm_4",), (), ("linear", "forward")),
-        (("bias_gelu_backward_kernel",), (), ("memory", "GELU")),
+        (("bias_gelu_bwd_kernel",), (), ("memory", "GELU")),
         (("Memcpy DtoD (Device -> Device)",), (), ("memory", "copies")),
         (("Memset (Device)",), (), ("memory", "copies")),
         (("lpnorm_cleanup",), (), ("optimizer", "AdamW")),

@@ -203,14 +203,18 @@ def sliced(x: Tensor) -> Tensor:
     return torch.cat([x, x], -1)[..., : x.shape[-1]]
 
 
-def expanded(x: Tensor) -> Tensor:
-    """Returns a tensor with stride zero, as the gradient of a sum has it."""
-    return x[:1, :1].expand(x.shape)
-
-
 def strided(x: Tensor) -> Tensor:
     return torch.stack([x, x], -1)[..., 0]
 
 
+def expanded(x: Tensor) -> Tensor:
+    return x[:1].expand(x.shape)
+
+
 # Each makes a tensor of the same shape, which has other strides.
-LAYOUTS = [transposed, sliced, expanded, strided]
+LAYOUTS = [transposed, sliced, strided, expanded]
+
+
+def broadcast(x: Tensor) -> Tensor:
+    """Returns a tensor with stride zero everywhere, as the gradient of a sum is."""
+    return x.flatten()[0].expand(x.shape)

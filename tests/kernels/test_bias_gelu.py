@@ -9,7 +9,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt_kernels import bias_gelu, reference
-from tests.kernels.helpers import LAYOUTS, assert_accurate, check_op, forward_backward, module_of
+from tests.kernels.helpers import (
+    LAYOUTS,
+    assert_accurate,
+    broadcast,
+    check_op,
+    forward_backward,
+    module_of,
+    strided,
+)
 
 module = module_of("bias_gelu")
 # Sizes one, odd, prime, powers of two and one off; more rows than one step of the backward's loop.
@@ -114,7 +122,8 @@ def test_small_negative_tail_keeps_its_digits(approximate: str, device: torch.de
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_non_contiguous(layout: Callable[[Tensor], Tensor], device: torch.device) -> None:
     x, bias, dy = tensors((4, 5, 48), torch.float32, device)
-    check(layout(x), LAYOUTS[-1](bias), layout(dy))
+    check(layout(x), strided(bias), layout(dy))
+    check(layout(x), bias, broadcast(dy))
 
 
 def test_no_rows(device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from fastgpt_kernels.registry import ExampleInputs, Sizes, normal, spec
 from tests.kernels.helpers import captured
 
 SMALL = Sizes(2, 20, 2, 64, 61, 128)
+KINDS = [SMALL, replace(SMALL, bias=False), replace(SMALL, dropout=0.2)]
+SIZES = pytest.mark.parametrize("sizes", KINDS, ids=["bias", "no bias", "dropout"])
 OPS = pytest.mark.parametrize(
     "op", [n for n, e in fastgpt_kernels.OPS.items() if "." not in e.module]
 )
@@ -23,6 +26,11 @@ OPS = pytest.mark.parametrize(
 
 def example(op: str, device: torch.device, sizes: Sizes = SMALL) -> ExampleInputs:
     return spec(op).example_inputs(sizes, normal(device))[0]
+
+
+def shared(op: str) -> str:
+    """Returns the name of the registered op: both norms have the same."""
+    return op.removeprefix("add_")
 
 
 def run(function: Callable[..., Any], inputs: ExampleInputs, dtype: torch.dtype) -> list[Tensor]:
@@ -40,13 +48,14 @@ def run(function: Callable[..., Any], inputs: ExampleInputs, dtype: torch.dtype)
 
 
 @OPS
-def test_compiled_equals_eager(op: str, device: torch.device) -> None:
+@SIZES
+def test_compiled_equals_eager(op: str, sizes: Sizes, device: torch.device) -> None:
     """Same kernels either way: equal to the bit, without a graph break, with a dynamic batch."""
     torch._dynamo.reset()
     function = getattr(fastgpt_kernels, op)
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows in (2, 3):
-        inputs = example(op, device, Sizes(rows, 20, 2, 64, 61, 128))
+        inputs = example(op, device, replace(sizes, batch_size=rows))
         eager = run(function, inputs, torch.float32)
         assert all(map(torch.equal, run(compiled, inputs, torch.float32), eager))
 
@@ -65,9 +74,9 @@ class Recorded(TorchDispatchMode):
 
 
 @OPS
-@pytest.mark.parametrize("bias", [True, False])
-def test_opcheck(op: str, bias: bool, device: torch.device) -> None:
-    inputs = example(op, device, Sizes(2, 20, 2, 64, 61, 128, bias=bias))
+@SIZES
+def test_opcheck(op: str, sizes: Sizes, device: torch.device) -> None:
+    inputs = example(op, device, sizes)
     with Recorded() as recorded:
         run(getattr(fastgpt_kernels, op), inputs, torch.float32)
     forward, *_ = recorded.calls
@@ -99,7 +108,7 @@ def test_dtypes(op: str, device: torch.device) -> None:
     with pytest.raises(TypeError, match=rf"^{op}: \w+ must be of dtype bfloat16, float16, float32"):
         run(function, inputs, torch.float64)
     if device.type == "cpu":
-        with pytest.raises(TypeError, match=f"^{op}: .*interpreter .* cannot do bfloat16"):
+        with pytest.raises(TypeError, match=f"^{shared(op)}: .*interpreter .* cannot do bfloat16"):
             run(function, inputs, torch.bfloat16)
     for dtype in (torch.float16, torch.float32):
         plain = run(function, inputs, dtype)
@@ -114,7 +123,7 @@ def test_second_derivatives_raise(op: str, constant: bool, device: torch.device)
     leaves = [None if x is None else x.clone().requires_grad_() for x in inputs.inputs]
     out = inputs.call(getattr(fastgpt_kernels, op), leaves)
     y = out[0] if isinstance(out, tuple) else out
-    with pytest.raises(RuntimeError, match=rf"^{op}: has no second derivative"):
+    with pytest.raises(RuntimeError, match=rf"^{shared(op)}: has no second derivative"):
         torch.autograd.grad(y.sum() if constant else y.square().sum(), leaves[0], create_graph=True)
 
 
@@ -128,7 +137,7 @@ def test_transforms_of_functions(op: str, device: torch.device) -> None:
         out = inputs.call(function, [x, *rest])
         return out[0] if isinstance(out, tuple) else out
 
-    with pytest.raises(RuntimeError, match=f"^{op}: torch.func does not work here"):
+    with pytest.raises(RuntimeError, match=f"^{shared(op)}: torch.func does not work here"):
         torch.func.grad(lambda x: call(x).sum())(first)
     batch = torch.stack([first, 2 * first])
     with warnings.catch_warnings():
@@ -193,6 +202,40 @@ def test_cuda_graph(op: str, step: Callable[[], list[Tensor]]) -> None:
         t.fill_(float("nan"))
     graph.replay()
     assert all(map(torch.equal, found, wanted))
+
+
+MEMORY_BOUND = pytest.mark.parametrize("op", ["layer_norm", "add_layer_norm", "bias_gelu"])
+
+
+@MEMORY_BOUND
+@pytest.mark.cuda
+def test_allocates_its_results_and_little_else(op: str, step: Callable[[], list[Tensor]]) -> None:
+    """Beyond results and gradients: statistics and partial sums, under 5 % of them."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = step()
+    torch.cuda.synchronize()
+    unique = {t.data_ptr(): t.numel() * t.element_size() for t in results}
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak <= 1.05 * sum(unique.values()) + 2**20, (peak, sum(unique.values()))
+
+
+@MEMORY_BOUND
+@pytest.mark.cuda
+def test_past_two_to_the_31_elements(op: str, device: torch.device) -> None:
+    """Offsets are 64 bits wide; the last rows are compared with a small tensor of their own."""
+    x = torch.empty(2**31 // 3072 + 500, 3072, device=device, dtype=torch.bfloat16).normal_()
+    vector = torch.randn(3072, device=device)
+    streams = [x] * (1 + (op == "add_layer_norm"))
+
+    def last(*streams: Tensor) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in streams]
+        out = getattr(fastgpt_kernels, op)(*leaves, vector)
+        y = out[0] if isinstance(out, tuple) else out
+        (dx,) = torch.autograd.grad(y, leaves[:1], y.detach())
+        return [y[-300:].detach(), dx[-300:]]
+
+    assert all(map(torch.equal, last(*streams), last(*(t[-300:] for t in streams))))
 
 
 @OPS

@@ -1,0 +1,494 @@
+"""Layer normalisation, alone or behind the residual addition and dropout (Ba et al., 2016).
+
+    s = residual + Z (x + x_bias)      add_layer_norm only; rounded to x's dtype once, and returned
+    y = (s - mean) rstd weight + bias             rstd = 1 / sqrt(var(s) + eps), var over 1/C
+    ds = rstd (g - mean(g) - xhat mean(g xhat)) + d_residual_out     xhat = (s - mean) rstd,
+    dx = Z ds,  dweight, dbias, dx_bias = sums over rows of dy xhat, dy, dx     g = dy weight
+
+x, residual, y, s (..., C) in one dtype, vectors (C,) in any, statistics fp32. Z is the branch's
+dropout, all ones without. Bytes per element in 16 bits: forward 4, with the addition 8; backward 6,
+with the addition 8, with dropout 10.
+"""
+# Tuples of tiles grow, which their types do not allow.
+# mypy: disable-error-code=assignment
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt_kernels import launch, partial_sums, reference
+from fastgpt_kernels.checks import check_dropout, check_tensor, refuse_interpreted_bf16
+from fastgpt_kernels.launch import Config, Table, contiguous, lookup, row_view, tl, triton
+from fastgpt_kernels.library import define_op, tensors_only
+from fastgpt_kernels.partial_sums import COUNTERS, add_partials_at_last
+from fastgpt_kernels.reference import dropout_threshold
+from fastgpt_kernels.registry import ExampleInputs, OpSpec, Random, Sizes, implementations, traffic
+
+MAX_WIDTH = 8192  # a row, and in the backward pass dweight and dbias, have to fit in registers
+
+# --- Launch configs ---------------------------------------------------------------------------
+
+# Key: the width C. A tile is ROWS x TILE, or more rows of fewer columns if C is narrower; a row is
+# the tiles that C takes. Not timed against others: 8 elements of a tile per thread are one 128-bit
+# access in 16 bits. Up to 2048 columns a warp has a row of the forward to itself, and a program is
+# one warp that computes STEPS tiles of rows. In the backward a warp has a row up to 1024 columns.
+# PROGRAMS_PER_SM of its programs fit an SM together: no more start, since each has the same rows.
+FORWARD: Table = {
+    "default": {
+        2048: Config({"TILE": 256, "ROWS": 1, "STEPS": 4}, num_warps=1),
+        4096: Config({"TILE": 1024, "ROWS": 1, "STEPS": 2}, num_warps=4),
+        8192: Config({"TILE": 2048, "ROWS": 1, "STEPS": 1}, num_warps=8),
+    },
+}
+
+
+def _backward_table(entries: dict[int, tuple[int, int, int, int]]) -> Table:
+    """Returns a table of (TILE, ROWS, PROGRAMS_PER_SM, warps), on sm_90 with copies ahead.
+
+    ptxas moves the loads of the last of three tensors down to their use, and waits three times: an
+    H200 took 69 us at 768 columns, where DRAM needs 42. Copies to shared memory two iterations
+    ahead stay where they are, and on sm_90 as many programs fit an SM with them. Not timed.
+    """
+    default = {
+        C: Config({"TILE": tile, "ROWS": rows, "PROGRAMS_PER_SM": programs}, warps)
+        for C, (tile, rows, programs, warps) in entries.items()
+    }
+    ahead = {C: replace(c, num_stages=3) if C <= 2048 else c for C, c in default.items()}
+    return {"default": default, "sm_90": ahead}
+
+
+BACKWARD = _backward_table({
+    768: (256, 4, 3, 4), 1024: (256, 4, 2, 4), 2048: (512, 2, 2, 4), 4096: (2048, 1, 2, 8),
+    8192: (4096, 1, 1, 16),
+})  # fmt: skip
+# With the sums of a third gradient: more warps per row, or fewer programs.
+BACKWARD_X_BIAS = _backward_table({
+    512: (256, 4, 3, 4), 768: (256, 4, 2, 4), 1024: (512, 2, 3, 4), 1536: (512, 2, 2, 4),
+    2048: (1024, 1, 2, 4), 4096: (2048, 1, 1, 8), 8192: (4096, 1, 1, 16),
+})  # fmt: skip
+
+# --- Kernels ----------------------------------------------------------------------------------
+
+# A row stays in registers while its statistics are computed, so that every tensor is read once. The
+# backward's programs walk the rows with dweight and dbias in registers. Rows are cut into tiles of
+# which C is nearly a multiple. A warp has a row to itself while its registers hold one, and then no
+# thread waits for another.
+
+
+@triton.jit
+def _within(row_mask, columns, i: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr):
+    """The mask of tile i, whose columns are `columns` + i TILE: only the last can reach past C."""
+    mask = row_mask
+    if (i + 1) * TILE > C:
+        mask = mask & (columns + i * TILE < C)
+    return mask
+
+
+@triton.jit
+def _load_rows(ptr, stride, rows, row_mask, columns, C: tl.constexpr, TILE: tl.constexpr):
+    """Rows (ROWS, 1) as a tuple of tiles [ROWS, TILE], 0 where masked; offsets are int64."""
+    ptrs = ptr + rows.to(tl.int64) * stride + columns
+    tiles = ()
+    for i in tl.static_range((C + TILE - 1) // TILE):
+        mask = _within(row_mask, columns, i, C, TILE)
+        tiles = tiles + (tl.load(ptrs + i * TILE, mask=mask, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def _kept(seed, rows, i: tl.constexpr, threshold, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """[ROWS, TILE] bool: which entries of tile i survive dropout, by `reference.norm_dropout_mask`.
+
+    A Philox call is for eight neighbours, which one thread has in 16-bit tiles.
+    """
+    groups = i * (TILE // 8) + tl.arange(0, TILE // 8)[None, :]
+    a, b, c, d = tl.philox(seed, groups, rows, 0, 1, n_rounds=7)
+    words = tl.join(tl.join(a, c), tl.join(b, d))  # [ROWS, TILE / 8, 2, 2]: a, b, c, d
+    return tl.join(words & 0xFFFF, words >> 16).reshape(ROWS, TILE) >= threshold
+
+
+@triton.jit
+def layer_norm_fwd_kernel(
+    x_ptr,  # (M, C), rows x_stride apart
+    residual_ptr,  # (M, C), rows residual_stride apart, or None
+    weight_ptr, bias_ptr,  # (C,), the bias or None
+    x_bias_ptr,  # (C,), added to x, or None
+    seed_ptr,  # int64, of the dropout of x; None without
+    y_ptr,  # (M, C) contiguous
+    sum_ptr,  # (M, C) contiguous: x + residual; None without residual
+    stats_ptr,  # (2 M + COUNTERS) fp32: means, rstds, and zeros for the backward's counters
+    x_stride, residual_stride, M, eps,
+    threshold, scale,  # of `dropout_threshold`
+    C: tl.constexpr, TILE: tl.constexpr,  # columns of a tile
+    ROWS: tl.constexpr, STEPS: tl.constexpr,  # rows of a tile, how many times a program
+    COUNTERS: tl.constexpr,
+):  # fmt: skip
+    if tl.program_id(0) == 0:
+        tl.store(stats_ptr + M + M + tl.arange(0, COUNTERS), 0.0)
+    TILES: tl.constexpr = (C + TILE - 1) // TILE
+    columns = tl.arange(0, TILE)[None, :]
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    first = tl.program_id(0) * ROWS * STEPS
+    for start in range(first, min(first + ROWS * STEPS, M), ROWS):
+        rows = (start + tl.arange(0, ROWS))[:, None]
+        row_mask = rows < M
+        out = rows.to(tl.int64) * C + columns
+        loaded = _load_rows(x_ptr, x_stride, rows, row_mask, columns, C, TILE)
+        if residual_ptr is not None:
+            residuals = _load_rows(residual_ptr, residual_stride, rows, row_mask, columns, C, TILE)
+        tiles = ()
+        total = tl.zeros((ROWS, TILE), tl.float32)
+        for i in tl.static_range(TILES):
+            s = loaded[i].to(tl.float32)
+            if x_bias_ptr is not None:
+                own = columns + i * TILE
+                s += tl.load(x_bias_ptr + own, mask=own < C, other=0.0).to(tl.float32)
+            if seed_ptr is not None:
+                s = tl.where(_kept(seed, rows, i, threshold, ROWS, TILE), s * scale, 0.0)
+            if residual_ptr is not None:
+                rounded = (s + residuals[i].to(tl.float32)).to(sum_ptr.dtype.element_ty)
+                mask = _within(row_mask, columns, i, C, TILE)
+                tl.store(sum_ptr + out + i * TILE, rounded, mask=mask)
+                s = rounded.to(tl.float32)  # the statistics are those of what others see
+            total += s
+            tiles = tiles + (s,)
+        mean = tl.sum(total, axis=1, keep_dims=True) / C
+        squares = tl.zeros((ROWS, TILE), tl.float32)
+        for i in tl.static_range(TILES):
+            centered = tiles[i] - mean
+            if (i + 1) * TILE > C:
+                centered = tl.where(columns + i * TILE < C, centered, 0.0)
+            squares += centered * centered
+        rstd = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / C + eps)
+        for i in tl.static_range(TILES):
+            mask = _within(row_mask, columns, i, C, TILE)
+            own = columns + i * TILE
+            weight = tl.load(weight_ptr + own, mask=own < C, other=0.0).to(tl.float32)
+            y = (tiles[i] - mean) * rstd * weight
+            if bias_ptr is not None:
+                y += tl.load(bias_ptr + own, mask=own < C, other=0.0).to(tl.float32)
+            tl.store(y_ptr + out + i * TILE, y.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(stats_ptr + rows, mean, mask=row_mask)
+        tl.store(stats_ptr + M + rows, rstd, mask=row_mask)
+
+
+@triton.jit
+def layer_norm_bwd_kernel(
+    dy_ptr,  # (M, C), rows dy_stride apart
+    d_sum_ptr,  # (M, C), rows d_sum_stride apart: gradient of residual_out, or None
+    s_ptr,  # (M, C), rows s_stride apart: what was normalised
+    weight_ptr,  # (C,)
+    seed_ptr,  # of the forward
+    stats_ptr,  # (2 M + COUNTERS) fp32: means, rstds, counters (see partial_sums.py)
+    dx_ptr,  # (M, C) contiguous
+    d_residual_ptr,  # (M, C) contiguous, with dropout; else None: it is dx
+    partials_ptr,  # (programs, C to 3 C) fp32: dweight, dbias, dx_bias
+    dweight_ptr, dbias_ptr, dx_bias_ptr,  # (C,), the biases or None
+    dy_stride, d_sum_stride, s_stride, M, threshold, scale,
+    C: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,  # as in the forward
+    STAGES: tl.constexpr,  # of rows: this many less one are on their way to shared memory
+    SUM_COLUMNS: tl.constexpr,  # of a tile of partial sums
+):  # fmt: skip
+    TILES: tl.constexpr = (C + TILE - 1) // TILE
+    columns = tl.arange(0, TILE)[None, :]
+    weights = ()
+    dweight = ()  # of each row of a tile: the rows meet after the loop
+    dbias = ()
+    dx_bias = ()
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    for i in tl.static_range(TILES):
+        own = columns + i * TILE
+        weight = tl.load(weight_ptr + own, mask=own < C, other=0.0).to(tl.float32)
+        weights = weights + (weight,)
+        dweight = dweight + (tl.zeros((ROWS, TILE), tl.float32),)
+        dbias = dbias + (tl.zeros((ROWS, TILE), tl.float32),)
+        dx_bias = dx_bias + (tl.zeros((ROWS, TILE), tl.float32),)
+    every = tl.num_programs(0) * ROWS
+    for start in tl.range(tl.program_id(0) * ROWS, M, every, num_stages=STAGES):
+        rows = (start + tl.arange(0, ROWS))[:, None]
+        row_mask = rows < M
+        s = _load_rows(s_ptr, s_stride, rows, row_mask, columns, C, TILE)
+        dy = _load_rows(dy_ptr, dy_stride, rows, row_mask, columns, C, TILE)
+        if d_sum_ptr is not None:
+            d_sum = _load_rows(d_sum_ptr, d_sum_stride, rows, row_mask, columns, C, TILE)
+        mean = tl.load(stats_ptr + rows, mask=row_mask, other=0.0)
+        rstd = tl.load(stats_ptr + M + rows, mask=row_mask, other=0.0)
+        total_g = tl.zeros((ROWS, TILE), tl.float32)
+        total_gx = tl.zeros((ROWS, TILE), tl.float32)
+        xhats = ()
+        gs = ()
+        new_dweight = ()
+        new_dbias = ()
+        for i in tl.static_range(TILES):
+            gradient = dy[i].to(tl.float32)
+            xhat = (s[i].to(tl.float32) - mean) * rstd
+            g = gradient * weights[i]  # 0 in the columns past C, which keeps them out of both means
+            total_g += g
+            total_gx += g * xhat
+            xhats = xhats + (xhat,)
+            gs = gs + (g,)
+            new_dweight = new_dweight + (dweight[i] + gradient * xhat,)
+            new_dbias = new_dbias + (dbias[i] + gradient,)
+        dweight = new_dweight
+        if dbias_ptr is not None:
+            dbias = new_dbias
+        mean_g = tl.sum(total_g, axis=1, keep_dims=True) / C
+        mean_gx = tl.sum(total_gx, axis=1, keep_dims=True) / C
+        out = rows.to(tl.int64) * C + columns
+        new_dx_bias = ()
+        for i in tl.static_range(TILES):
+            dx = (gs[i] - mean_g - xhats[i] * mean_gx) * rstd
+            if d_sum_ptr is not None:
+                dx += d_sum[i].to(tl.float32)
+            mask = _within(row_mask, columns, i, C, TILE)
+            if seed_ptr is not None:
+                rounded = dx.to(d_residual_ptr.dtype.element_ty)
+                tl.store(d_residual_ptr + out + i * TILE, rounded, mask=mask)
+                dx = tl.where(_kept(seed, rows, i, threshold, ROWS, TILE), dx * scale, 0.0)
+            tl.store(dx_ptr + out + i * TILE, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            if dx_bias_ptr is not None:
+                new_dx_bias = new_dx_bias + (dx_bias[i] + dx,)
+        if dx_bias_ptr is not None:
+            dx_bias = new_dx_bias
+    K: tl.constexpr = 1 + (dbias_ptr is not None) + (dx_bias_ptr is not None)
+    flat = tl.arange(0, TILE)
+    row_ptrs = partials_ptr + tl.program_id(0).to(tl.int64) * (K * C) + flat
+    for i in tl.static_range(TILES):
+        mask = flat + i * TILE < C
+        tl.store(row_ptrs + i * TILE, tl.sum(dweight[i], axis=0), mask=mask)
+        if dbias_ptr is not None:
+            tl.store(row_ptrs + (C + i * TILE), tl.sum(dbias[i], axis=0), mask=mask)
+        if dx_bias_ptr is not None:
+            own = row_ptrs + ((K - 1) * C + i * TILE)
+            tl.store(own, tl.sum(dx_bias[i], axis=0), mask=mask)
+    add_partials_at_last(
+        partials_ptr, stats_ptr + M + M, dweight_ptr, dbias_ptr, dx_bias_ptr, C, K, SUM_COLUMNS
+    )
+
+
+# --- Launchers --------------------------------------------------------------------------------
+
+
+def _tile(config: Config, C: int) -> tuple[int, int]:
+    """Returns (TILE, ROWS), with as many elements in more rows for a narrow C."""
+    columns, rows = config.blocks["TILE"], config.blocks["ROWS"]
+    narrow = min(columns, max(8, triton.next_power_of_2(C)))
+    return narrow, rows * columns // narrow
+
+
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None,
+    x_bias: Tensor | None, eps: float, dropout_p: float, seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Launches the forward kernel; returns (y, residual_out, stats).
+
+    residual_out is empty without residual. stats (2 M + COUNTERS,) are means, rstds, and zeros that
+    the backward counts in (see partial_sums.py).
+    """
+    refuse_interpreted_bf16("layer_norm", x, weight, bias, x_bias)
+    C = x.shape[-1]
+    rows = row_view(x)
+    M = rows.shape[0]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    residual_out = None if residual is None else torch.empty_like(y)
+    stats = torch.empty(2 * M + COUNTERS, dtype=torch.float32, device=x.device)
+    if M > 0:
+        residuals = None if residual is None else row_view(residual)
+        config = lookup(FORWARD, launch.arch_of(x), C)
+        TILE, ROWS = _tile(config, C)
+        STEPS = config.blocks["STEPS"]
+        with launch.on_device(x):
+            layer_norm_fwd_kernel[(triton.cdiv(M, ROWS * STEPS),)](
+                rows, residuals, weight.contiguous(), contiguous(bias), contiguous(x_bias), seed, y,
+                residual_out, stats, rows.stride(0),
+                0 if residuals is None else residuals.stride(0), M, eps,
+                *dropout_threshold(dropout_p), C, TILE, ROWS, STEPS, COUNTERS, **config.options,
+            )  # fmt: skip
+    return tensors_only(y, residual_out, stats)  # type: ignore[return-value]
+
+
+def _backward(
+    dy: Tensor | None, d_residual_out: Tensor | None, s: Tensor, weight: Tensor,
+    bias: Tensor | None, x_bias: Tensor | None, seed: Tensor | None, stats: Tensor,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Launches the backward kernel; returns (dx, d_residual, dweight, dbias, dx_bias).
+
+    d_residual is empty without dropout, when it is dx, and so are the gradients of biases that are
+    not there. dy is None if only residual_out was used.
+    """
+    C = s.shape[-1]
+    rows, dy_rows = row_view(s), row_view(torch.zeros_like(s) if dy is None else dy)
+    M = rows.shape[0]
+    ds = torch.empty(s.shape, dtype=s.dtype, device=s.device)
+    d_residual = None if seed is None else torch.empty_like(ds)
+    given = [contiguous(t) for t in (weight, bias, x_bias)]
+    sums = [None if t is None else torch.empty_like(t) for t in given]
+    if M == 0:
+        for t in sums:
+            if t is not None:
+                t.zero_()
+        return tensors_only(ds, d_residual, *sums)  # type: ignore[return-value]
+    residuals = None if d_residual_out is None else row_view(d_residual_out)
+    arch = launch.arch_of(s)
+    config = lookup(BACKWARD if x_bias is None else BACKWARD_X_BIAS, arch, C)
+    TILE, ROWS = _tile(config, C)
+    # Dropout's mask takes the registers that copies ahead would.
+    stages = config.num_stages if seed is None else 1
+    wanted = launch.multiprocessors(s) * config.blocks["PROGRAMS_PER_SM"]
+    programs = min(triton.cdiv(M, ROWS), wanted, partial_sums.MAX_PROGRAMS)
+    partials = partial_sums.empty_partials(
+        programs, sum(C for t in sums if t is not None), s.device
+    )
+    registers = {}
+    if arch == "sm_100":  # where ptxas stops at 128, and spills, if it may
+        threads = 32 * config.num_warps * config.blocks["PROGRAMS_PER_SM"]
+        registers = {"maxnreg": min(65536 // threads // 8 * 8, 255)}
+    with launch.on_device(s):
+        layer_norm_bwd_kernel[(programs,)](
+            dy_rows, residuals, rows, given[0], seed, stats, ds, d_residual, partials, *sums,
+            dy_rows.stride(0), 0 if residuals is None else residuals.stride(0), rows.stride(0), M,
+            *dropout_threshold(dropout_p), C, TILE, ROWS, stages,
+            partial_sums.sum_columns(config.num_warps), **config.options, **registers,
+        )  # fmt: skip
+    return tensors_only(ds, d_residual, *sums)  # type: ignore[return-value]
+
+
+# --- Registration -----------------------------------------------------------------------------
+
+
+def _new(like: Tensor | None) -> Tensor | None:
+    return None if like is None else like.new_empty(like.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, bias, x_bias, _, ctx.dropout_p, seed = inputs
+    _, residual_out, stats = output
+    ctx.save_for_backward(
+        x if residual is None else residual_out, weight, bias, x_bias, seed, stats
+    )
+    ctx.mark_non_differentiable(stats, *([residual_out] if residual is None else []))
+
+
+def _gradients(ctx: Any, dy: Tensor | None, d_residual_out: Tensor | None, _: None) -> Any:
+    s, weight, bias, x_bias, seed, stats = ctx.saved_tensors
+    dx, d_residual, *sums = _backward_op(
+        dy, d_residual_out, s, weight, bias, x_bias, seed, stats, ctx.dropout_p
+    )
+    return dx, dx if seed is None else d_residual, *sums
+
+
+_backward_op = define_op(
+    "layer_norm_backward", _backward,
+    lambda dy, d_residual_out, s, weight, bias, x_bias, seed, *_: tensors_only(
+        _new(s), None if seed is None else _new(s), _new(weight), _new(bias), _new(x_bias)
+    ),
+)  # fmt: skip
+_op = define_op(
+    "layer_norm", _forward,
+    lambda x, residual, *_: tensors_only(
+        _new(x), _new(residual),
+        x.new_empty(2 * (x.numel() // x.shape[-1]) + COUNTERS, dtype=torch.float32),
+    ),
+    setup_context=_setup_context, backward=_gradients,
+)  # fmt: skip
+
+
+def _check(
+    op: str, x: Tensor, residual: Tensor | None, weight: Tensor, **biases: Tensor | None
+) -> None:  # fmt: skip
+    check_tensor(op, "x", x)
+    if x.ndim == 0 or not 1 <= x.shape[-1] <= MAX_WIDTH:
+        raise ValueError(
+            f"{op}: x must have shape (..., C) with 1 <= C <= {MAX_WIDTH}, got {tuple(x.shape)}"
+        )
+    if op == "add_layer_norm":
+        check_tensor(op, "residual", residual, shape=x.shape, dtypes=(x.dtype,), like=x)
+    check_tensor(op, "weight", weight, shape=x.shape[-1:], like=x)
+    for name, bias in biases.items():
+        check_tensor(op, name, bias, shape=x.shape[-1:], like=x, optional=True)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """Normalises the last dimension of x (..., C), then scales by weight and shifts by bias (C,).
+
+    y has x's shape and dtype (bf16, fp16, fp32), contiguous; statistics are fp32. weight and bias
+    may be in another dtype than x, such as fp32 masters; their gradients come in their own dtype.
+    C is 1 to 8192. Raises TypeError or ValueError for arguments that do not fit.
+    """
+    _check("layer_norm", x, None, weight, bias=bias)
+    if not launch.use_kernel(x):
+        return reference.layer_norm(x, weight, bias, eps)
+    return _op(x, None, weight, bias, None, eps, 0.0, None)[0]
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None,
+    x_bias: Tensor | None = None, eps: float = 1e-5,
+    *, dropout_p: float = 0.0, seed: int | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Returns (y, residual_out): residual_out = residual + dropout(x + x_bias), y its layer_norm.
+
+    One pass; residual_out is rounded once. x and residual (..., C) are of one dtype, which both
+    results have. x_bias (C,) in any dtype is the bias of the linear layer that x comes from: its
+    gradient is summed up where dx is written. dropout_p and seed are as in `attention`; the mask
+    depends on seed, row and column alone, as specified by `reference.norm_dropout_mask`. The
+    backward pass adds the gradients of y and residual_out in the same kernel. Without dropout, x
+    and residual get the same tensor as their gradient. All else is as in `layer_norm`.
+    """
+    op = "add_layer_norm"
+    _check(op, x, residual, weight, bias=bias, x_bias=x_bias)
+    if dropout_p or seed is not None:
+        check_dropout(op, dropout_p, seed, x)
+    if not launch.use_kernel(x):
+        return reference.add_layer_norm(
+            x, residual, weight, bias, x_bias, eps, dropout_p=dropout_p, seed=seed
+        )
+    seed = reference.seed_tensor(seed, x.device) if dropout_p > 0 else None
+    return _op(x, residual, weight, bias, x_bias, eps, dropout_p, seed)[:2]
+
+
+def _too_wide(s: Sizes, dtype: torch.dtype, arch: str) -> str | None:
+    return f"width {s.n_embd} is more than {MAX_WIDTH}" if s.n_embd > MAX_WIDTH else None
+
+
+def _examples(s: Sizes, random: Random, streams: int) -> ExampleInputs:
+    """Returns `streams` inputs of the activations' size, the weight, and the model's bias."""
+    shapes = [(s.tokens, s.n_embd)] * streams + [(s.n_embd,)] * (1 + s.bias)
+    inputs = [random(*shape) for shape in shapes]
+    return ExampleInputs(inputs, fp32_inputs=range(streams, len(inputs)))
+
+
+def _add_layer_norm_inputs(s: Sizes, random: Random) -> list[ExampleInputs]:
+    """Returns training's, with the branch's bias and dropout, evaluation's, and a prompt's."""
+    plain = training = _examples(s, random, 2)
+    found = []
+    if s.bias:
+        inputs = [*plain.inputs, random(s.n_embd)]
+        training = ExampleInputs(inputs, fp32_inputs=range(2, len(inputs)))
+        found = [replace(plain, gradients=False)]
+    if s.dropout:
+        found = [replace(training, gradients=False), *found]
+        training = replace(training, arguments={"dropout_p": s.dropout, "seed": 1})
+    return [training, *found]
+
+
+_KERNELS = ("layer_norm_fwd_kernel", "layer_norm_bwd_kernel")
+SPECS = {
+    "layer_norm": OpSpec(
+        "layer_norm", implementations(reference.layer_norm, layer_norm, _too_wide),
+        lambda s, random: [_examples(s, random, 1)], traffic(2, 3),
+        kernels=_KERNELS, category="memory", label="norms", calls_per_step=1,
+    ),
+    "add_layer_norm": OpSpec(
+        "add_layer_norm", implementations(reference.add_layer_norm, add_layer_norm, _too_wide),
+        _add_layer_norm_inputs, traffic(4, 4),
+        kernels=_KERNELS, category="memory", label="norms", calls_per_step=24,
+    ),
+}  # fmt: skip
