@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,6 +53,8 @@ def test_keeps_the_last_and_the_best(tmp_path: Path):
     assert load(tmp_path, "step_00000005")[0].state["step"] == 5
     with pytest.raises(UserError, match="step_00000001: .* has step_00000007, step_00000006"):
         load(tmp_path, "step_00000001")
+    save(tmp_path, 4)
+    assert checkpoint.names(tmp_path) == [checkpoint.name_of(s) for s in (4, 2)], "7 was abandoned"
 
 
 @pytest.mark.parametrize(
@@ -71,59 +73,55 @@ def test_a_flipped_byte_anywhere_is_named_and_the_one_before_is_used(name, tmp_p
     assert load(tmp_path)[0].state["step"] == 2
 
 
-@pytest.mark.parametrize("text", [b"step_00000003\n", b"", b"\xff\xfe", b"../../etc\n", b"step_2"])
-def test_a_damaged_pointer_is_named_and_the_newest_good_one_is_used(text, tmp_path: Path):
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as s, contextlib.chdir(path.parent):  # for a short name
+        s.bind(path.name)
+
+
+POINTERS: list[Callable[[Path], object]] = [Path.mkdir, os.mkfifo, make_socket]
+POINTERS += [lambda path: path.symlink_to(path)]
+for content in (b"step_00000003\n", b"", b"\xff\xfe", b"../../etc\n", b"step_2"):
+    POINTERS.append(lambda path, content=content: path.write_bytes(content))
+
+
+@pytest.mark.parametrize("make", POINTERS)
+def test_a_bad_pointer_is_named_and_the_newest_good_one_is_used(make, tmp_path: Path):
     save(tmp_path, 1)
-    save(tmp_path, 2)
-    pointer = tmp_path / "checkpoints" / "latest"
-    pointer.write_bytes(text)
+    pointer = save(tmp_path, 2).with_name("latest")
+    pointer.unlink()
+    make(pointer)
     saved, said = load(tmp_path)
-    assert saved.state["step"] == 2 and str(pointer) in said[0]
+    assert saved.state["step"] == 2 and (not pointer.exists() or str(pointer) in said[0])
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "longer", "folder"])
-def test_other_damage(damage, tmp_path: Path):
+@pytest.mark.parametrize("content", [None, b"", b"\0" * 9999, "folder"])
+def test_other_damage(content, tmp_path: Path):
     save(tmp_path, 1)
     path = save(tmp_path, 2) / "model.safetensors"
-    data = path.read_bytes()
     path.unlink()
-    if damage == "truncated":
-        path.write_bytes(data[:-1])
-    elif damage == "longer":
-        path.write_bytes(data + b"\0")
-    elif damage == "folder":
+    if content == "folder":
         path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
     saved, said = load(tmp_path)
     assert saved.state["step"] == 1 and str(path) in said[0]
 
 
-def test_nothing_intact_is_an_error(tmp_path: Path):
+def test_nothing_usable_is_an_error(tmp_path: Path):
     with pytest.raises(UserError, match="has no checkpoint yet"):
         load(tmp_path)
     for step in (1, 2):
         (save(tmp_path, step) / "state.json").write_text("{}")
     with pytest.raises(UserError, match=r"no checkpoint is intact \(2 tried\)"):
         load(tmp_path)
-
-
-def test_a_checkpoint_of_another_format(tmp_path: Path):
-    w = {"w": torch.zeros(1)}
-    checkpoint.save(tmp_path, 1, w, w, {"format": 99}, best=False, keep=1)
+    checkpoint.save(tmp_path, 3, {}, {}, {"format": 99}, best=False, keep=1)
     with pytest.raises(UserError, match="format 99, this fastgpt reads 1"):
         load(tmp_path)
 
 
 # The places where a kill can fall: before each of these calls a save is cut off.
-CUTS = [
-    "safetensors.save_file",
-    "sha256_file",
-    "os.fsync",
-    "os.replace",
-    "write_text",
-    "os.rename",
-    "atomic.fsync_dir",
-    "shutil.rmtree",
-]
+CUTS = ["safetensors.save_file", "sha256_file", "write_text", "atomic.fsync_dir"]
+CUTS += ["os.fsync", "os.replace", "os.rename", "shutil.rmtree"]
 
 
 class Killed(BaseException):
@@ -170,20 +168,12 @@ def test_a_save_cut_off_anywhere_loses_nothing(cut, tmp_path: Path, monkeypatch)
     raise AssertionError("the save never ran to its end")
 
 
-def test_what_an_abandoned_future_left_is_removed(tmp_path: Path):
-    for step in (10, 20, 30):
-        save(tmp_path, step)
-    save(tmp_path, 15)
-    assert checkpoint.names(tmp_path) == [checkpoint.name_of(s) for s in (15, 10)]
-
-
 def test_a_kill_while_a_checkpoint_is_saved_again_keeps_it(tmp_path: Path):
     """Between the two renames neither name is there; the next reader finds the old one."""
     folder = save(tmp_path, 5)
-    folder.rename(folder.with_name(f".{folder.name}.old"))
-    assert load(tmp_path)[0].state["step"] == 5
-    folder.rename(folder.with_name(f".{folder.name}.old"))
-    save(tmp_path, 6)
+    for again in (lambda: load(tmp_path), lambda: save(tmp_path, 6)):
+        folder.rename(folder.with_name(f".{folder.name}.old"))
+        again()
     assert checkpoint.names(tmp_path) == ["step_00000006", "step_00000005"]
 
 
@@ -197,32 +187,6 @@ def test_files_have_the_modes_of_the_umask(tmp_path: Path):
         modes = {p.name: p.stat().st_mode & 0o777 for p in (*folder.iterdir(),)}
         assert set(modes.values()) == {mode}, modes
         assert (folder.parent / "latest").stat().st_mode & 0o777 == mode
-
-
-@pytest.mark.parametrize("kind", ["folder", "loop", "fifo", "socket"])
-def test_a_pointer_that_is_no_file(kind: str, tmp_path: Path):
-    save(tmp_path, 5)
-    latest = tmp_path / "checkpoints" / "latest"
-    latest.unlink()
-    if kind == "folder":
-        latest.mkdir()
-    elif kind == "loop":
-        latest.symlink_to(latest)
-    elif kind == "fifo":
-        os.mkfifo(latest)
-    else:
-        with socket.socket(socket.AF_UNIX) as s, monkeypatched_cwd(latest.parent):
-            s.bind("latest")
-    assert load(tmp_path)[0].state["step"] == 5
-
-
-@contextlib.contextmanager
-def monkeypatched_cwd(folder: Path) -> Iterator[None]:
-    """Names of sockets are short: from inside the folder."""
-    before = os.getcwd()
-    os.chdir(folder)
-    yield
-    os.chdir(before)
 
 
 @pytest.mark.parametrize(
@@ -245,6 +209,9 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch):
         save(tmp_path, 2)
     left = {p.name for p in (tmp_path / "checkpoints").iterdir()}
     assert left == {"latest", "step_00000001"}
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot write .*file"):
+        save(tmp_path / "file", 1)
 
 
 def test_names_are_known_without_pytorch():
@@ -252,9 +219,3 @@ def test_names_are_known_without_pytorch():
     program = "import sys; from fastgpt.storage import checkpoint; print('torch' in sys.modules)"
     got = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert got.stdout == "False\n", got.stderr
-
-
-def test_folder_that_cannot_be_written(tmp_path: Path):
-    (tmp_path / "checkpoints").write_text("a file in the way")
-    with pytest.raises(UserError, match="cannot write .*checkpoints"):
-        save(tmp_path, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,12 +46,7 @@ def test_newest_is_the_one_that_saved_last():
         latest.touch()
         os.utime(latest, (when, when))
     make(Path("runs") / "failed-at-once")
-    assert run.newest() == run.find("") == Path("runs/a")
-
-
-def test_find_named():
-    make(Path("here"))
-    assert run.find("here") == Path("here")
+    assert run.newest() == run.find("") == run.find("runs/a") == Path("runs/a")
     with pytest.raises(UserError, match="--out_dir=there: no run there"):
         run.find("there")
 
@@ -89,12 +85,44 @@ def new_run(folder: Path, *, saves: bool) -> None:
         run.settle(folder)
 
 
+def each_kill(action, template: str = "") -> Iterator[int]:
+    """Yields n after `action` on out/ was killed at its n-th change of a file; then its end."""
+    for n in range(1, 200):
+        shutil.rmtree("out", ignore_errors=True)
+        if template:
+            shutil.copytree(template, "out")
+        killed = killed_at(n, action)
+        yield n
+        if not killed:
+            return
+
+
+def overwrite() -> None:
+    with run.begin("out", "x", True) as folder:
+        new_run(folder, saves=True)
+
+
+def half_overwritten(folder: str) -> dict[str, bytes]:
+    """A run whose overwrite was killed before its first checkpoint; the old run's files."""
+    before = old_run(Path("out"))
+    with pytest.raises(SystemExit), run.begin("out", "x", True) as out:
+        new_run(out, saves=False)
+        shutil.copytree(out, folder)
+        raise SystemExit
+    return before
+
+
 def test_a_run_is_not_overwritten_unasked():
     before = old_run(Path("out"))
     asked = pytest.raises(UserError, match="--out_dir=out: a run stands there; go on with")
     with asked, run.begin("out", "x", False):
         pass
     assert contents(Path("out")) == before
+    with run.begin("new", "x", False) as folder:
+        new_run(folder, saves=False)
+    said = pytest.raises(UserError, match="without a checkpoint to go on from; start anew with")
+    with said, run.begin("new", "x", False):
+        pass
 
 
 def test_an_overwrite_takes_effect_with_the_first_checkpoint():
@@ -125,51 +153,26 @@ def test_an_overwrite_that_saves_nothing_leaves_the_old_run(capsys):
 
 
 def test_every_crash_of_an_overwrite_leaves_one_of_the_two_runs():
-    """A kill at each single change of a file: the next command finds the old run or the new one."""
-    before = old_run(Path("template"))
-    shutil.copytree("template", "done")
-    with run.begin("done", "x", True) as folder:
-        new_run(folder, saves=True)
-    own = ("run.json", "checkpoints/latest")  # a new id; and written after the checkpoint
-    after = {n: d for n, d in contents(folder).items() if n not in own}
-
-    def overwrite() -> None:
-        with run.begin("out", "x", True) as folder:
-            new_run(folder, saves=True)
-
-    ends = set()
-    for n in range(1, 200):
-        shutil.rmtree("out", ignore_errors=True)
-        shutil.copytree("template", "out")
-        killed = killed_at(n, overwrite)
+    """The next command finds the old run or the new one."""
+    before, found = old_run(Path("template")), []
+    for _ in each_kill(overwrite, "template"):
         assert run.find("out") == Path("out")
-        found = {name: d for name, d in contents(Path("out")).items() if ".tmp" not in name}
-        old = found == before
-        new = {name: d for name, d in found.items() if name not in own} == after
-        assert old or new, f"killed at change {n}: {sorted(found)}"
-        ends.add(old)
+        found.append({k: v for k, v in contents(Path("out")).items() if ".tmp" not in k})
         # Whatever happened, the same command works now.
         with run.begin("out", "x", True):
             pass
-        if not killed:
-            break
-    assert n > 20 and ends == {True, False}
+    own = ("run.json", "checkpoints/latest")  # a new id; and written after the checkpoint
+    n, first = len(found), found.count(before)
+    assert n > 20 and 0 < first < n and found[:first] == [before] * first
+    new = [{k: v for k, v in x.items() if k not in own} for x in found[first:]]
+    assert new == new[-1:] * (n - first)
 
 
 def test_every_crash_of_putting_the_old_run_back_is_mended():
-    before = old_run(Path("template"))
-    with pytest.raises(SystemExit), run.begin("template", "x", True) as folder:
-        new_run(folder, saves=False)
-        shutil.copytree("template", "half")
-        raise SystemExit
-    for n in range(1, 100):
-        shutil.rmtree("out", ignore_errors=True)
-        shutil.copytree("half", "out")
-        killed = killed_at(n, lambda: run.find("out"))
+    before = half_overwritten("half")
+    for n in each_kill(lambda: run.find("out"), "half"):
         run.find("out")
         assert contents(Path("out")) == before, f"killed at change {n}"
-        if not killed:
-            break
     assert n > 8
 
 
@@ -189,24 +192,12 @@ def test_a_start_that_was_killed_can_be_repeated():
             (folder / "metrics.jsonl").touch()
             (folder / "tokenizer.json").write_text("{}")
 
-    for n in range(1, 100):
-        shutil.rmtree("out", ignore_errors=True)
-        killed = killed_at(n, start)
+    for n in each_kill(start):
         with run.begin("out", "x", False) as folder:
             left = {p.name for p in folder.iterdir()}
             assert left == {".lock"}, f"killed at change {n}: {left}"
             run.save_config(folder, Config())
-        if not killed:
-            break
     assert n > 5
-
-
-def test_a_run_without_a_checkpoint_is_not_offered_to_go_on():
-    with run.begin("out", "x", False) as folder:
-        new_run(folder, saves=False)
-    said = pytest.raises(UserError, match="without a checkpoint to go on from; start anew with")
-    with said, run.begin("out", "x", False):
-        pass
 
 
 @pytest.mark.parametrize("name", ["config.toml", "thesis.tex"])
@@ -219,11 +210,10 @@ def test_a_folder_of_other_things_is_not_touched(name: str):
         with refused, run.begin("other", "x", overwrite):
             pass
     assert contents(Path("other")) == {name: b"baseURL = 'x'\n"}
-
-
-def test_a_file_is_no_folder():
-    Path("file").write_text("x")
-    with pytest.raises(UserError, match="cannot write file"), run.begin("file", "x", False):
+    with (
+        pytest.raises(UserError, match="cannot write other/"),
+        run.begin(f"other/{name}", "", False),
+    ):
         pass
 
 
@@ -237,6 +227,8 @@ def test_config_comes_back_and_repeats_in_a_new_folder():
     assert again.model.n_layer == 3
     assert (again.run.out_dir, again.run.init_from, again.run.overwrite) == ("", "scratch", False)
     assert run.load_config(make_dir).run.out_dir == "out"
+    body = json.loads(unsealed((make_dir / "run.json").read_bytes()) or "")
+    assert body["format"] == 1 and body["config"] == (make_dir / "config.toml").read_text()
 
 
 def test_a_config_that_is_not_what_the_run_wrote_is_named():
@@ -284,36 +276,13 @@ def test_a_restart_goes_on_only_with_what_its_own_launch_made():
 
 def test_what_goes_on_is_whole_and_held(monkeypatch):
     """A run that another process put aside, and left so, between the look and the lock."""
-    before = old_run(Path("out"))
-    with pytest.raises(SystemExit), run.begin("out", "x", True) as folder:
-        new_run(folder, saves=False)
-        shutil.copytree("out", "half")
-        raise SystemExit
+    before = half_overwritten("half")
     (Path("half") / ".config.toml.x.tmp").touch()
     monkeypatch.setattr(run, "find", Path)
     with run.resumed("half") as folder:
         assert folder == Path("half") and contents(folder) == before
         with pytest.raises(UserError, match="another process"), run.lock(folder):
             pass
-    with run.lock(folder):
-        pass
-
-
-def test_a_runs_description_says_its_format():
-    folder = make(Path("out"))
-    body = json.loads(unsealed((folder / "run.json").read_bytes()) or "")
-    assert body["format"] == 1 and body["config"] == (folder / "config.toml").read_text()
-
-
-def test_one_process_at_a_time():
-    Path("out").mkdir()
-    folder = Path("out")
-    with (
-        run.lock(folder),
-        pytest.raises(UserError, match="another process is training this run"),
-        run.lock(folder),
-    ):
-        pass
     with run.lock(folder):
         pass
 
