@@ -42,6 +42,8 @@ class Batches:
     shards into windows that lie end to end (a window's last target is the next one's first input)
     and takes each once per epoch, in a fresh order; a fresh offset of the grid in each epoch lets
     the cuts fall elsewhere. Up to two windows a shard are left out of an epoch.
+
+    start  a step and the rows seen before it, which other batch sizes may have made before a resume
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Batches:
         block_size: int,
         seed: int,
         sampling: Sampling = "random",
+        start: tuple[int, int] = (0, 0),
     ):
         if sampling not in ("random", "epochs"):
             raise ValueError(f"sampling is 'random' or 'epochs', not {sampling!r}")
@@ -62,6 +65,7 @@ class Batches:
         split.require(block_size)
         self.split, self.rows_per_step, self.block_size = split, rows_per_step, block_size
         self.seed, self.sampling = seed, sampling
+        self._start_step, self._start_row = start
         counts = np.array([file.count for file in split.shards], np.int64)
         # So many whole windows (and one token more) fit at any offset in 0 .. room - 1.
         windows = np.maximum(counts // block_size - 1, counts > block_size)
@@ -84,7 +88,7 @@ class Batches:
             words = random_words(rows, self.seed, _STARTS, step)
             index = below(words, self.split.n_starts(self.block_size))
             return self.split.positions(index, self.block_size)
-        row = step * rows + np.arange(rows, dtype=np.int64)
+        row = self._start_row + (step - self._start_step) * rows + np.arange(rows, dtype=np.int64)
         epoch, place = np.divmod(row, self.rows_per_epoch)
         epochs = range(int(epoch[0]), int(epoch[-1]) + 1)
         return np.concatenate([self._epoch_starts(e, place[epoch == e]) for e in epochs])

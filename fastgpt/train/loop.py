@@ -64,6 +64,7 @@ class Loop:
             block_size=c.model.block_size,
             seed=c.run.seed,
             sampling=c.data.sampling,
+            start=(progress.step, progress.rows),
         )
         self.saved: Path | None = None
         self.stopped: signal.Signals | None = None
@@ -74,6 +75,11 @@ class Loop:
     def reached(self) -> bool:
         """True if the last evaluation met --target_val_loss."""
         return 0 < self.config.log.target_val_loss >= self.progress.val_loss
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens seen so far."""
+        return self.progress.rows * self.config.model.block_size
 
     def run(self, stack: ExitStack) -> int:
         """Runs from progress.step to max_iters. Returns the exit code."""
@@ -89,6 +95,7 @@ class Loop:
                 trainer.resolved,
                 start_step=start,
                 tokens_per_step=self.tokens_per_step,
+                start_tokens=self.tokens,
                 keeps=self.ranks.first,
                 seal=self.progress.seal,
             )
@@ -151,7 +158,7 @@ class Loop:
                 return
 
             loss, grad_norm = trainer.step(step, self.prefetcher.get(step))
-            at.step, clock.steps = step + 1, clock.steps + 1
+            at.step, at.rows, clock.steps = step + 1, at.rows + self.rows, clock.steps + 1
             if step % c.log.log_interval == 0:
                 record = {
                     "loss": loss.item(),  # waits for the device

@@ -268,7 +268,7 @@ def print_summary(loop: Loop, dataset: Dataset, run_dir: Path) -> None:
     if loop.reached:
         print(
             f"reached --target_val_loss={c.log.target_val_loss:g} after {at.step:,} steps, "
-            f"{at.step * loop.tokens_per_step:,} tokens, {at.step_seconds:,.1f} s of training, "
+            f"{loop.tokens:,} tokens, {at.step_seconds:,.1f} s of training, "
             f"{at.seconds:,.1f} s in all"
         )
     if picture:

@@ -93,11 +93,13 @@ class Metrics:
         *,
         start_step: int,
         tokens_per_step: int,
+        start_tokens: int = 0,
         keeps: bool = True,
         seal: dict[str, Any] | None = None,
     ):
         self.path, self._keeps = run_dir / "metrics.jsonl" if keeps else Path(os.devnull), keeps
         self._tokens_per_step, self._max_iters = tokens_per_step, config.run.max_iters
+        self._start_step, self._start_tokens = start_step, start_tokens
         self._digest = hashlib.sha256()
         if keeps:  # a resumed run repeats the steps after its checkpoint
             kept = [r for r in read(self.path) if r["step"] < start_step + (r["kind"] == "eval")]
@@ -158,14 +160,14 @@ class Metrics:
                 **record,
                 "time_ms": round(seconds * 1000, 3),
                 "tokens_per_second": round(tokens_per_second, 1),
-                "tokens": (step + 1) * self._tokens_per_step,
+                "tokens": self._tokens(step + 1),
             }
         )
 
     def evaluation(self, step: int, train_loss: float, val_loss: float) -> None:
         """Logs the mean losses on the fixed evaluation batches, before step `step`."""
         self.say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
-        seen = step * self._tokens_per_step
+        seen = self._tokens(step)
         if self._speed and not self._progress:
             self.say(f"{count(seen)} tokens seen, {self._speed}{self._eta(step)}")
         losses = {"train_loss": train_loss, "val_loss": val_loss}
@@ -181,9 +183,13 @@ class Metrics:
 
     def _advance(self, done: int) -> None:
         if self._progress:
-            seen = f"{count(done * self._tokens_per_step)} tokens"
+            seen = f"{count(self._tokens(done))} tokens"
             text = f"{done}/{self._max_iters} {seen}, {self._speed}{self._eta(done)}"
             self._progress.update(self._task, completed=done, description=text)
+
+    def _tokens(self, step: int) -> int:
+        """Returns the training tokens seen before a step."""
+        return self._start_tokens + (step - self._start_step) * self._tokens_per_step
 
     def _eta(self, done: int) -> str:
         """Returns the time left after `done` steps, or "" at the end."""

@@ -28,6 +28,7 @@ class Progress:
     """Position of a run.
 
     step          next step
+    rows          training rows seen so far, each of block_size tokens
     seal          hash of metrics.jsonl at this step
     step_seconds  time of all steps so far
     seconds       time of the run so far, with compilation, evaluations and saves
@@ -40,6 +41,7 @@ class Progress:
     seal: dict[str, Any] | None = None
     step_seconds: float = 0.0
     seconds: float = 0.0
+    rows: int = 0
 
 
 def save(
@@ -78,6 +80,7 @@ def save(
         "last_eval": progress.last_eval,
         "val_loss": progress.val_loss,
         "best_val_loss": progress.best_val_loss,
+        "rows": progress.rows,
         "step_seconds": progress.step_seconds,
         "seconds": progress.seconds,
         "data": dataset.fingerprint,
@@ -116,6 +119,8 @@ def load(trainer: Trainer, dataset: Dataset, run_dir: Path) -> Progress:
             document.get("metrics"),
             float(document.get("step_seconds", 0.0)),
             float(document.get("seconds", 0.0)),
+            # Checkpoints of version 0.1 have no rows.
+            int(document.get("rows", document["step"] * trainer.config.optim.rows)),
         )
         model = dict(document["model"])
         document["data"], document["scaler"]

@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from fastgpt.data.loader import Batches
+from fastgpt.data.token_files import open_dataset
 from fastgpt.model.ops import Choice
 from fastgpt.storage import checkpoint
 from fastgpt.train import metrics
@@ -432,3 +434,21 @@ def test_resuming_names_settings_that_change_the_run(tmp_path: Path, text: str):
     said = resume(tmp_path, "--out_dir=out", "--max_iters=4", "--batch_size=2", "--seed=5")
     assert "other than before: rows per step 2 (was 4), seed 5 (was 1337)\n" in said
     assert "other than before" not in resume(tmp_path, "--out_dir=out", "--max_iters=5")
+
+
+@pytest.mark.parametrize("sampling", ["random", "epochs"])
+def test_tokens_seen_outlast_another_batch_size(sampling: str, tmp_path: Path, text: str):
+    """In epochs the windows go on where the larger batches stopped: none twice, none left out."""
+    one = ("--sampling=" + sampling, "--out_dir=out")
+    train(tmp_path, text, *one, "--max_iters=10")
+    resume(tmp_path, *one, "--max_iters=14", "--batch_size=2")
+    tokens = [r["tokens"] for r in runs.records(tmp_path / "out")]
+    assert tokens == [64 * (i + 1) for i in range(10)] + [640 + 32 * (i + 1) for i in range(4)]
+    dataset = open_dataset(next((tmp_path / "data").glob("text*")))
+    small = Batches(
+        dataset.train, rows_per_step=2, block_size=16, seed=1337, sampling=sampling, start=(10, 40)
+    )
+    large = Batches(dataset.train, rows_per_step=4, block_size=16, seed=1337, sampling="epochs")
+    if sampling == "epochs":
+        rows = [x for s in range(10, 14) for x in small.starts(s)]
+        assert rows == [x for s in (10, 11) for x in large.starts(s)]

@@ -69,7 +69,9 @@ def test_a_terminal_has_a_bar(tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "40")
     config = replace(Config(), max_iters=100)
-    with metrics.Metrics(tmp_path, config, start_step=20, tokens_per_step=100) as m:
+    with metrics.Metrics(
+        tmp_path, config, start_step=20, tokens_per_step=100, start_tokens=2000
+    ) as m:
         (task,) = m._progress.tasks
         assert m._progress.live.is_started and (task.completed, task.total) == (20, 100)
         m.train(29, 2.0, RECORD)
