@@ -8,7 +8,7 @@ from pathlib import Path
 
 import fastgpt
 from fastgpt.config.schema import ExportConfig
-from fastgpt.weights.export import export
+from fastgpt.weights.source import export
 
 if not Path("exported").exists():
     export(ExportConfig(to="exported"))

@@ -220,7 +220,7 @@ def _eval(args: list[str]) -> int:
 
 def _export(args: list[str]) -> int:
     _, config = _read(schema.ExportConfig(), args, "the new folder is given as --to=FOLDER")
-    from fastgpt.weights.export import export
+    from fastgpt.weights.source import export
 
     return export(config)
 

@@ -29,71 +29,64 @@ from fastgpt.data.tokenizer import (
 from fastgpt.errors import read_text, reading
 from fastgpt.storage.atomic import write_text
 
-OURS = "fastgpt"  # a folder of its own: both formats call a file tokenizer.json
+OWN = "fastgpt"  # a folder of its own: both formats call a file tokenizer.json
 
 
 def byte_characters() -> list[str]:
-    """The character that stands for each byte: itself if it is printable, else U+0100 and up."""
+    """Returns a character for each byte: itself if it is printable, else one from U+0100 on."""
     shown = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [b for b in range(256) if b not in shown]
     return [chr(b) if b in shown else chr(256 + others.index(b)) for b in range(256)]
 
 
 def split_token(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
-    """The tokens that a token is merged from last: byte-pair encoding by all lower ranks."""
+    """Returns the tokens that a token is merged from last: byte-pair encoding by lower ranks."""
     limit, parts = ranks[token], [bytes([b]) for b in token]
     while len(parts) > 2:
         pairs = [ranks.get(a + b, limit) for a, b in zip(parts, parts[1:], strict=False)]
-        lowest = min(pairs)
-        if lowest >= limit:
+        if (lowest := min(pairs)) >= limit:
             break
         at = pairs.index(lowest)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return parts
 
 
-def _spell(token: bytes) -> str:
-    text = byte_characters()
-    return "".join(text[b] for b in token)
-
-
 def vocabulary(tokenizer: Tokenizer) -> tuple[dict[str, int], list[str]] | None:
-    """(vocab.json, the merges) of a tokenizer; None if it is no byte-level BPE.
+    """Returns (vocab.json, the merges) of a tokenizer; None if it is no byte-level BPE.
 
     Bytes are one without merges, and so are characters that are one byte each. Byte 0, which ends
-    our documents and is in no text, is spelled as end-of-text.
+    documents and is in no text, is spelled as end-of-text.
     """
+    characters, merges = byte_characters(), []
+
+    def spell(token: bytes) -> str:
+        return "".join(characters[b] for b in token)
+
     if isinstance(tokenizer, ByteTokenizer):
-        return {_spell(bytes([b])): b for b in range(1, 256)} | {EOT_TEXT: 0}, []
-    if isinstance(tokenizer, CharTokenizer):
-        if not all(c.isascii() for c in tokenizer.chars):
-            return None
-        return {_spell(c.encode()): i for i, c in enumerate(tokenizer.chars)}, []
+        return {characters[b]: b for b in range(1, 256)} | {EOT_TEXT: 0}, []
+    if isinstance(tokenizer, CharTokenizer) and all(c.isascii() for c in tokenizer.chars):
+        return {spell(c.encode()): i for i, c in enumerate(tokenizer.chars)}, []
     if not isinstance(tokenizer, BPETokenizer):
         return None
     ranks = parse_ranks(tokenizer.rank_file, "tokenizer")
-    merges = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        if len(token) > 1:
-            parts = split_token(token, ranks)
-            if len(parts) != 2:
-                return None  # not made by merging: vocabularies of other kinds
-            merges.append(" ".join(map(_spell, parts)))
-    return {_spell(token): rank for token, rank in ranks.items()} | {
-        EOT_TEXT: tokenizer.eot
-    }, merges
+    for token in sorted((t for t in ranks if len(t) > 1), key=ranks.__getitem__):
+        parts = split_token(token, ranks)
+        if len(parts) != 2:
+            return None  # a vocabulary of another kind, not made by merging
+        merges.append(" ".join(map(spell, parts)))
+    vocab = {spell(token): rank for token, rank in ranks.items()}
+    return vocab | {EOT_TEXT: tokenizer.eot}, merges
 
 
 def write(folder: Path, tokenizer: Tokenizer, max_length: int | None = None) -> list[str]:
-    """Write the tokenizer into `folder`: in our form, and in Hugging Face's if it has one there.
+    """Writes the tokenizer into `folder`: in fastgpt's form, and in Hugging Face's if there is one.
 
     Returns the names of the files for Hugging Face, none if there is no form for this tokenizer.
-    `max_length` is how many tokens the model takes.
+    `max_length` is the most tokens that the model takes.
     """
-    (folder / OURS).mkdir(parents=True, exist_ok=True)
-    tokenizer.save(folder / OURS)
-    found = vocabulary(tokenizer)
-    if found is None:
+    (folder / OWN).mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder / OWN)
+    if (found := vocabulary(tokenizer)) is None:
         return []
     vocab, merges = found
     config: dict[str, Any] = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
@@ -112,13 +105,13 @@ def write(folder: Path, tokenizer: Tokenizer, max_length: int | None = None) -> 
 
 
 def read(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a folder: ours if we wrote it, else that of vocab.json and merges.txt.
+    """Returns the tokenizer of a folder: fastgpt's own, else that of vocab.json and merges.txt.
 
     None without these files, or if they are no byte-level BPE whose last token is end-of-text.
-    UserError if they are damaged.
+    Raises UserError if they are damaged.
     """
-    if (folder / OURS / JSON_NAME).is_file():
-        return load_tokenizer(folder / OURS)
+    if (folder / OWN / JSON_NAME).is_file():
+        return load_tokenizer(folder / OWN)
     vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
     if not (vocab_file.is_file() and merges_file.is_file()):
         return None

@@ -1,15 +1,14 @@
 """Hugging Face's GPT-2 folders, read and written: config.json and model.safetensors.
 
 Each tensor's name, shape and dtype must be those of the GPT-2 that config.json describes before any
-is loaded. Compared with ours, the weights of linear layers are transposed (OpenAI's "Conv1D", in x
-out), there always are biases, the vocabulary is not padded, and the output layer is the embedding.
-Files from before 2020 name tensors without "transformer." and hold attention masks.
+is loaded. In these files the weights of linear layers are transposed (OpenAI's "Conv1D", in x out),
+there always are biases, the vocabulary is not padded, and the output layer is the embedding. Files
+from before 2020 name tensors without "transformer." and hold attention masks.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -41,19 +40,32 @@ _LAYER = re.compile(r"transformer\.h\.(\d{1,9})\.")
 _MASK = re.compile(r"\.attn\.(bias|masked_bias)$")
 _FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
+Kind = tuple[str, tuple[int, ...]]  # dtype, in safetensors' words, and shape of a tensor
+
+
+@dataclass
+class Weights:
+    """A whole, checked model: fastgpt's tensors in fp32, the vocabulary padded."""
+
+    shape: ModelShape
+    tensors: dict[str, Tensor]
+    folder: Path
+    source: str
+
 
 def shape_of_size(name: str) -> ModelShape:
-    """OpenAI's gpt2, gpt2-medium, gpt2-large or gpt2-xl."""
+    """Returns the shape of OpenAI's gpt2, gpt2-medium, gpt2-large or gpt2-xl."""
     return ModelShape(*SIZES[name], block_size=1024, vocab_size=50257, bias=True, gelu="tanh")
 
 
+# --- checks, of every file of weights -------------------------------------------------------------
+
+
 def expected(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Our parameter names with their shapes, the vocabulary not padded."""
+    """Returns fastgpt's parameter names with their shapes, the vocabulary not padded."""
     C = shape.n_embd
-    out: dict[str, tuple[int, ...]] = {
-        _WTE: (shape.vocab_size, C),
-        "transformer.wpe.weight": (shape.block_size, C),
-    }
+    out: dict[str, tuple[int, ...]] = {_WTE: (shape.vocab_size, C)}
+    out["transformer.wpe.weight"] = shape.block_size, C
     linears = {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C)}
     linears |= {"mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
     for i in range(shape.n_layer):
@@ -64,65 +76,53 @@ def expected(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return {name: size for name, size in out.items() if shape.bias or not name.endswith(".bias")}
 
 
-@dataclass(frozen=True)
-class Stored:
-    """What is known of a tensor before it is used; `key` is its name in the file `path`."""
-
-    path: Path
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
-def describe(path: Path, tensors: Mapping[str, Any]) -> dict[str, Stored]:
-    """What is known of `tensors`; an object that is no tensor has the shape ()."""
-    out = {}
-    for name, t in tensors.items():
-        out[name] = Stored(path, name, type(t).__name__, ())
-        if isinstance(t, Tensor):
-            dtype = _FLOATS.get(t.dtype, str(t.dtype).removeprefix("torch."))
-            out[name] = Stored(path, name, dtype, tuple(t.shape))
-    return out
+def kinds(tensors: Mapping[str, Any]) -> dict[str, Kind]:
+    """Returns dtypes and shapes; an object that is no tensor has the shape ()."""
+    return {
+        name: (_FLOATS.get(t.dtype, str(t.dtype).removeprefix("torch.")), tuple(t.shape))
+        if isinstance(t, Tensor)
+        else (type(t).__name__, ())
+        for name, t in tensors.items()
+    }
 
 
 def check(
-    path: Path, stored: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]], n_layer: int
+    path: Path, found: Mapping[str, Kind], wanted: Mapping[str, tuple[int, ...]], n_layer: int
 ) -> None:
-    """Raise UserError for a tensor that is missing, unknown, or of another shape or dtype.
+    """Raises UserError for a tensor that is missing, unknown, or of another shape or dtype.
 
     The output layer may be stored too; `tie` then compares it with the embedding.
     """
-    if _HEAD in stored:
+    if _HEAD in found:
         wanted = {**wanted, _HEAD: wanted[_WTE]}
     for name, want in wanted.items():
-        if name not in stored:
+        if name not in found:
             raise UserError(f"{path}: {name} is missing, wanted shape {want}")
-        got = stored[name]
-        if got.shape != want:
-            raise UserError(f"{got.path}: {name} has shape {got.shape}, wanted {want}")
-        if got.dtype not in _FLOATS.values():
+        dtype, shape = found[name]
+        if shape != want:
+            raise UserError(f"{path}: {name} has shape {shape}, wanted {want}")
+        if dtype not in _FLOATS.values():
             floats = ", ".join(_FLOATS.values())
-            raise UserError(f"{got.path}: {name} {want} is of dtype {got.dtype}, wanted {floats}")
-    if unknown := stored.keys() - wanted.keys():
-        name = min(unknown)
-        got = stored[name]
-        raise UserError(f"{got.path}: {name} {got.shape} is no part of a GPT-2 of {n_layer} layers")
+            raise UserError(f"{path}: {name} {want} is of dtype {dtype}, wanted {floats}")
+    if unknown := found.keys() - wanted.keys():
+        name = f"{min(unknown)} {found[min(unknown)][1]}"
+        raise UserError(f"{path}: {name} is no part of a GPT-2 of {n_layer} layers")
 
 
 def check_layers(path: Path, names: Iterable[str], shape: ModelShape) -> None:
-    """Raise UserError if there are fewer layers than `shape` says, before all are listed."""
+    """Raises UserError if there are fewer layers than `shape` says, before all are listed."""
     layers = {m[1] for name in names if (m := _LAYER.match(name))}
     if len(layers) < shape.n_layer:
         raise UserError(f"{path}: has {len(layers)} layers, n_layer says {shape.n_layer}")
 
 
 def pad_vocabulary(weight: Tensor, shape: ModelShape) -> Tensor:
-    """(vocab_size, C) -> (padded_vocab_size, C), the new rows zero."""
+    """Pads (vocab_size, C) to (padded_vocab_size, C) with rows of zeros."""
     return F.pad(weight, (0, 0, 0, shape.padded_vocab_size - weight.shape[0]))
 
 
 def tie(path: Path, tensors: dict[str, Tensor], shape: ModelShape) -> None:
-    """Remove the output layer, which must equal the embedding if it is there; pad the embedding."""
+    """Removes the output layer, which must equal the embedding if it is there; pads the latter."""
     wte, head = tensors[_WTE], tensors.pop(_HEAD, None)
     if head is not None and not torch.equal(head, wte):
         raise UserError(
@@ -132,32 +132,25 @@ def tie(path: Path, tensors: dict[str, Tensor], shape: ModelShape) -> None:
     tensors[_WTE] = pad_vocabulary(wte, shape)
 
 
-@dataclass
-class Weights:
-    """A whole, checked model: our tensors in fp32, the vocabulary padded."""
-
-    shape: ModelShape
-    tensors: dict[str, Tensor]
-    folder: Path
-    source: str
+def check_head_count(path: Path, n_head: int, n_embd: int) -> None:
+    if n_embd % n_head:
+        raise UserError(f"{path}: n_head {n_head} does not divide n_embd {n_embd}")
 
 
-# --- reading -------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def read(path: Path, size: str | None = None) -> Weights:
-    """The model in a folder, or in a safetensors file with or without a config.json beside it.
+    """Reads a folder, or a safetensors file with or without a config.json beside it.
 
     `size` names one of SIZES that it must have; a file without config.json needs it. Raises
     UserError, one line that names the file, and for a bad tensor its name and both shapes.
     """
-    path = Path(path)
     if not path.exists():
         raise UserError(f"--weights={path}: there is no such file or folder")
     folder = path if path.is_dir() else path.parent
-    config = folder / "config.json"
-    if config.is_file():
-        said, had_bias = read_config(config)
+    if (folder / "config.json").is_file():
+        said, had_bias = read_config(folder / "config.json")
     elif size is not None:
         said, had_bias = shape_of_size(size), True
     else:
@@ -166,11 +159,24 @@ def read(path: Path, size: str | None = None) -> Weights:
             f"the size with --init_from={'|'.join(SIZES)}"
         )
     shape = said if size is None else shape_of_size(size)
-    stored = _locate(_files(path), shape)
+    files, parts = _files(path), {}
+    for file in files:
+        with reading(file, "is damaged, or no safetensors file", SafetensorError):
+            open_regular(file).close()
+            stored = safe_open(file, "pt")
+            names = [key for key in stored.keys() if not _MASK.search(key)]  # noqa: SIM118
+            parts |= {name: stored.get_slice(name) for name in names}
+    own = ("transformer.", "lm_head.")
+    parts = {k if k.startswith(own) else f"transformer.{k}": part for k, part in parts.items()}
+    check_layers(files[0], parts, shape)
+    sizes = expected(shape).items()
+    sizes_there = {name: size[::-1] if _TRANSPOSED.search(name) else size for name, size in sizes}
+    found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+    check(files[0], found, sizes_there, shape.n_layer)
     for key, want in vars(shape).items():
         if (got := getattr(said, key)) != want:
             raise UserError(f"{folder}: config.json says {key} {got}, wanted {want}")
-    tensors = {name: _load(entry, name) for name, entry in stored.items()}
+    tensors = {name: _turned(name, part[:].float()) for name, part in parts.items()}
     tie(path, tensors, shape)
     if not had_bias and not any(t.any() for n, t in tensors.items() if n.endswith(".bias")):
         shape = replace(shape, bias=False)
@@ -178,15 +184,20 @@ def read(path: Path, size: str | None = None) -> Weights:
     return Weights(shape, tensors, folder, str(path))
 
 
-def read_config(path: Path) -> tuple[ModelShape, bool]:
-    """(shape, whether fastgpt's model had biases) of a config.json; UserError if it is not ours.
+def _turned(name: str, tensor: Tensor) -> Tensor:
+    """Transposes the weight of a linear layer, on its way in or out."""
+    return (tensor.t() if _TRANSPOSED.search(name) else tensor).contiguous()
 
-    The shape always has biases, as the tensors have.
+
+def read_config(path: Path) -> tuple[ModelShape, bool]:
+    """Returns (shape, True unless fastgpt's model had no biases) of a config.json.
+
+    The shape always has biases, as the tensors have. Raises UserError for what is no such GPT-2.
     """
     with reading(path, "is not JSON"):
         config = json.loads(read_text(path, limit=1 << 20))
-    if not isinstance(config, dict) or config.get("model_type", "gpt2") != "gpt2":
-        kind = config.get("model_type") if isinstance(config, dict) else "no object"
+    kind = config.get("model_type", "gpt2") if isinstance(config, dict) else "no object"
+    if kind != "gpt2":
         raise UserError(f"{path}: model_type is {kind}, only gpt2 can be read")
 
     def whole(*keys: str) -> int:
@@ -198,9 +209,8 @@ def read_config(path: Path) -> tuple[ModelShape, bool]:
 
     n_layer, n_head, n_embd = whole("n_layer"), whole("n_head"), whole("n_embd")
     positions, vocab_size = whole("n_positions", "n_ctx"), whole("vocab_size")
-    if n_embd % n_head:
-        raise UserError(f"{path}: n_head {n_head} does not divide n_embd {n_embd}")
-    activation = config.get("activation_function", "gelu_new")
+    check_head_count(path, n_head, n_embd)
+    activation = str(config.get("activation_function", "gelu_new"))
     if activation not in _GELU:
         known = ", ".join(_GELU)
         raise UserError(f"{path}: activation_function is {activation}, can be {known}")
@@ -217,11 +227,9 @@ def read_config(path: Path) -> tuple[ModelShape, bool]:
 
 
 def _files(path: Path) -> list[Path]:
-    """The safetensors files of a model: one, or the parts that an index lists."""
-    if path.is_file():
-        return [path]
-    if (path / WEIGHTS).is_file():
-        return [path / WEIGHTS]
+    """Returns the safetensors files of a model: one, or the parts that an index lists."""
+    if path.is_file() or (path / WEIGHTS).is_file():
+        return [path if path.is_file() else path / WEIGHTS]
     index = path / f"{WEIGHTS}.index.json"
     if not index.is_file():
         other = " (only a pickle, which is not opened)" if [*path.glob("*.bin")] else ""
@@ -234,84 +242,38 @@ def _files(path: Path) -> list[Path]:
     return sorted(files)
 
 
-def _headers(path: Path) -> dict[str, Stored]:
-    """What a safetensors file holds; UserError if it is cut off, naming the tensor."""
-    with reading(path, "is damaged, or no safetensors file", SafetensorError):
-        with open_regular(path) as f:
-            size = os.fstat(f.fileno()).st_size
-            length = int.from_bytes(f.read(8), "little")
-            if not 0 < length <= min(size - 8, 100 << 20):
-                raise UserError(f"{path}: truncated, or no safetensors file ({size} bytes)")
-            header = json.loads(f.read(length))
-        header.pop("__metadata__", None)
-        for key, entry in header.items():
-            end = 8 + length + entry["data_offsets"][1]
-            if end > size:
-                raise UserError(
-                    f"{path}: truncated: {key} {tuple(entry['shape'])} ends at byte {end:,}, the "
-                    f"file has {size:,}"
-                )
-        with safe_open(path, "pt"):  # safetensors checks all else that the format demands
-            pass
-        return {k: Stored(path, k, e["dtype"], tuple(e["shape"])) for k, e in header.items()}
-
-
-def _locate(files: list[Path], shape: ModelShape) -> dict[str, Stored]:
-    """Every tensor by our name, checked."""
-    stored: dict[str, Stored] = {}
-    for path in files:
-        for key, entry in _headers(path).items():
-            if not _MASK.search(key):
-                ours = key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
-                stored[ours] = entry
-    check_layers(files[0], stored, shape)
-    sizes = expected(shape).items()
-    on_disk = {name: size[::-1] if _TRANSPOSED.search(name) else size for name, size in sizes}
-    check(files[0], stored, on_disk, shape.n_layer)
-    return stored
-
-
-def _load(entry: Stored, name: str) -> Tensor:
-    with safe_open(entry.path, "pt") as f:
-        tensor = f.get_tensor(entry.key).float()
-    return tensor.t().contiguous() if _TRANSPOSED.search(name) else tensor
-
-
-# --- writing -------------------------------------------------------------------------------------
-
-
-def config_json(shape: ModelShape, eot: int | None) -> dict[str, Any]:
-    """GPT2Config's values for a shape; `eot` is both begin and end of text."""
-    activation = "gelu_new" if shape.gelu == "tanh" else "gelu"
-    out: dict[str, Any] = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
-    out |= {key: getattr(shape, key) for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
-    out |= {"n_inner": None, "n_positions": shape.block_size, "n_ctx": shape.block_size}
-    out |= {"activation_function": activation, "layer_norm_epsilon": 1e-5}
-    out |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
-    out |= {"initializer_range": 0.02, "tie_word_embeddings": True, "torch_dtype": "float32"}
-    return out | {"bos_token_id": eot, "eos_token_id": eot, "fastgpt_bias": shape.bias}
+# --- writing --------------------------------------------------------------------------------------
 
 
 def write(
     folder: Path, shape: ModelShape, tensors: Mapping[str, Tensor], eot: int | None = None
 ) -> None:
-    """Write config.json, generation_config.json and model.safetensors into `folder`.
+    """Writes config.json, generation_config.json and model.safetensors into `folder`.
 
-    `tensors` are ours; biases that the model does not have are written as zeros.
+    `tensors` are fastgpt's; biases that the model does not have are written as zeros. `eot` is both
+    begin and end of text.
     """
     sizes = expected(replace(shape, bias=True))
     missing = sizes.keys() - expected(shape).keys()
-    ours = {name: torch.zeros(sizes[name]) for name in missing} | dict(tensors)
-    if _WTE in ours:
-        ours[_WTE] = ours[_WTE][: shape.vocab_size]
-    check(folder, describe(folder, ours), sizes, shape.n_layer)
-    ready = {n: (t.t() if _TRANSPOSED.search(n) else t).contiguous() for n, t in ours.items()}
+    whole = {name: torch.zeros(sizes[name]) for name in missing} | dict(tensors)
+    if _WTE in whole:
+        whole[_WTE] = whole[_WTE][: shape.vocab_size]
+    check(folder, kinds(whole), sizes, shape.n_layer)
     folder.mkdir(parents=True, exist_ok=True)
     try:
+        ready = {name: _turned(name, tensor) for name, tensor in whole.items()}
         save_file(ready, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / WEIGHTS).chmod(0o666 & ~umask())
     except SafetensorError as e:
         raise explain_os_error(e, folder / WEIGHTS) from e
+    config = {key: getattr(shape, key) for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    config |= {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_inner": None}
+    config |= {"n_positions": shape.block_size, "n_ctx": shape.block_size}
+    config |= {"activation_function": "gelu_new" if shape.gelu == "tanh" else "gelu"}
+    config |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
+    config |= {"layer_norm_epsilon": 1e-5, "initializer_range": 0.02, "torch_dtype": "float32"}
+    config |= {"tie_word_embeddings": True, "bos_token_id": eot, "eos_token_id": eot}
+    config |= {"fastgpt_bias": shape.bias}
     generation = {"bos_token_id": eot, "eos_token_id": eot, "_from_model_config": True}
-    write_text(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
-    write_text(folder / "config.json", json.dumps(config_json(shape, eot), indent=2) + "\n")
+    for name, values in {"generation_config": generation, "config": config}.items():
+        write_text(folder / f"{name}.json", json.dumps(values, indent=2) + "\n")

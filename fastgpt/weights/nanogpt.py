@@ -4,19 +4,20 @@ A .pt file is a zip of a pickle, which is a program, and of the tensors' bytes. 
 run, the zip must be a plain one and the pickle may name nothing but what tensors are made of. Then
 PyTorch's own restricted unpickler (weights_only) reads it.
 
-nanoGPT counts as we do: iter_num is the number of updates done, and batch_size times
+nanoGPT counts as fastgpt does: iter_num is the number of updates done, and batch_size times
 gradient_accumulation_steps is the batch of all GPUs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import pickletools
 import shlex
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,9 +32,10 @@ from fastgpt.storage import checkpoint
 from fastgpt.storage import run_dir as run
 from fastgpt.weights.hugging_face import (
     check,
+    check_head_count,
     check_layers,
-    describe,
     expected,
+    kinds,
     pad_vocabulary,
     tie,
 )
@@ -47,31 +49,32 @@ _GLOBALS = {
 }
 _CALLS_BY_STACK = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
 _MAX_PICKLE = 64 << 20
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 # What depends on the machine or the account rather than on the run.
 _NOT_TAKEN = {"device", "dtype", "compile", "backend", "init_from", "out_dir", "eval_only"}
 _NOT_TAKEN |= {"wandb_log", "data_dir"}
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What torch.save wrote, tensors on the CPU. UserError, with nothing run, if it is hostile."""
+    """Returns the contents of torch.save's file, tensors on the CPU.
+
+    Raises UserError, and runs nothing, if the file is hostile.
+    """
     others = (pickle.UnpicklingError, RuntimeError, zipfile.BadZipFile, EOFError)
     with reading(path, "is damaged or refused, nothing in it was run", *others):
-        _inspect(path)
+        if why := _refusal(path):
+            raise UserError(f"{path}: is refused, nothing in it was run: {why}")
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
         raise UserError(f"{path}: is no checkpoint of nanoGPT's train.py: it has no 'model'")
     return data
 
 
-def _inspect(path: Path) -> None:
-    """Raise UserError unless the file is a plain zip whose pickle names only parts of tensors."""
-
-    def refuse(why: str) -> NoReturn:
-        raise UserError(f"{path}: is refused, nothing in it was run: {why}")
-
+def _refusal(path: Path) -> str | None:
+    """Returns None if the file is a plain zip whose pickle names only parts of tensors."""
     with open_regular(path) as f:
         if f.read(4) != b"PK\x03\x04":
-            refuse(
+            return (
                 "not in the zip format that torch.save has had since PyTorch 1.6; load and save it "
                 "again where it came from"
             )
@@ -80,45 +83,41 @@ def _inspect(path: Path) -> None:
         pickles = [n for n in entries if n.endswith(".pkl")]
         root = pickles[0].rpartition("/")[0] if pickles else ""
         if len(entries) != len(archive.infolist()):
-            refuse("two entries have the same name")
+            return "two entries have the same name"
         if pickles != [f"{root}/data.pkl"]:
-            refuse(f"one pickle, data.pkl, is wanted, there is {', '.join(pickles) or 'none'}")
+            return f"one pickle, data.pkl, is wanted, there is {', '.join(pickles) or 'none'}"
         if any(e.compress_type != zipfile.ZIP_STORED for e in entries.values()):
-            refuse("its entries are compressed, which torch.save never does")
+            return "its entries are compressed, which torch.save never does"
         if entries[pickles[0]].file_size > _MAX_PICKLE:
-            refuse(f"its pickle is over {_MAX_PICKLE:,} bytes")
+            return f"its pickle is over {_MAX_PICKLE:,} bytes"
         program = archive.read(pickles[0])
     for opcode, argument, _ in pickletools.genops(program):
         asks = opcode.name == "GLOBAL" and argument not in _GLOBALS
         if asks or opcode.name in _CALLS_BY_STACK:
             what = str(argument or opcode.name).replace(" ", ".")[:80]
-            refuse(f"its pickle asks for {what}, which is no part of a tensor")
+            return f"its pickle asks for {what}, which is no part of a tensor"
+    return None
 
 
 def model_of(
     path: Path, data: Mapping[str, Any], gelu: str
 ) -> tuple[ModelShape, dict[str, Tensor]]:
-    """(shape, our tensors in fp32 with the vocabulary padded, in the order of nanoGPT's model)."""
+    """Returns (shape, tensors in fp32 with the vocabulary padded, in nanoGPT's order)."""
     args = data.get("model_args")
     args = args if isinstance(args, dict) else {}
-    keys = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-    sizes: dict[str, Any] = {key: args.get(key) for key in keys}
+    sizes = {key: args.get(key) for key in ("n_layer", "n_head", "n_embd", "block_size")}
+    sizes["vocab_size"] = args.get("vocab_size")
     for key, value in sizes.items():
         if type(value) is not int or not 1 <= value < 1 << 31:
             raise UserError(f"{path}: model_args has {key} {value!r}, wanted a whole number >= 1")
-    if sizes["n_embd"] % sizes["n_head"]:
-        n_head, n_embd = sizes["n_head"], sizes["n_embd"]
-        raise UserError(f"{path}: n_head {n_head} does not divide n_embd {n_embd}")
     stored = {str(k).removeprefix("_orig_mod."): v for k, v in data["model"].items()}
-    # Causal masks, which versions without flash attention keep as buffers.
-    stored = {
-        k: v
-        for k, v in stored.items()
-        if not (k.endswith(".attn.bias") and isinstance(v, Tensor) and v.ndim == 4)
-    }
+    # Versions without flash attention keep causal masks as buffers.
+    masks = [k for k, (_, size) in kinds(stored).items() if k.endswith(".bias") and len(size) == 4]
+    stored = {k: v for k, v in stored.items() if k not in masks}
     shape = ModelShape(**sizes, bias="transformer.ln_f.bias" in stored, gelu=gelu)
+    check_head_count(path, shape.n_head, shape.n_embd)
     check_layers(path, stored, shape)
-    check(path, describe(path, stored), expected(shape), shape.n_layer)
+    check(path, kinds(stored), expected(shape), shape.n_layer)
     tensors = {name: t.float() for name, t in stored.items()}
     tie(path, tensors, shape)
     return shape, tensors
@@ -127,7 +126,7 @@ def model_of(
 def optimizer_of(
     path: Path, data: Mapping[str, Any], shape: ModelShape, order: Iterable[str]
 ) -> dict[str, Tensor]:
-    """AdamW's state under our names; empty if the checkpoint has none.
+    """Returns AdamW's state under fastgpt's names; empty if the checkpoint has none.
 
     `order` lists the parameters as the model does. AdamW numbers them by groups: first matrices
     and embeddings, which decay, then the rest.
@@ -135,9 +134,8 @@ def optimizer_of(
     saved = data.get("optimizer")
     if not isinstance(saved, dict) or not saved.get("state"):
         return {}
-    sizes = expected(shape)
-    names = sorted(order, key=lambda n: len(sizes[n]) < 2)
-    groups, state = saved.get("param_groups"), saved["state"]
+    sizes, groups, state = expected(shape), saved.get("param_groups"), saved["state"]
+    names = sorted(order, key=lambda name: len(sizes[name]) < 2)
     numbers = [n for g in groups or [] if isinstance(g, dict) for n in g.get("params", [])]
     if len(numbers) != len(names) or set(state) != set(numbers):
         raise UserError(
@@ -146,21 +144,21 @@ def optimizer_of(
         )
     out: dict[str, Tensor] = {}
     for number, name in zip(numbers, names, strict=True):
-        entry: dict[str, Any] = state[number] if isinstance(state[number], dict) else {}
+        entry = state[number] if isinstance(state[number], dict) else {}
         with reading(path, f"its optimizer's step of {name} is not a number"):
             out[f"step.{name}"] = torch.tensor(float(entry.get("step", 0)))
-        for key in ("exp_avg", "exp_avg_sq"):
-            label = f"optimizer's {key} of {name}"
-            moments = {label: entry[key]} if key in entry else {}
-            check(path, describe(path, moments), {label: sizes[name]}, shape.n_layer)
-            moment = moments[label].float()
+        wanted = {f"optimizer's {key} of {name}": sizes[name] for key in _MOMENTS}
+        moments = {f"optimizer's {key} of {name}": entry[key] for key in _MOMENTS if key in entry}
+        check(path, kinds(moments), wanted, shape.n_layer)
+        for key in _MOMENTS:
+            moment = entry[key].float()
             embedding = name == "transformer.wte.weight"
             out[f"{key}.{name}"] = pad_vocabulary(moment, shape) if embedding else moment
     return out
 
 
 def config_of(path: Path, data: Mapping[str, Any], shape: ModelShape) -> Config:
-    """The run's settings as far as they are ours too; the rest are defaults."""
+    """Returns the run's settings as far as fastgpt has them; the rest are defaults."""
     table, saved = settings.leaves(Config), data.get("config")
     given = dict(saved) if isinstance(saved, dict) else {}
     given = {k: v for k, v in given.items() if k in table and k not in _NOT_TAKEN} | vars(shape)
@@ -169,20 +167,18 @@ def config_of(path: Path, data: Mapping[str, Any], shape: ModelShape) -> Config:
 
 
 def find_tokenizer(config: Config, vocab_size: int) -> Tokenizer | None:
-    """The data folder's tokenizer if it has one, else GPT-2's if the vocabulary has its size."""
+    """Returns the data folder's tokenizer, or GPT-2's if the vocabulary has its size."""
     for folder in (Path(config.data.dataset), Path(config.data.data_dir) / config.data.dataset):
         if has_tokens(folder) and (tokenizer := open_dataset(folder).tokenizer) is not None:
             return tokenizer
-    if not GPT2_VOCAB <= vocab_size <= GPT2_VOCAB + 128:
-        return None
-    try:
-        return make_tokenizer("gpt2", cache=Path(config.data.data_dir) / ".cache")
-    except UserError:
-        return None  # without its merges the run is still whole
+    with contextlib.suppress(UserError):  # without its merges the run is still whole
+        if GPT2_VOCAB <= vocab_size <= GPT2_VOCAB + 128:
+            return make_tokenizer("gpt2", cache=Path(config.data.data_dir) / ".cache")
+    return None
 
 
 def import_checkpoint(source: str, options: ImportConfig) -> int:
-    """`fastgpt import CKPT.pt`: make it a run. Returns the exit code."""
+    """Makes a run of CKPT.pt for `fastgpt import`. Returns the exit code."""
     path = Path(source)
     data = load(path)
     shape, tensors = model_of(path, data, options.gelu)
@@ -190,29 +186,29 @@ def import_checkpoint(source: str, options: ImportConfig) -> int:
     config = config_of(path, data, shape)
     dataset = options.dataset or config.data.dataset
     config = settings.replace(config, dataset=dataset, data_dir=options.data_dir)
-    step, best = data.get("iter_num", 0), data.get("best_val_loss", float("inf"))
+    step = data.get("iter_num", 0)
     if type(step) is not int or not 0 <= step < 1 << 53:
         raise UserError(f"{path}: iter_num is {step!r}, wanted a whole number >= 0")
     with reading(path, "best_val_loss is not a number"):
-        best = float(best)
+        best = float(data.get("best_val_loss", "inf"))
+    tokenizer = find_tokenizer(config, shape.vocab_size)
     state = {"format": checkpoint.FORMAT, "model": vars(shape), "config": settings.to_dict(config)}
     state |= {"last_eval": -1, "val_loss": best, "best_val_loss": best, "scaler": {}}
-    # nanoGPT does not say which data it was, so the run may go on with any.
-    state |= {"data": None, "imported_from": path.name}
-    tokenizer = find_tokenizer(config, shape.vocab_size)
-    state["tokenizer"] = tokenizer.fingerprint if tokenizer else None
+    # nanoGPT does not name its data, so the run may go on with any.
+    state |= {"data": None, "tokenizer": tokenizer.fingerprint if tokenizer else None}
+    state |= {"imported_from": path.name}
     with run.begin(options.out_dir, path.stem, options.overwrite) as run_dir:
         run.save_config(run_dir, config)
         if tokenizer is not None:
             tokenizer.save(run_dir)
         keep = config.log.keep_checkpoints
         saved = checkpoint.save(run_dir, step, tensors, optimizer, state, best=True, keep=keep)
-    moments = "with" if optimizer else "without"
+    moments, place = "with" if optimizer else "without", shlex.quote(str(run_dir))
     print(f"{path}: {shape}, step {step}, val loss {best:.4f}, {moments} optimizer state")
     print(f"imported to {saved}")
     if tokenizer is None:
         print("no tokenizer found: sample needs one; name the data's folder with --dataset")
     else:
-        print(f"sample:   fastgpt sample --out_dir={shlex.quote(str(run_dir))}")
-    print(f"continue: fastgpt train --init_from=resume --out_dir={shlex.quote(str(run_dir))}")
+        print(f"sample:   fastgpt sample --out_dir={place}")
+    print(f"continue: fastgpt train --init_from=resume --out_dir={place}")
     return 0

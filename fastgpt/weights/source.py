@@ -1,19 +1,20 @@
-"""Which weights a command works on: a run's checkpoint, OpenAI's GPT-2, or a folder of yours."""
+"""Weights that a command works on: a run's checkpoint, OpenAI's GPT-2, or any folder."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastgpt.config import settings
-from fastgpt.config.schema import Config, SourceConfig
+from fastgpt.config.schema import Config, ExportConfig, SourceConfig
 from fastgpt.data.tokenizer import JSON_NAME, Tokenizer, load_tokenizer
 from fastgpt.errors import BadWeights, UserError, reading
 from fastgpt.model.build import build
@@ -21,19 +22,21 @@ from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.storage import checkpoint
 from fastgpt.storage import run_dir as run
+from fastgpt.storage.atomic import explain_os_error, lock, sweep
 from fastgpt.weights import hf_tokenizer, hub, hugging_face
-from fastgpt.weights.hugging_face import expected
 
 
 @dataclass
 class Source:
-    """A model's parts on the CPU, in fp32, before a device and a precision are chosen for it."""
+    """A model's parts on the CPU, in fp32, before a device and a precision are chosen for it.
+
+    `about` is one line for people: the origin, and the loss if that is known.
+    """
 
     shape: ModelShape
     tensors: dict[str, Tensor]
     tokenizer: Tokenizer | None
     about: str
-    """One line for people: its origin, and its loss if that is known."""
     run_dir: Path | None = None
 
     @property
@@ -41,11 +44,11 @@ class Source:
         return self.about.partition(": ")[0]
 
     def not_finite(self) -> list[str]:
-        """Names of the tensors that hold a NaN or an infinity."""
+        """Returns the names of the tensors that hold a NaN or an infinity."""
         return [name for name, t in self.tensors.items() if not bool(torch.isfinite(t).all())]
 
     def check_finite(self) -> None:
-        """Raise BadWeights if a tensor holds a NaN or an infinity."""
+        """Raises BadWeights if a tensor holds a NaN or an infinity."""
         if bad := self.not_finite():
             raise BadWeights(
                 f"{self.origin}: {len(bad)} of {len(self.tensors)} tensors hold NaN or infinity, "
@@ -76,41 +79,75 @@ class Source:
         return ids
 
     def model(self, machine: Machine) -> GPT:
-        """The model, ready to evaluate or to generate."""
+        """Returns the model, ready to evaluate or to generate."""
         config = settings.replace(Config(), **vars(self.shape))
         return build(config, self.shape.vocab_size, machine, self.tensors).eval()
 
 
 def pretrained(init_from: str, weights: str) -> hugging_face.Weights:
-    """The model that --init_from=gpt2... or weights, and --weights, name; downloaded if need be."""
+    """Returns the model that --init_from and --weights name, downloaded if need be."""
     size = None if init_from == "weights" else init_from
     path = Path(weights) if weights else hub.fetch(init_from)
     return hugging_face.read(path, size)
 
 
 def open_source(config: SourceConfig) -> Source:
-    """What --init_from, --out_dir, --checkpoint and --weights name."""
+    """Returns the model that --init_from, --out_dir, --checkpoint and --weights name."""
     if config.init_from != "resume":
         found = pretrained(config.init_from, config.weights)
         tokenizer, about = hf_tokenizer.read(found.folder), f"{found.source}: {found.shape}"
         return Source(found.shape, found.tensors, tokenizer, about)
     run_dir = run.find(config.out_dir)
-    warn = partial(print, file=sys.stderr)
-    saved = checkpoint.load(run_dir, config.checkpoint, warn=warn)
-    state: dict[str, Any] = saved.state
+    saved = checkpoint.load(run_dir, config.checkpoint, warn=partial(print, file=sys.stderr))
     tokenizer = load_tokenizer(run_dir) if (run_dir / JSON_NAME).exists() else None
-    want = state.get("tokenizer")
-    if tokenizer is not None and want not in (None, tokenizer.fingerprint):
+    if tokenizer is not None and saved.state.get("tokenizer") not in (None, tokenizer.fingerprint):
         raise UserError(
             f"{run_dir / JSON_NAME}: is not the tokenizer that the checkpoint was trained with: "
             "changed, or damaged; `fastgpt train --init_from=resume` writes it anew from the data"
         )
     with reading(saved.folder / "state.json", "is damaged"):
-        about = f"{saved.folder}: step {state['step']}, val loss {state['val_loss']:.4f}"
-        shape = ModelShape(**state["model"])
+        about = f"{saved.folder}: step {saved.state['step']}, "
+        about += f"val loss {saved.state['val_loss']:.4f}"
+        shape = ModelShape(**saved.state["model"])
         hugging_face.check_layers(saved.folder, saved.model, shape)
-        sizes = expected(shape)
+        sizes = hugging_face.expected(shape)
         sizes["transformer.wte.weight"] = (shape.padded_vocab_size, shape.n_embd)
     path = saved.folder / "model.safetensors"
-    hugging_face.check(path, hugging_face.describe(path, saved.model), sizes, shape.n_layer)
+    hugging_face.check(path, hugging_face.kinds(saved.model), sizes, shape.n_layer)
     return Source(shape, saved.model, tokenizer, about, run_dir)
+
+
+def export(config: ExportConfig) -> int:
+    """Writes --to. Returns the exit code. Raises UserError if the folder is not empty."""
+    folder = Path(config.to)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--to={folder}: is not empty; name a new folder")
+    source = open_source(config)
+    if bad := source.not_finite():
+        print(f"warning: {len(bad)} tensors hold NaN or infinity, {bad[0]} first")
+    tokenizer, files = source.tokenizer, []
+    aside = folder.with_name(f".tmp-{folder.name}")
+    try:
+        aside.mkdir(parents=True, exist_ok=True)
+        with lock(aside, f"--to={folder}: another process is exporting to it"):
+            try:
+                sweep(aside, "*")  # leftovers of an export that was killed
+                if tokenizer:
+                    files = hf_tokenizer.write(aside, tokenizer, source.shape.block_size)
+                eot = tokenizer.eot if tokenizer else None
+                hugging_face.write(aside, source.shape, source.tensors, eot)
+                os.replace(aside, folder)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+    except OSError as e:
+        raise explain_os_error(e, folder) from e
+    written = [hugging_face.WEIGHTS, "config.json", "generation_config.json", *files]
+    print(f"{source.about}\nexported to {folder}: {', '.join(written)}")
+    if not files:
+        kind = "no tokenizer is known"
+        if tokenizer:
+            kind = f"the {tokenizer.name} tokenizer has none"
+            if tokenizer.name == "char":
+                kind += ", as its alphabet has characters of several bytes"
+        print(f"without tokenizer files for Hugging Face: {kind}")
+    return 0

@@ -28,8 +28,8 @@ from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.storage import checkpoint
 from fastgpt.storage import run_dir as run
 from fastgpt.weights import hf_tokenizer, hugging_face
-from fastgpt.weights.export import export
 from fastgpt.weights.nanogpt import import_checkpoint
+from fastgpt.weights.source import export
 from tests import runs
 from tests.chaos.conftest import chunks
 from tests.faults import KILLED, REFUSED, in_child, kill

@@ -168,22 +168,14 @@ def test_bad_tensors(folder: Path, tensors, message):
     assert message in str(e.value) and "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("keep", [0, 5, 200, -1, -3000])
-def test_truncated_files(folder: Path, keep: int):
+OTHER = [b"x" * 500, b"\x02\0\0\0\0\0\0\0[]", b"\x08\0\0\0\0\0\0\0" + b'{"a": 1}' + b"0" * 99]
+
+
+@pytest.mark.parametrize("data", [0, 5, 200, -1, -3000, *OTHER])
+def test_truncated_and_other_files(folder: Path, data: int | bytes):
     path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match="model.safetensors: (truncated|is damaged)") as e:
-        read(folder)
-    if keep < 0:
-        assert "transformer." in str(e.value) and "ends at byte" in str(e.value)
-
-
-@pytest.mark.parametrize(
-    "data", [b"x" * 500, b"\x02\0\0\0\0\0\0\0[]", b"\x08\0\0\0\0\0\0\0" + b'{"a": 1}' + b"0" * 99]
-)
-def test_other_files(folder: Path, data: bytes):
-    (folder / "model.safetensors").write_bytes(data)
-    with pytest.raises(UserError, match="(truncated|damaged), or no safetensors file"):
+    path.write_bytes(data if isinstance(data, bytes) else path.read_bytes()[:data])
+    with pytest.raises(UserError, match="model.safetensors: is damaged, or no safetensors file"):
         read(folder)
 
 
@@ -203,6 +195,7 @@ def test_other_files(folder: Path, data: bytes):
         ({"n_head": None}, "n_head is None, wanted a whole number >= 1"),
         ({"model_type": "llama"}, "model_type is llama, only gpt2 can be read"),
         ({"activation_function": "relu"}, "activation_function is relu, can be gelu_new"),
+        ({"activation_function": []}, "activation_function is [], can be gelu_new"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06, only 1e-05 can be read"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         ({"n_inner": 63}, "n_inner is 63, only 64 can be read"),
