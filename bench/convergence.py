@@ -32,12 +32,12 @@ from bench.stats import ONE_PAIR, paired, summarize
 from bench.tables import table
 from bench.variants import Variant, contenders
 from bench.whole_runs import COLOURS, Course, Race, Rows, one_run
-from bench.workers import TaskFailed
 from fastgpt.config import settings
 from fastgpt.config.schema import Config, PrepareConfig
 from fastgpt.data.prepare import ensure
 from fastgpt.errors import UserError
 from fastgpt.storage.atomic import write_text
+from fastgpt_kernels.worker import TaskFailed
 
 PRESET = "shakespeare_char"
 # nanoGPT's README ends its GPU run at 1.4697; on the way there 1.5 is met by a steep curve.

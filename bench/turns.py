@@ -33,11 +33,11 @@ import torch
 import fastgpt
 from bench import setup
 from bench.variants import Stepper, Variant, build
-from bench.workers import TaskFailed, Worker
 from fastgpt.config import settings
 from fastgpt.config.schema import Config
 from fastgpt.data.prepare import cores
 from fastgpt.model.device import synchronize
+from fastgpt_kernels.worker import TaskFailed, Worker
 
 POOL = 8  # batches that the steps rotate through
 CHECK_STEPS = 8
@@ -104,7 +104,7 @@ class Seat:
             "warm_up_s": warm_up_s,
             "losses": [loss.item() for loss, _ in first],
             "grad_norms": [norm.item() for _, norm in first],
-            "choices": self.stepper.choices,
+            "choices": self.stepper.selected,
             "source": fastgpt.__file__,
         }
 

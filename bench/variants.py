@@ -127,7 +127,7 @@ class Ours:
     def __init__(self, variant: Variant, config: Config, vocab_size: int):
         machine = setup.machine(config)
         self.trainer = Trainer(build_model(config, vocab_size, machine), config, machine)
-        choices = self.trainer.choices
+        choices = self.trainer.selected
         self.choices = [f"{c.op}: {c.implementation} ({c.reason})" for c in choices]
         self.may_graph, self.graphed = variant.graph, False
         self.step, self.evaluate = self.trainer.step, self.trainer.losses

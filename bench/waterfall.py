@@ -44,8 +44,8 @@ from fastgpt.data import token_files
 from fastgpt.data.loader import Batches, Prefetcher
 from fastgpt.data.token_files import TokenSplit, TokenWriter
 from fastgpt.errors import UserError
-from fastgpt.model import ops
 from fastgpt.model.device import measured_peak, synchronize
+from fastgpt.model.kernels import describe
 
 OWN = ("out", "seconds", "traced_steps")
 MAX_RESIDUAL = 0.02
@@ -100,7 +100,7 @@ def run(config: Config, name: str, own: dict[str, str], argv: Sequence[str]) -> 
     result.rows.append({"key": name, "problem": results.NOT_YET})
     result.save(out)
     with setup.one_thread(config.system.device), Steps(config) as steps:
-        choices = ops.describe(steps.trainer.choices)
+        choices = describe(steps.trainer.selected)
 
         def keep(found: ladder.Ladder, samples: list[float]) -> str:
             row = {"key": name, "samples_ms": samples, "problem": "", "ops": choices}

@@ -24,13 +24,13 @@ from bench.setup import at_least
 from bench.tables import table
 from bench.turns import quietly_built, serve
 from bench.variants import Variant
-from bench.workers import TaskFailed, Worker
 from fastgpt.config import settings
 from fastgpt.config.schema import Config, PrepareConfig
 from fastgpt.data.loader import Batches, eval_batches
 from fastgpt.data.prepare import ensure
 from fastgpt.data.token_files import open_dataset
 from fastgpt.model.device import synchronize
+from fastgpt_kernels.worker import TaskFailed, Worker
 
 PRESET = "shakespeare_char"
 ORACLE = "eager fp32"

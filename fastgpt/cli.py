@@ -37,6 +37,7 @@ fastgpt {version}: train GPT-2-class models as fast as one CUDA GPU allows
   fastgpt prepare CORPUS [--key=value ...]               turn a corpus into token files
   fastgpt compare RUN RUN ... [--to=FILE.png]            their curves, figures, and a verdict
   fastgpt doctor [PRESET | FILE] [--key=value ...]       what this machine has and what will run
+  fastgpt tune [PRESET | FILE] [--key=value ...]         measure which kernels are the fastest
 
 presets   {presets}
 corpora   python_stdlib  shakespeare_char  shakespeare  openwebtext  fineweb10B
@@ -265,6 +266,14 @@ def _doctor(args: list[str]) -> int:
     return 0
 
 
+def _tune(args: list[str]) -> int:
+    config, _ = _training(args)
+    from fastgpt.doctor import as_trained, vocab_size
+    from fastgpt.model.build import tune
+
+    return tune(as_trained(config), vocab_size(config))
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], Callable[[], Any]]] = {
     "train": (_train, PRESETS["laptop"]),
     "sample": (_sample, schema.SampleConfig),
@@ -274,4 +283,5 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], Callable[[], Any]]] = {
     "prepare": (_prepare, schema.PrepareConfig),
     "compare": (_compare, schema.CompareConfig),
     "doctor": (_doctor, PRESETS["laptop"]),
+    "tune": (_tune, PRESETS["laptop"]),
 }

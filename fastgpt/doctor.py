@@ -19,7 +19,7 @@ from fastgpt.data.prepare import cores
 from fastgpt.data.token_files import open_dataset
 from fastgpt.data.tokenizer import GPT2_VOCAB
 from fastgpt.errors import UserError
-from fastgpt.model.build import choose
+from fastgpt.model.build import select_kernels
 from fastgpt.model.device import Machine, unseen_gpu
 from fastgpt.storage import run_dir as run
 from fastgpt.weights.hugging_face import SIZES, shape_of_size
@@ -73,7 +73,7 @@ def doctor(config: Config, name: str) -> None:
     """
     s = config.system
     machine = Machine.of(s.device, s.dtype, s.compile, s.peak_tflops)
-    kernels = choose(as_trained(config), vocab_size(config), machine)
+    kernels = select_kernels(as_trained(config), vocab_size(config), machine)
     try:
         runs = f"newest: {run.newest()}"
     except UserError as e:
@@ -88,7 +88,7 @@ def doctor(config: Config, name: str) -> None:
         "precision": machine.dtype,
         "peak": str(machine.peak),
         f"ops of {name}": "\n".join(
-            f"{c.op}: {c.implementation} ({c.reason})" for c in kernels.choices
+            f"{c.op}: {c.implementation} ({c.reason})" for c in kernels.selected
         ),
         "disk": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB free in {Path.cwd()}",
         "data": _data_folders(),

@@ -13,28 +13,33 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastgpt.model import ops
 from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.model.kernels import Kernels, Selected
+from fastgpt_kernels import launch
 from fastgpt_kernels.registry import specs
 
 
-def fused_table(monkeypatch: pytest.MonkeyPatch) -> ops.OpTable:
+def fused_table(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     """The Triton ops, made to believe that they are on a GPU."""
     for name, module in list(sys.modules.items()):
         if name.startswith("fastgpt_kernels.ops.") and hasattr(module, "use_kernel"):
             monkeypatch.setattr(module, "use_kernel", lambda x: True)
     functions = {op.name: op.triton for op in specs("model")}
-    choices = tuple(ops.Choice(op, "triton", "fake") for op in functions)
-    return ops.OpTable(functions, choices)
+    choices = tuple(Selected(op, "triton", "fake") for op in functions)
+    return Kernels(functions, choices)
 
 
-def fake_model(
-    shape: ModelShape, table: ops.OpTable | None, monkeypatch: pytest.MonkeyPatch
-) -> GPT:
+def fake_model(shape: ModelShape, table: Kernels | None, monkeypatch: pytest.MonkeyPatch) -> GPT:
     """Call it, and use what it gives, under a FakeTensorMode; `table` None: the eager ops."""
     for layer in (torch.nn.Linear, torch.nn.Embedding):  # there is nothing to initialise
         monkeypatch.setattr(layer, "reset_parameters", lambda self: None)
     return GPT(shape, 0.0, table, torch.float16)
 
 
-__all__ = ["FakeTensorMode", "fake_model", "fused_table"]
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs kernels on CPU tensors, in Triton's interpreter."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(launch, "INTERPRETED", True)
+
+
+__all__ = ["FakeTensorMode", "fake_model", "fused_table", "interpreted"]

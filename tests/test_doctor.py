@@ -11,8 +11,8 @@ import torch
 from fastgpt import doctor
 from fastgpt.config.presets import PRESETS, laptop
 from fastgpt.config.settings import replace
-from fastgpt.model import ops
-from fastgpt.model.ops import Choice
+from fastgpt.model import build
+from fastgpt.model.kernels import Kernels, Selected
 
 
 def test_gpus_are_listed(monkeypatch):
@@ -47,17 +47,17 @@ def test_broken_data_is_named_and_does_not_stop_the_doctor(tmp_path: Path, monke
 )
 def test_the_ops_are_those_of_the_run(preset, training, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    asked = {}
+    asked = []
 
-    def choose_all(asking, device, dtype, sizes, wish):
-        asked.update({op.name: (dtype, sizes, wish.kernels) for op in asking})
-        return {op.name: (Choice(op.name, "eager", "asked"), op.eager) for op in asking}
+    def select(device, dtype, sizes, options, compile):
+        asked.append((dtype, options.kernels, compile, sizes))
+        return Kernels({}, [Selected("attention", "eager", "asked")])
 
-    monkeypatch.setattr(ops, "choose_all", choose_all)
+    monkeypatch.setattr(build, "select", select)
     config = replace(PRESETS[preset](), dtype="bfloat16", kernels="eager")
     doctor.doctor(config, preset)
-    dtype, sizes, kernels = asked["attention"]
-    assert (dtype, kernels) == (torch.bfloat16, "eager")
+    ((*settings, sizes),) = asked
+    assert settings == [torch.bfloat16, "eager", torch.cuda.is_available()]
     assert tuple(vars(sizes).values())[:7] == training
     erf = preset == "shakespeare_char" or preset == "laptop"
     assert (sizes.bias, sizes.gelu) == (preset[0] == "f", "erf" if erf else "tanh")

@@ -109,7 +109,7 @@ class BatchGenerator:
         self, model: GPT, batch_size: int, longest: int, sampling: Sampling, compiled: bool = False
     ):
         shape, t, self.sampling = model.shape, model.transformer, sampling
-        self.shape, self.dtype, self.ops = shape, model.dtype, model.ops
+        self.shape, self.dtype, self.kernels = shape, model.dtype, model.kernels
         self.batch_size, self.longest = batch_size, longest
         self.wte, self.wpe = t.wte.weight.detach(), t.wpe.weight.detach()
         self.head, self.final_norm = self.wte[: shape.vocab_size].to(self.dtype), t.ln_f
@@ -141,14 +141,14 @@ class BatchGenerator:
         """Turns embeddings (..., C) into the final norm's output; attend(layer, qkv) gives y."""
         x, (first, *norms) = x.to(self.dtype), [*self.norms, self.final_norm]
         approximate = "none" if self.shape.gelu == "erf" else "tanh"
-        y = self.ops.layer_norm(x, first.weight, first.bias)
+        y = self.kernels.layer_norm(x, first.weight, first.bias)
         for i, (attn_in, attn_out, (fc_weight, fc_bias), mlp_out) in enumerate(self.linears):
             norm, next_norm = norms[2 * i : 2 * i + 2]
             branch = F.linear(attend(i, F.linear(y, *attn_in)), *attn_out)
-            y, x = self.ops.add_layer_norm(branch, x, norm.weight, norm.bias)
-            h = self.ops.bias_gelu(F.linear(y, fc_weight), fc_bias, approximate)
+            y, x = self.kernels.add_layer_norm(branch, x, norm.weight, norm.bias)
+            h = self.kernels.bias_gelu(F.linear(y, fc_weight), fc_bias, approximate)
             branch = F.linear(h, *mlp_out)
-            y, x = self.ops.add_layer_norm(branch, x, next_norm.weight, next_norm.bias)
+            y, x = self.kernels.add_layer_norm(branch, x, next_norm.weight, next_norm.bias)
         return y
 
     @torch.no_grad()
@@ -164,7 +164,7 @@ class BatchGenerator:
 
         def attend(i: int, qkv: Tensor) -> Tensor:
             self.cache[i, :, :, :, :T] = qkv.view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)[1:]
-            return self.ops.attention(qkv, H)
+            return self.kernels.attention(qkv, H)
 
         y = self._hidden(self.wte[ids] + self.wpe[:T], attend)
         return F.linear(y[self.rows, self.positions - 1], self.head)

@@ -1,4 +1,4 @@
-"""From a config to a model that can be trained or asked: the only place that puts one together."""
+"""The way from a config to a model: the only place that puts one together."""
 
 from __future__ import annotations
 
@@ -9,36 +9,53 @@ import torch
 from torch import Tensor
 
 from fastgpt.config.schema import Config
-from fastgpt.model import ops
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.model.kernels import KernelOptions, Kernels, select
 from fastgpt_kernels.registry import Sizes
+from fastgpt_kernels.tune import tune_model
 
 
 def sizes_of(config: Config, vocab_size: int) -> Sizes:
-    """What the ops of a model of this config are asked about."""
+    """Returns the sizes at which a model of this config calls its ops."""
     shape = ModelShape.of(config.model, vocab_size)
     return shape.sizes(config.optim.batch_size, config.model.dropout)
 
 
-def choose(config: Config, vocab_size: int, machine: Machine) -> ops.OpTable:
-    """The ops that a model of this config is made with. Raises UserError as `build` does."""
-    sizes, wish = sizes_of(config, vocab_size), ops.Wish(config.system.kernels, vars(config.op))
-    return ops.choose(machine.device, machine.torch_dtype, sizes, wish)
+def select_kernels(config: Config, vocab_size: int, machine: Machine) -> Kernels:
+    """Returns the kernels of a model of this config. Raises UserError as `build` does."""
+    options = KernelOptions(config.system.kernels, vars(config.op))
+    sizes = sizes_of(config, vocab_size)
+    return select(machine.device, machine.torch_dtype, sizes, options, machine.compile)
+
+
+def tune(config: Config, vocab_size: int) -> int:
+    """Measures which implementation of each op is the fastest on this GPU, for `fastgpt tune`.
+
+    Returns the exit code: 0 without a GPU too, so that a script may tune wherever it runs.
+    """
+    s = config.system
+    machine = Machine.of(s.device, s.dtype, s.compile)
+    if machine.device.type != "cuda":
+        print(f"tune: nothing to tune on {machine.device}: every op runs eager there")
+        return 0
+    set_precision(config, machine)
+    sizes = sizes_of(config, vocab_size)
+    tune_model(machine.device, machine.torch_dtype, sizes, machine.compile)
+    return 0
 
 
 def set_precision(config: Config, machine: Machine) -> None:
-    """How fp32 matrices are multiplied and sums are ordered, for the whole process.
+    """Sets how fp32 matrices are multiplied and sums are ordered, for the whole process.
 
-    In float32 products are exact unless TF32 is asked for: it is what others are held against.
-    With --deterministic=True sums have one order: attention's backward pass takes the kernels that
-    have one, the embedding's sorts its tokens, cuBLAS keeps its workspaces apart (which it reads
-    from the environment once, before its first product).
+    float32 is the oracle, so its matmuls are exact unless --tf32=True. With --deterministic=True
+    sums have one order: the embedding's gradient sorts its tokens, and cuBLAS keeps its workspaces
+    apart (it reads the variable once, before its first matmul).
     """
     if config.system.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        # What is not written is not read either: tests poison it. Filling it would take time.
+        # Filling outputs would take time, and no kernel reads what it has not written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     exact = machine.dtype == "float32" and not config.system.tf32
     torch.set_float32_matmul_precision("highest" if exact else "high")
@@ -50,15 +67,15 @@ def build(
     machine: Machine,
     weights: Mapping[str, Tensor] | None = None,
 ) -> GPT:
-    """The model on its device, with `weights` (a state dict), else drawn from --seed.
+    """Returns the model on its device, with `weights` (a state dict), else drawn from --seed.
 
-    Also sets, for the whole process, what `set_precision` says. Raises UserError if an op
-    that was asked for cannot run here.
+    Also calls `set_precision`. Raises UserError if an implementation that a flag asks for cannot
+    run here.
     """
     system, shape = config.system, ModelShape.of(config.model, vocab_size)
     set_precision(config, machine)
-    table = choose(config, vocab_size, machine)
-    model = GPT(shape, config.model.dropout, table, machine.torch_dtype)
+    kernels = select_kernels(config, vocab_size, machine)
+    model = GPT(shape, config.model.dropout, kernels, machine.torch_dtype)
     if weights is None:
         model.init_weights(config.run.seed)
     else:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastgpt.config.schema import ModelConfig
-from fastgpt.model import ops
+from fastgpt.model.kernels import Kernels, select
 from fastgpt_kernels.linear import linear, tied_embedding
 from fastgpt_kernels.registry import Sizes
 
@@ -98,7 +98,7 @@ class TokenEmbedding(nn.Embedding):
 
 
 class LayerNorm(nn.Module):
-    """The parameters of a layer norm with an optional bias; the op table computes it."""
+    """The parameters of a layer norm with an optional bias; the kernels compute it."""
 
     def __init__(self, n_embd: int, bias: bool):
         super().__init__()
@@ -107,54 +107,54 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, shape: ModelShape, dropout: float, table: ops.OpTable):
+    def __init__(self, shape: ModelShape, dropout: float, kernels: Kernels):
         super().__init__()
         self.c_attn = Linear(shape.n_embd, 3 * shape.n_embd, bias=shape.bias)
         self.c_proj = Linear(shape.n_embd, shape.n_embd, bias=shape.bias)
-        self.n_head, self.dropout, self.ops = shape.n_head, dropout, table
+        self.n_head, self.dropout, self.kernels = shape.n_head, dropout, kernels
 
     def forward(self, x: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Returns the branch, and c_proj's bias if `add_layer_norm` is to add that."""
         bias, given = self.c_attn.bias, {}
         # The kernel sums the bias's gradient; elsewhere Inductor fuses that into the linear layer.
-        if bias is not None and self.ops.ours("attention"):
+        if bias is not None and self.kernels.uses_triton("attention"):
             bias, given = bias.detach(), {"bias": bias}
         dropout_p = self.dropout if self.training else 0.0
         qkv = self.c_attn(x, bias)
-        y = self.ops.attention(qkv, self.n_head, dropout_p=dropout_p, seed=seed, **given)
-        return _project(y, self.c_proj, self.ops)
+        y = self.kernels.attention(qkv, self.n_head, dropout_p=dropout_p, seed=seed, **given)
+        return _project(y, self.c_proj, self.kernels)
 
 
 class MLP(nn.Module):
-    def __init__(self, shape: ModelShape, table: ops.OpTable):
+    def __init__(self, shape: ModelShape, kernels: Kernels):
         super().__init__()
         self.c_fc = Linear(shape.n_embd, 4 * shape.n_embd, bias=shape.bias)
         self.c_proj = Linear(4 * shape.n_embd, shape.n_embd, bias=shape.bias)
         self.approximate = "none" if shape.gelu == "erf" else "tanh"
-        self.ops = table
+        self.kernels = kernels
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns the same as `Attention.forward`."""
-        x = self.ops.bias_gelu(self.c_fc(x, None), self.c_fc.bias, self.approximate)
-        return _project(x, self.c_proj, self.ops)
+        x = self.kernels.bias_gelu(self.c_fc(x, None), self.c_fc.bias, self.approximate)
+        return _project(x, self.c_proj, self.kernels)
 
 
-def _project(y: Tensor, c_proj: Linear, table: ops.OpTable) -> tuple[Tensor, Tensor | None]:
+def _project(y: Tensor, c_proj: Linear, kernels: Kernels) -> tuple[Tensor, Tensor | None]:
     """Returns c_proj of y, and its bias if that is left to `add_layer_norm`."""
     bias = c_proj.bias
-    if table.ours("add_layer_norm"):
+    if kernels.uses_triton("add_layer_norm"):
         return c_proj(y, None), bias
     return c_proj(y, bias), None
 
 
 class Block(nn.Module):
-    def __init__(self, shape: ModelShape, dropout: float, table: ops.OpTable):
+    def __init__(self, shape: ModelShape, dropout: float, kernels: Kernels):
         super().__init__()
         self.ln_1 = LayerNorm(shape.n_embd, shape.bias)
-        self.attn = Attention(shape, dropout, table)
+        self.attn = Attention(shape, dropout, kernels)
         self.ln_2 = LayerNorm(shape.n_embd, shape.bias)
-        self.mlp = MLP(shape, table)
-        self.dropout, self.ops = dropout, table
+        self.mlp = MLP(shape, kernels)
+        self.dropout, self.kernels = dropout, kernels
 
     def forward(
         self, y: Tensor, x: Tensor, next_norm: LayerNorm, seeds: Tensor | None = None
@@ -171,21 +171,23 @@ class Block(nn.Module):
         self, y: Tensor, bias: Tensor | None, x: Tensor, norm: LayerNorm, seed: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Drops out of the branch y, adds it to the stream x, and normalises."""
-        if not self.ops.ours("add_layer_norm"):
+        if not self.kernels.uses_triton("add_layer_norm"):
             y = F.dropout(y, self.dropout, self.training)
-            return self.ops.add_layer_norm(y, x, norm.weight, norm.bias)
+            return self.kernels.add_layer_norm(y, x, norm.weight, norm.bias)
         p = self.dropout if self.training else 0.0
-        return self.ops.add_layer_norm(y, x, norm.weight, norm.bias, bias, dropout_p=p, seed=seed)
+        return self.kernels.add_layer_norm(
+            y, x, norm.weight, norm.bias, bias, dropout_p=p, seed=seed
+        )
 
 
 class Transformer(nn.Module):
     """The named parts; `GPT` puts them to work."""
 
-    def __init__(self, shape: ModelShape, dropout: float, table: ops.OpTable):
+    def __init__(self, shape: ModelShape, dropout: float, kernels: Kernels):
         super().__init__()
         self.wte = TokenEmbedding(shape.padded_vocab_size, shape.n_embd)
         self.wpe = nn.Embedding(shape.block_size, shape.n_embd)
-        self.h = nn.ModuleList(Block(shape, dropout, table) for _ in range(shape.n_layer))
+        self.h = nn.ModuleList(Block(shape, dropout, kernels) for _ in range(shape.n_layer))
         self.ln_f = LayerNorm(shape.n_embd, shape.bias)
 
 
@@ -204,15 +206,15 @@ class GPT(nn.Module):
         self,
         shape: ModelShape,
         dropout: float = 0.0,
-        table: ops.OpTable | None = None,
+        kernels: Kernels | None = None,
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
-        table = table or ops.choose(torch.device("cpu"))
-        self.shape, self.dropout, self.ops, self.dtype = shape, dropout, table, dtype
+        kernels = kernels or select(torch.device("cpu"))
+        self.shape, self.dropout, self.kernels, self.dtype = shape, dropout, kernels, dtype
         # Keep only what stands between blocks, and run each block again in the backward pass.
         self.checkpointing = False
-        self.transformer = Transformer(shape, dropout, table)
+        self.transformer = Transformer(shape, dropout, kernels)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> GPT:
@@ -266,7 +268,7 @@ class GPT(nn.Module):
     def _matmul_weights(self) -> list[Linear | TokenEmbedding]:
         """Returns the modules whose weights a matmul reads; eager losses round the head's own."""
         found = [m for m in self.modules() if isinstance(m, Linear | TokenEmbedding)]
-        head = self.transformer.wte if self.ops.ours("linear_cross_entropy") else None
+        head = self.transformer.wte if self.kernels.uses_triton("linear_cross_entropy") else None
         return [m for m in found if isinstance(m, Linear) or m is head]
 
     def n_params(self, position_embeddings: bool = False) -> int:
@@ -287,9 +289,9 @@ class GPT(nn.Module):
         x = F.dropout(x, self.dropout, self.training)
         blocks = [cast(Block, block) for block in t.h]
         norms = [block.ln_1 for block in blocks[1:]] + [t.ln_f]
-        y = self.ops.layer_norm(x, blocks[0].ln_1.weight, blocks[0].ln_1.bias)
+        y = self.kernels.layer_norm(x, blocks[0].ln_1.weight, blocks[0].ln_1.bias)
         seeds: Sequence[Tensor | None] = [None] * len(blocks)
-        if self.training and self.dropout and self.ops.ours("add_layer_norm"):
+        if self.training and self.dropout and self.kernels.uses_triton("add_layer_norm"):
             # All at once, 16 bytes apart: kernels may take what is so aligned for granted.
             drawn = torch.randint(2**63 - 1, (len(blocks), 3, 2), device=x.device)
             seeds = drawn[..., :1].unbind()
@@ -312,6 +314,6 @@ class GPT(nn.Module):
         if wte.weight_bf16 is not None:
             given = {"weight_bf16": wte.weight_bf16, "main_grad": wte.main_grad}
         embedded, weight = tied_embedding(wte.weight, idx, wte.main_grad)
-        return self.ops.linear_cross_entropy(
+        return self.kernels.linear_cross_entropy(
             self._hidden(embedded), weight, targets, vocab_size=self.shape.vocab_size, **given
         )

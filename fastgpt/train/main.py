@@ -23,9 +23,9 @@ from fastgpt.data.prepare import ensure, with_tokenizer
 from fastgpt.data.token_files import Dataset, open_dataset
 from fastgpt.errors import RanksDiffer, UserError
 from fastgpt.inference.generate import BatchGenerator, Sampling, on_screen
-from fastgpt.model import ops
 from fastgpt.model.build import build
 from fastgpt.model.device import Machine, unseen_gpu
+from fastgpt.model.kernels import Selected, describe
 from fastgpt.storage import checkpoint
 from fastgpt.storage import run_dir as run
 from fastgpt.train import cuda_graph, memory, metrics, plots, resume
@@ -150,7 +150,7 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
                 if dataset.tokenizer is not None:
                     dataset.tokenizer.save(run_dir)
         print_introduction(trainer, dataset, run_dir)
-        _warn_if_ops_differ(ranks.gather(trainer.choices))
+        _warn_if_ops_differ(ranks.gather(trainer.selected))
         loop = Loop(trainer, dataset, run_dir, start)
         code = loop.run(stack)
     if ranks.first:
@@ -178,11 +178,11 @@ def _agree(config: Config, dataset: Dataset, machine: Machine, ranks: Ranks) -> 
                 )
 
 
-def _warn_if_ops_differ(choices: list[tuple[ops.Choice, ...]]) -> None:
+def _warn_if_ops_differ(choices: list[tuple[Selected, ...]]) -> None:
     """Warns of ranks that run other ops than rank 0, since the slowest rank delays all."""
     for rank, chosen in enumerate(choices):
         if others := tuple(c for c in chosen if c not in choices[0]):
-            print(f"warning: other ops than rank 0 on rank {rank}: {ops.describe(others)}")
+            print(f"warning: other ops than rank 0 on rank {rank}: {describe(others)}")
 
 
 def _start_from(config: Config, dataset: Dataset) -> tuple[Config, dict[str, Tensor] | None]:
@@ -246,7 +246,7 @@ def print_introduction(trainer: Trainer, dataset: Dataset, run_dir: Path) -> Non
     if device.type == "cuda":
         asked = trainer.model, trainer.batch_size, config.optim.optimizer
         print(f"memory, by estimate: {memory.of_model(*asked)}")
-    print(f"ops {ops.describe(trainer.choices)}")
+    print(f"ops {describe(trainer.selected)}")
     print(f"run {run_dir}", flush=True)
 
 

@@ -110,7 +110,7 @@ def estimate(
 
 def of_model(model: GPT, batch_size: int, optimizer: str = "adamw") -> Estimate:
     """Returns the estimate for a model with its kernels, dtype and checkpointing."""
-    fused = any(c.implementation == "triton" for c in model.ops.choices)
+    fused = any(c.implementation == "triton" for c in model.kernels.selected)
     from fastgpt_kernels.ops.loss.linear import room_on
 
     return estimate(

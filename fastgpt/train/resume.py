@@ -88,7 +88,7 @@ def save(
         "metrics": seal,
         "config": settings.to_dict(trainer.resolved),
         "threads": _threads(trainer),
-        "ops": [c.__dict__ for c in trainer.choices],
+        "ops": [c.__dict__ for c in trainer.selected],
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         **trainer.state_dict(),
     }
@@ -149,21 +149,26 @@ def load(trainer: Trainer, dataset: Dataset, run_dir: Path) -> Progress:
             "--checkpoint=NAME"
         )
     print(f"resuming from {saved.folder}")
-    _say_if_changed(trainer, document)
-    _say_if_planned(run_dir / "plan.json")
+    _say_if_changed(trainer, document, _planned_threads(run_dir / "plan.json"))
     return progress
 
 
-def _say_if_changed(trainer: Trainer, document: dict[str, Any]) -> None:
-    """Prints the settings, and a CPU's threads, by which the run computes otherwise than before."""
+def _say_if_changed(trainer: Trainer, document: dict[str, Any], threads: int | None) -> None:
+    """Prints settings, kernels and a CPU's threads by which the run computes otherwise than before.
+
+    threads: those before, if the checkpoint does not tell.
+    """
     was, now = dict(document.get("config", {})), settings.to_dict(trainer.resolved)
     for flat in (was, now):
         flat["rows per step"] = flat.get("batch_size", 0) * flat.get(
             "gradient_accumulation_steps", 0
         )
-    was["threads"], now["threads"] = document.get("threads"), _threads(trainer)
+    was["threads"], now["threads"] = document.get("threads") or threads, _threads(trainer)
+    was |= {c["op"]: c["implementation"] for c in document.get("ops", ())}
+    now |= {s.op: s.implementation for s in trainer.selected}
     keys = ("rows per step", "threads", "seed", "sampling", "block_size", "dropout", "dtype")
     keys += tuple(leaf.name for leaf in settings.leaves(Config).values() if leaf.section == "optim")
+    keys += tuple(s.op for s in trainer.selected)
     split = ("batch_size", "gradient_accumulation_steps")
     changed = [
         f"{key} {now[key]} (was {was[key]})"
@@ -178,12 +183,8 @@ def _threads(trainer: Trainer) -> int | None:
     return torch.get_num_threads() if trainer.device.type == "cpu" else None
 
 
-def _say_if_planned(path: Path) -> None:
-    """Says that a plan, which runs of version 0.1.0 computed by, no longer counts."""
+def _planned_threads(path: Path) -> int | None:
+    """Returns the CPU threads that a plan of version 0.1.0 set; no longer applied."""
     with contextlib.suppress(UserError), reading(path, ""):
-        plan = json.loads(read_bytes(path, limit=1 << 24))
-        if plan["ops"] or plan["threads"] or plan["compile"] is not None:
-            print(
-                f"{path}: no longer applied; for the same bits as before, give what it names as "
-                f"--op.NAME, --compile and OMP_NUM_THREADS (now {torch.get_num_threads()})"
-            )
+        return json.loads(read_bytes(path, limit=1 << 24))["threads"] or None
+    return None

@@ -85,7 +85,7 @@ class Trainer:
         self.optimizer = optim.make_optimizer(
             model, config.optim, matrix_scatter(self.layout), machine.compile
         )
-        self.choices = model.ops.choices
+        self.selected = model.kernels.selected
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=machine.dtype == "float16")
         mode = "max-autotune-no-cudagraphs" if system.max_autotune else None
         self.forward: Callable[..., Any] = self.wrapped

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastgpt_kernels.ops.attention.op import attention
     from fastgpt_kernels.ops.loss.cross_entropy import cross_entropy
     from fastgpt_kernels.ops.loss.linear import linear_cross_entropy
+    from fastgpt_kernels.tune import tune
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,15 @@ OPS: dict[str, Entry] = {
     "linear_cross_entropy": Entry("loss.linear", "The head and the loss."),
     "cross_entropy": Entry("loss.cross_entropy", "The loss alone, of logits.", chosen_by=""),
 }
-__all__ = [*OPS]
+_PATHS = {name: op.path for name, op in OPS.items()} | {"tune": "fastgpt_kernels.tune"}
+__all__ = [*_PATHS]
 
 
 class _Package(ModuleType):
-    """This package, in which an op's name is its function also after its module was imported."""
+    """This package, in which a function's name is no module, also after its module was imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        is_module = name in OPS and isinstance(value, ModuleType)
+        is_module = name in _PATHS and isinstance(value, ModuleType)
         super().__setattr__(name, getattr(value, name) if is_module else value)
 
 
@@ -76,9 +78,9 @@ sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
-    if name not in OPS:
+    if name not in _PATHS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    function = getattr(importlib.import_module(OPS[name].path), name)
+    function = getattr(importlib.import_module(_PATHS[name]), name)
     globals()[name] = function
     if not importlib.import_module("fastgpt_kernels.launch").HAS_TRITON:
         _warn_without_triton()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt_kernels import OPS, launch, reference
+from fastgpt_kernels import OPS, launch, reference, versions
 
 
 @dataclass(frozen=True)
@@ -209,6 +209,14 @@ class OpSpec:
         arch is a key of `launch.arch_on`: "sm_90", or "cpu".
         """
         return self.implementations[implementation].unsupported_reason(sizes, dtype, arch)
+
+    def default(self, arch: str, dtype: torch.dtype, sizes: Sizes) -> tuple[str, str]:
+        """Returns the implementation to take if nothing was measured, and the reason."""
+        reason = self.unsupported_reason("triton", arch, dtype, sizes)
+        if not reason and launch.is_gpu(arch) and arch not in launch.SMS:
+            reason = f"no kernel was ever compiled for {arch}; --kernels=triton tries"
+        reason = reason or versions.untested()
+        return ("eager", reason) if reason else ("triton", "fused kernels")
 
 
 def spec(name: str) -> OpSpec:

@@ -30,7 +30,7 @@ from tests.runs import latest, records
 HERE = Path(__file__).parent
 COMMANDS = (
     "",
-    *["train", "sample", "eval", "export", "import", "prepare", "compare", "doctor"],
+    *["train", "sample", "eval", "export", "import", "prepare", "compare", "doctor", "tune"],
 )
 
 RUNS = ("plain", "muon", "old")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt.model.ops import choose
+from fastgpt.model.kernels import select
 
 
 def shape(**changes) -> ModelShape:
@@ -123,7 +123,7 @@ def test_dropout_only_in_training():
 def test_dropout_is_everywhere_gpt2_has_it(monkeypatch):
     """Embedding, attention weights and both residual branches of every block, each at the rate."""
     rates = []
-    table = choose(torch.device("cpu"))
+    table = select(torch.device("cpu"))
     eager = table.attention
 
     def attention(qkv, n_head, *, dropout_p, seed):

@@ -10,10 +10,9 @@ from torch._dynamo.backends.common import aot_autograd
 
 from fastgpt.config.presets import laptop
 from fastgpt.config.settings import replace
-from fastgpt.model import ops
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt.model.ops import Choice, OpTable, Wish
+from fastgpt.model.kernels import KernelOptions, Kernels, Selected, select
 from fastgpt.train import optim
 from fastgpt.train.trainer import Trainer
 
@@ -21,11 +20,11 @@ CPU, FP32 = torch.device("cpu"), torch.float32
 SHAPE = ModelShape(2, 2, 32, 16, 50, bias=True)
 
 
-def trainer(dtype: str, table: OpTable | None = None) -> Trainer:
+def trainer(dtype: str, table: Kernels | None = None) -> Trainer:
     changes = {"batch_size": 4, "gradient_accumulation_steps": 2}
     config = replace(laptop(), kernels="eager", **changes)
     machine = Machine(CPU, dtype)
-    table = table or ops.choose(CPU, wish=Wish("eager"))
+    table = table or select(CPU, options=KernelOptions("eager"))
     return Trainer(GPT(SHAPE, 0.0, table, machine.torch_dtype).init_weights(0), config, machine)
 
 
@@ -67,8 +66,8 @@ def test_what_has_a_copy():
     assert not trainer("float32").model.weight_copies()
 
     def copied(implementation: str) -> set[str]:
-        choice = Choice("linear_cross_entropy", implementation, "")
-        model = GPT(SHAPE, 0.0, OpTable({}, (choice,)), torch.bfloat16)
+        choice = Selected("linear_cross_entropy", implementation, "")
+        model = GPT(SHAPE, 0.0, Kernels({}, (choice,)), torch.bfloat16)
         model.make_weight_copies()
         names = {p: n for n, p in model.named_parameters()}
         return {names[p] for p in model.weight_copies()}

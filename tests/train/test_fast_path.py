@@ -11,12 +11,11 @@ from torch._dynamo.utils import counters
 
 from fastgpt.config.presets import laptop
 from fastgpt.config.settings import replace
-from fastgpt.model import ops
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt.model.ops import Wish
+from fastgpt.model.kernels import KernelOptions, select
 from fastgpt.train.trainer import Trainer
-from tests.model.test_ops import interpreted
+from tests.fakes import interpreted
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = ModelShape(1, 1, 32, 20, 61, bias=True)  # the interpreter is slow
@@ -34,10 +33,10 @@ def trainer(kernels: str, dropout: float = 0.0, bias: bool = True) -> Trainer:
         kernels=kernels,
     )  # fmt: skip
     shape = ModelShape(**{**SHAPE.__dict__, "bias": bias})
-    table = ops.choose(DEVICE, sizes=shape.sizes(1, dropout), wish=Wish(kernels))
+    table = select(DEVICE, sizes=shape.sizes(1, dropout), options=KernelOptions(kernels))
     model = GPT(shape, dropout, table).init_weights(0).to(DEVICE)
     trainer = Trainer(model, config, Machine(DEVICE))
-    assert {c.implementation for c in trainer.choices} == {kernels}
+    assert {c.implementation for c in trainer.selected} == {kernels}
     return trainer
 
 

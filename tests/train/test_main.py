@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from fastgpt.data.loader import Batches
 from fastgpt.data.token_files import open_dataset
-from fastgpt.model.ops import Choice
+from fastgpt.model.kernels import Selected
 from fastgpt.storage import checkpoint
 from fastgpt.train import metrics
 from fastgpt.train.main import _warn_if_ops_differ
@@ -341,8 +341,8 @@ def test_epochs_and_bfloat16_and_accumulation_resume_exactly(tmp_path: Path, tex
 
 
 def test_a_rank_that_runs_other_ops_is_named(capsys):
-    plain = (Choice("attention", "triton", "fused kernels"), Choice("mlp", "eager", "no TMA"))
-    slow = Choice("attention", "eager", "triton: does not answer within 60 s")
+    plain = (Selected("attention", "triton", "fused kernels"), Selected("mlp", "eager", "no TMA"))
+    slow = Selected("attention", "eager", "triton: does not answer within 60 s")
     _warn_if_ops_differ([plain, plain])
     assert capsys.readouterr().out == ""
     _warn_if_ops_differ([plain, plain, (slow, plain[1])])

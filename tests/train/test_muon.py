@@ -15,10 +15,9 @@ from fastgpt.config.presets import laptop
 from fastgpt.config.schema import OptimConfig
 from fastgpt.config.settings import replace
 from fastgpt.errors import UserError
-from fastgpt.model import ops
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt.model.ops import Wish
+from fastgpt.model.kernels import KernelOptions, select
 from fastgpt.train import muon, optim
 from fastgpt.train.muon import Muon, newton_schulz, orthogonal
 from fastgpt.train.trainer import Trainer
@@ -29,7 +28,7 @@ C = OptimConfig(optimizer="muon", learning_rate=1e-2, weight_decay=0.1)
 
 
 def small(bias: bool = True) -> GPT:
-    table = ops.choose(DEVICE, wish=Wish("eager"))
+    table = select(DEVICE, options=KernelOptions("eager"))
     return GPT(ModelShape(2, 2, 16, 8, 20, bias), 0.0, table).init_weights(0).to(DEVICE)
 
 
@@ -221,7 +220,7 @@ def test_who_gets_what():
 def test_copies_follow():
     """On the eager ops of a 16-bit run the layers read copies."""
     config = replace(laptop(), optimizer="muon", kernels="eager", warmup_iters=0, batch_size=2)
-    table = ops.choose(DEVICE, wish=Wish("eager"))
+    table = select(DEVICE, options=KernelOptions("eager"))
     model = GPT(ModelShape(1, 2, 16, 8, 20, True), 0.0, table, torch.bfloat16).init_weights(0)
     trainer = Trainer(model.to(DEVICE), config, Machine(DEVICE, "bfloat16"))
     before = {k: v.clone() for k, v in model.weight_copies().items()}

@@ -8,14 +8,13 @@ from torch import Tensor
 
 from fastgpt.config.presets import laptop
 from fastgpt.config.settings import replace
-from fastgpt.model import ops
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt.model.ops import Wish
+from fastgpt.model.kernels import KernelOptions, select
 from fastgpt.train import optim
 from fastgpt.train import trainer as trainer_module
 from fastgpt.train.trainer import Trainer
-from tests.model.test_ops import interpreted
+from tests.fakes import interpreted
 
 CPU = torch.device("cpu")
 SHAPE = ModelShape(2, 2, 64, 16, 50, bias=True)
@@ -28,7 +27,7 @@ def trainer(sums: bool, monkeypatch, kernels: str = "eager", n: int = 2, **setti
     config = replace(laptop(), kernels="eager", **flags)
     machine = Machine(CPU, "float16" if kernels == "triton" else "bfloat16")
     sizes = SHAPE.sizes(4)
-    table = ops.choose(CPU, machine.torch_dtype, sizes, Wish(kernels))
+    table = select(CPU, machine.torch_dtype, sizes, KernelOptions(kernels))
     return Trainer(GPT(SHAPE, 0.0, table, machine.torch_dtype).init_weights(0), config, machine)
 
 

@@ -15,10 +15,9 @@ import torch._inductor.config
 from fastgpt.config.presets import laptop
 from fastgpt.config.settings import replace
 from fastgpt.errors import UserError
-from fastgpt.model import ops
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt.model.ops import Wish
+from fastgpt.model.kernels import KernelOptions, select
 from fastgpt.train import cuda_graph, optim
 from fastgpt.train import trainer as trainer_module
 from fastgpt.train.trainer import NonFinite, Trainer, dropout_seed
@@ -34,7 +33,7 @@ def trainer(
 ) -> Trainer:
     changes = {"batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
     config = replace(laptop(), kernels="eager", dropout=dropout, **changes, **optim_changes)
-    table = ops.choose(CPU, wish=Wish("eager"))
+    table = select(CPU, options=KernelOptions("eager"))
     model = GPT(ModelShape(2, 2, 32, 16, 50, bias=True), dropout, table, dtype).init_weights(0)
     return Trainer(model, config, Machine(CPU))
 
@@ -192,7 +191,7 @@ def test_threads_train_to_the_same_bit(compiled):
     shape = ModelShape(1, 2, 128, 64, 50, bias=False)  # enough rows that each thread has some
 
     def grow() -> list[torch.Tensor]:
-        model = GPT(shape, 0.0, ops.choose(CPU, wish=Wish("eager"))).init_weights(0)
+        model = GPT(shape, 0.0, select(CPU, options=KernelOptions("eager"))).init_weights(0)
         t = Trainer(model, replace(laptop(), kernels="eager"), Machine(CPU, compile=compiled))
         for step in range(3):
             t.step(step, idx)

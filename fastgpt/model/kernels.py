@@ -1,0 +1,172 @@
+"""The implementation that computes each of the model's fused ops, and the reason for it.
+
+Selected once, when the model is made; the model only calls `kernels.attention(...)` and so on. All
+implementations of an op have the same signature, so a checkpoint never depends on the selection:
+
+    eager    plain PyTorch, right on every device; under torch.compile Inductor fuses it
+    triton   fastgpt_kernels, on a GPU
+    others   as the op's spec lists them: attention has PyTorch's cudnn and flash
+
+With `--kernels=auto` a GPU gets what `fastgpt tune` found to be the fastest there, else Triton. An
+op runs eager if its shapes, the versions or the GPU are not supported, or if it fails its check
+against the reference on this very device (`fastgpt_kernels/self_check.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fastgpt.errors import UserError
+from fastgpt_kernels import versions
+from fastgpt_kernels.launch import arch_on
+from fastgpt_kernels.registry import OpSpec, Sizes, specs
+from fastgpt_kernels.telling import EVERY_S, telling
+
+CHECKED_ON = ("cuda",)  # types of devices; Triton's interpreter is not worth the time
+
+
+@dataclass(frozen=True)
+class KernelOptions:
+    """The user's choice: --kernels, and --op.NAME for single ops."""
+
+    kernels: str = "auto"
+    ops: Mapping[str, str] | None = None
+
+    def of(self, op: OpSpec) -> tuple[str, str]:
+        """Returns (implementation or auto, the flag that says so)."""
+        asked = (self.ops or {}).get(op.name, "auto")
+        if asked != "auto":
+            return asked, f"--op.{op.name}={asked}"
+        return self.kernels, f"--kernels={self.kernels}"
+
+
+@dataclass(frozen=True)
+class Selected:
+    """One op's implementation and the reason, for `doctor`, the run's log and its checkpoints."""
+
+    op: str
+    implementation: str
+    reason: str
+
+
+class Kernels:
+    """The functions that the model calls, one attribute per op."""
+
+    def __init__(self, functions: Mapping[str, Callable[..., Any]], selected: Sequence[Selected]):
+        self.selected = tuple(selected)
+        self._triton = {s.op for s in selected if s.implementation == "triton"}
+        for name, function in functions.items():
+            setattr(self, name, function)
+
+    def uses_triton(self, op: str) -> bool:
+        return op in self._triton
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        raise AttributeError(f"no op {name!r} was selected")
+
+
+def describe(selected: Sequence[Selected]) -> str:
+    """Returns one line: implementations with the reason and the ops that run on them."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for s in selected:
+        groups.setdefault((s.implementation, s.reason), []).append(s.op)
+    return "; ".join(f"{i} ({r}): {', '.join(ops)}" for (i, r), ops in groups.items())
+
+
+def select(
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    sizes: Sizes | None = None,
+    options: KernelOptions | None = None,
+    compile: bool = False,
+) -> Kernels:
+    """Returns the kernels for a device, activations of `dtype`, and a model's sizes.
+
+    Raises UserError if a flag asks for an implementation that cannot run here.
+    """
+    sizes, options = sizes or Sizes(), options or KernelOptions()
+    ops = specs("model")
+    faster = {}
+    if device.type == "cuda" and options.kernels == "auto":
+        from fastgpt_kernels.tune import tuned
+
+        faster = tuned(device, dtype, sizes, compile)
+    selected = [_wanted(op, device, dtype, sizes, options, faster.get(op.name)) for op in ops]
+    if any(s.reason == versions.untested() for s in selected):
+        _warn_of_versions(versions.untested())
+    if device.type in CHECKED_ON:
+        selected = _checked(selected, device, dtype, sizes)
+    _name_in_caches(selected)
+    functions = {
+        op.name: op.implementations[s.implementation].function
+        for op, s in zip(ops, selected, strict=True)
+    }
+    return Kernels(functions, selected)
+
+
+def _wanted(
+    op: OpSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: Sizes,
+    options: KernelOptions,
+    faster: tuple[str, str] | None,
+) -> Selected:
+    """Returns what an op should run on, unchecked; a reason that is a flag is the user's.
+
+    faster: the implementation that `fastgpt tune` found, and by how much. Raises UserError.
+    """
+    arch = arch_on(device)
+    asked, flag = options.of(op)
+    if asked != "auto":
+        if reason := op.unsupported_reason(asked, arch, dtype, sizes):
+            raise UserError(f"{flag}: {reason}")
+        return Selected(op.name, asked, flag)
+    if faster and not op.unsupported_reason(faster[0], arch, dtype, sizes):
+        return Selected(op.name, *faster)
+    return Selected(op.name, *op.default(arch, dtype, sizes))
+
+
+def _checked(
+    selected: Sequence[Selected], device: torch.device, dtype: torch.dtype, sizes: Sizes
+) -> list[Selected]:
+    """Returns the same with eager for each op that fails its check. Raises UserError for a flag."""
+    from fastgpt_kernels.self_check import Check, failures
+
+    checks = {
+        s: Check.of(s.op, s.implementation, device, dtype, sizes)
+        for s in selected
+        if s.implementation != "eager"
+    }
+    with telling("checking kernels") as elapsed:
+        wrong = failures([*checks.values()])
+    if elapsed() > EVERY_S:
+        print(f"checked {len(checks)} kernels in {elapsed():.1f}s", flush=True)
+
+    def result(s: Selected) -> Selected:
+        reason = wrong.get(checks[s]) if s in checks else None
+        if reason and s.reason.startswith("--"):
+            raise UserError(f"{s.reason}: {reason}")
+        why = f"{s.implementation}: {reason}"
+        return replace(s, implementation="eager", reason=why) if reason else s
+
+    return [result(s) for s in selected]
+
+
+@functools.cache
+def _warn_of_versions(untested: str) -> None:
+    print(f"warning: {untested}: eager kernels; --kernels=triton tries ours", flush=True)
+
+
+def _name_in_caches(selected: Sequence[Selected]) -> None:
+    """Tells compiled graphs apart by PyTorch's attention, which their cache does not see."""
+    told = [f"{s.op}={s.implementation}" for s in selected]
+    told = [text for text in told if not text.endswith(("=eager", "=triton"))]
+    base = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "")
+    torch.compiler.config.cache_key_tag = " ".join([base, *told]).strip()

@@ -1,0 +1,224 @@
+"""A check of an op's implementations against the reference, on the device at hand.
+
+A kernel that is right elsewhere can be wrong here, or not compile. The calls of a run are checked:
+its widths, vocabulary, dropout, biases and dtypes, on few tokens, forward and backward. Checks run
+in child processes with a time limit, where a kernel may fail, hang or crash. What passed is kept
+for this GPU, driver, PyTorch, Triton and these kernels, and not checked at the next start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt_kernels import cache
+from fastgpt_kernels.registry import ExampleInputs, OpSpec, Sizes, differentiate, normal, spec
+from fastgpt_kernels.telling import why
+from fastgpt_kernels.worker import TaskFailed, Worker
+
+LIMIT_S = 120.0  # per check, compilation included
+# Relative error (Frobenius norm) that rounding explains: inputs and results of 8, 11 and 24 bits.
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
+# Kernels are compiled anew for sequences that are not whole tiles of this many tokens (the longest
+# that attention has), and for row counts that are no multiple of ALIGNMENT.
+TILE, ALIGNMENT = 128, 16
+
+
+@dataclass(frozen=True)
+class Check:
+    """One implementation of an op, on the calls of a model or on one call by example.
+
+    sizes  of the model
+    call   the example as JSON, by `tune`; empty: the model's calls
+    """
+
+    op: str
+    implementation: str
+    device: str
+    dtype: str
+    sizes: Sizes = Sizes()
+    call: str = ""
+    deterministic: bool = False
+    precision: str = "highest"
+
+    @classmethod
+    def of(cls, op: str, name: str, at: torch.device, dtype: torch.dtype, sizes: Sizes) -> Check:
+        """Returns the check of an implementation under this process's settings."""
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        settings = deterministic, torch.get_float32_matmul_precision()
+        return cls(op, name, str(at), str(dtype).removeprefix("torch."), sizes, "", *settings)
+
+    @property
+    def key(self) -> str:
+        """A short name of all of it but the index of the GPU."""
+        text = json.dumps({**asdict(self), "device": self.device.partition(":")[0]}, sort_keys=True)
+        return f"{self.op} {self.implementation} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    def adopt(self) -> None:
+        """Sets up a child process as the one that asks is."""
+        device = torch.device(self.device)
+        if device.index is not None:
+            torch.cuda.set_device(device)
+        torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
+        torch.set_float32_matmul_precision(self.precision)
+
+    def examples(self, timed: bool = False) -> list[ExampleInputs]:
+        """Returns the calls in the dtypes of a run: with few tokens and a known dropout mask to be
+        checked, as the run makes them to be timed.
+        """
+        op, device, dtype = spec(self.op), torch.device(self.device), getattr(torch, self.dtype)
+        if self.call:
+            found = [_example(json.loads(self.call), device)]
+        else:
+            sizes = self.sizes if timed else few_rows(self.sizes, op.few_tokens)
+            found = op.example_inputs(sizes, normal(device))
+        if not timed and not op.implementations[self.implementation].follows_seed:
+            found = [example.without_dropout() for example in found]
+
+        def rounded(e: ExampleInputs) -> list[Any]:
+            kept = e.fp32_inputs
+            return [x if x is None or i in kept else x.to(dtype) for i, x in enumerate(e.inputs)]
+
+        return [replace(example, inputs=rounded(example)) for example in found]
+
+
+def _example(call: Mapping[str, Any], device: torch.device) -> ExampleInputs:
+    """Returns random inputs of the shapes, dtypes and ranges that `call` tells."""
+
+    def made(told: Any) -> Any:
+        if not isinstance(told, Mapping):
+            return told
+        dtype = getattr(torch, told["dtype"])
+        if dtype.is_floating_point:
+            return normal(device)(*told["shape"]).to(dtype)
+        generator = torch.Generator().manual_seed(0)
+        whole = torch.randint(told["low"], told["high"] + 1, told["shape"], generator=generator)
+        return whole.to(device, dtype)
+
+    inputs = [made(told) for told in call["inputs"]]
+    fp32 = [i for i, x in enumerate(inputs) if x is not None and x.dtype == torch.float32]
+    arguments = {name: made(told) for name, told in call["arguments"].items()}
+    return ExampleInputs(inputs, arguments, fp32, call["gradients"])
+
+
+def few_rows(sizes: Sizes, tokens: int) -> Sizes:
+    """Returns the same model on about `tokens` tokens, for which the same kernels are compiled.
+
+    A sequence has two tiles and what the run's has beyond whole tiles; there are as few of them as
+    divide by ALIGNMENT if the run's tokens do.
+    """
+    B, T = sizes.batch_size, sizes.block_size
+    length = T if T < 3 * TILE else 2 * TILE + T % TILE
+
+    def aligned(rows: int) -> bool:
+        return rows * length % ALIGNMENT == 0
+
+    least = min(B, max(1, tokens // length))
+    rows = next(b for b in range(least, B + 1) if aligned(b) == aligned(B))
+    return replace(sizes, batch_size=rows, block_size=length)
+
+
+# --- One check, in a child process ---------------------------------------------------------------
+
+
+def run(check: Check) -> str | None:
+    """Returns why an implementation fails, or None if it agrees in every call."""
+    check.adopt()
+    op = spec(check.op)
+    return disagreement(op, op.implementations[check.implementation].function, check.examples())
+
+
+def disagreement(
+    op: OpSpec, function: Callable[..., Any], examples: Iterable[ExampleInputs]
+) -> str | None:
+    """Returns how a function differs from the op's reference in fp32, or None if it agrees."""
+    for example in examples:
+        exact = [None if x is None else x.float() for x in example.inputs]
+        with _exact_matmuls(), torch.enable_grad():
+            want = differentiate(op.reference, replace(example, inputs=exact))
+            try:
+                off = _error(differentiate(function, example), want)
+            except Exception as e:
+                return f"does not run here ({why(e)})"
+        if not off <= max(TOLERANCE.get(x.dtype, 1e-4) for x in example.inputs if x is not None):
+            return f"is off by {off:.2g} here"
+    return None
+
+
+@contextlib.contextmanager
+def _exact_matmuls() -> Iterator[None]:
+    """Multiplies fp32 in fp32: TF32 would put the yardstick itself off by 1e-3."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _error(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
+    """Returns the largest relative error; NaN if any is not a number."""
+    pairs = zip(got, want, strict=True)
+    errors = torch.stack([(g.float() - w).norm() / w.norm() for g, w in pairs])
+    return float("nan") if errors.isnan().any() else errors.max().item()
+
+
+# --- Many checks ---------------------------------------------------------------------------------
+
+# Results in this process. A failure is not kept longer: memory that others had taken may be the
+# reason.
+_FOUND: dict[Check, str | None] = {}
+
+
+def failures(
+    checks: Sequence[Check], run: Callable[[Check], str | None] = run, limit_s: float = LIMIT_S
+) -> dict[Check, str]:
+    """Returns the reason of each check that fails; those that pass are kept for the next time."""
+    if not checks:
+        return {}
+    section = cache.environment(torch.device(checks[0].device))
+    passed = cache.load("self_check", section)
+    _FOUND.update({c: None for c in checks if c not in _FOUND and c.key in passed})
+    waiting = [c for c in dict.fromkeys(checks) if c not in _FOUND]
+    _FOUND.update(zip(waiting, _in_children(waiting, run, limit_s), strict=True))
+    if agreed := {c.key: True for c in waiting if not _FOUND[c]}:
+        cache.keep("self_check", section, agreed)
+    return {c: reason for c in checks if (reason := _FOUND[c])}
+
+
+def _in_children(
+    checks: Sequence[Check], run: Callable[[Check], str | None], limit_s: float
+) -> list[str | None]:
+    """Returns the results in order. Several processes at a time compile in parallel."""
+    here, workers = threading.local(), []
+
+    def ask(check: Check) -> str | None:
+        if not hasattr(here, "worker"):
+            here.worker = Worker(run, quiet=True)
+            workers.append(here.worker)
+        try:
+            reason = here.worker.ask(check, timeout=limit_s)
+        except TaskFailed as e:
+            reason = str(e)
+        if reason:  # after an illegal access a process cannot use the GPU any more
+            here.worker.close()
+        return reason
+
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    pool = ThreadPoolExecutor(max(1, min(cores // 2, len(checks), 8)))
+    try:
+        return list(pool.map(ask, checks))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.close()

@@ -1,0 +1,295 @@
+"""The fastest right implementation of each op on this GPU: measured on request, then kept.
+
+    faster = fastgpt_kernels.tune("attention", qkv, 12)
+    y = faster(qkv, 12)
+
+The implementations that agree with the reference (`self_check.py`) are timed forward and backward
+in a child process, in alternating rounds. One that is over 2 % faster than the default wins, or the
+default stays. `fastgpt tune` does this for a model's ops, and training reads the results.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt_kernels import OPS, cache
+from fastgpt_kernels.launch import arch_on
+from fastgpt_kernels.registry import ExampleInputs, OpSpec, Sizes, normal, spec, specs
+from fastgpt_kernels.self_check import Check, failures
+from fastgpt_kernels.telling import telling, why
+from fastgpt_kernels.worker import TaskFailed, Worker
+
+MARGIN = 0.02
+ROUNDS = 20
+LIMIT_S = 300.0  # for the timing of one op, compilation included
+CALLS = 3  # per round
+L2_FLUSH_BYTES = 256 << 20  # more than the L2 of any GPU (B200: 126 MB)
+HEAD_START_CYCLES = 2_000_000  # about a millisecond of GPU time, in which launches queue up
+
+Times = Mapping[str, list[float] | str]  # by implementation: ms per round, or why there are none
+Timer = Callable[[Sequence[Check], bool], Times]
+
+
+def tuned(
+    device: torch.device, dtype: torch.dtype, sizes: Sizes, compile: bool
+) -> dict[str, tuple[str, str]]:
+    """Returns the results that are kept for a model's ops, by op: (implementation, reason)."""
+    if device.type != "cuda":
+        return {}
+    kept = cache.load("tune", cache.environment(device))
+    found = {}
+    for op in specs("model"):
+        match kept.get(_question(Check.of(op.name, "", device, dtype, sizes), compile)):
+            case {"implementation": str(name), "reason": str(reason)} if name in op.implementations:
+                found[op.name] = name, reason
+    return found
+
+
+def tune_model(
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: Sizes,
+    compile: bool,
+    say: Callable[[str], object] = print,
+    timer: Timer | None = None,
+) -> None:
+    """Measures and keeps the fastest implementation of each op of a model, with a line per op."""
+    for op in specs("model"):
+        check = Check.of(op.name, "", device, dtype, sizes)
+        with telling(f"tuning {op.name}", say):
+            name, reason, figures = _fastest(op, check, compile, timer or in_child)
+        say(f"{op.name}: {name}, {reason}{figures}")
+        problem = _keep(check, compile, name, reason)
+    where = f"not kept: {problem}" if problem else f"kept in {cache.path('tune')}"
+    say(f"{where}, for {cache.environment(device)}")
+
+
+def _question(check: Check, compile: bool) -> str:
+    return check.key + " compiled" * compile
+
+
+def _keep(check: Check, compile: bool, name: str, reason: str) -> str | None:
+    entry = {_question(check, compile): {"implementation": name, "reason": reason}}
+    return cache.keep("tune", cache.environment(torch.device(check.device)), entry)
+
+
+# --- The fastest of an op's implementations ------------------------------------------------------
+
+
+def _fastest(op: OpSpec, check: Check, compile: bool, timer: Timer) -> tuple[str, str, str]:
+    """Returns the implementation to take, the reason, and the figures of all."""
+    dtype, arch = getattr(torch, check.dtype), arch_on(torch.device(check.device))
+    base, _ = op.default(arch, dtype, check.sizes)
+    able = [n for n in op.implementations if not op.unsupported_reason(n, arch, dtype, check.sizes)]
+    if len(able) == 1:
+        return base, "nothing else can run here", ""
+    checks = [replace(check, implementation=name) for name in able]
+    wrong = {c.implementation: reason for c, reason in failures(checks).items()}
+    right = [c for c in checks if c.implementation not in wrong]
+    base = "eager" if base in wrong else base
+    try:
+        times = timer(right, compile)
+    except TaskFailed as e:
+        return base, f"not measured: {e}", ""
+    ms = {name: t for name, t in times.items() if isinstance(t, list)}
+    wrong |= {name: t for name, t in times.items() if isinstance(t, str)}
+    name, reason = winner(ms, base)
+    said = [f"{n} {statistics.median(t):.3g} ms" for n, t in ms.items()]
+    return name, reason, f": {', '.join([*said, *(f'{n} {r}' for n, r in wrong.items())])}"
+
+
+def winner(ms: Mapping[str, Sequence[float]], base: str) -> tuple[str, str]:
+    """Returns the fastest implementation and the reason; `base` unless one beats it by MARGIN.
+
+    Of each round the ratio to `base` counts, and both halves of the rounds have to say so.
+    """
+    if base not in ms:
+        return base, "could not be timed"
+    found = {}
+    for name, times in ms.items():
+        ratios = [a / b for a, b in zip(times, ms[base], strict=True)]
+        half = len(ratios) // 2
+        slowest = max(statistics.median(ratios[:half]), statistics.median(ratios[half:]))
+        if slowest < 1 - MARGIN:
+            found[name] = statistics.median(ratios)
+    if not found:
+        return base, f"nothing measured more than {MARGIN:.0%} faster"
+    name = min(found, key=lambda n: found[n])
+    return name, f"measured {1 / found[name]:.2f} times as fast as {base}"
+
+
+def in_child(checks: Sequence[Check], compile: bool, limit_s: float = LIMIT_S) -> Times:
+    """Returns `measure` of a child process. Raises TaskFailed."""
+    worker = Worker(measure, quiet=True)
+    try:
+        return worker.ask([*checks], compile, timeout=limit_s)
+    finally:
+        worker.close()
+
+
+def measure(
+    checks: Sequence[Check],
+    compile: bool,
+    rounds: int = ROUNDS,
+    clock: Callable[[Callable[[], Any]], float] | None = None,
+) -> Times:
+    """Returns the milliseconds of all training calls of an op, forward and backward.
+
+    clock: returns the milliseconds of a function; `gpu_ms` by default.
+    """
+    checks[0].adopt()
+    times: dict[str, list[float] | str] = {}
+    steps: dict[str, Callable[[], Any]] = {}
+    for check in checks:
+        try:
+            step = _step(check, compile)
+            step()
+            steps[check.implementation], times[check.implementation] = step, []
+        except Exception as e:  # such as too little memory for all tokens
+            times[check.implementation] = why(e)
+    for i in range(rounds):
+        order = [*steps] if i % 2 else [*steps][::-1]
+        for name in order:
+            times[name].append((clock or gpu_ms)(steps[name]))  # type: ignore[union-attr]
+    return times
+
+
+def gpu_ms(function: Callable[[], Any]) -> float:
+    """Returns the mean milliseconds of a few calls on the GPU, each from a cold L2."""
+    flush, pairs = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda"), []
+    for _ in range(CALLS):
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        torch.cuda._sleep(HEAD_START_CYCLES)  # so that the device is timed, not Python
+        before.record()
+        function()
+        after.record()
+        pairs.append((before, after))
+    torch.cuda.synchronize()
+    return statistics.fmean(before.elapsed_time(after) for before, after in pairs)
+
+
+def _step(check: Check, compile: bool) -> Callable[[], None]:
+    """Returns a function that makes all the training calls of an op, on inputs of its own."""
+    function = spec(check.op).implementations[check.implementation].function
+    if compile:
+        # The cache of compiled graphs does not know which attention PyTorch was told to take.
+        torch.compiler.config.cache_key_tag = f"{check.op}={check.implementation}"
+        function = torch.compile(function, fullgraph=True, dynamic=False)
+    examples = check.examples(timed=True)
+    calls = [_call(function, e) for e in [e for e in examples if e.gradients] or examples]
+
+    def step() -> None:
+        for call in calls:
+            call()
+
+    return step
+
+
+def _call(function: Callable[..., Any], example: ExampleInputs) -> Callable[[], Any]:
+    """Returns a function that makes one call, forward and backward."""
+    leaves = [
+        None if x is None else x.detach().requires_grad_(example.gradients) for x in example.inputs
+    ]
+    wanted = [x for x in leaves if x is not None]
+
+    def forward() -> list[Tensor]:
+        out = example.call(function, leaves)
+        return list(out) if isinstance(out, tuple) else [out]
+
+    if not example.gradients:
+        return torch.no_grad()(forward)
+    grads = [normal(o.device, seed=i)(*o.shape).to(o.dtype) for i, o in enumerate(forward(), 1)]
+    return lambda: torch.autograd.grad(forward(), wanted, grads)
+
+
+# --- For a model of one's own --------------------------------------------------------------------
+
+
+class Tuned:
+    """The implementation of an op that was found, called as the op itself."""
+
+    def __init__(self, op: str, name: str, function: Callable[..., Any], reason: str):
+        self.op, self.name, self.function, self.reason = op, name, function, reason
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<{self.op}: {self.name}, {self.reason}>"
+
+
+def tune(
+    op: str | Callable[..., Any],
+    *inputs: Any,
+    seconds: float = LIMIT_S,
+    compile: bool = False,
+    say: Callable[[str], object] = lambda line: None,
+    **arguments: Any,
+) -> Tuned:
+    """Returns the fastest right implementation of an op for calls like `op(*inputs, **arguments)`.
+
+    op       a function of this package, or its name
+    seconds  the most that timing may take, if the answer is not kept yet
+    compile  whether the calls will be inside torch.compile
+    say      gets a line with the figures
+
+    Only shapes, dtypes and devices of the inputs matter, and the range of whole numbers; gradients
+    are timed too if any input requires one. On a CPU nothing is measured.
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
+    if name not in OPS:
+        raise ValueError(f"tune: no op {name!r}: there are {', '.join(OPS)}")
+    found = spec(name)
+    check = _check_of(found, inputs, arguments)
+    device = torch.device(check.device)
+    if device.type != "cuda":
+        return Tuned(name, "triton", found.triton, f"nothing is measured on {device}")
+    match cache.load("tune", cache.environment(device)).get(_question(check, compile)):
+        case {"implementation": str(kept), "reason": str(reason)} if kept in found.implementations:
+            pass
+        case _:
+            timer = lambda checks, compile: in_child(checks, compile, seconds)  # noqa: E731
+            kept, reason, figures = _fastest(found, check, compile, timer)
+            say(f"{name}: {kept}, {reason}{figures}")
+            _keep(check, compile, kept, reason)
+    return Tuned(name, kept, found.implementations[kept].function, reason)
+
+
+def _check_of(op: OpSpec, inputs: Sequence[Any], arguments: Mapping[str, Any]) -> Check:
+    """Returns the check of a call by example, for no implementation yet."""
+    rest = dict(inspect.signature(op.reference).bind(*inputs, **arguments).arguments)
+    leading: list[Any] = []
+    for argument, value in [*rest.items()]:
+        if value is not None and not (isinstance(value, Tensor) and value.is_floating_point()):
+            break
+        leading.append(rest.pop(argument))
+    tensors = [x for x in leading if x is not None]
+    if not tensors:
+        raise ValueError(f"tune: {op.name} needs its tensors, as in a call")
+    call = {
+        "inputs": [_describe(x) for x in leading],
+        "arguments": {argument: _describe(value) for argument, value in rest.items()},
+        "gradients": any(x.requires_grad for x in tensors),
+    }
+    sizes = Sizes(dropout=rest.get("dropout_p", 0.0))
+    check = Check.of(op.name, "", tensors[0].device, tensors[0].dtype, sizes)
+    return replace(check, call=json.dumps(call))
+
+
+def _describe(value: Any) -> Any:
+    """Returns a tensor's shape, dtype and, of whole numbers, range; other values as they are."""
+    if not isinstance(value, Tensor):
+        return value
+    told = {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    if value.dtype.is_floating_point or not value.numel():
+        return told | {"low": 0, "high": 0}
+    return told | {"low": int(value.min()), "high": int(value.max())}

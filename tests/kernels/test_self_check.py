@@ -1,0 +1,248 @@
+"""The self-check passes what is right, names what is wrong, and outlives any fault of a kernel."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources
+
+from fastgpt_kernels import cache, self_check
+from fastgpt_kernels.registry import Sizes, spec, specs
+from fastgpt_kernels.self_check import Check, disagreement, failures, few_rows
+from tests.kernels import faulty
+
+SMALL = Sizes(3, 40, 2, 64, 300, 384)
+DROPPING = replace(SMALL, dropout=0.3, bias=False, gelu="erf")
+SIZES = pytest.mark.parametrize("sizes", [SMALL, DROPPING], ids=["bias", "dropout"])
+OPS = pytest.mark.parametrize("op", [op.name for op in specs()])
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_known(monkeypatch, tmp_path):
+    monkeypatch.setattr(self_check, "_FOUND", {})
+    monkeypatch.setattr(cache, "environment", lambda device: "this GPU")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def problem(op, name="eager", function=None, dtype="float32", sizes=SMALL, device="cpu"):
+    check = Check(op, name, str(device), dtype, sizes)
+    function = function or spec(op).implementations[name].function
+    return disagreement(spec(op), function, check.examples())
+
+
+@pytest.mark.quick("*norm-*", "attention-dropout", "bias_gelu-*")
+@SIZES
+@OPS
+def test_the_kernels_pass(op, sizes, device):
+    assert problem(op, "triton", sizes=sizes, device=device) is None
+
+
+@OPS
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@SIZES
+def test_eager_passes_in_low_precision(op, dtype, sizes):
+    assert problem(op, dtype=dtype, sizes=sizes) is None
+
+
+@OPS
+def test_gradients_that_are_one_per_cent_off_are_seen(op):
+    def broken(*args, **kwargs):
+        kwargs.pop("chunk_tokens", None)
+        out = spec(op).eager(*args, **kwargs)
+        outs = out if isinstance(out, tuple) else (out,)
+        wrong = tuple(o * 1.01 - o.detach() * 0.01 for o in outs)
+        return wrong if isinstance(out, tuple) else wrong[0]
+
+    assert "is off by 0.0" in problem(op, function=broken)
+
+
+def test_a_wrong_dropout_mask_is_seen():
+    """Triton follows the specified mask; PyTorch's, which draw their own, are held without."""
+    eager = spec("attention").eager
+    assert "is off by" in problem("attention", "triton", eager, sizes=DROPPING)
+    assert problem("attention", "eager", sizes=DROPPING) is None
+
+
+SOURCE = "def kernel(x):\n    y = tl.dott(x, x)\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError("PassManager::run failed\nand more"), "PassManager::run failed"),
+        (OutOfResources(294912, 232448, "shared memory"), "OutOfResources: out of resource: sh"),
+        (
+            CompilationError(SOURCE, ast.parse(SOURCE).body[0].body[0], "no function dott"),  # type: ignore[attr-defined]
+            "CompilationError: no function dott",
+        ),
+        (subprocess.CalledProcessError(1, ["gcc", "-Wl"] * 99), "CalledProcessError: Command '["),
+        (AssertionError(), "AssertionError)"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "CUDA out of memory."),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_exception_is_one_line(error, line):
+    def raises(*args, **kwargs):
+        raise error
+
+    said = problem("bias_gelu", function=raises)
+    assert said.startswith(f"does not run here ({line}") and "\n" not in said and len(said) < 200
+
+
+def test_not_a_number_and_missing_results_are_seen():
+    eager = spec("bias_gelu").eager
+
+    def not_a_number(*args, **kwargs):
+        y = eager(*args, **kwargs)
+        return torch.where(y == y.max(), torch.nan, y)
+
+    assert problem("bias_gelu", function=not_a_number) == "is off by nan here"
+    fewer = problem("bias_gelu", function=lambda *a, **k: eager(*a, **k)[:-1])
+    assert fewer.startswith("does not run here (The size of tensor")
+
+
+def test_few_rows_compile_to_the_same_kernels():
+    """Triton compiles anew for multiples of 16 and for 1, attention for whole tiles of 128."""
+    lengths = (1, 40, 128, 200, 256, 300, 384, 520, 1000, 1024, 8192)
+    for B, T, tokens in itertools.product((1, 2, 3, 7, 12, 64, 480), lengths, (512, 4096)):
+        sizes = Sizes(B, T, 25, 1600)
+        few = few_rows(sizes, tokens)
+        assert replace(few, batch_size=B, block_size=T) == sizes
+        assert few.block_size % 128 == T % 128
+        assert (few.tokens % 16 == 0) == (sizes.tokens % 16 == 0)
+        assert (few.tokens == 1) == (sizes.tokens == 1)
+        assert few.tokens <= min(sizes.tokens, 2 * tokens + 16 * 384)
+
+
+def test_chunks_evaluation_and_vocabulary_of_the_loss():
+    training, evaluation = Check(
+        "linear_cross_entropy", "triton", "cpu", "bfloat16", SMALL
+    ).examples()
+    assert training.gradients and not evaluation.gradients
+    chunk = training.arguments["chunk_tokens"]
+    assert 2 * chunk < SMALL.tokens < 3 * chunk, "three chunks, and the last is shorter"
+    for example in (training, evaluation):
+        assert example.inputs[1].shape == (384, 64) and example.arguments["vocab_size"] == 300
+        assert example.arguments["targets"].max() < 300
+
+
+# --- Many checks, in children --------------------------------------------------------------------
+
+
+def check(name, **changes):
+    return replace(Check("bias_gelu", name, "cpu", "float32", SMALL), **changes)
+
+
+def found(*names, limit_s=120.0):
+    wrong = failures([check(name) for name in names], faulty.run, limit_s)
+    return {c.implementation: reason for c, reason in wrong.items()}
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_or_dies_costs_one_check():
+    names = ("good", "off", "killed", "aborts", "loses the GPU", "prints", "also good")
+    assert found(*names) == {
+        "off": "is off by 0.01 here",
+        "killed": "ended its process (SIGKILL)",
+        "aborts": "ended its process (SIGABRT)",
+        "loses the GPU": "RuntimeError: CUDA error: an illegal memory access was encountered",
+    }
+    found("warms up")
+    assert found("hangs", "good too", limit_s=10) == {"hangs": "took over 10 s"}
+    left = subprocess.run(["pgrep", "-f", "^sleep 987654"], capture_output=True)
+    assert not left.stdout, "the child's own child was left behind"
+
+
+@pytest.mark.slow
+def test_the_kernels_pass_in_a_child():
+    names = ("layer_norm", "bias_gelu")
+    assert failures([Check(op, "triton", "cpu", "float32", SMALL) for op in names]) == {}
+
+
+def test_a_process_that_cannot_start(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    assert found("good") == {"good": "its process cannot start (No such file or directory)"}
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert found("fine") == {"fine": "ended its process (exit code 1)"}
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """Starts anew and checks; returns the failures, and what a child was asked."""
+
+    def start(*checks):
+        asked = []
+
+        def in_children(checks, run, limit_s):
+            asked.extend(c.implementation for c in checks)
+            return ["is off" if c.implementation == "off" else None for c in checks]
+
+        monkeypatch.setattr(self_check, "_FOUND", {})
+        monkeypatch.setattr(self_check, "_in_children", in_children)
+        return [*failures(checks).values()], asked
+
+    return start
+
+
+def test_a_pass_is_kept_and_a_failure_is_not(start):
+    good, off = check("good"), check("off")
+    assert start(good, off) == (["is off"], ["good", "off"])
+    assert start(good, off) == (["is off"], ["off"])
+    assert start(replace(good, device="cpu:3")) == ([], []), "another GPU of the same kind"
+    assert start(good, check("next")) == ([], ["next"])
+    assert start(good, check("next")) == ([], []), "the first was lost"
+    failures([off])
+    assert failures([off]) == {off: "is off"}, "known in this process"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"op": "mlp"}, {"dtype": "float16"}, {"sizes": DROPPING}, {"deterministic": True}],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_check_is_made(start, change):
+    start(check("good"))
+    assert start(check("good", **change))[1] == ["good"]
+
+
+def test_on_another_gpu_or_version_all_is_checked(start, monkeypatch):
+    start(check("good"))
+    monkeypatch.setattr(cache, "environment", lambda device: "another GPU")
+    assert start(check("good"))[1] == ["good"]
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", '{"this GPU": [7]}', DEEP, "cut", "\xff"])
+def test_a_damaged_file_counts_as_missing(start, text):
+    start(check("good"))
+    whole = cache.path("self_check").read_text()
+    cache.path("self_check").write_text(whole[:-20] if text == "cut" else text, encoding="latin-1")
+    assert start(check("good")) == ([], ["good"])
+    assert json.loads(cache.path("self_check").read_text())["this GPU"], "it was written anew"
+
+
+def test_a_folder_that_cannot_be_made(start, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for _ in range(2):
+        assert start(check("good")) == ([], ["good"])
+    assert "Not a directory" in (cache.keep("self_check", "this GPU", {"a": 1}) or "")
+
+
+def test_old_sections_go(tmp_path):
+    for i in range(20):
+        assert cache.keep("any", f"GPU {i}", {"a": i}) is None
+    cache.keep("any", "GPU 7", {"b": 1, "c": 2})
+    cache.keep("any", "GPU 7", {"b": None})
+    assert cache.load("any", "GPU 7") == {"a": 7, "c": 2} and cache.load("any", "GPU 2") == {}
+    assert not [*tmp_path.rglob("*.tmp")]

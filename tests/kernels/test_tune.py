@@ -1,0 +1,218 @@
+"""Tuning takes the fastest right implementation, keeps it, and never loses to the default."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import fastgpt_kernels
+from fastgpt_kernels import cache
+from fastgpt_kernels.registry import Sizes, spec, specs
+from fastgpt_kernels.self_check import Check
+from fastgpt_kernels.worker import TaskFailed
+
+tune = importlib.import_module("fastgpt_kernels.tune")  # the function has the same name
+GPU, CPU, BF16 = torch.device("cuda", 1), torch.device("cpu"), torch.bfloat16
+SIZES = Sizes(2, 64, 2, 64, 300, 384)
+SMALL = replace(SIZES, batch_size=1, block_size=16)
+MODEL = [op.name for op in specs("model")]
+
+
+@pytest.fixture(autouse=True)
+def fake_gpu(monkeypatch, tmp_path):
+    """An H100 on which all implementations of PyTorch and of this package can run."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cache, "environment", lambda device: "an H100")
+    monkeypatch.setattr(tune, "arch_on", lambda device: "sm_90")
+    monkeypatch.setattr(tune, "failures", lambda checks: {})
+
+
+def timer(**ms):
+    """Times of attention's implementations, or why there are none; of all others equal ones."""
+
+    def times(checks, compile):
+        own = ms if checks[0].op == "attention" else {}
+        found = {c.implementation: own.get(c.implementation, 10.0) for c in checks}
+        return {n: t if isinstance(t, str) else [t] * tune.ROUNDS for n, t in found.items()}
+
+    return times
+
+
+def tuned(device=GPU, dtype=BF16, sizes=SIZES, compile=True):
+    return tune.tuned(device, dtype, sizes, compile)
+
+
+def run(times, **changes):
+    lines: list[str] = []
+    given = {"device": GPU, "dtype": BF16, "sizes": SIZES, "compile": True, **changes}
+    tune.tune_model(**given, say=lines.append, timer=times)
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("others", "name"),
+    [
+        ({"b": [9.0] * 20}, "b"),
+        ({"b": [9.85] * 20}, "a"),
+        ({"b": [5.0] * 10 + [9.9] * 10}, "a"),
+        ({"b": [9.0] * 20, "c": [8.0] * 20}, "c"),
+        ({"b": [5.0, 20.0] * 10}, "a"),
+        ({}, "a"),
+    ],
+    ids=["faster", "within 2 %", "in one half", "the fastest", "noise", "alone"],
+)
+def test_who_wins(others, name):
+    assert tune.winner({"a": [10.0] * 20, **others}, "a")[0] == name
+
+
+def test_a_drift_that_all_share_changes_nothing():
+    drift = [10.0 + i for i in range(20)]
+    ms = {"a": drift, "b": [0.95 * x for x in drift]}
+    assert tune.winner(ms, "a") == ("b", "measured 1.05 times as fast as a")
+
+
+def test_a_model_is_tuned_and_the_result_is_read():
+    lines = run(timer(cudnn=5.0, math="CUDA out of memory."))
+    assert [line.partition(":")[0] for line in lines[:-1]] == MODEL
+    attention = lines[MODEL.index("attention")]
+    assert attention.startswith("attention: cudnn, measured 2.00 times as fast as triton: ")
+    assert "cudnn 5 ms" in attention and "math CUDA out of memory." in attention
+    assert lines[-1] == f"kept in {cache.path('tune')}, for an H100"
+    found = tuned()
+    assert found["attention"] == ("cudnn", "measured 2.00 times as fast as triton")
+    assert found["layer_norm"] == ("triton", "nothing measured more than 2% faster")
+    assert tuned(torch.device("cuda", 0)) == found, "another GPU of the same kind"
+    run(timer(triton=5.0))
+    assert tuned()["attention"][0] == "triton", "the last measurement counts"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": torch.float16},
+        {"sizes": SMALL},
+        {"compile": False},
+        {"device": torch.device("cpu")},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_result_is_for_its_own_question(change):
+    run(timer(cudnn=5.0))
+    assert tuned() and tuned(**change) == {}
+
+
+def test_a_wrong_implementation_cannot_win(monkeypatch):
+    def failures(checks):
+        return {c: "is off" for c in checks if c.implementation in ("cudnn", "triton")}
+
+    monkeypatch.setattr(tune, "failures", failures)
+    line = run(timer(cudnn=1.0, triton=1.0, flash=5.0))[MODEL.index("attention")]
+    assert line.startswith("attention: flash, measured 2.00 times as fast as eager: ")
+    assert line.endswith("triton is off, cudnn is off")
+
+
+def test_a_child_that_dies_leaves_the_default():
+    def dies(checks, compile):
+        raise TaskFailed("ended its process (SIGSEGV)")
+
+    assert run(dies)[0] == "attention: triton, not measured: ended its process (SIGSEGV)"
+    assert tune.winner({"b": [1.0] * 20}, "a") == ("a", "could not be timed")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [7, None, [], {"implementation": "cudnn"}, {"implementation": 3, "reason": "x"},
+     {"implementation": "of tomorrow", "reason": "x"}, {"implementation": "cudnn", "reason": {}}],
+    ids=str,
+)  # fmt: skip
+def test_an_entry_of_another_form_counts_as_missing(entry):
+    run(timer(cudnn=5.0))
+    document = json.loads(cache.path("tune").read_text())
+    document["an H100"] = dict.fromkeys(document["an H100"], entry)
+    cache.path("tune").write_text(json.dumps(document))
+    assert tuned() == {}
+
+
+def test_a_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert run(timer(cudnn=5.0))[-1].startswith("not kept: [Errno 20] Not a directory")
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_87", "gfx942"])
+def test_an_architecture_without_compiled_kernels_is_eager_by_default(arch):
+    name, reason = spec("bias_gelu").default(arch, torch.float16, SIZES)
+    assert name == "eager" and reason
+
+
+# --- Measuring -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", MODEL)
+def test_what_is_timed_is_the_training_calls(op, monkeypatch):
+    """Forward and backward, in alternating order; an implementation without memory is left out."""
+    ticks, order = itertools.count(), []
+
+    def clock(step):
+        step()
+        order.append(step)
+        return float(next(ticks))
+
+    checks = [Check(op, name, "cpu", "float32", SMALL) for name in ("eager", "triton")]
+    times = tune.measure(checks, False, rounds=3, clock=clock)
+    assert times == {"eager": [1.0, 2.0, 5.0], "triton": [0.0, 3.0, 4.0]}
+    assert order[0] is order[3] is order[4]
+
+    def no_memory(self, timed=False):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+
+    monkeypatch.setattr(Check, "examples", no_memory)
+    assert tune.measure(checks, False, rounds=3, clock=clock)["eager"] == "CUDA out of memory."
+
+
+def test_dropout_is_timed_where_it_is_left_out_of_the_check():
+    check = Check("attention", "flash", "cpu", "float32", replace(SMALL, dropout=0.2))
+    assert "dropout_p" not in check.examples()[0].arguments
+    assert check.examples(timed=True)[0].arguments["dropout_p"] == 0.2
+
+
+@pytest.mark.slow
+def test_measuring_in_a_child():
+    checks = [Check("layer_norm", "eager", "cpu", "float32", SMALL)]
+    with pytest.raises(TaskFailed, match="(?i)cuda|nvidia"):
+        tune.in_child(checks, False)
+
+
+# --- For a model of one's own --------------------------------------------------------------------
+
+
+def test_an_example_says_what_a_call_needs():
+    """The check of a call has random inputs of its shapes, dtypes and ranges."""
+    x, weight = torch.randn(6, 8).half().requires_grad_(), torch.randn(12, 8)
+    targets = torch.tensor([3, 0, 11, 5, 2, 7])
+    check = tune._check_of(spec("linear_cross_entropy"), (x, weight, targets), {"vocab_size": 12})
+    (example,) = replace(check, implementation="eager").examples()
+    assert [(x.shape, x.dtype) for x in example.inputs] == [
+        (x.shape, x.dtype),
+        (weight.shape, weight.dtype),
+    ]
+    assert example.gradients and example.arguments["vocab_size"] == 12
+    made = example.arguments["targets"]
+    assert made.shape == targets.shape and made.dtype == targets.dtype
+    assert made.min() >= 0 and made.max() <= 11
+    with pytest.raises(ValueError, match="tune: attention needs its tensors"):
+        tune._check_of(spec("attention"), (None, 3), {})
+
+
+def test_the_public_function_without_a_gpu():
+    qkv = torch.randn(1, 5, 3 * 32)
+    faster = fastgpt_kernels.tune("attention", qkv, 1)
+    assert torch.equal(faster(qkv, 1), fastgpt_kernels.attention(qkv, 1))
+    assert repr(faster) == "<attention: triton, nothing is measured on cpu>"
+    with pytest.raises(ValueError, match="no op 'softmax'"):
+        fastgpt_kernels.tune("softmax", qkv)
