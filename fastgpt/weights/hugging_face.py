@@ -159,7 +159,8 @@ def read(path: Path, size: str | None = None) -> Weights:
             f"the size with --init_from={'|'.join(SIZES)}"
         )
     shape = said if size is None else shape_of_size(size)
-    files, parts = _files(path), {}
+    files = _files(path)
+    parts: dict[str, Any] = {}
     for file in files:
         with reading(file, "is damaged, or no safetensors file", SafetensorError):
             open_regular(file).close()

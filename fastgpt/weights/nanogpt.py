@@ -105,7 +105,7 @@ def model_of(
     """Returns (shape, tensors in fp32 with the vocabulary padded, in nanoGPT's order)."""
     args = data.get("model_args")
     args = args if isinstance(args, dict) else {}
-    sizes = {key: args.get(key) for key in ("n_layer", "n_head", "n_embd", "block_size")}
+    sizes: dict[str, Any] = {k: args.get(k) for k in ("n_layer", "n_head", "n_embd", "block_size")}
     sizes["vocab_size"] = args.get("vocab_size")
     for key, value in sizes.items():
         if type(value) is not int or not 1 <= value < 1 << 31:

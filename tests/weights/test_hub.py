@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import http.server
-import re
 import socket
 import sys
 import threading
@@ -38,34 +37,23 @@ def test_hashes_of_both_kinds(tmp_path: Path):
             hub.verify(cached(tmp_path, name, b"other!!", blob))
 
 
-def test_what_is_fetched_and_from_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("in_cache", [True, False])
+def test_what_is_fetched_and_from_where(in_cache: bool, tmp_path: Path, monkeypatch):
     huggingface_hub = pytest.importorskip("huggingface_hub")
     asked = []
 
     def download(repository: str, name: str, local_files_only: bool = False) -> str:
-        if local_files_only:
+        if local_files_only != in_cache:
             raise FileNotFoundError("not in the cache")
         asked.append((repository, name))
         data = name.encode()
         return str(cached(tmp_path, name, data, hashlib.sha256(data).hexdigest()))
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr(hub, "unreachable", lambda: None)
+    asks = (lambda: pytest.fail("asked the network")) if in_cache else lambda: None
+    monkeypatch.setattr(hub, "unreachable", asks)
     assert hub.fetch("gpt2-large") == tmp_path / "snapshots"
     assert asked == [("openai-community/gpt2-large", name) for name in hub.FILES]
-
-
-def test_what_is_in_the_cache_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    huggingface_hub = pytest.importorskip("huggingface_hub")
-
-    def download(repository: str, name: str, local_files_only: bool = False) -> str:
-        assert local_files_only
-        data = name.encode()
-        return str(cached(tmp_path, name, data, hashlib.sha256(data).hexdigest()))
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr(hub, "unreachable", lambda: pytest.fail("asked the network"))
-    assert hub.fetch("gpt2") == tmp_path / "snapshots"
 
 
 def test_a_hub_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch):
@@ -77,7 +65,7 @@ def test_a_hub_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setenv("HF_ENDPOINT", address)
-        assert re.search("timed out|no answer", str(hub.unreachable()))
+        assert "timed out" in str(hub.unreachable())
     monkeypatch.setenv("HF_ENDPOINT", address)  # closed now
     monkeypatch.setattr(hub, "PATIENCE_S", 30.0)
     assert "refused" in str(hub.unreachable())
