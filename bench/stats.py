@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fastgpt.train.compare import ONE_PAIR, student_p, student_t
+from fastgpt.train.compare import ONE_PAIR, student_t
 
 if TYPE_CHECKING:  # results are read without PyTorch too
     from torch import Tensor
@@ -190,3 +190,26 @@ def paired(a: Samples, b: Samples) -> Paired:
         return Paired(mean, mean, mean, float(mean == 0))
     half = student_t(n - 1) * error
     return Paired(mean, mean - half, mean + half, student_p(mean / error, n - 1))
+
+
+def student_p(t: float, freedom: int) -> float:
+    """How likely |Student's t| is to be larger by chance (Abramowitz and Stegun 26.7.3, 26.7.4)."""
+    angle = math.atan(abs(t) / math.sqrt(freedom))
+    odd = freedom % 2
+    term = total = math.cos(angle) if odd else 1.0
+    for k in range(2 + odd, freedom, 2):
+        term *= math.cos(angle) ** 2 * (k - 1) / k
+        total += term
+    if freedom == 1:
+        total = 0.0
+    inside = math.sin(angle) * total
+    return 1.0 - (2 / math.pi * (angle + inside) if odd else inside)
+
+
+def student_t(freedom: int) -> float:
+    """The t beyond which 5 % lie on both sides together."""
+    low, high = 0.0, 20.0
+    for _ in range(50):  # halved until it is known
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_p(middle, freedom) > 0.05 else (low, middle)
+    return low

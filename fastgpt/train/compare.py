@@ -206,58 +206,52 @@ def _scatter_of_difference(a: Compared, b: Compared, step: int) -> float | None:
 
 
 def draw(runs: Sequence[Compared], path: Path) -> Path:
-    """Draws validation losses over steps, tokens and hours, with one colour per recipe."""
+    """Draws validation losses over steps, tokens and hours, with one colour per recipe.
+
+    The panel over tokens is left out where all runs have the same tokens per step.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
-    spans = [r.curves.useful_range for r in runs]
     unit, scale = time_axis(max(r.curves.clock[-1][1] for r in runs))
+    per_step = {
+        round(r.curves.evals[-1]["tokens"] / max(1, r.curves.evals[-1]["step"])) for r in runs
+    }
+    labels = ["step", *(["tokens, millions"] if len(per_step) > 1 else []), unit]
+    figure = Figure(figsize=(4 * len(labels), 4.2), layout="constrained")
+    panels = dict(zip(labels, figure.subplots(1, len(labels), sharey=True), strict=True))
     recipes = list(dict.fromkeys(r.recipe for r in runs))
-    for i, r in enumerate(runs):
-        first = r.recipe not in [other.recipe for other in runs[:i]]
-        label = _names([x for x in runs if x.recipe == r.recipe]) if first else None
+    labelled = set()
+    for r in runs:
+        label = None if r.recipe in labelled else _names([x for x in runs if x.recipe == r.recipe])
+        labelled.add(r.recipe)
         color, train, evals = f"C{recipes.index(r.recipe)}", r.curves.train, r.curves.evals
-        times = [scale * r.curves.hours(e["step"]) for e in evals]
         line = smooth([t["loss"] for t in train])
-        xs = (
-            ([t["step"] for t in train], [e["step"] for e in evals]),
-            ([t["tokens"] / 1e6 for t in train], [e["tokens"] / 1e6 for e in evals]),
-            ([scale * h for _, h in r.curves.clock[1:]], times),
-        )
-        for axes, (x_train, x_val) in zip(panels, xs, strict=True):
-            axes.plot(x_train, line, color=color, lw=0.7, alpha=0.4)
-            axes.plot(x_val, [e["val_loss"] for e in evals], "o-", color=color, ms=3, label=label)
-    for axes, label in zip(panels, ("step", "tokens, millions", unit), strict=True):
-        axes.set_xlabel(label)
-        axes.set_ylim(min(s[0] for s in spans), max(s[1] for s in spans))
+        xs = {
+            "step": [[e["step"] for e in part] for part in (train, evals)],
+            "tokens, millions": [[e["tokens"] / 1e6 for e in part] for part in (train, evals)],
+            unit: [[scale * r.curves.hours(e["step"]) for e in part] for part in (train, evals)],
+        }
+        for name, axes in panels.items():
+            axes.plot(xs[name][0], line, color=color, lw=0.7, alpha=0.4)
+            losses = [e["val_loss"] for e in evals]
+            axes.plot(xs[name][1], losses, "o-", color=color, ms=3, label=label)
+    spans = [r.curves.useful_range for r in runs]
+    for name, axes in panels.items():
+        axes.set(xlabel=name, ylim=(min(s[0] for s in spans), max(s[1] for s in spans)))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("validation loss, nats a token (thin: training)")
-    panels[0].legend(frameon=False, fontsize=8)
+    panels["step"].set_ylabel("validation loss, nats per token (thin: training)")
+    panels["step"].legend(frameon=False, fontsize=8)
     with atomic_file(path) as f:
         figure.savefig(f, format="png", dpi=120)
     return path
 
 
-def student_p(t: float, freedom: int) -> float:
-    """How likely |Student's t| is to be larger by chance (Abramowitz and Stegun 26.7.3, 26.7.4)."""
-    angle = math.atan(abs(t) / math.sqrt(freedom))
-    odd = freedom % 2
-    term = total = math.cos(angle) if odd else 1.0
-    for k in range(2 + odd, freedom, 2):
-        term *= math.cos(angle) ** 2 * (k - 1) / k
-        total += term
-    if freedom == 1:
-        total = 0.0
-    inside = math.sin(angle) * total
-    return 1.0 - (2 / math.pi * (angle + inside) if odd else inside)
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def student_t(freedom: int) -> float:
-    """The t beyond which 5 % lie on both sides together."""
-    low, high = 0.0, 20.0
-    for _ in range(50):  # halved until it is known
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_p(middle, freedom) > 0.05 else (low, middle)
-    return low
+    """Returns the two-sided 95 % quantile of Student's t (Cornish-Fisher from 10 degrees on)."""
+    if freedom <= len(_T95):
+        return _T95[freedom - 1]
+    return 1.96 + 2.372 / freedom + 2.823 / freedom**2

@@ -16,9 +16,8 @@ from fastgpt.train import metrics
 
 
 def loss_curve(run_dir: Path) -> Path | None:
-    """Draws RUN/loss.png: losses above, the learning rate below, over steps, tokens and hours.
+    """Draws RUN/loss.png: losses above, the learning rate below, over steps.
 
-    The steep beginning is cut off at the top, so that the rest fills the picture.
     Returns the picture's path, or None if the run has logged nothing yet.
     """
     curves = Curves.of(run_dir)
@@ -31,50 +30,33 @@ def loss_curve(run_dir: Path) -> Path | None:
     if curves.train:
         steps = [r["step"] for r in curves.train]
         losses = [r["loss"] for r in curves.train]
-        axes.plot(steps, losses, color="0.85", lw=0.6, label="batch")
-        axes.plot(steps, smooth(losses), color="0.6", lw=1)
+        axes.plot(steps, losses, color="tab:blue", lw=0.6, alpha=0.25)
+        axes.plot(steps, smooth(losses), color="tab:blue", lw=1.6, label="batches, smoothed")
         rates.plot(steps, [r.get("lr", 0) for r in curves.train], color="tab:green", lw=1.2)
-    for key, color in (("train_loss", "tab:blue"), ("val_loss", "tab:orange")):
-        losses = [r[key] for r in curves.evals]
-        if losses:
+    for key, color in (("train_loss", "tab:gray"), ("val_loss", "tab:orange")):
+        if curves.evals:
+            losses = [r[key] for r in curves.evals]
             label = f"{key.removesuffix('_loss')}, last {losses[-1]:.4f}"
             steps = [r["step"] for r in curves.evals]
-            axes.plot(steps, losses, "o-", color=color, ms=3.5, lw=1.5, label=label)
+            axes.plot(steps, losses, "o-", color=color, ms=3.5, lw=1.2, label=label)
     if best := curves.best:
-        axes.plot(best["step"], best["val_loss"], "o", ms=9, mfc="none", mec="tab:orange")
-        text = f"best val {best['val_loss']:.4f}"
-        where = (best["step"], best["val_loss"])
+        text, where = f"best val {best['val_loss']:.4f}", (best["step"], best["val_loss"])
+        axes.plot(*where, "o", ms=9, mfc="none", mec="tab:orange")
         axes.annotate(text, where, (0, 14), textcoords="offset points", ha="right", fontsize=9)
-    axes.set_ylim(*curves.useful_range)
-    axes.set(ylabel="loss, nats a token", title=run_dir.name)
+    axes.set(ylabel="loss, nats per token", title=run_dir.name)
     axes.legend(frameon=False, loc="upper right")
-    rates.set(xlabel="step", ylabel="learning rate")
+    last = (curves.train or curves.evals)[-1]
+    hours, tokens = curves.clock[-1][1], metrics.count(last["tokens"])
+    unit, scale = time_axis(hours)
+    rates.set(xlabel=f"step ({tokens} tokens, {hours * scale:.3g} {unit})", ylabel="learning rate")
     rates.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-    _second_axes(axes, rates, curves)
     for part in (axes, rates):
         part.grid(alpha=0.25)
-        part.spines["right"].set_visible(False)
+        part.spines[["top", "right"]].set_visible(False)
     path = run_dir / "loss.png"
     with atomic_file(path) as f:
         figure.savefig(f, format="png", dpi=120)
     return path
-
-
-def _second_axes(axes: Any, rates: Any, curves: Curves) -> None:
-    """Adds an axis of tokens above the losses and one of training time below the rates."""
-    records = curves.train or curves.evals
-    per_step = max(r["tokens"] / max(1, r["step"] + (r["kind"] == "train")) for r in records)
-    if per_step > 0:
-        top = axes.secondary_xaxis(
-            "top", functions=(lambda s: s * per_step / 1e6, lambda t: t * 1e6 / per_step)
-        )
-        top.set_xlabel("tokens, millions")
-    last, hours = curves.clock[-1]
-    if hours > 0:
-        unit, scale = time_axis(hours)
-        rate = hours * scale / last  # of the whole run: steps take about as long each
-        low = rates.secondary_xaxis(-0.9, functions=(lambda s: s * rate, lambda t: t / rate))
-        low.set_xlabel(unit)
 
 
 @dataclass(frozen=True)
