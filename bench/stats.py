@@ -204,12 +204,3 @@ def student_p(t: float, freedom: int) -> float:
         total = 0.0
     inside = math.sin(angle) * total
     return 1.0 - (2 / math.pi * (angle + inside) if odd else inside)
-
-
-def student_t(freedom: int) -> float:
-    """The t beyond which 5 % lie on both sides together."""
-    low, high = 0.0, 20.0
-    for _ in range(50):  # halved until it is known
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_p(middle, freedom) > 0.05 else (low, middle)
-    return low
