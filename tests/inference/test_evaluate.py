@@ -90,13 +90,12 @@ def evaluate(home: Path, *args: str) -> dict:
 
 
 def test_a_run_on_its_own_validation_data(home: Path):
-    got = evaluate(home, "--out_dir=out", "--stride=1", "--limit=500")
-    assert got["tokens"] == 499 and got["block_size"] == 16
+    args = ("--out_dir=out", "--stride=1", "--limit=500")
+    got, train = evaluate(home, *args), evaluate(home, *args, "--split=train")
+    assert (got["tokens"], got["block_size"]) == (499, 16) and train["loss"] != got["loss"]
     assert got["perplexity"] == pytest.approx(math.exp(got["loss"]))
     last = runs.records(home / "out", "eval")[-1]["val_loss"]
     assert got["loss"] == pytest.approx(last, abs=0.3)
-    train = evaluate(home, "--out_dir=out", "--stride=1", "--limit=500", "--split=train")
-    assert train["loss"] != got["loss"]
 
 
 def test_a_text_and_its_token_files_have_the_same_loss(home: Path):
@@ -161,7 +160,6 @@ def test_hellaswag(home: Path):
         (["--weights=weights", "--input=none.bin"], "cannot read none.bin: No such file"),
         (["--weights=weights", "--input=none.txt"], "none.txt: cannot be read: No such file"),
         (["--weights=weights", "--input=odd.dat"], "odd.dat: is neither UTF-8 text nor a token"),
-        (["--weights=weights", "--input=latin.txt"], "latin.txt: is neither UTF-8 text nor a"),
         (["--weights=weights", "--input=pipe"], "pipe: is a FIFO, a file is wanted"),
         (["--weights=weights", "--input=pipe.bin"], "pipe.bin: is a FIFO, a file is wanted"),
         (["--weights=weights", "--input=/dev/zero"], "/dev/zero: is a device, a file is wanted"),
@@ -183,8 +181,7 @@ def test_bad_requests(args, message, home: Path):
     with open(home / "bad.jsonl", "a") as f:
         f.write('{"ctx": "a", "endings": ["b", "c"], "label": 0}\n')
     (home / "empty").write_text("\n")
-    (home / "odd.dat").write_bytes(b"some\0text")
-    (home / "latin.txt").write_bytes("Größe".encode("latin-1"))
+    (home / "odd.dat").write_bytes("Größe".encode("latin-1"))
     (home / "nothing.txt").touch()
     for name in ("pipe", "pipe.bin"):
         if not (home / name).exists():
