@@ -168,7 +168,6 @@ def test_hellaswag(home: Path):
         (["--out_dir=out", "--stride=17"], "--stride=17: must not exceed block_size=16"),
         (["--out_dir=out", "--input=large.bin"], "holds token id 999, the model knows"),
         (["--out_dir=out", "--input=one.bin"], "one.bin: has one token"),
-        (["--weights=weights", "--task=hellaswag"], "--task=hellaswag: needs its file"),
         (["--weights=weights", "--task=hellaswag", "--input=bad.jsonl"], "bad.jsonl: line 2 is no"),
         (["--weights=weights", "--task=hellaswag", "--input=empty"], "empty: has no questions"),
         (["--weights=weights", "--task=hellaswag", "--input=long"], "an ending of more tokens"),
