@@ -2,9 +2,7 @@
 
 Runs that differ only in their seed belong to one recipe, and the spread of their losses is the
 noise. A recipe is called better if the 95 % interval of the difference, at the last step that all
-runs evaluated, excludes 0. That takes at least two runs of each recipe. For single runs the verdict
-only says if the difference is larger than its scatter along the curves.
-"""
+runs evaluated,"""
 
 from __future__ import annotations
 
@@ -25,7 +23,6 @@ from fastgpt.train.plots import Curves, smooth, time_axis
 
 _NOT_THE_RUN = ("seed", "out_dir", "overwrite", "wandb_run_name", "wandb_log", "tensorboard")
 _DATA = ("dataset", "input", "tokenizer", "val_fraction")
-_TAIL = 6  # evaluations whose scatter is looked at
 ONE_PAIR = "a single run is never enough"
 
 
@@ -97,27 +94,10 @@ def table(runs: Sequence[Compared]) -> str:
                 f"{100 * mfu:.1f}%" if mfu else "-",
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
     )
-
-
-def scatter(losses: Sequence[float]) -> float | None:
-    """Returns the standard deviation of the noise in a curve's last values, or None below four.
-
-    It comes from second differences, in which a slope cancels. Their variance is six times that of
-    independent noise.
-    """
-    tail = list(losses)[-_TAIL:]
-    if len(tail) < 4:
-        return None
-    bends = [x - 2 * y + z for x, y, z in zip(tail, tail[1:], tail[2:], strict=False)]
-    return math.sqrt(sum(b * b for b in bends) / len(bends) / 6)
 
 
 def verdict(runs: Sequence[Compared]) -> list[str]:
@@ -125,31 +105,25 @@ def verdict(runs: Sequence[Compared]) -> list[str]:
     groups: dict[tuple, list[Compared]] = {}
     for r in runs:
         groups.setdefault(r.recipe, []).append(r)
-    if len(groups) == 1 and len(runs) > 1:
-        return _seeds_alone(runs)
-    parts = sorted(groups.values(), key=lambda g: runs.index(g[0]))
-    return [_pair(a, b) for i, a in enumerate(parts) for b in parts[i + 1 :]]
-
-
-def _at(r: Compared, step: int) -> float:
-    return next(e["val_loss"] for e in r.curves.evals if e["step"] == step)
-
-
-def _last_common(runs: Sequence[Compared]) -> int | None:
-    steps = set.intersection(*({e["step"] for e in r.curves.evals} for r in runs))
-    return max(steps, default=None)
-
-
-def _seeds_alone(runs: Sequence[Compared]) -> list[str]:
-    step = _last_common(runs)
-    if step is None:
-        return ["no step was evaluated in all runs"]
-    losses = [_at(r, step) for r in runs]
-    mean, sd = statistics.mean(losses), statistics.stdev(losses)
+    parts = list(groups.values())
+    if len(parts) > 1:
+        return [_pair(a, b) for i, a in enumerate(parts) for b in parts[i + 1 :]]
+    step, losses = _last_losses(parts)
+    if step is None or len(runs) == 1:
+        return ["no step was evaluated in all runs"] if step is None else []
+    mean, sd = statistics.mean(losses[0]), statistics.stdev(losses[0])
     return [
-        f"the runs differ in their seed alone: val loss {mean:.4f} at step {step}, and the seeds' "
+        f"the runs differ only in their seed: val loss {mean:.4f} at step {step}, and the seeds' "
         f"standard deviation is {sd:.4f}"
     ]
+
+
+def _last_losses(groups: Sequence[Sequence[Compared]]) -> tuple[int | None, list[list[float]]]:
+    """Returns the last step that all runs evaluated, and their losses there, by group."""
+    by_step = [[{e["step"]: e["val_loss"] for e in r.curves.evals} for r in g] for g in groups]
+    common = set.intersection(*({*losses} for g in by_step for losses in g))
+    step = max(common, default=None)
+    return step, [] if step is None else [[losses[step] for losses in g] for g in by_step]
 
 
 def _names(group: Sequence[Compared]) -> str:
@@ -160,49 +134,28 @@ def _names(group: Sequence[Compared]) -> str:
 
 
 def _pair(a: list[Compared], b: list[Compared]) -> str:
-    step = _last_common([*a, *b])
     names = [_names(g) for g in (a, b)]
-    both = " and ".join(names)
+    step, losses = _last_losses([a, b])
     if step is None:
-        return f"{both}: no step was evaluated in both"
-    losses = [[_at(r, step) for r in g] for g in (a, b)]
+        return f"{names[0]} and {names[1]}: no step was evaluated in both"
     means = [statistics.mean(g) for g in losses]
     better, worse = (0, 1) if means[0] < means[1] else (1, 0)
     gap = means[worse] - means[better]
     where = f"val loss {means[0]:.4f} and {means[1]:.4f} at step {step}"
     if min(map(len, losses)) == 1:
-        noise = _scatter_of_difference(a[0], b[0], step)
-        if noise is None:
-            return f"{both}: {where}; too few evaluations to tell noise from more"
-        along = f"apart by {gap:.4f}, and along the curves by {noise:.4f} more or less"
-        if gap <= 2 * noise:
-            return f"{both}: no difference beyond noise: {where}, {along}"
-        return f"{both}: {where}, {along}; {ONE_PAIR}: give runs of other seeds of each"
-    noise, freedom = _noise(losses)
-    interval = student_t(freedom) * noise
-    if gap <= interval:
-        return (
-            f"{both}: no difference beyond noise: {where}, apart by {gap:.4f} +- {interval:.4f} "
-            "(95 %, between seeds)"
-        )
-    return (
-        f"{names[better]} is better than {names[worse]} by {gap:.4f} +- {interval:.4f} (95 %, "
-        f"between seeds): {where}"
-    )
-
-
-def _noise(losses: list[list[float]]) -> tuple[float, int]:
-    """Returns the standard deviation of the difference of means, and its degrees of freedom."""
+        apart = f"apart by {gap:.4f}; {ONE_PAIR}: give runs of other seeds of each"
+        return f"{names[0]} and {names[1]}: {where}, {apart}"
     freedom = sum(len(g) - 1 for g in losses)
     squares = sum((x - statistics.mean(g)) ** 2 for g in losses for x in g)
-    return math.sqrt(squares / freedom * sum(1 / len(g) for g in losses)), freedom
-
-
-def _scatter_of_difference(a: Compared, b: Compared, step: int) -> float | None:
-    """Returns the scatter of the difference, in which effects of the common batches cancel."""
-    first, second = ({e["step"]: e["val_loss"] for e in r.curves.evals} for r in (a, b))
-    common = sorted(k for k in first.keys() & second.keys() if k <= step)
-    return scatter([first[k] - second[k] for k in common])
+    error = math.sqrt(squares / freedom * sum(1 / len(g) for g in losses))
+    interval = f"{gap:.4f} +- {student_t(freedom) * error:.4f}"
+    if gap <= student_t(freedom) * error:
+        no = "no difference beyond noise"
+        return (
+            f"{names[0]} and {names[1]}: {no}: {where}, apart by {interval} (95 %, between seeds)"
+        )
+    verb = f"{names[better]} is better than {names[worse]} by"
+    return f"{verb} {interval} (95 %, between seeds): {where}"
 
 
 def draw(runs: Sequence[Compared], path: Path) -> Path:
