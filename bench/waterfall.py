@@ -25,7 +25,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -40,9 +40,8 @@ from bench.turns import mark, ms_between
 from bench.variants import Ours, Variant, build
 from fastgpt.config import settings
 from fastgpt.config.schema import Config
-from fastgpt.data import token_files
 from fastgpt.data.loader import Batches, Prefetcher
-from fastgpt.data.token_files import TokenSplit, TokenWriter
+from fastgpt.data.token_files import TokenFile, TokenSplit
 from fastgpt.errors import UserError
 from fastgpt.model.device import measured_peak, synchronize
 from fastgpt.model.kernels import describe
@@ -168,13 +167,11 @@ class Steps:
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             c = self.config
-            writer = TokenWriter(folder, "bench_train", np.dtype(np.uint16))
             count = max(1 << 20, 8 * c.model.block_size)
-            writer.write(np.random.default_rng(0).integers(0, self.sizes.vocab_size, count))
-            writer.close()
-            files = [token_files.inspect(path) for path in sorted(folder.glob("*.bin"))]
+            ids = np.random.default_rng(0).integers(0, self.sizes.vocab_size, count)
+            ids.astype("<u2").tofile(folder / "train.bin")
             batches = Batches(
-                TokenSplit("train", files, folder),
+                TokenSplit("train", [TokenFile(folder / "train.bin")]),
                 rows_per_step=c.optim.rows,
                 block_size=c.model.block_size,
                 seed=c.run.seed,
@@ -183,7 +180,7 @@ class Steps:
             if c.system.compile:
                 rows = torch.from_numpy(batches.tokens(0, slice(c.optim.batch_size)))
                 self.trainer.warm_up(0, rows.to(self.device))
-            self.prefetcher = stack.enter_context(Prefetcher(batches, self.device))
+            self.prefetcher = stack.enter_context(closing(Prefetcher(batches, self.device)))
             gc.freeze()  # as fastgpt.train.loop: no collector's pause in a step
             gc.disable()
             stack.callback(gc.enable)

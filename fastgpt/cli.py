@@ -180,14 +180,14 @@ def _train(args: list[str]) -> int:
 
 def _check_places(config: Config) -> None:
     """Raises UserError for files and folders that a run cannot use, before PyTorch is loaded."""
-    from fastgpt.data import prepare
+    from fastgpt.data.prepare import check_data
 
     r = config.run
     if r.init_from != "resume":
         run.check_free(r.out_dir, r.overwrite)
     if r.weights and not Path(r.weights).exists():
         raise UserError(f"--weights={r.weights}: there is no such file or folder")
-    prepare.check(schema.PrepareConfig.of(config.data))
+    check_data(schema.PrepareConfig.of(config.data))
 
 
 def _read(

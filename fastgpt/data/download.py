@@ -1,14 +1,13 @@
-"""Downloads that resume, are verified, and either are there whole or not at all."""
+"""Downloads that resume, are bounded and verified, and either are there whole or not at all."""
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import os
-import shutil
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastgpt.data.progress import progress
@@ -17,15 +16,29 @@ from fastgpt.storage.atomic import explain_os_error, fsync_dir, sha256_file
 
 _CHUNK = 1 << 20
 TIMEOUT_S = 30.0
-PAUSE_S = 1.0  # before trying again; doubled each time
 TRIES = 4
+PAUSE_S = 1.0  # before the second try; doubled each time
+WINDOW_S = 30.0  # in each, this many bytes per second must come
+MIN_RATE = 1000
+LIMIT = 64 << 20  # bytes of what is of unknown size, such as an index
 
 
-def fetch(url: str, path: Path, *, sha256: str, size: int | None = None, hint: str = "") -> Path:
+class _Failed(Exception):
+    """A connection that failed; `code` is the server's answer if it gave one."""
+
+    def __init__(self, e: Exception | str):
+        self.code = e.code if isinstance(e, urllib.error.HTTPError) else 0
+        reason = getattr(e, "reason", e)
+        text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+        super().__init__(f"HTTP {self.code} {text}" if self.code else text.strip("<>"))
+
+
+def fetch(url: str, path: Path, *, sha256: str, size: int = 0, hint: str = "") -> Path:
     """Download `url` to `path` unless a file with this sha256 is there already; return `path`.
 
     Bytes gather in `path` + ".part"; a download that was cut off goes on from there, now or in a
-    later run. UserError (ending in `hint`) without network, on a wrong checksum, or a full disk.
+    later run. No more than `size` bytes are taken (0: unknown, LIMIT). UserError (ending in `hint`)
+    without network, on a wrong checksum, or a full disk.
     """
     if path.is_file() and sha256_file(path) == sha256:
         return path
@@ -33,22 +46,13 @@ def fetch(url: str, path: Path, *, sha256: str, size: int | None = None, hint: s
     hint = f"; {hint}" if hint else ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        if size is not None and size > free:
-            raise UserError(
-                f"cannot write {path}: it needs {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are "
-                "free; name another folder with --data_dir"
-            )
-        for fresh_start in (False, True):
-            if fresh_start:  # a resumed file may have begun with another version's bytes
-                part.unlink(missing_ok=True)
+        while True:
             resumed = part.is_file() and part.stat().st_size > 0
             _download(url, part, size, hint)
-            found = sha256_file(part)
-            if found == sha256:
+            if (found := sha256_file(part)) == sha256:
                 break
-            if fresh_start or not resumed:
-                part.unlink()
+            part.unlink()  # if it was resumed, it may have begun with another version's bytes
+            if not resumed:
                 raise UserError(
                     f"{url}: sha256 is {found[:16]}..., expected {sha256[:16]}...: the file "
                     f"changed or was damaged on the way; nothing was kept{hint}"
@@ -64,79 +68,74 @@ def fetch(url: str, path: Path, *, sha256: str, size: int | None = None, hint: s
 
 def get(url: str, hint: str = "") -> bytes:
     """A small document (an index), whole. UserError without network."""
-    hint = f"; {hint}" if hint else ""
     try:
         with _open(url) as reply:
-            return reply.read()
-    except (OSError, http.client.HTTPException) as e:
-        raise UserError(f"cannot download {url} ({_reason(e)}){hint}") from None
+            return b"".join(_chunks(reply, LIMIT))
+    except _Failed as e:
+        raise UserError(f"cannot download {url} ({e}){f'; {hint}' if hint else ''}") from None
 
 
-def _download(url: str, part: Path, size: int | None, hint: str) -> None:
+def _download(url: str, part: Path, size: int, hint: str) -> None:
     """Bring `part` to its full length, trying again from where the connection broke."""
     for attempt in range(TRIES):
+        time.sleep(PAUSE_S * (2**attempt // 2))
+        have = part.stat().st_size if part.exists() else 0
+        error = _Failed("connection cut off")
         try:
-            if _continue(url, part, size):
+            if (size and have >= size) or _append(url, part, have, size):
                 return
-            error = "connection cut off"
-        except (
-            urllib.error.URLError,
-            TimeoutError,
-            ConnectionError,
-            http.client.HTTPException,
-        ) as e:
-            error = _reason(e)
-            code = e.code if isinstance(e, urllib.error.HTTPError) else 0
-            if 0 < code < 500 and code not in (408, 429):
-                raise UserError(f"cannot download {url} ({error}){hint}") from None
-        if attempt + 1 < TRIES:
-            time.sleep(PAUSE_S * 2**attempt)
+        except _Failed as e:
+            error = e
+            if have and e.code == 416:  # nothing beyond what is there; the checksum will tell
+                return
+            if 0 < e.code < 500 and e.code not in (408, 429):
+                break
     have = part.stat().st_size if part.exists() else 0
     kept = f" after {have:,} bytes, which are kept: run again to go on" if have else ""
     raise UserError(f"cannot download {url} ({error}){kept}{hint}")
 
 
-def _continue(url: str, part: Path, size: int | None) -> bool:
-    """One connection; append what it brings to `part`. True when the file is complete."""
-    have = part.stat().st_size if part.exists() else 0
-    if size is not None and have >= size:
-        return True
-    try:
-        reply = _open(url, have)
-    except urllib.error.HTTPError as e:
-        if e.code != 416:
-            raise
-        # Nothing beyond what we have: complete, or not the same file. The checksum will tell.
-        return True
-    with contextlib.closing(reply):
+def _append(url: str, part: Path, have: int, size: int) -> bool:
+    """Add to `part` what one connection brings. Returns whether the file is complete."""
+    with _open(url, have) as reply:
         content_range = reply.headers.get("Content-Range", "")
         resumed = reply.status == 206 and content_range.startswith(f"bytes {have}-")
         have = have if resumed else 0
-        length = reply.headers.get("Content-Length")
-        total = have + int(length) if length is not None else size
-        with (
-            open(part, "ab" if resumed else "wb") as f,
-            progress(part.stem, total, have) as advance,
-        ):
-            try:
-                while chunk := reply.read(_CHUNK):
-                    have += f.write(chunk)
-                    advance(len(chunk))
-            except http.client.IncompleteRead as e:
-                have += f.write(e.partial)
+        total = size or (None if reply.length is None else have + reply.length)
+        mode = "ab" if resumed else "wb"
+        with open(part, mode) as f, progress(part.stem, total, have) as advance:
+            for chunk in _chunks(reply, (size or LIMIT) - have):
+                have += f.write(chunk)
+                advance(len(chunk))
     return total is None or have >= total
 
 
 def _open(url: str, have: int = 0) -> http.client.HTTPResponse:
-    request = urllib.request.Request(url, headers={"User-Agent": "fastgpt"})
-    if have:
-        request.add_header("Range", f"bytes={have}-")
-    return urllib.request.urlopen(request, timeout=TIMEOUT_S)
+    """The server's reply, from byte `have` on if it can."""
+    try:
+        headers = {"User-Agent": "fastgpt"} | ({"Range": f"bytes={have}-"} if have else {})
+        request = urllib.request.Request(url, headers=headers)
+        return urllib.request.urlopen(request, timeout=TIMEOUT_S)
+    except (OSError, http.client.HTTPException, ValueError) as e:
+        raise _Failed(e) from None
 
 
-def _reason(e: Exception) -> str:
-    if isinstance(e, urllib.error.HTTPError):
-        return f"HTTP {e.code} {e.reason}"
-    reason = getattr(e, "reason", e)
-    text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
-    return text.strip("<>")
+def _chunks(reply: http.client.HTTPResponse, limit: int) -> Iterator[bytes]:
+    """Yields the body as it comes, at most `limit` bytes. Raises _Failed if it is too slow."""
+    got, in_window, began = 0, 0, time.monotonic()
+    while True:
+        try:
+            chunk = reply.read1(_CHUNK)
+        except (OSError, http.client.HTTPException) as e:
+            raise _Failed(e) from None
+        if not chunk:
+            return
+        got, in_window = got + len(chunk), in_window + len(chunk)
+        if got > limit:
+            raise UserError(f"{reply.url}: is longer than the {limit:,} bytes expected")
+        yield chunk
+        now = time.monotonic()
+        if now - began >= WINDOW_S:
+            if in_window < MIN_RATE * WINDOW_S:
+                raise _Failed(f"slower than {MIN_RATE:,} bytes per second")
+            in_window, began = 0, now

@@ -1,4 +1,4 @@
-"""A progress bar with rate and time left on a terminal; in a pipe a line every ten seconds."""
+"""Progress on stderr: a line that is redrawn on a terminal, a line every ten seconds in a pipe."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _clock = time.monotonic
 
 
 class Every:
-    """`due()` is true at most once in ten seconds, and not in the first ten."""
+    """`due()` is true at most once in so many seconds, and not in the first."""
 
-    def __init__(self) -> None:
-        self._last = _clock()
+    def __init__(self, seconds: float = EVERY_S) -> None:
+        self._seconds, self._last = seconds, _clock()
 
     def due(self) -> bool:
         now = _clock()
-        if now - self._last < EVERY_S:
+        if now - self._last < self._seconds:
             return False
         self._last = now
         return True
@@ -30,40 +30,29 @@ class Every:
 def progress(
     what: str, total: int | None, done: int = 0, unit: str = "B"
 ) -> Iterator[Callable[[int], None]]:
-    """Yield `advance(n)`. `total` in `unit`s (None: unknown), `done` of which are there."""
-    if not sys.stderr.isatty():
-        yield _lines(what, total, done, unit)
-        return
-    from rich import progress as rp
-    from rich.console import Console
-
-    columns = (
-        rp.TextColumn("{task.description}"),
-        rp.BarColumn(),
-        rp.DownloadColumn(),
-        rp.TransferSpeedColumn(),
-        rp.TimeRemainingColumn(),
-    )
-    with rp.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total, completed=done)
-        yield lambda n: bar.advance(task, n)
-
-
-def _lines(what: str, total: int | None, done: int, unit: str) -> Callable[[int], None]:
-    every, began, at_first = Every(), _clock(), done
+    """Yields `advance(n)`. `total` in `unit`s (None: unknown), `done` of which are there."""
+    begin, end = ("\r\x1b[K", "") if sys.stderr.isatty() else ("", "\n")
+    every, began, at_first = Every(EVERY_S if end else 0.2), _clock(), done
     lock = threading.Lock()  # files are checked by several threads
 
     def advance(n: int) -> None:
         nonlocal done
         with lock:
             done += n
-            if every.due():
-                rate = (done - at_first) / (_clock() - began)
-                of = f" of {_amount(total, unit)}, {100 * done / total:.0f} %" if total else ""
-                line = f"{what}: {_amount(done, unit)}{of}, {_amount(rate, unit)}/s"
-                print(line, file=sys.stderr, flush=True)
+            if not every.due():
+                return
+            rate = (done - at_first) / (_clock() - began)
+            of = f" of {_amount(total, unit)}, {100 * done / total:.0f} %" if total else ""
+            line = f"{what}: {_amount(done, unit)}{of}, {_amount(rate, unit)}/s"
+            if total and rate:
+                left = max(0, total - done) / rate
+                line += f", {left:.0f} s left" if left < 120 else f", {left / 60:.0f} min left"
+            print(begin, line, sep="", end=end, file=sys.stderr, flush=True)
 
-    return advance
+    try:
+        yield advance
+    finally:
+        print(begin, end="", file=sys.stderr, flush=True)
 
 
 def _amount(n: float, unit: str) -> str:

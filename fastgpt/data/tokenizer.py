@@ -1,15 +1,8 @@
-"""Where the merges of a BPE vocabulary come from: GPT-2's rank file, or training with rustbpe.
-
-Text to token ids and back: bytes, characters, GPT-2's BPE, or a BPE trained on your text.
+"""Text to token ids and back: bytes, characters, GPT-2's BPE, or a BPE trained on your text.
 
 A tokenizer saves itself as `tokenizer.json`, plus `tokenizer.tiktoken` (one `base64 rank` line per
-token) if it has merges, so that a dataset or run folder decodes without network.
-
-nanoGPT's meta.pkl, read without trusting it.
-
-A pickle is a program. Before it runs, each of its instructions is looked at, and only those that
-make dicts, lists, strings and plain numbers are let through: no globals, no calls, no persistent
-ids, nothing nested or repeated that could cost much memory. The unpickler refuses globals as well.
+token) if it has merges, so that a dataset or run folder decodes without network. nanoGPT's
+`meta.pkl` is read as a character tokenizer.
 """
 
 from __future__ import annotations
@@ -35,8 +28,12 @@ import numpy as np
 import tiktoken
 
 from fastgpt.data.download import fetch
-from fastgpt.errors import UserError, open_regular, read_bytes, read_text
+from fastgpt.errors import UserError, read_bytes, read_text, reading
 from fastgpt.storage.atomic import atomic_file, write_text
+
+JSON_NAME = "tokenizer.json"
+RANKS_NAME = "tokenizer.tiktoken"
+EOT_TEXT = "<|endoftext|>"
 
 # GPT-2's pretokenizer. The possessive quantifiers change no match, only save backtracking.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -45,51 +42,274 @@ GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 GPT2_VOCAB = 50_257
 GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
 GPT2_NAME = "gpt2.tiktoken"
-# What tiktoken.get_encoding("gpt2") keeps: the same vocabulary in GPT-2's first file format.
-_GPT2_FIRST = (
-    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe",
-    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json",
-)
+# The same vocabulary in GPT-2's first file format, as tiktoken.get_encoding("gpt2") keeps it.
+_GPT2_FIRST = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 
-def gpt2_ranks(vocab_file: str, cache: Path | None, download: bool) -> dict[bytes, int]:
+class Tokenizer(ABC):
+    """Token ids are 0 .. vocab_size - 1; `eot` ends a document (None: this tokenizer has none)."""
+
+    name: str
+    vocab_size: int
+    eot: int | None = None
+
+    @abstractmethod
+    def _encode(self, text: str) -> np.ndarray: ...
+
+    @abstractmethod
+    def _decode(self, ids: np.ndarray) -> bytes: ...
+
+    @property
+    def dtype(self) -> np.dtype:
+        """uint16 if every id fits, else uint32."""
+        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+
+    def encode(self, text: str) -> np.ndarray:
+        """(n,) ids of `dtype`. Text that looks like a special token is encoded as plain text."""
+        return self._encode(text).astype(self.dtype, copy=False)
+
+    def decode_bytes(self, ids: Iterable[int] | np.ndarray) -> bytes:
+        """The bytes that `ids` stand for. ValueError for an id outside the vocabulary."""
+        array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), dtype=np.int64)
+        wrong = array[(array < 0) | (array >= self.vocab_size)]
+        if wrong.size:
+            raise ValueError(f"id {wrong[0]}, but {self.name} has 0 .. {self.vocab_size - 1}")
+        return self._decode(array)
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        """Text of `ids`; bytes that are no UTF-8 (a character cut in two) become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hex sha256 of all that decides which ids a text gets."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `tokenizer.json`."""
+        own = dict(name=self.name, vocab_size=self.vocab_size, eot=self.eot)
+        return {"format": "fastgpt-tokenizer", "version": 1, **own}
+
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json` (and `tokenizer.tiktoken`) into `folder`."""
+        write_text(Path(folder) / JSON_NAME, json.dumps(self.to_json(), indent=1) + "\n")
+
+
+class ByteTokenizer(Tokenizer):
+    """One id per byte of UTF-8. Byte 0, which no text file holds, ends a document."""
+
+    name = "byte"
+    vocab_size = 256
+    eot = 0
+
+    def _encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8)
+
+    def _decode(self, ids: np.ndarray) -> bytes:
+        return ids.astype(np.uint8).tobytes()
+
+
+class CharTokenizer(Tokenizer):
+    """One id per character, in code point order, as nanoGPT's shakespeare_char has it."""
+
+    name = "char"
+
+    def __init__(self, chars: Iterable[str]):
+        self.chars = list(chars)
+        self.vocab_size = len(self.chars)
+        self._table = np.full(max(map(ord, self.chars), default=0) + 1, -1, np.int32)
+        self._table[[ord(c) for c in self.chars]] = np.arange(self.vocab_size)
+
+    def _encode(self, text: str) -> np.ndarray:
+        points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        ids = self._table[np.minimum(points, len(self._table) - 1)]
+        unknown = (ids < 0) | (points >= len(self._table))
+        if unknown.any():
+            char = chr(points[unknown.argmax()])
+            raise UserError(
+                f"character {char!r} (U+{ord(char):04X}) is not among the {self.vocab_size} "
+                "characters of this vocabulary; leave it out or prepare the data with "
+                "--tokenizer=byte"
+            )
+        return ids
+
+    def _decode(self, ids: np.ndarray) -> bytes:
+        return "".join([self.chars[i] for i in ids]).encode()
+
+    def to_json(self) -> dict[str, Any]:
+        return {**super().to_json(), "chars": "".join(self.chars)}
+
+
+# What the regular expression engine of tiktoken calls \s (Unicode White_Space).
+_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_LONG = 4096
+_LONG_RUN = re.compile(f"[{_SPACE}]{{{_LONG},}}")
+
+
+def _split_long_runs(text: str) -> list[str]:
+    """Cut runs of thousands of whitespace characters out of `text`; the tokens stay the same.
+
+    tiktoken's regular expressions overflow their stack on a run of about a million. A run of n
+    before other text always splits into n - 1, which is one match, and the last one.
+    """
+    step = _LONG // 2  # a long run holds a whole stretch between two multiples of this
+    if not any(text[i : i + step].isspace() for i in range(0, len(text), step)):
+        return [text]
+    cuts = [0]
+    for run in _LONG_RUN.finditer(text):
+        cuts += [run.start(), run.end() - (run.end() < len(text))]
+    return [text[a:b] for a, b in itertools.pairwise([*cuts, len(text)]) if a < b]
+
+
+class BPETokenizer(Tokenizer):
+    """Byte-pair encoding by tiktoken with GPT-2's pretokenizer; the last id ends a document."""
+
+    def __init__(self, name: str, ranks: dict[bytes, int], pattern: str = GPT2_PATTERN):
+        self.name, self.pattern = name, pattern
+        self.eot: int = len(ranks)
+        self.vocab_size = len(ranks) + 1
+        self.rank_file = dump_ranks(ranks)
+        self._ranks = ranks
+        self._of_thread = threading.local()
+
+    @property
+    def _tiktoken(self) -> tiktoken.Encoding:
+        """This thread's own: threads that share one queue for its regular expression's memory."""
+        if not hasattr(self._of_thread, "encoding"):
+            self._of_thread.encoding = tiktoken.Encoding(
+                self.name,
+                pat_str=self.pattern,
+                mergeable_ranks=self._ranks,
+                special_tokens={EOT_TEXT: self.eot},
+            )
+        return self._of_thread.encoding
+
+    def _encode(self, text: str) -> np.ndarray:
+        # To a buffer, not to a list of Python ints: 1.6x faster, and the GIL is free all along.
+        encode = self._tiktoken.encode_to_numpy
+        parts = [encode(part, disallowed_special=()) for part in _split_long_runs(text)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _decode(self, ids: np.ndarray) -> bytes:
+        return self._tiktoken.decode_bytes(ids.tolist())
+
+    def to_json(self) -> dict[str, Any]:
+        digest = hashlib.sha256(self.rank_file).hexdigest()
+        own = dict(pattern=self.pattern, eot_text=EOT_TEXT, ranks=RANKS_NAME, ranks_sha256=digest)
+        return super().to_json() | own
+
+    def save(self, folder: Path) -> None:
+        with atomic_file(Path(folder) / RANKS_NAME) as f:
+            f.write(self.rank_file)
+        super().save(folder)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer that `save` wrote into `folder`. UserError if it is missing or damaged."""
+    path, ranks = Path(folder) / JSON_NAME, Path(folder) / RANKS_NAME
+    with reading(path, "is damaged: prepare the data again"):
+        spec = json.loads(read_text(path))
+        if (spec["format"], spec["version"]) != ("fastgpt-tokenizer", 1):
+            raise UserError(f"{path}: written by another version of fastgpt")
+        tokenizer: Tokenizer = ByteTokenizer()
+        if spec["name"] == "char":
+            tokenizer = CharTokenizer(spec["chars"])
+        elif spec["name"] != "byte":
+            tokenizer = BPETokenizer(spec["name"], read_ranks(ranks), spec["pattern"])
+    if tokenizer.to_json() != spec:
+        raise UserError(f"{path} and the vocabulary beside it do not belong together")
+    return tokenizer
+
+
+def parse_spec(spec: str) -> tuple[str, int]:
+    """('byte' | 'char' | 'gpt2' | 'bpe', N): N is 0 but for `bpe:N`. UserError for others."""
+    match = re.fullmatch(r"byte|char|gpt2|bpe(?::([0-9]{1,9}))?", spec)
+    if match is None:
+        raise UserError(
+            f"--tokenizer={spec}: choose byte, char, gpt2, or bpe:N with N the vocabulary's size"
+        )
+    if match[1] and not 257 <= int(match[1]) <= 1_000_000:
+        raise UserError(
+            f"--tokenizer={spec}: N must be in 257 .. 1000000 "
+            "(256 bytes, the merges, and the end-of-text token)"
+        )
+    return spec.partition(":")[0], int(match[1] or 0)
+
+
+def make_tokenizer(
+    spec: str,
+    *,
+    vocab_file: str = "",
+    texts: Iterable[str] = (),
+    cache: Path | None = None,
+    download: bool = False,
+) -> Tokenizer:
+    """The tokenizer that `spec` names.
+
+    `texts` is read for `char` (its characters) and `bpe:N` (to train; pieces that `prepare.cut`
+    makes of a text give the counts of the whole). `vocab_file` is a rank file for `gpt2`,
+    or for `bpe`, which takes any. Without it, GPT-2's ranks are looked for in `cache`, then in
+    tiktoken's own cache, then, with `download`, on the network, to be kept in `cache`.
+    """
+    kind, size = parse_spec(spec)
+    if vocab_file and kind not in ("gpt2", "bpe"):
+        raise UserError(f"--vocab_file goes with --tokenizer=gpt2 or bpe, not {spec}")
+    if kind == "byte":
+        return ByteTokenizer()
+    if kind == "char":
+        return CharTokenizer(sorted({char for text in texts for char in set(text)}))
+    if kind == "gpt2":
+        return BPETokenizer("gpt2", _gpt2_ranks(vocab_file, cache, download))
+    if vocab_file:
+        ranks = read_ranks(vocab_file)
+        own = f"bpe:{len(ranks) + 1}"
+        if size not in (0, len(ranks) + 1):
+            raise UserError(
+                f"--tokenizer={spec}: {vocab_file} makes a vocabulary of {len(ranks) + 1} with "
+                f"end-of-text; say --tokenizer={own}"
+            )
+        return BPETokenizer(own, ranks)
+    if not size:
+        raise UserError("--tokenizer=bpe needs a size to train (bpe:N) or a --vocab_file")
+    parts = (part for text in texts for part in _split_long_runs(text))
+    return BPETokenizer(spec, train_ranks(parts, size))
+
+
+# --- ranks: the merges of a BPE vocabulary --------------------------------------------------------
+
+
+def _gpt2_ranks(vocab_file: str, cache: Path | None, download: bool) -> dict[bytes, int]:
     """GPT-2's 50,256 ranks, verified; `make_tokenizer` says where they are looked for."""
     own = cache / GPT2_NAME if cache else None
-    if vocab_file:
-        return _read_gpt2(Path(vocab_file))
-    for path in (own, _tiktoken_cache(GPT2_URL)):
-        if path and path.is_file():
-            return _read_gpt2(path)
-    if all(_tiktoken_cache(url).is_file() for url in _GPT2_FIRST):
-        ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
-        return _verified(ranks, _tiktoken_cache(_GPT2_FIRST[0]))
-    if own and download:
+    files = [path for path in (own, _tiktoken_cache(GPT2_URL)) if path and path.is_file()]
+    first = [_tiktoken_cache(_GPT2_FIRST + name) for name in ("vocab.bpe", "encoder.json")]
+    if vocab_file or files:
+        path = Path(vocab_file or files[0])
+        ranks = read_ranks(path)
+    elif all(path.is_file() for path in first):
+        path, ranks = first[0], tiktoken.get_encoding("gpt2")._mergeable_ranks
+    elif own and download:
         hint = f"download it elsewhere and pass --vocab_file={GPT2_NAME}"
-        return _read_gpt2(fetch(GPT2_URL, own, sha256=GPT2_SHA256, hint=hint))
-    raise UserError(
-        "GPT-2's vocabulary is not on this machine: run `fastgpt prepare` with the same options "
-        f"where there is network, or pass --vocab_file=FILE with the rank file {GPT2_URL}, or take "
-        "--tokenizer=byte"
-    )
-
-
-def _tiktoken_cache(url: str) -> Path:
-    folder = os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", folder))
-    return Path(folder) / hashlib.sha1(url.encode()).hexdigest()
-
-
-def _read_gpt2(path: Path) -> dict[bytes, int]:
-    return _verified(parse_ranks(read_vocab_file(path), path), path)
-
-
-def _verified(ranks: dict[bytes, int], path: Path) -> dict[bytes, int]:
+        path = fetch(GPT2_URL, own, sha256=GPT2_SHA256, hint=hint)
+        ranks = read_ranks(path)
+    else:
+        raise UserError(
+            "GPT-2's vocabulary is not on this machine: run `fastgpt prepare` with the same "
+            "options where there is network, or pass --vocab_file=FILE with the rank file "
+            f"{GPT2_URL}, or take --tokenizer=byte"
+        )
     if hashlib.sha256(dump_ranks(ranks)).hexdigest() != GPT2_SHA256:
         raise UserError(
             f"{path} is not GPT-2's vocabulary: {len(ranks)} tokens whose sha256 is not "
             f"{GPT2_SHA256[:16]}...; a vocabulary of your own goes with --tokenizer=bpe"
         )
     return ranks
+
+
+def _tiktoken_cache(url: str) -> Path:
+    folder = os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", folder))
+    return Path(folder) / hashlib.sha1(url.encode()).hexdigest()
 
 
 def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
@@ -142,279 +362,18 @@ def parse_ranks(data: bytes, where: Path | str) -> dict[bytes, int]:
     return ranks
 
 
-def read_vocab_file(path: Path) -> bytes:
-    """Bytes of a file the user named with --vocab_file."""
-    try:
-        return read_bytes(path, limit=1 << 28)
-    except OSError as e:
-        raise UserError(f"--vocab_file={path}: {e.strerror}") from None
+def read_ranks(path: Path | str) -> dict[bytes, int]:
+    """The ranks of a rank file."""
+    with reading(path, "is damaged"):
+        return parse_ranks(read_bytes(path, limit=1 << 28), path)
 
 
-JSON_NAME = "tokenizer.json"
-RANKS_NAME = "tokenizer.tiktoken"
-EOT_TEXT = "<|endoftext|>"
+# --- nanoGPT's meta.pkl ---------------------------------------------------------------------------
+# A pickle is a program. Before it runs, each of its instructions is looked at, and only those that
+# make dicts, lists, strings and plain numbers are let through: no globals, no calls, no persistent
+# ids, nothing nested or repeated that could cost much memory. The unpickler refuses globals too.
 
-MAX_BPE_VOCAB = 1_000_000
-
-
-class Tokenizer(ABC):
-    """Token ids are 0 .. vocab_size - 1; `eot` ends a document (None: this tokenizer has none)."""
-
-    name: str
-    vocab_size: int
-    eot: int | None = None
-
-    @abstractmethod
-    def _encode(self, text: str) -> np.ndarray: ...
-
-    @abstractmethod
-    def _decode(self, ids: np.ndarray) -> bytes: ...
-
-    def _spec(self) -> dict[str, Any]:
-        """What `tokenizer.json` holds, beyond name, vocab_size and eot."""
-        return {}
-
-    @property
-    def dtype(self) -> np.dtype:
-        """uint16 if every id fits, else uint32."""
-        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
-
-    def encode(self, text: str) -> np.ndarray:
-        """(n,) ids of `dtype`. Text that looks like a special token is encoded as plain text."""
-        return self._encode(text).astype(self.dtype, copy=False)
-
-    def encode_bytes(self, data: bytes) -> np.ndarray:
-        """`encode` of UTF-8 bytes."""
-        return self.encode(data.decode())
-
-    def decode_bytes(self, ids: Iterable[int] | np.ndarray) -> bytes:
-        """The bytes that `ids` stand for. ValueError for an id outside the vocabulary."""
-        array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), dtype=np.int64)
-        if array.size and (array.min() < 0 or array.max() >= self.vocab_size):
-            raise ValueError(
-                f"ids span {array.min()} .. {array.max()}, but {self.name} has ids "
-                f"0 .. {self.vocab_size - 1}"
-            )
-        return self._decode(array.ravel())
-
-    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """Text of `ids`; bytes that are no UTF-8 (a character cut in two) become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Hex sha256 of all that decides which ids a text gets."""
-        return hashlib.sha256(json.dumps(self._json(), sort_keys=True).encode()).hexdigest()
-
-    def _json(self) -> dict[str, Any]:
-        own = dict(name=self.name, vocab_size=self.vocab_size, eot=self.eot, **self._spec())
-        return {"format": "fastgpt-tokenizer", "version": 1, **own}
-
-    def save(self, folder: Path) -> None:
-        """Write `tokenizer.json` (and `tokenizer.tiktoken`) into `folder`."""
-        write_text(Path(folder) / JSON_NAME, json.dumps(self._json(), indent=1) + "\n")
-
-
-class ByteTokenizer(Tokenizer):
-    """One id per byte of UTF-8. Byte 0, which no text file holds, ends a document."""
-
-    name = "byte"
-    vocab_size = 256
-    eot = 0
-
-    def _encode(self, text: str) -> np.ndarray:
-        return self.encode_bytes(text.encode())
-
-    def encode_bytes(self, data: bytes) -> np.ndarray:
-        return np.frombuffer(data, np.uint8).astype(np.uint16)
-
-    def _decode(self, ids: np.ndarray) -> bytes:
-        return ids.astype(np.uint8).tobytes()
-
-
-class CharTokenizer(Tokenizer):
-    """One id per character, in code point order, as nanoGPT's shakespeare_char has it."""
-
-    name = "char"
-
-    def __init__(self, chars: Iterable[str]):
-        self.chars = list(chars)
-        self.vocab_size = len(self.chars)
-        self._table = np.full(max(map(ord, self.chars), default=0) + 1, -1, np.int32)
-        self._table[[ord(c) for c in self.chars]] = np.arange(self.vocab_size)
-
-    def _encode(self, text: str) -> np.ndarray:
-        points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        ids = self._table[np.minimum(points, len(self._table) - 1)]
-        unknown = (ids < 0) | (points >= len(self._table))
-        if unknown.any():
-            char = chr(points[unknown.argmax()])
-            raise UserError(
-                f"character {char!r} (U+{ord(char):04X}) is not among the {self.vocab_size} "
-                "characters of this vocabulary; leave it out or prepare the data with "
-                "--tokenizer=byte"
-            )
-        return ids
-
-    def _decode(self, ids: np.ndarray) -> bytes:
-        return "".join([self.chars[i] for i in ids]).encode()
-
-    def _spec(self) -> dict[str, Any]:
-        return {"chars": "".join(self.chars)}
-
-
-# What the regular expression engine of tiktoken calls \s (Unicode White_Space).
-_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-_LONG = 4096
-_LONG_RUN = re.compile(f"[{_SPACE}]{{{_LONG},}}")
-
-
-def _split_long_runs(text: str) -> list[str]:
-    """Cut runs of thousands of whitespace characters out of `text`; the tokens stay the same.
-
-    tiktoken's regular expressions overflow their stack on a run of about a million. A run of n
-    before other text always splits into n - 1, which is one match, and the last one.
-    """
-    step = _LONG // 2  # a long run holds a whole stretch between two multiples of this
-    if not any(text[i : i + step].isspace() for i in range(0, len(text), step)):
-        return [text]
-    parts, done = [], 0
-    for run in _LONG_RUN.finditer(text):
-        end = run.end() - (run.end() < len(text))
-        parts += [text[done : run.start()], text[run.start() : end]]
-        done = end
-    return [part for part in (*parts, text[done:]) if part]
-
-
-class BPETokenizer(Tokenizer):
-    """Byte-pair encoding by tiktoken with GPT-2's pretokenizer; the last id ends a document."""
-
-    def __init__(self, name: str, ranks: dict[bytes, int], pattern: str = GPT2_PATTERN):
-        self.name = name
-        self.eot: int = len(ranks)
-        self.vocab_size = len(ranks) + 1
-        self.pattern = pattern
-        self.rank_file = dump_ranks(ranks)
-        self._ranks = ranks
-        self._of_thread = threading.local()
-
-    @property
-    def _tiktoken(self) -> tiktoken.Encoding:
-        """This thread's own: threads that share one queue for its regular expression's memory."""
-        if not hasattr(self._of_thread, "encoding"):
-            self._of_thread.encoding = tiktoken.Encoding(
-                self.name,
-                pat_str=self.pattern,
-                mergeable_ranks=self._ranks,
-                special_tokens={EOT_TEXT: self.eot},
-            )
-        return self._of_thread.encoding
-
-    def _encode(self, text: str) -> np.ndarray:
-        # To a buffer, not to a list of Python ints: 1.6x faster, and the GIL is free all along.
-        encode = self._tiktoken.encode_to_numpy
-        parts = [encode(part, disallowed_special=()) for part in _split_long_runs(text)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def _decode(self, ids: np.ndarray) -> bytes:
-        return self._tiktoken.decode_bytes(ids.tolist())
-
-    def _spec(self) -> dict[str, Any]:
-        digest = hashlib.sha256(self.rank_file).hexdigest()
-        return dict(pattern=self.pattern, eot_text=EOT_TEXT, ranks=RANKS_NAME, ranks_sha256=digest)
-
-    def save(self, folder: Path) -> None:
-        with atomic_file(Path(folder) / RANKS_NAME) as f:
-            f.write(self.rank_file)
-        super().save(folder)
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer that `save` wrote into `folder`. UserError if it is missing or damaged."""
-    path = Path(folder) / JSON_NAME
-    try:
-        spec = json.loads(read_text(path))
-        name = spec["name"]
-        if (spec["format"], spec["version"]) != ("fastgpt-tokenizer", 1):
-            raise UserError(f"{path}: written by another version of fastgpt")
-        tokenizer: Tokenizer = ByteTokenizer()
-        if name == "char":
-            tokenizer = CharTokenizer(spec["chars"])
-        elif name != "byte":
-            ranks = Path(folder) / RANKS_NAME
-            tokenizer = BPETokenizer(name, parse_ranks(read_bytes(ranks), ranks), spec["pattern"])
-    except FileNotFoundError as e:
-        raise UserError(f"{e.filename} is missing: prepare the data again") from None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"{path} is damaged ({e}): prepare the data again") from None
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
-    if tokenizer._json() != spec:
-        raise UserError(f"{path} and the vocabulary beside it do not belong together")
-    return tokenizer
-
-
-def parse_spec(spec: str) -> tuple[str, int]:
-    """('byte' | 'char' | 'gpt2' | 'bpe', N): N is 0 but for `bpe:N`. UserError for others."""
-    if spec in ("byte", "char", "gpt2", "bpe"):
-        return spec, 0
-    number = spec.removeprefix("bpe:")
-    if number == spec or not number.isascii() or not number.isdigit():
-        raise UserError(
-            f"--tokenizer={spec}: choose byte, char, gpt2, or bpe:N with N the vocabulary's size"
-        )
-    if not 257 <= int(number) <= MAX_BPE_VOCAB:
-        raise UserError(
-            f"--tokenizer={spec}: N must be in 257 .. {MAX_BPE_VOCAB} "
-            "(256 bytes, the merges, and the end-of-text token)"
-        )
-    return "bpe", int(number)
-
-
-def make_tokenizer(
-    spec: str,
-    *,
-    vocab_file: str = "",
-    texts: Iterable[str] = (),
-    cache: Path | None = None,
-    download: bool = False,
-) -> Tokenizer:
-    """The tokenizer that `spec` names.
-
-    `texts` is read for `char` (its characters) and `bpe:N` (to train; pieces as `pieces.cut` makes
-    them give the counts of the whole text). `vocab_file` is a rank file for `gpt2`, or for `bpe`,
-    which takes any. Without it, GPT-2's ranks are looked for in `cache`, then in tiktoken's own
-    cache, then, with `download`, on the network, to be kept in `cache`.
-    """
-    kind, size = parse_spec(spec)
-    if vocab_file and kind not in ("gpt2", "bpe"):
-        raise UserError(f"--vocab_file goes with --tokenizer=gpt2 or bpe, not {spec}")
-    if kind == "byte":
-        return ByteTokenizer()
-    if kind == "char":
-        chars: set[str] = set()
-        for text in texts:
-            chars.update(text)
-        return CharTokenizer(sorted(chars))
-    if kind == "gpt2":
-        return BPETokenizer("gpt2", gpt2_ranks(vocab_file, cache, download))
-    if vocab_file:
-        path = Path(vocab_file)
-        ranks = parse_ranks(read_vocab_file(path), path)
-        own = f"bpe:{len(ranks) + 1}"
-        if size not in (0, len(ranks) + 1):
-            raise UserError(
-                f"--tokenizer={spec}: {path} makes a vocabulary of {len(ranks) + 1} with "
-                f"end-of-text; say --tokenizer={own}"
-            )
-        return BPETokenizer(own, ranks)
-    if not size:
-        raise UserError("--tokenizer=bpe needs a size to train (bpe:N) or a --vocab_file")
-    parts = (part for text in texts for part in _split_long_runs(text))
-    return BPETokenizer(spec, train_ranks(parts, size))
-
-
-MAX_BYTES = 16 << 20  # a vocabulary of all Unicode characters takes 11 MB
+_META_BYTES = 16 << 20  # a vocabulary of all Unicode characters takes 11 MB
 _PLAIN = frozenset(
     ("PROTO", "FRAME", "STOP", "MARK", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS")
     + ("EMPTY_LIST", "LIST", "APPEND", "APPENDS", "SHORT_BINUNICODE", "BINUNICODE")
@@ -429,31 +388,10 @@ class _NoGlobals(pickle.Unpickler):
         raise pickle.UnpicklingError(f"global {module}.{name}")
 
 
-def read_meta(path: Path) -> tuple[int, Tokenizer | None]:
+def read_meta_pkl(path: Path) -> tuple[int, Tokenizer | None]:
     """(vocab_size, character tokenizer if `itos` is one). UserError unless it is plain."""
-    try:
-        with open_regular(path) as f:
-            data = f.read(MAX_BYTES + 1)
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from None
-    if len(data) > MAX_BYTES:
-        raise UserError(f"{path} is refused: over {MAX_BYTES:,} bytes are no vocabulary; remove it")
-    meta = _load(path, data)
-    vocab_size = meta.get("vocab_size") if isinstance(meta, dict) else None
-    if type(vocab_size) is not int or not 1 <= vocab_size <= 1 << 16:
-        raise UserError(
-            f"{path} holds no vocab_size in 1 .. 65536: remove it (GPT-2's vocabulary is assumed "
-            "then) or prepare the data again"
-        )
-    itos = meta.get("itos")
-    if isinstance(itos, dict) and list(itos) == list(range(vocab_size)):
-        chars = list(itos.values())
-        if all(isinstance(c, str) and len(c) == 1 for c in chars) and len(set(chars)) == vocab_size:
-            return vocab_size, CharTokenizer(chars)
-    return vocab_size, None
-
-
-def _load(path: Path, data: bytes) -> Any:
+    with reading(path, "cannot be read"):
+        data = read_bytes(path, limit=_META_BYTES)
     try:
         for n, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if opcode.name not in _PLAIN:
@@ -461,9 +399,18 @@ def _load(path: Path, data: bytes) -> Any:
                 raise pickle.UnpicklingError(f"it asks for {opcode.name}{what}")
             if opcode.name in ("BINPUT", "LONG_BINPUT", "PUT") and int(argument or 0) > n:
                 raise pickle.UnpicklingError(f"it asks for memo slot {argument}")
-        return _NoGlobals(io.BytesIO(data)).load()
+        meta = _NoGlobals(io.BytesIO(data)).load()
+        vocab_size, itos = meta["vocab_size"], meta.get("itos")
+        if type(vocab_size) is not int or not 1 <= vocab_size <= 1 << 16:
+            raise ValueError("its vocab_size is not in 1 .. 65536")
     except Exception as e:  # a damaged pickle raises nearly anything
         raise UserError(
-            f"{path} is refused, nothing in it was run: {e}; only plain dicts, strings and "
-            "numbers are read. Remove it (GPT-2's vocabulary is assumed then) or prepare again"
+            f"{path} is refused, nothing in it was run: {repr(e)[:200]}; only a plain vocab_size "
+            "and its characters are read. Remove it (GPT-2's vocabulary is assumed then) or "
+            "prepare again"
         ) from None
+    if isinstance(itos, dict) and list(itos) == list(range(vocab_size)):
+        chars = list(itos.values())
+        if all(isinstance(c, str) and len(c) == 1 for c in chars) and len(set(chars)) == vocab_size:
+            return vocab_size, CharTokenizer(chars)
+    return vocab_size, None

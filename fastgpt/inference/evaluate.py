@@ -20,12 +20,11 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from fastgpt.config.schema import EvalConfig, PrepareConfig
-from fastgpt.data import token_files
-from fastgpt.data.corpora import check_text
+from fastgpt.data.corpora import text_of_file
 from fastgpt.data.prepare import ensure
 from fastgpt.data.progress import progress
-from fastgpt.data.token_files import Ids, open_dataset
-from fastgpt.errors import BadWeights, UserError, read_bytes, read_text, reading
+from fastgpt.data.token_files import TokenFile, is_token_file, open_dataset
+from fastgpt.errors import BadWeights, UserError, read_text, reading
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT
 from fastgpt.storage import run_dir as run
@@ -97,7 +96,12 @@ def windows(n: int, block_size: int, stride: int) -> Iterator[tuple[int, int, in
 
 @torch.no_grad()
 def total_loss(
-    model: GPT, tokens: np.ndarray | Ids, size: int, block_size: int, stride: int, batch_size: int
+    model: GPT,
+    tokens: np.ndarray | TokenFile,
+    size: int,
+    block_size: int,
+    stride: int,
+    batch_size: int,
 ) -> float:
     """Returns the sum of the cross entropy in nats over the first `size` ids."""
     total, device = 0.0, model.transformer.wte.weight.device
@@ -117,25 +121,24 @@ def total_loss(
     return total
 
 
-def _tokens(config: EvalConfig, source: Source) -> tuple[list[str], list[np.ndarray | Ids]]:
+def _tokens(config: EvalConfig, source: Source) -> tuple[list[str], list[np.ndarray | TokenFile]]:
     """Returns names and ids (n,) of token files or of a text; the model knows all ids.
 
     Raises UserError for a file that is neither.
     """
     path, known = Path(config.input), source.shape.vocab_size
     mismatch = f"the model knows {known:,}: made with another tokenizer"
-    if config.input and not token_files.is_token_file(path):
+    if config.input and not is_token_file(path):
         with reading(path, "is neither UTF-8 text nor a token file (headered, or named *.bin)"):
-            data = read_bytes(path)
-            check_text(iter([data]))
-        if not data:
+            text = "".join(text_of_file(path))
+        if not text:
             raise UserError(f"--input={path}: is empty")
-        return [str(path)], [source.encode(data, f"--input={path}")]
+        return [str(path)], [source.encode(text, f"--input={path}")]
     if config.input:
-        file = token_files.inspect(path)
-        if (largest := token_files.scan(file).max_id) >= known:
+        file = TokenFile(path)
+        if (largest := file.scan().max_id) >= known:
             raise UserError(f"{file.path}: holds token id {largest:,}, {mismatch}")
-        return [str(file.path)], [file.open()]
+        return [str(path)], [file]
     if config.dataset:
         settings = PrepareConfig(dataset=config.dataset, data_dir=config.data_dir)
     elif source.run_dir is not None:
@@ -146,7 +149,7 @@ def _tokens(config: EvalConfig, source: Source) -> tuple[list[str], list[np.ndar
     if (size := dataset.vocab_size) > known:
         raise UserError(f"{dataset.folder}: has a vocabulary of {size:,}, {mismatch}")
     shards = (dataset.val if config.split == "val" else dataset.train).shards
-    return [str(shard.path) for shard in shards], [shard.open() for shard in shards]
+    return [str(shard.path) for shard in shards], list(shards)
 
 
 # --- HellaSwag -----------------------------------------------------------------------------------
@@ -176,7 +179,7 @@ def read_hellaswag(path: Path, source: Source, limit: int) -> list[Question]:
             if len(texts) != 5 or not 0 <= label < 4:
                 raise ValueError(f"{len(texts) - 1} endings, label {label}")
             texts = [texts[0], *(f" {ending}" for ending in texts[1:])]
-            context, *endings = (source.encode(text.encode(), path).tolist() for text in texts)
+            context, *endings = (source.encode(text, path).tolist() for text in texts)
             questions.append(Question(context, endings, label))
     if not questions:
         raise UserError(f"{path}: has no questions")

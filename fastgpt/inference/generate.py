@@ -254,7 +254,7 @@ def prompts_of(start: str, source: Source) -> list[list[int]]:
             texts = [read_text(name)]
     if kind == "LINES" and name and not (texts := list(filter(None, texts[0].splitlines()))):
         raise UserError(f"--start={start}: has no lines")
-    prompts = [source.encode(text.encode(), "--start").tolist() for text in texts]
+    prompts = [source.encode(text, "--start").tolist() for text in texts]
     if eot is not None:
         prompts = [
             [eot] if t == "<|endoftext|>" else p for t, p in zip(texts, prompts, strict=True)

@@ -209,8 +209,8 @@ class Loop:
     def evaluate(self, step: int) -> bool:
         """Computes both mean losses on the fixed batches. Returns False if a signal came."""
         with self.ranks.raise_on_all_ranks():
-            self.dataset.train.check()
-            self.dataset.val.check()
+            self.dataset.train.check_unchanged()
+            self.dataset.val.check_unchanged()
         means, n = {}, self.config.log.eval_iters
         splits = {"train": self.dataset.train, "val": self.dataset.val}
         for i, (name, split) in enumerate(splits.items()):

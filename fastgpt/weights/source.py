@@ -67,10 +67,10 @@ class Source:
             "--tokenizer=gpt2 --vocab_file=FILE"
         )
 
-    def encode(self, text: bytes, name: object) -> np.ndarray:
-        """Returns ids (n,) of UTF-8 text `name`. Raises UserError for one that the model lacks."""
+    def encode(self, text: str, name: object) -> np.ndarray:
+        """Returns ids (n,) of the text `name`. Raises UserError for one that the model lacks."""
         tokenizer = self.need_tokenizer()
-        ids = tokenizer.encode_bytes(text)
+        ids = tokenizer.encode(text)
         if (largest := ids.max(initial=0)) >= self.shape.vocab_size:
             raise UserError(
                 f"{name}: has token {largest:,}, the model knows {self.shape.vocab_size:,}: "

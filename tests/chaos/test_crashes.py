@@ -145,7 +145,7 @@ class Prepare:
 
     def check(self, home: Path) -> None:
         for folder in (home / "data").glob("text-*"):
-            dataset = open_dataset(folder, verify=True)
+            dataset = open_dataset(folder)
             starts = np.array([0])
             ids = [dataset.train.gather(starts, len(dataset.train))]
             ids.append(dataset.val.gather(starts, len(dataset.val)))

@@ -25,7 +25,7 @@ import torch
 from fastgpt.config import settings
 from fastgpt.config.schema import Config
 from fastgpt.data.token_files import open_dataset
-from fastgpt.data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer, read_meta
+from fastgpt.data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer, read_meta_pkl
 from fastgpt.errors import UserError
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.storage import checkpoint
@@ -138,7 +138,7 @@ TARGETS: dict[str, tuple[Callable[[Path], None], Reader, tuple[str, ...]]] = {
     ),
     "a tokenizer": (make_dataset, load_tokenizer, ("tokenizer.json",)),
     "nanoGPT's ckpt.pt": (make_nanogpt, read_nanogpt, ("ckpt.pt",)),
-    "nanoGPT's meta.pkl": (make_meta, lambda home: read_meta(home / "meta.pkl"), ("meta.pkl",)),
+    "nanoGPT's meta.pkl": (make_meta, lambda home: read_meta_pkl(home / "meta.pkl"), ("meta.pkl",)),
     "a TOML file": (make_configs, lambda home: settings.load_toml(home / "a.toml"), ("a.toml",)),
     "a Python file": (make_configs, lambda home: settings.load_python(home / "a.py"), ("a.py",)),
 }

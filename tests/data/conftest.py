@@ -1,19 +1,22 @@
-"""Settings, small vocabularies and folders that misbehave, for the tests of the data pipeline."""
+"""Settings, small vocabularies, a web server, and folders that misbehave."""
 
 from __future__ import annotations
 
 import hashlib
+import http.server
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fastgpt.config.schema import PrepareConfig
-from fastgpt.data import tokenizer
+from fastgpt.data import download, tokenizer
 from fastgpt.data.tokenizer import dump_ranks, train_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +52,69 @@ def as_gpt2(ranks, monkeypatch, tmp_path) -> Path:
     path = tmp_path / "small.tiktoken"
     path.write_bytes(data)
     return path
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `files` by path; one that is a function answers by itself.
+
+    `faults` holds, per request, what goes wrong: how many bytes are sent, or a status.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files: dict[str, bytes | Callable[[Handler], Any]] = {}
+        self.faults: list[int | str | None] = []
+        self.asked: list[str] = []
+        self.wanted: list[str | None] = []  # the ranges
+        self.ranges = True
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        s, wanted = self.server, self.headers.get("Range")
+        s.asked.append(self.path)
+        s.wanted.append(wanted)
+        fault = s.faults.pop(0) if s.faults else None
+        data = s.files.get(self.path)
+        start = int(wanted[6:-1]) if wanted and s.ranges else 0
+        if callable(data):
+            data(self)
+        elif isinstance(fault, str) or data is None:
+            self.send_error(int(fault or 404))
+        elif 0 < len(data) <= start:
+            self.send_error(416)
+        else:
+            self.send_response(206 if start else 200)
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+            self.send_header("Content-Length", str(len(data) - start))
+            self.end_headers()
+            self.wfile.write(data[start : None if fault is None else start + int(fault)])
+            if fault is not None:
+                self.connection.close()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(download, "PAUSE_S", 0.0)
+    s = Server()
+    thread = threading.Thread(target=s.serve_forever, args=(0.01,))
+    thread.start()
+    yield s
+    s.shutdown()
+    s.server_close()
+    thread.join()
 
 
 @pytest.fixture
@@ -97,14 +163,8 @@ def full_disk(tmp_path):
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def python(code: str, *args: str, **kwargs) -> subprocess.Popen:
+def python(code: str, *args: str, env: dict[str, str] | None = None) -> subprocess.Popen:
     """Start `code` in a Python of its own that finds fastgpt."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **kwargs.pop("env", {})}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *args],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **kwargs,
-    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+    pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", code, *args], env=env, **pipes)

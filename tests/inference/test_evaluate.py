@@ -157,7 +157,7 @@ def test_hellaswag(home: Path):
     ("args", "message"),
     [
         (["--weights=weights"], "eval: on what? name a token file with --input"),
-        (["--weights=weights", "--input=none.bin"], "cannot read none.bin: No such file"),
+        (["--weights=weights", "--input=none.bin"], "none.bin: cannot be read: No such file"),
         (["--weights=weights", "--input=none.txt"], "none.txt: cannot be read: No such file"),
         (["--weights=weights", "--input=odd.dat"], "odd.dat: is neither UTF-8 text nor a token"),
         (["--weights=weights", "--input=pipe"], "pipe: is a FIFO, a file is wanted"),
