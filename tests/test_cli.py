@@ -190,12 +190,29 @@ def test_other_mistakes_leave_nothing_behind(args, message, capsys, tmp_path: Pa
     assert not (tmp_path / "runs").exists()
 
 
-def test_training_alone_loads_little():
-    """Neither the compiler nor what only several ranks, a terminal or a picture need."""
-    heavy = ["torch._dynamo", "fastgpt_kernels.ops", "triton", "rich", "matplotlib"]
-    heavy += [f"torch.distributed.{m}" for m in ("fsdp", "tensor", "checkpoint")]
-    program = f"import sys, fastgpt.train.main; print(set({heavy}) & {{*sys.modules}})"
-    assert python("-c", program) == "set()"
+UNTIL_ITER_0 = """
+import io, os, sys
+from fastgpt.cli import main
+class Stdout(io.StringIO):
+    def write(self, text):
+        if text.startswith("iter 0"):
+            os.write(1, " ".join(sys.modules).encode())
+            os._exit(0)
+sys.stdout = Stdout()
+main(sys.argv[1:])
+"""
+
+
+def test_a_start_loads_little(tmp_path: Path):
+    """Nothing for a terminal, a picture or a GPU. Making an optimizer loads a lot of PyTorch."""
+    path = runs.write_text(tmp_path)
+    loaded = python("-c", UNTIL_ITER_0, "train", *TINY, f"--input={path}", "--max_iters=1").split()
+    spare = {"rich", "matplotlib", "tomllib", "http.server", "tensorboard", "wandb"}
+    spare |= {f"fastgpt_kernels.{name}" for name in ("tune", "self_check", "worker")}
+    assert len(loaded) > 1000 and not spare & {*loaded}
+    program = "import sys, fastgpt.train.main; print(*sys.modules)"
+    heavy = {"torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "triton"}
+    assert not heavy & {*python("-c", program).split()}
 
 
 @pytest.mark.skipif(__import__("torch").cuda.is_available(), reason="there is a GPU here")

@@ -13,7 +13,6 @@ from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.model.kernels import KernelOptions, Kernels, select
 from fastgpt_kernels.registry import Sizes
-from fastgpt_kernels.tune import tune_model
 
 
 def sizes_of(config: Config, vocab_size: int) -> Sizes:
@@ -39,6 +38,8 @@ def tune(config: Config, vocab_size: int) -> int:
     if machine.device.type != "cuda":
         print(f"tune: nothing to tune on {machine.device}: every op runs eager there")
         return 0
+    from fastgpt_kernels.tune import tune_model
+
     set_precision(config, machine)
     sizes = sizes_of(config, vocab_size)
     tune_model(machine.device, machine.torch_dtype, sizes, machine.compile)
