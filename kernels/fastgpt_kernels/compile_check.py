@@ -82,8 +82,7 @@ class Launch:
 def recording(arch: str) -> Iterator[list[Launch]]:
     """Appends each new kind of launch on meta tensors to a list; nothing is compiled.
 
-    Triton's own JIT binds and specialises the arguments, for a driver whose device is `arch`. This
-    is for processes that launch nothing else.
+    Triton's own JIT binds the arguments, for a driver whose device is `arch`: nothing else runs.
     """
     found, kernels, target = list[Launch](), list[Any](), GPUTarget("cuda", int(arch[3:]), 32)
 
@@ -128,9 +127,10 @@ def run(function: Callable[..., Any], example: ExampleInputs) -> None:
         inputs[i] = example.inputs[i]
     inputs = [None if x is None else x.detach().requires_grad_(example.gradients) for x in inputs]
     out = example.call(function, inputs)
-    if example.gradients:
-        outs = [o for o in (out if isinstance(out, tuple) else (out,)) if o.requires_grad]
-        torch.autograd.backward(outs, [torch.empty_like(o) for o in outs])
+    outs = out if isinstance(out, tuple) else (out,)
+    for n in {len(outs), 1} if example.gradients else ():  # the last norm's stream is not read
+        grads = [torch.empty_like(o) for o in outs[:n]]
+        torch.autograd.backward(outs[:n], grads, retain_graph=True)
 
 
 # --- Machine code -----------------------------------------------------------------------------
@@ -303,7 +303,7 @@ def table(results: Sequence[Result]) -> str:
 def report(launches: Sequence[Launch], jobs: int, timeout: int) -> int:
     """Checks the launches; prints the progress, each failure and the table."""
     results, began, said, terminal = list[Result](), time.monotonic(), 0.0, sys.stdout.isatty()
-    erase, end = ("\r\x1b[K", "") if terminal else ("", "\n")
+    erase = "\r\x1b[K" if terminal else ""
     for result in check_all(launches, jobs, timeout):
         if result is not None:
             results.append(result)
@@ -312,12 +312,12 @@ def report(launches: Sequence[Launch], jobs: int, timeout: int) -> int:
         seconds = time.monotonic() - began
         if terminal or seconds > said + 10:
             said, left = seconds, seconds / max(len(results), 1) * (len(launches) - len(results))
-            line = f"{erase}{len(results)} of {len(launches)} launches, {left:.0f} s left"
-            print(line, end=end, flush=True)
+            progress = f"{erase}{len(results)} of {len(launches)} launches, {left:.0f} s left"
+            print(progress, end="" if terminal else "\n", flush=True)
     failed, seconds = sum(bool(r.problems) for r in results), time.monotonic() - began
     print(f"{erase}{table(results)}\nregisters per thread, shared memory per program: the most")
     print(f"{len(results)} launches, {failed} fail, Triton {triton.__version__}, {seconds:.0f} s")
-    return 1 if failed else 0
+    return 1 if failed or not results else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
