@@ -83,7 +83,7 @@ def estimate(
     muon  True if Muon optimizes the blocks' matrices
     room  bytes for the head's logits at a time; the default is that of a CPU
     """
-    from fastgpt_kernels.ops.loss.linear import CHUNK_BYTES, chunk_rows
+    from fastgpt_kernels.linear_cross_entropy import CHUNK_BYTES, chunk_rows
 
     N, C, V, e = n_parameters(shape), shape.n_embd, shape.padded_vocab_size, dtype.itemsize
     M = batch_size * shape.block_size
@@ -111,7 +111,7 @@ def estimate(
 def of_model(model: GPT, batch_size: int, optimizer: str = "adamw") -> Estimate:
     """Returns the estimate for a model with its kernels, dtype and checkpointing."""
     fused = any(c.implementation == "triton" for c in model.kernels.selected)
-    from fastgpt_kernels.ops.loss.linear import room_on
+    from fastgpt_kernels.linear_cross_entropy import chunk_bytes
 
     return estimate(
         model.shape,
@@ -120,7 +120,7 @@ def of_model(model: GPT, batch_size: int, optimizer: str = "adamw") -> Estimate:
         fused=fused,
         checkpointing=model.checkpointing,
         muon=optimizer == "muon",
-        room=room_on(next(model.parameters()).device),
+        room=chunk_bytes(next(model.parameters()).device),
     )
 
 

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastgpt_kernels.bias_gelu import bias_gelu
+    from fastgpt_kernels.cross_entropy import cross_entropy
     from fastgpt_kernels.layer_norm import add_layer_norm, layer_norm
+    from fastgpt_kernels.linear_cross_entropy import linear_cross_entropy
     from fastgpt_kernels.ops.attention.op import attention
-    from fastgpt_kernels.ops.loss.cross_entropy import cross_entropy
-    from fastgpt_kernels.ops.loss.linear import linear_cross_entropy
     from fastgpt_kernels.tune import tune
 
 
@@ -59,8 +59,8 @@ OPS: dict[str, Entry] = {
     "layer_norm": Entry("layer_norm", "The first norm."),
     "add_layer_norm": Entry("layer_norm", "Residual addition and the norm behind it."),
     "bias_gelu": Entry("bias_gelu", "The MLP's bias and GELU."),
-    "linear_cross_entropy": Entry("loss.linear", "The head and the loss."),
-    "cross_entropy": Entry("loss.cross_entropy", "The loss alone, of logits.", chosen_by=""),
+    "linear_cross_entropy": Entry("linear_cross_entropy", "The head and the loss."),
+    "cross_entropy": Entry("cross_entropy", "The loss alone, of logits.", chosen_by=""),
 }
 _PATHS = {name: op.path for name, op in OPS.items()} | {"tune": "fastgpt_kernels.tune"}
 __all__ = [*_PATHS]

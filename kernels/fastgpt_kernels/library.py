@@ -66,6 +66,16 @@ def define_op(
     return packet.default
 
 
+def plain_eager(*tensors: Tensor) -> bool:
+    """Returns True where nothing looks at ops: no compiler, mode, transform or tensor subclass."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
+    )
+
+
 def tensors_only(*results: Tensor | None) -> tuple[Tensor, ...]:
     """Returns results as a registered op must, which has no None: an empty tensor in its place."""
     like = next(x for x in results if x is not None)

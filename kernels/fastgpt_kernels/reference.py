@@ -71,15 +71,15 @@ def cross_entropy(
     reduction: str = "mean",
     vocab_size: int | None = None,
 ) -> Tensor:
-    """loss_i = log(sum_j exp(z_ij)) - z_i,targets[i] over the columns j < vocab_size.
+    """Returns loss_i = log(sum_j exp(z_ij)) - z_i,targets[i] over the columns j < vocab_size.
 
     logits (..., V), targets (...) int64; float32 or float64, () for reduction "mean" (over the rows
     whose target is not `ignore_index`, -1 unless given; PyTorch's is -100) and "sum", for "none"
     like targets, with 0 for ignored rows.
     """
-    z = logits[..., :vocab_size].to(_compute_dtype(logits))
-    rows, flat = z.reshape(targets.numel(), z.shape[-1]), targets.reshape(-1)
-    loss = F.cross_entropy(rows, flat, ignore_index=ignore_index, reduction=reduction)
+    z = logits[..., :vocab_size]
+    z = z.reshape(targets.numel(), z.shape[-1]).to(torch.promote_types(z.dtype, torch.float32))
+    loss = F.cross_entropy(z, targets.reshape(-1), ignore_index=ignore_index, reduction=reduction)
     return loss.view(targets.shape) if reduction == "none" else loss
 
 
@@ -94,22 +94,17 @@ def linear_cross_entropy(
     weight_bf16: Tensor | None = None,
     main_grad: Tensor | None = None,
 ) -> Tensor:
-    """cross_entropy of the logits x @ weight.T, rounded to x's dtype: x (..., C), weight (V, C).
+    """Returns cross_entropy of the logits x @ weight.T: x (..., C), weight (V, C).
 
-    weight is like x or wider: then the products take it rounded to x's dtype, by the caller or
-    here, and its gradient is not rounded. `chunk_tokens` is there for the signature's sake: the
-    logits are there whole. `main_grad` (V, C) fp32 takes weight's gradient in place of weight.
+    The matmul takes weight in x's dtype, rounded here or by the caller, without rows of padding.
+    `main_grad` (V, C) fp32 takes the gradient in weight's place. `chunk_tokens` changes nothing.
     """
     if main_grad is not None:
         weight = AddsTo.apply(weight, main_grad)
-    if weight.dtype != x.dtype:
-        dtype = _compute_dtype(x, weight)
-        copy = weight.to(x.dtype) if weight_bf16 is None else weight_bf16
-        read = weight + (copy - weight).detach()
-        logits = F.linear(x.to(dtype), read.to(dtype)).to(x.dtype)
-    else:
-        logits = F.linear(x, weight)
-    return cross_entropy(logits, targets, ignore_index, reduction, vocab_size)
+    if weight_bf16 is not None:
+        weight = weight + (weight_bf16 - weight).detach()
+    logits = F.linear(x, weight[:vocab_size].to(x.dtype))
+    return cross_entropy(logits, targets, ignore_index, reduction)
 
 
 class AddsTo(torch.autograd.Function):

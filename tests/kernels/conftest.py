@@ -47,6 +47,17 @@ def seeded() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of cross_entropy for small rows: one tile, four in registers, walked twice."""
+    table = {
+        64: launch.Config({"BLOCK": 64, "TILES": 1}, num_warps=1),
+        256: launch.Config({"BLOCK": 64, "TILES": 4}, num_warps=1),
+        1 << 31: launch.Config({"BLOCK": 64, "TILES": 2}, num_warps=1),
+    }
+    monkeypatch.setattr(helpers.module_of("cross_entropy"), "CROSS_ENTROPY", {"default": table})
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda", 0) if HAS_CUDA else torch.device("cpu")

@@ -63,7 +63,7 @@ def test_is_gpt2(bias, gelu, t):
     torch.testing.assert_close(model(idx), want, rtol=1e-10, atol=1e-10)
     targets = torch.randint(65, (3, t))
     loss = F.cross_entropy(want.flatten(0, 1), targets.flatten())
-    torch.testing.assert_close(model(idx, targets), loss.float(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model(idx, targets), loss, rtol=1e-10, atol=1e-10)
 
 
 def test_padding_gets_no_probability_no_gradient_and_no_weight():

@@ -54,13 +54,12 @@ def kept(model: GPT, batch_size: int) -> dict[str, int]:
     return out
 
 
-@pytest.mark.quick("gpt2-*", "gpt2_medium-True-triton", "gpt2_large-False-eager")
-@pytest.mark.parametrize("products", ["eager", "triton"])
+@pytest.mark.quick("gpt2-*", "gpt2_medium-True")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("preset", GPT2_SIZES)
-def test_fused_ops_keep_what_the_estimate_says(preset, bias, products, monkeypatch):
+def test_fused_ops_keep_what_the_estimate_says(preset, bias, monkeypatch):
     shape = shape_of(preset, bias)
-    table = fused_table(monkeypatch, products)
+    table = fused_table(monkeypatch)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = fake_model(shape, table, monkeypatch)
         found = kept(model, BATCH)
