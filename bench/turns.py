@@ -104,7 +104,7 @@ class Seat:
             "warm_up_s": warm_up_s,
             "losses": [loss.item() for loss, _ in first],
             "grad_norms": [norm.item() for _, norm in first],
-            "choices": self.stepper.selected,
+            "choices": self.stepper.choices,
             "source": fastgpt.__file__,
         }
 

@@ -166,9 +166,9 @@ def _say_if_changed(trainer: Trainer, document: dict[str, Any], threads: int | N
     was["threads"], now["threads"] = document.get("threads") or threads, _threads(trainer)
     was |= {c["op"]: c["implementation"] for c in document.get("ops", ())}
     now |= {s.op: s.implementation for s in trainer.selected}
-    keys = ("rows per step", "threads", "seed", "sampling", "block_size", "dropout", "dtype")
-    keys += tuple(leaf.name for leaf in settings.leaves(Config).values() if leaf.section == "optim")
-    keys += tuple(s.op for s in trainer.selected)
+    keys = ["rows per step", "threads", "seed", "sampling", "block_size", "dropout", "dtype"]
+    keys += [leaf.name for leaf in settings.leaves(Config).values() if leaf.section == "optim"]
+    keys += [s.op for s in trainer.selected]
     split = ("batch_size", "gradient_accumulation_steps")
     changed = [
         f"{key} {now[key]} (was {was[key]})"

@@ -102,12 +102,9 @@ def test_a_seed_is_a_model():
 
 
 def test_targets_of_minus_one_do_not_count():
-    model = GPT(shape()).init_weights(0)
-    idx = torch.randint(65, (1, 16))
-    targets = idx.clone()
-    targets[0, 8:] = -1
-    logits = model(idx)
-    want = F.cross_entropy(logits[0, :8], idx[0, :8])
+    model, idx = GPT(shape()).init_weights(0), torch.randint(65, (1, 16))
+    targets = torch.where(torch.arange(16) < 8, idx, -1)
+    want = F.cross_entropy(model(idx)[0, :8], idx[0, :8])
     torch.testing.assert_close(model(idx, targets), want)
 
 
@@ -153,24 +150,10 @@ def test_too_long_a_sequence():
 
 def test_parameter_names_and_count_are_nanogpts():
     model = GPT(shape(n_layer=1, vocab_size=128))
-    names = set(model.state_dict())
-    assert names == {
-        "transformer.wte.weight",
-        "transformer.wpe.weight",
-        *(
-            f"transformer.{part}.{kind}"
-            for part in (
-                "h.0.ln_1",
-                "h.0.attn.c_attn",
-                "h.0.attn.c_proj",
-                "h.0.ln_2",
-                "h.0.mlp.c_fc",
-                "h.0.mlp.c_proj",
-                "ln_f",
-            )
-            for kind in ("weight", "bias")
-        ),
-    }
+    block = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+    layers = [*(f"h.0.{layer}" for layer in block), "ln_f"]
+    names = ["wte.weight", "wpe.weight", *(f"{x}.{k}" for x in layers for k in ("weight", "bias"))]
+    assert set(model.state_dict()) == {f"transformer.{name}" for name in names}
     assert model.n_params(position_embeddings=True) - model.n_params() == 16 * 32
 
 

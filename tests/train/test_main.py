@@ -23,6 +23,7 @@ from fastgpt.data.token_files import open_dataset
 from fastgpt.model.kernels import Selected
 from fastgpt.storage import checkpoint
 from fastgpt.train import metrics
+from fastgpt.train import resume as resume_module
 from fastgpt.train.main import _warn_if_ops_differ
 from tests import runs
 from tests.process import Command, fastgpt
@@ -431,9 +432,25 @@ def test_a_diverged_run_ends_before_it_is_saved(tmp_path: Path, text: str):
 
 def test_resuming_names_settings_that_change_the_run(tmp_path: Path, text: str):
     train(tmp_path, text, "--out_dir=out", "--max_iters=3")
-    said = resume(tmp_path, "--out_dir=out", "--max_iters=4", "--batch_size=2", "--seed=5")
-    assert "other than before: rows per step 2 (was 4), seed 5 (was 1337)\n" in said
+    other = ("--batch_size=2", "--seed=5", "--op.attention=math")
+    said = resume(tmp_path, "--out_dir=out", "--max_iters=4", *other)
+    changes = "rows per step 2 (was 4), seed 5 (was 1337), attention math (was eager)"
+    assert f"other than before: {changes}\n" in said
     assert "other than before" not in resume(tmp_path, "--out_dir=out", "--max_iters=5")
+
+
+def test_threads_of_an_old_plan_are_read(tmp_path: Path):
+    """A checkpoint of version 0.1.0 does not tell them."""
+    plan = tmp_path / "plan.json"
+    for text, threads in (
+        ('{"threads": 3}', 3),
+        ('{"threads": 0}', None),
+        ("[", None),
+        ("[]", None),
+    ):
+        plan.write_text(text)
+        assert resume_module._planned_threads(plan) == threads
+    assert resume_module._planned_threads(tmp_path / "missing.json") is None
 
 
 @pytest.mark.parametrize("sampling", ["random", "epochs"])
