@@ -132,11 +132,11 @@ def test_the_measured_table_is_what_the_results_say() -> None:
     (path,) = (ROOT / "bench/results/nvidia-h200").glob("*-step.json")
     rows = {row["variant"]: row for row in results.load(path)["rows"]}
     names = {
-        "our kernels, torch.compile": "kernels+compile",
-        "our kernels": "kernels",
-        "torch.compile alone": "compile",
+        "fastgpt kernels, torch.compile": "kernels+compile",
+        "fastgpt kernels": "kernels",
+        "fastgpt eager, torch.compile": "compile",
         "nanoGPT, torch.compile": "nanoGPT, compile",
-        "eager PyTorch": "eager",
+        "fastgpt eager": "eager",
     }
     lines = (ROOT / "README.md").read_text().splitlines()
     table = [[c.strip() for c in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
