@@ -4,7 +4,7 @@
 # make chaos   3,000 kills, faults and damaged files, and a table of what held
 # make soak    a long run that is killed again and again, against one that is not: ten minutes
 # make lint    ruff and mypy
-# make gate    compile the kernels for GPUs that need not be here and read their machine code
+# make gate    compile every kernel for GPUs that need not be here and check its machine code
 # make bench   measure all that fits into BUDGET seconds on this GPU
 #
 # make lock    write LOCK: the versions and sha256 of all files that are installed

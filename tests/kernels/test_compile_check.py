@@ -19,7 +19,8 @@ from fastgpt.config import settings
 from fastgpt.config.presets import PRESETS
 from fastgpt.model.build import sizes_of
 from fastgpt_kernels import compile_check
-from fastgpt_kernels.compile_check import main, problems, recording, report
+from fastgpt_kernels.compile_check import SHARED_KB, main, problems, recording, report
+from fastgpt_kernels.launch import SMS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,11 +57,9 @@ def masked_copy(x_ptr, y_ptr, rows, n, B: tl.constexpr):
 
 @triton.jit
 def attention_gradients(q_ptr, y_ptr, rows, B: tl.constexpr, D: tl.constexpr):
-    """The backward pass of attention in small: sums of matmuls of what matmuls gave."""
     at = tl.arange(0, B)[:, None] * D + tl.arange(0, D)[None, :]
     k = tl.load(q_ptr + at)
-    dk = tl.zeros([B, D], tl.float32)
-    dv = dk
+    dk, dv = tl.zeros([B, D], tl.float32), tl.zeros([B, D], tl.float32)
     for _ in range(0, rows, B):
         q = tl.load(q_ptr + at)
         p = tl.exp2(tl.dot(k, tl.trans(q)))
@@ -72,9 +71,8 @@ def attention_gradients(q_ptr, y_ptr, rows, B: tl.constexpr, D: tl.constexpr):
 
 
 def launches(arch: str) -> dict[str, compile_check.Launch]:
-    """Returns recorded launches by name: sound ones, and one with each fault."""
+    """Returns launches by name: sound ones, and one with each fault (152 registers are too few)."""
     x = torch.empty(1 << 20, dtype=torch.bfloat16, device="meta")
-    few = {"maxnreg": 152}  # too few for ptxas to find some that are the sums' alone
     planted: dict[str, Any] = {
         "sound": lambda: outer_sums[(1,)](x, x, 32),
         "sound matmul": lambda: matmul[(1,)](x, x, 64, 128, num_warps=8),
@@ -83,7 +81,7 @@ def launches(arch: str) -> dict[str, compile_check.Launch]:
         "spills": lambda: outer_sums[(1,)](x, x, 128, num_warps=2),
         "shared": lambda: matmul[(1,)](x, x, 64, 128, num_warps=8, num_stages=5),
         "narrow": lambda: masked_copy[(1,)](x, x, 64, 2049, 4096),
-        "serialised": lambda: attention_gradients[(1,)](x, x, 1024, 64, 64, **few),
+        "serialised": lambda: attention_gradients[(1,)](x, x, 1024, 64, 64, maxnreg=152),
         "no power of two": lambda: outer_sums[(1,)](x, x, 48),
     }
     with recording(arch) as found:
@@ -161,7 +159,7 @@ NARROW, ALL_NARROW = (f"{n} global accesses of 16 bits or less" for n in (1, 4))
         ({"MUFU.EX2 R5, R5": "LDL R5, [R1]"}, ["spills: 1 loads from local memory", SERIALISED]),
         ({"STG.E.64": "STG.E.U16"}, [SERIALISED, NARROW]),
         ({"STG.E.64": "RED.E.ADD.S8", WAIT: "NOP"}, [NARROW]),
-        # The disassembler of sm_120 adds how an instruction is scheduled.
+        # sm_120's disassembler adds the schedule.
         ({"STG.E.64": "STG.E.U16", "BRA 0x20 ;": "BRA 0x20 ?trans1 ;"}, [SERIALISED, NARROW]),
         ({"STG.E.64": "STG.E.U16", "BRA 0x20": "NOP"}, [SERIALISED]),  # these may be scalars
         ({"E.64": "E.U16", "BRA 0x20": "NOP"}, [SERIALISED, ALL_NARROW]),  # vectors were lost
@@ -184,6 +182,7 @@ def test_presets_are_those_of_fastgpt() -> None:
         found[name] = sizes_of(config, 50257 if config.model.n_embd >= 768 else 65)
     assert {n: found[n] for n in compile_check.PRESETS} == compile_check.PRESETS
     assert set(found.values()) <= set(compile_check.PRESETS.values()), "a preset is not checked"
+    assert SHARED_KB.keys() == SMS.keys(), "what runs by itself is not what is checked"
 
 
 def test_mistakes_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
