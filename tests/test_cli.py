@@ -49,9 +49,6 @@ def test_help_lists_every_setting(command, capsys):
     assert code == 0 and out.startswith(f"usage: fastgpt {command} ")
     for name in settings.leaves(type(cli.COMMANDS[command][1]())):
         assert f"--{name} " in out, name
-
-
-def test_help_shows_a_presets_own_defaults(capsys):
     assert "(default: 1600)" in run(capsys, "train", "gpt2_xl", "--help")[1]
 
 
@@ -179,6 +176,7 @@ def test_help_and_mistakes_do_not_load_torch(places):
     ("args", "message"),
     [
         (["--device=cpu", "--dtype=float16"], "--dtype=float16: needs a GPU"),
+        (["--device=cuda:99"], "--device=cuda:99: "),
         (["--input=\udcff.txt"], "\\udcff.txt: wanted text in UTF-8"),
         (["--input=text.txt", "--block_size=1024"], "block_size"),
     ],
@@ -215,12 +213,6 @@ def test_a_start_loads_little(tmp_path: Path):
     assert not heavy & {*python("-c", program).split()}
 
 
-@pytest.mark.skipif(__import__("torch").cuda.is_available(), reason="there is a GPU here")
-def test_no_gpu(capsys):
-    err = run(capsys, "train", "laptop", "--device=cuda")[2]
-    assert err == "fastgpt: --device=cuda: PyTorch sees no GPU here; pass --device=cpu\n"
-
-
 def test_torchrun_does_not_start_as_many_runs(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     code, _, err = run(capsys, "train", "laptop")
@@ -240,12 +232,6 @@ def test_a_rank_waits_for_rank_0_to_speak_and_speaks_if_it_was_alone(capsys, mon
         monkeypatch.setenv("RANK", "0")
         cli._say(error)
         assert capsys.readouterr().err == f"fastgpt: {error}\n"
-
-
-def test_a_reader_that_leaves():
-    command = f"{sys.executable} -m fastgpt --help | head -1"
-    got = subprocess.run(command, shell=True, capture_output=True, text=True, env=ENV)
-    assert got.stdout.startswith("fastgpt ") and not got.stderr
 
 
 def test_prepare_then_train_then_again(tmp_path: Path):
@@ -271,10 +257,9 @@ def test_doctor_is_one_screen(tmp_path: Path):
     ("error", "code", "message"),
     [
         (OSError(28, "No space left on device", "x/y"), 2, "x/y: No space left on device; a file"),
-        (MemoryError(), 2, "out of memory; a smaller model or --batch_size needs less"),
         (KeyError("a\nb"), 1, "fastgpt: a bug in fastgpt"),
     ],
-    ids=["system", "machine", "bug"],
+    ids=["system", "bug"],
 )
 def test_errors_of_the_system_are_one_line_and_a_bug_keeps_its_traceback(
     error, code, message, capsys, monkeypatch
@@ -288,17 +273,20 @@ def test_errors_of_the_system_are_one_line_and_a_bug_keeps_its_traceback(
     assert ("Traceback" in err and "in broken" in err) == (code == 1) == (err.count("\n") > 1)
 
 
-def test_output_that_is_full_closed_or_ascii(tmp_path: Path):
+def test_output_that_is_full_closed_cut_off_or_ascii():
     """Says that a disk is full, writes nothing to nowhere, and escapes what an encoding lacks."""
     python = f"{sys.executable} -m fastgpt"
     script = f"""
     {python} --help > /dev/full; echo "full $?"
     {python} --help >&-; echo "closed $?"
     {python} --help 2>&- >/dev/null; echo "no errors $?"
+    {python} --help | head -1
     PYTHONIOENCODING=ascii {python} train laptop --input=größe.txt; echo "ascii $?"
     """
     got = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=ENV)
-    assert got.stdout.split("\n")[:4] == ["full 2", "closed 0", "no errors 0", "ascii 2"], got
+    *said, first, last = got.stdout.splitlines()
+    assert said == ["full 2", "closed 0", "no errors 0"] and last == "ascii 2", got
+    assert first.startswith("fastgpt 0.")
     assert got.stderr.splitlines() == [
         "fastgpt: standard output, or a file: No space left on device",
         "fastgpt: --input=gr\\xf6\\xdfe.txt: there is no such file or folder",

@@ -79,9 +79,7 @@ class CorpusConfig:
 
 @dataclass(frozen=True)
 class DataConfig(CorpusConfig):
-    sampling: Literal["random", "epochs"] = flag(
-        "random", "random: with replacement, as nanoGPT; epochs: each window once, shuffled."
-    )
+    sampling: Literal["random", "epochs"] = flag("random", "epochs: each window once, shuffled.")
 
 
 @dataclass(frozen=True)
@@ -101,9 +99,7 @@ class OptimConfig:
     batch_size: Count = flag(12, "Sequences per micro-batch; auto: the largest that fits.")
     auto_batch_size: bool = flag(False, "Set by --batch_size=auto.")
     gradient_accumulation_steps: Count = flag(40, "Micro-batches per optimizer step, on all GPUs.")
-    optimizer: Literal["adamw", "muon"] = flag(
-        "adamw", "muon: Newton-Schulz momentum for the blocks' matrices, AdamW for the rest."
-    )
+    optimizer: Literal["adamw", "muon"] = flag("adamw", "muon: for the blocks' matrices only.")
     learning_rate: Positive = flag(6e-4, "Highest learning rate, reached after the warm-up.")
     min_lr: NonNegative = flag(6e-5, "Learning rate at the end of the cosine.")
     warmup_iters: CountOrZero = flag(2000, "Steps of linear warm-up.")
@@ -152,9 +148,7 @@ class SystemConfig:
     activation_checkpointing: bool = flag(False, "Recompute blocks: less memory, a third slower.")
     cuda_graph: Switch = flag("auto", "One launch per micro-batch; auto: where launching is slow.")
     peak_tflops: NonNegative = flag(0.0, "Peak for MFU in TFLOP/s; 0: from the table, or measured.")
-    parallel: Literal["auto", "ddp", "fsdp"] = flag(
-        "auto", "Under torchrun, ddp: each GPU has the whole model; fsdp: a shard; auto: what fits."
-    )
+    parallel: Literal["auto", "ddp", "fsdp"] = flag("auto", "With torchrun; auto: ddp if it fits.")
     reduce_dtype: Literal["float32", "bfloat16"] = flag("float32", "Of gradients' sums over ranks.")
     dist_timeout: Positive = flag(300.0, "Seconds that a rank waits for others before all end.")
     backend: str = flag("nccl", "torch.distributed backend of GPUs; CPUs always use gloo.")
@@ -204,9 +198,7 @@ class SourceConfig:
     """Settings that name a trained model."""
 
     out_dir: str = flag("", "Folder of the run; empty: the newest under runs/.")
-    init_from: Literal["resume"] | Pretrained = flag(
-        "resume", "resume: a run's checkpoint; gpt2, ...: OpenAI's; weights: those of --weights."
-    )
+    init_from: Literal["resume"] | Pretrained = flag("resume", "A run, --weights, or OpenAI's.")
     checkpoint: str = flag("best", "best, latest, or a folder's name under checkpoints/.")
     weights: str = flag("", "Hugging Face GPT-2 folder or safetensors file.")
 
@@ -235,9 +227,7 @@ class SampleConfig(SourceConfig):
 class EvalConfig(SourceConfig):
     """Settings of `fastgpt eval`."""
 
-    task: Literal["loss", "hellaswag"] = flag(
-        "loss", "loss: of every token of a file; hellaswag: which of four endings is the likeliest."
-    )
+    task: Literal["loss", "hellaswag"] = flag("loss", "Loss of every token, or HellaSwag.")
     input: str = flag("", "Text, .bin or .jsonl of HellaSwag; empty: the run's validation data.")
     dataset: str = flag("", "Prepared data in place of the run's: a name or a folder.")
     split: Literal["train", "val"] = flag("val", "Part of the data.")
