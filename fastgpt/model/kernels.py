@@ -25,8 +25,8 @@ import torch
 from fastgpt.errors import UserError
 from fastgpt_kernels import versions
 from fastgpt_kernels.launch import arch_on
+from fastgpt_kernels.progress import EVERY_S, progress
 from fastgpt_kernels.registry import OpSpec, Sizes, specs
-from fastgpt_kernels.telling import EVERY_S, telling
 
 CHECKED_ON = ("cuda",)  # types of devices; Triton's interpreter is not worth the time
 
@@ -98,8 +98,9 @@ def select(
 
         faster = tuned(device, dtype, sizes, compile)
     selected = [_wanted(op, device, dtype, sizes, options, faster.get(op.name)) for op in ops]
-    if any(s.reason == versions.untested() for s in selected):
-        _warn_of_versions(versions.untested())
+    untested = versions.untested()
+    if untested and any(s.reason == untested for s in selected):
+        _warn_of_versions(untested)
     if device.type in CHECKED_ON:
         selected = _checked(selected, device, dtype, sizes)
     _name_in_caches(selected)
@@ -144,7 +145,7 @@ def _checked(
         for s in selected
         if s.implementation != "eager"
     }
-    with telling("checking kernels") as elapsed:
+    with progress("checking kernels") as elapsed:
         wrong = failures([*checks.values()])
     if elapsed() > EVERY_S:
         print(f"checked {len(checks)} kernels in {elapsed():.1f}s", flush=True)

@@ -21,7 +21,7 @@ from fastgpt.storage import checkpoint
 from fastgpt.train import distributed, memory, metrics, optim, resume
 from fastgpt.train.resume import Progress
 from fastgpt.train.trainer import NonFinite, Trainer
-from fastgpt_kernels.telling import telling
+from fastgpt_kernels.progress import progress
 
 
 class StepClock:
@@ -175,7 +175,7 @@ class Loop:
 
     def _compile(self) -> None:
         """Compiles before the first step, so that no iteration's time includes it."""
-        with telling("compiling", self.metrics.say) as elapsed:
+        with progress("compiling", self.metrics.say) as elapsed:
             self.trainer.warm_up(self.progress.step, self._micro_batch())
         self.metrics.say(f"compiled in {elapsed():.1f}s")
 

@@ -26,7 +26,7 @@ from fastgpt.train.distributed import Ranks, like, local, matrix_scatter, whole
 from fastgpt.train.muon import Muon
 from fastgpt.train.optim import clip_and_check_finite
 from fastgpt_kernels.linear import accumulates_in_fp32
-from fastgpt_kernels.telling import why
+from fastgpt_kernels.progress import describe_error
 
 
 class NonFinite(Exception):
@@ -205,7 +205,7 @@ class Trainer:
                     self.optimizer.warm_up()
                 break
             except errors as e:
-                said = why(e)
+                said = describe_error(e)
                 if not first or not may_pass_without_cache(e):
                     line = f"torch.compile failed ({said}); --compile=False goes without"
                     raise UserError(line) from e

@@ -77,15 +77,8 @@ def _sections(name: str) -> dict[str, Any]:
 def environment(device: torch.device) -> str:
     """Returns what a result on a device is valid for: GPU, driver, versions, kernels' sources."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return ", ".join(
-        [
-            name,
-            f"driver {_driver()}",
-            f"torch {torch.__version__}",
-            f"triton {_triton()}",
-            _sources(),
-        ]
-    )
+    versions = f"driver {_driver()}, torch {torch.__version__}, triton {_triton()}"
+    return f"{name}, {versions}, kernels {_sources()}"
 
 
 def _driver() -> str:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from fastgpt_kernels import cache
+from fastgpt_kernels.progress import describe_error
 from fastgpt_kernels.registry import ExampleInputs, OpSpec, Sizes, differentiate, normal, spec
-from fastgpt_kernels.telling import why
 from fastgpt_kernels.worker import TaskFailed, Worker
 
 LIMIT_S = 120.0  # per check, compilation included
@@ -149,7 +149,7 @@ def disagreement(
             try:
                 off = _error(differentiate(function, example), want)
             except Exception as e:
-                return f"does not run here ({why(e)})"
+                return f"does not run here ({describe_error(e)})"
         if not off <= max(TOLERANCE.get(x.dtype, 1e-4) for x in example.inputs if x is not None):
             return f"is off by {off:.2g} here"
     return None

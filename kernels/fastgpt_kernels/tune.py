@@ -22,9 +22,9 @@ from torch import Tensor
 
 from fastgpt_kernels import OPS, cache
 from fastgpt_kernels.launch import arch_on
+from fastgpt_kernels.progress import describe_error, progress
 from fastgpt_kernels.registry import ExampleInputs, OpSpec, Sizes, normal, spec, specs
 from fastgpt_kernels.self_check import Check, failures
-from fastgpt_kernels.telling import telling, why
 from fastgpt_kernels.worker import TaskFailed, Worker
 
 MARGIN = 0.02
@@ -64,7 +64,7 @@ def tune_model(
     """Measures and keeps the fastest implementation of each op of a model, with a line per op."""
     for op in specs("model"):
         check = Check.of(op.name, "", device, dtype, sizes)
-        with telling(f"tuning {op.name}", say):
+        with progress(f"tuning {op.name}", say):
             name, reason, figures = _fastest(op, check, compile, timer or in_child)
         say(f"{op.name}: {name}, {reason}{figures}")
         problem = _keep(check, compile, name, reason)
@@ -154,7 +154,7 @@ def measure(
             step()
             steps[check.implementation], times[check.implementation] = step, []
         except Exception as e:  # such as too little memory for all tokens
-            times[check.implementation] = why(e)
+            times[check.implementation] = describe_error(e)
     for i in range(rounds):
         order = [*steps] if i % 2 else [*steps][::-1]
         for name in order:

@@ -1,7 +1,7 @@
-"""Which versions of PyTorch and Triton are supported.
+"""The versions of PyTorch and Triton that are supported.
 
-The tests run with those of constraints.txt; with both ends of Triton the kernels are compiled too
-(`make gate GATE_ARGS="--triton DIR"`). The ends of PyTorch follow from its own notes.
+The tests run with those of constraints.txt; `make gate GATE_ARGS="--triton DIR"` compiles the
+kernels with another Triton. The ends of PyTorch follow from its own release notes.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from importlib.metadata import PackageNotFoundError, version
 SUPPORTED = {"torch": ((2, 11), (2, 15)), "triton": ((3, 6), (3, 9))}
 
 
-def outside(installed: Mapping[str, str]) -> str:
-    """What is older or newer than that, in words; empty if nothing is."""
+def outside(installed: Mapping[str, str]) -> str | None:
+    """Returns which package is older or newer than supported, or None if none is."""
     for package, (oldest, newest) in SUPPORTED.items():
         found = re.match(r"(\d+)\.(\d+)", installed.get(package, ""))
         if found and not oldest <= (int(found[1]), int(found[2])) <= newest:
             ends = " to ".join(f"{major}.{minor}" for major, minor in (oldest, newest))
             return f"{package} {installed[package]} is not among {ends}, which are supported"
-    return ""
+    return None
 
 
 @functools.cache
-def untested() -> str:
-    """`outside` of what is installed here."""
+def untested() -> str | None:
+    """Returns `outside` of the installed packages."""
     installed = {}
     for package in SUPPORTED:
         try:

@@ -232,3 +232,14 @@ def test_old_sections_go(tmp_path):
     cache.keep("any", "GPU 7", {"b": None})
     assert cache.load("any", "GPU 7") == {"a": 7, "c": 2} and cache.load("any", "GPU 2") == {}
     assert not [*tmp_path.rglob("*.tmp")]
+
+
+def test_an_environment_is_the_device_versions_and_sources(monkeypatch):
+    monkeypatch.undo()
+    before = cache.environment(torch.device("cpu"))
+    wanted = ("cpu, driver ", f", torch {torch.__version__}, triton 3.", ", kernels ")
+    assert all(part in before for part in wanted), before
+    cache.environment.cache_clear()
+    monkeypatch.setattr(cache, "_sources", lambda: "others")
+    assert cache.environment(torch.device("cpu")).endswith("kernels others")
+    cache.environment.cache_clear()

@@ -1,4 +1,4 @@
-"""Long work that says what it is, and errors in one line: nothing is silent for over 5 seconds."""
+"""Progress of long work, and errors in one line: nothing is silent for over 5 seconds."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def _print(line: str) -> None:
 
 
 @contextmanager
-def telling(
-    what: str, say: Callable[[str], object] = _print, every: float = EVERY_S
+def progress(
+    work: str, say: Callable[[str], object] = _print, every: float = EVERY_S
 ) -> Iterator[Callable[[], float]]:
-    """Within, a line every few seconds: "compiling: 10 s so far".
+    """Says every few seconds, within it, how long the work takes: "compiling: 10 s so far".
 
-    Gives a function that returns the seconds since it began, for what is said at the end.
+    Gives a function that returns the seconds since it began.
     """
     began, over = time.monotonic(), threading.Event()
 
@@ -29,7 +29,7 @@ def telling(
 
     def beat() -> None:
         while not over.wait(every):
-            say(f"{what}: {elapsed():.0f} s so far")
+            say(f"{work}: {elapsed():.0f} s so far")
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -40,8 +40,8 @@ def telling(
         thread.join()
 
 
-def why(error: Exception) -> str:
-    """An error in one line of at most 160 characters; compilers put source text around theirs."""
+def describe_error(error: Exception) -> str:
+    """Returns one line of at most 160 characters; compilers put source text around theirs."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     if len(lines) > 1 and lines[0].endswith("raised:"):  # torch.compile, of a backend
         lines = lines[1:]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastgpt_kernels.telling import why
+from fastgpt_kernels.progress import describe_error
 
 
 @pytest.mark.parametrize(
@@ -19,5 +19,5 @@ from fastgpt_kernels.telling import why
         (ValueError("x" * 200), "x" * 100 + " ... " + "x" * 55),
     ],
 )
-def test_why(error, line):
-    assert why(error) == line
+def test_an_error_in_one_line(error, line):
+    assert describe_error(error) == line
