@@ -22,7 +22,11 @@ def sizes_of(config: Config, vocab_size: int) -> Sizes:
 
 
 def select_kernels(config: Config, vocab_size: int, machine: Machine) -> Kernels:
-    """Returns the kernels of a model of this config. Raises UserError as `build` does."""
+    """Returns the kernels of a model of this config. Raises UserError as `build` does.
+
+    Calls `set_precision` before: results of checks and of tuning are kept by it.
+    """
+    set_precision(config, machine)
     options = KernelOptions(config.system.kernels, vars(config.op))
     sizes = sizes_of(config, vocab_size)
     return select(machine.device, machine.torch_dtype, sizes, options, machine.compile)
@@ -70,11 +74,9 @@ def build(
 ) -> GPT:
     """Returns the model on its device, with `weights` (a state dict), else drawn from --seed.
 
-    Also calls `set_precision`. Raises UserError if an implementation that a flag asks for cannot
-    run here.
+    Raises UserError if an implementation that a flag asks for cannot run here.
     """
     system, shape = config.system, ModelShape.of(config.model, vocab_size)
-    set_precision(config, machine)
     kernels = select_kernels(config, vocab_size, machine)
     model = GPT(shape, config.model.dropout, kernels, machine.torch_dtype)
     if weights is None:
