@@ -115,7 +115,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Returns the branch, and c_proj's bias if `add_layer_norm` is to add that."""
-        bias, given = self.c_attn.bias, {}
+        bias: Tensor | None = self.c_attn.bias
+        given = {}
         # The kernel sums the bias's gradient; elsewhere Inductor fuses that into the linear layer.
         if bias is not None and self.kernels.uses_triton("attention"):
             bias, given = bias.detach(), {"bias": bias}
@@ -164,8 +165,10 @@ class Block(nn.Module):
         seeds (3, 1) int64 of the block's dropout, or None for PyTorch's generator.
         """
         a, b, c = (None, None, None) if seeds is None else seeds
-        y, x = self._add_norm(*self.attn(y, a), x, self.ln_2, b)
-        return self._add_norm(*self.mlp(y), x, next_norm, c)
+        branch, bias = self.attn(y, a)
+        y, x = self._add_norm(branch, bias, x, self.ln_2, b)
+        branch, bias = self.mlp(y)
+        return self._add_norm(branch, bias, x, next_norm, c)
 
     def _add_norm(
         self, y: Tensor, bias: Tensor | None, x: Tensor, norm: LayerNorm, seed: Tensor | None
