@@ -162,7 +162,7 @@ def _checked(
 
 @functools.cache
 def _warn_of_versions(untested: str) -> None:
-    print(f"warning: {untested}: eager kernels; --kernels=triton tries ours", flush=True)
+    print(f"warning: {untested}: eager kernels; --kernels=triton tries the fused ones", flush=True)
 
 
 def _name_in_caches(selected: Sequence[Selected]) -> None:

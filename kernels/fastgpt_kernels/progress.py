@@ -10,13 +10,13 @@ from contextlib import contextmanager
 EVERY_S = 5.0
 
 
-def _print(line: str) -> None:
+def print_line(line: str) -> None:
     print(line, flush=True)
 
 
 @contextmanager
 def progress(
-    work: str, say: Callable[[str], object] = _print, every: float = EVERY_S
+    work: str, say: Callable[[str], object] = print_line, every: float = EVERY_S
 ) -> Iterator[Callable[[], float]]:
     """Says every few seconds, within it, how long the work takes: "compiling: 10 s so far".
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastgpt_kernels import OPS, cache
 from fastgpt_kernels.launch import arch_on
-from fastgpt_kernels.progress import describe_error, progress
+from fastgpt_kernels.progress import describe_error, print_line, progress
 from fastgpt_kernels.registry import ExampleInputs, OpSpec, Sizes, normal, spec, specs
 from fastgpt_kernels.self_check import Check, failures
 from fastgpt_kernels.worker import TaskFailed, Worker
@@ -58,7 +58,7 @@ def tune_model(
     dtype: torch.dtype,
     sizes: Sizes,
     compile: bool,
-    say: Callable[[str], object] = print,
+    say: Callable[[str], object] = print_line,
     timer: Timer | None = None,
 ) -> None:
     """Measures and keeps the fastest implementation of each op of a model, with a line per op."""
@@ -146,6 +146,8 @@ def measure(
     clock: returns the milliseconds of a function; `gpu_ms` by default.
     """
     checks[0].adopt()
+    # As in a run: an implementation without a deterministic form raises, and is left out.
+    torch.use_deterministic_algorithms(checks[0].deterministic)
     times: dict[str, list[float] | str] = {}
     steps: dict[str, Callable[[], Any]] = {}
     for check in checks:

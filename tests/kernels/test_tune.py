@@ -159,6 +159,18 @@ def test_what_is_timed_is_the_training_calls(op, monkeypatch):
     assert tune.measure(checks, False, rounds=3, clock=clock)["eager"] == "CUDA out of memory."
 
 
+def test_an_implementation_without_a_deterministic_form_is_left_out(monkeypatch):
+    def step(check, compile):
+        return lambda: torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False)
+
+    monkeypatch.setattr(tune, "_step", step)
+    try:
+        check = Check("bias_gelu", "eager", "cpu", "float32", SMALL, deterministic=True)
+        assert "deterministic" in tune.measure([check], False, clock=lambda step: 1.0)["eager"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_dropout_is_timed_where_it_is_left_out_of_the_check():
     check = Check("attention", "flash", "cpu", "float32", replace(SMALL, dropout=0.2))
     assert "dropout_p" not in check.examples()[0].arguments
