@@ -14,11 +14,10 @@ import functools
 import hashlib
 import json
 import os
-import stat
 import sys
 import sysconfig
 import tokenize
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader
@@ -42,10 +41,7 @@ class Source(Protocol):
     n_bytes: int
 
     def documents(self) -> Iterator[Part]:
-        """Yields (split, text) of all documents, in a fixed order.
-
-        (split, None) stands for the end-of-text token that follows a document.
-        """
+        """Yields (split, text) in a fixed order, and (split, None) for an end-of-text token."""
         ...
 
 
@@ -71,7 +67,6 @@ class TextFiles:
     def __init__(
         self, root: Path, val_fraction: float, suffix: str = "", skip: frozenset[str] = frozenset()
     ):
-        require_input(root)
         self.root, self.val_fraction, self.single = root, val_fraction, not root.is_dir()
         self._suffix, self._skip = suffix, skip
         self.skipped: dict[str, str] = {}
@@ -85,7 +80,7 @@ class TextFiles:
             raise UserError(f"{root} is {what}")
         share = seen["val_bytes"] / seen["bytes"]
         even = val_fraction / 2 <= share <= min(2 * val_fraction, 1 - (1 - val_fraction) / 2)
-        self.by_document = not self.single and even
+        self.by_document = even and not self.single
         self.n_bytes, self.n_chars, self.sha256 = seen["bytes"], seen["chars"], total.hexdigest()
         self.identity: dict[str, Any] = {
             "sha256": self.sha256,
@@ -115,10 +110,7 @@ class TextFiles:
             raise UserError(f"{self.root} changed while it was read: run the command again")
 
     def _texts(self, total: Any, seen: Counter[str]) -> Iterator[tuple[str, str | None]]:
-        """Yields (name, text) of all text files in parts, and (name, None) after each.
-
-        `total` becomes the sum of all, `seen` their numbers.
-        """
+        """Yields (name, text) in parts, (name, None) after a file; fills in the sum and counts."""
         single = [(self.root, self.root.name)]
         for path, name in single if self.single else walk(self.root, self._suffix, self._skip):
             if name in self.skipped:
@@ -157,15 +149,14 @@ def walk(
     """
     with reading(folder, "cannot be read"):
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        modes = [entry.stat(follow_symlinks=False).st_mode for entry in entries]
-    for entry, mode in zip(entries, modes, strict=True):
+    for entry in entries:
         name = prefix + entry.name
         encodable = name.encode(errors="ignore").decode() == name
         if entry.name in skip or entry.name.startswith(".") or not encodable:
             continue
-        if stat.S_ISDIR(mode):
+        if entry.is_dir(follow_symlinks=False):
             yield from walk(Path(entry.path), suffix, skip, name + "/")
-        elif stat.S_ISREG(mode) and name.endswith(suffix):
+        elif entry.is_file(follow_symlinks=False) and name.endswith(suffix):
             yield Path(entry.path), name
 
 
@@ -211,12 +202,6 @@ def _declared_encoding(f: BufferedReader, path: Path) -> str:
     return "utf-8" if encoding == "utf-8-sig" else encoding  # the mark is a part of the text
 
 
-def require_input(root: Path) -> None:
-    """Raises UserError unless --input names a file or a folder."""
-    if not (root.is_file() or root.is_dir()):
-        raise UserError(f"--input={root}: there is no such file or folder")
-
-
 # --- named corpora --------------------------------------------------------------------------------
 
 # Not language but tables, and tests, which are as much text again as the library itself.
@@ -233,15 +218,8 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 FINEWEB_REPO = "kjj0/fineweb10B-gpt2"
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A ready-made token file on the network."""
-
-    split: str
-    file: str
-    url: str
-    bytes: int
-    sha256: str
+# A ready-made token file on the network.
+Shard = namedtuple("Shard", "split file url bytes sha256")
 
 
 @dataclass(frozen=True)
@@ -281,19 +259,16 @@ class OpenWebText:
     def __init__(self, cache: Path, val_fraction: float):
         try:
             import datasets
-        except ImportError:
-            raise UserError(
-                "openwebtext needs the datasets library: pip install 'datasets>=2.20' (the extra "
-                f"[hf]); {BY_INPUT}"
-            ) from None
-        try:
+
             whole = datasets.load_dataset("Skylion007/openwebtext", split="train")
+        except ImportError:
+            need = "openwebtext needs the extra [hf]: pip install 'datasets>=2.20'"
+            raise UserError(f"{need}; {BY_INPUT}") from None
         except (OSError, ValueError, RuntimeError) as e:
             line = " ".join(str(e).split())[:200]
             raise UserError(f"cannot download openwebtext ({line}); {BY_INPUT}") from e
         parts = whole.train_test_split(test_size=val_fraction, seed=2357, shuffle=True)
-        self._splits = {"train": parts["train"], "val": parts["test"]}
-        self.n_bytes = 39_800_000_000
+        self._splits, self.n_bytes = {"train": parts["train"], "val": parts["test"]}, 39_800_000_000
         rows = {name: len(part) for name, part in self._splits.items()}
         self.identity: dict[str, Any] = dict(rows=rows, val_fraction=val_fraction, seed=2357)
 
@@ -301,8 +276,7 @@ class OpenWebText:
         for name, part in self._splits.items():
             for rows in part.iter(batch_size=1000):
                 for text in filter(None, rows["text"]):
-                    yield name, text
-                    yield name, None
+                    yield from ((name, text), (name, None))
 
 
 def fineweb_shards(n: int) -> list[Shard]:
@@ -321,15 +295,13 @@ def fineweb_shards(n: int) -> list[Shard]:
         ]
 
 
-CORPORA = {
-    corpus.name: corpus
-    for corpus in (
-        Corpus("python_stdlib", "byte", 0.05, network=False, text=python_stdlib),
-        # Both as nanoGPT prepares them.
-        Corpus("shakespeare_char", "char", 0.1, text=shakespeare, sha256=SHAKESPEARE_SHA256),
-        Corpus("shakespeare", "gpt2", 0.1, text=shakespeare, sha256=SHAKESPEARE_SHA256),
-        Corpus("openwebtext", "gpt2", 0.0005, text=OpenWebText),  # 54 GB of download
-        Corpus("fineweb10B", "gpt2", 0.0, shards=fineweb_shards),
-    )
-}
+_NAMED = (
+    Corpus("python_stdlib", "byte", 0.05, network=False, text=python_stdlib),
+    # Both as nanoGPT prepares them.
+    Corpus("shakespeare_char", "char", 0.1, text=shakespeare, sha256=SHAKESPEARE_SHA256),
+    Corpus("shakespeare", "gpt2", 0.1, text=shakespeare, sha256=SHAKESPEARE_SHA256),
+    Corpus("openwebtext", "gpt2", 0.0005, text=OpenWebText),  # 54 GB of download
+    Corpus("fineweb10B", "gpt2", 0.0, shards=fineweb_shards),
+)
+CORPORA = {corpus.name: corpus for corpus in _NAMED}
 INPUT = Corpus("input", "byte", 0.1, network=False)  # the text that --input names

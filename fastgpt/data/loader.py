@@ -1,9 +1,8 @@
 """The tokens of step s: a pure function of (seed, s), read ahead while the device computes.
 
-Neither earlier steps, nor restarts, nor the number of GPUs, nor NumPy's version change them: random
-numbers and orders are functions of their keys alone. Philox4x64-10 (Salmon et al., "Parallel random
-numbers: as easy as 1, 2, 3", SC 2011) makes 64-bit words from a key and a counter. NumPy promises
-these words, but not what its distributions make of them.
+Neither restarts, nor the number of GPUs, nor NumPy's version change them: random numbers and orders
+are functions of keys. Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+SC 2011) makes words from a key and a counter; NumPy promises these, not its distributions.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from fastgpt.data.token_files import TokenSplit
 
 # The second half of Philox's key: one number per use, so that no two uses share words.
 _STARTS, _OFFSETS, _ORDER, _EVAL = 1, 2, 3, 4
-_ROUNDS = 8
 
 
 class Batches:
@@ -129,7 +127,7 @@ def shuffled(places: np.ndarray, n: int, *key: int) -> np.ndarray:
     """
     bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << bits) - np.uint64(1)
-    round_keys = random_words(_ROUNDS, *key)
+    round_keys = random_words(8, *key)
     x = places.astype(np.uint64)
     outside = np.arange(len(x))
     while outside.size:
@@ -151,10 +149,9 @@ def _mix(x: np.ndarray) -> np.ndarray:
 class Prefetcher:
     """`get(step)` for step = start_step, start_step + 1, ... in this order.
 
-    `row_slice` picks this rank's rows. A thread keeps `depth` batches ready; with 0 `get` reads on
-    the spot. On CUDA (2 by default) it copies them on a stream of its own, as int64: 4 MB for half
-    a million tokens overlap with compute, and the training stream has no cast to launch. On a CPU
-    (0 by default) a small batch takes as long to read as to take over from a thread.
+    `row_slice` picks this rank's rows. A thread keeps `depth` batches ready (on CUDA 2 by default);
+    with 0 (on a CPU) `get` reads on the spot, which takes a small batch no longer. To CUDA the
+    thread copies int64 on a stream of its own; the training stream then has no cast to launch.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ import numpy as np
 
 from fastgpt.config.schema import CorpusConfig, PrepareConfig
 from fastgpt.data import token_files
-from fastgpt.data.corpora import CORPORA, INPUT, Corpus, Part, Source, TextFiles, require_input
+from fastgpt.data.corpora import CORPORA, INPUT, Corpus, Part, Source, TextFiles
 from fastgpt.data.download import fetch
 from fastgpt.data.progress import progress
 from fastgpt.data.token_files import DATASET_JSON, Dataset, TokenWriter, has_tokens, open_dataset
@@ -42,8 +42,6 @@ JOB_CHARS = 1 << 20
 # anywhere, so that memory stays bounded. Only there may BPE tokens differ from those of the whole.
 FORCED_CHARS = 32 << 20
 BPE_TRAIN_BYTES = 256 << 20  # text that a `bpe:N` vocabulary is trained on at most, evenly spread
-# No smaller vocabulary has such ids, and text of any length has one of them in GPT-2's.
-_GPT2_LIKELY = 40_000
 
 Shards = dict[str, list[dict[str, Any]]]  # by split, as `dataset.json` lists them
 
@@ -85,7 +83,7 @@ def ensure(cfg: PrepareConfig) -> Path:
 def check_data(cfg: PrepareConfig) -> None:
     """Raises the UserErrors of `ensure` that can be known at once: data that is not there."""
     if cfg.input:
-        require_input(Path(cfg.input).expanduser())
+        _input(cfg)
         parse_spec(cfg.tokenizer or INPUT.tokenizer)
     elif _ready_made(cfg) is None:
         _there(_plan(cfg))
@@ -102,7 +100,7 @@ def with_tokenizer(dataset: Dataset, cfg: CorpusConfig) -> Dataset:
     named = cfg.tokenizer or ("gpt2" if cfg.vocab_file else "")
     if not named:
         corpus = CORPORA.get(cfg.dataset) if not cfg.input else None
-        likely = _GPT2_LIKELY <= dataset.max_id < GPT2_VOCAB
+        likely = 40_000 <= dataset.max_id < GPT2_VOCAB  # as in GPT-2's alone
         if own is None and (likely or (corpus and corpus.tokenizer == "gpt2")):
             with contextlib.suppress(UserError):  # without its merges one can train all the same
                 own = make_tokenizer("gpt2", cache=cache)
@@ -120,11 +118,16 @@ def with_tokenizer(dataset: Dataset, cfg: CorpusConfig) -> Dataset:
     if own is not None and own.fingerprint != tokenizer.fingerprint:
         raise UserError(f"{wrong} of {own.name} with another vocabulary")
     if dataset.max_id >= tokenizer.vocab_size:
-        raise UserError(
-            f"{wrong} up to {dataset.max_id:,}, this tokenizer has {tokenizer.vocab_size:,}: it is "
-            "not the one of these ids"
-        )
+        most = f"up to {dataset.max_id:,}, this tokenizer has {tokenizer.vocab_size:,}"
+        raise UserError(f"{wrong} {most}: it is not the one of these ids")
     return dataclasses.replace(dataset, tokenizer=tokenizer)
+
+
+def _input(cfg: PrepareConfig) -> Path:
+    path = Path(cfg.input).expanduser()
+    if not (path.is_file() or path.is_dir()):
+        raise UserError(f"--input={path}: there is no such file or folder")
+    return path
 
 
 def _cache(cfg: CorpusConfig) -> Path:
@@ -177,7 +180,7 @@ def _plan(cfg: PrepareConfig) -> Plan:
     else:
         recipe["val_fraction"] = cfg.val_fraction or corpus.val_fraction
     if cfg.input:
-        path = Path(cfg.input).expanduser()
+        path = _input(cfg)
         source = TextFiles(path, recipe["val_fraction"])
         if source.sha256 != corpus.sha256:
             recipe["input_sha256"] = source.sha256
@@ -223,8 +226,7 @@ def _there(plan: Plan) -> Path | None:
 def _whole(folder: Path) -> bool:
     """Whether the dataset can be opened; if not, says why."""
     try:
-        open_dataset(folder)
-        return True
+        return bool(open_dataset(folder))
     except UserError as e:
         print(f"making it anew: {e}", flush=True)
         return False
@@ -275,17 +277,12 @@ def _make(plan: Plan, *, network: bool) -> Path:
     return folder
 
 
-def _tokenizer(plan: Plan, network: bool, texts: Iterable[str] = ()) -> Tokenizer:
-    spec, file, cache = plan.recipe["tokenizer"], plan.cfg.vocab_file, _cache(plan.cfg)
-    return make_tokenizer(spec, vocab_file=file, texts=texts, cache=cache, download=network)
-
-
 def _download(partial: Path, plan: Plan, network: bool) -> tuple[Tokenizer, Any, Shards]:
     """Fetch ready-made shards into `partial`, linking those that a sibling dataset has."""
     assert plan.corpus.shards is not None
     partial.mkdir(parents=True, exist_ok=True)
-    shards = plan.corpus.shards(plan.cfg.shards)
-    tokenizer = _tokenizer(plan, network)
+    shards, spec = plan.corpus.shards(plan.cfg.shards), plan.recipe["tokenizer"]
+    tokenizer = make_tokenizer(spec, plan.cfg.vocab_file, (), _cache(plan.cfg), network)
     for sibling in partial.parent.glob(f"{plan.corpus.name}*"):
         known = token_files.load_scans(sibling)
         for s in shards:
@@ -294,10 +291,8 @@ def _download(partial: Path, plan: Plan, network: bool) -> tuple[Tokenizer, Any,
                     os.link(sibling / s.file, partial / s.file)
     needed = sum(s.bytes for s in shards if not (partial / s.file).exists())
     if needed > (free := shutil.disk_usage(partial).free):
-        raise UserError(
-            f"{plan.corpus.name} needs {needed / 1e9:.1f} GB more in {partial.parent}, "
-            f"{free / 1e9:.1f} GB are free: choose fewer --shards or another --data_dir"
-        )
+        room = f"{needed / 1e9:.1f} GB more in {partial.parent}, {free / 1e9:.1f} GB are free"
+        raise UserError(f"{plan.corpus.name} needs {room}: choose fewer --shards or --data_dir")
     entries: Shards = {"train": [], "val": []}
     for s in shards:
         path = fetch(s.url, partial / s.file, sha256=s.sha256, size=s.bytes)
@@ -310,11 +305,10 @@ def _download(partial: Path, plan: Plan, network: bool) -> tuple[Tokenizer, Any,
 
 def _tokenize(partial: Path, plan: Plan, network: bool) -> tuple[Tokenizer, Any, Shards]:
     """Write the text's tokens into a new folder `partial`, which is removed if that fails."""
-    val_fraction = plan.recipe["val_fraction"]
     source: Source | None = plan.source
     if source is None:
         assert plan.corpus.text is not None
-        source = plan.corpus.text(_cache(plan.cfg), val_fraction)
+        source = plan.corpus.text(_cache(plan.cfg), plan.recipe["val_fraction"])
     elif plan.source and (skipped := plan.source.skipped):
         print(f"skipped {len(skipped)} files that are no text:")
         for name, why in itertools.islice(skipped.items(), 20):
@@ -323,15 +317,14 @@ def _tokenize(partial: Path, plan: Plan, network: bool) -> tuple[Tokenizer, Any,
     shutil.rmtree(partial, ignore_errors=True)  # a killed run's
     partial.mkdir(parents=True)
     try:
-        texts = _training_texts(source, plan.recipe["tokenizer"])
-        tokenizer = _tokenizer(plan, network, texts)
+        spec = plan.recipe["tokenizer"]
+        texts = _training_texts(source, spec)
+        tokenizer = make_tokenizer(spec, plan.cfg.vocab_file, texts, _cache(plan.cfg), network)
         shards = _write_shards(partial, source, tokenizer, plan.cfg.workers or cores())
         for split, part in shards.items():
             if not part:
-                raise UserError(
-                    f"too little text for a {split} split with --val_fraction={val_fraction}: "
-                    "give more text or another fraction"
-                )
+                wrong = f"too little text for a {split} split"
+                raise UserError(f"{wrong}: give more text or another --val_fraction")
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

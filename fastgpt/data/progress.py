@@ -8,14 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-EVERY_S = 10.0
 _clock = time.monotonic
 
 
 class Every:
     """`due()` is true at most once in so many seconds, and not in the first."""
 
-    def __init__(self, seconds: float = EVERY_S) -> None:
+    def __init__(self, seconds: float = 10.0) -> None:
         self._seconds, self._last = seconds, _clock()
 
     def due(self) -> bool:
@@ -27,12 +26,10 @@ class Every:
 
 
 @contextlib.contextmanager
-def progress(
-    what: str, total: int | None, done: int = 0, unit: str = "B"
-) -> Iterator[Callable[[int], None]]:
+def progress(what: str, total: int | None, done: int = 0, unit: str = "B") -> Iterator[Callable]:
     """Yields `advance(n)`. `total` in `unit`s (None: unknown), `done` of which are there."""
     begin, end = ("\r\x1b[K", "") if sys.stderr.isatty() else ("", "\n")
-    every, began, at_first = Every(EVERY_S if end else 0.2), _clock(), done
+    every, began, at_first = Every(10.0 if end else 0.2), _clock(), done
     lock = threading.Lock()  # files are checked by several threads
 
     def advance(n: int) -> None:

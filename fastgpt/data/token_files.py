@@ -48,9 +48,6 @@ class Scan:
     max_id: int
 
 
-_UNKNOWN = Scan(-1, -1, "", -1)
-
-
 class TokenFile:
     """An open file of token ids: `file[a:b]` reads them, `count` is their number.
 
@@ -75,8 +72,7 @@ class TokenFile:
         if size == 0 or (self.count == 0 and size == want):
             raise UserError(f"{path}: is empty; {_AGAIN}")
         if size != want or self.count < 0:
-            said = f"its header says {self.count:,} tokens" if self.offset else "2-byte tokens"
-            wrong = f"{said} ({want:,} bytes), it has {size:,} bytes"
+            wrong = f"{self.count:,} tokens take {want:,} bytes, it has {size:,}"
             raise UserError(f"{path}: is cut off or no token file: {wrong}; {_AGAIN}")
 
     @staticmethod
@@ -118,8 +114,8 @@ class TokenFile:
     def entry(self) -> dict[str, Any]:
         """Its line in `dataset.json`."""
         scan, name = self.scan(), self.path.name
-        known = dict(file=name, tokens=self.count, bytes=scan.size, sha256=scan.sha256)
-        return {**known, "max_id": scan.max_id}
+        own = dict(file=name, tokens=self.count, bytes=scan.size)
+        return dict(**own, sha256=scan.sha256, max_id=scan.max_id)
 
 
 def header(count: int, dtype: np.dtype) -> bytes:
@@ -191,13 +187,18 @@ def scan_all(files: list[TokenFile], folder: Path) -> list[Scan]:
     Remembered in `.fastgpt_scan.json` there or, if the folder is read-only, in the user's cache.
     """
     known = load_scans(folder)
-    scans = {file: known.get(file.path.name, _UNKNOWN) for file in files}
-    if unread := [f for f, scan in scans.items() if (scan.size, scan.mtime_ns) != f.status[:2]]:
+
+    def remembered(file: TokenFile) -> bool:
+        scan = known.get(file.path.name)
+        return scan is not None and (scan.size, scan.mtime_ns) == file.status[:2]
+
+    if unread := [file for file in files if not remembered(file)]:
         total = sum(file.count * file.dtype.itemsize for file in unread)
         with progress(f"checking {folder.name}", total) as advance, ThreadPoolExecutor(4) as pool:
-            scans.update(zip(unread, pool.map(lambda f: f.scan(advance), unread), strict=True))
-        save_scans(folder, {file.path.name: scan for file, scan in scans.items()})
-    return list(scans.values())
+            scans = pool.map(lambda file: file.scan(advance), unread)
+            known |= {file.path.name: scan for file, scan in zip(unread, scans, strict=True)}
+        save_scans(folder, known)
+    return [known[file.path.name] for file in files]
 
 
 def _scan_paths(folder: Path) -> tuple[Path, Path]:
@@ -249,8 +250,7 @@ class TokenSplit:
         """int64 positions of the admissible starts number `index` (each in 0 .. n_starts - 1)."""
         ends = self._start_ends(block_size)
         shard = np.searchsorted(ends, index, side="right")
-        before = np.concatenate([[0], ends[:-1]])
-        return self._first[shard] + index - before[shard]
+        return self._first[shard] + index - np.append(0, ends)[shard]
 
     def check_unchanged(self) -> None:
         """Raises UserError if a file changed since it was opened; asked before each evaluation."""
@@ -261,11 +261,10 @@ class TokenSplit:
         """Raises UserError when no window of this block size fits into any shard."""
         if self.n_starts(block_size) == 0:
             longest = max(file.count for file in self.shards)
-            fits = f"the largest that fits is {longest - 1}" if longest > 1 else "none fits"
             raise UserError(
                 f"the {self.name} split in {self.shards[0].path.parent} is too short for "
-                f"block_size={block_size}: its longest file has {longest:,} tokens ({fits}); "
-                "use a smaller --block_size or more text"
+                f"block_size={block_size}: its longest file has {longest:,} tokens; use more text "
+                f"or --block_size={longest - 1}"
             )
 
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
@@ -284,8 +283,7 @@ class Dataset:
     """An opened, checked folder of token files.
 
     `fingerprint` is a hash of the contents of all files, whatever their folder is called.
-    `vocab_size` counts real ids, without padding; `max_id` is the largest that occurs. `tokenizer`
-    is None if the folder has none.
+    `vocab_size` counts ids without padding; `max_id` is the largest that occurs.
     """
 
     folder: Path
@@ -298,12 +296,10 @@ class Dataset:
 
     def describe(self) -> str:
         """Returns one line for people."""
-        shards = len(self.train.shards + self.val.shards)
+        n_files = len(self.train.shards + self.val.shards)
         kind = self.tokenizer.name if self.tokenizer else "no tokenizer"
-        return (
-            f"{self.folder}: {len(self.train):,} train and {len(self.val):,} val tokens in "
-            f"{shards} files, vocabulary {self.vocab_size:,} ({kind})"
-        )
+        tokens = f"{len(self.train):,} train and {len(self.val):,} val tokens in {n_files} files"
+        return f"{self.folder}: {tokens}, vocabulary {self.vocab_size:,} ({kind})"
 
 
 def has_tokens(folder: Path) -> bool:
@@ -324,10 +320,8 @@ def open_dataset(folder: Path) -> Dataset:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(
-            f"there is no dataset folder {folder}: run `fastgpt prepare {folder.name}`, or give "
-            "your own text with --input=FILE"
-        )
+        how = f"run `fastgpt prepare {folder.name}`, or give your own text with --input=FILE"
+        raise UserError(f"there is no dataset folder {folder}: {how}")
     info = _read_json(folder)
     listing = _listing(folder, info)
     files = [TokenFile(folder / name) for _, name, _ in listing]
@@ -391,9 +385,7 @@ def _listing(
                 f"*_{split}_*.bin, found {others}; run `fastgpt prepare {folder.name}`"
             )
         if len(names) > 1 and any(name.endswith(f"{split}.bin") for name in names):
-            raise UserError(
-                f"{folder} has more than one {split} set ({', '.join(names[:3])}): keep one of them"
-            )
+            raise UserError(f"{folder} has more than one {split} set ({', '.join(names[:3])})")
     return found
 
 
@@ -402,10 +394,7 @@ def _vocabulary(folder: Path, info: dict[str, Any] | None) -> tuple[int, Tokeniz
     if (folder / JSON_NAME).exists():
         tokenizer = load_tokenizer(folder)
         if info and info["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
-            raise UserError(
-                f"{folder / JSON_NAME} is not the tokenizer these files were made with: prepare "
-                "again"
-            )
+            raise UserError(f"{folder / JSON_NAME} is not the tokenizer of these files: {_AGAIN}")
         return tokenizer.vocab_size, tokenizer
     if info:
         return info["vocab_size"], None

@@ -126,11 +126,8 @@ class CharTokenizer(Tokenizer):
         unknown = (ids < 0) | (points >= len(self._table))
         if unknown.any():
             char = chr(points[unknown.argmax()])
-            raise UserError(
-                f"character {char!r} (U+{ord(char):04X}) is not among the {self.vocab_size} "
-                "characters of this vocabulary; leave it out or prepare the data with "
-                "--tokenizer=byte"
-            )
+            wrong = f"character {char!r} (U+{ord(char):04X}) is not among the {self.vocab_size}"
+            raise UserError(f"{wrong} of this vocabulary; leave it out or use --tokenizer=byte")
         return ids
 
     def _decode(self, ids: np.ndarray) -> bytes:
@@ -223,22 +220,17 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def parse_spec(spec: str) -> tuple[str, int]:
     """('byte' | 'char' | 'gpt2' | 'bpe', N): N is 0 but for `bpe:N`. UserError for others."""
-    match = re.fullmatch(r"byte|char|gpt2|bpe(?::([0-9]{1,9}))?", spec)
-    if match is None:
-        raise UserError(
-            f"--tokenizer={spec}: choose byte, char, gpt2, or bpe:N with N the vocabulary's size"
-        )
+    if (match := re.fullmatch(r"byte|char|gpt2|bpe(?::([0-9]{1,9}))?", spec)) is None:
+        known = "byte, char, gpt2, or bpe:N with N the vocabulary's size"
+        raise UserError(f"--tokenizer={spec}: choose {known}")
     if match[1] and not 257 <= int(match[1]) <= 1_000_000:
-        raise UserError(
-            f"--tokenizer={spec}: N must be in 257 .. 1000000 "
-            "(256 bytes, the merges, and the end-of-text token)"
-        )
+        what = "256 bytes, the merges, and the end-of-text token"
+        raise UserError(f"--tokenizer={spec}: N must be in 257 .. 1000000 ({what})")
     return spec.partition(":")[0], int(match[1] or 0)
 
 
 def make_tokenizer(
     spec: str,
-    *,
     vocab_file: str = "",
     texts: Iterable[str] = (),
     cache: Path | None = None,
@@ -264,10 +256,7 @@ def make_tokenizer(
         ranks = read_ranks(vocab_file)
         own = f"bpe:{len(ranks) + 1}"
         if size not in (0, len(ranks) + 1):
-            raise UserError(
-                f"--tokenizer={spec}: {vocab_file} makes a vocabulary of {len(ranks) + 1} with "
-                f"end-of-text; say --tokenizer={own}"
-            )
+            raise UserError(f"--tokenizer={spec}: {vocab_file} makes --tokenizer={own}")
         return BPETokenizer(own, ranks)
     if not size:
         raise UserError("--tokenizer=bpe needs a size to train (bpe:N) or a --vocab_file")
@@ -294,15 +283,12 @@ def _gpt2_ranks(vocab_file: str, cache: Path | None, download: bool) -> dict[byt
         ranks = read_ranks(path)
     else:
         raise UserError(
-            "GPT-2's vocabulary is not on this machine: run `fastgpt prepare` with the same "
-            "options where there is network, or pass --vocab_file=FILE with the rank file "
-            f"{GPT2_URL}, or take --tokenizer=byte"
+            "GPT-2's vocabulary is not on this machine: run `fastgpt prepare` once, or pass "
+            f"--vocab_file=FILE with the rank file {GPT2_URL}, or take --tokenizer=byte"
         )
     if hashlib.sha256(dump_ranks(ranks)).hexdigest() != GPT2_SHA256:
-        raise UserError(
-            f"{path} is not GPT-2's vocabulary: {len(ranks)} tokens whose sha256 is not "
-            f"{GPT2_SHA256[:16]}...; a vocabulary of your own goes with --tokenizer=bpe"
-        )
+        own = "a vocabulary of your own goes with --tokenizer=bpe"
+        raise UserError(f"{path} is not GPT-2's vocabulary, by its sha256; {own}")
     return ranks
 
 
@@ -321,18 +307,15 @@ def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
     try:
         import rustbpe
     except ImportError:
-        raise UserError(
-            f"--tokenizer=bpe:{size} needs rustbpe: pip install 'rustbpe>=0.1' (the extra [bpe])"
-        ) from None
+        need = "needs rustbpe: pip install 'rustbpe>=0.1' (the extra [bpe])"
+        raise UserError(f"--tokenizer=bpe:{size} {need}") from None
     trainer = rustbpe.Tokenizer()
     # Two merges may spell the same token; tiktoken knows the first only. So train some to spare.
     trainer.train_from_iterator(iter(texts), size - 1 + 256, pattern=GPT2_PATTERN)
     tokens = dict.fromkeys(bytes(token) for token, _ in trainer.get_mergeable_ranks())
     if (most := len(tokens) + 1) < size:
-        raise UserError(
-            f"--tokenizer=bpe:{size}: this text has pairs for a vocabulary of {most} only; "
-            f"say --tokenizer=bpe:{most} or less"
-        )
+        wrong = f"--tokenizer=bpe:{size}: this text has pairs for a vocabulary of {most} only"
+        raise UserError(f"{wrong}; say --tokenizer=bpe:{most} or less")
     return {token: rank for rank, token in enumerate(itertools.islice(tokens, size - 1))}
 
 
@@ -352,13 +335,11 @@ def parse_ranks(data: bytes, where: Path | str) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
-            what = f"line {number} is not 'base64 rank': no tiktoken rank file"
-            raise UserError(f"{where}: {what}") from None
+            raise UserError(f"{where}: line {number} is not 'base64 rank'") from None
     if sorted(ranks.values()) != list(range(len(ranks))):
-        top = len(ranks) - 1
-        raise UserError(f"{where}: ranks are not 0 .. {top} once each: damaged rank file")
+        raise UserError(f"{where}: ranks are not 0 .. {len(ranks) - 1} once each: damaged")
     if missing := [b for b in range(256) if bytes([b]) not in ranks]:
-        raise UserError(f"{where}: no token for byte {missing[0]}: damaged rank file")
+        raise UserError(f"{where}: no token for byte {missing[0]}: damaged")
     return ranks
 
 

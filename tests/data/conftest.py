@@ -140,29 +140,6 @@ def read_only(tmp_path):
         step()
 
 
-@pytest.fixture
-def full_disk(tmp_path):
-    """A function that mounts a disk of so many bytes; skips where that is not allowed."""
-    mounted = []
-
-    def mount(size: int) -> Path:
-        folder = tmp_path / "disk"
-        folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-        try:
-            failed = subprocess.run(command, capture_output=True).returncode
-        except FileNotFoundError:
-            failed = True
-        if failed:
-            pytest.skip("may not mount a small disk here")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
 def python(code: str, *args: str, env: dict[str, str] | None = None) -> subprocess.Popen:
     """Start `code` in a Python of its own that finds fastgpt."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}

@@ -298,7 +298,7 @@ def test_openwebtext(settings, as_gpt2, monkeypatch):
             CORPORA["openwebtext"].text(Path(cfg.data_dir), 0.0005)
         assert "\n" not in str(e.value)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'datasets>=2.20' \(the extra \[hf\]\)"):
+    with pytest.raises(UserError, match=r"\[hf\]: pip install 'datasets>=2.20'.*--input"):
         CORPORA["openwebtext"].text(Path(cfg.data_dir), 0.0005)
 
 

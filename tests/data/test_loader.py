@@ -13,8 +13,6 @@ from fastgpt.data.loader import Batches, Prefetcher, below, eval_batches, random
 from fastgpt.data.token_files import TokenFile, TokenSplit, header
 from fastgpt.errors import UserError
 
-from .conftest import python
-
 
 def split_of(folder, *lengths) -> TokenSplit:
     """A split whose token at position i is i."""
@@ -79,18 +77,6 @@ def test_the_stream_is_the_promised_one(split, kind):
     assert digest[:8] == PROMISED[kind]
 
 
-def test_another_process_draws_the_same(split, tmp_path):
-    code = """
-import sys; from pathlib import Path
-from fastgpt.data.loader import Batches
-from fastgpt.data.token_files import TokenFile, TokenSplit
-s = TokenSplit("train", [TokenFile(p) for p in sorted(Path(sys.argv[1]).glob("*.bin"))])
-print(Batches(s, rows_per_step=6, block_size=8, seed=1337).starts(7).tolist())
-"""
-    out, err = python(code, str(tmp_path)).communicate(timeout=60)
-    assert out.strip() == str(batches(split).starts(7).tolist()), err
-
-
 def test_random_covers_all_positions_evenly(tmp_path):
     b = batches(split_of(tmp_path, 60, 30), rows_per_step=1000)
     counts = np.bincount(np.concatenate([b.starts(step) for step in range(50)]), minlength=90)
@@ -105,19 +91,13 @@ def test_random_covers_all_positions_evenly(tmp_path):
 def test_an_epoch_takes_each_window_once(tmp_path, lengths, rows):
     b = batches(split_of(tmp_path, *lengths), rows_per_step=rows, sampling="epochs")
     w = b.rows_per_epoch
-    assert w >= sum(max(0, n // 8 - 1) for n in lengths) and w > 0
+    assert w >= max(1, sum(n // 8 - 1 for n in lengths))
     starts = np.concatenate([b.starts(s) for s in range(-(-3 * w // rows))])
     epochs = [np.sort(starts[e * w : (e + 1) * w]) for e in range(3)]
     assert all((np.diff(epoch) >= 8).all() for epoch in epochs), "windows overlap"
     if sum(lengths) > 100:
         assert len({tuple(epoch.tolist()) for epoch in epochs}) == 3, "the grid does not move"
         assert w * 8 > sum(lengths) - 2 * 8 * len(lengths)
-
-
-def test_over_epochs_every_token_is_seen(tmp_path):
-    b = batches(split_of(tmp_path, 100), rows_per_step=11, sampling="epochs")
-    seen = np.unique(np.concatenate([b.tokens(s).ravel() for s in range(60)]))
-    assert seen.tolist() == list(range(100))
 
 
 def test_epochs_of_a_huge_split_need_no_memory():
@@ -145,14 +125,12 @@ def test_too_long_blocks_are_refused(split):
 
 
 def test_evaluation_windows_are_fixed(split):
-    def rows(**changes):
-        options = {"n_batches": 4, "batch_size": 3, "block_size": 8, "seed": 0, **changes}
-        return list(eval_batches(split, **options))
-
-    one = rows()
+    one, two, other = (
+        list(eval_batches(split, n_batches=n, batch_size=3, block_size=8, seed=seed))
+        for n, seed in ((4, 0), (9, 0), (4, 1))
+    )
     assert len(one) == 4 and one[0].shape == (3, 9) and one[0].dtype == np.int64
-    assert np.array_equal(one, rows()) and not np.array_equal(one, rows(seed=1))
-    assert np.array_equal(one, rows(n_batches=9)[:4])
+    assert np.array_equal(one, two[:4]) and not np.array_equal(one, other)
     assert (np.diff(np.concatenate(one)) == 1).all()
 
 
@@ -182,11 +160,6 @@ def test_words_are_philox(key, n):
     assert random_words(n, *key).tolist() == want
 
 
-def test_different_keys_give_different_words():
-    keys = [(), (1,), (0, 1), (0, 0, 1), (0, 0, 0, 1), (-1,), (2**63,)]
-    assert len({tuple(random_words(4, *key).tolist()) for key in keys}) == len(keys)
-
-
 @given(st.lists(st.tuples(U64, st.integers(1, 2**63 - 1)), min_size=1, max_size=20))
 def test_below_is_the_high_half_of_the_product(pairs):
     words = np.array([word for word, _ in pairs], np.uint64)
@@ -195,31 +168,18 @@ def test_below_is_the_high_half_of_the_product(pairs):
     assert below(words, pairs[0][1]).tolist() == [word * pairs[0][1] >> 64 for word, _ in pairs]
 
 
-@pytest.mark.parametrize("n", [*range(1, 70), 255, 256, 257, 1023, 1024, 1025, 4097, 100_003])
-def test_every_number_once(n):
-    order = shuffled(np.arange(n), n, 5, 1, 2)
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 100) | st.integers(1, 5000), U64, U64)
+def test_every_number_once(n, seed, epoch):
+    order = shuffled(np.arange(n), n, seed, 3, epoch)
     assert np.array_equal(np.sort(order), np.arange(n))
     some = np.arange(0, n, 37)
-    assert np.array_equal(shuffled(some, n, 5, 1, 2), order[some])
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 3000), U64, U64)
-def test_every_number_once_for_any_key(n, seed, epoch):
-    order = shuffled(np.arange(n), n, seed, 3, epoch)
-    assert len(set(order.tolist())) == n and order.max() == n - 1
+    assert np.array_equal(shuffled(some, n, seed, 3, epoch), order[some])
 
 
 def test_orders_are_the_promised_ones():
-    """Of the smallest power of four, so that few numbers are sent through again."""
     orders = [shuffled(np.arange(n), n, 3).tolist() for n in (2, 3, 4, 5)]
     assert orders == [[1, 0], [2, 0, 1], [2, 3, 1, 0], [2, 1, 3, 4, 0]]
-
-
-def test_huge_orders_take_no_memory():
-    n = 10**13 + 7
-    got = shuffled(np.arange(n - 1000, n), n, 3)
-    assert len(set(got.tolist())) == 1000 and got.min() >= 0 and got.max() < n
 
 
 def test_orders_look_random():

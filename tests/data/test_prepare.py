@@ -2,14 +2,11 @@ import dataclasses
 import fcntl
 import hashlib
 import os
-import random
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +19,7 @@ from fastgpt.data import corpora, token_files
 from fastgpt.data import prepare as module
 from fastgpt.data.prepare import cut, ensure, ordered_map, prepare, with_tokenizer
 from fastgpt.data.token_files import TokenFile, open_dataset
-from fastgpt.data.tokenizer import BPETokenizer, ByteTokenizer
+from fastgpt.data.tokenizer import BPETokenizer
 from fastgpt.errors import UserError
 
 from .conftest import TEXT, python
@@ -150,22 +147,6 @@ def test_files_hold_the_documents_tokens(tmp_path, monkeypatch, ranks):
             assert ids.tolist() == [i for t in texts for i in (*bpe.encode(t).tolist(), bpe.eot)]
             assert {s["tokens"] for s in shards[:-1]} == {700} and len(shards) > 1
         assert tokens(folder) == tokens(tmp_path / "1")
-
-
-def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
-    monkeypatch.setattr(token_files, "SHARD_TOKENS", 4 << 20)
-    line = "a line of text that repeats without end, or so it seems\n"
-
-    def peak(n_documents):
-        source = Texts(("train", line * 2000) for _ in range(n_documents))
-        (tmp_path / str(n_documents)).mkdir()
-        tracemalloc.start()
-        module._write_shards(tmp_path / str(n_documents), source, ByteTokenizer(), 1)
-        found = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        return found
-
-    assert peak(200) < 1.5 * peak(20) < 12 << 20  # 22 MB against 2 MB of text
 
 
 def test_ordered_map_keeps_the_order_and_few_in_work():
@@ -314,7 +295,7 @@ BAD = {
     "vocab": ({"tokenizer": "bpe", "vocab_file": "/no/file"}, "/no/file: cannot be read: No such"),
     "vocab for bytes": ({"vocab_file": __file__}, "--vocab_file goes with"),
     "no vocab": ({"tokenizer": "gpt2"}, "vocabulary is not on this machine"),
-    "no train": ({"input": "a.txt"}, "too little text for a train split with --val_fraction=0.1"),
+    "no train": ({"input": "a.txt"}, "too little text for a train split: .*--val_fraction"),
 }
 
 
@@ -350,18 +331,12 @@ except UserError as e:
 """
 
 
-def test_a_full_disk(settings, text, tmp_path, full_disk):
-    """A size limit for files is one where none can be mounted."""
+def test_a_full_disk(text, tmp_path):
+    """A limit on the size of files is one that needs no mount; a kill is among the chaos tests."""
     process = python(PREPARE, str(text), str(tmp_path / "data"), "", "8192")
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "UserError: cannot write" in err and "no space left" in err
     assert visible(tmp_path / "data") == [] and not list((tmp_path / "data").glob(".*.partial"))
-    text.write_text(WORDS * 10)
-    folder = full_disk(64 << 10)
-    with pytest.raises(UserError, match="no space left.*--data_dir") as e:
-        prepare(settings(input=str(text), data_dir=str(folder)))
-    assert "\n" not in str(e.value)
-    assert visible(folder) == [] and not list(folder.glob(".*.partial"))
 
 
 def test_folders_that_cannot_be_written(settings, text, read_only, tmp_path):
@@ -399,61 +374,6 @@ def test_two_at_once_make_one(settings, tmp_path, text, as_gpt2, capsys):
         assert "waiting for another process" in out and again.is_alive()
     again.join(20)
     assert not again.is_alive() and visible(tmp_path / "data") == [name]
-
-
-def test_killed_at_any_moment_then_run_again(settings, tmp_path, as_gpt2):
-    """SIGKILL, then once to the end: the files are those of an undisturbed run."""
-    path = tmp_path / "big.txt"
-    path.write_text(TEXT * 1500)
-    start = time.monotonic()
-    process = python(PREPARE, str(path), str(tmp_path / "one"), str(as_gpt2), "0")
-    assert process.wait(60) == 0, process.communicate()
-    took = time.monotonic() - start
-    (name,) = visible(tmp_path / "one")
-    args, kills = (str(path), str(tmp_path / "two"), str(as_gpt2), "0"), 0
-    rng = random.Random(time.time_ns())
-    moments = [round(rng.uniform(0.3, 1.0), 3) for _ in range(10)]
-    for moment in moments:
-        process = python(PREPARE, *args)
-        try:
-            process.wait(took * moment)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.communicate(timeout=60)
-        if visible(tmp_path / "two"):  # whole or not at all
-            assert tokens(tmp_path / "two" / name) == tokens(tmp_path / "one" / name), moments
-            shutil.rmtree(tmp_path / "two")
-            took *= 0.7  # the run that was timed had a busier machine
-    process = python(PREPARE, *args)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and kills > 0, (err, kills)
-    assert tokens(tmp_path / "two" / name) == tokens(tmp_path / "one" / name), moments
-    assert {n for n in os.listdir(tmp_path / "two") if n != ".cache"} == {name}, moments
-
-
-@pytest.mark.parametrize("moment", [1, 2])
-def test_a_kill_while_it_is_replaced(settings, text, monkeypatch, moment):
-    """Once the old folder is moved, or the new one too."""
-    cfg = settings(input=str(text), overwrite=True)
-    folder = prepare(cfg)
-    want, rename, renames = tokens(folder), os.rename, []
-
-    class Killed(BaseException):
-        pass
-
-    def dying(source, target):
-        rename(source, target)
-        renames.append(target)
-        if len(renames) == moment:
-            raise Killed
-
-    monkeypatch.setattr(os, "rename", dying)
-    with pytest.raises(Killed):
-        prepare(cfg)
-    monkeypatch.setattr(os, "rename", rename)
-    assert tokens(prepare(settings(input=str(text)))) == want
-    assert visible(cfg.data_dir) == [folder.name]
 
 
 def test_interrupt_ends_at_once(tmp_path, as_gpt2):

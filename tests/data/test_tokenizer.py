@@ -83,7 +83,7 @@ def test_ids_are_numbered_as_promised(as_gpt2):
 @pytest.mark.parametrize("char", ["b", "\x00", "é", "🙂", "\U0010ffff"])
 def test_unknown_characters_are_named(char):
     tok = CharTokenizer("acz\u3000")
-    with pytest.raises(UserError, match=f"U\\+{ord(char):04X}.*4 characters"):
+    with pytest.raises(UserError, match=f"U\\+{ord(char):04X}.*4 of this vocabulary"):
         tok.encode(f"ac{char}a")
 
 
