@@ -108,15 +108,6 @@ def test_targets_of_minus_one_do_not_count():
     torch.testing.assert_close(model(idx, targets), want)
 
 
-def test_dropout_only_in_training():
-    model = GPT(shape(), dropout=0.5).init_weights(0)
-    idx = torch.randint(65, (2, 16))
-    model.eval()
-    assert torch.equal(model(idx), model(idx))
-    model.train()
-    assert not torch.equal(model(idx), model(idx))
-
-
 def test_dropout_is_everywhere_gpt2_has_it(monkeypatch):
     """Embedding, attention weights and both residual branches of every block, each at the rate."""
     rates = []
