@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastgpt.errors import UserError
-from fastgpt_kernels import cache
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -171,11 +166,7 @@ def device_peak(device: torch.device, dtype: torch.dtype, override_tflops: float
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """Returns the best of many square matmuls on random data, in 0.5 s, or 0.1 s on a CPU.
-
-    On a CPU other programs slow every measurement down, so the best one ever made on this machine,
-    with as many threads, is remembered and counts.
-    """
+    """Returns the best of many square matmuls on random data, in 0.5 s, or 0.1 s on a CPU."""
     size = 8192 if device.type == "cuda" else 768
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     a @ b
@@ -186,79 +177,24 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> Peak:
         a @ b
         synchronize(device)
         best = min(best, time.perf_counter() - start)
-    name = str(dtype).removeprefix("torch.")
-    flops, source = 2.0 * size**3 / best, f"measured: {size} x {size} {name} matmul"
-    if device.type != "cpu":
-        return Peak(flops, source)
-    threads = torch.get_num_threads()
-    return Peak(
-        _best_ever(f"{threads} threads, {name}", flops),
-        f"{source}, {threads} thread{'s' * (threads > 1)}, the best on this machine so far",
-    )
+    name, source = str(dtype).removeprefix("torch."), f"measured: {size} x {size}"
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return Peak(2.0 * size**3 / best, f"{source} {name} matmul{threads}")
 
 
-def _cpu() -> str:
-    """Returns the processor's name, as far as the system tells it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{platform.node()}: {line.partition(':')[2].strip()}"
-    return f"{platform.node()}: {platform.processor() or platform.machine()}"
-
-
-def _best_ever(key: str, flops: float) -> float:
-    """Returns the larger of this measurement and the remembered one, and remembers it."""
-    before = cache.load("peaks", _cpu()).get(key)
-    if isinstance(before, int | float) and flops <= before < 100 * flops:
-        return float(before)
-    cache.keep("peaks", _cpu(), {key: flops})  # without a home it is measured anew each time
-    return flops
-
-
-# --- A GPU that PyTorch does not see -------------------------------------------------------------
-
-# The oldest Linux driver for all releases of a CUDA version (NVIDIA, "CUDA compatibility": minor
-# version compatibility), and an index of PyTorch's with wheels for it.
-NEEDED = {13: "580.65.06", 12: "525.60.13", 11: "450.80.02"}
-WHEELS = ((580, "cu130"), (525, "cu126"))
-INDEX = "https://download.pytorch.org/whl"
-
-
-def _smi() -> str:
-    """Returns nvidia-smi's line, "NVIDIA H100, 535.104.05", or "" without it or a GPU."""
+def unseen_gpu() -> str | None:
+    """Returns a line for a machine with an NVIDIA GPU that PyTorch does not see, or None."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return said.stdout.strip().splitlines()[0] if not said.returncode and said.stdout else ""
-
-
-def unseen_gpu(ask: Callable[[], str] = _smi, cuda: str | None = torch.version.cuda) -> str | None:
-    """Returns a line that names the driver that PyTorch needs and the package to install.
-
-    None if this machine has no NVIDIA GPU either.
-    """
-    name, _, driver = ask().rpartition(", ")
-    found = re.match(r"(\d+)\.", driver)
-    if not name or not found:
         return None
-    major = int(found[1])
-    tag = next((wheel for least, wheel in WHEELS if major >= least), "")
-    version = ".".join(torch.__version__.split("+")[0].split(".")[:2])
-    command = f"pip install 'torch=={version}.*' --index-url {INDEX}/{tag}"
-    helps = f"install one that fits: {command}" if tag else f"install a driver >= {NEEDED[12]}"
-    here = f"there is a {name} with driver {driver}"
-    if cuda is None:
-        return f"{here}, but this PyTorch is built without CUDA; {helps}"
-    needed = NEEDED.get(int(cuda.split(".")[0]), "")
-    if needed and _numbers(driver) < _numbers(needed):
-        return (
-            f"{here}, but PyTorch {version} for CUDA {cuda} needs driver {needed} or newer; "
-            f"update it, or {helps}"
-        )
-    return f"{here}, but PyTorch does not see it: is CUDA_VISIBLE_DEVICES empty? {helps}"
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in re.findall(r"\d+", version))
+    if found.returncode or not found.stdout.strip():
+        return None
+    name, _, driver = found.stdout.strip().splitlines()[0].rpartition(", ")
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    return (
+        f"there is a {name} with driver {driver}, but PyTorch {torch.__version__}, built {built}, "
+        "does not see it: install a build for this driver (https://pytorch.org/get-started), or "
+        "check CUDA_VISIBLE_DEVICES"
+    )
