@@ -75,7 +75,7 @@ OURS = {
 # Matrix products, and the place of their operands a, b among the inputs; `out=` may follow.
 GEMM_OPS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1}
 _GEMM = _rule(
-    r"^aten::(mm|addmm|matmul|linear|addmv|mv)$|^_MasterLinear$|(Mm|Addmm|Linear)Backward\d*$"
+    r"^aten::(mm|addmm|matmul|linear|addmv|mv)$|^_LinearWithCopy$|(Mm|Addmm|Linear)Backward\d*$"
     r"|gemm|gemv|nvjet|xmma|cutlass|cublas|splitK|triton_tem_fused.*mm|^mkldnn_linear|Cijk_"
 )
 _BMM = _rule(r"^aten::(bmm|baddbmm)(_out)?$")
@@ -89,7 +89,6 @@ _HEAD = _rule(
 )
 _CAST = _rule(
     r"^aten::_to_copy$|^triton_poi_fused__to_copy(_(t|view|permute|transpose|mm))*_\d+$|ToCopyBackward"
-    r"|^_Rounded(Backward)?$"  # the model's: gradients of 16-bit copies, on their way to masters
 )
 _MEMORY: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("norms", _rule(r"layer_?norm|LayerNorm|GammaBeta|RowwiseMoments")),

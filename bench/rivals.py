@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import fastgpt_kernels as ours
 from fastgpt_kernels.launch import arch
 from fastgpt_kernels.registry import Sizes, spec
 
@@ -249,11 +248,8 @@ RIVALS: dict[str, list[Rival]] = {
 
 
 def attentions(case: Case) -> list[Provider]:
-    fixed = Provider(
-        "fastgpt, deterministic", case.bound(partial(ours.attention, deterministic=True))
-    )
     alone = [kernel_alone(case, name) for name in SDPA if case.device.type == "cuda"]
-    return [fixed, *hopper(case), *alone]
+    return [*hopper(case), *alone]
 
 
 def hopper(case: Case) -> list[Provider]:

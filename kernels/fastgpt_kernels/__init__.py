@@ -19,11 +19,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastgpt_kernels.attention import attention
     from fastgpt_kernels.bias_gelu import bias_gelu
     from fastgpt_kernels.cross_entropy import cross_entropy
     from fastgpt_kernels.layer_norm import add_layer_norm, layer_norm
     from fastgpt_kernels.linear_cross_entropy import linear_cross_entropy
-    from fastgpt_kernels.ops.attention.op import attention
     from fastgpt_kernels.tune import tune
 
 
@@ -51,7 +51,7 @@ class Entry:
 
 OPS: dict[str, Entry] = {
     "attention": Entry(
-        "attention.op",
+        "attention",
         "Causal self-attention; hopper is for sm_90; cudnn, flash and math are PyTorch's own, fa3 "
         "and fa4 FlashAttention's packages.",
         choices=("triton", "eager", "cudnn", "flash", "math", "hopper", "fa3", "fa4"),

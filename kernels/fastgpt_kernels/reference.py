@@ -13,6 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgpt_kernels.dropout import (
+    attention_dropout_mask,
+    dropout_threshold,
+    norm_dropout_mask,
+    seed_tensor,
+)
+
 
 def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float32, or float64 if any of the inputs is."""
@@ -122,7 +129,7 @@ class AddsTo(torch.autograd.Function):
 
 
 class SumsForBias(torch.autograd.Function):
-    """qkv as it is; the bias in it gets the gradient summed over all rows."""
+    """The identity of qkv; the bias in it gets the gradient summed over all rows."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, bias: Tensor) -> Tensor:
@@ -138,104 +145,32 @@ def attention(
     qkv: Tensor,
     n_head: int,
     *,
-    bias: Tensor | None = None,
     causal: bool = True,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     scale: float | None = None,
-    deterministic: bool | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """y = (Z * softmax(scale * q k^T)) v for every head (Vaswani et al., 2017); any head dim.
+    """Returns (Z * softmax(scale * q k^T)) v of every head (Vaswani et al., 2017); any head dim.
 
     qkv (B, T, 3*C) with q, k, v of head h at columns h*D, C + h*D, 2*C + h*D, D = C / n_head; y
-    (B, T, C). Causal: row i sees columns <= i. Z is `attention_dropout_mask` over its keep rate.
-    bias (3*C,) is in qkv already: it only gets a gradient. `deterministic` is there for the
-    signature's sake: PyTorch's own setting decides here.
+    (B, T, C). Causal: row i sees columns <= i. Z is 0 where `attention_dropout_mask` of the seed
+    says, else 1 / (1 - p). Without a seed PyTorch's generator draws it. bias (3*C,) is in qkv
+    already: it only gets a gradient.
     """
     if bias is not None:
         qkv = SumsForBias.apply(qkv, bias)
-    batch, T, width = qkv.shape
-    head_dim = width // (3 * n_head)
-    x = qkv.to(_compute_dtype(qkv)).view(batch, T, 3, n_head, head_dim)
-    q, k, v = x.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-    logits = (q @ k.transpose(-2, -1)) * (head_dim**-0.5 if scale is None else scale)
-    if causal:
-        above = torch.ones(T, T, dtype=torch.bool, device=qkv.device).triu(1)
-        logits = logits.masked_fill(above, float("-inf"))
-    p = logits.softmax(-1)
-    threshold, keep_scale = dropout_threshold(dropout_p)
-    if threshold > 0:
-        keep = attention_dropout_mask(seed_tensor(seed, qkv.device), batch * n_head, T, dropout_p)
-        p = p * keep.view(batch, n_head, T, T) * keep_scale
-    return (p @ v).transpose(1, 2).reshape(batch, T, n_head * head_dim).to(qkv.dtype)
-
-
-def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """A dropout seed as one int64 on `device`; None draws it there, without waiting for a GPU."""
-    if isinstance(seed, Tensor):
-        return seed
-    if seed is None:
-        return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
-    return torch.full((1,), seed, dtype=torch.int64, device=device)
-
-
-def dropout_threshold(dropout_p: float) -> tuple[int, float]:
-    """(t, 1 / (1 - t / 65536)), t = round(p * 65536): an entry whose 16 bits are < t is dropped."""
-    threshold = min(round(dropout_p * 65536), 65535)
-    return threshold, 65536 / (65536 - threshold)
-
-
-def attention_dropout_mask(seed: Tensor, heads: int, T: int, dropout_p: float) -> Tensor:
-    """(heads, T, T) bool, True where `attention` keeps softmax's entry; heads: b * n_head + h."""
-    return attention_dropout_bits(seed, heads, T) >= dropout_threshold(dropout_p)[0]
-
-
-def norm_dropout_mask(seed: Tensor, M: int, C: int, dropout_p: float) -> Tensor:
-    """(M, C) bool, True where `add_layer_norm` keeps an entry of x, seen as M rows.
-
-    Entry (row, column) takes 16 bits of Philox 4x32 with 7 rounds, key `seed`, counter
-    (column // 8, row, 0, 1): the low or, if column is odd, the high half of word column // 2 % 4.
-    """
-    device = seed.device
-    columns, rows = torch.arange(-(-C // 8), device=device), torch.arange(M, device=device)
-    zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    words = torch.stack(_philox(seed, columns[None, :], rows[:, None], zero, zero + 1), -1)
-    bits = torch.stack([words & 0xFFFF, words >> 16], -1).view(M, -1)[:, :C]
-    return bits >= dropout_threshold(dropout_p)[0]
-
-
-def _philox(seed: Tensor, *counter: Tensor) -> tuple[Tensor, ...]:
-    """The four 32-bit words, as int64, of Philox 4x32 with 7 rounds (Salmon et al., 2011)."""
-    # 32-bit arithmetic in int64: products wrap modulo 2**64, which leaves both halves right.
-    low, words = 0xFFFFFFFF, list(counter)
-    key = seed.view(()) & low, (seed.view(()) >> 32) & low
-    for i in range(7):
-        b, a = 0xCD9E8D57 * words[2], 0xD2511F53 * words[0]
-        words = [
-            ((b >> 32) & low) ^ words[1] ^ ((key[0] + i * 0x9E3779B9) & low),
-            b & low,
-            ((a >> 32) & low) ^ words[3] ^ ((key[1] + i * 0xBB67AE85) & low),
-            a & low,
-        ]
-    return torch.broadcast_tensors(*words)
-
-
-def attention_dropout_bits(seed: Tensor, heads: int, T: int) -> Tensor:
-    """(heads, T, T) int64 in [0, 65536): the random bits that decide on dropping an entry.
-
-    Entry (row, column) of a head takes 16 bits of Philox 4x32 with 7 rounds (Salmon et al., 2011),
-    key `seed`, counter (8 * (column // 32) + column % 8, 8 * (row // 16) + row % 8, head, 0): of
-    its four words number column // 8 % 4, of that the low half if row // 8 % 2 == 0, else the high.
-    """
-    device = seed.device
-    groups_m, groups_n = -(-T // 16), -(-T // 32)
-    counter = (
-        torch.arange(groups_n * 8, device=device).view(1, 1, -1),
-        torch.arange(groups_m * 8, device=device).view(1, -1, 1),
-        torch.arange(heads, device=device).view(-1, 1, 1),
-        torch.zeros(1, 1, 1, dtype=torch.int64, device=device),
-    )
-    bits = torch.stack(_philox(seed, *counter), -1)
-    bits = torch.stack([bits & 0xFFFF, bits >> 16], -1)  # (heads, T / 2, T / 4, word, half)
-    bits = bits.view(heads, groups_m, 8, groups_n, 8, 4, 2).permute(0, 1, 6, 2, 3, 5, 4)
-    return bits.reshape(heads, groups_m * 16, groups_n * 32)[:, :T, :T]
+    B, T, C3 = qkv.shape
+    q, k, v = qkv.view(B, T, 3, n_head, C3 // (3 * n_head)).permute(2, 0, 3, 1, 4).unbind(0)
+    if dropout_p == 0 or seed is None:
+        y = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout_p, is_causal=causal, scale=scale
+        )
+    else:
+        logits = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if causal:
+            above = torch.ones(T, T, dtype=torch.bool, device=qkv.device).triu(1)
+            logits = logits.masked_fill(above, float("-inf"))
+        keep = attention_dropout_mask(seed_tensor(seed, qkv.device), B * n_head, T, dropout_p)
+        y = logits.softmax(-1) * keep.view(B, n_head, T, T) * dropout_threshold(dropout_p)[1] @ v
+    return y.transpose(1, 2).reshape(B, T, C3 // 3)

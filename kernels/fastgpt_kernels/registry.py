@@ -112,8 +112,8 @@ def triton_unsupported(sizes: Sizes, dtype: torch.dtype, arch: str) -> str | Non
         return "triton is not installed"
     if not launch.is_gpu(arch):
         return None if launch.INTERPRETED else "no GPU"
-    if arch == "sm_75" and dtype == torch.bfloat16:
-        return "sm_75 has no bfloat16, only float16"
+    if arch.startswith("gfx") or int(arch.removeprefix("sm_")) < 80:
+        return f"the kernels are for NVIDIA GPUs from sm_80 on, not {arch}"
     return None
 
 

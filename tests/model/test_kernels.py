@@ -107,7 +107,17 @@ def test_only_the_op_that_fails_its_check_falls_back(gpu):
         selected(KernelOptions(ops={"bias_gelu": "triton"}), device=GPU)
 
 
-@pytest.mark.parametrize("arch", ["sm_75", "sm_87", "sm_103", "gfx942"])
+@pytest.mark.parametrize("arch", ["sm_75", "gfx942"])
+def test_a_gpu_that_kernels_do_not_support_runs_eager(arch, gpu):
+    gpu(arch)
+    reason = f"the kernels are for NVIDIA GPUs from sm_80 on, not {arch}"
+    found = selected(device=GPU, dtype=torch.float16)
+    assert {(s.implementation, s.reason) for s in found.values()} == {("eager", reason)}
+    with pytest.raises(UserError, match=f"--op.bias_gelu=triton: {reason}"):
+        selected(KernelOptions(ops={"bias_gelu": "triton"}), device=GPU, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("arch", ["sm_87", "sm_103"])
 def test_an_architecture_without_compiled_kernels_runs_eager(arch, gpu):
     gpu(arch)
     found = selected(device=GPU, dtype=torch.float16)

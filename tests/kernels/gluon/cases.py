@@ -17,10 +17,8 @@ from torch import Tensor
 
 from tests.kernels.gluon.emulator import emulated  # isort: skip - before Gluon is
 from tests.kernels.gluon.values import KernelError  # isort: skip
-from fastgpt_kernels import reference
+from fastgpt_kernels import attention_hopper, reference
 from fastgpt_kernels.launch import lookup
-from fastgpt_kernels.ops.attention.forward import LOG2_E
-from fastgpt_kernels.ops.attention.hopper import backward, configs, forward
 
 
 @dataclass(frozen=True)
@@ -57,34 +55,34 @@ class Problem:
         if self.causal:
             hidden = torch.ones(self.T, self.T, dtype=torch.bool).triu(1)
             logits = logits.masked_fill(hidden, -math.inf)
-        lse = logits.logsumexp(-1).view(-1, self.T) * LOG2_E
+        lse = logits.logsumexp(-1).view(-1, self.T) * attention_hopper.LOG2_E
         assert exact.grad is not None
         return y.detach(), lse, exact.grad
 
 
 # The slots of the rings are two, so that a few tiles go round them.
 def forward_config(head_dim: int) -> Any:
-    config = lookup(configs.FORWARD, "sm_90", head_dim)
+    config = lookup(attention_hopper.FORWARD, "sm_90", head_dim)
     return replace(config, blocks={**config.blocks, "STAGES": 2})
 
 
-def run_forward(p: Problem, seed: int, module: Any = forward, strict: bool = True) -> str:
+def run_forward(p: Problem, seed: int, module: Any = attention_hopper, strict: bool = True) -> str:
     """What is wrong with the values of an emulated forward pass; empty if nothing is."""
     y, lse, _ = p.truth
     sms = mock.patch.object(module, "multiprocessors", lambda x: p.programs)
     with emulated(seed=seed, strict=strict), sms:
-        got = module.launch_forward(
+        got = module.forward(
             p.inputs[0], p.n_head, p.causal, p.head_dim**-0.5, forward_config(p.head_dim)
         )
     return _compare(p, {"y": (got[0], y)}) or _off("lse", got[1], lse, 1e-3 * p.spread**2)
 
 
-def run_backward(p: Problem, seed: int, module: Any = backward, strict: bool = True) -> str:
+def run_backward(p: Problem, seed: int, module: Any = attention_hopper, strict: bool = True) -> str:
     """The same of a backward pass, given exact results of the forward pass."""
     qkv, grad = p.inputs
     y, lse, dqkv = p.truth
     with emulated(seed=seed, strict=strict):
-        got = module.launch_backward(
+        got = module.backward(
             grad, qkv, y.to(p.dtype), lse.float(), p.n_head, p.causal, p.head_dim**-0.5
         )
     parts = zip(("dq", "dk", "dv"), got.chunk(3, -1), dqkv.chunk(3, -1), strict=True)

@@ -4,7 +4,7 @@
         module.launch(tensors on the CPU)
 
 Within, `kernel[grid](...)` of a Gluon kernel calls the very function under `@gluon.jit`; of what
-it sees, `gl`, `tma`, `mbarrier`, wgmma's functions and `hopper.compat` are replaced. A partition of
+it sees, `gl`, `tma`, `mbarrier`, wgmma's functions and `reduce_add` are replaced. A partition of
 `warp_specialize` is a task. One task runs at a time; at every primitive a scheduler seeded by
 `seed` picks who goes on: a task, or an asynchronous operation that was issued before (a TMA copy
 lands, a wgmma or a TMA store reads its operands). Nothing but what waits for an operation forces
@@ -70,7 +70,7 @@ with mock.patch.object(type(knobs.runtime), "interpret", True):  # or its import
     from triton.experimental.gluon._runtime import GluonJITFunction
     from triton.experimental.gluon.language.nvidia import hopper
 
-    compat = importlib.import_module("fastgpt_kernels.ops.attention.hopper.compat")
+    names = importlib.import_module("fastgpt_kernels.attention_hopper")
 
 
 # ---- Gluon's primitives -------------------------------------------------------------------------
@@ -327,8 +327,7 @@ _REPLACED: list[tuple[Any, Any]] = [
     (real_gl, _gl()), (hopper.mbarrier, _MBARRIER), (hopper.tma, _TMA),
     (hopper.fence_async_shared, _fence), (hopper.warpgroup_mma_init, lambda x: x),
     (hopper.warpgroup_mma, _product), (hopper.warpgroup_mma_wait, _wait_products),
-    (compat.barrier, _pause), (compat.load, _copy_in), (compat.store, _copy_out),
-    (compat.reduce_add, _reduce_add),
+    (names.barrier, _pause), (names.load, _copy_in), (names.store, _copy_out),
 ]  # fmt: skip
 
 
@@ -342,6 +341,7 @@ def python_of(kernel: Any) -> Callable[..., Any]:
         if name in code.__globals__:
             value = code.__globals__[name]
             stand_in = [new for old, new in _REPLACED if old is value]
+            stand_in += [_reduce_add] * (name == "reduce_add")  # each copy of the file has its own
             if not stand_in and hasattr(value, "fn") and hasattr(value, "arg_names"):
                 stand_in = [python_of(value)]
             names[name] = stand_in[0] if stand_in else getattr(value, "value", value)

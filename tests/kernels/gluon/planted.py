@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.kernels.gluon.cases import Problem, run_backward, run_forward  # isort: skip
-from fastgpt_kernels.ops.attention.hopper import backward, forward
+from fastgpt_kernels import attention_hopper
 from tests.kernels.gluon.values import KernelError
 
 
@@ -38,79 +38,46 @@ def instead(old: str, new: str, name: str = "", found_as: str = "") -> Bug:
     return Bug(name or f"{new.strip()} for {old.strip()}", [(old, new)], found_as)
 
 
+# fmt: off
 # Not among them: k freed before its product. The producer also waits for the v of that step.
 FREE_K = "    mbarrier.arrive(k_empty.index(k_slot))\n"
 WAIT_O = (
     "    o, next_p, decay, p = warpgroup_mma_wait(0, deps=[o, next_p, decay, p])\n    barrier()\n"
 )
 FREE_V = "    mbarrier.arrive(v_empty.index(v_slot))\n"
+BAR_Q = "            bar = q_full.index(q_slot)\n            mbarrier.wait(q_empty.index(q_slot), "
+EXPECT = "mbarrier.expect(bar, TILE * HEAD * 2)\n"
+LOAD_K = "                load(kv_tiles, [batch, key, column + C]"
 FORWARD = [
     without("    mbarrier.wait(v_full.index(v_slot), count // STAGES & 1)", found_as="race"),
     without("            mbarrier.wait(q_full.index(q_slot), done // 2 & 1)", found_as="race"),
-    instead(
-        "k_full.index(k_slot), (count + 1) // STAGES & 1",
-        "k_full.index(k_slot), count // STAGES & 1",
-        "parity of the tile before",
-    ),  # noqa: E501
-    instead(
-        "            bar = q_full.index(q_slot)\n            mbarrier.wait(q_empty.index(q_slot), done // 2 & 1 ^ 1)\n",  # noqa: E501
-        "            bar = q_full.index(q_slot)\n            mbarrier.wait(q_empty.index(q_slot), done // 2 & 1)\n",  # noqa: E501
-        "producer's parity of q",
-        "deadlock",
-    ),  # noqa: E501
+    instead("k_full.index(k_slot), (count + 1) // STAGES & 1",
+            "k_full.index(k_slot), count // STAGES & 1", "parity of the tile before"),
+    instead(BAR_Q + "done // 2 & 1 ^ 1)\n", BAR_Q + "done // 2 & 1)\n", "producer's parity of q",
+            "deadlock"),
     instead("parity = count // STAGES & 1 ^ 1", "parity = count // STAGES & 1", "", "deadlock"),
     without("                mbarrier.wait(v_empty.index(slot), parity)", found_as="race"),
     without("            mbarrier.wait(q_empty.index(q_slot), done // 2 & 1 ^ 1)", found_as="race"),
     Bug("v freed before its product", [(WAIT_O + FREE_V, FREE_V + WAIT_O)], "race"),
-    Bug(
-        "k and v freed for each other",
-        [
-            (FREE_K, FREE_V.replace("v_slot", "k_slot")),
-            (FREE_V, FREE_K.replace("k_slot", "v_slot")),
-        ],
-    ),  # noqa: E501
+    Bug("k and v freed for each other", [(FREE_K, FREE_V.replace("v_slot", "k_slot")),
+                                         (FREE_V, FREE_K.replace("k_slot", "v_slot"))]),
     instead("mbarrier.init(k_empty.index(i), count=2)", "mbarrier.init(k_empty.index(i), count=1)"),
-    instead(
-        "mbarrier.init(v_empty.index(i), count=2)",
-        "mbarrier.init(v_empty.index(i), count=3)",
-        "",
-        "deadlock",
-    ),  # noqa: E501
-    instead(
-        "s = warpgroup_mma_wait(1, deps=[s])",
-        "s = warpgroup_mma_wait(2, deps=[s])",
-        "",
-        "used before its wait",
-    ),  # noqa: E501
-    instead(
-        "o = warpgroup_mma(p, v_s.index(v_slot), o", "o = warpgroup_mma(p, v_s.index(k_slot), o"
-    ),
-    instead(
-        "mbarrier.expect(bar, TILE * HEAD * 2)\n                load(kv_tiles, [batch, key, column + C]",  # noqa: E501
-        "mbarrier.expect(bar, TILE * HEAD)\n                load(kv_tiles, [batch, key, column + C]",  # noqa: E501
-        "half of k's bytes expected",
-    ),  # noqa: E501
-    instead(
-        "mbarrier.expect(bar, TILE * HEAD * 2)\n            for i",
-        "mbarrier.expect(bar, TILE * HEAD)\n            for i",
-        "half of q's bytes expected",
-    ),  # noqa: E501
-    instead(
-        "    fence_async_shared()\n    barrier()\n    memory",
-        "    barrier()\n    memory",
-        "no fence after the init",
-        "no fence",
-    ),  # noqa: E501
+    instead("mbarrier.init(v_empty.index(i), count=2)", "mbarrier.init(v_empty.index(i), count=3)",
+            "", "deadlock"),
+    instead("s = warpgroup_mma_wait(1, deps=[s])", "s = warpgroup_mma_wait(2, deps=[s])", "",
+            "used before its wait"),
+    instead("warpgroup_mma(p, v_s.index(v_slot), o", "warpgroup_mma(p, v_s.index(k_slot), o"),
+    instead(EXPECT + LOAD_K, EXPECT.replace(" * 2", "") + LOAD_K, "half of k's bytes expected"),
+    instead(EXPECT + "            for i", EXPECT.replace(" * 2", "") + "            for i",
+            "half of q's bytes expected"),
+    instead("    fence_async_shared()\n    barrier()\n    memory", "    barrier()\n    memory",
+            "no fence after the init", "no fence"),
     instead("for i in range(0, last + 1):", "for i in range(0, last + 2):", "a tile too many"),
     instead("            fence_async_shared()\n", "", "no fence before y's copy", "no fence"),
     without("            tma.store_wait(pendings=0)", found_as="race"),
     instead("rows, 1) >= gl", "rows, 1) > gl", "a row does not see its own key", "off by"),
-    instead(
-        "    return o, next_p",
-        "    o = o / gl.expand_dims(decay, 1)\n    return o, next_p",
-        "o is not rescaled",
-        "off by",
-    ),  # noqa: E501
+    instead("    return o, next_p", "    o = o / gl.expand_dims(decay, 1)\n    return o, next_p",
+            "o is not rescaled", "off by"),
 ]
 DS_ARRIVE = "                mbarrier.arrive(ds_full)\n"
 DS_FENCE = "                fence_async_shared()\n                barrier()\n"
@@ -118,99 +85,64 @@ DQ_WAIT = "        dq = warpgroup_mma_wait(0, deps=[dq])\n"
 DQ_LEFT = "        tma.store_wait(pendings=0)  # the tile before has left dq_s\n"
 FREE_DS = "        barrier()\n        mbarrier.arrive(ds_empty)\n"
 FREE_Q = "        mbarrier.arrive(empty.index(slot))\n"
+OUT = "    store(out_tiles, [batch, row, column], tile)\n"
+PARTS = "        for i in gl.static_range(ROWS // PART):\n            q ="
 BACKWARD = [
     instead(DS_FENCE + DS_ARRIVE, DS_ARRIVE, "no fence before dS is handed over", "no fence"),
     instead(DS_FENCE + DS_ARRIVE, DS_ARRIVE + DS_FENCE, "the fence comes after the arrival"),
     instead("if i == ROWS // PART - 1:", "if i == 0:", "dS handed over after its first part"),
-    instead(
-        "        fence_async_shared()\n        barrier()\n        reduce_add",
-        "        barrier()\n        reduce_add",
-        "no fence before the reduction",
-        "no fence",
-    ),  # noqa: E501
+    instead("        fence_async_shared()\n        barrier()\n        reduce_add",
+            "        barrier()\n        reduce_add", "no fence before the reduction", "no fence"),
     without("        tma.store_wait(pendings=0)  # the tile before has left dq_s", found_as="race"),
     instead(DQ_LEFT, DQ_LEFT.replace("=0", "=1"), "one reduction may be under way", "race"),
-    instead(
-        "    store(out_tiles, [batch, row, column], tile)\n    tma.store_wait(pendings=0)\n",
-        "    store(out_tiles, [batch, row, column], tile)\n",
-        "no wait at the end",
-        "under way",
-    ),  # noqa: E501
-    instead(
-        "    tma.store_wait(pendings=0)\n    barrier()\n    tile.store",
-        "    tile.store",
-        "dk over dv before it has left",
-        "race",
-    ),  # noqa: E501
+    instead(OUT + "    tma.store_wait(pendings=0)\n", OUT, "no wait at the end", "under way"),
+    instead("    tma.store_wait(pendings=0)\n    barrier()\n    tile.store", "    tile.store",
+            "dk over dv before it has left", "race"),
     without("            if i == 0:", "                mbarrier.wait(ds_empty, count & 1 ^ 1)"),
     without("        mbarrier.wait(ds_full, count & 1)", found_as="race"),
-    instead(
-        "mbarrier.wait(ds_full, count & 1)", "mbarrier.wait(ds_full, count & 1 ^ 1)", "parity of dS"
-    ),
+    instead("mbarrier.wait(ds_full, count & 1)", "mbarrier.wait(ds_full, count & 1 ^ 1)",
+            "parity of dS"),
     instead("mbarrier.init(ds_full, count=2)", "mbarrier.init(ds_full, count=1)"),
     instead("mbarrier.init(ds_empty, count=2)", "mbarrier.init(ds_empty, count=1)"),
-    Bug(
-        "dS freed before its product", [(DQ_WAIT + DQ_LEFT + FREE_DS, FREE_DS + DQ_WAIT + DQ_LEFT)]
-    ),
-    Bug(
-        "q freed before its products",
-        [
-            (FREE_Q, ""),
-            (
-                "        for i in gl.static_range(ROWS // PART):\n            q =",
-                FREE_Q + "        for i in gl.static_range(ROWS // PART):\n            q =",
-            ),
-        ],
-    ),  # noqa: E501
+    Bug("dS freed early", [(DQ_WAIT + DQ_LEFT + FREE_DS, FREE_DS + DQ_WAIT + DQ_LEFT)]),
+    Bug("q freed before its products", [(FREE_Q, ""), (PARTS, FREE_Q + PARTS)]),
     instead("dv, dk = warpgroup_mma_wait(0,", "dv, dk = warpgroup_mma_wait(1,", "", "used before"),
     without("        mbarrier.wait(full.index(slot), count // STAGES & 1)", found_as="race"),
     without("    mbarrier.wait(kv_full, 0)", found_as="race"),
-    without(
-        "        mbarrier.wait(empty.index(slot), count // STAGES & 1 ^ 1)", found_as="arrivals"
-    ),
-    instead(
-        "2 * ROWS * HEAD * 2 + 2 * ROWS * 4",
-        "2 * ROWS * HEAD * 2 + ROWS * 4",
-        "delta's bytes are not expected",
-    ),  # noqa: E501
+    without("        mbarrier.wait(empty.index(slot), count // STAGES & 1 ^ 1)", found_as="arriv"),
+    instead("2 * ROWS * HEAD * 2 + 2 * ROWS * 4", "2 * ROWS * HEAD * 2 + ROWS * 4",
+            "delta's bytes are not expected"),
     instead("stat_s.index(slot * 2).slice", "stat_s.index(slot).slice", "lse of another slot"),
-    Bug(
-        "one buffer for both halves of dq",
-        [
-            ("dq_s.index(GROUP).store", "dq_s.index(0).store"),
-            ("HALF_COLUMN], dq_s.index(GROUP))", "HALF_COLUMN], dq_s.index(0))"),
-        ],
-        "race",
-    ),  # noqa: E501
-    instead(
-        FREE_Q,
-        "        late = stat_s.index(slot * 2 + 1).slice(0, PART).load(ROW)\n" + FREE_Q,
-        "delta is loaded after the fence",
-        "no fence",
-    ),  # noqa: E501
-    instead(
-        "ds_s.index(i).slice(HALF_ROW,",
-        "ds_s.index(i).slice(64 - HALF_ROW,",
-        "dq's halves are swapped",
-        "off by",
-    ),  # noqa: E501
+    Bug("one buffer for both halves of dq", [("dq_s.index(GROUP).store", "dq_s.index(0).store"),
+        ("HALF_COLUMN], dq_s.index(GROUP))", "HALF_COLUMN], dq_s.index(0))")], "race"),
+    instead(FREE_Q, "        late = stat_s.index(slot * 2 + 1).slice(0, PART).load(ROW)\n" + FREE_Q,
+            "delta is loaded after the fence", "no fence"),
+    instead("ds_s.index(i).slice(HALF_ROW,", "ds_s.index(i).slice(64 - HALF_ROW,",
+            "dq's halves are swapped", "off by"),
 ]
+# fmt: on
 
 
-def edited(module: Any, bug: Bug) -> str:
-    """The text of a module's file with a bug; ValueError if the bug's place is not there."""
+def edited(module: Any, bug: Bug, section: str = "") -> str:
+    """Returns the text of a module's file with a bug in a section, the part under "# --- section".
+
+    Raises ValueError if the bug's place is not there, or not once.
+    """
     text = Path(module.__file__).read_text()
+    start = text.index(f"# --- {section}") if section else 0
+    end = text.find("\n# --- ", start) % (len(text) + 1)  # -1 is the end
+    part = text[start:end]
     for old, new in bug.edits:
-        if text.count(old) != 1:
-            raise ValueError(f"{bug.name}: {old!r} is {text.count(old)} times in {module.__name__}")
-        text = text.replace(old, new)
-    return text
+        if part.count(old) != 1:
+            raise ValueError(f"{bug.name}: {old!r} is {part.count(old)} times in {module.__name__}")
+        part = part.replace(old, new)
+    return text[:start] + part + text[end:]
 
 
 @contextmanager
-def planted(module: Any, bug: Bug) -> Iterator[Any]:
+def planted(module: Any, bug: Bug, section: str = "") -> Iterator[Any]:
     """A copy of a kernel's module with a bug."""
-    text = edited(module, bug)
+    text = edited(module, bug, section)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"buggy_{Path(module.__file__).name}"
         path.write_text(text)
@@ -236,17 +168,17 @@ def found(run: Run, p: Problem, module: Any, seed: int, strict: bool = True) -> 
         return str(error)
 
 
-ALL: list[tuple[Any, Run, Problem, list[Bug]]] = [
-    (forward, run_forward, Problem(512, programs=1), FORWARD),
-    (backward, run_backward, Problem(512), BACKWARD),
+ALL: list[tuple[str, Run, Problem, list[Bug]]] = [
+    ("Forward", run_forward, Problem(512, programs=1), FORWARD),
+    ("Backward", run_backward, Problem(512), BACKWARD),
 ]
 
 
 def main(seeds: int = 10) -> int:
     missed = 0
-    for module, run, problem, bugs in ALL:
+    for section, run, problem, bugs in ALL:
         for bug in bugs:
-            with planted(module, bug) as buggy:
+            with planted(attention_hopper, bug, section) as buggy:
                 order, values = (
                     [f for s in range(seeds) if (f := found(run, problem, buggy, s, strict))]
                     for strict in (True, False)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastgpt_kernels import attention_hopper
 from tests.kernels.gluon import planted, small
 from tests.kernels.gluon.emulator import emulated
 from tests.kernels.gluon.planted import BACKWARD, FORWARD, Bug, instead, without
@@ -70,24 +71,24 @@ def test_a_deadlock_tells_who_waits_for_what() -> None:
 
 # In turn a dozen of each list, so that every kind is there; `python -m ...planted` has all of them.
 SOME = [
-    (run, problem, module, bug) for module, run, problem, bugs in planted.ALL for bug in bugs[::3]
+    (section, run, problem, bug) for section, run, problem, bugs in planted.ALL for bug in bugs[::3]
 ]
 
 
 @pytest.mark.parametrize(
-    ("run", "problem", "module", "bug"), SOME, ids=[bug.name.split("\n")[0] for *_, bug in SOME]
+    ("section", "run", "problem", "bug"), SOME, ids=[bug.name.split("\n")[0] for *_, bug in SOME]
 )
-def test_bugs_of_attention(run: Any, problem: Any, module: Any, bug: Bug) -> None:
-    with planted.planted(module, bug) as buggy:
+def test_bugs_of_attention(section: str, run: Any, problem: Any, bug: Bug) -> None:
+    with planted.planted(attention_hopper, bug, section) as buggy:
         assert bug.found_as in (said := planted.found(run, problem, buggy, 1)) != "", said
 
 
 def test_planted_bugs_are_in_the_kernels() -> None:
     """None of the list has become stale: each text is in its kernel's file, once."""
     assert len(FORWARD) + len(BACKWARD) >= 38
-    for module, _, _, bugs in planted.ALL:
+    for section, _, _, bugs in planted.ALL:
         for bug in bugs:
-            planted.edited(module, bug)
+            planted.edited(attention_hopper, bug, section)
     with pytest.raises(ValueError, match="is 0 times in"):
         planted.edited(small, without("    no such line"))
 
@@ -95,8 +96,8 @@ def test_planted_bugs_are_in_the_kernels() -> None:
 def test_values_alone_tell_many_bugs() -> None:
     """Without clocks: what is read too early is NaN."""
     bug = without("            mbarrier.wait(q_full.index(q_slot), done // 2 & 1)")
-    module, run, problem, _ = planted.ALL[0]
-    with planted.planted(module, bug) as buggy:
+    section, run, problem, _ = planted.ALL[0]
+    with planted.planted(attention_hopper, bug, section) as buggy:
         said = [planted.found(run, problem, buggy, seed, strict=False) for seed in range(4)]
     assert any("off by nan" in s for s in said), said
 

@@ -1,21 +1,19 @@
 """Attention for Hopper: proved in the emulator, refused where it is not known to work, counted."""
 
-import importlib
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from fastgpt_kernels import reference
-from fastgpt_kernels.ops.attention.hopper import backward, compat, forward, op
-from fastgpt_kernels.ops.attention.hopper.host import blocks, in_place
+from fastgpt_kernels import attention, attention_hopper, reference
+from fastgpt_kernels.attention_hopper import addressable, batches_together, blocks
 from fastgpt_kernels.registry import Sizes, spec
-from tests.kernels.attention_cases import check_attention, random_qkv
 from tests.kernels.gluon import cases
 from tests.kernels.gluon.cases import Problem, run_backward, run_forward
 from tests.kernels.gluon.emulator import emulated
-from tests.kernels.helpers import registered
+from tests.kernels.helpers import module_of, registered
+from tests.kernels.test_attention import BOTH, check_attention, random_qkv
 
 SEEDS = 10
 CPU = torch.device("cpu")
@@ -40,43 +38,43 @@ def test_backward_holds(problem: Problem) -> None:
 
 def test_batches_in_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """dq's sum is used again for the next batch entries, of which the last step has fewer."""
-    monkeypatch.setattr(backward, "together", lambda *sizes: 2)
+    monkeypatch.setattr(attention_hopper, "batches_together", lambda *sizes: 2)
     assert run_backward(Problem(70, batch=3, n_head=1), 0) == ""
-    monkeypatch.undo()
-    assert backward.together(12, 1024, 64, 132) == 11  # 132 heads of 256 KB: 34 MB
-    assert backward.together(12, 1024, 128, 132) == 6
-    assert backward.together(64, 8192, 128, 132) == 1
+    assert batches_together(12, 1024, 64, 132) == 11  # 132 heads of 256 KB: 34 MB
+    assert batches_together(12, 1024, 128, 132) == 6
+    assert batches_together(64, 8192, 128, 132) == 1
 
 
-# --- as an implementation of the op --------------------------------------------------------------
+# --- As an implementation of the op -----------------------------------------------------------
+
+MODULE = module_of("attention")
+hopper_attention = MODULE.hopper_attention
 
 
 @pytest.fixture
 def as_on_hopper(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     """CPU tensors go to the emulated kernels, as those of a Hopper GPU would to the real ones."""
-    monkeypatch.setattr(op, "arch_of", lambda x: "sm_90")
-    monkeypatch.setattr(op.plain, "use_kernel", lambda x: True)
+    unsupported = MODULE.hopper_unsupported
+    monkeypatch.setattr(
+        MODULE, "hopper_unsupported", lambda sizes, dtype, _: unsupported(sizes, dtype, "sm_90")
+    )
     with emulated(seed=3):
         yield
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_the_op_is_as_accurate_as_pytorch(
-    causal: bool, as_on_hopper: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tests.kernels.attention_cases.attention", op.hopper_attention)
+@BOTH
+def test_the_op_is_as_accurate_as_pytorch(causal: bool, as_on_hopper: None) -> None:
     qkv = random_qkv(2, 77, 2, 64, torch.bfloat16, CPU)
-    check_attention(qkv, 2, causal=causal, scale=0.2)
+    check_attention(qkv, 2, function=hopper_attention, causal=causal, scale=0.2)
 
 
 def test_the_registered_op(as_on_hopper: None) -> None:
     qkv = random_qkv(1, 3, 1, 64, torch.float16, CPU).requires_grad_()
     checks = ("test_schema", "test_faketensor")
-    bias = torch.zeros(192)
-    arguments = (qkv, bias, 1, True, 0.0, None, 0.125, False)
+    arguments = (qkv, torch.zeros(192), 1, True, 0.0, None, 0.125)
     torch.library.opcheck(registered("attention_hopper"), arguments, test_utils=checks)
     y, lse = registered("attention_hopper")(*arguments)
-    rest = (qkv.detach(), y.detach(), lse.detach(), None, 1, True, 0.0, 0.125, False, True)
+    rest = (qkv.detach(), y.detach(), lse.detach(), None, 1, True, 0.0, 0.125, True)
     gradient = registered("attention_hopper_backward")
     torch.library.opcheck(gradient, (torch.ones_like(y), *rest), test_utils=checks)
 
@@ -87,16 +85,16 @@ def test_the_registered_op(as_on_hopper: None) -> None:
         (64, torch.float16, {"dropout_p": 0.2, "seed": 5}),
         (32, torch.float16, {}),
         (64, torch.float32, {}),
+        (128, torch.float16, {"causal": False}),
     ],
-    ids=["dropout", "head dim 32", "fp32"],
+    ids=["dropout", "head dim 32", "fp32", "spills with Triton 3.9"],
 )
 def test_what_is_left_to_triton(
     head_dim: int, dtype: torch.dtype, more: dict[str, Any], as_on_hopper: None
 ) -> None:
     """Where the emulated kernels cannot be meant, Triton's interpreted ones run, to the bit."""
     qkv = random_qkv(1, 40, 1, head_dim, dtype, CPU)
-    ours = spec("attention").triton
-    assert torch.equal(op.hopper_attention(qkv, 1, **more), ours(qkv, 1, **more))
+    assert torch.equal(hopper_attention(qkv, 1, **more), attention(qkv, 1, **more))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there Triton's kernels are not interpreted")
@@ -104,9 +102,10 @@ def test_deterministic_gradients_are_those_of_triton(
     as_on_hopper: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From this forward pass's y and lse: they are the same numbers up to rounding."""
-    monkeypatch.setattr(backward, "launch_backward", None)
+    monkeypatch.setattr(attention_hopper, "backward", None)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     qkv = random_qkv(1, 70, 1, 64, torch.float16, CPU).requires_grad_()
-    (dqkv,) = torch.autograd.grad(op.hopper_attention(qkv, 1, deterministic=True).sum(), qkv)
+    (dqkv,) = torch.autograd.grad(hopper_attention(qkv, 1).sum(), qkv)
     exact = qkv.detach().double().requires_grad_()
     (want,) = torch.autograd.grad(reference.attention(exact, 1).sum(), exact)
     assert (dqkv.double() - want).norm() < 2e-3 * want.norm()
@@ -114,85 +113,51 @@ def test_deterministic_gradients_are_those_of_triton(
 
 def test_errors_are_those_of_the_op() -> None:
     with pytest.raises(ValueError, match="attention: n_head must divide"):
-        op.hopper_attention(torch.zeros(1, 4, 192), 5)
+        hopper_attention(torch.zeros(1, 4, 192), 5)
+
+
+def why(
+    sizes: Sizes | None = None, dtype: torch.dtype = torch.bfloat16, arch: str = "sm_90"
+) -> str | None:
+    return spec("attention").unsupported_reason("hopper", arch, dtype, sizes or Sizes())
 
 
 def test_reasons_why_not() -> None:
-    known = spec("attention")
-    gpt2 = Sizes()
-
-    def why(
-        sizes: Sizes = gpt2, dtype: torch.dtype = torch.bfloat16, arch: str = "sm_90"
-    ) -> str | None:
-        return known.unsupported_reason("hopper", arch, dtype, sizes)
-
     assert why() == why(Sizes(n_embd=1536)) == why(dtype=torch.float16) is None
     assert why(arch="sm_100") == "hopper is for sm_90, not sm_100"
     assert why(dtype=torch.float32) == "hopper is for bfloat16 and float16, not float32"
     assert why(Sizes(n_head=24)) == "hopper has head dims 64 and 128, not 32"
-    assert why(Sizes(dropout=0.1)).startswith("hopper has no dropout: ")
+    assert (why(Sizes(dropout=0.1)) or "").startswith("hopper has no dropout: ")
 
 
 @pytest.mark.parametrize("version", ["3.5.1", "3.10.0", "4.0.0+git"])
 def test_an_unknown_triton_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("triton.__version__", version)
-    said = f"hopper is not available with Triton {version}: known are 3.6 to 3.9"
-    known = spec("attention")
-    assert known.unsupported_reason("hopper", "sm_90", torch.bfloat16, Sizes()) == said
+    assert why() == f"hopper is not available with Triton {version}: known are 3.6 to 3.9"
 
 
-def test_what_spills_is_left_to_triton(as_on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With Triton 3.9, full attention of head dim 128: the emulated launch is not asked."""
-    monkeypatch.setattr(forward, "launch_forward", None)
-    monkeypatch.setattr("triton.__version__", "3.9.0")
-    qkv = random_qkv(1, 20, 1, 128, torch.float16, CPU)
-    assert op.hopper_attention(qkv, 1, causal=False).isfinite().all()
-    with pytest.raises(TypeError, match="not callable"):
-        op.hopper_attention(qkv, 1, causal=True)
+# --- Triton 3.6 to 3.9, and tensors as TMA addresses them --------------------------------------
 
 
-# --- versions of Triton --------------------------------------------------------------------------
-
-
-def test_names_of_both_ends_of_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_both_ends_of_the_range() -> None:
     """3.6 has thread_barrier and async_copy_*; 3.9 barrier, async_load and async_store."""
-    old = SimpleNamespace(
-        async_copy_global_to_shared="old in", async_copy_shared_to_global="old out"
-    )
-    new = SimpleNamespace(**vars(old), async_load="new in", async_store="new out")
-    gl, core = compat.gl, compat._core
-    before = (compat.barrier, compat.load, compat.store)
-    for tma, barrier, found in (
-        (old, None, ("old barrier", "old in", "old out")),
-        (new, "new barrier", ("new barrier", "new in", "new out")),
-    ):
-        with monkeypatch.context() as m:
-            m.setattr("triton.experimental.gluon.language.nvidia.hopper.tma", tma)
-            m.setattr(gl, "barrier", barrier, raising=False)
-            m.setattr(core, "thread_barrier", "old barrier", raising=False)
-            importlib.reload(compat)
-            assert (compat.barrier, compat.load, compat.store) == found
-    importlib.reload(compat)
-    assert (compat.barrier, compat.load, compat.store) == before
-    # The emulator knows the kernels' names by what they were when it was loaded.
-    compat.reduce_add, compat.steps_a_loop = forward_names()
-
-
-def forward_names() -> tuple[Any, Any]:
-    return backward.reduce_add, forward.steps_a_loop
-
-
-# --- tensors as TMA addresses them ---------------------------------------------------------------
+    tma = SimpleNamespace(async_copy_global_to_shared="in", async_copy_shared_to_global="out")
+    core = SimpleNamespace(thread_barrier="barrier")
+    names_of = attention_hopper.names_of
+    assert names_of(SimpleNamespace(), core, tma) == ("barrier", "in", "out")
+    tma = SimpleNamespace(**vars(tma), async_load="new in", async_store="new out")
+    gl = SimpleNamespace(barrier="new barrier")
+    assert names_of(gl, SimpleNamespace(), tma) == ("new barrier", "new in", "new out")
 
 
 def test_tensors_are_read_in_place_where_tma_can() -> None:
     x = torch.zeros(2, 5, 200, dtype=torch.bfloat16)
-    assert in_place(x[:, :, 8:136]).data_ptr() == x.data_ptr() + 16
+    assert addressable(x[:, :, 8:136]).data_ptr() == x.data_ptr() + 16
     for bad in (x[:, :, 4:132], x.mT, x[:, :, ::2], torch.zeros(1, 1, 64).expand(2, 5, 64)):
-        copy = in_place(bad)
+        copy = addressable(bad)
         assert copy.is_contiguous() and torch.equal(copy, bad)
     alone = torch.zeros(1000, dtype=torch.bfloat16).as_strided((1, 5, 64), (7, 64, 1))
-    assert in_place(alone) is alone and blocks(alone, [1, 64, 64]).strides == [320, 64, 1]
+    assert addressable(alone) is alone and blocks(alone, [1, 64, 64]).strides == [320, 64, 1]
 
 
 def test_strided_inputs_and_gradients(as_on_hopper: None) -> None:
@@ -201,6 +166,6 @@ def test_strided_inputs_and_gradients(as_on_hopper: None) -> None:
     dense = qkv.detach().clone().requires_grad_()
     found = []
     for x in (qkv, dense):
-        y = op.hopper_attention(x, 1)
+        y = hopper_attention(x, 1)
         found.append((y, *torch.autograd.grad(y.sum(), x)))  # a gradient with strides of zero
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -1,24 +1,27 @@
 """Attention for Hopper on a GPU of that kind: real sizes, repeatability, races, graphs."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from fastgpt_kernels import launch
-from fastgpt_kernels.ops.attention.hopper.op import hopper_attention, refusal
 from fastgpt_kernels.registry import Sizes
-from tests.kernels.attention_cases import check_attention, random_qkv
-from tests.kernels.helpers import captured
+from tests.kernels.helpers import captured, module_of
+from tests.kernels.test_attention import check_attention, random_qkv
 
 pytestmark = pytest.mark.cuda
 CUDA = torch.device("cuda", 0)
+MODULE = module_of("attention")
+hopper_attention = MODULE.hopper_attention
+check = partial(check_attention, function=hopper_attention)
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
 @pytest.fixture(autouse=True)
-def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    if reason := refusal(Sizes(), torch.bfloat16, launch.arch(0)):
+def on_hopper() -> None:
+    if reason := MODULE.hopper_unsupported(Sizes(), torch.bfloat16, launch.arch(0)):
         pytest.skip(reason)
-    monkeypatch.setattr("tests.kernels.attention_cases.attention", hopper_attention)
 
 
 @HALF
@@ -26,13 +29,13 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("T", [1024, 1023, 1000, 385, 128, 63, 1])
 def test_accuracy(T: int, head_dim: int, causal: bool, dtype: torch.dtype) -> None:
-    check_attention(random_qkv(3, T, 5, head_dim, dtype, CUDA), 5, causal=causal)
+    check(random_qkv(3, T, 5, head_dim, dtype, CUDA), 5, causal=causal)
 
 
 def test_long_and_many() -> None:
     """More row tiles than programs, and more heads than dq's sum has room for."""
-    check_attention(random_qkv(1, 8192, 2, 64, torch.bfloat16, CUDA), 2, causal=True)
-    check_attention(random_qkv(32, 512, 12, 64, torch.bfloat16, CUDA), 12, causal=True)
+    check(random_qkv(1, 8192, 2, 64, torch.bfloat16, CUDA), 2, causal=True)
+    check(random_qkv(32, 512, 12, 64, torch.bfloat16, CUDA), 12, causal=True)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -1,0 +1,697 @@
+"""Attention for Hopper (sm_90) in Gluon: what attention.py computes, softmax under the products.
+
+The structure is FlashAttention-3's (Shah et al. 2024, arXiv:2407.08608). A program has a producer
+warp, which has TMA bring tiles from the packed projection, and two consumer warpgroups. Descriptors
+are of (B, T, columns) in blocks of one batch entry, so what lies past T is zeros. Shared memory
+hands over in rings of slots, each with two mbarriers: `full`, one arrival and the bytes of a copy,
+and `empty`, an arrival of each consumer. Gluon refuses to be imported under Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language import _core
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from fastgpt_kernels.attention import LOG2_E
+from fastgpt_kernels.launch import Config, Table, lookup, multiprocessors, on_device, options
+
+# --- Triton 3.6 to 3.9 ------------------------------------------------------------------------
+
+
+def names_of(gl: Any, core: Any, tma: Any) -> tuple[Any, Any, Any]:
+    """Returns what is `barrier`, `tma.async_load` and `tma.async_store` in 3.9, named otherwise in
+    3.6. The threads of a partition wait for each other at a barrier.
+    """
+    return (
+        getattr(gl, "barrier", None) or core.thread_barrier,
+        getattr(tma, "async_load", None) or tma.async_copy_global_to_shared,
+        getattr(tma, "async_store", None) or tma.async_copy_shared_to_global,
+    )
+
+
+barrier, load, store = names_of(gl, _core, tma)
+
+
+@_core.builtin
+def reduce_add(tensor_desc: Any, coord: Any, src: Any, _semantic: Any = None) -> None:
+    """Has TMA add shared memory to the block at `coord` in global memory.
+
+    `tma.async_atomic_add` of 3.9, which until then is not public.
+    """
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    kind = _core.ir.DESCRIPTOR_REDUCE_KIND.ADD
+    _semantic.builder.create_async_tma_reduce(kind, tensor_desc.handle, coord, src.handle)
+
+
+@gluon.constexpr_function
+def steps_per_loop(head_dim: Any) -> int:
+    """Returns how many steps of the softmax the forward loop's body has.
+
+    Two spare 32 moves. Registers do not suffice for two at head dim 128, nor with Triton 3.9.
+    """
+    return 2 if head_dim == 64 and triton.__version__ < "3.9" else 1
+
+
+# --- Launch configs ---------------------------------------------------------------------------
+
+
+def _config(**blocks: int) -> Config:
+    return Config(blocks, num_warps=4)
+
+
+# Key: the head dim. STAGES are slots of a ring, REGISTERS those of a consumer's thread. Not
+# measured against others: what does not spill, with as much shared memory as an SM has.
+FORWARD: Table = {
+    "default": {64: _config(STAGES=4, REGISTERS=232), 128: _config(STAGES=2, REGISTERS=232)}
+}
+# ROWS: of a tile of q and of y's gradient; PART: of which so many at a time are in registers.
+BACKWARD: Table = {
+    "default": {
+        64: _config(ROWS=128, PART=64, STAGES=2, REGISTERS=240),
+        128: _config(ROWS=64, PART=32, STAGES=2, REGISTERS=240),
+    }
+}
+TILE = gl.constexpr(128)  # rows or keys of two consumers, 64 each
+FLOOR = gl.constexpr(-1e30)  # below any logit
+LN_2 = gl.constexpr(0.6931471805599453)
+L2_BUDGET = 36 << 20  # bytes of dq's sum: with what else is read they fit into 50 MB
+
+# --- Forward ----------------------------------------------------------------------------------
+
+# While the tensor cores multiply p by the values of key tile i, a consumer's other units fold the
+# scores of tile i + 1 into the softmax. Programs are persistent, one to an SM. Row tile i of a head
+# goes together with the last tile but i: such a pair sees the same number of keys whatever i is,
+# and where T is no multiple of 256 the last pair is a single tile. Of a row tile's key tiles the
+# last one is first: that with the diagonal, or the ragged end, is the only one that needs a mask.
+# y leaves through q's slot. What is not obvious:
+# - Masked scores are -inf and the maximum starts at a finite floor. If a maximum could be that of
+#   masked scores alone, s * c - max would not be 0 or -inf but whatever the rounding of s * c left:
+#   contracted to one FMA, the product is not the rounded one.
+# - ptxas moves all exponentials below the wait for the second product. A store of the row sums to
+#   memory that nobody reads, before that wait, holds them where they are.
+# - Two steps in a loop's body: with one, p's 32 registers move to where the product reads them.
+
+
+@gluon.jit
+def _fold(s, row_max, row_sum, scale_log2):
+    """Scores [M, N] into the running softmax: (p, maximum, sum, by what to scale what was)."""
+    new_max = gl.maximum(row_max, gl.max(s, 1) * scale_log2)
+    p = gl.exp2(s * scale_log2 - gl.expand_dims(new_max, 1))
+    decay = gl.exp2(row_max - new_max)
+    return p, new_max, row_sum * decay + gl.sum(p, 1), decay
+
+
+@gluon.jit
+def _step(
+    q, memory, order, zero, o, p, row_max, row_sum, count, scale_log2,
+    STAGES: gl.constexpr, ACC: gl.constexpr, LEFT: gl.constexpr,
+):  # fmt: skip
+    """p of key tile `count` meets its values, while the next tile's scores become the next p."""
+    _, k_s, v_s, _, _, k_full, k_empty, v_full, v_empty = memory
+    k_slot = (count + 1) % STAGES
+    v_slot = count % STAGES
+    mbarrier.wait(k_full.index(k_slot), (count + 1) // STAGES & 1)
+    s = warpgroup_mma(q, k_s.index(k_slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(v_slot), count // STAGES & 1)
+    o = warpgroup_mma(p, v_s.index(v_slot), o, is_async=True)
+    s = warpgroup_mma_wait(1, deps=[s])
+    barrier()  # all warps have waited, whose scores read the slot
+    mbarrier.arrive(k_empty.index(k_slot))
+    next_p, row_max, row_sum, decay = _fold(s, row_max, row_sum, scale_log2)
+    next_p = gl.convert_layout(next_p.to(q.dtype), LEFT)
+    order.store(row_sum)
+    o, next_p, decay, p = warpgroup_mma_wait(0, deps=[o, next_p, decay, p])
+    barrier()
+    mbarrier.arrive(v_empty.index(v_slot))
+    o = o * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, ACC)), 1)
+    return o, next_p, row_max, row_sum, count + 1
+
+
+@gluon.jit
+def _fwd_consumer(
+    y_tiles, lse, memory, sizes, scale_log2,
+    GROUP: gl.constexpr, CAUSAL: gl.constexpr, HEAD: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty = memory
+    T, n_head, head_count = sizes
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD, 16])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
+    STEPS: gl.constexpr = steps_per_loop(HEAD)
+    KEYS: gl.constexpr = gl.SliceLayout(0, SCORES)
+    order = gl.allocate_shared_memory(gl.float32, [64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    zero = gl.zeros([64, TILE], gl.float32, layout=SCORES)
+    tiles = gl.cdiv(T, TILE)
+    pairs = (tiles + 1) // 2
+    count = 0  # key tiles done
+    done = 0  # row tiles done
+    for item in range(gl.program_id(0), head_count * pairs, gl.num_programs(0)):
+        batch_head = item // pairs
+        pair = item % pairs
+        for half in range(0, gl.minimum(tiles - 2 * pair, 2)):
+            tile = pair + (1 - half) * (tiles - 1 - 2 * pair)
+            last = tile if CAUSAL else tiles - 1
+            row = tile * TILE + GROUP * 64
+            rows = row + gl.arange(0, 64, layout=ROWS)
+
+            q_slot = done % 2
+            q = q_s.index(q_slot * 2 + GROUP)
+            mbarrier.wait(q_full.index(q_slot), done // 2 & 1)
+            slot = count % STAGES
+            mbarrier.wait(k_full.index(slot), count // STAGES & 1)
+            s = warpgroup_mma(
+                q, k_s.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True
+            )
+            s = warpgroup_mma_wait(0, deps=[s])
+            barrier()
+            mbarrier.arrive(k_empty.index(slot))
+            keys = last * TILE + gl.arange(0, TILE, layout=KEYS)
+            if CAUSAL:
+                visible = gl.expand_dims(rows, 1) >= gl.expand_dims(keys, 0)
+            else:
+                visible = gl.expand_dims(keys, 0) < T
+            s = gl.where(visible, s, float("-inf"))
+            row_max = gl.full([64], FLOOR, gl.float32, layout=ROWS)
+            row_sum = gl.zeros([64], gl.float32, layout=ROWS)
+            p, row_max, row_sum, _ = _fold(s, row_max, row_sum, scale_log2)
+            p = gl.convert_layout(p.to(q.dtype), LEFT)
+            o = gl.zeros([64, HEAD], gl.float32, layout=ACC)
+
+            for _ in range(0, last // STEPS):
+                for _ in gl.static_range(STEPS):
+                    o, p, row_max, row_sum, count = _step(
+                        q, memory, order, zero, o, p, row_max, row_sum, count, scale_log2,
+                        STAGES, ACC, LEFT,
+                    )  # fmt: skip
+            if last % STEPS == 1:
+                o, p, row_max, row_sum, count = _step(
+                    q, memory, order, zero, o, p, row_max, row_sum, count, scale_log2,
+                    STAGES, ACC, LEFT,
+                )  # fmt: skip
+
+            slot = count % STAGES
+            mbarrier.wait(v_full.index(slot), count // STAGES & 1)
+            o = warpgroup_mma(p, v_s.index(slot), o, is_async=True)
+            o = warpgroup_mma_wait(0, deps=[o])
+            barrier()
+            mbarrier.arrive(v_empty.index(slot))
+            lse_rows = lse + batch_head.to(gl.int64) * T + rows
+            gl.store(lse_rows, row_max + gl.log2(row_sum), mask=rows < T)
+            o = o * gl.expand_dims(gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, ACC)), 1)
+            q.store(o.to(q.dtype))  # its last reader was the last product of scores
+            fence_async_shared()
+            barrier()
+            store(y_tiles, [batch_head // n_head, row, batch_head % n_head * HEAD], q)
+            tma.store_wait(pendings=0)
+            barrier()
+            mbarrier.arrive(q_empty.index(q_slot))
+            count += 1
+            done += 1
+
+
+@gluon.jit
+def _fwd_producer(
+    q_tiles, kv_tiles, memory, sizes,
+    CAUSAL: gl.constexpr, HEAD: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty = memory
+    T, n_head, head_count = sizes
+    tiles = gl.cdiv(T, TILE)
+    pairs = (tiles + 1) // 2
+    C = n_head * HEAD
+    count = 0
+    done = 0
+    for item in range(gl.program_id(0), head_count * pairs, gl.num_programs(0)):
+        batch_head = item // pairs
+        pair = item % pairs
+        batch = batch_head // n_head
+        column = batch_head % n_head * HEAD
+        for half in range(0, gl.minimum(tiles - 2 * pair, 2)):
+            tile = pair + (1 - half) * (tiles - 1 - 2 * pair)
+            last = tile if CAUSAL else tiles - 1
+            q_slot = done % 2
+            bar = q_full.index(q_slot)
+            mbarrier.wait(q_empty.index(q_slot), done // 2 & 1 ^ 1)
+            mbarrier.expect(bar, TILE * HEAD * 2)
+            for i in gl.static_range(2):
+                load(q_tiles, [batch, tile * TILE + i * 64, column], bar, q_s.index(q_slot * 2 + i))
+            for i in range(0, last + 1):
+                key = (last - i) * TILE
+                slot = count % STAGES
+                parity = count // STAGES & 1 ^ 1
+                bar = k_full.index(slot)
+                mbarrier.wait(k_empty.index(slot), parity)
+                mbarrier.expect(bar, TILE * HEAD * 2)
+                load(kv_tiles, [batch, key, column + C], bar, k_s.index(slot))
+                bar = v_full.index(slot)
+                mbarrier.wait(v_empty.index(slot), parity)
+                mbarrier.expect(bar, TILE * HEAD * 2)
+                load(kv_tiles, [batch, key, column + 2 * C], bar, v_s.index(slot))
+                count += 1
+            done += 1
+
+
+@gluon.jit(do_not_specialize=["T", "n_head", "head_count"])
+def attention_hopper_fwd_kernel(
+    q_tiles,  # of qkv (B, T, 3 * C): blocks (1, 64, HEAD)
+    kv_tiles,  # of the same: blocks (1, 128, HEAD)
+    y_tiles,  # of y (B, T, C), out: blocks (1, 64, HEAD)
+    lse,  # (B * H, T) fp32, out: base-2 log of softmax's divisors
+    T, n_head, head_count, scale_log2,
+    CAUSAL: gl.constexpr, HEAD: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, HEAD], q_tiles.dtype)
+    MBARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    q_s = gl.allocate_shared_memory(q_tiles.dtype, [4, 64, HEAD], LAYOUT)  # slot * 2 + consumer
+    k_s = gl.allocate_shared_memory(q_tiles.dtype, [STAGES, TILE, HEAD], LAYOUT)
+    v_s = gl.allocate_shared_memory(q_tiles.dtype, [STAGES, TILE, HEAD], LAYOUT)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], MBARRIER)
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], MBARRIER)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], MBARRIER)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], MBARRIER)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], MBARRIER)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], MBARRIER)
+    for i in gl.static_range(2):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=2)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=2)
+    fence_async_shared()
+    barrier()
+    memory = (q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    sizes = (T, n_head, head_count)
+    gl.warp_specialize(
+        [
+            (_fwd_consumer, (y_tiles, lse, memory, sizes, scale_log2, 0, CAUSAL, HEAD, STAGES)),
+            (_fwd_consumer, (y_tiles, lse, memory, sizes, scale_log2, 1, CAUSAL, HEAD, STAGES)),
+            (_fwd_producer, (q_tiles, kv_tiles, memory, sizes, CAUSAL, HEAD, STAGES)),
+        ],
+        [4, 1],
+        # Of 65,536 registers, 168 a thread of three warpgroups: what the consumers leave.
+        [REGISTERS, 504 - 2 * REGISTERS],
+    )  # fmt: skip
+
+
+# --- Backward ---------------------------------------------------------------------------------
+
+# One pass. The main kernel owns 128 keys of a head, 64 per consumer, and walks the query rows.
+# Scores are transposed (keys x rows), so that P^T and dS^T are the left operands of dv and dk as
+# they lie in registers; dq needs dS of both consumers, through shared memory, and each multiplies a
+# half of it, which TMA adds to an fp32 sum in memory, in any order. That sum would be two thirds as
+# large as qkv, so a few batch entries are worked on at a time (`batches_together`): few enough that
+# it stays in the L2 cache. Full attention alone has to mask keys past T, whose p is not zero.
+# Registers: at head dim 64, dk and dv take 64 of a thread's, scores and dP of 64 rows 64; at 128,
+# 128 and, of 32 rows at a time, 32.
+
+
+@gluon.jit(do_not_specialize=["T", "n_head", "padded"])
+def attention_hopper_bwd_preprocess_kernel(
+    y,  # (B, T, C) contiguous
+    grad_y,  # (B, T, C), strides (stride_b, stride_t, 1)
+    lse,  # (B * H, T) fp32
+    stats,  # (2, B * H, padded) fp32, out: lse, past T inf, and delta, past T zero
+    dq_sum,  # (B * H, T, HEAD) fp32, out: zeros
+    stride_b, stride_t, T, n_head, padded, HEAD: gl.constexpr,
+):  # fmt: skip
+    """A program has the rows of a tile of a head."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD, HEAD // 8], [4, 1], [1, 0])
+    batch_head = gl.program_id(1)
+    batch = (batch_head // n_head).to(gl.int64)
+    C = n_head * HEAD
+    column = batch_head % n_head * HEAD
+    rows = gl.program_id(0) * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(1, LAYOUT))
+    columns = gl.arange(0, HEAD, layout=gl.SliceLayout(0, LAYOUT))
+    inside = gl.expand_dims(rows, 1) < T
+    row = gl.expand_dims(rows, 1).to(gl.int64)
+    across = gl.expand_dims(columns, 0)
+    out = gl.load(y + batch * T * C + column + row * C + across, mask=inside, other=0.0)
+    grad = gl.load(
+        grad_y + batch * stride_b + column + row * stride_t + across, mask=inside, other=0.0
+    )
+    delta = gl.sum(out.to(gl.float32) * grad.to(gl.float32), 1)
+    head = batch_head.to(gl.int64)
+    row_lse = gl.load(lse + head * T + rows, mask=rows < T, other=float("inf"))
+    gl.store(stats + head * padded + rows, row_lse)
+    gl.store(stats + (gl.num_programs(1) + head) * padded + rows, delta)
+    zero = gl.zeros([TILE, HEAD], gl.float32, layout=LAYOUT)
+    gl.store(dq_sum + head * T * HEAD + row * HEAD + across, zero, mask=inside)
+
+
+@gluon.jit(do_not_specialize=["T", "n_head"])
+def attention_hopper_bwd_postprocess_kernel(
+    dq_sum,  # (B * H, T, HEAD) fp32
+    dqkv,  # (B, T, 3 * C) contiguous, out: its q columns
+    T, n_head, scale, HEAD: gl.constexpr,
+):  # fmt: skip
+    """A program has the rows of a tile of a head."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD, HEAD // 8], [4, 1], [1, 0])
+    batch_head = gl.program_id(1)
+    batch = (batch_head // n_head).to(gl.int64)
+    C3 = 3 * n_head * HEAD
+    rows = gl.program_id(0) * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(1, LAYOUT))
+    columns = gl.arange(0, HEAD, layout=gl.SliceLayout(0, LAYOUT))
+    inside = gl.expand_dims(rows, 1) < T
+    row = gl.expand_dims(rows, 1).to(gl.int64)
+    across = gl.expand_dims(columns, 0)
+    head = dq_sum + batch_head.to(gl.int64) * T * HEAD
+    dq = gl.load(head + row * HEAD + across, mask=inside, other=0.0)
+    out = dqkv + batch * T * C3 + batch_head % n_head * HEAD + row * C3 + across
+    gl.store(out, (dq * scale).to(dqkv.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def _walk_rows(
+    dk, dv, dq_tiles, memory, batch_head, key, lo, hi, T, count, scale_log2,
+    GROUP: gl.constexpr, MASK: gl.constexpr, CAUSAL: gl.constexpr, HEAD: gl.constexpr,
+    ROWS: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Add what row tiles [lo, hi) give to dk and dv [64, HEAD], and to dq."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD, 16])
+    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    ROW: gl.constexpr = gl.SliceLayout(0, SCORES)
+    KEY: gl.constexpr = gl.SliceLayout(1, SCORES)
+    # This consumer's half of dq: rows, or columns if a tile has 64 rows.
+    HALF_ROW: gl.constexpr = GROUP * 64 if ROWS == 128 else 0
+    HALF_COLUMN: gl.constexpr = 0 if ROWS == 128 else GROUP * 64
+    k_s, v_s, q_s, g_s, stat_s, ds_s, dq_s, _, full, empty, ds_full, ds_empty = memory
+    k = k_s.index(GROUP)
+    v = v_s.index(GROUP)
+    zero = gl.zeros([64, PART], gl.float32, layout=SCORES)
+    for m in range(lo, hi):
+        slot = count % STAGES
+        mbarrier.wait(full.index(slot), count // STAGES & 1)
+        for i in gl.static_range(ROWS // PART):
+            q = q_s.index(slot).slice(i * PART, PART)
+            g = g_s.index(slot).slice(i * PART, PART)
+            s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+            dp = warpgroup_mma(v, g.permute((1, 0)), zero, use_acc=False, is_async=True)
+            lse = stat_s.index(slot * 2).slice(i * PART, PART).load(ROW)
+            s = warpgroup_mma_wait(1, deps=[s])
+            p = gl.exp2(s * scale_log2 - gl.expand_dims(lse, 0))
+            if MASK:
+                keys = key + GROUP * 64 + gl.arange(0, 64, layout=KEY)
+                if CAUSAL:
+                    rows = m * ROWS + i * PART + gl.arange(0, PART, layout=ROW)
+                    visible = gl.expand_dims(rows, 0) >= gl.expand_dims(keys, 1)
+                else:
+                    visible = gl.expand_dims(keys, 1) < T
+                p = gl.where(visible, p, 0.0)
+            p_left = gl.convert_layout(p.to(q_s.dtype), LEFT)
+            delta = stat_s.index(slot * 2 + 1).slice(i * PART, PART).load(ROW)
+            dp = warpgroup_mma_wait(0, deps=[dp])
+            dv_sum = warpgroup_mma(p_left, g, dv, is_async=True)
+            ds = (p * (dp - gl.expand_dims(delta, 0))).to(q_s.dtype)
+            if i == 0:
+                mbarrier.wait(ds_empty, count & 1 ^ 1)
+            ds_s.index(GROUP).slice(i * PART, PART, dim=1).store(ds)
+            dk_sum = warpgroup_mma(gl.convert_layout(ds, LEFT), q, dk, is_async=True)
+            if i == ROWS // PART - 1:
+                # Also for lse and delta, whose memory a copy will take: all of them are loaded.
+                fence_async_shared()
+                barrier()
+                mbarrier.arrive(ds_full)
+            dv, dk = warpgroup_mma_wait(0, deps=[dv_sum, dk_sum])
+        barrier()  # all warps have waited, whose products read the slot
+        mbarrier.arrive(empty.index(slot))
+        mbarrier.wait(ds_full, count & 1)
+        dq = gl.zeros([64, 64], gl.float32, layout=HALF)
+        for i in gl.static_range(2):
+            ds_left = ds_s.index(i).slice(HALF_ROW, 64, dim=1).permute((1, 0))
+            k_half = k_s.index(i).slice(HALF_COLUMN, 64, dim=1)
+            dq = warpgroup_mma(ds_left, k_half, dq, use_acc=i == 1, is_async=True)
+        dq = warpgroup_mma_wait(0, deps=[dq])
+        tma.store_wait(pendings=0)  # the tile before has left dq_s
+        barrier()
+        mbarrier.arrive(ds_empty)
+        dq_s.index(GROUP).store(dq)
+        fence_async_shared()
+        barrier()
+        reduce_add(dq_tiles, [batch_head, m * ROWS + HALF_ROW, HALF_COLUMN], dq_s.index(GROUP))
+        count += 1
+    return dk, dv, count
+
+
+@gluon.jit
+def _bwd_consumer(
+    out, memory, sizes, scale_log2,
+    GROUP: gl.constexpr, CAUSAL: gl.constexpr, HEAD: gl.constexpr, ROWS: gl.constexpr,
+    PART: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD, 16])
+    dq_tiles, out_tiles = out
+    _, v_s, q_s, _, _, _, _, kv_full, _, _, _, _ = memory
+    T, n_head, head_count = sizes
+    batch_head = gl.program_id(0) % head_count
+    key = gl.program_id(0) // head_count * TILE
+    tiles = gl.cdiv(T, ROWS)
+    if CAUSAL:  # the diagonal's tiles need a mask
+        lo = key // ROWS
+        masked = gl.minimum(lo + TILE // ROWS, tiles)
+    else:  # all need one where keys are past T
+        lo = 0
+        masked = gl.where(key + TILE > T, tiles, 0)
+    if HEAD == 128:  # one loop: registers do not suffice for what two have in common
+        masked = tiles
+    dk = gl.zeros([64, HEAD], gl.float32, layout=ACC)
+    dv = gl.zeros([64, HEAD], gl.float32, layout=ACC)
+    mbarrier.wait(kv_full, 0)
+    count = 0
+    dk, dv, count = _walk_rows(
+        dk, dv, dq_tiles, memory, batch_head, key, lo, masked, T, count, scale_log2,
+        GROUP, True, CAUSAL, HEAD, ROWS, PART, STAGES,
+    )  # fmt: skip
+    if HEAD == 64:
+        dk, dv, count = _walk_rows(
+            dk, dv, dq_tiles, memory, batch_head, key, masked, tiles, T, count, scale_log2,
+            GROUP, False, CAUSAL, HEAD, ROWS, PART, STAGES,
+        )  # fmt: skip
+    batch = batch_head // n_head
+    column = (n_head + batch_head % n_head) * HEAD
+    row = key + GROUP * 64
+    tile = v_s.index(GROUP)  # nobody else reads it
+    tile.store(dv.to(q_s.dtype))
+    fence_async_shared()
+    barrier()
+    store(out_tiles, [batch, row, column + n_head * HEAD], tile)
+    tma.store_wait(pendings=0)
+    barrier()
+    tile.store((dk * (scale_log2 * LN_2)).to(q_s.dtype))
+    fence_async_shared()
+    barrier()
+    store(out_tiles, [batch, row, column], tile)
+    tma.store_wait(pendings=0)
+
+
+@gluon.jit
+def _bwd_producer(
+    given, memory, sizes,
+    CAUSAL: gl.constexpr, HEAD: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    q_tiles, kv_tiles, grad_tiles, stat_tiles = given
+    k_s, v_s, q_s, g_s, stat_s, _, _, kv_full, full, empty, _, _ = memory
+    T, n_head, head_count = sizes
+    batch_head = gl.program_id(0) % head_count
+    key = gl.program_id(0) // head_count * TILE
+    batch = batch_head // n_head
+    C = n_head * HEAD
+    column = batch_head % n_head * HEAD
+    mbarrier.expect(kv_full, 2 * TILE * HEAD * 2)
+    for i in gl.static_range(2):
+        load(kv_tiles, [batch, key + i * 64, column + C], kv_full, k_s.index(i))
+        load(kv_tiles, [batch, key + i * 64, column + 2 * C], kv_full, v_s.index(i))
+    lo = key // ROWS if CAUSAL else 0
+    count = 0
+    for m in range(lo, gl.cdiv(T, ROWS)):  # noqa: SIM113
+        slot = count % STAGES
+        bar = full.index(slot)
+        mbarrier.wait(empty.index(slot), count // STAGES & 1 ^ 1)
+        mbarrier.expect(bar, 2 * ROWS * HEAD * 2 + 2 * ROWS * 4)
+        load(q_tiles, [batch, m * ROWS, column], bar, q_s.index(slot))
+        load(stat_tiles, [batch_head, m * ROWS], bar, stat_s.index(slot * 2))
+        load(grad_tiles, [batch, m * ROWS, column], bar, g_s.index(slot))
+        load(stat_tiles, [head_count + batch_head, m * ROWS], bar, stat_s.index(slot * 2 + 1))
+        count += 1  # noqa: SIM113
+
+
+@gluon.jit(do_not_specialize=["T", "n_head", "head_count"])
+def attention_hopper_bwd_kernel(
+    q_tiles,  # of qkv (B, T, 3 * C): blocks (1, ROWS, HEAD)
+    kv_tiles,  # of the same: blocks (1, 64, HEAD)
+    grad_tiles,  # of grad_y (B, T, C): blocks (1, ROWS, HEAD)
+    stat_tiles,  # of stats (2 * B * H, padded) fp32: blocks (1, ROWS)
+    dq_tiles,  # of dq's sum (B * H, T, HEAD) fp32, added to: blocks (1, 64, 64)
+    out_tiles,  # of dqkv (B, T, 3 * C), out: its k and v columns; blocks (1, 64, HEAD)
+    T, n_head, head_count, scale_log2,
+    CAUSAL: gl.constexpr, HEAD: gl.constexpr, ROWS: gl.constexpr, PART: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """First the first keys of each head, which the most rows see, then the next."""
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, HEAD], q_tiles.dtype)
+    DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, ROWS], q_tiles.dtype)
+    DQ: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.float32)
+    STAT: gl.constexpr = gl.NVMMASharedLayout(0, 32, 1)
+    MBARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    k_s = gl.allocate_shared_memory(q_tiles.dtype, [2, 64, HEAD], LAYOUT)
+    v_s = gl.allocate_shared_memory(q_tiles.dtype, [2, 64, HEAD], LAYOUT)
+    q_s = gl.allocate_shared_memory(q_tiles.dtype, [STAGES, ROWS, HEAD], LAYOUT)
+    g_s = gl.allocate_shared_memory(q_tiles.dtype, [STAGES, ROWS, HEAD], LAYOUT)
+    stat_s = gl.allocate_shared_memory(gl.float32, [STAGES * 2, ROWS], STAT)
+    ds_s = gl.allocate_shared_memory(q_tiles.dtype, [2, 64, ROWS], DS)
+    dq_s = gl.allocate_shared_memory(gl.float32, [2, 64, 64], DQ)
+    kv_full = gl.allocate_shared_memory(gl.int64, [1], MBARRIER)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], MBARRIER)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], MBARRIER)
+    ds_full = gl.allocate_shared_memory(gl.int64, [1], MBARRIER)
+    ds_empty = gl.allocate_shared_memory(gl.int64, [1], MBARRIER)
+    mbarrier.init(kv_full, count=1)
+    mbarrier.init(ds_full, count=2)
+    mbarrier.init(ds_empty, count=2)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    barrier()
+    memory = (k_s, v_s, q_s, g_s, stat_s, ds_s, dq_s, kv_full, full, empty, ds_full, ds_empty)
+    sizes = (T, n_head, head_count)
+    given = (q_tiles, kv_tiles, grad_tiles, stat_tiles)
+    out = (dq_tiles, out_tiles)
+    gl.warp_specialize(
+        [
+            (_bwd_consumer, (out, memory, sizes, scale_log2, 0, CAUSAL, HEAD, ROWS, PART, STAGES)),
+            (_bwd_consumer, (out, memory, sizes, scale_log2, 1, CAUSAL, HEAD, ROWS, PART, STAGES)),
+            (_bwd_producer, (given, memory, sizes, CAUSAL, HEAD, ROWS, STAGES)),
+        ],
+        [4, 1],
+        [REGISTERS, 504 - 2 * REGISTERS],  # as in the forward kernel
+    )  # fmt: skip
+
+
+# --- Launchers --------------------------------------------------------------------------------
+
+_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Returns the strides of x; dims of size one have those of a dense tensor."""
+    strides, dense = list(x.stride()), 1
+    for i in range(x.ndim - 1, -1, -1):
+        if x.shape[i] == 1:
+            strides[i] = dense
+        dense = strides[i] * x.shape[i]
+    return strides
+
+
+def addressable(x: Tensor) -> Tensor:
+    """Returns x (B, T, columns) if TMA can address it, else a dense copy.
+
+    It needs rows of consecutive elements that begin at multiples of 16 bytes.
+    """
+    *outer, inner = _strides(x)
+    aligned = all(
+        0 < s * x.element_size() < 2**40 and s * x.element_size() % 16 == 0 for s in outer
+    )
+    if inner == 1 and aligned and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def blocks(x: Tensor, shape: Sequence[int]) -> TensorDescriptor:
+    """Returns a TMA descriptor of x in blocks; outside of x there are zeros, never written."""
+    layout = (
+        gl.NVMMASharedLayout.get_default_for(list(shape), _DTYPES[x.dtype])
+        if shape[-2] > 1
+        else gl.NVMMASharedLayout(0, 8 * x.element_size(), len(shape))
+    )
+    return TensorDescriptor(x, list(x.shape), _strides(x), list(shape), layout)
+
+
+def forward(
+    qkv: Tensor, n_head: int, causal: bool, scale: float, config: Config | None = None
+) -> tuple[Tensor, Tensor]:
+    """Launches the forward kernel: qkv (B, T, 3*C) -> y (B, T, C), lse (B*H, T) fp32."""
+    qkv = addressable(qkv)
+    batch, T, width = qkv.shape
+    head_dim = width // (3 * n_head)
+    y = torch.empty((batch, T, width // 3), dtype=qkv.dtype, device=qkv.device)
+    lse = torch.empty((batch * n_head, T), dtype=torch.float32, device=qkv.device)
+    if y.numel() == 0:
+        return y, lse
+    pairs = triton.cdiv(triton.cdiv(T, TILE.value), 2)
+    programs = min(multiprocessors(qkv), batch * n_head * pairs)
+    with on_device(qkv):
+        attention_hopper_fwd_kernel[(programs,)](
+            blocks(qkv, [1, 64, head_dim]), blocks(qkv, [1, TILE.value, head_dim]),
+            blocks(y, [1, 64, head_dim]), lse, T, n_head, batch * n_head, scale * LOG2_E,
+            CAUSAL=causal, HEAD=head_dim, **(config or lookup(FORWARD, "sm_90", head_dim)).kwargs(),
+        )  # fmt: skip
+    return y, lse
+
+
+def batches_together(n_head: int, T: int, head_dim: int, sm_count: int) -> int:
+    """Returns for how many batch entries dq's sum is in memory at a time.
+
+    At least one, and as many as fit the L2 cache, but no more than give an SM eight programs.
+    """
+    heads = min(L2_BUDGET // (4 * T * head_dim), 8 * sm_count // triton.cdiv(T, TILE.value))
+    return max(1, heads // n_head)
+
+
+def backward(
+    grad_y: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, n_head: int,
+    causal: bool, scale: float, config: Config | None = None,
+) -> Tensor:  # fmt: skip
+    """Launches the three kernels of the backward pass; returns dqkv (B, T, 3*C), contiguous."""
+    qkv, grad_y = addressable(qkv), addressable(grad_y)
+    batch, T, width = qkv.shape
+    dqkv = torch.empty((batch, T, width), dtype=qkv.dtype, device=qkv.device)
+    if dqkv.numel() == 0:
+        return dqkv
+    head_dim = width // (3 * n_head)
+    config = config or lookup(BACKWARD, "sm_90", head_dim)
+    row_tiles = triton.cdiv(T, TILE.value)
+    padded = row_tiles * TILE.value
+    step = min(batch, batches_together(n_head, T, head_dim, multiprocessors(qkv)))
+    stats = torch.empty((2 * step * n_head, padded), dtype=torch.float32, device=qkv.device)
+    dq_sum = torch.empty((step * n_head, T, head_dim), dtype=torch.float32, device=qkv.device)
+    rows = config.blocks["ROWS"]
+    with on_device(qkv):
+        for first in range(0, batch, step):
+            part = slice(first, min(first + step, batch))
+            heads = (part.stop - first) * n_head
+            x, g, out = qkv[part], grad_y[part], dqkv[part]
+            sums, pairs = dq_sum[:heads], stats[: 2 * heads]
+            attention_hopper_bwd_preprocess_kernel[(row_tiles, heads)](
+                y[part], g, lse[first * n_head : part.stop * n_head], pairs, sums,
+                g.stride(0), g.stride(1), T, n_head, padded, HEAD=head_dim, **options(4),
+            )  # fmt: skip
+            attention_hopper_bwd_kernel[(row_tiles * heads,)](
+                blocks(x, [1, rows, head_dim]), blocks(x, [1, 64, head_dim]),
+                blocks(g, [1, rows, head_dim]), blocks(pairs, [1, rows]), blocks(sums, [1, 64, 64]),
+                blocks(out, [1, 64, head_dim]), T, n_head, heads, scale * LOG2_E,
+                CAUSAL=causal, HEAD=head_dim, **config.kwargs(),
+            )  # fmt: skip
+            attention_hopper_bwd_postprocess_kernel[(row_tiles, heads)](
+                sums, out, T, n_head, scale, HEAD=head_dim, **options(4),
+            )  # fmt: skip
+    return dqkv
