@@ -31,9 +31,7 @@ def fit(config: Config | str | None = None, /, **changes: Any) -> Path:
         config = presets.default_name()
     if isinstance(config, str):
         config, name = presets.load(config)
-    for key, value in changes.items():
-        changes[key] = settings.check_value(settings.find(Config, key, ""), value, "")
-    config = settings.replace(config, **changes)
+    config = settings.change(config, changes, "")
     settings.check(config)
     return run_training(config, name)[1]
 

@@ -247,11 +247,12 @@ def _prepare(args: list[str]) -> int:
     positional, flags = settings.split_flags(args)
     if len(positional) > 1:
         raise UserError(f"{' '.join(positional)}: one corpus is wanted")
-    if positional and flags.setdefault("dataset", positional[0]) != positional[0]:
+    if positional and "dataset" in flags:
         raise UserError(f"{positional[0]} and --dataset={flags['dataset']}: one corpus is wanted")
-    if not ("dataset" in flags or "input" in flags):
+    if not (positional or "dataset" in flags or "input" in flags):
         raise UserError("prepare: which corpus? name one, or a text with --input=PATH")
-    config = settings.apply_flags(schema.PrepareConfig(), flags)
+    dataset = positional[0] if positional else schema.PrepareConfig.dataset
+    config = settings.apply_flags(schema.PrepareConfig(dataset=dataset), flags)
     from fastgpt.data.prepare import prepare
 
     prepare(config)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from fastgpt.config import literals
-from fastgpt.config.schema import Config, Range, SourceConfig
+from fastgpt.config.schema import Config, Range
 from fastgpt.errors import UserError, read_text, reading
 
 C = TypeVar("C")
@@ -153,8 +153,6 @@ def check(config: Any) -> None:
         raise UserError(f"--device={flat['device']}: wanted auto, cpu, cuda, cuda:N or mps")
     if flat.get("init_from") == "weights" and not flat["weights"]:
         raise UserError("--init_from=weights: which? name a folder with --weights=PATH")
-    if isinstance(config, SourceConfig) and config.init_from == "resume" and config.weights:
-        raise UserError("--weights: goes with --init_from=weights or gpt2..., not with resume")
     if isinstance(config, Config) and config.run.init_from != "resume":
         for name, default in (("checkpoint", "latest"), ("reset_optimizer", False)):
             if flat[name] != default:
@@ -212,16 +210,34 @@ def _parse(leaf: Leaf, text: str) -> Any:
 
 
 def apply_flags(config: C, flags: Mapping[str, str]) -> C:
-    """Returns a config with the flags' values. Raises UserError for the first bad one."""
-    if isinstance(config, Config) and flags.get("batch_size") == "auto":
-        # The configured batch size stays: with the accumulation it says what the global batch is.
-        flags = {"auto_batch_size": "True", **{k: v for k, v in flags.items() if k != "batch_size"}}
-    if flags.get("weights"):  # those weights, whatever their size
-        flags = {"init_from": "weights", **flags}
-    values = {}
-    for key, text in flags.items():
-        leaf = find(type(config), key, "--")
-        values[key] = check_value(leaf, _parse(leaf, text), "--")
+    """Returns `change` of a config by the flags' texts."""
+    cls = type(config)
+    return change(config, {key: _parse(find(cls, key, "--"), t) for key, t in flags.items()}, "--")
+
+
+def change(config: C, values: Mapping[str, Any], where: str) -> C:
+    """Returns a config with other values, and with those that follow from them.
+
+    Raises UserError for the first bad value, and for values that exclude each other.
+    """
+    values = dict(values)
+    if isinstance(config, Config) and "batch_size" in values:
+        values.setdefault("auto_batch_size", auto := values["batch_size"] == "auto")
+        if auto:  # the number stays: with the accumulation it gives the global batch
+            del values["batch_size"]
+    values = {k: check_value(find(type(config), k, where), v, where) for k, v in values.items()}
+    given = {name for name, value in values.items() if value}
+    if {"dataset", "input"} <= given:
+        both = " and ".join(f"{where}{name}={values[name]}" for name in ("dataset", "input"))
+        raise UserError(f"{both}: each names the data; leave one out")
+    if "dataset" in given and "input" in leaves(type(config)):
+        values["input"] = ""  # of the preset, or of the run
+    if "weights" in given:  # those weights, whatever their size
+        values = {"init_from": "weights", **values}
+    if values.get("init_from") == "resume":
+        for name in sorted(given & {"weights", "overwrite", "auto_batch_size"}):
+            flag = {"auto_batch_size": "batch_size=auto"}.get(name, f"{name}={values[name]}")
+            raise UserError(f"{where}{flag}: does not go with {where}init_from=resume")
     return replace(config, **values)
 
 

@@ -103,6 +103,17 @@ def test_bad_flags(args, message):
     assert message in str(e.value)
 
 
+def test_a_flag_replaces_settings_that_would_hide_it():
+    """The text of a resumed run, and its search for a batch size; a preset's corpus stays."""
+    run = flags("--input=t.txt", "--batch_size=auto")
+    assert run.data.input == "t.txt" and run.optim.auto_batch_size and run.optim.batch_size == 12
+    changed = settings.apply_flags(run, {"dataset": "python_stdlib", "batch_size": "3"})
+    assert changed.data.input == "" and changed.data.dataset == "python_stdlib"
+    assert changed.optim.batch_size == 3 and not changed.optim.auto_batch_size
+    text = settings.change(PRESETS["laptop"](), {"input": "t.txt", "batch_size": "auto"}, "")
+    assert text.data.dataset == "python_stdlib" and text.optim.auto_batch_size
+
+
 def test_a_learning_rate_may_stay_below_min_lr_if_it_does_not_decay():
     settings.check(flags("--min_lr=0.1", "--learning_rate=0.1"))
     settings.check(flags("--min_lr=1", "--learning_rate=0.1", "--decay_lr=False"))
