@@ -36,7 +36,7 @@ def test_every_table_is_well_formed() -> None:
     modules = {n: m for n, m in sys.modules.items() if n.startswith("fastgpt_kernels.")}
     named = {f"{m}.{n}": t for m, x in modules.items() for n, t in vars(x).items()}
     tables = {n: t for n, t in named.items() if isinstance(t, dict) and "default" in t}
-    assert len(tables) > 20
+    assert len(tables) > 10
     for name, table in tables.items():
         for arch, entries in table.items():
             keys = list(entries)
