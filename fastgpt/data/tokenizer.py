@@ -287,8 +287,8 @@ def _gpt2_ranks(vocab_file: str, cache: Path | None, download: bool) -> dict[byt
             f"--vocab_file=FILE with the rank file {GPT2_URL}, or take --tokenizer=byte"
         )
     if hashlib.sha256(dump_ranks(ranks)).hexdigest() != GPT2_SHA256:
-        own = "a vocabulary of your own goes with --tokenizer=bpe"
-        raise UserError(f"{path} is not GPT-2's vocabulary, by its sha256; {own}")
+        hint = "a vocabulary of your own goes with --tokenizer=bpe"
+        raise UserError(f"{path} is not GPT-2's vocabulary, by its sha256; {hint}")
     return ranks
 
 

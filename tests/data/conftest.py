@@ -13,10 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fastgpt.config.schema import PrepareConfig
 from fastgpt.data import download, tokenizer
+from fastgpt.data.token_files import Dataset
 from fastgpt.data.tokenizer import dump_ranks, train_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -117,31 +119,23 @@ def server(monkeypatch):
     thread.join()
 
 
-@pytest.fixture
-def read_only(tmp_path):
-    """A function that makes a folder unwritable, for root too; undone after the test."""
-    undo: list[Callable[[], object]] = []
-
-    def lock(folder: Path) -> None:
-        if os.geteuid() != 0:
-            folder.chmod(0o555)
-            undo.append(lambda: folder.chmod(0o755))
-            return
-        for command in (
-            ["mount", "--bind", str(folder), str(folder)],
-            ["mount", "-o", "remount,bind,ro", str(folder)],
-        ):
-            if subprocess.run(command, capture_output=True).returncode:
-                pytest.skip("root ignores permissions, and may not mount here")
-            undo.append(lambda: subprocess.run(["umount", str(folder)], capture_output=True))
-
-    yield lock
-    for step in reversed(undo):
-        step()
-
-
 def python(code: str, *args: str, env: dict[str, str] | None = None) -> subprocess.Popen:
     """Start `code` in a Python of its own that finds fastgpt."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
     pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen([sys.executable, "-c", code, *args], env=env, **pipes)
+
+
+def tree(folder: Path, files: dict[str, str | bytes]) -> Path:
+    """Write `files` by their names below `folder`."""
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return folder
+
+
+def texts_of(ds: Dataset) -> list[str]:
+    """The texts of the train and the val split."""
+    parts = (split.gather(np.array([0]), len(split))[0] for split in (ds.train, ds.val))
+    return [ds.tokenizer.decode(ids) for ids in parts if ds.tokenizer]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgpt.data.loader import Batches, Prefetcher, below, eval_batches, random_words, shuffled
+from fastgpt.data.loader import Batches, Prefetcher, below, eval_batches, shuffled
 from fastgpt.data.token_files import TokenFile, TokenSplit, header
 from fastgpt.errors import UserError
 
@@ -77,15 +77,6 @@ def test_the_stream_is_the_promised_one(split, kind):
     assert digest[:8] == PROMISED[kind]
 
 
-def test_random_covers_all_positions_evenly(tmp_path):
-    b = batches(split_of(tmp_path, 60, 30), rows_per_step=1000)
-    counts = np.bincount(np.concatenate([b.starts(step) for step in range(50)]), minlength=90)
-    allowed = np.r_[0:52, 60:82]
-    assert counts[allowed].sum() == 50_000
-    expected = 50_000 / len(allowed)
-    assert abs(counts[allowed] - expected).max() < 6 * expected**0.5
-
-
 @pytest.mark.parametrize("lengths", [(500,), (500, 40, 9, 333), (17, 17), (9,), (16, 15, 8, 10)])
 @pytest.mark.parametrize("rows", [1, 7, 50])
 def test_an_epoch_takes_each_window_once(tmp_path, lengths, rows):
@@ -100,31 +91,9 @@ def test_an_epoch_takes_each_window_once(tmp_path, lengths, rows):
         assert w * 8 > sum(lengths) - 2 * 8 * len(lengths)
 
 
-def test_epochs_of_a_huge_split_need_no_memory():
-    """10 billion tokens: only the counts matter."""
-
-    class Huge:
-        class File:
-            count = 10**8
-
-        shards = [File()] * 100
-        require = staticmethod(lambda block_size: None)
-
-    b = Batches(Huge(), rows_per_step=480, block_size=1024, seed=1, sampling="epochs")
-    assert b.rows_per_epoch == 100 * (10**8 // 1024 - 1)
-    starts = b.starts(b.rows_per_epoch // 480)  # across the end of an epoch
-    assert len(np.unique(starts)) == 480 and starts.max() < 10**10
-
-
-def test_too_long_blocks_are_refused(split):
-    batches(split, block_size=499)
-    with pytest.raises(UserError, match="499"):
-        batches(split, block_size=500)
+def test_evaluation_windows_are_fixed(split):
     with pytest.raises(UserError, match="499"):
         next(eval_batches(split, n_batches=1, batch_size=1, block_size=500, seed=0))
-
-
-def test_evaluation_windows_are_fixed(split):
     one, two, other = (
         list(eval_batches(split, n_batches=n, batch_size=3, block_size=8, seed=seed))
         for n, seed in ((4, 0), (9, 0), (4, 1))
@@ -137,27 +106,6 @@ def test_evaluation_windows_are_fixed(split):
 # --- random words and orders
 
 U64 = st.integers(0, 2**64 - 1)
-
-
-def philox(counter, key):
-    """Philox4x64-10 after the paper, in plain integers."""
-    mask = 2**64 - 1
-    c, k = list(counter), list(key)
-    for _ in range(10):
-        a, b = c[0] * 0xD2E7470EE14C6C93, c[2] * 0xCA5A826395121157
-        c = [(b >> 64) ^ c[1] ^ k[0], b & mask, (a >> 64) ^ c[3] ^ k[1], a & mask]
-        k = [(k[0] + 0x9E3779B97F4A7C15) & mask, (k[1] + 0xBB67AE8584CAA73B) & mask]
-    return c
-
-
-@given(st.tuples(U64, U64, U64), st.integers(1, 20))
-def test_words_are_philox(key, n):
-    """Checked by two of Random123's known answers; NumPy counts up before it draws."""
-    ones = 2**64 - 1
-    assert philox([ones] * 4, [ones] * 2)[0] == 0x87B092C3013FE90B
-    assert philox([0] * 4, [0] * 2)[0] == 0x16554D9ECA36314C
-    want = [w for i in range(1, 6) for w in philox([i, key[2], 0, 0], key[:2])][:n]
-    assert random_words(n, *key).tolist() == want
 
 
 @given(st.lists(st.tuples(U64, st.integers(1, 2**63 - 1)), min_size=1, max_size=20))
@@ -178,23 +126,12 @@ def test_every_number_once(n, seed, epoch):
 
 
 def test_orders_are_the_promised_ones():
+    """And all of three numbers occur."""
+    assert len({tuple(shuffled(np.arange(3), 3, key).tolist()) for key in range(200)}) == 6
+    n = 10**13 + 7  # takes no memory
+    assert shuffled(np.arange(n - 1, n), n, 3).tolist() == [3951720760461]
     orders = [shuffled(np.arange(n), n, 3).tolist() for n in (2, 3, 4, 5)]
     assert orders == [[1, 0], [2, 0, 1], [2, 3, 1, 0], [2, 1, 3, 4, 0]]
-
-
-def test_orders_look_random():
-    """Uniform over places and values, neighbours and keys unrelated."""
-    n, buckets = 4096, 16
-    counts = np.zeros((buckets, buckets))
-    for key in range(20):
-        order = shuffled(np.arange(n), n, key)
-        np.add.at(counts, (np.arange(n) * buckets // n, order * buckets // n), 1)
-        for other in (np.roll(order, 1), shuffled(np.arange(n), n, key + 1)):
-            assert abs(np.corrcoef(order, other)[0, 1]) < 5 / n**0.5
-    expected = 20 * n / buckets**2
-    chi2 = ((counts - expected) ** 2 / expected).sum()
-    assert chi2 < 225 + 6 * (2 * 225) ** 0.5, chi2  # 15 x 15 degrees of freedom
-    assert len({tuple(shuffled(np.arange(3), 3, key).tolist()) for key in range(200)}) == 6
 
 
 # --- reading ahead
@@ -229,8 +166,11 @@ def test_steps_come_in_order_and_keep_their_values(depth):
                 p.get(wrong)
     assert all(t.dtype == torch.int64 and t.shape == (6, 4) for t in kept)
     assert [int(t[0, 0]) for t in kept] == [1000 * step for step in range(5, 30)]
-    with closing(Prefetcher(Fake(), "cpu", row_slice=slice(1, None, 2), depth=depth)) as p:
+    rows = slice(1, None, 2)
+    with closing(Prefetcher(Fake(fail=(1,)), "cpu", row_slice=rows, depth=depth)) as p:
         assert p.get(0)[:, 0].tolist() == [4, 12, 20]
+        with pytest.raises(OSError, match="disk died at 1"):
+            p.get(1)
 
 
 @pytest.mark.cuda
@@ -262,21 +202,12 @@ def test_reads_ahead_but_not_far():
         assert fake.asked == [0, 1, 2, 3, 4]  # one taken, three waiting, one in hand
 
 
-@pytest.mark.parametrize("depth", [0, 2])
-def test_errors_surface_as_themselves(depth):
-    with closing(Prefetcher(Fake(fail=(2,)), "cpu", depth=depth)) as p:
-        p.get(0)
-        p.get(1)
-        with pytest.raises(OSError, match="disk died at 2"):
-            p.get(2)
-
-
-@pytest.mark.parametrize("taken", [0, 1, 3])
-def test_close_ends_the_thread_whatever_it_does(taken):
-    p = Prefetcher(Fake(delay=0.01), "cpu", depth=2)
-    for step in range(taken):
-        p.get(step)
-    p.close()
-    p.close()
-    with pytest.raises(RuntimeError, match="shutdown"):
-        p.get(taken)
+def test_close_ends_the_thread_whatever_it_does():
+    for taken in (0, 1, 3):
+        p = Prefetcher(Fake(delay=0.01), "cpu", depth=2)
+        for step in range(taken):
+            p.get(step)
+        p.close()
+        p.close()
+        with pytest.raises(RuntimeError, match="shutdown"):
+            p.get(taken)

@@ -9,26 +9,23 @@ import sys
 
 import numpy as np
 import pytest
+import regex  # tiktoken needs it too
 from hypothesis import given
 from hypothesis import settings as hyp
 from hypothesis import strategies as st
 
 from fastgpt.data import tokenizer as module
 from fastgpt.data.tokenizer import (
-    GPT2_PATTERN,
     BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
     dump_ranks,
     load_tokenizer,
     make_tokenizer,
-    parse_ranks,
-    read_meta_pkl,
-    train_ranks,
 )
 from fastgpt.errors import UserError
 
-from .conftest import TEXT, python
+from .conftest import TEXT, python, tree
 
 
 @pytest.fixture(params=["byte", "char", "gpt2", "bpe:400"])
@@ -37,7 +34,7 @@ def tokenizer(request, as_gpt2):
     return make_tokenizer(request.param, vocab_file=vocab_file, texts=[TEXT * 20])
 
 
-def test_decoding_gives_the_text_back(tokenizer):
+def test_decoding_gives_the_text_back(tokenizer, tmp_path):
     ids = tokenizer.encode(TEXT)
     assert ids.dtype == np.uint16 and ids.ndim == 1 and ids.max() < tokenizer.vocab_size
     assert tokenizer.decode(ids) == TEXT
@@ -46,15 +43,10 @@ def test_decoding_gives_the_text_back(tokenizer):
     for wrong in ([tokenizer.vocab_size], [0, -1]):
         with pytest.raises(ValueError, match=f"0 .. {tokenizer.vocab_size - 1}"):
             tokenizer.decode(wrong)
-
-
-def test_save_and_load(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "t")
     again = load_tokenizer(tmp_path / "t")
-    assert (again.name, again.eot) == (tokenizer.name, tokenizer.eot)
-    assert again.vocab_size == tokenizer.vocab_size
-    assert again.fingerprint == tokenizer.fingerprint
-    assert np.array_equal(again.encode(TEXT), tokenizer.encode(TEXT))
+    assert again.to_json() == tokenizer.to_json() and again.fingerprint == tokenizer.fingerprint
+    assert np.array_equal(again.encode(TEXT), ids)
 
 
 @hyp(max_examples=100, deadline=None)
@@ -69,8 +61,8 @@ def test_ids_are_numbered_as_promised(as_gpt2):
     assert (byte.vocab_size, byte.eot) == (256, 0)
     assert byte.encode("aé").tolist() == [97, 0xC3, 0xA9]
     char = make_tokenizer("char", texts=["hello", " world\n"])  # as nanoGPT does
-    assert char.chars == sorted(set("hello world\n")) and char.eot is None
-    assert char.encode("lo").tolist() == [char.chars.index("l"), char.chars.index("o")]
+    assert char.chars == [*"\n dehlorw"] and char.eot is None
+    assert char.encode("lo").tolist() == [5, 6]
     bpe = make_tokenizer("gpt2", vocab_file=str(as_gpt2))  # special tokens in text are text
     ids = bpe.encode("a<|endoftext|>b")
     assert bpe.eot == bpe.vocab_size - 1 == 511 and bpe.decode([bpe.eot]) == "<|endoftext|>"
@@ -123,34 +115,28 @@ def test_endless_whitespace_is_no_trouble(ranks):
 # --- rank files
 
 
-def damaged(ranks: dict[bytes, int], kind: str) -> bytes:
-    lines = dump_ranks(ranks).splitlines(keepends=True)
-    return {
-        "not base64": b"".join([*lines[:5], b"!!! 5\n", *lines[6:]]),
-        "no rank": b"".join([*lines[:5], b"YQ==\n", *lines[6:]]),
-        "rank twice": b"".join([*lines, base64.b64encode(b"zzzz") + b" 7\n"]),
-        "gap": b"".join([*lines[:300], *lines[301:]]),
-        "byte missing": dump_ranks({t: i for i, t in enumerate(list(ranks)[1:])}),
-        "empty": b"",
-        "binary": bytes(range(256)) * 10,
-    }[kind]
-
-
 @pytest.mark.parametrize(
-    "kind", ["not base64", "no rank", "rank twice", "gap", "byte missing", "empty", "binary"]
+    "damage",
+    [
+        lambda lines: [*lines[:5], b"!!! 5\n", *lines[6:]],
+        lambda lines: [*lines[:5], b"YQ==\n", *lines[6:]],
+        lambda lines: [*lines, base64.b64encode(b"zzzz") + b" 7\n"],
+        lambda lines: [*lines[:300], *lines[301:]],
+        lambda lines: [line.split()[0] + b" %d\n" % i for i, line in enumerate(lines[1:])],
+        lambda lines: [],
+        lambda lines: [bytes(range(256)) * 10],
+    ],
 )
-def test_damaged_rank_files(ranks, tmp_path, kind):
+def test_damaged_rank_files(ranks, tmp_path, damage):
     path = tmp_path / "ranks.tiktoken"
-    path.write_bytes(damaged(ranks, kind))
-    for spec in ("gpt2", "bpe"):
-        with pytest.raises(UserError, match="ranks.tiktoken") as e:
-            make_tokenizer(spec, vocab_file=str(path))
-        assert "\n" not in str(e.value)
+    path.write_bytes(b"".join(damage(dump_ranks(ranks).splitlines(keepends=True))))
+    with pytest.raises(UserError, match="ranks.tiktoken") as e:
+        make_tokenizer("bpe", vocab_file=str(path))
+    assert "\n" not in str(e.value)
 
 
 def test_vocabularies_from_a_file(ranks, tmp_path):
-    path = tmp_path / "mine.tiktoken"
-    path.write_bytes(dump_ranks(ranks))
+    path = tree(tmp_path, {"mine.tiktoken": dump_ranks(ranks)}) / "mine.tiktoken"
     with pytest.raises(UserError, match="not GPT-2's vocabulary.*--tokenizer=bpe"):
         make_tokenizer("gpt2", vocab_file=str(path))
     tok = make_tokenizer("bpe", vocab_file=str(path))
@@ -173,32 +159,22 @@ def test_gpt2_is_found_in_the_caches_or_downloaded(as_gpt2, server, tmp_path, mo
     cache = tmp_path / "cache"
     with pytest.raises(UserError, match="fastgpt prepare.*--vocab_file=FILE"):
         make_tokenizer("gpt2", cache=cache)
-    theirs = tmp_path / "tt" / hashlib.sha1(module.GPT2_URL.encode()).hexdigest()
-    theirs.parent.mkdir()
-    theirs.write_bytes(data)
-    assert make_tokenizer("gpt2", cache=cache).name == "gpt2"
-    theirs.unlink()
-    assert not server.asked
+    theirs = hashlib.sha1(module.GPT2_URL.encode()).hexdigest()
+    tree(tmp_path / "tt", {theirs: data})
+    assert make_tokenizer("gpt2", cache=cache).name == "gpt2" and not server.asked
+    (tmp_path / "tt" / theirs).unlink()
     for _ in range(2):
         assert make_tokenizer("gpt2", cache=cache, download=True).name == "gpt2"
     assert server.asked == ["/ranks"] and (cache / "gpt2.tiktoken").read_bytes() == data
 
 
-def test_the_pattern_splits_as_gpt2_published_it():
-    """Against the pattern of GPT-2's release, without possessive quantifiers."""
-    import regex
+PUBLISHED = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-    published = regex.compile(
-        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-    )
-    ours = regex.compile(GPT2_PATTERN)
 
-    @hyp(max_examples=300, deadline=None)
-    @given(st.lists(st.sampled_from([*"aB1!'  \n\t\u3000é世", "'ll", "'ve", "'x"])).map("".join))
-    def same(text):
-        assert ours.findall(text) == published.findall(text)
-
-    same()
+@hyp(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from([*"aB1!'  \n\t\u3000é世", "'ll", "'ve", "'x"])).map("".join))
+def test_the_pattern_splits_as_gpt2_published_it(text):
+    assert regex.findall(module.GPT2_PATTERN, text) == regex.findall(PUBLISHED, text)
 
 
 # --- training
@@ -207,22 +183,21 @@ def test_the_pattern_splits_as_gpt2_published_it():
 def test_training_depends_on_the_texts_alone():
     pytest.importorskip("rustbpe")
     code = """
-import sys, hashlib
 from fastgpt.data.tokenizer import dump_ranks, train_ranks
 texts = ["tie tie eit eit aabb bbaa %d" % i for i in range(300)] + ["aaaa aaaaaaa baaab " * 50]
-print(hashlib.sha256(dump_ranks(train_ranks(texts, 330))).hexdigest())
+print(dump_ranks(train_ranks(texts, 330)))
 """
     runs = [
-        python(code, env={"RAYON_NUM_THREADS": str(n), "PYTHONHASHSEED": str(n)}) for n in (1, 2, 5)
+        python(code, env={"RAYON_NUM_THREADS": str(n), "PYTHONHASHSEED": str(n)}) for n in (1, 5)
     ]
-    outputs = [run.communicate(timeout=60) for run in runs]
-    assert len({out for out, _ in outputs}) == 1 and outputs[0][0], outputs
+    (first, err), (second, _) = (run.communicate(timeout=60) for run in runs)
+    assert first == second and first, err
 
 
 def test_training_makes_exactly_the_size(ranks, monkeypatch):
     tok = make_tokenizer("bpe:300", texts=[TEXT * 20])
     assert (tok.vocab_size, tok.eot, tok.name) == (300, 299, "bpe:300")
-    assert parse_ranks(tok.rank_file, "x") == train_ranks([TEXT * 20], 300)
+    assert module.parse_ranks(tok.rank_file, "x") == module.train_ranks([TEXT * 20], 300)
     smallest = make_tokenizer("bpe:257", texts=[TEXT])
     assert smallest.encode("ab").tolist() == [97, 98] and smallest.eot == 256
     with pytest.raises(UserError, match=r"bpe:5000: this text .* say --tokenizer=bpe:\d+ or less"):
@@ -251,10 +226,8 @@ def edit(path, key, value):
     [
         lambda d: (d / "tokenizer.json").unlink(),
         lambda d: (d / "tokenizer.tiktoken").unlink(),
-        *(
-            lambda d, data=data: (d / "tokenizer.json").write_bytes(data)
-            for data in (b"", b"[]", b'{"name": "byte"}', b"\xff\xfe", b"[" * 100_000)
-        ),
+        lambda d: (d / "tokenizer.json").write_bytes(b"\xff\xfe"),
+        lambda d: (d / "tokenizer.json").write_text("[" * 100_000),
         lambda d: os.truncate(d / "tokenizer.json", 50),
         lambda d: os.truncate(d / "tokenizer.tiktoken", 3000),
         lambda d: swap(d / "tokenizer.tiktoken"),
@@ -288,7 +261,7 @@ def meta(tmp_path):
     def read(content):
         path = tmp_path / "meta.pkl"
         path.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
-        return read_meta_pkl(path)
+        return module.read_meta_pkl(path)
 
     return read
 
@@ -298,23 +271,15 @@ def test_nanogpts_meta_is_read(meta, protocol):
     size, tok = meta(pickle.dumps(META, protocol))
     assert size == tok.vocab_size == len(CHARS) and tok.chars == CHARS
     assert tok.decode(tok.encode("Abc 世")) == "Abc 世"
-    chars = [chr(i) for i in range(1 << 16) if not 0xD800 <= i < 0xE000]
-    assert meta({"vocab_size": len(chars), "itos": dict(enumerate(chars))})[0] == len(chars)
+    chars = [chr(i) for i in range(0xE000, 1 << 16)]
+    assert meta({"vocab_size": len(chars), "itos": dict(enumerate(chars))})[1].chars == chars
 
 
-@pytest.mark.parametrize(
-    "itos",
-    [
-        None,
-        {0: "a"},
-        {i: "ab" for i in range(len(CHARS))},
-        dict.fromkeys(range(len(CHARS)), "a"),
-        {i: i for i in range(len(CHARS))},
-    ],
-)
-def test_without_characters_there_is_a_size_only(meta, itos):
-    found = meta({**META, "itos": itos, "more": [1.5, None, True, 2**70]})
-    assert found == (len(CHARS), None)
+def test_without_characters_there_is_a_size_only(meta):
+    n = len(CHARS)
+    for values in (["ab"] * n, ["a"] * n, range(n), ["a"], []):
+        itos = dict(enumerate(values)) or None
+        assert meta({**META, "itos": itos, "more": [1.5, None, True, 2**70]}) == (n, None)
 
 
 class Reduce:
@@ -335,9 +300,7 @@ def hostile(marker) -> dict[str, bytes]:
     Persistent(buffer).dump({**META, "x": system})
     kinds = {
         "system": dumps(system),
-        "system, protocol 0": dumps(system, 0),
         "nested": dumps({**META, "itos": {0: [{"deep": system}]}}),
-        "as a key": dumps({system: 1}),
         "eval": dumps(Reduce(eval, (f"open({str(marker)!r}, 'w')",))),
         "persistent": buffer.getvalue(),
         "persistent, protocol 0": b"Pevil\n.",
@@ -345,22 +308,14 @@ def hostile(marker) -> dict[str, bytes]:
         "obj": b"(cos\nsystem\nS'touch " + str(marker).encode() + b"'\no.",
         "extension": push + b"\x82\x01.",
         "huge memo": push + b"}r\xff\xff\xff\x7f.",
-        "huge memo, protocol 0": b"}p2000000000\n.",
         "huge bytearray": push + b"\x96" + struct.pack("<Q", 1 << 40) + b"x.",
         "huge string": push + b"\x8d" + struct.pack("<Q", 1 << 40) + b"x.",
         "huge number": b"I" + b"9" * 100_000 + b"\n.",
-        "huge long": push + b"\x8b" + struct.pack("<i", 1 << 30) + b"x.",
         "deep": b"]" * 1_000_000 + b"a" * 999_999 + b".",
         "truncated": dumps(META)[:50],
         "empty": b"",
         "no stop": push + b"}",
-        "stack underflow": push + b"s.",
-        "append to a dict": push + b"}K\x01a.",
-        "unhashable key": push + b"}]K\x01s.",
         "memo not there": push + b"h\x05.",
-        "bad utf-8": push + b"\x8c\x02\xff\xff.",
-        "text": b"not a pickle at all",
-        "zeros": bytes(100),
         "over 16 MB": bytes((16 << 20) + 1),
         "no dict": dumps([1, 2, 3]),
         "no size": dumps({"itos": {}}),
