@@ -50,7 +50,7 @@ def small(tmp_path: Path, monkeypatch) -> Path:
 
     def smaller(config="laptop", **changes):
         own = {"input": str(text), "tokenizer": "byte"}
-        fewer = {"max_iters": 2, "eval_interval": 2, "lr_decay_iters": 2, "log_interval": 1}
+        fewer = {"max_iters": 2, "eval_interval": 2, "log_interval": 1}
         if changes.get("init_from") == "weights":
             fewer["block_size"] = 16
         return FIT(config, **{**own, **changes, **SMALL, **fewer})

@@ -27,8 +27,8 @@ shakespeare_char = Preset(  # the exact GELU is nanoGPT's, for the same curve
     "nanoGPT's character-level Shakespeare: 10.7M parameters, 64 x 256 tokens per step",
     """--dataset=shakespeare_char --n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --dropout=0.2
     --gelu=erf --batch_size=64 --gradient_accumulation_steps=1 --learning_rate=1e-3 --min_lr=1e-4
-    --beta2=0.99 --warmup_iters=100 --max_iters=5000 --lr_decay_iters=5000 --eval_interval=250
-    --log_interval=10 --always_save_checkpoint=False""",
+    --beta2=0.99 --warmup_iters=100 --max_iters=5000 --eval_interval=250 --log_interval=10
+    --always_save_checkpoint=False""",
 )
 desktop = Preset(
     "desktop",
@@ -39,7 +39,7 @@ laptop = Preset(
     "laptop",
     "0.8M parameters, 12 x 64 tokens per step: minutes on two cores",
     f"""{desktop.flags} --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --dropout=0
-    --batch_size=12 --max_iters=2000 --lr_decay_iters=2000 --eval_iters=20""",
+    --batch_size=12 --max_iters=2000 --eval_iters=20""",
 )
 
 
@@ -61,7 +61,7 @@ gpt2_speedrun = Preset(
     "124M parameters by Muon to a validation loss of 3.28 on FineWeb, in 4B tokens at most",
     f"""{gpt2.flags} --dataset=fineweb10B --shards=41 --sampling=epochs --target_val_loss=3.28
     --optimizer=muon --learning_rate=2e-3 --warmup_iters=250 --lr_schedule=wsd --max_iters=8000
-    --lr_decay_iters=8000 --eval_interval=125 --eval_iters=320 --always_save_checkpoint=False""",
+    --eval_interval=125 --eval_iters=320 --always_save_checkpoint=False""",
 )
 finetune_shakespeare = Preset(
     "finetune_shakespeare",

@@ -105,7 +105,7 @@ class OptimConfig:
     warmup_iters: CountOrZero = flag(2000, "Steps of linear warm-up.")
     lr_schedule: Literal["cosine", "wsd"] = flag("cosine", "wsd: constant, at the end linear to 0.")
     lr_decay_fraction: Share = flag(0.4, "wsd: last part of lr_decay_iters, with a falling rate.")
-    lr_decay_iters: Count = flag(600_000, "Step at which the schedule ends.")
+    lr_decay_iters: CountOrZero = flag(0, "Step at which the schedule ends; 0: max_iters.")
     decay_lr: bool = flag(True, "False: the learning rate stays at learning_rate.")
     weight_decay: NonNegative = flag(0.1, "Decoupled decay of matrices and embeddings.")
     beta1: Fraction = flag(0.9, "AdamW: decay of the first moment.")

@@ -269,9 +269,9 @@ def parse_toml(text: str, path: Path) -> Config:
 def load_python(path: Path) -> Config:
     """Returns the config of a file of assignments, as nanoGPT's config/*.py; nothing is executed.
 
-    Settings that it does not have are as in nanoGPT, whose GELU is the exact one.
+    Settings that it does not have are as in nanoGPT.
     """
-    values = {"gelu": "erf"}
+    values: dict[str, Any] = {"gelu": "erf", "lr_decay_iters": 600_000}
     for name, (value, line) in literals.assignments(path).items():
         where = f"{path}: line {line}: "
         leaf = find(Config, name, where)

@@ -28,7 +28,7 @@ from fastgpt.model.device import Machine, unseen_gpu
 from fastgpt.model.kernels import Selected, describe
 from fastgpt.storage import checkpoint
 from fastgpt.storage import run_dir as run
-from fastgpt.train import cuda_graph, memory, metrics, plots, resume
+from fastgpt.train import cuda_graph, memory, metrics, optim, plots, resume
 from fastgpt.train.distributed import Ranks, check_launch, join, launcher, local_device, restarted
 from fastgpt.train.loop import Loop
 from fastgpt.train.resume import Progress
@@ -237,6 +237,7 @@ def print_introduction(trainer: Trainer, dataset: Dataset, run_dir: Path) -> Non
     gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     print(f"\n\ndata {dataset.describe()}")
     print(f"tokens per iteration will be: {config.optim.rows * config.model.block_size:,}")
+    print(optim.describe_schedule(config.optim, config.run.max_iters))
     print(f"number of parameters: {trainer.model.n_params() / 1e6:.2f}M")
     if trainer.layout:
         kind = {"ddp": "DDP", "fsdp": "FSDP2"}[trainer.layout]

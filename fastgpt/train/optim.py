@@ -36,6 +36,23 @@ def learning_rate(step: int, c: OptimConfig) -> float:
     return c.min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (c.learning_rate - c.min_lr)
 
 
+def describe_schedule(c: OptimConfig, max_iters: int) -> str:
+    """Returns the course of the learning rate in a line, with a warning if the run cuts it off."""
+    if not c.decay_lr:
+        return f"learning rate {c.learning_rate:g}, constant"
+    lowest, end = (0.0 if c.lr_schedule == "wsd" else c.min_lr), c.lr_decay_iters
+    line = f"learning rate {c.learning_rate:g} after {c.warmup_iters:,} steps of warm-up, "
+    line += f"{c.lr_schedule} to {lowest:g} at step {end:,}"
+    if c.warmup_iters >= min(end, max_iters):
+        return f"{line}\nwarning: the run ends within its warm-up; give fewer --warmup_iters"
+    if end > max_iters:
+        last = learning_rate(max_iters, c)
+        return f"{line}\nwarning: it ends at {last:g}, as --lr_decay_iters exceeds --max_iters"
+    if end < max_iters and not lowest:
+        return f"{line}\nwarning: from there on nothing is learned; give more --lr_decay_iters"
+    return line
+
+
 def make_optimizer(
     model: GPT, c: OptimConfig, scatter: MatrixScatter | None = None, compile: bool = False
 ) -> torch.optim.Optimizer:

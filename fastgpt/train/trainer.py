@@ -65,6 +65,8 @@ class Trainer:
         batch_size: int = 0,
     ):
         system, rows = config.system, config.optim.rows
+        decay = config.optim.lr_decay_iters or config.run.max_iters
+        config = settings.replace(config, lr_decay_iters=decay)
         self.model, self.config, self.machine = model, config, machine
         self.device, self.ranks = machine.device, ranks or Ranks()
         self.batch_size = batch_size or config.optim.batch_size

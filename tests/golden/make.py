@@ -78,7 +78,13 @@ def help_of(command: str) -> str:
 
 def log_lines() -> str:
     """Log lines and sample of a short run with dropout, without what depends on the clock."""
-    flags = ("--n_layer=2", "--dropout=0.1", "--eval_interval=4", "--max_iters=8")
+    flags = (
+        "--n_layer=2",
+        "--dropout=0.1",
+        "--eval_interval=4",
+        "--max_iters=8",
+        "--lr_decay_iters=2000",
+    )
     with workplace():
         said = fastgpt("train", "laptop", *RUN, *flags, "--sample_tokens=40", "--out_dir=run")
     said = re.sub(r"time \S+ms, mfu \S+%", "time *ms, mfu *%", said)

@@ -8,10 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fastgpt.config import settings
+from fastgpt.config.presets import laptop
 from fastgpt.config.schema import OptimConfig
+from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.train import optim
 from fastgpt.train.optim import clip_and_check_finite
+from fastgpt.train.trainer import Trainer
 
 
 def config(**changes) -> OptimConfig:
@@ -47,6 +51,33 @@ def test_wsd_is_flat_and_then_linear_to_zero():
     assert lrs == pytest.approx(want)
     all_of_it = config(lr_schedule="wsd", lr_decay_fraction=1.0)
     assert optim.learning_rate(55, all_of_it) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "max_iters", "warning"),
+    [
+        ({}, 110, ""),
+        ({}, 200, ""),  # on at min_lr, as nanoGPT
+        ({}, 60, "it ends at 0.55, as --lr_decay_iters exceeds --max_iters"),
+        ({}, 9, "the run ends within its warm-up; give fewer --warmup_iters"),
+        ({"lr_schedule": "wsd"}, 110, ""),
+        ({"lr_schedule": "wsd"}, 111, "from there on nothing is learned"),
+        ({"decay_lr": False}, 5, ""),
+    ],
+)
+def test_a_schedule_that_the_run_cuts_off_is_named(changes, max_iters: int, warning: str):
+    first, *rest = optim.describe_schedule(config(**changes), max_iters).splitlines()
+    assert first.startswith("learning rate 1") and bool(rest) == bool(warning)
+    assert all(line.startswith(f"warning: {warning}") for line in rest)
+
+
+def test_the_schedule_ends_with_the_run_unless_told():
+    """For presets and flags; nanoGPT's config files keep nanoGPT's 600,000."""
+    for flags, end in (({"max_iters": "50"}, 50), ({"lr_decay_iters": "70"}, 70)):
+        asked = settings.apply_flags(laptop(), {**flags, "warmup_iters": "5"})
+        model = GPT(ModelShape(1, 2, 16, 8, 20, bias=True)).init_weights(0)
+        trainer = Trainer(model, asked, Machine(torch.device("cpu"), "float32"))
+        assert trainer.resolved.optim.lr_decay_iters == end
 
 
 def test_a_longer_stable_phase_begins_as_the_shorter_one():
