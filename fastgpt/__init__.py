@@ -12,7 +12,7 @@ These functions, and PyTorch with them, are loaded when they are first used.
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["UserError", "fit", "generate", "load"]
 
 if TYPE_CHECKING:
