@@ -7,8 +7,6 @@ of CUDA ones needs a CUDA build), and as fp16 where bf16 is meant: as many bytes
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,9 +20,6 @@ from fastgpt_kernels.registry import specs
 def fused_table(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     """The Triton ops, made to believe that they are on a GPU."""
     monkeypatch.setattr(launch, "use_kernel", lambda x: True)
-    for name, module in list(sys.modules.items()):
-        if name.startswith("fastgpt_kernels.ops.") and hasattr(module, "use_kernel"):
-            monkeypatch.setattr(module, "use_kernel", lambda x: True)
     functions = {op.name: op.triton for op in specs("model")}
     choices = tuple(Selected(op, "triton", "fake") for op in functions)
     return Kernels(functions, choices)

@@ -26,7 +26,7 @@ _context.set_forkserver_preload(
         "torch.nn.parallel",
         "matplotlib.figure",
         "matplotlib.backends.backend_agg",
-        *dict.fromkeys(op.spec_module for op in OPS.values()),
+        *dict.fromkeys(op.path for op in OPS.values()),
     ]
 )
 

@@ -15,7 +15,6 @@ against the reference on this very device (`fastgpt_kernels/self_check.py`).
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 from fastgpt.errors import UserError
 from fastgpt_kernels import versions
 from fastgpt_kernels.launch import arch_on
+from fastgpt_kernels.library import tag_compile_caches
 from fastgpt_kernels.progress import EVERY_S, progress
 from fastgpt_kernels.registry import OpSpec, Sizes, specs
 
@@ -168,6 +168,4 @@ def _warn_of_versions(untested: str) -> None:
 def _name_in_caches(selected: Sequence[Selected]) -> None:
     """Tells compiled graphs apart by PyTorch's attention, which their cache does not see."""
     told = [f"{s.op}={s.implementation}" for s in selected]
-    told = [text for text in told if not text.endswith(("=eager", "=triton"))]
-    base = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "")
-    torch.compiler.config.cache_key_tag = " ".join([base, *told]).strip()
+    tag_compile_caches(*(text for text in told if not text.endswith(("=eager", "=triton"))))

@@ -3,8 +3,8 @@
     from fastgpt_kernels import attention, layer_norm, cross_entropy
 
 This is the table of what the package exports. It imports neither PyTorch nor Triton: a function is
-loaded with its room when it is first asked for. On a CPU tensor, and if Triton is not installed, it
-runs its twin in `fastgpt_kernels.reference`; the latter is said once, by a warning.
+loaded with its module when it is first asked for. On a CPU tensor, and if Triton is not installed,
+it runs its reference in `fastgpt_kernels.reference`; the latter is said once, by a warning.
 """
 
 # ruff: noqa: F401 - what is imported for type checkers is exported by __getattr__
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """An op: the module in `ops/` of its public function, what it is, and who chooses how it runs.
+    """An op: the module with its public function and spec, and its line in `--help`.
 
-    `chosen_by`: ops of the "model" have a flag with these `choices`, besides auto; "" are
-    those for other people's models.
+    `chosen_by`: ops of the "model" have a flag with these `choices`, besides auto; "" are those for
+    other people's models.
     """
 
     module: str
@@ -42,11 +42,7 @@ class Entry:
 
     @property
     def path(self) -> str:
-        return f"fastgpt_kernels.{'ops.' * ('.' in self.module)}{self.module}"
-
-    @property
-    def spec_module(self) -> str:
-        return f"{self.path.rpartition('.')[0]}.record" if "." in self.module else self.path
+        return f"fastgpt_kernels.{self.module}"
 
 
 OPS: dict[str, Entry] = {

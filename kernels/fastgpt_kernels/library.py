@@ -18,14 +18,25 @@ from torch._ops import OpOverload
 
 from fastgpt_kernels import launch
 
-# torch.compile's caches on disk know an op by its name alone. What they hold of another version of
-# this package, whose results may have other shapes, must not be taken for this one's.
-_source = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
-torch.compiler.config.cache_key_tag += (
-    f" fastgpt_kernels {hashlib.sha256(_source).hexdigest()[:16]}"
-)
+_SOURCE = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
+_TAG = f"{torch.compiler.config.cache_key_tag} {hashlib.sha256(_SOURCE).hexdigest()[:16]}".strip()
+
+
+def tag_compile_caches(*words: str) -> None:
+    """Has torch.compile's caches on disk tell graphs apart by these words, and by this package.
+
+    They know an op by its name alone. What they hold of another version of this package, whose
+    results may have other shapes, must not be taken for this one's.
+    """
+    torch.compiler.config.cache_key_tag = " ".join([_TAG, *words])
+
+
+tag_compile_caches()
 
 _LIBRARY = torch.library.Library("fastgpt", "DEF")
+# Before 2.13 Inductor writes out all that an op's arguments were computed from when it first meets
+# the op, for a log that nobody reads: for a model's last op that is twice as long with each layer.
+_WRITES_OUT = torch.__version__ < "2.13"
 
 
 def define_op(
@@ -50,9 +61,12 @@ def define_op(
     """
 
     def on_meta(*inputs: Any) -> Any:
+        if _WRITES_OUT:
+            _introduce_to_inductor(packet.default)
         return launcher(*inputs) if launch.pretending() else fake(*inputs)
 
-    _LIBRARY.define(name + torch.library.infer_schema(launcher, mutates_args=mutates))
+    schema = name + torch.library.infer_schema(launcher, mutates_args=mutates)
+    _LIBRARY.define(schema, tags=torch.Tag.needs_exact_strides)
     _LIBRARY.impl(name, launcher, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgpt::{name}", on_meta, lib=_LIBRARY)
     packet = getattr(torch.ops.fastgpt, name)
@@ -64,6 +78,14 @@ def define_op(
         function = _autograd_function(name, packet.default, setup_context, backward)
         _LIBRARY.impl(name, function, "Autograd")
     return packet.default
+
+
+def _introduce_to_inductor(op: OpOverload) -> None:
+    """Tells Inductor that an op is called as it is, which it otherwise finds out by itself."""
+    from torch._inductor.lowering import lowerings, make_fallback
+
+    if op not in lowerings:
+        make_fallback(op, warn=False)
 
 
 def plain_eager(*tensors: Tensor) -> bool:

@@ -221,7 +221,7 @@ class OpSpec:
 
 def spec(name: str) -> OpSpec:
     """Returns an op's spec; loads its module."""
-    return importlib.import_module(OPS[name].spec_module).SPECS[name]
+    return importlib.import_module(OPS[name].path).SPECS[name]
 
 
 def spec_of(registered: str) -> OpSpec:

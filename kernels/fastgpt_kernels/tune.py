@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastgpt_kernels import OPS, cache
 from fastgpt_kernels.launch import arch_on
+from fastgpt_kernels.library import tag_compile_caches
 from fastgpt_kernels.progress import describe_error, print_line, progress
 from fastgpt_kernels.registry import ExampleInputs, OpSpec, Sizes, normal, spec, specs
 from fastgpt_kernels.self_check import Check, failures
@@ -184,7 +185,7 @@ def _step(check: Check, compile: bool) -> Callable[[], None]:
     function = spec(check.op).implementations[check.implementation].function
     if compile:
         # The cache of compiled graphs does not know which attention PyTorch was told to take.
-        torch.compiler.config.cache_key_tag = f"{check.op}={check.implementation}"
+        tag_compile_caches(f"{check.op}={check.implementation}")
         function = torch.compile(function, fullgraph=True, dynamic=False)
     examples = check.examples(timed=True)
     calls = [_call(function, e) for e in [e for e in examples if e.gradients] or examples]

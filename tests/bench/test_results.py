@@ -101,7 +101,7 @@ def test_a_source_that_measured_was_hashed() -> None:
         if top in ("fastgpt", "fastgpt_kernels", "bench") and file.startswith(str(provenance.ROOT)):
             assert Path(file).relative_to(provenance.ROOT).as_posix() in hashed
     assert {
-        "kernels/fastgpt_kernels/register.py",
+        "kernels/fastgpt_kernels/library.py",
         "bench/picture.py",
         "fastgpt/train/trainer.py",
     } <= hashed

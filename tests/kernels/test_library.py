@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgpt_kernels import launch
+from fastgpt_kernels import launch, library
 from fastgpt_kernels.library import define_op
 
 
@@ -56,6 +56,15 @@ def test_gradients(compile: bool) -> None:
     torch.testing.assert_close(dx, 6 * x.cos())
 
 
+def test_compile_caches_are_told_this_package_and_more() -> None:
+    before = torch.compiler.config.cache_key_tag
+    library.tag_compile_caches("attention=cudnn")
+    assert torch.compiler.config.cache_key_tag == f"{library._TAG} attention=cudnn"
+    library.tag_compile_caches()
+    assert torch.compiler.config.cache_key_tag == library._TAG
+    torch.compiler.config.cache_key_tag = before
+
+
 def test_opcheck() -> None:
     torch.library.opcheck(scale, (leaf(), 2.0))
     torch.library.opcheck(add, (torch.randn(3), torch.randn(3)))
@@ -89,6 +98,21 @@ def test_meta_tensors_reach_the_launcher_only_where_they_pretend() -> None:
     with launch.pretend("sm_90"):
         op(torch.empty(2, device="meta"))
     assert seen == ["meta"]
+
+
+def test_old_inductors_do_not_write_out_an_ops_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import exc, lowering
+
+    def written_out(*_: object) -> str:
+        raise AssertionError("written out")
+
+    monkeypatch.setattr(exc.OperatorIssue, "operator_str", staticmethod(written_out))
+    monkeypatch.setattr(library, "_WRITES_OUT", True)
+    op = define_op("test_fallback", _scale_backward, lambda dy, f: dy.new_empty(dy.shape))
+    torch._dynamo.reset()
+    x = torch.ones(3)
+    assert torch.equal(torch.compile(lambda x: op(x, 2.0) + 1, fullgraph=True)(x), 3 * x)
+    assert op in lowering.lowerings
 
 
 @pytest.mark.parametrize("constant", [True, False])

@@ -1,32 +1,13 @@
-"""What launchers share: when the registered op can be skipped, row views, argument errors."""
+"""Helpers of launchers: where kernels run, row views, argument errors."""
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from fastgpt_kernels import bias_gelu, launch, layer_norm
+from fastgpt_kernels import launch
 from fastgpt_kernels.checks import check_tensor, refuse_interpreted_bf16
 from fastgpt_kernels.launch import row_view
-from fastgpt_kernels.register import call_directly
 
 X = torch.randn(4, 8)
-
-
-def test_plain_tensors_are_called_directly() -> None:
-    assert call_directly(X, None, torch.nn.Parameter(X))
-
-
-def test_whoever_looks_at_ops_sees_the_registered_one() -> None:
-    seen = []
-    with FlopCounterMode(display=False):
-        seen.append(call_directly(X))
-    with FakeTensorMode() as mode:
-        seen.append(call_directly(X))
-    seen.append(call_directly(mode.from_tensor(X)))
-    torch.vmap(lambda x: seen.append(call_directly(x)) or x)(X)
-    torch.compile(lambda x: seen.append(call_directly(x)) or x, backend="eager")(X)
-    assert seen == [False] * 5
 
 
 def test_meta_tensors_pretend_to_lie_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,17 +19,6 @@ def test_meta_tensors_pretend_to_lie_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -
         refuse_interpreted_bf16("op", x)
     assert not launch.use_kernel(x)
     assert (launch.arch_of(x), launch.multiprocessors(x)) == ("cpu", 2)
-
-
-@pytest.mark.parametrize("interpreted", [True, False])
-def test_autocast_does_not_change_the_dtype(
-    interpreted: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(launch, "INTERPRETED", interpreted)
-    with torch.autocast("cpu", torch.bfloat16):
-        for dtype in (torch.float16, torch.float32):
-            assert layer_norm(X.to(dtype), torch.ones(8)).dtype is dtype
-            assert bias_gelu(X.to(dtype), torch.ones(8)).dtype is dtype
 
 
 @pytest.mark.parametrize(
