@@ -60,7 +60,7 @@ lint: $(VENV)/.installed-test
 gate: $(VENV)/.installed-test
 	$(BIN)/python -m fastgpt_kernels.compile_check $(GATE_ARGS)
 
-bench: $(VENV)/.installed-bench
+bench: $(VENV)/.installed
 	$(BIN)/python -m bench all --budget $(BUDGET) --out bench/results $(BENCH_ARGS); code=$$?; \
 	ls -t bench/results/*/*waterfall.png 2>/dev/null | head -n 1; exit $$code
 
@@ -76,10 +76,6 @@ $(VENV)/.installed: $(NEEDS) | $(BIN)/python
 
 $(VENV)/.installed-test: $(NEEDS) | $(BIN)/python
 	$(if $(LOCKED),$(HASHED),$(RANGED) -e '.[test]')
-	@touch $@ $(VENV)/.installed
-
-$(VENV)/.installed-bench: $(NEEDS) | $(BIN)/python
-	$(if $(LOCKED),$(HASHED),$(RANGED) -e '.[bench]')
 	@touch $@ $(VENV)/.installed
 
 lock: | $(BIN)/python

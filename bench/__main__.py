@@ -7,22 +7,17 @@ import importlib.util
 import sys
 from pathlib import Path
 
-# A checkout needs no installation: the kernels live in a folder of their own.
-if importlib.util.find_spec("fastgpt_kernels") is None:
+if importlib.util.find_spec("fastgpt_kernels") is None:  # a checkout needs no installation
     sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 COMMANDS = {
-    "kernels": "each op, forward and backward, against whatever else is installed",
-    "step": "the whole training step: ms, tokens/s, MFU, memory, losses side by side",
-    "ablate": "what each kernel is worth in the whole step",
-    "waterfall": "where the milliseconds of a step go, from the device's peak down",
-    "convergence": "who reaches a loss first: optimizers, implementations, a peer",
-    "curves": "the fast path's losses against eager fp32's, over seeds",
-    "all": "the above in order of worth, inside a time budget",
+    "step": "the whole training step: variants, ops swapped, a peer; ms, MFU, joules, memory",
+    "kernels": "each op's implementations and baselines; --sweep searches launch configs",
+    "waterfall": "where a step's milliseconds go: a picture, and a budget that adds up",
+    "curves": "losses of variants over seeds, and races to a target loss",
     "compare": "two result files, or two git refs: faster, slower, or no difference",
+    "all": "step, waterfall and kernels inside a time budget, and what follows from them",
 }
-# A command is its module's `main`, unless it shares a module with another one.
-SHARED = {"curves": "whole_runs"}
 
 
 def main(argv: list[str]) -> int:
@@ -33,8 +28,13 @@ def main(argv: list[str]) -> int:
     if name not in COMMANDS:
         print(f"bench: {name}: no such benchmark; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    module = importlib.import_module(f"bench.{SHARED.get(name, name)}")
-    return getattr(module, name if name in SHARED else "main")(rest)
+    from fastgpt.errors import UserError
+
+    try:
+        return importlib.import_module(f"bench.{name}").main(rest)
+    except UserError as e:
+        print(f"bench {name}: {e}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -1,157 +1,157 @@
-"""Result files: what is in them, where they lie, and reading them back. Schema: bench/README.md."""
+"""Result files: their content (bench/README.md has the schema), provenance, and tables of rows."""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
+import hashlib
 import json
-import os
+import platform
 import re
 import shlex
+import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import provenance
-from bench.stats import Ratio, summarize
+import numpy as np
+import torch
+
+from bench import power
+from bench.stats import Ratio
+from fastgpt.storage.atomic import write_text
 
 SCHEMA = 1
 NOT_YET = "the run was cut short before this was measured"
-FOLDER = Path(__file__).parent / "results"
-_WANTED: dict[str, type] = {
-    "schema": int,
-    **dict.fromkeys(("name", "command", "date"), str),
-    **dict.fromkeys(("environment", "gpu_before", "gpu_after", "settings"), dict),
-    **dict.fromkeys(("rows", "problems"), list),
-    "complete": bool,
-}
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "bench/results"
+PACKAGES = ("fastgpt", "kernels/fastgpt_kernels", "bench")
+Row = dict[str, Any]
 
 
 class Result:
-    """A result in the making. `save` can be called after every part: the file is always valid.
+    """A result in the making, saved after every part: the file is valid at any time.
 
-    Until `finish`, `complete` is false in it: a run that was cut short says so.
+    Until `end`, `complete` is false in it: a run that was cut short says so.
     """
 
     def __init__(self, name: str, argv: Sequence[str], settings: dict[str, Any]):
-        now = time.gmtime()
+        self.rows: list[Row] = []
+        self._gpu, self._path = power.open_gpu()[0], Path()
         self.data: dict[str, Any] = {
             "schema": SCHEMA,
             "name": name,
-            "command": _command(name, argv),
-            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", now),
-            "environment": provenance.environment(),
-            "gpu_before": provenance.gpu_state(),
+            "command": command(name, argv),
+            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "environment": environment(),
+            "gpu_before": self._gpu.state() if self._gpu else {},
             "gpu_after": {},
             "settings": settings,
-            "rows": [],
+            "rows": self.rows,
             "problems": [],
             "complete": False,
         }
-        self._path: Path | None = None
 
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        return self.data["rows"]
-
-    @property
-    def problems(self) -> list[str]:
-        return self.data["problems"]
-
-    def save(self, folder: Path | None) -> Path | None:
-        """Write `<folder>/<gpu>/<date>-<commit>-<name>.json`; None: nowhere.
-
-        Of commands that begin in the same second the second writes `...-2.json`.
-        """
-        if folder is None:
-            return None
-        self.data["gpu_after"] = provenance.gpu_state()
-        environment = self.data["environment"]
-        stamp = re.sub(r"[-:]", "", self.data["date"]).replace("T", "-").rstrip("Z")
-        stem = f"{stamp}-{environment['commit']}-{self.data['name']}"
-        inside = folder / slug(environment["device"])
-        if self._path is not None and self._path.parent == inside:
-            write(self._path, self.data)
-            return self._path
-        for count in itertools.count(1):
-            self._path = inside / (f"{stem}.json" if count == 1 else f"{stem}-{count}.json")
-            with contextlib.suppress(FileExistsError):
-                write(self._path, self.data, new=True)
-                break
+    def save(self, folder: Path) -> Path:
+        """Writes `<folder>/<gpu>/<date>-<commit>-<name>.json`, and returns the path."""
+        self.data["gpu_after"] = self._gpu.state() if self._gpu else {}
+        check(self.data, self.data["name"])
+        if not self._path.name:
+            where, stamp = self.data["environment"], re.sub("[-:Z]", "", self.data["date"])
+            stem = f"{stamp.replace('T', '-')}-{where['commit']}-{self.data['name']}"
+            self._path = folder / slug(where["device"]) / f"{stem}.json"
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self._path, json.dumps(self.data, indent=1, allow_nan=False) + "\n")
         return self._path
 
-    def finish(self, folder: Path | None) -> Path | None:
-        """`save` for the last time: all that was asked for has been measured, or has a problem."""
+    def end(self, folder: Path, also: str = "") -> int:
+        """Saves for the last time and says where. Returns 1 if any row has a problem, else 0."""
         self.data["complete"] = True
-        return self.save(folder)
-
-    def end(self, folder: Path | None, also: str = "") -> int:
-        """`finish`, and say where. The command's exit code: 1 if any row has a problem."""
-        if path := self.finish(folder):
-            print(f"written: {path}{also}")
+        print(f"written: {self.save(folder)}{also}")
         return 1 if any(row["problem"] for row in self.rows) else 0
 
 
-def _command(name: str, argv: Sequence[str]) -> str:
-    """What to type for the same again, without the places of the results and of the checkout."""
-    words, skip = ["python", "-m", "bench", name], False
-    for word in argv:
-        if not skip and word.split("=")[0] != "--out":
-            words.append(word.replace(f"{provenance.ROOT}/", ""))
-        skip = word == "--out"
-    return shlex.join(words)
+def sources(root: Path = ROOT) -> str:
+    """Returns one hash of every module that a result may have measured."""
+    found = hashlib.sha256()
+    for path in sorted(p for package in PACKAGES for p in (root / package).rglob("*.py")):
+        if not path.name.startswith("test_"):  # pytest's modules measure for themselves
+            found.update(path.relative_to(root).as_posix().encode())
+            found.update(path.read_bytes().replace(b"\r\n", b"\n"))
+    return found.hexdigest()[:16]
 
 
-def timed(samples: list[float]) -> dict[str, Any]:
-    """What a row says of its samples, in ms."""
-    s = summarize(samples)
-    return {"samples_ms": samples, "median_ms": s.median, "q1_ms": s.q1, "q3_ms": s.q3}
+def commit(folder: Path = ROOT) -> str:
+    """Returns the commit checked out in a folder, with "-dirty" if tracked files differ."""
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(folder), *args]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=10", "HEAD") + "-dirty" * bool(changed)
+    except (OSError, subprocess.SubprocessError):  # provenance must not stop a measurement
+        return "unknown"
 
 
-def median_ms(row: dict[str, Any]) -> float:
-    return row.get("median_ms") or summarize(row["samples_ms"]).median
+def version(module: str) -> str:
+    """Returns an installed module's version, or "not installed"."""
+    try:
+        return str(__import__(module).__version__)
+    except ImportError:
+        return "not installed"
 
 
-def said(row: dict[str, Any]) -> str:
-    """A row's ratio in words; empty if it has none."""
+def environment() -> dict[str, Any]:
+    """Returns the versions and the device of this process."""
+    gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name(0) if gpu else f"CPU {platform.machine()}",
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none",
+        "triton": version("triton"),
+        "cpu_threads": torch.get_num_threads(),
+        "commit": commit(),
+        "sources": sources(),
+    }
+
+
+def command(name: str, argv: Sequence[str]) -> str:
+    """Returns the command to repeat a run, without the places of results and checkout."""
+    text = shlex.join(["python", "-m", "bench", name, *argv])
+    return re.sub(r" --out[ =]('[^']*'|\S+)", "", text).replace(f"{ROOT}/", "")
+
+
+def timed(samples: Sequence[float]) -> Row:
+    """Returns a row's samples in ms, their median and quartiles."""
+    q1, median, q3 = np.quantile(samples, (0.25, 0.5, 0.75)).tolist()
+    return {"samples_ms": [*samples], "median_ms": median, "q1_ms": q1, "q3_ms": q3}
+
+
+def ratio(to: str, r: Ratio) -> Row:
+    """Returns a row's `ratio`: its time over that of `to`; too few rounds have no interval."""
+    return {"to": to, "ratio": r.ratio, "low": r.low, "high": r.high, "verdict": r.verdict}
+
+
+def ratio_text(row: Row) -> str:
+    """Returns a row's ratio in words; empty if it has none."""
     r = row.get("ratio")
     return str(Ratio(r["ratio"], r["low"], r["high"])) if r else ""
 
 
-def ratio(to: str, r: Ratio) -> dict[str, Any]:
-    """A row's `ratio`: its time over that of `to`; from too few rounds `low`, `high` are null."""
-    return {"to": to, "ratio": r.ratio, "low": r.low, "high": r.high, "verdict": r.verdict}
-
-
 def slug(text: str) -> str:
-    """ "NVIDIA H200" -> "nvidia-h200"."""
+    """Returns a name for files: "NVIDIA H200" becomes "nvidia-h200"."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def write(path: Path, data: dict[str, Any], new: bool = False) -> None:
-    """Check, then write aside and rename. Raises FileExistsError if it was to be new and is not."""
-    check(data, str(path))
-    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if new:
-        path.touch(exist_ok=False)
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
-    aside.write_text(text)
-    os.replace(aside, path)
-
-
 def check(data: Any, where: str) -> None:
-    """Raise ValueError if `data` is not a result of this schema."""
-    if not isinstance(data, dict):
-        raise ValueError(f"{where}: not a result: not a JSON object")
-    for key, kind in _WANTED.items():
-        if not isinstance(data.get(key), kind):
-            raise ValueError(f"{where}: not a result: {key} should be {kind.__name__}")
-    if data["schema"] != SCHEMA:
-        raise ValueError(f"{where}: schema {data['schema']}, this program reads {SCHEMA}")
-    keys = [row.get("key") for row in data["rows"]]
-    if not all(isinstance(k, str) for k in keys) or len(set(keys)) != len(keys):
+    """Raises ValueError if `data` is not a result of this schema."""
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA or "rows" not in data:
+        raise ValueError(f"{where}: no result of schema {SCHEMA}")
+    if len({row.get("key") for row in data["rows"]} - {None}) < len(data["rows"]):
         raise ValueError(f"{where}: every row needs a key of its own")
     for row in data["rows"]:
         if bool(row.get("samples_ms")) == bool(row.get("problem")):
@@ -159,20 +159,42 @@ def check(data: Any, where: str) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read and check one file. Raises ValueError naming the file."""
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise ValueError(f"{path}: cannot be read: {e}") from e
+    """Reads and checks one file. Raises ValueError naming the file."""
+    data = json.loads(path.read_text())
     check(data, str(path))
     return data
 
 
-def files(folder: Path = FOLDER) -> Iterable[Path]:
-    """Result files below a folder, oldest first."""
+def files(folder: Path = FOLDER) -> list[Path]:
+    """Returns the result files below a folder, oldest first."""
     return sorted(folder.glob("**/*.json"), key=lambda p: p.name)
 
 
-def committed() -> list[Path]:
-    """Those in `FOLDER` that are kept: what a CPU wrote there is ignored by git."""
-    return [p for p in files() if not p.relative_to(FOLDER).parts[0].startswith("cpu-")]
+def columns(rows: Sequence[Row], name: str, cells: Mapping[str, Callable[[Row], str]]) -> str:
+    """Returns a table of the rows that have a time, fastest first, without empty columns.
+
+    cells  by the column's head; of a row that lacks what a cell needs it is empty
+    """
+
+    def text(cell: Callable[[Row], str], row: Row) -> str:
+        try:
+            return cell(row)
+        except KeyError:
+            return ""
+
+    timed = sorted((r for r in rows if not r["problem"]), key=lambda r: r["median_ms"])
+    shown = {head: [text(cell, row) for row in timed] for head, cell in cells.items()}
+    shown = {"": [row[name] for row in timed]} | {h: c for h, c in shown.items() if any(c)}
+    return table([*shown], [*zip(*shown.values(), strict=True)])
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]], markdown: bool = False) -> str:
+    """Returns columns as wide as they need to be; the first is left-aligned, the others right."""
+    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+    rule = [["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]] if markdown else []
+    rows = [
+        [r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:])] for r in (head, *rule, *lines)
+    ]
+    if markdown:
+        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join("  " + "  ".join(row).rstrip() for row in rows)

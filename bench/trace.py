@@ -1,312 +1,216 @@
-"""Where the time of traced training steps went: a torch.profiler trace -> ms a step by category.
+"""Traced training steps as rows: which kernel, of which shape, how often, how long, and its bound.
 
-Every instant of the traced window belongs to exactly one piece of work, or to none (a gap), so the
-parts add up to the window whatever overlaps:
-
-- On a GPU the pieces are kernels, copies and sets, each with the ops and scopes around its launch
-  (the trace links them by correlation id). If several streams work at once the instant goes to
-  the first of `CATEGORIES` among them: a copy beside a kernel costs nothing.
-- On a CPU they are the ops' own times, without those of the ops inside them. Main thread and
-  autograd thread work in turn; if they do overlap, the instant counts once.
-
-The traced loop marks each step with the scope `bench.step`, and reading its batch with
-`bench.data`. The first and the last marked step only bound the window: it runs from the first
-piece of the second step to the first piece of the last, over whole steps in a steady state.
+On a GPU the pieces of work are kernels, each with the host's ops around its launch. On a CPU they
+are the ops, each without the time of those inside it. A piece belongs to a part of the step by the
+names around it: the first rule that fits any of them counts.
 """
 
 from __future__ import annotations
 
-import gzip
-import heapq
-import json
 import math
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from bench.categories import CATEGORIES, GEMM_OPS, Dims, Named, Sizes, categorize, gemm_shape
+from fastgpt_kernels.registry import Cost, OpSpec, Sizes, spec, specs
 
-STEP_SCOPE = "bench.step"
-_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
-_LAUNCH = ("cuda_runtime", "cuda_driver")
-_HOST = ("cpu_op", "user_annotation", *_LAUNCH)
-_BACKWARD = "autograd::engine::evaluate_function"
+STEP = "bench.step"  # the scope around each traced step
+ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+LAUNCHES = ("cuda_runtime", "cuda_driver")
+ENGINE = "autograd::engine::evaluate_function"
+# Matmuls, and the place of their operands a, b among the inputs.
+GEMMS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1}
+ITEMSIZES = {"c10::BFloat16": 2, "c10::Half": 2, "double": 8, "long int": 8, "bool": 1}  # others: 4
 
-
-class TraceError(ValueError):
-    """The trace does not hold what is needed; the message says what."""
-
-
-@dataclass(frozen=True)
-class Op:
-    """An op, a scope or a launch on the host; times in us."""
-
-    name: str
-    start: float
-    end: float
-    index: int
-    dims: Dims = ()
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Work that took [start, end) us: what ran, and the ops around it, outermost first."""
-
-    start: float
-    end: float
-    stack: tuple[Op, ...]
-    kernel: str = ""
-    launched: float = 0.0  # when the host asked for it; on a CPU: start
-
-
-@dataclass(frozen=True)
-class Gemm:
-    """All matrix products of one shape and kind, per step."""
-
-    part: str  # forward, dX, dW; or head
-    m: int
-    n: int
-    k: int
-    count: float
-    ms: float
-    flops: float
+LINEAR, ATTENTION, HEAD = "linear layers", "attention", "head and loss"
+MEMORY, OPTIMIZER, MUON = "memory-bound ops", "optimizer and casts", "Muon"
+OTHER, GAPS = "other", "gaps: launch, data, host"
+PARTS = (LINEAR, ATTENTION, HEAD, MEMORY, OPTIMIZER, MUON, OTHER)
+# fastgpt's own ops by what a trace calls them: kernels, registered ops and autograd functions. Of
+# ops that share kernels the last counts: add_layer_norm, and cross_entropy without matmuls.
+OWN = {
+    name: op
+    for op in specs()
+    for name in (*op.kernels, *(f"fastgpt::{op.name}{e}" for e in ("", "_backward", "Backward")))
+}
+# Ops of a CPU that only describe memory or call others: their time is the host's.
+HOST = re.compile(
+    r"^aten::(as_strided|t|transpose|view|view_as|_unsafe_view|permute|(un)?squeeze|expand|slice"
+    r"|select|split|split_with_sizes|narrow|unbind|detach_?|resize_|item|_local_scalar_dense|to"
+    r"|resolve_\w+|flatten|reshape|alias|(new_)?empty\w*|matmul|linear|dropout|set_|scalar_tensor)$"
+    r"|^(?!aten::|mkldnn|cpp_fused)"
+)
+CAST = re.compile(r"^aten::_to_copy$|fused__to_copy(_(t|view|permute|mm))*_\d+$|ToCopyBackw", re.M)
+RULES = {
+    OPTIMIZER: r"multi_tensor_apply|[aA]dam|[lL]p[nN]orm|_foreach_norm|_amp_|AccumulateGrad",
+    HEAD: r"cross_?entropy|CrossEntropy|log_?softmax|LogSoft|nll_?loss|NllLoss|SoftMax(For|Back)",
+    ATTENTION: r"^attention|scaled_dot_product|ScaledDotProd|flash_(fwd|bwd|attention)|fmha"
+    r"|efficient_attention|cudnn.*sdpa|sdpa_sm|flex_attention|_softmax|SoftmaxB|aten::(badd)?bmm$",
+    LINEAR: r"^aten::(mm|addmm|addmv|mv)$|(Mm|Addmm|Linear)Backward\d*$|^mkldnn_linear"
+    r"|gemm|gemv|nvjet|xmma|cutlass|cublas|splitK|triton_tem_fused.*mm",
+    MEMORY: r"layer_?norm|LayerNorm|GammaBeta|RowwiseMoments|[gG]elu|GELU|[eE]mbedding|RadixSort"
+    r"|compute_grad_weight|[dD]ropout|bernoulli|Memcpy|Memset|CatArray|direct_copy|FillFunctor"
+    r"|elementwise|reduce_kernel|triton_(poi|red|per|mix|for)_fused|cpp_fused|^aten::(index_\w+"
+    r"|copy_|clone|cat|stack|fill_|zeros?_?(like)?|add|sub|mul|div|sum|mean|where|neg|r?sqrt|pow"
+    r"|tanh|exp|abs|ne|eq|lt|ge|gt|isfinite|clamp|reciprocal|slice_backward|bitwise_\w+)_?$",
+}
+NOISE = r"^void |<.*|\(anonymous namespace\)::|at::native::|(?<=.)\(.*"  # of a kernel's name
+CATEGORIES = {"linear": LINEAR, "attention": ATTENTION, "head": HEAD, "memory": MEMORY}
 
 
 @dataclass
-class Breakdown:
-    """ms a step by (category, item), the step's length in the trace, and details of some parts."""
+class Row:
+    """All pieces of one kernel, pass and shape, per step; a bound of 0 is not known."""
 
-    device: str  # "cuda" or "cpu"
-    steps: int
-    step_ms: float
-    parts: dict[tuple[str, str], float]
-    gemms: list[Gemm] = field(default_factory=list)
-    others: dict[str, float] = field(default_factory=dict)  # unknown kernels by name, ms a step
-
-    def ms(self, category: str) -> float:
-        """Of a whole category."""
-        return sum(ms for (c, _), ms in self.parts.items() if c == category)
-
-    def items(self, category: str) -> dict[str, float]:
-        found = {item: ms for (c, item), ms in self.parts.items() if c == category}
-        return dict(sorted(found.items(), key=lambda pair: -pair[1]))
+    part: str
+    kernel: str
+    kind: str  # forward, backward (of matmuls dX or dW), or update
+    shape: str
+    launches: float = 0.0
+    ms: float = 0.0
+    bound_ms: float = 0.0
+    bound: str = ""  # matmul peak, or memory
 
 
-def load(path: Path) -> list[dict[str, Any]]:
-    """The complete events of a trace as torch.profiler exports it (.json or .json.gz)."""
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    events = json.loads(data)["traceEvents"]
-    return [e for e in events if e.get("ph") == "X" and "dur" in e]
+@dataclass(frozen=True)
+class Context:
+    """The sizes that shapes in a trace mean, and the rates per second that bounds are made of."""
+
+    sizes: Sizes
+    n_layer: int
+    micro_batches: int
+    itemsize: int
+    matmul_flops: float
+    copy_bytes: float
 
 
-def breakdown(events: Iterable[dict[str, Any]], sizes: Sizes) -> Breakdown:
-    """Attribute the traced steps. Raises TraceError if fewer than three steps are marked."""
-    events = list(events)
-    marks = sorted(
-        (e["ts"], e["ts"] + e["dur"])
-        for e in events
-        if e["name"] == STEP_SCOPE and e.get("cat") == "user_annotation"
-    )
-    if len(marks) < 3:
-        raise TraceError(f"{len(marks)} steps marked {STEP_SCOPE!r} in the trace, 3 are needed")
-    on_gpu = any(e.get("cat") in _DEVICE for e in events)
-    pieces = list((_device_pieces if on_gpu else _host_pieces)(events))
-    start, end = (_first_of(pieces, mark) if on_gpu else mark[0] for mark in (marks[1], marks[-1]))
-    steps = len(marks) - 2
-    backward_ends = [_backward_end(events, mark) for mark in marks]
-
-    named = [_named(piece, marks, backward_ends) for piece in pieces]
-    found = [categorize(n, sizes, host=not on_gpu) for n in named]
-    ranks = [CATEGORIES.index(category) for category, _ in found]
-    shares = exclusive([(p.start, p.end) for p in pieces], ranks, start, end)
-
-    parts: dict[tuple[str, str], float] = defaultdict(float)
-    others: dict[str, float] = defaultdict(float)
-    for (category, item), share in zip(found, shares, strict=True):
-        if category == "other":
-            others[item], item = others[item] + share / 1000 / steps, "not recognised"
-        parts[category, item] += share / 1000 / steps
-    covered = sum(shares)
-    parts["gaps", "idle"] += (end - start - covered) / 1000 / steps
-    return Breakdown(
-        device="cuda" if on_gpu else "cpu",
-        steps=steps,
-        step_ms=(end - start) / 1000 / steps,
-        parts={key: ms for key, ms in parts.items() if ms > 0},
-        gemms=_gemms(pieces, found, shares, (start, end), steps),
-        others={k: v for k, v in sorted(others.items(), key=lambda pair: -pair[1]) if v > 0},
-    )
-
-
-def exclusive(
-    spans: Sequence[tuple[float, float]], ranks: Sequence[int], start: float, end: float
-) -> list[float]:
-    """The time of [start, end) that each span gets when every instant counts once.
-
-    If spans overlap the one of the lowest rank gets the instant, of equals the earlier one.
-    """
-    order = sorted(range(len(spans)), key=lambda i: spans[i][0])
-    shares = [0.0] * len(spans)
-    running: list[tuple[int, float, int]] = []  # heap of (rank, start, which)
-    now, i = start, 0
-    while now < end:
-        while i < len(order) and spans[order[i]][0] <= now:
-            which = order[i]
-            heapq.heappush(running, (ranks[which], spans[which][0], which))
-            i += 1
-        while running and spans[running[0][2]][1] <= now:
-            heapq.heappop(running)
-        until = min(end, spans[order[i]][0]) if i < len(order) else end
-        if running:
-            which = running[0][2]
-            until = min(until, spans[which][1])
-            shares[which] += until - now
-        now = until
-    return shares
+def rows_of(events: Sequence[dict[str, Any]], c: Context) -> tuple[list[Row], float]:
+    """Returns the rows, and the ms of a traced step on the host; steps are marked `STEP`."""
+    steps = [(e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == STEP]
+    engine = [(e["ts"], e["ts"] + e["dur"]) for e in events if e["name"].startswith(ENGINE)]
+    updates = [(max((b for a, b in engine if s[0] <= a < s[1]), default=s[1]), s[1]) for s in steps]
+    rows: dict[tuple[str, ...], Row] = {}
+    costs: dict[tuple, list[float]] = defaultdict(lambda: [0.0, 0.0])  # FLOPs and bytes
+    members: dict[tuple, dict[int, Row]] = defaultdict(dict)  # rows that share a cost
+    counted = set[int]()
+    for us, launched, stack, kernel in pieces(events):
+        names = [op["name"] for op in stack if op["name"] != STEP] + [kernel] * bool(kernel)
+        after = any(a <= launched < b for a, b in updates)
+        source = next((op for op in reversed(stack) if inputs_of(op)), {"name": ""})
+        shapes, gemm = [shape for shape, _ in inputs_of(source)], gemm_of(stack)
+        part = part_of(names, [*shapes, gemm], after, c, host=not kernel)
+        if part == GAPS:
+            continue
+        backward = any(name.startswith(ENGINE) for name in names)
+        kind = "update" if after else "backward" if backward else "forward"
+        if gemm and backward and part != ATTENTION:
+            kind = "dW" if gemm[2] == c.sizes.tokens else "dX"
+        shape = " x ".join(map(str, gemm or max(shapes, key=math.prod, default=())))
+        key: tuple = part, re.sub(NOISE, "", names[-1])[:50], kind, shape
+        row = rows.setdefault(key, Row(*key))
+        row.launches += 1 / len(steps)
+        row.ms += us / 1e3 / len(steps)
+        own = [OWN[n] for n in names if n in OWN] + [spec("attention")] * (part == ATTENTION)
+        if own and not gemm:
+            key = own[-1].name, backward
+            costs[key] = cost_of(own[-1], backward, c)
+        elif id(source) not in counted and (kernel or us > source.get("dur", math.inf) / 2):
+            counted.add(id(source))  # a second kernel of the same op has no bound of its own
+            costs[key][0] += 2.0 * math.prod(gemm) / len(steps) * (source["name"] in GEMMS)
+            costs[key][1] += moved(source) / len(steps)
+        members[key][id(row)] = row
+    for key, (flops, n_bytes) in costs.items():
+        compute, memory = flops / c.matmul_flops * 1e3, n_bytes / c.copy_bytes * 1e3
+        total = sum(row.ms for row in members[key].values())
+        for row in members[key].values() if max(compute, memory) > 0 else ():
+            row.bound_ms += max(compute, memory) * row.ms / total
+            row.bound = "matmul peak" if compute >= memory else "memory"
+    return [*rows.values()], sum(b - a for a, b in steps) / 1e3 / len(steps)
 
 
-# --- pieces --------------------------------------------------------------------------------------
+def cost_of(own: OpSpec, backward: bool, c: Context) -> list[float]:
+    """Returns FLOPs and bytes per step of one pass of an op."""
+    costs = own.cost(c.sizes, c.itemsize)
+    one = costs.get("backward" if backward else "forward") or costs.get("both", Cost())
+    calls = own.calls_per_step * c.n_layer / 12 if own.calls_per_step > 1 else 1
+    return [calls * c.micro_batches * one.flops, calls * c.micro_batches * one.bytes]
 
 
-def _threads(events: Iterable[dict[str, Any]]) -> list[list[Op]]:
-    """The host's events by thread, each before those inside it."""
-    threads: dict[Any, list[Op]] = defaultdict(list)
-    for index, e in enumerate(events):
-        if e.get("cat") in _HOST:
-            given = e.get("args", {}).get("Input Dims", ())
-            dims = tuple(tuple(d) for d in given if d and isinstance(d[0], int))
-            op = Op(e["name"], e["ts"], e["ts"] + e["dur"], index, dims)
-            threads[e["pid"], e["tid"]].append(op)
-    return [sorted(ops, key=lambda op: (op.start, -op.end, op.index)) for ops in threads.values()]
+def part_of(
+    names: Sequence[str], shapes: Sequence[Sequence[int]], after: bool, c: Context, host: bool
+) -> str:
+    """Returns the part of the step; `after`: between the last gradient and the end of the step."""
+    text = "\n".join(names)
+    if not names or "Memcpy HtoD" in names[-1] or (host and HOST.search(names[-1])):
+        return GAPS
+    if after:
+        return MUON if "#Muon." in text and not re.search("[aA]dam", text) else OPTIMIZER
+    if own := next((OWN[name] for name in names if name in OWN), None):
+        return CATEGORIES.get(own.category, OPTIMIZER)
+    if CAST.search(text) and math.prod(shapes[0][:-1]) != c.sizes.tokens:
+        return OPTIMIZER  # weights, in 16 bits
+    part = next((part for part, rule in RULES.items() if re.search(rule, text, re.M)), OTHER)
+    s = c.sizes  # a size that only the vocabulary has marks the head's matmuls
+    vocabulary = {s.vocab_size, s.padded_vocab_size} - {s.n_embd, 3 * s.n_embd, 4 * s.n_embd}
+    return HEAD if part == LINEAR and vocabulary & {*shapes[-1]} - {s.tokens} else part
 
 
-def _walk(ops: Sequence[Op]) -> Iterator[tuple[float, float, tuple[Op, ...]]]:
-    """(start, end, stack) of every stretch in which one op is the innermost of a thread."""
-    stack: list[Op] = []
-    at = 0.0
-    for op in [*ops, None]:
-        while stack and (op is None or stack[-1].end <= op.start):
-            if stack[-1].end > at:
-                yield at, stack[-1].end, tuple(stack)
-                at = stack[-1].end
+def pieces(events: Sequence[dict[str, Any]]) -> Iterator[tuple[float, float, list[dict], str]]:
+    """Yields each piece's µs, its launch time, the ops around it and its kernel ("" on a CPU)."""
+    on_device = [e for e in events if e.get("cat") in ON_DEVICE]
+    launches: dict[int, tuple[float, list[dict]]] = {}
+    for op, around, own in host_ops(events):
+        if op["cat"] in LAUNCHES:
+            launches[op.get("args", {}).get("correlation", -1)] = op["ts"], around
+        elif not on_device and own > 0 and op["name"] != STEP:
+            yield own, op["ts"], [*around, op], ""
+    for e in on_device:
+        ts, around = launches.get(e.get("args", {}).get("correlation", -1), (e["ts"], []))
+        yield e["dur"], ts, around, e["name"]
+
+
+def host_ops(events: Sequence[dict[str, Any]]) -> list[tuple[dict, list[dict], float]]:
+    """Returns each of the host's events, those around it outermost first, and its own µs."""
+    stacks, found, own = defaultdict(list), [], {}
+    on_host = (e for e in events if e.get("cat") in ("cpu_op", "user_annotation", *LAUNCHES))
+    for e in sorted(on_host, key=lambda e: (e["ts"], -e["dur"])):
+        stack = stacks[e["tid"]]
+        while stack and stack[-1]["ts"] + stack[-1]["dur"] <= e["ts"]:
             stack.pop()
-        if op is None:
-            return
-        if stack and op.start > at:
-            yield at, op.start, tuple(stack)
-        stack.append(op)
-        at = op.start
+        if stack:
+            own[id(stack[-1])] -= e["dur"]
+        own[id(e)] = e["dur"]
+        found.append((e, [*stack]))
+        stack.append(e)
+    return [(e, around, own[id(e)]) for e, around in found]
 
 
-def _host_pieces(events: Sequence[dict[str, Any]]) -> Iterator[Piece]:
-    for ops in _threads(events):
-        for start, end, stack in _walk(ops):
-            yield Piece(start, end, stack, launched=start)
+def inputs_of(op: dict[str, Any]) -> list[tuple[tuple[int, ...], int]]:
+    """Returns shape and bytes per element of an op's inputs, if it is one with a trace of them."""
+    if not op["name"].startswith(("aten::", "triton_", "mkldnn")):
+        return []
+    args, found = op.get("args", {}), []
+    for dims, kind in zip(args.get("Input Dims", ()), args.get("Input type", ()), strict=False):
+        several = dims if dims and isinstance(dims[0], list) else [dims]
+        found += [(tuple(one), ITEMSIZES.get(kind, 4)) for one in several if one]
+    return found
 
 
-def _device_pieces(events: Sequence[dict[str, Any]]) -> Iterator[Piece]:
-    stacks: dict[int, tuple[Op, ...]] = {}  # of the launches, by their event's index
-    for ops in _threads(events):
-        for _, _, stack in _walk(ops):
-            stacks.setdefault(stack[-1].index, stack)
-    by_correlation: dict[int, int] = {}
-    by_external_id: dict[int, int] = {}
-    for index, e in enumerate(events):
-        args = e.get("args", {})
-        if e.get("cat") in _LAUNCH and "correlation" in args:
-            by_correlation[args["correlation"]] = index
-        elif e.get("cat") == "cpu_op" and "External id" in args:
-            by_external_id[args["External id"]] = index
-    for e in events:
-        if e.get("cat") not in _DEVICE:
-            continue
-        args = e.get("args", {})
-        index = by_correlation.get(args.get("correlation", -1), -1)
-        if index not in stacks:
-            index = by_external_id.get(args.get("External id", -1), -1)
-        launched = events[index]["ts"] if index >= 0 else e["ts"]
-        yield Piece(e["ts"], e["ts"] + e["dur"], stacks.get(index, ()), e["name"], launched)
+def moved(op: dict[str, Any]) -> float:
+    """Returns a lower bound on the bytes that an op moves: each of its inputs once."""
+    if re.search("embedding|index|gather|scatter", op["name"]):
+        return 0.0  # it reads some rows only
+    total = float(sum(math.prod(shape) * itemsize for shape, itemsize in inputs_of(op)))
+    # AdamW reads weights, gradients and two moments, and writes all but the gradients.
+    return total * 28 / 16 if op["name"] == "aten::_fused_adamw_" else total
 
 
-def _first_of(pieces: Sequence[Piece], mark: tuple[float, float]) -> float:
-    """When the device began with the work launched in `mark`, by its thread if that is known."""
-    inside = [p for p in pieces if mark[0] <= p.launched < mark[1]]
-    if any(op.name == STEP_SCOPE for p in pieces for op in p.stack):
-        scope = (STEP_SCOPE, mark[0])
-        inside = [p for p in inside if any((op.name, op.start) == scope for op in p.stack)]
-    if not inside:
-        raise TraceError("a traced step launched no kernel: was the GPU traced?")
-    return min(p.start for p in inside)
-
-
-def _backward_end(events: Sequence[dict[str, Any]], mark: tuple[float, float]) -> float:
-    """When the host was done with the step's last gradient; without one: the step's end."""
-    ends = [
-        e["ts"] + e["dur"]
-        for e in events
-        if e["name"].startswith(_BACKWARD) and mark[0] <= e["ts"] < mark[1]
-    ]
-    return max(ends, default=mark[1])
-
-
-def _named(piece: Piece, marks: Sequence[tuple[float, float]], ends: Sequence[float]) -> Named:
-    gemm = _gemm_of(piece)
-    # A compiled region's inputs say nothing of the kernels in it: ATen's ops only.
-    ops = (op for op in reversed(piece.stack) if op.name.startswith("aten::"))
-    dims = next((op.dims for op in ops if op.dims), ())
-    names = tuple(op.name for op in piece.stack if op.name != STEP_SCOPE)
-    step = sum(mark[0] <= piece.launched for mark in marks) - 1
-    after = step >= 0 and ends[step] <= piece.launched < marks[step][1]
-    return Named(
-        names=(*names, piece.kernel) if piece.kernel else names,
-        gemm=gemm[1] if gemm else (),
-        dims=dims,
-        backward=any(name.startswith(_BACKWARD) for name in names),
-        after_backward=after,
-    )
-
-
-def _gemm_of(piece: Piece) -> tuple[Op, Dims] | None:
-    """The innermost matrix product around a piece, and the sizes of its two operands."""
-    for op in reversed(piece.stack):
-        if op.name in GEMM_OPS:
-            first = GEMM_OPS[op.name]
-            operands = op.dims[first : first + 2]
-            return (op, operands) if all(len(d) >= 2 for d in operands) and operands else None
-    return None
-
-
-def _gemms(
-    pieces: Sequence[Piece],
-    found: Sequence[tuple[str, str]],
-    shares: Sequence[float],
-    window: tuple[float, float],
-    steps: int,
-) -> list[Gemm]:
-    """Matrix products of the linear layers and the head by shape, if the trace has shapes."""
-    us: dict[tuple[str, int, int, int], float] = defaultdict(float)
-    calls: dict[tuple, set[int]] = defaultdict(set)
-    batches: dict[tuple, int] = {}
-    for piece, (category, item), share in zip(pieces, found, shares, strict=True):
-        if category not in ("linear", "head"):
-            continue
-        gemm = _gemm_of(piece)
-        if gemm is None or not window[0] <= piece.start < window[1]:
-            continue
-        op, operands = gemm
-        m, n, k, batch = gemm_shape(operands)
-        key = (item if category == "linear" else "head", m, n, k)
-        us[key] += share
-        calls[key].add(op.index)
-        batches[key] = batch
-    return [
-        Gemm(
-            *key,
-            count=(count := len(calls[key]) / steps),
-            ms=time / 1000 / steps,
-            flops=2.0 * math.prod(key[1:]) * batches[key] * count,
-        )
-        for key, time in sorted(us.items(), key=lambda pair: -pair[1])
-    ]
+def gemm_of(stack: Sequence[dict[str, Any]]) -> tuple[int, ...]:
+    """Returns M, N, K (and the batch) of the innermost matmul around a piece; () without one."""
+    for op in reversed(stack):
+        if op["name"] in GEMMS and (inputs := inputs_of(op)):
+            (a, _), (b, _) = inputs[GEMMS[op["name"]] :][:2]
+            return a[-2], b[-1], a[-1], *a[:-2]
+    return ()

@@ -1,175 +1,142 @@
 """Ways to compute the same training step, each behind one face: `warm_up` and `step`.
 
-Ours go through `train.trainer.Trainer`, with model and op table as `fastgpt train` makes them.
-The others get the training loop that their own users write: autocast, clipping, fused AdamW.
+fastgpt's own go through `Trainer`, with the model and kernels that `fastgpt train` would take. A
+peer, nanoGPT's model.py, gets its users' loop: its optimizer, autocast, clipping, torch.compile.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bench import setup
 from fastgpt.config import settings
 from fastgpt.config.schema import Config
 from fastgpt.errors import UserError
 from fastgpt.model.build import build as build_model
+from fastgpt.model.build import sizes_of
 from fastgpt.model.device import DTYPES, synchronize
+from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.train import optim
 from fastgpt.train.trainer import Trainer
+from fastgpt_kernels.launch import arch_on
+from fastgpt_kernels.registry import specs
 
-PEER, HF = "peer", "hf"
 EAGER = {"kernels": "eager", "compile": False}
+KERNELS = {"kernels": "triton", "compile": False}
 COMPILED = {"kernels": "eager", "compile": True}
 FAST = {"kernels": "triton", "compile": True}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One contender. `kind` is ours, peer or hf; `settings` by flat name, over the run's own."""
+    """One way to train.
+
+    settings  by flat name, over the run's own
+    peer      folder of nanoGPT's model.py, which is trained in place of fastgpt's model
+    root      another checkout, whose fastgpt and kernels are measured; empty: this one
+    """
 
     name: str
-    settings: Mapping[str, Any] = field(default_factory=EAGER.copy)
-    kind: str = "ours"
-    graph: bool = False  # one CUDA graph a micro-step, if `fastgpt train` would make one
-    path: str = ""  # a peer's checkout
-    root: str = ""  # another checkout, whose fastgpt and kernels are measured; empty: this one
+    settings: Mapping[str, Any]
+    peer: str = ""
+    root: str = ""
+
+    def swapped(self, assignments: Sequence[str], name: str) -> Variant:
+        """Returns it with other settings, from ["op.attention=hopper", ...]. Raises UserError."""
+        flags = dict(a.partition("=")[::2] for a in assignments)
+        found = settings.to_dict(settings.apply_flags(Config(), flags))
+        return replace(self, name=name, settings={**self.settings, **{k: found[k] for k in flags}})
 
 
-def contenders(names: str, peer_path: str, gpu: bool) -> tuple[list[Variant], dict[str, str]]:
-    """The variants asked for, and why others are not there. Raises UserError.
+def choose(names: str, peer: str, gpu: bool) -> list[Variant]:
+    """Returns the variants asked for, or those that can run; `peer` is a nanoGPT checkout or "".
 
-    names  comma-separated; settings of its own may follow each: muon:lr_schedule=wsd
+    Raises UserError.
     """
-    peer = str(Path(peer_path).expanduser().resolve()) if peer_path else ""
-    peer_name = Path(peer).name or "peer"
-    if peer and not Path(peer, "model.py").is_file():
-        raise UserError(f"--peer-path={peer_path}: there is no model.py in it")
-    fast = FAST if gpu else EAGER
-    known = {
-        "eager": Variant("eager"),
-        "adamw": Variant("adamw", {**fast, "optimizer": "adamw"}, graph=gpu),
-        "muon": Variant("muon", {**fast, "optimizer": "muon"}, graph=gpu),
-        "compile": Variant("compile", COMPILED),
-        "kernels": Variant("kernels", {"kernels": "triton", "compile": False}),
-        "kernels+compile": Variant("kernels+compile", FAST, graph=True),
-        "peer": Variant(f"{peer_name}, eager", kind=PEER, path=peer),
-        "peer+compile": Variant(f"{peer_name}, compile", COMPILED, PEER, path=peer),
-        "hf": Variant("transformers, eager", kind=HF),
-        "hf+compile": Variant("transformers, compile", COMPILED, HF),
-    }
-    if names:
-        chosen = []
-        for name in names.split(","):
-            known_name, *more = name.split(":")
-            if known_name not in known:
-                raise UserError(f"--variants: no {known_name!r}; there are {', '.join(known)}")
-            if known_name.startswith("peer") and not peer:
-                raise UserError(f"--variants: {known_name} needs --peer-path")
-            variant = known[known_name]
-            if more:
-                variant = replace(variant, name=name, settings={**variant.settings, **_with(more)})
-            chosen.append(variant)
-        return chosen, {}
-    ours = ["eager", "compile", "kernels", "kernels+compile"] if gpu else ["eager"]
-    skipped = {} if gpu else {"compile": "not built without a GPU unless --variants names it"}
-    skipped |= {} if gpu else {"kernels": "no GPU", "kernels+compile": "no GPU"}
-    others = ["peer"] if peer else []
-    if importlib.util.find_spec("transformers") is None:
-        skipped["transformers"] = "not installed"
-    else:
-        others.append("hf")
-    return [known[n] for n in (*ours, *(f"{o}+compile" if gpu else o for o in others))], skipped
+    folder = Path(peer).expanduser().resolve()
+    if peer and not (folder / "model.py").is_file():
+        raise UserError(f"--peer-path={peer}: there is no model.py in it")
+    ways = {"eager": EAGER, "compile": COMPILED, "kernels": KERNELS, "kernels+compile": FAST}
+    known = {name: Variant(name, values) for name, values in ways.items()}
+    known["peer"] = Variant(f"{folder.name}, eager", EAGER, str(folder))
+    known["peer+compile"] = Variant(f"{folder.name}, compile", COMPILED, str(folder))
+    if not names:
+        names = ",".join(ways if gpu else ["eager"]) + f",peer{'+compile' * gpu}" * bool(peer)
+    for name in names.split(","):
+        if name not in known:
+            raise UserError(f"--variants: no {name!r}; there are {', '.join(known)}")
+        if name.startswith("peer") and not peer:
+            raise UserError(f"--variants: {name} needs --peer-path")
+    return [known[name] for name in names.split(",")]
 
 
-def _with(assignments: list[str]) -> dict[str, Any]:
-    """Settings from ["lr_schedule=wsd", ...]. Raises UserError for the first bad one."""
-    flags = dict(a.partition("=")[::2] for a in assignments)
-    found = settings.to_dict(settings.apply_flags(Config(), flags))
-    return {name: found[name] for name in flags}
+def swaps(texts: Sequence[str], gpu: bool, config: Config, vocab_size: int) -> list[Variant]:
+    """Returns the fast path, and it with settings swapped as each text says. Raises UserError.
+
+    Assignments in a text are separated by commas. "each" swaps one op at a time, for every other
+    implementation that can run here.
+    """
+    base = Variant("kernels+compile", FAST) if gpu else Variant("eager", EAGER)
+    machine, sizes, wanted = setup.machine(config), sizes_of(config, vocab_size), list[str]()
+    here = arch_on(machine.device), machine.torch_dtype, sizes
+    for text in texts:
+        if text != "each":
+            wanted.append(text)
+            continue
+        for op in specs("model"):
+            able = [n for n in op.implementations if not op.unsupported_reason(n, *here)]
+            wanted += [f"op.{op.name}={n}" for n in able if n != ("triton" if gpu else "eager")]
+    return [base, *(base.swapped(text.split(","), text) for text in wanted)]
 
 
-class Stepper(Protocol):
-    """A model in training. Tokens are (rows, T + 1) on the device."""
-
-    choices: list[str]
-    graphed: bool  # whether steps replay a CUDA graph, whose memory no allocator counts
-
-    def warm_up(self, tokens: Tensor) -> None: ...
-
-    def step(self, step: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """One update; loss and gradient norm, on the device."""
-        ...
-
-    def evaluate(self, tokens: Tensor) -> Tensor: ...
-
-
-def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
-    """Mixed precision for the forward pass; nothing for float32."""
-    if dtype == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, DTYPES[dtype])
-
-
-class Ours:
-    """fastgpt.train.trainer.Trainer."""
+class Own:
+    """fastgpt's trainer. `graphed`: steps replay a CUDA graph, whose memory no allocator counts."""
 
     def __init__(self, variant: Variant, config: Config, vocab_size: int):
         machine = setup.machine(config)
         self.trainer = Trainer(build_model(config, vocab_size, machine), config, machine)
-        choices = self.trainer.selected
-        self.choices = [f"{c.op}: {c.implementation} ({c.reason})" for c in choices]
-        self.may_graph, self.graphed = variant.graph, False
-        self.step, self.evaluate = self.trainer.step, self.trainer.losses
+        self.ops = [f"{c.op}: {c.implementation} ({c.reason})" for c in self.trainer.selected]
+        self.graphed, self.step = False, self.trainer.step
 
     def warm_up(self, tokens: Tensor) -> None:
         micro_batch = tokens[: self.trainer.batch_size]
         self.trainer.warm_up(0, micro_batch)
-        if self.may_graph:
+        if self.trainer.machine.compile:  # as `fastgpt train` does
             _, self.graphed, why = self.trainer.capture_if_it_pays(0, lambda: micro_batch)
-            self.choices.append(f"CUDA graph: {'yes' if self.graphed else 'no'} ({why})")
+            self.ops.append(f"CUDA graph: {'yes' if self.graphed else 'no'} ({why})")
 
 
 class Peer:
-    """Another project's model in the loop that its own users run."""
+    """nanoGPT's model, with fastgpt's first weights, in the loop that its own users run."""
 
-    def __init__(self, model: nn.Module, config: Config):
+    def __init__(self, variant: Variant, config: Config, vocab_size: int):
         self.config, self.device = config, torch.device(config.system.device)
-        self.model = model.to(self.device).train()
-        self.params = [p for p in self.model.parameters() if p.requires_grad]
-        o = config.optim
-        groups = [
-            {"params": [p for p in self.params if p.ndim >= 2], "weight_decay": o.weight_decay},
-            {"params": [p for p in self.params if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=o.learning_rate, betas=(o.beta1, o.beta2), fused=True
+        self.model = _nanogpt(Path(variant.peer), config, vocab_size).to(self.device).train()
+        o, half = config.optim, config.system.dtype == "float16"
+        self.optimizer = self.model.configure_optimizers(
+            o.weight_decay, o.learning_rate, (o.beta1, o.beta2), self.device.type
         )
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=config.system.dtype == "float16"
-        )
-        self.forward = torch.compile(self.loss) if config.system.compile else self.loss
-        self.choices, self.graphed = ["its own model, autocast, fused AdamW"], False
-
-    def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
-        raise NotImplementedError
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        self.forward = torch.compile(self.model) if config.system.compile else self.model
+        self.ops, self.graphed = ["its own model and optimizer, autocast"], False
 
     def _backward(self, tokens: Tensor) -> Tensor:
         micro_batches = tokens.split(self.config.optim.batch_size)
         total = torch.zeros((), device=self.device)
+        dtype, exact = DTYPES[self.config.system.dtype], self.config.system.dtype == "float32"
         for micro_batch in micro_batches:
-            with autocast(self.device, self.config.system.dtype):
-                loss = self.forward(micro_batch[:, :-1], micro_batch[:, 1:]) / len(micro_batches)
+            # Its targets are viewed, not reshaped: they have to be contiguous, as its loader's are.
+            idx, targets = micro_batch[:, :-1].contiguous(), micro_batch[:, 1:].contiguous()
+            with torch.autocast(self.device.type, None if exact else dtype, enabled=not exact):
+                loss = self.forward(idx, targets)[1] / len(micro_batches)
             self.scaler.scale(loss).backward()
             total += loss.detach()
         return total
@@ -184,91 +151,39 @@ class Peer:
         loss = self._backward(tokens)
         self.scaler.unscale_(self.optimizer)
         clip = self.config.optim.grad_clip or float("inf")
-        grad_norm = nn.utils.clip_grad_norm_(self.params, clip)
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, grad_norm
 
-    @torch.no_grad()
-    def evaluate(self, tokens: Tensor) -> Tensor:
-        self.model.eval()
-        with autocast(self.device, self.config.system.dtype):
-            loss = self.forward(tokens[:, :-1], tokens[:, 1:])
-        self.model.train()
-        return loss
+
+def _nanogpt(folder: Path, config: Config, vocab_size: int) -> Any:
+    found = importlib.util.spec_from_file_location("bench_peer_model", folder / "model.py")
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module  # dataclasses look their module up
+    found.loader.exec_module(module)
+    # Its train.py takes 50304 for GPT-2's vocabulary and a data set's own otherwise.
+    rows = 50304 if vocab_size == 50257 else vocab_size
+    same = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+    sizes = {name: getattr(config.model, name) for name in same}
+    model = module.GPT(module.GPTConfig(vocab_size=rows, **sizes))
+    weights = (
+        GPT(ModelShape.of(config.model, vocab_size)).init_weights(config.run.seed).state_dict()
+    )
+    weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:rows]
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    left = [k for k in missing if k != "lm_head.weight" and not k.endswith("attn.bias")]
+    if left or unexpected:
+        raise UserError(f"{folder}: not nanoGPT's model: {(left + unexpected)[0]}")
+    return model
 
 
-class NanoGPT(Peer):
-    """The model.py of a nanoGPT checkout, imported from there; weights start as ours do."""
-
-    def __init__(self, variant: Variant, config: Config, vocab_size: int):
-        module = _import_model(Path(variant.path))
-        # Its train.py takes 50304 for GPT-2's vocabulary and a data set's own otherwise.
-        rows = 50304 if vocab_size == 50257 else vocab_size
-        same = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-        sizes = {name: getattr(config.model, name) for name in same}
-        model = module.GPT(module.GPTConfig(vocab_size=rows, **sizes))
-        weights = setup.first_weights(config, vocab_size)
-        weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:rows]
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        left = [k for k in missing if k != "lm_head.weight" and not k.endswith("attn.bias")]
-        if left or unexpected:
-            raise UserError(f"{variant.path}: not nanoGPT's model: {(left + unexpected)[0]}")
-        super().__init__(model, config)
-
-    def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
-        # Its targets are viewed, not reshaped: they have to be contiguous, as its loader's are.
-        return self.model(idx.contiguous(), targets.contiguous())[1]
-
-
-class HuggingFace(Peer):
-    """transformers' GPT2LMHeadModel with our weights; biases that ours lacks are frozen at zero."""
-
-    def __init__(self, variant: Variant, config: Config, vocab_size: int):
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        m = config.model
-        sizes = {"n_positions": m.block_size, "vocab_size": vocab_size}
-        sizes |= {"n_embd": m.n_embd, "n_layer": m.n_layer, "n_head": m.n_head}
-        without: dict[str, Any] = {"use_cache": False, "bos_token_id": None, "eos_token_id": None}
-        gelu = "gelu" if m.gelu == "erf" else "gelu_new"
-        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), m.dropout)
-        settings = GPT2Config(**sizes, **dropout, **without, activation_function=gelu)
-        model = GPT2LMHeadModel(settings)
-        weights = setup.first_weights(config, vocab_size)
-        weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:vocab_size]
-        for name, p in model.named_parameters():
-            if name in weights:
-                # transformers keeps these (in, out), as GPT-2's first code did.
-                turned = name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
-                p.data.copy_(weights[name].T if turned else weights[name])
-            else:
-                p.data.zero_()
-                p.requires_grad_(False)
-        super().__init__(model, config)
-
-    def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
-        logits = self.model(input_ids=idx).logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-
-def _import_model(folder: Path) -> Any:
-    path = folder / "model.py"
-    spec = importlib.util.spec_from_file_location("bench_peer_model", path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise UserError(f"--peer-path={folder}: there is no model.py in it")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def build(variant: Variant, config: Config, vocab_size: int) -> Stepper:
-    """The variant's model and optimizer on the config's device. Raises UserError."""
+def build(variant: Variant, config: Config, vocab_size: int) -> Own | Peer:
+    """Returns the variant's model and optimizer on the config's device. Raises UserError."""
     config = setup.with_values(config, dict(variant.settings))
     exact = config.system.dtype == "float32" and not config.system.tf32
-    torch.set_float32_matmul_precision("highest" if exact else "high")  # peers' too
+    torch.set_float32_matmul_precision("highest" if exact else "high")  # the peer's too
     torch.manual_seed(config.run.seed)
-    kinds: dict[str, Callable[..., Stepper]] = {"ours": Ours, PEER: NanoGPT, HF: HuggingFace}
-    return kinds[variant.kind](variant, config, vocab_size)
+    return (Peer if variant.peer else Own)(variant, config, vocab_size)

@@ -1,282 +1,283 @@
-"""From the device's peak down to the measured training step: where every millisecond goes.
+"""python -m bench waterfall [PRESET]: where every millisecond of a training step goes.
 
-    python -m bench waterfall [PRESET] [--key=value ...]
+    python -m bench waterfall gpt2 --sustained --markdown
 
---out=DIR is where the results go (bench/results on a GPU, out/bench elsewhere), --seconds=10 about
-how long to time steps, --traced_steps=3 how many the profiler looks at. All other flags are those
-of `fastgpt train`; without a preset it is gpt2 on a GPU and laptop elsewhere.
-
-The step is the trainer's own, `Trainer.step` with prefetched batches of random tokens, compiled
-and on the kernels that `fastgpt train` would use; the vocabulary is that of the preset's
-corpus: 256 bytes, 65 characters or GPT-2's 50,257. It is timed without the profiler (device
-events on a GPU, medians) before and after it is traced; reading the loss for a log line is not in
-it, and neither is the CUDA graph that `fastgpt train` makes of a small model's step: a trace does
-not say which op a graph's kernel is of. Without a GPU it is one thread's step. Written are a
-result file, whose one row has the rungs (schema: bench/ladder.py), a PNG and an SVG.
+The step is the trainer's own, on random tokens, as `fastgpt train` runs it (its flags work here),
+without a CUDA graph. It is timed, then traced. The picture goes from the peak down to the measured
+step: each rung adds what a part takes beyond its FLOPs (6N + 12LCT per token in all; causal kernels
+skip half of attention's) at the matmul peak measured here. The table adds up to the step: kernels,
+their lower bounds and gaps. --markdown prints the ten largest.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import gc
+import argparse
 import importlib.util
-import statistics
-import sys
+import json
 import tempfile
-import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
-from typing import cast
+from typing import Any
 
-import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench import ladder, ladder_table, picture, results, roof, setup, trace
-from bench.categories import DATA_SCOPE, Sizes
-from bench.turns import mark, ms_between
-from bench.variants import Ours, Variant, build
+from bench import results, setup, step, trace
+from bench.interleave import roofs
+from bench.processes import Measured, Seat
+from bench.trace import (
+    ATTENTION,
+    GAPS,
+    HEAD,
+    LINEAR,
+    MEMORY,
+    MUON,
+    OPTIMIZER,
+    OTHER,
+    PARTS,
+    Context,
+    Row,
+)  # fmt: skip
+from bench.variants import Variant
 from fastgpt.config import settings
 from fastgpt.config.schema import Config
-from fastgpt.data.loader import Batches, Prefetcher
-from fastgpt.data.token_files import TokenFile, TokenSplit
-from fastgpt.errors import UserError
-from fastgpt.model.device import measured_peak, synchronize
-from fastgpt.model.kernels import describe
+from fastgpt.model.build import sizes_of
 
-OWN = ("out", "seconds", "traced_steps")
-MAX_RESIDUAL = 0.02
-ATTEMPTS = 3
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run the command. 0: done; 1: the rungs miss the step by more than 2 %; 2: bad arguments."""
-    if "--help" in argv or "-h" in argv:
-        print(__doc__)
-        return 0
-    try:
-        config, name, own = parse(argv)
-        return run(config, name, own, argv)
-    except torch.OutOfMemoryError:
-        o, m = config.optim, config.model
-        why = (
-            f"out of memory at --batch_size={o.batch_size} x --block_size={m.block_size}: "
-            "a smaller --batch_size fits"
-        )
-    except (UserError, trace.TraceError) as e:
-        why = str(e)
-    print(f"bench waterfall: {why}", file=sys.stderr)
-    return 2
+TURNS = 3  # before the trace, and as many after it
+MAX_RESIDUAL, SHOWN = 0.01, 30
+HEADER = "kernel", "part", "pass", "shape", "launches", "µs", "ms", "bound ms", "bound", "gap ms"
+# Colour-blind safe (Okabe and Ito's), one hue per part; ideal and measured in neutral ink.
+COLOURS = {
+    "matmul peak": "#7f8c9b", LINEAR: "#0072b2", ATTENTION: "#d55e00", HEAD: "#cc79a7",
+    MEMORY: "#e69f00", OPTIMIZER: "#009e73", MUON: "#004d38", OTHER: "#000000", GAPS: "#56b4e9",
+    "residual": "#b0b0b0",
+}  # fmt: skip
+INK, SOFT, GOOD = "#1b2733", "#66727f", "#2e7d4f"
 
 
-def parse(argv: Sequence[str]) -> tuple[Config, str, dict[str, str]]:
-    """Settings of the run, the preset's name, and this command's own flags."""
-    positional, flags = settings.split_flags(argv)
-    if len(positional) > 1:
-        raise UserError(f"{' '.join(positional)}: one preset is wanted")
-    name = positional[0] if positional else ("gpt2" if torch.cuda.is_available() else "laptop")
-    own = {key: flags.pop(key) for key in OWN if key in flags}
-    for key, kind in (("seconds", float), ("traced_steps", int)):
-        try:
-            good = key not in own or 0 < kind(own[key]) <= 3600
-        except ValueError:
-            good = False
-        if not good:
-            raise UserError(f"--{key}={own[key]}: wanted a number above 0, at most 3600")
-    config = setup.preset_of(name, flags)
-    if config.system.device == "mps":
-        raise UserError("--device=mps: traces of it hold no kernels; pass --device=cpu")
-    return config, name, own
+def context(config: Config, vocab_size: int) -> Context:
+    """Returns the sizes of the run, and the rates measured here."""
+    machine, sizes = setup.machine(config), sizes_of(config, vocab_size)
+    element = torch.finfo(machine.torch_dtype).bits // 8
+    # A copy as large as the activations: small ones stay in caches, where others are faster too.
+    copied = max(1 << 20, min(1 << 30, sizes.tokens * sizes.n_embd * element))
+    rates = roofs(machine.device, machine.torch_dtype, copied)
+    many = config.optim.gradient_accumulation_steps
+    return Context(sizes, config.model.n_layer, many, element, *rates)
 
 
-def run(config: Config, name: str, own: dict[str, str], argv: Sequence[str]) -> int:
-    seconds = float(own.get("seconds", 10))
-    result = results.Result("waterfall", list(argv), settings.to_dict(config))
-    default = Path("out/bench") if config.system.device == "cpu" else results.FOLDER
-    out = Path(own["out"]) if "out" in own else default
-    result.rows.append({"key": name, "problem": results.NOT_YET})
-    result.save(out)
-    with setup.one_thread(config.system.device), Steps(config) as steps:
-        choices = describe(steps.trainer.selected)
-
-        def keep(found: ladder.Ladder, samples: list[float]) -> str:
-            row = {"key": name, "samples_ms": samples, "problem": "", "ops": choices}
-            result.rows[:] = [row | {"tokens": steps.tokens, "waterfall": found.to_json()}]
-            path = result.save(out)
-            assert path is not None
-            return draw(result, found, steps, name, path)
-
-        found, samples = measure(steps, seconds, int(own.get("traced_steps", 3)), keep)
-        head = f"{name} on {result.data['environment']['device']}"
-        head += " (a CPU picture: no GPU was used)" if found.device == "cpu" else ""
-        print(f"{head}\nops: {choices}")
-        ladder_table.show(found)
-        whole = abs(found.residual_share) <= MAX_RESIDUAL
-        if not whole:
-            missed = f"the rungs miss the measured step by {found.residual_share:+.1%}"
-            result.problems.append(missed)
-            print(f"bench waterfall: {missed}; is something else running here?", file=sys.stderr)
-        also = keep(found, samples)
-    print(f"written: {result.finish(out)}{also}")
-    return 0 if whole else 1
-
-
-def draw(result: results.Result, found: ladder.Ladder, steps: Steps, name: str, path: Path) -> str:
-    """The picture beside the result, and what is said of it."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return "; no picture: matplotlib is not installed"
-    where, system = result.data["environment"], steps.config.system
-    footer = " · ".join(
-        [
-            where["device"],
-            f"{system.dtype}, {'compiled' if system.compile else 'not compiled'}",
-            f"{steps.tokens:,} tokens a step",
-            f"torch {where['torch']}",
-            result.data["date"][:10],
-            f"commit {where['commit']}",
-            result.data["command"],
-        ]
-    )
-    title = f"{name}, {steps.trainer.model.n_params() / 1e6:.3g}M parameters, on {where['device']}"
-    pictures = [path.with_suffix(f".{kind}") for kind in picture.FORMATS]
-    picture.draw(found, title, footer, pictures, "CPU picture" if found.device == "cpu" else "")
-    return ", .png and .svg"
-
-
-class Steps:
-    """The trainer's steps, one after another, as the training loop runs them. A context manager."""
-
-    def __init__(self, config: Config):
-        self.config, self.device = config, torch.device(config.system.device)
-        self.step = 0
-        m, o, system = config.model, config.optim, config.system
-        self.tokens = o.rows * m.block_size
-        vocab_size = setup.vocabulary(config)
-        as_trained = {"kernels": system.kernels, "compile": system.compile}
-        stepper = build(Variant("as trained", as_trained), config, vocab_size)
-        self.trainer = cast(Ours, stepper).trainer
-        shape = self.trainer.model.shape
-        names = [f.name for f in dataclasses.fields(Sizes)]
-        known = settings.to_dict(config) | {"padded_vocab_size": shape.padded_vocab_size}
-        known |= {"vocab_size": vocab_size, "micro_batches": o.gradient_accumulation_steps}
-        self.sizes = Sizes(**{name: known[name] for name in names})
-
-    def __enter__(self) -> Steps:
-        with ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            c = self.config
-            count = max(1 << 20, 8 * c.model.block_size)
-            ids = np.random.default_rng(0).integers(0, self.sizes.vocab_size, count)
-            ids.astype("<u2").tofile(folder / "train.bin")
-            batches = Batches(
-                TokenSplit("train", [TokenFile(folder / "train.bin")]),
-                rows_per_step=c.optim.rows,
-                block_size=c.model.block_size,
-                seed=c.run.seed,
-                sampling=c.data.sampling,
-            )
-            if c.system.compile:
-                rows = torch.from_numpy(batches.tokens(0, slice(c.optim.batch_size)))
-                self.trainer.warm_up(0, rows.to(self.device))
-            self.prefetcher = stack.enter_context(closing(Prefetcher(batches, self.device)))
-            gc.freeze()  # as fastgpt.train.loop: no collector's pause in a step
-            gc.disable()
-            stack.callback(gc.enable)
-            stack.callback(gc.unfreeze)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stack.close()
-
-    def run(self, count: int) -> list[float]:
-        """Run `count` + 1 steps. ms from the beginning of each to that of the next: `count`."""
-        marks = []
-        for _ in range(count + 1):
-            marks.append(mark(self.device))
-            with record_function(trace.STEP_SCOPE):
-                with record_function(DATA_SCOPE):
-                    tokens = self.prefetcher.get(self.step)
-                self.trainer.step(self.step, tokens)
-            self.step += 1
-        synchronize(self.device)
-        self.trainer.check()
-        return [ms_between(a, b) for a, b in zip(marks, marks[1:], strict=False)]
-
-
-def measure(
-    steps: Steps,
-    seconds: float,
-    traced_steps: int,
-    keep: Callable[[ladder.Ladder, list[float]], object] = lambda found, samples: None,
-) -> tuple[ladder.Ladder, list[float]]:
-    """The ladder of the step, and the ms of every step timed without the profiler.
-
-    `keep` gets both after each trace: the first one is there even if time ends.
-    """
-    model, dtype = steps.trainer.model, steps.trainer.machine.torch_dtype
-    one = statistics.median(steps.run(3))
-    count = int(min(max(seconds * 1e3 / 4 / one, 5), 200))
-    samples = steps.run(count)
-    base = peaks(steps.config)
-    work = ladder.count_work(
-        steps.sizes,
-        model.n_params(),
-        torch.finfo(dtype).bits // 8,
-        optimizer=steps.config.optim.optimizer,
-    )
-    best: ladder.Ladder | None = None
-    for _ in range(ATTEMPTS):
-        parts, traced_ms = traced(steps, traced_steps)
-        samples += steps.run(count)
-        step_ms = statistics.median(samples)
-        found = ladder.build(parts, work, replace(base, step_ms=step_ms, traced_ms=traced_ms))
-        if best is None or abs(found.residual_share) < abs(best.residual_share):
-            best = found
-            keep(best, samples)
-        if abs(best.residual_share) <= MAX_RESIDUAL:
-            break
-    assert best is not None
-    return best, samples
-
-
-def traced(steps: Steps, count: int) -> tuple[trace.Breakdown, float]:
-    """The breakdown of `count` steps, and their mean ms by the clock."""
-    activities = [ProfilerActivity.CPU]
-    if steps.device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    with warnings.catch_warnings():
-        # To keep them it would make objects of them all, which takes longer than all else here.
-        warnings.filterwarnings("ignore", ".*Profiler clears events")
-        with profile(activities=activities, record_shapes=True) as profiler:
-            times = steps.run(count + 1)
+def traced(seat: Seat, count: int) -> list[dict[str, Any]]:
+    """Returns the events of a trace of `count` steps."""
+    kinds = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (seat.device.type == "cuda")]
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        parts = trace.breakdown(trace.load(path), steps.sizes)
-    if parts.device != steps.device.type:
-        raise UserError(
-            "the profiler recorded no kernels: may this user trace the GPU (performance counters)?"
-        )
-    return parts, statistics.fmean(times[1:])
+        with profile(activities=kinds, record_shapes=True) as profiler:
+            for _ in range(count):
+                with record_function(trace.STEP):
+                    seat.run(1)
+            seat.park()
+        profiler.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_bytes())["traceEvents"]
+    return [e for e in events if e.get("ph") == "X" and "dur" in e]
 
 
-def peaks(config: Config) -> ladder.Measured:
-    """Matmul peak and copy bandwidth measured here, and the data sheet's figure if there is one.
+def rungs_of(
+    rows: Sequence[Row], idle_ms: float, step_ms: float, ideal_ms: float, flops: float, c: Context
+) -> list[dict[str, Any]]:
+    """Returns the rungs from the ideal step down, which add up to `step_ms`, the residual included.
 
-    `step_ms` and `traced_ms` are left at 0.
+    flops  6N + 12LCT of all tokens, which take `ideal_ms` at 100 % MFU
     """
-    machine = setup.machine(config)
-    matmul, peak = measured_peak(machine.device, machine.torch_dtype), machine.peak
-    sheet = peak if peak.source != matmul.source else None  # the peak is measured without one
-    return ladder.Measured(
-        step_ms=0.0,
-        traced_ms=0.0,
-        matmul_flops=matmul.flops,
-        matmul_source=matmul.source,
-        copy_bytes=roof.copy_bandwidth(machine.device),
-        datasheet_flops=sheet.flops if sheet else None,
-        datasheet_source=sheet.source if sheet else "",
+    tokens, C = c.sizes.tokens * c.micro_batches, c.sizes.n_embd
+    credits = {
+        LINEAR: 72.0 * c.n_layer * C * C * tokens,
+        ATTENTION: 12.0 * c.n_layer * C * c.sizes.block_size * tokens,
+        HEAD: 6.0 * c.sizes.padded_vocab_size * C * tokens,
+    }
+    credits[MEMORY] = flops - sum(credits.values())
+    found: list[dict[str, Any]] = []
+
+    def add(name: str, ms: float, **more: Any) -> None:
+        before = found[-1]["mfu_after"] if found else 100.0
+        after = 100 * ideal_ms / (sum(r["ms"] for r in found) + ms)
+        found.append(
+            {"name": name, "ms": ms, "mfu_points": before - after, "mfu_after": after, **more}
+        )
+
+    add("100 % of the peak", ideal_ms)
+    if abs(lost := flops / c.matmul_flops * 1e3 - ideal_ms) > 1e-3 * ideal_ms:
+        add("matmul peak", lost, bound_ms=lost)
+    for part in PARTS:
+        own, credit = [r for r in rows if r.part == part], credits.get(part, 0.0)
+        if own or credit:
+            takes, credit = sum(r.ms for r in own), credit / c.matmul_flops * 1e3
+            bound = sum(r.bound_ms for r in own)
+            add(part, takes - credit, takes_ms=takes, credit_ms=credit, bound_ms=bound)
+    add(GAPS, idle_ms, takes_ms=idle_ms)
+    add("residual", step_ms - sum(r["ms"] for r in found))
+    return found
+
+
+def budget(rows: Sequence[Row], idle_ms: float, step_ms: float) -> list[list[str]]:
+    """Returns the lines of a table that adds up to the step, kernels first."""
+
+    def line(name: str, ms: float, bound_ms: float, *more: str, bound: str = "") -> list[str]:
+        numbers = f"{ms:.3f}", f"{bound_ms:.3f}", bound, f"{ms - bound_ms:.3f}"
+        return [name, *(more or [""] * 5), *numbers]
+
+    lines = []
+    for r in rows[:SHOWN]:
+        each = f"{r.launches:.0f}", f"{1e3 * r.ms / r.launches:.1f}"
+        lines.append(
+            line(r.kernel, r.ms, r.bound_ms, r.part, r.kind, r.shape, *each, bound=r.bound)
+        )
+    for name, some in ((f"{len(rows[SHOWN:])} more", rows[SHOWN:]), ("all kernels", rows)):
+        lines.append(line(name, sum(r.ms for r in some), sum(r.bound_ms for r in some)))
+    lines.append(line("idle", idle_ms, 0.0))
+    lines.append(line("not explained", step_ms - idle_ms - sum(r.ms for r in rows), 0.0))
+    return [*lines, line("step", step_ms, sum(r.bound_ms for r in rows))]
+
+
+def problems_of(rows: Sequence[Row], residual_ms: float, step_ms: float) -> list[str]:
+    """Returns sentences on bounds above the measured time, and on a step that is not explained."""
+    wrong = [r for r in rows if r.bound_ms > r.ms > 1e-3 * step_ms]
+    text = "error in the bound of {0.kernel} {0.shape}: {0.bound_ms:.3f} ms, it took {0.ms:.3f}"
+    found = [text.format(r) for r in wrong]
+    if abs(residual_ms) > MAX_RESIDUAL * step_ms:
+        found.append(f"kernels and gaps miss the measured step by {residual_ms / step_ms:+.1%}")
+    return found
+
+
+def measure(args: argparse.Namespace, config: Config, vocab_size: int) -> results.Row:
+    """Times and traces the step. Returns the result's row; its "waterfall" has rungs and budget."""
+    seat = Seat(Variant("as trained", {"cuda_graph": False}), settings.to_dict(config), vocab_size)
+    measured, c = Measured(seat.variant, seat.build()), context(config, vocab_size)
+    count = max(2, round(args.seconds / 2 / TURNS * 1e3 / seat.turn(1, 0.0)["ms"]))
+    measured.turns = [seat.turn(count, args.sustained) for _ in range(TURNS)]
+    rows, traced_ms = trace.rows_of(traced(seat, args.traced_steps), c)
+    measured.turns += [seat.turn(count, args.sustained) for _ in range(TURNS)]
+    (row,) = step.rows_of([measured], args.preset, config, vocab_size)
+    step_ms, peak = row["median_ms"], setup.machine(config).peak
+    # The profiler slows launching, not a GPU's kernels; on a CPU it slows every op alike.
+    for r in rows if seat.device.type == "cpu" else ():
+        r.ms *= step_ms / traced_ms
+    idle_ms = max(0.0, step_ms - sum(r.ms for r in rows))
+    rows.sort(key=lambda r: r.bound_ms - r.ms)
+    ideal_ms = row["mfu"] * step_ms
+    rungs = rungs_of(rows, idle_ms, step_ms, ideal_ms, ideal_ms * 1e-3 * peak.flops, c)
+    row["waterfall"] = {
+        "format": "fastgpt-waterfall", "version": 2, "device": seat.device.type, "peak": str(peak),
+        "step_ms": step_ms, "idle_ms": idle_ms, "matmul_flops": c.matmul_flops,
+        "copy_bytes": c.copy_bytes, "rungs": rungs, "budget": [asdict(r) for r in rows],
+    }  # fmt: skip
+    return row
+
+
+# --- the picture ---------------------------------------------------------------------------------
+
+
+def draw(data: dict[str, Any], millions: float, path: Path) -> None:
+    """Writes PNG and SVG of a waterfall's result beside `path`; `millions` of parameters."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    (row,), where = data["rows"], data["environment"]
+    drawn, mfu = row["waterfall"], 100 * row["mfu"]
+    footer = f"100 % is {drawn['peak']}\n{where['device']} · {row['tokens']:,} tokens per step, "
+    footer += (
+        f"{data['settings']['state']} · torch {where['torch']} · {data['date'][:10]} · commit "
     )
+    footer += f"{where['commit']} · {data['command']}"
+    title = f"{row['preset']}, {millions:.3g}M parameters, on {where['device']}"
+    line = f"{drawn['step_ms']:.4g} ms per step, {mfu:.1f} % MFU: where {100 - mfu:.1f} points go"
+    rungs = [r for r in drawn["rungs"] if abs(r["ms"]) >= 5e-4 * drawn["step_ms"]]
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "DejaVu Sans"}):
+        height = 2.2 + 0.56 * (len(rungs) + 1)
+        figure = Figure(figsize=(12, height), facecolor="white")
+        axes = figure.add_axes((0.17, 0.72 / height, 0.68, 1 - 2.02 / height))
+        bars(axes, rungs, drawn["step_ms"], mfu)
+        for text, y, size, style in (
+            (title, 1 - 0.36 / height, 17, {"weight": "bold", "color": INK}),
+            (line, 1 - 0.72 / height, 12, {"color": SOFT}),
+            (footer, 0.2 / height, 8.5, {"color": SOFT}),
+        ):
+            figure.text(0.015, y, text, size=size, va="center", **style)
+        if drawn["device"] == "cpu":
+            box = {"boxstyle": "round,pad=0.4", "fc": "#b3541e", "ec": "none"}
+            style = {"size": 11, "weight": "bold", "color": "white", "bbox": box}
+            figure.text(0.985, 1 - 0.36 / height, "CPU picture", ha="right", va="center", **style)
+        for kind in ("png", "svg"):
+            figure.savefig(path.with_suffix(f".{kind}"), dpi=130)
+
+
+def bars(axes: Any, rungs: Sequence[dict[str, Any]], step_ms: float, mfu: float) -> None:
+    """Draws one line per rung, top down; each bar starts where the one above ended."""
+    width = max(step_ms, *accumulate(r["ms"] for r in rungs))
+    left: Any = {"transform": axes.get_yaxis_transform(), "va": "center", "color": INK}
+
+    def line(row: int, name: str, end: float, label: str, mfu: float, bold: str = "normal") -> None:
+        axes.text(end + 0.008 * width, row, label, va="center", size=10, color=INK, weight=bold)
+        axes.text(-0.015, row, name, ha="right", size=10.5, weight=bold, **left)
+        axes.text(1.0, row, f"{mfu:.1f} %", ha="left", size=11, weight=bold, **left)
+
+    at = 0.0
+    for row, r in enumerate(rungs):
+        ms, bound = r["ms"], r.get("bound_ms", 0.0)
+        end, colour = at + ms, COLOURS.get(r["name"], GOOD)
+        if ms < 0:  # a gain: back towards the left, outlined
+            axes.barh(row, ms, left=at, height=0.62, color="white", edgecolor=colour, hatch="//")
+        else:  # pale as far as the bound reaches beyond what stands above already
+            pale = min(ms, max(0.0, bound - r.get("credit_ms", 0.0)))
+            axes.barh(row, pale, left=at, height=0.62, color=colour, alpha=0.35, lw=0)
+            axes.barh(row, ms - pale, left=at + pale, height=0.62, color=colour, lw=0)
+        axes.plot([end, end], [row + 0.31, row + 0.69], color="#9aa5b1", lw=1)
+        label = f"{ms:+.3g} ms   {-r['mfu_points']:+.1f} pt" if row else f"{ms:.3g} ms"
+        line(row, r["name"], max(at, end), label, r["mfu_after"])
+        if bound and r.get("takes_ms"):
+            axes.text(1.1, row, f"{bound / r['takes_ms']:.0%}", size=10, **left)
+        at = end
+    last = len(rungs)
+    axes.barh(last, step_ms, color=INK, height=0.62)
+    line(last, "measured step", step_ms, f"{step_ms:.4g} ms", mfu, "bold")
+    legend = "solid: still to win · pale: the least that this part costs on this device, its bound"
+    for x, text in ((0.0, legend), (1.0, "MFU so far"), (1.1, "bound / time")):
+        axes.text(x, -0.85, text, size=9, **left | {"color": SOFT})
+    axes.set(xlim=(0, width * 1.24), ylim=(last + 0.6, -0.6), yticks=[], axisbelow=True)
+    axes.set_xlabel("ms per step", color=SOFT, size=9, labelpad=1)
+    axes.tick_params(axis="x", colors=SOFT, labelsize=9, length=0)
+    axes.grid(axis="x", color="#e4e8ec", lw=0.8)
+    axes.spines[:].set_visible(False)
+
+
+def main(argv: list[str]) -> int:
+    gpu = torch.cuda.is_available()
+    parser = setup.Parser("waterfall", __doc__)
+    parser.add_argument("preset", nargs="?", default="gpt2" if gpu else "laptop")
+    parser.add_argument("--seconds", type=float, default=5.0 if gpu else 2.0, help="of timing")
+    parser.add_argument("--traced-steps", type=setup.at_least(1), default=3)
+    parser.add_sustained()
+    parser.add_argument("--markdown", action="store_true", help="print the ten largest gaps")
+    args, flags = parser.parse(argv)
+    state = "sustained" if args.sustained else "short"
+    result = results.Result("waterfall", argv, {"flags": flags, "state": state})
+    config, vocab_size = setup.configure(args.preset, flags, whole=True)
+    with setup.one_thread(torch.device(config.system.device)):
+        row = measure(args, config, vocab_size)
+    result.rows.append(row)
+    drawn, path = row["waterfall"], result.save(args.out)
+    rows = [Row(**r) for r in drawn["budget"]]
+    print(f"{args.preset}, {state}: {setup.describe(config, vocab_size)}; peak {drawn['peak']}")
+    matmul, copy = drawn["matmul_flops"] / 1e12, drawn["copy_bytes"] / 1e9
+    print(f"measured here: matmuls {matmul:.4g} TFLOP/s, copies {copy:,.0f} GB/s")
+    step.show([row])
+    lines = budget(rows, drawn["idle_ms"], drawn["step_ms"])
+    print(results.table(HEADER, lines))
+    result.data["problems"] = problems_of(rows, drawn["rungs"][-1]["ms"], drawn["step_ms"])
+    print("\n".join(result.data["problems"]), end="\n" * bool(result.data["problems"]))
+    if args.markdown:
+        print(results.table(HEADER, lines[:10], markdown=True))
+    if importlib.util.find_spec("matplotlib") is None:
+        return result.end(args.out, "; no picture: matplotlib is not installed")
+    draw(result.data, setup.flops_per_token(config, vocab_size).mfu_6n / 6e6, path)
+    return result.end(args.out, ", .png and .svg")

@@ -1,0 +1,97 @@
+"""Races and curves: rates chosen, targets met or missed, pairs compared, runs that are kept."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import curves, results
+from bench.__main__ import main
+from bench.curves import Run, Runs
+from tests.runs import TINY, write_text
+
+
+def made(
+    losses: list[float], ms: float = 10.0, every: int = 20, joules: float | None = None
+) -> Run:
+    """A run with these validation losses, an evaluation each `every` steps."""
+    curve = [[i * every, i * every * ms / 1e3, x] for i, x in enumerate(losses)]
+    return Run("", curve, joules)
+
+
+@pytest.fixture
+def races(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Muon halves AdamW's last part of the loss in dearer steps; 2e-3 is the best rate of both."""
+    done: list[str] = []
+
+    def run(self: Runs, name: str, own: dict[str, Any], seed: int) -> Run:
+        rate = own.get("learning_rate", 2e-3)
+        done.append(f"{own['optimizer']} {rate:g} {seed}")
+        if rate > 1:
+            raise RuntimeError("ValueError: it broke")
+        luck = 0.01 * (seed % 3) + abs(rate - 2e-3)
+        low, ms = (2.0, 12.0) if own["optimizer"] == "muon" else (2.2, 10.0 + 0.1 * (seed % 3))
+        return made([4.0, 2.4, 2.3 if low > 2.1 else 2.15, low + luck], ms, joules=100 * ms)
+
+    monkeypatch.setattr(Runs, "run", run)
+    monkeypatch.setattr(curves, "compare", lambda folders, config: None)
+    return done
+
+
+def test_a_race_to_the_firsts_last_loss(tmp_path: Path, races: list[str], capsys: Any) -> None:
+    argv = ["laptop", "--target=first", "--rates=1e-3,2e-3,4e-3", "--variants=adamw,muon"]
+    argv += [f"--keep={tmp_path}/keep", f"--out={tmp_path}/out", "--seeds=3"]
+    assert curves.main(argv) == 0
+    said = capsys.readouterr().out
+    assert "adamw: learning rate 0.002 (" in said and "at the edge" not in said
+    assert races[:6] == [f"{o} {r} 1340" for o in ("adamw", "muon") for r in (0.001, 0.002, 0.004)]
+    assert races[6:] == [f"{o} 0.002 {s}" for s in (1337, 1338, 1339) for o in ("adamw", "muon")]
+    (path,) = results.files(tmp_path / "out")
+    adamw, muon = results.load(path)["rows"]
+    assert adamw["steps"] == [60, 60, 60] and muon["steps"] == [40, 40, 40]
+    assert muon["samples_ms"] == pytest.approx([480.0] * 3)
+    assert muon["joules"] == pytest.approx([800.0] * 3), "of a run's 1,200 J two thirds"
+    assert muon["paired last loss"] == pytest.approx([-0.2] * 3)
+    assert "last loss: -0.2000 [-0.2000, -0.2000], lower" in said
+    assert "steps: 0.667 times [0.667 times, 0.667 times], lower" in said
+
+
+def test_one_seed_is_never_enough_and_a_failure_is_named(
+    tmp_path: Path, races: list[str], capsys: Any
+) -> None:
+    argv = ["laptop", f"--keep={tmp_path}", f"--out={tmp_path}", "--seeds=1", "--variants"]
+    assert curves.main([*argv, "adamw,muon", "--target=0.1"]) == 1
+    said = capsys.readouterr().out
+    assert "last loss: -0.2000 a single run is never enough" in said
+    assert "muon: the best loss is 2.020, the target 0.100" in said
+    assert curves.main([*argv, "adamw,muon:learning_rate=9"]) == 1
+    assert capsys.readouterr().out.count("it broke") == 1
+
+
+def test_who_arrives_when() -> None:
+    found = made([4.0, 2.5, 2.3, 2.4])
+    assert found.reached(2.4) == [40, 0.4, 2.3], "not at the end, which is lower no more"
+    assert found.reached(2.2) is None
+    assert found.reached(9.0) == [20, 0.2, 2.5], "where all begin is no arrival"
+
+
+@pytest.mark.slow
+def test_real_runs_are_kept(tmp_path: Path, capsys: Any) -> None:
+    text, flags = (
+        write_text(tmp_path),
+        [f for f in TINY[1:] if "eval" not in f and "_iters" not in f],
+    )
+    argv = ["curves", "laptop", f"--out={tmp_path}/out", f"--keep={tmp_path}/keep", "--seeds=1"]
+    argv += [*flags, f"--input={text}", "--tokenizer=byte", f"--data_dir={tmp_path}/data"]
+    argv += ["--variants=adamw,muon", "--steps=20", "--eval_iters=1"]
+    assert main(argv) == 0
+    (path,) = results.files(tmp_path / "out")
+    assert path.with_suffix(".png").stat().st_size > 5000
+    for row in results.load(path)["rows"]:
+        (run,) = row["runs"]
+        assert [p[0] for p in run["curve"]] == [*range(0, 21, 2)] and row["samples_ms"][0] > 0
+    kept = sorted((tmp_path / "keep").glob("*/*/joules.json"))
+    times = [p.stat().st_mtime for p in kept]
+    assert main(argv) == 0 and [p.stat().st_mtime for p in kept] == times, "none is done again"
+    assert json.loads(kept[0].read_text()) is None
