@@ -128,6 +128,7 @@ def explained(e: BaseException) -> str | None:
         return f"{' -> '.join(names)}: {why}; a file or folder that can be used is wanted"
     # PyTorch's words for the same, as RuntimeError or torch.OutOfMemoryError.
     words = ("DefaultCPUAllocator", "not enough memory", "out of memory", "can't allocate memory")
+    words += ("can't start new thread",)  # of Python: its stack has no room
     if isinstance(e, MemoryError) or (
         isinstance(e, RuntimeError) and any(w in str(e) for w in words)
     ):

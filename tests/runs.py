@@ -6,6 +6,8 @@ import json
 import random
 from pathlib import Path
 
+from fastgpt.storage.atomic import sealed, sha256_file
+
 # A second or less of training: every part is there, all is small.
 TINY = (
     "laptop",
@@ -50,3 +52,10 @@ def latest(run_dir: Path) -> Path:
 def tensor_files(run_dir: Path) -> dict[str, bytes]:
     """Weights and optimizer state of the latest checkpoint, byte for byte."""
     return {p.name: p.read_bytes() for p in sorted(latest(run_dir).glob("*.safetensors"))}
+
+
+def seal(folder: Path) -> None:
+    """Writes the manifest of a checkpoint's changed files anew, as whoever means harm would."""
+    paths = [p for p in folder.iterdir() if p.name != "manifest.json"]
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in paths}
+    (folder / "manifest.json").write_text(sealed(json.dumps({"files": files})))

@@ -13,7 +13,9 @@ import pytest
 
 from fastgpt import cli
 from fastgpt.config import settings
+from fastgpt.data.token_files import load_scans, save_scans
 from fastgpt.errors import RankError, SharedError, UserError
+from fastgpt_kernels.cache import keep
 from tests import runs
 from tests.process import fastgpt
 from tests.runs import TINY
@@ -116,9 +118,15 @@ LIGHT = {
     "train deep.toml": "deep.toml: not a TOML file",
     "train huge.toml": "huge.toml: n_layer=(a number of 1329 bits): wanted a whole",
     "train digits.toml": "digits.toml: not a TOML file",
+    "train laptop --n_embd=768000000001 --n_head=1000000": "wanted a whole number >= 1 and <= 1,",
+    f"train laptop --vocab_size={2**62}": "wanted a whole number >= 0 and <= 1,000,000,000",
+    f"train laptop --eval_iters={2**62}": "wanted a whole number >= 1 and <= 1,000,000",
+    "train laptop --dist_timeout=1e300": "--dist_timeout=1e+300: wanted a number > 0 and <= 1,",
+    "train laptop --workers=4000": "--workers=4000: wanted a whole number >= 0 and <= 1,024",
+    "train laptop --input=~nouser/x": "--input=~nouser/x: there is no such file",
     f"train laptop --n_layer={'9' * 5000}": "wanted a whole number >= 1",
     f"train laptop --input={'x' * 5000}": "File name too long",
-    "train laptop --n_layer=2147483648": "wanted a whole number >= 1 and <= 4096",
+    "train laptop --n_layer=2147483648": "wanted a whole number >= 1 and <= 4,096",
     "sample hello": "hello: not a flag; the prompt is given as --start=TEXT",
     "sample --top_p=0": "--top_p=0.0: wanted a number > 0 and <= 1",
     "sample --device=tpu": "--device=tpu: wanted auto, cpu",
@@ -220,10 +228,31 @@ def test_a_start_loads_little(tmp_path: Path):
     assert not heavy & {*python("-c", program).split()}
 
 
-def test_torchrun_does_not_start_as_many_runs(capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    code, _, err = run(capsys, "train", "laptop")
-    assert code == 2 and "torchrun" in err
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ("WORLD_SIZE=4", "WORLD_SIZE is set, MASTER_ADDR is not: start with torchrun"),
+        ("WORLD_SIZE=4 RANK=0 MASTER_ADDR=x", "MASTER_PORT is not: start with torchrun"),
+        ("RANK=0 MASTER_ADDR=x MASTER_PORT=abc", "MASTER_PORT=abc: wanted a whole number"),
+        ("RANK=0 MASTER_ADDR=x MASTER_PORT=65536", "MASTER_PORT=65536: wanted a whole number"),
+    ],
+)
+def test_variables_that_torchrun_sets(variables: str, message: str, capsys, monkeypatch):
+    for pair in variables.split():
+        monkeypatch.setenv(*pair.split("="))
+    code, _, err = run(capsys, "train", "laptop", "--device=cpu")
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_no_home_folder_is_no_reason_to_fail(tmp_path: Path, monkeypatch):
+    """Nor is a cache folder of nobody's; neither makes a folder called ~."""
+    path = runs.write_text(tmp_path)
+    for home, cache in (("~nouser", ""), ("", "~nouser/x")):
+        monkeypatch.setenv("HOME", home or str(tmp_path))
+        monkeypatch.setenv("XDG_CACHE_HOME", cache)
+        save_scans(path, {})
+        assert load_scans(path) == {} and "XDG" in str(keep("tune", "x", {"a": 1}))
+    assert not list(tmp_path.glob("~*"))
 
 
 def test_a_rank_waits_for_rank_0_to_speak_and_speaks_if_it_was_alone(capsys, monkeypatch):

@@ -87,6 +87,10 @@ def test_a_file_may_have_as_many_bytes_as_its_limit(tmp_path: Path):
             "out of memory (DefaultCPUAllocator: can't allocate memory: 8 bytes); "
             "a smaller model or --batch_size needs less",
         ),
+        (
+            RuntimeError("can't start new thread"),
+            "out of memory (can't start new thread); a smaller model or --batch_size needs less",
+        ),
         (UnicodeEncodeError("ascii", "aéb", 1, 2, "no"), "'é': cannot be written as ascii"),
         (RuntimeError("shapes do not fit"), None),
         (ValueError("out of memory"), None),

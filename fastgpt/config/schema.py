@@ -32,11 +32,12 @@ class Range:
         return all(getattr(operator, name)(value, b) for name, b in self.bounds.items())
 
     def __str__(self) -> str:
-        return " and ".join(f"{self.SIGNS[name]} {b:g}" for name, b in self.bounds.items())
+        return " and ".join(f"{self.SIGNS[name]} {b:,}" for name, b in self.bounds.items())
 
 
-Count = Annotated[int, Range(ge=1)]
-CountOrZero = Annotated[int, Range(ge=0)]
+Count = Annotated[int, Range(ge=1, le=10**9)]
+CountOrZero = Annotated[int, Range(ge=0, le=10**9)]
+Size = Annotated[int, Range(ge=1, le=10**6)]
 Fraction = Annotated[float, Range(ge=0, lt=1)]
 Share = Annotated[float, Range(gt=0, le=1)]
 NonNegative = Annotated[float, Range(ge=0)]
@@ -74,7 +75,9 @@ class CorpusConfig:
     data_dir: str = flag("data", "Folder of prepared token files.")
     val_fraction: Fraction = flag(0.0, "Share of the text held out; 0: the corpus's own.")
     shards: Annotated[int, Range(ge=1, le=103)] = flag(10, "fineweb10B: shards of 100M tokens.")
-    workers: CountOrZero = flag(0, "Threads that tokenize; 0: one per core.")
+    workers: Annotated[int, Range(ge=0, le=1024)] = flag(
+        0, "Threads that tokenize; 0: one per core."
+    )
 
 
 @dataclass(frozen=True)
@@ -85,9 +88,9 @@ class DataConfig(CorpusConfig):
 @dataclass(frozen=True)
 class ModelConfig:
     n_layer: Annotated[int, Range(ge=1, le=4096)] = flag(12, "Transformer blocks.")
-    n_head: Count = flag(12, "Attention heads; divides n_embd.")
-    n_embd: Count = flag(768, "Width of the residual stream.")
-    block_size: Count = flag(1024, "Context length in tokens.")
+    n_head: Size = flag(12, "Attention heads; divides n_embd.")
+    n_embd: Size = flag(768, "Width of the residual stream.")
+    block_size: Size = flag(1024, "Context length in tokens.")
     dropout: Fraction = flag(0.0, "Rate after the embedding, in attention and on both branches.")
     bias: bool = flag(False, "Biases in linear layers and layer norms, as in GPT-2.")
     gelu: Literal["tanh", "erf"] = flag("tanh", "tanh: as in GPT-2; erf: exact, as in nanoGPT.")
@@ -96,9 +99,9 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    batch_size: Count = flag(12, "Sequences per micro-batch; auto: the largest that fits.")
+    batch_size: Size = flag(12, "Sequences per micro-batch; auto: the largest that fits.")
     auto_batch_size: bool = flag(False, "Set by --batch_size=auto.")
-    gradient_accumulation_steps: Count = flag(40, "Micro-batches per optimizer step, on all GPUs.")
+    gradient_accumulation_steps: Size = flag(40, "Micro-batches per optimizer step, on all GPUs.")
     optimizer: Literal["adamw", "muon"] = flag("adamw", "muon: for the blocks' matrices only.")
     learning_rate: Positive = flag(6e-4, "Highest learning rate, reached after the warm-up.")
     min_lr: NonNegative = flag(6e-5, "Learning rate at the end of the cosine.")
@@ -121,13 +124,15 @@ class OptimConfig:
 @dataclass(frozen=True)
 class LogConfig:
     eval_interval: Count = flag(2000, "Steps between evaluations (and checkpoints).")
-    eval_iters: Count = flag(200, "Batches in one evaluation of one split.")
+    eval_iters: Size = flag(200, "Batches in one evaluation of one split.")
     target_val_loss: NonNegative = flag(0.0, "Stop at this validation loss or less; 0: never.")
     eval_only: bool = flag(False, "Evaluate once and stop.")
     log_interval: Count = flag(1, "Steps between log lines.")
     always_save_checkpoint: bool = flag(True, "False: save only if the validation loss improved.")
     keep_checkpoints: Count = flag(3, "How many of the newest checkpoints stay, besides the best.")
-    sample_tokens: CountOrZero = flag(300, "Tokens of sample text at the end of the run.")
+    sample_tokens: Annotated[int, Range(ge=0, le=10**6)] = flag(
+        300, "Tokens of sample text at the end of the run."
+    )
     wandb_log: bool = flag(False, "Log to Weights & Biases (extra [log]).")
     wandb_project: str = flag("fastgpt", "Project in Weights & Biases.")
     wandb_run_name: str = flag("", "Run's name there; empty: the name of the run's folder.")
@@ -150,7 +155,9 @@ class SystemConfig:
     peak_tflops: NonNegative = flag(0.0, "Peak for MFU in TFLOP/s; 0: from the table, or measured.")
     parallel: Literal["auto", "ddp", "fsdp"] = flag("auto", "With torchrun; auto: ddp if it fits.")
     reduce_dtype: Literal["float32", "bfloat16"] = flag("float32", "Of gradients' sums over ranks.")
-    dist_timeout: Positive = flag(300.0, "Seconds that a rank waits for others before all end.")
+    dist_timeout: Annotated[float, Range(gt=0, le=10**6)] = flag(
+        300.0, "Seconds that a rank waits for others before all end."
+    )
     backend: str = flag("nccl", "torch.distributed backend of GPUs; CPUs always use gloo.")
 
 
@@ -208,9 +215,9 @@ class SampleConfig(SourceConfig):
     """Settings of `fastgpt sample`."""
 
     start: str = flag("\n", "Prompt; FILE:path reads it from a file, LINES:path one per line.")
-    num_samples: Count = flag(10, "Texts per prompt.")
-    batch_size: Count = flag(1, "Texts at a time; the first is shown while it is made.")
-    max_new_tokens: Count = flag(500, "Tokens per text.")
+    num_samples: Size = flag(10, "Texts per prompt.")
+    batch_size: Size = flag(1, "Texts at a time; the first is shown while it is made.")
+    max_new_tokens: Size = flag(500, "Tokens per text.")
     temperature: NonNegative = flag(0.8, "Below 1: likelier tokens; 0: always the likeliest.")
     top_k: CountOrZero = flag(200, "Draw from the k likeliest tokens only; 0: all.")
     top_p: Share = flag(1.0, "Draw from the smallest set of tokens with this probability.")
@@ -234,7 +241,7 @@ class EvalConfig(SourceConfig):
     data_dir: str = flag("data", "Folder of prepared token files.")
     block_size: CountOrZero = flag(0, "Longest context; 0: all that the model has.")
     stride: CountOrZero = flag(0, "Tokens by which the window moves; 0: half of block_size.")
-    batch_size: Count = flag(8, "Windows, or questions of HellaSwag, at a time.")
+    batch_size: Size = flag(8, "Windows, or questions of HellaSwag, at a time.")
     limit: CountOrZero = flag(0, "Only the first so many tokens or questions; 0: all.")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps.")
     dtype: Dtype = flag("auto", "As in training.")

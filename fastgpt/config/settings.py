@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from fastgpt.config import literals
-from fastgpt.config.schema import Config, Range
+from fastgpt.config.schema import Config, ModelConfig, Range
 from fastgpt.errors import UserError, read_text, reading
 
 C = TypeVar("C")
@@ -164,17 +164,25 @@ def check(config: Any) -> None:
     if not isinstance(config, Config):
         return
     m, o = config.model, config.optim
-    if m.n_embd % m.n_head:
-        divisors = [h for h in range(1, m.n_embd + 1) if m.n_embd % h == 0]
-        near = min(divisors, key=lambda h: abs(h - m.n_head))
-        raise UserError(
-            f"--n_head={m.n_head}: must divide n_embd={m.n_embd}; the nearest that does is {near}"
-        )
+    check_model(vars(m), "--")
     if o.decay_lr and o.lr_schedule == "cosine" and o.min_lr > o.learning_rate:
         raise UserError(
             f"--min_lr={o.min_lr:g}: must not exceed learning_rate={o.learning_rate:g}; "
             "lower it or pass --decay_lr=False"
         )
+
+
+def check_model(flat: Mapping[str, Any], where: str) -> ModelConfig:
+    """Returns the model's settings. Raises UserError for those that no model can have."""
+    m = from_dict(flat, where).model
+    if m.n_embd % m.n_head:
+        divisors = [h for h in range(1, m.n_embd + 1) if m.n_embd % h == 0]
+        near = min(divisors, key=lambda h: abs(h - m.n_head))
+        raise UserError(
+            f"{where}n_head={m.n_head}: must divide n_embd={m.n_embd}; the nearest that does is "
+            f"{near}"
+        )
+    return m
 
 
 # --- flags and files -----------------------------------------------------------------------------

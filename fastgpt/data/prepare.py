@@ -124,7 +124,7 @@ def with_tokenizer(dataset: Dataset, cfg: CorpusConfig) -> Dataset:
 
 
 def _input(cfg: PrepareConfig) -> Path:
-    path = Path(cfg.input).expanduser()
+    path = Path(os.path.expanduser(cfg.input))
     if not (path.is_file() or path.is_dir()):
         raise UserError(f"--input={path}: there is no such file or folder")
     return path

@@ -202,7 +202,9 @@ def scan_all(files: list[TokenFile], folder: Path) -> list[Scan]:
 
 
 def _scan_paths(folder: Path) -> tuple[Path, Path]:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    if not cache.is_absolute():  # no home folder; XDG's rule for its variable
+        cache = Path(os.devnull)
     key = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
     return folder / ".fastgpt_scan.json", cache / "fastgpt" / "scans" / f"{key}.json"
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from fastgpt.config import settings
 from fastgpt.errors import UserError, read_bytes, reading
 from fastgpt.storage.atomic import (
     explain_os_error,
@@ -229,9 +230,34 @@ def _read(folder: Path) -> Checkpoint:
 
     path = folder / "state.json"
     with reading(path, "is damaged"):
-        state = dict(json.loads(read_bytes(path)))
+        state = dict(json.loads(read_bytes(path, limit=1 << 24)))
         if (found := state.get("format", "none")) != FORMAT:
             raise UserError(f"{folder}: format {found}, this fastgpt reads {FORMAT}")
+        _check_state(state, folder.name, f"{path}: ")
     with reading(folder, "is damaged", SafetensorError):
         model, optimizer = (load_file(folder / f"{n}.safetensors") for n in ("model", "optimizer"))
     return Checkpoint(folder, state, model, optimizer)
+
+
+# Types of a state's values. Versions before 0.2 wrote less.
+_STATE: dict[str, Any] = {"step": int, "rows": int, "last_eval": int, "threads": int}
+_STATE |= dict.fromkeys(("val_loss", "best_val_loss", "step_seconds", "seconds"), float | int)
+_STATE |= {"data": str, "tokenizer": str, "ops": list}
+_STATE |= dict.fromkeys(("metrics", "model", "config", "scaler"), dict)
+
+
+def _check_state(state: dict[str, Any], name: str, where: str) -> None:
+    """Raises UserError, or an error for `reading`, for values that no save writes."""
+    for key, kind in _STATE.items():
+        value = state.get(key)
+        if not isinstance(value, kind | None) or value != value:
+            raise ValueError(f"{key} is {value!r}")
+    if name_of(state["step"]) != name or not 0 <= state.get("rows", 0) < 2**62:
+        raise ValueError(f"step is {state['step']}, rows {state.get('rows')}")
+    settings.check_model(state.get("model") or {}, where)
+    texts = [op[key] for op in state.get("ops") or () for key in ("op", "implementation")]
+    texts += [state["metrics"]["sha256"]] if state.get("metrics") else []
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("ops or metrics are no text")
+    if not all(isinstance(x, float | int) for x in (state.get("scaler") or {}).values()):
+        raise ValueError("scaler holds no numbers")

@@ -138,10 +138,10 @@ class Ranks:
         return []
 
 
-def _number(name: str, default: int) -> int:
+def _number(name: str, default: int, most: int = 10**9) -> int:
     """Returns a number that torchrun sets. Raises UserError if it is not one."""
     text = os.environ.get(name, str(default))
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) <= most):
         raise UserError(f"{name}={text}: wanted a whole number, as torchrun sets it; or unset it")
     return int(text)
 
@@ -200,11 +200,12 @@ def join(config: Config, device: torch.device) -> Iterator[Ranks]:
     Only rank 0 writes to stdout. An error of another rank becomes a RankError that names it. A lost
     connection becomes a RankError that names the ranks that do not answer.
     """
-    if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
+    if missing := {"RANK", "MASTER_ADDR", "MASTER_PORT"} - {*os.environ}:
         if _number("WORLD_SIZE", 1) > 1:
-            raise UserError("WORLD_SIZE is set, RANK or MASTER_ADDR is not: start with torchrun")
+            raise UserError(f"WORLD_SIZE is set, {min(missing)} is not: start with torchrun")
         yield Ranks()
         return
+    _number("MASTER_PORT", 0, most=65535)
     system = config.system
     # Gloo is for messages between hosts that must not wait for the GPUs.
     backend = f"cpu:gloo,cuda:{system.backend}" if device.type == "cuda" else "gloo"

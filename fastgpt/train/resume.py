@@ -112,19 +112,18 @@ def load(trainer: Trainer, dataset: Dataset, run_dir: Path) -> Progress:
     document, shape = saved.state, trainer.model.shape
     with reading(saved.folder / "state.json", "is damaged"):
         progress = Progress(
-            int(document["step"]),
-            int(document["last_eval"]),
+            document["step"],
+            document["last_eval"],
             float(document["val_loss"]),
             float(document["best_val_loss"]),
             document.get("metrics"),
             float(document.get("step_seconds", 0.0)),
             float(document.get("seconds", 0.0)),
             # Checkpoints of version 0.1 have no rows.
-            int(document.get("rows", document["step"] * trainer.config.optim.rows)),
+            document.get("rows", document["step"] * trainer.config.optim.rows),
         )
-        model = dict(document["model"])
         document["data"], document["scaler"]
-    for key, was in model.items():
+    for key, was in document["model"].items():
         now = getattr(shape, key, None)
         if now != was:
             raise UserError(
@@ -158,11 +157,9 @@ def _say_if_changed(trainer: Trainer, document: dict[str, Any], threads: int | N
 
     threads: those before, if the checkpoint does not tell.
     """
-    was, now = dict(document.get("config", {})), settings.to_dict(trainer.resolved)
-    for flat in (was, now):
-        flat["rows per step"] = flat.get("batch_size", 0) * flat.get(
-            "gradient_accumulation_steps", 0
-        )
+    stored = settings.from_dict(document.get("config") or {}, "state.json: ")
+    was, now = settings.to_dict(stored), settings.to_dict(trainer.resolved)
+    was["rows per step"], now["rows per step"] = stored.optim.rows, trainer.config.optim.rows
     was["threads"], now["threads"] = document.get("threads") or threads, _threads(trainer)
     was |= {c["op"]: c["implementation"] for c in document.get("ops", ())}
     now |= {s.op: s.implementation for s in trainer.selected}

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgpt.config import settings
 from fastgpt.errors import UserError, open_regular, read_text, reading
 from fastgpt.model.gpt import ModelShape
 from fastgpt.storage.atomic import explain_os_error, umask, write_text
@@ -132,11 +133,6 @@ def tie(path: Path, tensors: dict[str, Tensor], shape: ModelShape) -> None:
     tensors[_WTE] = pad_vocabulary(wte, shape)
 
 
-def check_head_count(path: Path, n_head: int, n_embd: int) -> None:
-    if n_embd % n_head:
-        raise UserError(f"{path}: n_head {n_head} does not divide n_embd {n_embd}")
-
-
 # --- reading --------------------------------------------------------------------------------------
 
 
@@ -201,16 +197,9 @@ def read_config(path: Path) -> tuple[ModelShape, bool]:
     if kind != "gpt2":
         raise UserError(f"{path}: model_type is {kind}, only gpt2 can be read")
 
-    def whole(*keys: str) -> int:
-        value = next((config[k] for k in keys if config.get(k) is not None), None)
-        if type(value) is not int or not 1 <= value < 1 << 31:
-            shown = str(value)[:80] if not isinstance(value, int) else f"{value:#x}"[:40]
-            raise UserError(f"{path}: {keys[0]} is {shown}, wanted a whole number >= 1")
-        return value
-
-    n_layer, n_head, n_embd = whole("n_layer"), whole("n_head"), whole("n_embd")
-    positions, vocab_size = whole("n_positions", "n_ctx"), whole("vocab_size")
-    check_head_count(path, n_head, n_embd)
+    sizes = {key: config.get(key) for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    sizes["block_size"] = config.get("n_positions", config.get("n_ctx"))
+    settings.check_model(sizes, f"{path}: ")
     activation = str(config.get("activation_function", "gelu_new"))
     if activation not in _GELU:
         known = ", ".join(_GELU)
@@ -218,12 +207,12 @@ def read_config(path: Path) -> tuple[ModelShape, bool]:
     only = {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "add_cross_attention": False}
     only["scale_attn_by_inverse_layer_idx"] = False
     if config.get("n_inner") is not None:
-        only["n_inner"] = 4 * n_embd
+        only["n_inner"] = 4 * sizes["n_embd"]
     for key, want in only.items():
         if config.get(key, want) != want:
             raise UserError(f"{path}: {key} is {config[key]}, only {want} can be read")
     gelu = _GELU[activation]
-    shape = ModelShape(n_layer, n_head, n_embd, positions, vocab_size, bias=True, gelu=gelu)
+    shape = ModelShape(**sizes, bias=True, gelu=gelu)
     return shape, config.get("fastgpt_bias", True) is not False
 
 

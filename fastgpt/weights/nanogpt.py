@@ -32,7 +32,6 @@ from fastgpt.storage import checkpoint
 from fastgpt.storage import run_dir as run
 from fastgpt.weights.hugging_face import (
     check,
-    check_head_count,
     check_layers,
     expected,
     kinds,
@@ -105,17 +104,14 @@ def model_of(
     """Returns (shape, tensors in fp32 with the vocabulary padded, in nanoGPT's order)."""
     args = data.get("model_args")
     args = args if isinstance(args, dict) else {}
-    sizes: dict[str, Any] = {k: args.get(k) for k in ("n_layer", "n_head", "n_embd", "block_size")}
-    sizes["vocab_size"] = args.get("vocab_size")
-    for key, value in sizes.items():
-        if type(value) is not int or not 1 <= value < 1 << 31:
-            raise UserError(f"{path}: model_args has {key} {value!r}, wanted a whole number >= 1")
+    names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+    sizes: dict[str, Any] = {name: args.get(name) for name in names}
+    settings.check_model(sizes, f"{path}: model_args: ")
     stored = {str(k).removeprefix("_orig_mod."): v for k, v in data["model"].items()}
     # Versions without flash attention keep causal masks as buffers.
     masks = [k for k, (_, size) in kinds(stored).items() if k.endswith(".bias") and len(size) == 4]
     stored = {k: v for k, v in stored.items() if k not in masks}
     shape = ModelShape(**sizes, bias="transformer.ln_f.bias" in stored, gelu=gelu)
-    check_head_count(path, shape.n_head, shape.n_embd)
     check_layers(path, stored, shape)
     check(path, kinds(stored), expected(shape), shape.n_layer)
     tensors = {name: t.float() for name, t in stored.items()}

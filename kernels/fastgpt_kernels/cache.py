@@ -24,13 +24,11 @@ SECTIONS = 16  # per file: the oldest ones go
 
 
 def path(name: str) -> Path:
-    """Returns the path of a file. Raises OSError if the user has no home."""
-    if given := os.environ.get("XDG_CACHE_HOME"):
-        return Path(given, "fastgpt", f"{name}.json")
-    try:
-        return Path.home() / ".cache" / "fastgpt" / f"{name}.json"
-    except RuntimeError as e:
-        raise OSError("there is no home folder; XDG_CACHE_HOME names a folder") from e
+    """Returns the path of a file. Raises OSError without a home, or for XDG_CACHE_HOME=~x."""
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(folder):
+        raise OSError(f"{folder}: no absolute path; XDG_CACHE_HOME names the cache folder")
+    return Path(folder, "fastgpt", f"{name}.json")
 
 
 def load(name: str, section: str) -> dict[str, Any]:

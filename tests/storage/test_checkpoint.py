@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import socket
@@ -18,6 +19,7 @@ import torch
 
 from fastgpt.errors import UserError
 from fastgpt.storage import atomic, checkpoint
+from tests import runs
 
 
 def save(
@@ -71,6 +73,43 @@ def test_a_flipped_byte_anywhere_is_named_and_the_one_before_is_used(name, tmp_p
         assert len(said) == 1 and str(folder / name) in said[0]
     (folder / name).write_bytes(good)
     assert load(tmp_path)[0].state["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step": -5}, "step is -5"),
+        ({"step": 8}, "step is 8"),
+        ({"step": {"a": 1}}, "step is {'a': 1}"),
+        ({"rows": -1}, "rows -1"),
+        ({"rows": 10**400}, "rows 1000"),
+        ({"val_loss": float("nan")}, "val_loss is nan"),
+        ({"val_loss": [1.0]}, "val_loss is [1.0]"),
+        ({"model": {"n_head": 0}}, "n_head=0: wanted a whole number >= 1 and <= 1,000,000"),
+        ({"model": {"n_head": 5}}, "n_head=5: must divide n_embd=768; the nearest"),
+        ({"model": {"n_layer": [[1]]}}, "n_layer=[[1]]: wanted a whole number"),
+        ({"model": []}, "model is []"),
+        ({"config": "x"}, "config is 'x'"),
+        ({"scaler": {"scale": "x"}}, "scaler holds no numbers"),
+        ({"ops": [{"op": []}]}, "is damaged"),
+        ({"metrics": {}}, None),
+        ({"metrics": {"sha": 1}}, "is damaged"),
+        ({"best_val_loss": float("inf"), "scaler": {"scale": 8.0}}, None),
+    ],
+    ids=str,
+)
+def test_a_state_that_no_save_writes_is_refused(changes, message, tmp_path: Path):
+    """In an intact file: sums show damage only."""
+    folder = save(tmp_path, 7)
+    state = json.loads((folder / "state.json").read_text()) | changes
+    (folder / "state.json").write_text(json.dumps(state))
+    runs.seal(folder)
+    if message is None:
+        assert load(tmp_path)[0].state == state
+        return
+    with pytest.raises(UserError, match=f"{folder}/state.json: ") as e:
+        load(tmp_path)
+    assert message in str(e.value) and len(str(e.value)) < 1100
 
 
 def make_socket(path: Path) -> None:

@@ -204,7 +204,7 @@ def test_weights_that_turn_bad_stop_the_run(tmp_path: Path, text: str):
     tensors = load_file(folder / "model.safetensors")
     tensors["transformer.h.0.attn.c_attn.weight"][3, 5] = float("nan")
     save_file(tensors, folder / "model.safetensors")
-    seal(folder)
+    runs.seal(folder)
     said = resume(tmp_path, "--out_dir=out", "--max_iters=40", code=2)
     assert "step 20: loss nan or gradient norm is not finite" in said
     assert said.splitlines()[-1].startswith("fastgpt: step 20") and "Traceback" not in said
@@ -214,18 +214,6 @@ def test_weights_that_turn_bad_stop_the_run(tmp_path: Path, text: str):
     assert "transformer.h.0.attn.c_attn.weight" in report["not_finite"]
     assert load_file(kept / "batch.safetensors")["tokens"].shape == (4, 17)
     assert checkpoint.names(tmp_path / "out")[0] == "step_00000020", "no bad step was saved"
-
-
-def seal(folder: Path) -> None:
-    """Write the manifest of changed files anew, as a writer of bad but intact files would."""
-    from fastgpt.storage.atomic import sealed, sha256_file
-
-    files = {
-        p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)}
-        for p in folder.iterdir()
-        if p.name != "manifest.json"
-    }
-    (folder / "manifest.json").write_text(sealed(json.dumps({"files": files})))
 
 
 def test_a_learning_rate_that_explodes_stops_the_run(tmp_path: Path, text: str):
