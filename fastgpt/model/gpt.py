@@ -116,13 +116,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Returns the branch, and c_proj's bias if `add_layer_norm` is to add that."""
         bias: Tensor | None = self.c_attn.bias
-        given = {}
-        # The kernel sums the bias's gradient; elsewhere Inductor fuses that into the linear layer.
-        if bias is not None and self.kernels.uses_triton("attention"):
-            bias, given = bias.detach(), {"bias": bias}
+        given: dict[str, Tensor | None] = {}
+        if self.kernels.uses_triton("attention"):
+            # It sums the bias's gradient; elsewhere Inductor fuses that into the linear layer.
+            given = {"seed": seed, "bias": bias}
+            bias = None if bias is None else bias.detach()
         dropout_p = self.dropout if self.training else 0.0
-        qkv = self.c_attn(x, bias)
-        y = self.kernels.attention(qkv, self.n_head, dropout_p=dropout_p, seed=seed, **given)
+        y = self.kernels.attention(self.c_attn(x, bias), self.n_head, dropout_p=dropout_p, **given)
         return _project(y, self.c_proj, self.kernels)
 
 

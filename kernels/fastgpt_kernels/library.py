@@ -109,6 +109,15 @@ def matmul_flops(x: torch.Size, weight: torch.Size, products: int) -> int:
     return products * 2 * x[0] * weight[0] * weight[1]
 
 
+def refuse_second_derivative(name: str) -> None:
+    """Raises RuntimeError in a backward pass whose own gradients are wanted.
+
+    Without it a gradient would come without its graph where the upstream gradient is constant.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{name}: has no second derivative; leave out create_graph=True")
+
+
 def _autograd_function(
     name: str,
     op: OpOverload,
@@ -125,8 +134,7 @@ def _autograd_function(
         return output
 
     def backward_once(ctx: Any, *gradients: Any) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(f"{name}: has no second derivative; leave out create_graph=True")
+        refuse_second_derivative(name)
         needs = ctx.needs_input_grad
         if all(gradient is None for gradient in gradients):
             return (None,) * len(needs)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgpt_kernels.library import define_op
+from fastgpt_kernels.library import define_op, refuse_second_derivative
 
 WIDENED_ROWS = 4096  # of a factor that is widened to fp32 at a time
 
@@ -91,6 +91,7 @@ class _LinearWithCopy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_second_derivative("linear")
         x, copy = ctx.saved_tensors
         for_x, for_weight, _, for_bias, _ = ctx.needs_input_grad
         rows = dy.reshape(-1, dy.shape[-1])
@@ -139,6 +140,7 @@ class _TiedEmbedding(torch.autograd.Function):
     def backward(  # type: ignore[override]
         ctx: Any, rows: Tensor, head: Tensor
     ) -> tuple[Tensor, None]:
+        refuse_second_derivative("tied_embedding")
         (idx,) = ctx.saved_tensors
         if rows.device.type != "cpu":
             return head.index_put((idx,), rows, accumulate=True), None
@@ -160,6 +162,7 @@ class _EmbeddingToMainGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, rows: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+        refuse_second_derivative("tied_embedding")
         (idx,) = ctx.saved_tensors
         accumulate_rows(ctx.main_grad, idx.flatten(), rows.flatten(0, 1))
         return None, None, None

@@ -102,3 +102,12 @@ def test_tied_embedding(accumulate: bool) -> None:
     torch.autograd.backward((rows, head), (d_rows, d_head))
     found = weight.grad if total is None else weight.grad + total
     torch.testing.assert_close(found, d_head.index_put((idx,), d_rows, accumulate=True))
+
+
+def test_second_derivatives_raise() -> None:
+    x, weight = torch.randn(3, 8).bfloat16(), torch.randn(6, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match="^linear: has no second derivative"):
+        torch.autograd.grad(linear(x, weight).sum(), weight, create_graph=True)
+    rows, head = tied_embedding(weight, torch.zeros(1, 2, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match="^tied_embedding: has no second derivative"):
+        torch.autograd.grad(rows.sum() + head.sum(), weight, create_graph=True)

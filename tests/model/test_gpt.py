@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt.model.kernels import select
+from fastgpt.model.kernels import Kernels, Selected, select
+from fastgpt_kernels.registry import spec
 
 
 def shape(**changes) -> ModelShape:
@@ -114,7 +115,7 @@ def test_dropout_is_everywhere_gpt2_has_it(monkeypatch):
     table = select(torch.device("cpu"))
     eager = table.attention
 
-    def attention(qkv, n_head, *, dropout_p, seed):
+    def attention(qkv, n_head, *, dropout_p):
         rates.append(("attention", dropout_p))
         return eager(qkv, n_head, dropout_p=dropout_p)
 
@@ -153,3 +154,21 @@ def test_gpt2_has_124m_parameters():
         model = GPT(ModelShape(12, 12, 768, 1024, 50257, bias=True))
     padding = (50304 - 50257) * 768
     assert model.n_params(position_embeddings=True) - padding == 124_439_808
+
+
+@pytest.mark.parametrize("implementation", ["eager", "triton"])
+def test_only_the_kernel_gets_a_dropout_seed(implementation):
+    """Eager attention draws by PyTorch's generator: a specified mask would be of size T x T."""
+    given = []
+
+    def attention(qkv, n_head, **options):
+        given.append(options.get("seed"))
+        return qkv[..., : qkv.shape[-1] // 3]
+
+    kernels = select(torch.device("cpu"))
+    functions = {s.op: getattr(kernels, s.op) for s in kernels.selected} | {"attention": attention}
+    functions["add_layer_norm"] = spec("add_layer_norm").triton
+    chosen = [Selected("attention", implementation, ""), Selected("add_layer_norm", "triton", "")]
+    model = GPT(ModelShape(1, 1, 32, 8, 20, bias=True), 0.5, Kernels(functions, chosen))
+    model.init_weights(0)(torch.zeros(1, 8, dtype=torch.int64)).sum().backward()
+    assert (given[0] is None) == (implementation == "eager")
