@@ -35,10 +35,10 @@ Part = tuple[str, str | None]
 
 
 class Source(Protocol):
-    """Text to tokenize. Equal `identity` (JSON): equal documents. `n_bytes` may be an estimate."""
+    """Text to tokenize. Equal `identity` (JSON): equal documents. `n_chars` may be an estimate."""
 
     identity: dict[str, Any]
-    n_bytes: int
+    n_chars: int
 
     def documents(self) -> Iterator[Part]:
         """Yields (split, text) in a fixed order, and (split, None) for an end-of-text token."""
@@ -73,15 +73,15 @@ class TextFiles:
         total, seen = hashlib.sha256(), Counter[str]()
         expected = root.stat().st_size if self.single else None
         with progress(f"looking through {root.name}", expected) as advance:
-            for _, text in self._texts(total, seen):
-                advance(len(text or ""))
+            for _ in self._texts(total, seen, advance):
+                pass
         if not seen["bytes"]:
             what = "an empty file" if self.single else "a folder without any text file"
             raise UserError(f"{root} is {what}")
         share = seen["val_bytes"] / seen["bytes"]
         even = val_fraction / 2 <= share <= min(2 * val_fraction, 1 - (1 - val_fraction) / 2)
         self.by_document = even and not self.single
-        self.n_bytes, self.n_chars, self.sha256 = seen["bytes"], seen["chars"], total.hexdigest()
+        self.n_chars, self.sha256 = seen["chars"], total.hexdigest()
         self.identity: dict[str, Any] = {
             "sha256": self.sha256,
             "bytes": seen["bytes"],
@@ -93,7 +93,7 @@ class TextFiles:
     def documents(self) -> Iterator[Part]:
         total = hashlib.sha256()
         split, left = "train", int(self.n_chars * (1 - self.val_fraction))
-        for name, text in self._texts(total, Counter()):
+        for name, text in self._texts(total, Counter(), lambda n: None):
             if self.by_document:
                 split = "val" if self._in_val(name) else "train"
             elif text and split == "train":
@@ -109,7 +109,7 @@ class TextFiles:
         if total.hexdigest() != self.sha256:
             raise UserError(f"{self.root} changed while it was read: run the command again")
 
-    def _texts(self, total: Any, seen: Counter[str]) -> Iterator[tuple[str, str | None]]:
+    def _texts(self, total: Any, seen: Counter[str], advance: Callable) -> Iterator[Part]:
         """Yields (name, text) in parts, (name, None) after a file; fills in the sum and counts."""
         single = [(self.root, self.root.name)]
         for path, name in single if self.single else walk(self.root, self._suffix, self._skip):
@@ -120,6 +120,7 @@ class TextFiles:
                 for text in text_of_file(path):
                     own.update(data := text.encode())
                     size, chars = size + len(data), chars + len(text)
+                    advance(len(data))
                     yield name, text
             except NotText as e:
                 if self.single:
@@ -127,13 +128,12 @@ class TextFiles:
                     raise UserError(f"{path} is no UTF-8 text ({e}): {fix}") from None
                 self.skipped[name] = str(e)
                 continue
-            if not size:
-                continue
-            if not self.single:
-                total.update(f"{own.hexdigest()}  {name}\n".encode())
-            val = size * self._in_val(name)
-            seen.update(files=1, bytes=size, chars=chars, val_bytes=val)
-            yield name, None
+            if size:
+                if not self.single:
+                    total.update(f"{own.hexdigest()}  {name}\n".encode())
+                val = size * self._in_val(name)
+                seen.update(files=1, bytes=size, chars=chars, val_bytes=val)
+                yield name, None
 
     def _in_val(self, name: str) -> bool:
         word = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
@@ -174,11 +174,11 @@ def text_of_file(path: Path) -> Iterator[str]:
             while True:
                 at, chunk = at + len(chunk), f.read(_CHUNK)
                 text = decoder.decode(chunk, final=not chunk)
-                text.encode()  # UnicodeError: half a character
+                if encoding not in ("utf-8", "utf-16"):
+                    text.encode()  # UnicodeError: half a character
                 if "\0" in text:
                     raise NotText("it holds a NUL character")
-                if text:
-                    yield text
+                yield text
                 if not chunk:
                     return
     except UnicodeDecodeError as e:
@@ -268,7 +268,7 @@ class OpenWebText:
             line = " ".join(str(e).split())[:200]
             raise UserError(f"cannot download openwebtext ({line}); {BY_INPUT}") from e
         parts = whole.train_test_split(test_size=val_fraction, seed=2357, shuffle=True)
-        self._splits, self.n_bytes = {"train": parts["train"], "val": parts["test"]}, 39_800_000_000
+        self._splits, self.n_chars = {"train": parts["train"], "val": parts["test"]}, 39_000_000_000
         rows = {name: len(part) for name, part in self._splits.items()}
         self.identity: dict[str, Any] = dict(rows=rows, val_fraction=val_fraction, seed=2357)
 

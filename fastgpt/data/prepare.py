@@ -41,7 +41,7 @@ JOB_CHARS = 1 << 20
 # A text of which this many characters in a row hold no safe place (say, one endless word) is cut
 # anywhere, so that memory stays bounded. Only there may BPE tokens differ from those of the whole.
 FORCED_CHARS = 32 << 20
-BPE_TRAIN_BYTES = 256 << 20  # text that a `bpe:N` vocabulary is trained on at most, evenly spread
+BPE_TRAIN_CHARS = 256 << 20  # text that a `bpe:N` vocabulary is trained on at most, evenly spread
 
 Shards = dict[str, list[dict[str, Any]]]  # by split, as `dataset.json` lists them
 
@@ -348,7 +348,7 @@ def _write_shards(folder: Path, source: Source, tokenizer: Tokenizer, threads: i
 def _training_texts(source: Source, spec: str) -> Iterator[str]:
     """All the text in pieces; for BPE, if there is more than enough, evenly spread ones."""
     texts = (text for _, text in _pieces(source, f"reading for {spec}") if text is not None)
-    every = -(-source.n_bytes // BPE_TRAIN_BYTES) if spec.startswith("bpe") else 1
+    every = -(-source.n_chars // BPE_TRAIN_CHARS) if spec.startswith("bpe") else 1
     return itertools.islice(texts, 0, None, max(1, every))
 
 
@@ -368,12 +368,12 @@ def _jobs(source: Source) -> Iterator[list[Part]]:
 
 def _pieces(source: Source, what: str) -> Iterator[Part]:
     """The documents with each one's text of a split re-cut into pieces of about JOB_CHARS."""
-    with progress(what, source.n_bytes) as advance:
+    with progress(what, source.n_chars, unit="characters") as advance:
         for (split, is_end), parts in itertools.groupby(
             source.documents(), key=lambda part: (part[0], part[1] is None)
         ):
             for text in cut((text for _, text in parts if text), JOB_CHARS, FORCED_CHARS):
-                advance(len(text.encode()))
+                advance(len(text))
                 yield split, text
             if is_end:
                 yield split, None

@@ -162,8 +162,8 @@ def test_what_changes_while_it_is_read_is_noticed(folder, data):
 
 def test_the_standard_library_is_there(tmp_path):
     source = CORPORA["python_stdlib"].text(tmp_path, 0.05)
-    assert source.by_document and source.n_bytes > 3_000_000
-    assert source.n_bytes == sum(len((text or "").encode()) for _, text in source.documents())
+    assert source.by_document and source.n_chars > 3_000_000
+    assert source.n_chars == sum(len(text or "") for _, text in source.documents())
 
 
 # --- downloads

@@ -101,8 +101,8 @@ class Texts:
 
     identity: dict = {}
 
-    def __init__(self, documents, n_bytes=1):
-        self._documents, self.n_bytes = documents, n_bytes
+    def __init__(self, documents, n_chars=1):
+        self._documents, self.n_chars = documents, n_chars
 
     def documents(self):
         for split, text in self._documents:
@@ -131,8 +131,8 @@ def test_files_hold_the_documents_tokens(tmp_path, monkeypatch, ranks):
 
 
 def test_bpe_is_trained_on_evenly_spread_text(monkeypatch):
-    source = Texts([("train", f"text {i}") for i in range(100)], n_bytes=100 * 7)
-    monkeypatch.setattr(module, "BPE_TRAIN_BYTES", 70)
+    source = Texts([("train", f"text {i}") for i in range(100)], n_chars=100 * 7)
+    monkeypatch.setattr(module, "BPE_TRAIN_CHARS", 70)
     found = list(module._training_texts(source, "bpe:300"))
     assert found == [f"text {i}" for i in range(0, 100, 10)]
     assert len(list(module._training_texts(source, "char"))) == 100
