@@ -1,1 +1,1 @@
-"""From text to the batch of step s: corpora, tokenizers, token files, batches."""
+"""Data from text to the batch of step s: corpora, tokenizers, token files, batches."""

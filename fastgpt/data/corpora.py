@@ -2,8 +2,8 @@
 
 Only `fastgpt prepare` may use the network; `python_stdlib` and `--input` need none. Text files are
 looked through once (what is there, is it text) and then read in order; the second pass makes sure
-that it saw what the first saw. Text is taken byte for byte: line ends and blanks stay as they are,
-so that decoding gives the files back.
+that it saw what the first saw. Line ends and blanks stay as they are: decoding gives the files
+back.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Source(Protocol):
 
 
 class NotText(ValueError):
-    """A file is no text; the message says why."""
+    """Error for a file that is no text; the message is the reason."""
 
 
 class TextFiles:
@@ -110,7 +110,7 @@ class TextFiles:
             raise UserError(f"{self.root} changed while it was read: run the command again")
 
     def _texts(self, total: Any, seen: Counter[str], advance: Callable) -> Iterator[Part]:
-        """Yields (name, text) in parts, (name, None) after a file; fills in the sum and counts."""
+        """Yields (name, text) in parts, (name, None) after a file; adds to the sum and counts."""
         single = [(self.root, self.root.name)]
         for path, name in single if self.single else walk(self.root, self._suffix, self._skip):
             if name in self.skipped:
@@ -239,14 +239,14 @@ class Corpus:
 
 
 def python_stdlib(cache: Path, val_fraction: float) -> Source:
-    """The Python sources of this machine's standard library, without tests and tables."""
+    """Opens the Python sources of this machine's standard library, without tests and tables."""
     source = TextFiles(Path(sysconfig.get_path("stdlib")), val_fraction, ".py", _STDLIB_SKIP)
     source.identity["python"] = ".".join(map(str, sys.version_info[:3]))
     return source
 
 
 def shakespeare(cache: Path, val_fraction: float) -> Source:
-    """Tiny shakespeare: 1.1 MB of plays."""
+    """Opens tiny shakespeare, 1.1 MB of plays."""
     path = download.fetch(
         SHAKESPEARE_URL, cache / "tinyshakespeare.txt", sha256=SHAKESPEARE_SHA256, hint=BY_INPUT
     )
@@ -254,7 +254,7 @@ def shakespeare(cache: Path, val_fraction: float) -> Source:
 
 
 class OpenWebText:
-    """8 million web pages by the `datasets` library, split as nanoGPT does (9 billion tokens)."""
+    """OpenWebText by the `datasets` library, split as nanoGPT does (9 billion tokens)."""
 
     def __init__(self, cache: Path, val_fraction: float):
         try:
@@ -280,7 +280,7 @@ class OpenWebText:
 
 
 def fineweb_shards(n: int) -> list[Shard]:
-    """The val shard and the first `n` train shards of FineWeb 10B, 100M GPT-2 tokens each."""
+    """Lists the val shard and `n` train shards of FineWeb 10B, 100M GPT-2 tokens each."""
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     index_url = f"{hub}/api/datasets/{FINEWEB_REPO}/tree/main"
     names = {"fineweb_val_000000.bin": "val"}

@@ -24,7 +24,7 @@ LIMIT = 64 << 20  # bytes of what is of unknown size, such as an index
 
 
 class _Failed(Exception):
-    """A connection that failed; `code` is the server's answer if it gave one."""
+    """Error of a connection; `code` is the server's answer if it gave one."""
 
     def __init__(self, e: Exception | str):
         self.code = e.code if isinstance(e, urllib.error.HTTPError) else 0
@@ -34,11 +34,11 @@ class _Failed(Exception):
 
 
 def fetch(url: str, path: Path, *, sha256: str, size: int = 0, hint: str = "") -> Path:
-    """Download `url` to `path` unless a file with this sha256 is there already; return `path`.
+    """Downloads `url` to `path` unless a file with this sha256 is there; returns `path`.
 
     Bytes gather in `path` + ".part"; a download that was cut off goes on from there, now or in a
-    later run. No more than `size` bytes are taken (0: unknown, LIMIT). UserError (ending in `hint`)
-    without network, on a wrong checksum, or a full disk.
+    later run. No more than `size` bytes are taken (0: unknown, LIMIT). Raises UserError, ending in
+    `hint`, without network, on a wrong checksum, or a full disk.
     """
     if path.is_file() and sha256_file(path) == sha256:
         return path
@@ -67,7 +67,7 @@ def fetch(url: str, path: Path, *, sha256: str, size: int = 0, hint: str = "") -
 
 
 def get(url: str, hint: str = "") -> bytes:
-    """A small document (an index), whole. UserError without network."""
+    """Returns a small document (an index). Raises UserError without network."""
     try:
         with _open(url) as reply:
             return b"".join(_chunks(reply, LIMIT))
@@ -76,7 +76,7 @@ def get(url: str, hint: str = "") -> bytes:
 
 
 def _download(url: str, part: Path, size: int, hint: str) -> None:
-    """Bring `part` to its full length, trying again from where the connection broke."""
+    """Brings `part` to its full length, trying again from where the connection broke."""
     for attempt in range(TRIES):
         time.sleep(PAUSE_S * (2**attempt // 2))
         have = part.stat().st_size if part.exists() else 0
@@ -96,7 +96,7 @@ def _download(url: str, part: Path, size: int, hint: str) -> None:
 
 
 def _append(url: str, part: Path, have: int, size: int) -> bool:
-    """Add to `part` what one connection brings. Returns whether the file is complete."""
+    """Adds to `part` what one connection brings. Returns True once the file is complete."""
     with _open(url, have) as reply:
         content_range = reply.headers.get("Content-Range", "")
         resumed = reply.status == 206 and content_range.startswith(f"bytes {have}-")
@@ -111,7 +111,7 @@ def _append(url: str, part: Path, have: int, size: int) -> bool:
 
 
 def _open(url: str, have: int = 0) -> http.client.HTTPResponse:
-    """The server's reply, from byte `have` on if it can."""
+    """Returns the server's reply, from byte `have` on if it can."""
     try:
         headers = {"User-Agent": "fastgpt"} | ({"Range": f"bytes={have}-"} if have else {})
         request = urllib.request.Request(url, headers=headers)

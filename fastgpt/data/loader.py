@@ -22,7 +22,7 @@ _STARTS, _OFFSETS, _ORDER, _EVAL = 1, 2, 3, 4
 
 
 class Batches:
-    """The training batches of a split: `rows_per_step` windows of `block_size` + 1 tokens a step.
+    """The training batches of a split: `rows_per_step` windows of `block_size` + 1 tokens.
 
     "random" draws windows with replacement from all positions, as nanoGPT does. "epochs" cuts the
     shards into windows that lie end to end (a window's last target is the next one's first input)
@@ -55,7 +55,7 @@ class Batches:
         self.rows_per_epoch = int(self._ends[-1])  # of "epochs"
 
     def starts(self, step: int) -> np.ndarray:
-        """(rows_per_step,) int64 positions of the windows of `step` (>= 0)."""
+        """Returns (rows_per_step,) int64 positions of the windows of `step` (>= 0)."""
         rows = self.rows_per_step
         if self.sampling == "random":
             return _random_starts(self.split, rows, self.block_size, self.seed, _STARTS, step)
@@ -72,7 +72,7 @@ class Batches:
         return self._first[shard] + below(words, self._n_offsets)[shard] + in_shard
 
     def tokens(self, step: int, row_slice: slice = slice(None)) -> np.ndarray:
-        """(rows, block_size + 1) int64 tokens of `step`; `row_slice` picks this rank's rows."""
+        """Returns (rows, block_size + 1) int64 tokens; `row_slice` picks this rank's rows."""
         starts = self.starts(step)[row_slice]
         return self.split.gather(starts, self.block_size + 1).astype(np.int64)
 
@@ -91,13 +91,13 @@ def eval_batches(
 
 
 def _random_starts(split: TokenSplit, n: int, block_size: int, *key: int) -> np.ndarray:
-    """(n,) int64 positions, drawn with replacement from all at which a window may start."""
+    """Returns (n,) int64 positions, drawn with replacement from all where a window may start."""
     index = below(random_words(n, *key), split.n_starts(block_size))
     return split.positions(index, block_size)
 
 
 def random_words(n: int, *key: int) -> np.ndarray:
-    """(n,) uint64 words for a key of up to five integers; negative ones count modulo 2**64.
+    """Returns (n,) uint64 words for a key of up to five integers, modulo 2**64.
 
     Two integers are Philox's key. Three go into its counter above the words' own 64 bits, so
     that sequences of different keys never overlap.
@@ -109,7 +109,7 @@ def random_words(n: int, *key: int) -> np.ndarray:
 
 
 def below(words: np.ndarray, n: int | np.ndarray) -> np.ndarray:
-    """int64 numbers in 0 .. n-1 from uint64 words: the high 64 bits of word * n (n < 2**63).
+    """Returns int64 numbers in 0 .. n-1: the high 64 bits of uint64 word * n (n < 2**63).
 
     Lemire, "Fast random integer generation in an interval", 2019, without the rejection: no
     number is likelier than another by more than a factor 1 + n / 2**64.
@@ -119,11 +119,11 @@ def below(words: np.ndarray, n: int | np.ndarray) -> np.ndarray:
 
 
 def shuffled(places: np.ndarray, n: int, *key: int) -> np.ndarray:
-    """int64 numbers at int64 `places` of a random order of 0 .. n-1, which takes no memory.
+    """Returns the int64 numbers at int64 `places` of a random order of 0 .. n-1.
 
-    A balanced Feistel network permutes the smallest power of four >= n (Luby and Rackoff, 1988).
-    Numbers that fall outside are sent through again until they are inside (cycle walking: Black
-    and Rogaway, "Ciphers with arbitrary finite domains", 2002), fewer than four times on average.
+    It takes no memory. A balanced Feistel network permutes the smallest power of four >= n (Luby
+    and Rackoff, 1988); numbers outside are sent through again until they are inside (cycle walking:
+    Black and Rogaway, "Ciphers with arbitrary finite domains", 2002), less than four times.
     """
     bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << bits) - np.uint64(1)
@@ -140,14 +140,14 @@ def shuffled(places: np.ndarray, n: int, *key: int) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 (Steele, Lea, Flood, 2014): every bit depends on every other."""
+    """Returns SplitMix64's finalizer of x (Steele, Lea, Flood, 2014): all bits mix."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 class Prefetcher:
-    """`get(step)` for step = start_step, start_step + 1, ... in this order.
+    """A reader of batches ahead: `get(step)` for start_step, start_step + 1, ... in order.
 
     `row_slice` picks this rank's rows. A thread keeps `depth` batches ready (on CUDA 2 by default);
     with 0 (on a CPU) `get` reads on the spot, which takes a small batch no longer. To CUDA the
@@ -181,10 +181,10 @@ class Prefetcher:
                 self._ahead.append(self._pool.submit(self._read, step))
 
     def get(self, step: int) -> torch.Tensor:
-        """(rows, block_size + 1) int64 tokens of `step` on the device.
+        """Returns (rows, block_size + 1) int64 tokens of `step` on the device.
 
-        On CUDA the tensor is ready for work queued on the current stream. ValueError out of
-        order; an error while reading is raised here, as itself.
+        On CUDA the tensor is ready for work queued on the current stream. Raises ValueError out
+        of order, and errors of reading as themselves.
         """
         if step != self._next:
             raise ValueError(f"asked for step {step}, the next one is {self._next}")
@@ -201,7 +201,7 @@ class Prefetcher:
         return tokens
 
     def close(self) -> None:
-        """End the thread. May be called at any time, more than once."""
+        """Ends the thread. May be called at any time, more than once."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 

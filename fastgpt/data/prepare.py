@@ -1,4 +1,4 @@
-"""`fastgpt prepare`: find or make the dataset folder that a configuration asks for.
+"""Preparation of data: finds or makes the dataset folder that a configuration asks for.
 
 A dataset is made in a hidden folder beside its place (`.NAME.partial`) and renamed as a whole, so
 a folder under its name is complete. One process at a time makes a dataset; others wait for it and
@@ -58,7 +58,7 @@ class Plan:
 
 
 def prepare(cfg: PrepareConfig) -> Path:
-    """Make the dataset that `cfg` describes, unless it is there and whole. Returns its folder."""
+    """Makes the dataset that `cfg` describes unless it is there and whole. Returns its folder."""
     folder = _ready_made(cfg)
     if folder is None:
         plan = _plan(cfg)
@@ -70,9 +70,9 @@ def prepare(cfg: PrepareConfig) -> Path:
 
 
 def ensure(cfg: PrepareConfig) -> Path:
-    """The dataset folder for training with `cfg`, made first if that takes no network.
+    """Returns the dataset folder for training, made first if that takes no network.
 
-    UserError with the `fastgpt prepare` command to run if it does.
+    Raises UserError with the `fastgpt prepare` command to run if it does.
     """
     if folder := _ready_made(cfg):
         return folder
@@ -90,7 +90,7 @@ def check_data(cfg: PrepareConfig) -> None:
 
 
 def with_tokenizer(dataset: Dataset, cfg: CorpusConfig) -> Dataset:
-    """The dataset with the tokenizer of its ids, where its folder has none and it can be known.
+    """Returns the dataset with the tokenizer of its ids, if its folder has none.
 
     That is the one that --tokenizer and --vocab_file name; else GPT-2's, if it is on this machine
     and the ids say so, as nanoGPT assumes it for all folders without a vocabulary of their own.
@@ -138,7 +138,7 @@ def _cache(cfg: CorpusConfig) -> Path:
 
 
 def _ready_made(cfg: PrepareConfig) -> Path | None:
-    """The folder of token files that --dataset names, if it names one and not a corpus."""
+    """Returns the folder of token files that --dataset names, if it names one and no corpus."""
     if cfg.input:
         return None
     name = cfg.dataset
@@ -193,7 +193,7 @@ def _plan(cfg: PrepareConfig) -> Plan:
 
 
 def _locate(plan: Plan) -> tuple[Path, bool]:
-    """(folder of this recipe, whether it is there); a second name if the first is taken."""
+    """Returns (folder of this recipe, True if it is there); its second name if one is taken."""
     text = json.dumps(plan.recipe, sort_keys=True)
     suffix = hashlib.sha256(text.encode()).hexdigest()[:8]
     for name in (plan.name, f"{plan.name}-{suffix}"):
@@ -207,7 +207,7 @@ def _locate(plan: Plan) -> tuple[Path, bool]:
 
 
 def _there(plan: Plan) -> Path | None:
-    """The dataset's folder if it is there. UserError if making it takes the network."""
+    """Returns the folder if it is there. Raises UserError if making it takes the network."""
     cfg, (folder, there) = plan.cfg, _locate(plan)
     if there:
         return folder
@@ -224,7 +224,7 @@ def _there(plan: Plan) -> Path | None:
 
 
 def _whole(folder: Path) -> bool:
-    """Whether the dataset can be opened; if not, says why."""
+    """Returns True if the dataset can be opened; else prints the reason."""
     try:
         return bool(open_dataset(folder))
     except UserError as e:
@@ -234,7 +234,7 @@ def _whole(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def _lock(cfg: PrepareConfig, folder: Path) -> Iterator[None]:
-    """Hold `.cache/NAME.lock`; the system lets go of it when this process ends, however it ends."""
+    """Holds `.cache/NAME.lock`, which the system releases however this process ends."""
     path = _cache(cfg) / f"{folder.name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as f:
@@ -278,7 +278,7 @@ def _make(plan: Plan, *, network: bool) -> Path:
 
 
 def _download(partial: Path, plan: Plan, network: bool) -> tuple[Tokenizer, Any, Shards]:
-    """Fetch ready-made shards into `partial`, linking those that a sibling dataset has."""
+    """Fetches ready-made shards into `partial`, linking those that a sibling dataset has."""
     assert plan.corpus.shards is not None
     partial.mkdir(parents=True, exist_ok=True)
     shards, spec = plan.corpus.shards(plan.cfg.shards), plan.recipe["tokenizer"]
@@ -304,7 +304,7 @@ def _download(partial: Path, plan: Plan, network: bool) -> tuple[Tokenizer, Any,
 
 
 def _tokenize(partial: Path, plan: Plan, network: bool) -> tuple[Tokenizer, Any, Shards]:
-    """Write the text's tokens into a new folder `partial`, which is removed if that fails."""
+    """Writes the text's tokens into a new folder `partial`, which is removed if that fails."""
     source: Source | None = plan.source
     if source is None:
         assert plan.corpus.text is not None
@@ -346,14 +346,14 @@ def _write_shards(folder: Path, source: Source, tokenizer: Tokenizer, threads: i
 
 
 def _training_texts(source: Source, spec: str) -> Iterator[str]:
-    """All the text in pieces; for BPE, if there is more than enough, evenly spread ones."""
+    """Yields the text in pieces; for BPE, if there is more than enough, evenly spread ones."""
     texts = (text for _, text in _pieces(source, f"reading for {spec}") if text is not None)
     every = -(-source.n_chars // BPE_TRAIN_CHARS) if spec.startswith("bpe") else 1
     return itertools.islice(texts, 0, None, max(1, every))
 
 
 def _jobs(source: Source) -> Iterator[list[Part]]:
-    """Pieces of all documents, in lists of about JOB_CHARS."""
+    """Yields the pieces of all documents, in lists of about JOB_CHARS."""
     job: list[Part] = []
     size = 0
     for split, text in _pieces(source, "tokenizing"):
@@ -367,7 +367,7 @@ def _jobs(source: Source) -> Iterator[list[Part]]:
 
 
 def _pieces(source: Source, what: str) -> Iterator[Part]:
-    """The documents with each one's text of a split re-cut into pieces of about JOB_CHARS."""
+    """Yields the documents, with each one's text of a split cut into about JOB_CHARS."""
     with progress(what, source.n_chars, unit="characters") as advance:
         for (split, is_end), parts in itertools.groupby(
             source.documents(), key=lambda part: (part[0], part[1] is None)
@@ -390,7 +390,7 @@ _SAFE = re.compile(r"(?s).*\S(?=[\t-\r ])")
 
 
 def cut(texts: Iterable[str], size: int, forced: int) -> Iterator[str]:
-    """Re-cut parts of one document into pieces of about `size` characters, at safe places.
+    """Cuts parts of one document into pieces of about `size` characters, at safe places.
 
     The tokens of the pieces, one after the other, are those of the whole. Holds at most
     `forced` characters and one part.
@@ -412,7 +412,7 @@ def cut(texts: Iterable[str], size: int, forced: int) -> Iterator[str]:
 
 
 def ordered_map(function: Callable, items: Iterable, threads: int) -> Iterator:
-    """`map` in threads, with at most 2 * threads items in work or waiting."""
+    """Maps in threads, with at most 2 * threads items in work or waiting."""
     waiting: deque[Future] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for item in items:
@@ -423,5 +423,5 @@ def ordered_map(function: Callable, items: Iterable, threads: int) -> Iterator:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Returns the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -12,7 +12,7 @@ _clock = time.monotonic
 
 
 class Every:
-    """`due()` is true at most once in so many seconds, and not in the first."""
+    """A timer: `due()` is true at most once in so many seconds, and not in the first."""
 
     def __init__(self, seconds: float = 10.0) -> None:
         self._seconds, self._last = seconds, _clock()
@@ -53,7 +53,7 @@ def progress(what: str, total: int | None, done: int = 0, unit: str = "B") -> It
 
 
 def _amount(n: float, unit: str) -> str:
-    """12.3 MB, 4.56 G tokens."""
+    """Returns 12.3 MB, 4.56 G tokens."""
     for scale, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if n >= scale:
             return f"{n / scale:.3g} {letter}{'' if unit == 'B' else ' '}{unit}"

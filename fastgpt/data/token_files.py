@@ -40,7 +40,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Scan:
-    """What reading every byte of a file showed, and the file's state at that time."""
+    """Result of reading every byte of a file, and the file's state at that time."""
 
     size: int
     mtime_ns: int
@@ -101,7 +101,7 @@ class TokenFile:
             )
 
     def scan(self, advance: Callable[[int], object] = lambda n: None) -> Scan:
-        """Read the whole file: sha256 of its bytes, the largest of its ids."""
+        """Reads the whole file: sha256 of its bytes, the largest of its ids."""
         with reading(self.path, "cannot be read"):
             self._file.seek(0)
             digest, max_id = hashlib.sha256(self._file.read(self.offset)), 0
@@ -112,14 +112,14 @@ class TokenFile:
         return Scan(self.status[0], self.status[1], digest.hexdigest(), max_id)
 
     def entry(self) -> dict[str, Any]:
-        """Its line in `dataset.json`."""
+        """Returns its entry in `dataset.json`."""
         scan, name = self.scan(), self.path.name
         own = dict(file=name, tokens=self.count, bytes=scan.size)
         return dict(**own, sha256=scan.sha256, max_id=scan.max_id)
 
 
 def header(count: int, dtype: np.dtype) -> bytes:
-    """The 1,024 bytes before the ids."""
+    """Returns the 1,024 bytes before the ids."""
     version = next(v for v, d in DTYPES.items() if d == dtype)
     head = np.zeros(256, "<i4")
     head[:3] = MAGIC, version, count
@@ -127,7 +127,7 @@ def header(count: int, dtype: np.dtype) -> bytes:
 
 
 def is_token_file(path: Path) -> bool:
-    """Whether `path` is to be read as ids: with the header, or named *.bin as nanoGPT's are."""
+    """Returns True for a file of ids: with the header, or named *.bin as nanoGPT's are."""
     if path.suffix == ".bin":
         return True
     with reading(path, "cannot be read"), open_regular(path) as f:
@@ -135,7 +135,7 @@ def is_token_file(path: Path) -> bool:
 
 
 class TokenWriter:
-    """Streams ids into `<prefix>_000000.bin`, `<prefix>_000001.bin`, ... of at most SHARD_TOKENS.
+    """A stream of ids into `<prefix>_000000.bin`, ... of at most SHARD_TOKENS each.
 
     `shards` lists those that are complete and on disk, in the form of `dataset.json`. Use as a
     context manager, which finishes the last one.
@@ -148,7 +148,7 @@ class TokenWriter:
         self._count = 0
 
     def write(self, ids: np.ndarray) -> None:
-        """Append (n,) ids."""
+        """Appends (n,) ids."""
         ids = np.ascontiguousarray(ids, self.dtype)
         while len(ids):
             if self._file is None:
@@ -182,7 +182,7 @@ class TokenWriter:
 
 
 def scan_all(files: list[TokenFile], folder: Path) -> list[Scan]:
-    """`scan` of each file in `folder`; files whose size and mtime are as remembered are not read.
+    """Scans the files in `folder`, except those whose size and mtime are as remembered.
 
     Remembered in `.fastgpt_scan.json` there or, if the folder is read-only, in the user's cache.
     """
@@ -210,7 +210,7 @@ def _scan_paths(folder: Path) -> tuple[Path, Path]:
 
 
 def load_scans(folder: Path) -> dict[str, Scan]:
-    """Remembered scans by file name; none if there are none or they cannot be read."""
+    """Returns remembered scans by file name, none if they cannot be read."""
     for path in _scan_paths(folder):
         with contextlib.suppress(UserError), reading(path, "is damaged"):
             return {name: Scan(**entry) for name, entry in json.loads(read_text(path)).items()}
@@ -218,7 +218,7 @@ def load_scans(folder: Path) -> dict[str, Scan]:
 
 
 def save_scans(folder: Path, scans: dict[str, Scan]) -> None:
-    """Remember `scans` for the next start, if there is anywhere to write."""
+    """Remembers `scans` for the next start, if there is anywhere to write."""
     text = json.dumps({name: asdict(found) for name, found in scans.items()}, indent=1)
     for path in _scan_paths(folder):
         with contextlib.suppress(OSError, UserError):
@@ -238,18 +238,18 @@ class TokenSplit:
         self._first = self._ends - counts
 
     def __len__(self) -> int:
-        """Number of tokens."""
+        """Returns the number of tokens."""
         return int(self._ends[-1])
 
     def _start_ends(self, block_size: int) -> np.ndarray:
         return np.cumsum(np.maximum(self._ends - self._first - block_size, 0))
 
     def n_starts(self, block_size: int) -> int:
-        """Number of positions at which a window of block_size + 1 tokens may start."""
+        """Returns at how many positions a window of block_size + 1 tokens may start."""
         return int(self._start_ends(block_size)[-1])
 
     def positions(self, index: np.ndarray, block_size: int) -> np.ndarray:
-        """int64 positions of the admissible starts number `index` (each in 0 .. n_starts - 1)."""
+        """Returns int64 positions of the starts number `index` (each in 0 .. n_starts - 1)."""
         ends = self._start_ends(block_size)
         shard = np.searchsorted(ends, index, side="right")
         return self._first[shard] + index - np.append(0, ends)[shard]
@@ -270,7 +270,7 @@ class TokenSplit:
             )
 
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """(n, length) tokens, of the files' dtype, from the n positions `starts` on."""
+        """Returns (n, length) tokens, of the files' dtype, from the n positions `starts` on."""
         shard = np.searchsorted(self._ends[:-1], starts, side="right")
         if (starts < 0).any() or (starts + length > self._ends[shard]).any():
             raise IndexError(f"windows of {length} tokens do not fit at all of these positions")
@@ -305,20 +305,20 @@ class Dataset:
 
 
 def has_tokens(folder: Path) -> bool:
-    """Whether `folder` looks like a dataset (it may still be broken)."""
+    """Returns True if `folder` looks like a dataset (it may still be broken)."""
     if not folder.is_dir():
         return False
     return any(p.name == DATASET_JSON or _SPLIT_NAME.fullmatch(p.name) for p in folder.iterdir())
 
 
 def open_dataset(folder: Path) -> Dataset:
-    """Open `folder` and check it: lengths, both splits, every id below the vocabulary's size.
+    """Opens `folder` and checks it: lengths, both splits, every id below the vocabulary's size.
 
     Three kinds are read: what `fastgpt prepare` writes (`dataset.json` beside headered files),
     nanoGPT's `train.bin` and `val.bin` (with or without `meta.pkl`), and the headered shards of
     llm.c and modded-nanogpt (`*_train_*.bin`, `*_val_*.bin`). Each file is read whole once, and
     again when its size or time of change differs; prepared data must then have the sha256 of
-    `dataset.json`. UserError, one line that names the file, for whatever cannot be trained on.
+    `dataset.json`. Raises UserError, which names the file, if it cannot be trained on.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -371,7 +371,7 @@ def _read_json(folder: Path) -> dict[str, Any] | None:
 def _listing(
     folder: Path, info: dict[str, Any] | None
 ) -> list[tuple[str, str, dict[str, Any] | None]]:
-    """(split, name, entry of `dataset.json` if there is one) of each file, train first."""
+    """Lists (split, name, entry of `dataset.json` or None) of each file, train first."""
     if info:
         splits = info["splits"]
         found = [(s, entry["file"], entry) for s in ("train", "val") for entry in splits[s]]
@@ -392,7 +392,7 @@ def _listing(
 
 
 def _vocabulary(folder: Path, info: dict[str, Any] | None) -> tuple[int, Tokenizer | None]:
-    """(size, tokenizer) of the folder's own, or GPT-2's size as nanoGPT assumes it."""
+    """Returns (size, tokenizer) of the folder, or GPT-2's size as nanoGPT assumes it."""
     if (folder / JSON_NAME).exists():
         tokenizer = load_tokenizer(folder)
         if info and info["tokenizer"]["fingerprint"] != tokenizer.fingerprint:

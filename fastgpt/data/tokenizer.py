@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, characters, GPT-2's BPE, or a BPE trained on your text.
+"""Tokenizers: bytes, characters, GPT-2's BPE, or a BPE trained on your text.
 
 A tokenizer saves itself as `tokenizer.json`, plus `tokenizer.tiktoken` (one `base64 rank` line per
 token) if it has merges, so that a dataset or run folder decodes without network. nanoGPT's
@@ -47,7 +47,7 @@ _GPT2_FIRST = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 
 class Tokenizer(ABC):
-    """Token ids are 0 .. vocab_size - 1; `eot` ends a document (None: this tokenizer has none)."""
+    """A map of text to ids in 0 .. vocab_size - 1; `eot` ends a document (None: has none)."""
 
     name: str
     vocab_size: int
@@ -61,15 +61,15 @@ class Tokenizer(ABC):
 
     @property
     def dtype(self) -> np.dtype:
-        """uint16 if every id fits, else uint32."""
+        """Returns uint16 if every id fits, else uint32."""
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
     def encode(self, text: str) -> np.ndarray:
-        """(n,) ids of `dtype`. Text that looks like a special token is encoded as plain text."""
+        """Returns (n,) ids of `dtype`. What looks like a special token is encoded as plain text."""
         return self._encode(text).astype(self.dtype, copy=False)
 
     def decode_bytes(self, ids: Iterable[int] | np.ndarray) -> bytes:
-        """The bytes that `ids` stand for. ValueError for an id outside the vocabulary."""
+        """Returns the bytes of `ids`. Raises ValueError for an id outside the vocabulary."""
         array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), dtype=np.int64)
         wrong = array[(array < 0) | (array >= self.vocab_size)]
         if wrong.size:
@@ -77,21 +77,21 @@ class Tokenizer(ABC):
         return self._decode(array)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """Text of `ids`; bytes that are no UTF-8 (a character cut in two) become U+FFFD."""
+        """Returns the text of `ids`; bytes that are no UTF-8 (half a character) become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hex sha256 of all that decides which ids a text gets."""
+        """Returns the hex sha256 of all that decides which ids a text gets."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """The content of `tokenizer.json`."""
+        """Returns the content of `tokenizer.json`."""
         own = dict(name=self.name, vocab_size=self.vocab_size, eot=self.eot)
         return {"format": "fastgpt-tokenizer", "version": 1, **own}
 
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json` (and `tokenizer.tiktoken`) into `folder`."""
+        """Writes `tokenizer.json` (and `tokenizer.tiktoken`) into `folder`."""
         write_text(Path(folder) / JSON_NAME, json.dumps(self.to_json(), indent=1) + "\n")
 
 
@@ -144,7 +144,7 @@ _LONG_RUN = re.compile(f"[{_SPACE}]{{{_LONG},}}")
 
 
 def _split_long_runs(text: str) -> list[str]:
-    """Cut runs of thousands of whitespace characters out of `text`; the tokens stay the same.
+    """Splits off runs of thousands of whitespace characters; the tokens stay the same.
 
     tiktoken's regular expressions overflow their stack on a run of about a million. A run of n
     before other text always splits into n - 1, which is one match, and the last one.
@@ -171,7 +171,7 @@ class BPETokenizer(Tokenizer):
 
     @property
     def _tiktoken(self) -> tiktoken.Encoding:
-        """This thread's own: threads that share one queue for its regular expression's memory."""
+        """Returns this thread's own; threads that share one queue for its regex's memory."""
         if not hasattr(self._of_thread, "encoding"):
             self._of_thread.encoding = tiktoken.Encoding(
                 self.name,
@@ -202,7 +202,7 @@ class BPETokenizer(Tokenizer):
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer that `save` wrote into `folder`. UserError if it is missing or damaged."""
+    """Returns the tokenizer that `save` wrote into `folder`. Raises UserError if damaged."""
     path, ranks = Path(folder) / JSON_NAME, Path(folder) / RANKS_NAME
     with reading(path, "is damaged: prepare the data again"):
         spec = json.loads(read_text(path))
@@ -219,7 +219,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def parse_spec(spec: str) -> tuple[str, int]:
-    """('byte' | 'char' | 'gpt2' | 'bpe', N): N is 0 but for `bpe:N`. UserError for others."""
+    """Returns ('byte' | 'char' | 'gpt2' | 'bpe', N); N is 0 but for `bpe:N`."""
     if (match := re.fullmatch(r"byte|char|gpt2|bpe(?::([0-9]{1,9}))?", spec)) is None:
         known = "byte, char, gpt2, or bpe:N with N the vocabulary's size"
         raise UserError(f"--tokenizer={spec}: choose {known}")
@@ -236,7 +236,7 @@ def make_tokenizer(
     cache: Path | None = None,
     download: bool = False,
 ) -> Tokenizer:
-    """The tokenizer that `spec` names.
+    """Returns the tokenizer that `spec` names.
 
     `texts` is read for `char` (its characters) and `bpe:N` (to train; pieces that `prepare.cut`
     makes of a text give the counts of the whole). `vocab_file` is a rank file for `gpt2`,
@@ -268,7 +268,7 @@ def make_tokenizer(
 
 
 def _gpt2_ranks(vocab_file: str, cache: Path | None, download: bool) -> dict[bytes, int]:
-    """GPT-2's 50,256 ranks, verified; `make_tokenizer` says where they are looked for."""
+    """Returns GPT-2's 50,256 ranks, verified, from where `make_tokenizer` says."""
     own = cache / GPT2_NAME if cache else None
     files = [path for path in (own, _tiktoken_cache(GPT2_URL)) if path and path.is_file()]
     first = [_tiktoken_cache(_GPT2_FIRST + name) for name in ("vocab.bpe", "encoder.json")]
@@ -299,10 +299,10 @@ def _tiktoken_cache(url: str) -> Path:
 
 
 def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
-    """Train size - 257 merges on `texts`; the last id is left for end-of-text.
+    """Trains size - 257 merges on `texts`; the last id is left for end-of-text.
 
     Ties between equally frequent pairs go to the smaller pair of ids, so the result depends on
-    the texts alone. UserError when rustbpe is not installed or the texts hold too few pairs.
+    the texts alone. Raises UserError when rustbpe is not installed or the texts hold too few pairs.
     """
     try:
         import rustbpe
@@ -320,13 +320,13 @@ def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
 
 
 def dump_ranks(ranks: dict[bytes, int]) -> bytes:
-    """A tiktoken rank file: `base64(token) rank` lines by rank."""
+    """Returns a tiktoken rank file: `base64(token) rank` lines by rank."""
     by_rank = sorted(ranks.items(), key=lambda item: item[1])
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in by_rank)
 
 
 def parse_ranks(data: bytes, where: Path | str) -> dict[bytes, int]:
-    """Ranks in a rank file's bytes. UserError unless they are 0 .. n-1 and have all 256 bytes."""
+    """Returns a rank file's ranks. Raises UserError unless they are 0 .. n-1 with all bytes."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), 1):
         if not line.strip():
@@ -344,7 +344,7 @@ def parse_ranks(data: bytes, where: Path | str) -> dict[bytes, int]:
 
 
 def read_ranks(path: Path | str) -> dict[bytes, int]:
-    """The ranks of a rank file."""
+    """Returns the ranks of a rank file."""
     with reading(path, "is damaged"):
         return parse_ranks(read_bytes(path, limit=1 << 28), path)
 
@@ -370,7 +370,7 @@ class _NoGlobals(pickle.Unpickler):
 
 
 def read_meta_pkl(path: Path) -> tuple[int, Tokenizer | None]:
-    """(vocab_size, character tokenizer if `itos` is one). UserError unless it is plain."""
+    """Returns (vocab_size, tokenizer if `itos` is one). Raises UserError unless it is plain."""
     with reading(path, "cannot be read"):
         data = read_bytes(path, limit=_META_BYTES)
     try:

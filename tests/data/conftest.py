@@ -32,7 +32,7 @@ Größe, naïve façade, 世界、こんにちは。 Привет, мир! 🙂�
 
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
-    """Settings for a fresh data folder; nothing is remembered outside of it."""
+    """Returns settings for a fresh data folder; nothing is remembered outside of it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
     base = PrepareConfig(data_dir=str(tmp_path / "data"), workers=1)
@@ -41,14 +41,14 @@ def settings(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def ranks() -> dict[bytes, int]:
-    """A vocabulary of 511 tokens, trained here."""
+    """Returns a vocabulary of 511 tokens, trained here."""
     pytest.importorskip("rustbpe")
     return train_ranks([TEXT * 3, Path(tokenizer.__file__).read_text()], 512)
 
 
 @pytest.fixture
 def as_gpt2(ranks, monkeypatch, tmp_path) -> Path:
-    """A rank file that counts as GPT-2's own for this test."""
+    """Writes a rank file that counts as GPT-2's own for this test."""
     data = dump_ranks(ranks)
     monkeypatch.setattr(tokenizer, "GPT2_SHA256", hashlib.sha256(data).hexdigest())
     path = tmp_path / "small.tiktoken"
@@ -57,7 +57,7 @@ def as_gpt2(ranks, monkeypatch, tmp_path) -> Path:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `files` by path; one that is a function answers by itself.
+    """A web server of `files` by path; one that is a function answers by itself.
 
     `faults` holds, per request, what goes wrong: how many bytes are sent, or a status.
     """
@@ -120,14 +120,14 @@ def server(monkeypatch):
 
 
 def python(code: str, *args: str, env: dict[str, str] | None = None) -> subprocess.Popen:
-    """Start `code` in a Python of its own that finds fastgpt."""
+    """Starts `code` in a Python of its own that finds fastgpt."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
     pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen([sys.executable, "-c", code, *args], env=env, **pipes)
 
 
 def tree(folder: Path, files: dict[str, str | bytes]) -> Path:
-    """Write `files` by their names below `folder`."""
+    """Writes `files` by their names below `folder`."""
     for name, text in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,6 +136,6 @@ def tree(folder: Path, files: dict[str, str | bytes]) -> Path:
 
 
 def texts_of(ds: Dataset) -> list[str]:
-    """The texts of the train and the val split."""
+    """Returns the texts of the train and the val split."""
     parts = (split.gather(np.array([0]), len(split))[0] for split in (ds.train, ds.val))
     return [ds.tokenizer.decode(ids) for ids in parts if ds.tokenizer]
