@@ -152,18 +152,23 @@ def _training(args: list[str]) -> tuple[Config, str]:
     positional, flags = settings.split_flags(args)
     if len(positional) > 1:
         raise UserError(f"{' '.join(positional)}: one preset or file is wanted")
+    auto = flags.get("init_from") == "auto"
+    if auto:
+        del flags["init_from"]
     settings.apply_flags(Config(), flags)  # names and values first: the preset may ask PyTorch
     source = positional[0] if positional else None
+    if flags.get("init_from") != "resume":
+        if source is None:
+            source = presets.default_name()
+            print(f"preset {source}: {PRESETS[source].about}")
+        config, name = presets.load(source)
+        if auto:
+            flags |= run.continuation(settings.apply_flags(config, flags))
     if flags.get("init_from") == "resume":
         run_dir = run.find(flags.get("out_dir", ""))
         if source is not None:
             print(f"resume: settings come from {run_dir / 'config.toml'}, not from {source}")
         config, name = run.load_config(run_dir), run_dir.name
-    else:
-        if source is None:
-            source = presets.default_name()
-            print(f"preset {source}: {PRESETS[source].about}")
-        config, name = presets.load(source)
     config = settings.apply_flags(config, flags)
     settings.check(config)
     return config, name

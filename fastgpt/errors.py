@@ -49,6 +49,12 @@ class SharedError(UserError):
     """A UserError that all ranks raise together; rank 0 prints it."""
 
 
+class Finished(SharedError):
+    """A run that has nothing left to do."""
+
+    code = 0
+
+
 class RanksDiffer(SharedError):
     """Settings, data or versions that are not the same on all ranks."""
 

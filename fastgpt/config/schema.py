@@ -54,7 +54,8 @@ class RunConfig:
     init_from: Literal["scratch", "resume"] | Pretrained = flag(
         "scratch",
         "scratch: new weights; resume: go on from the newest checkpoint of --out_dir or of the "
-        "newest run; gpt2, ...: OpenAI's weights, downloaded once; weights: those of --weights.",
+        "newest run; auto: resume if --out_dir has a checkpoint; gpt2, ...: OpenAI's weights, "
+        "downloaded once; weights: those of --weights.",
     )
     checkpoint: str = flag(
         "latest", "With --init_from=resume: latest, best, or a folder's name under checkpoints/."

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from fastgpt.config import settings
 from fastgpt.config.schema import Config
-from fastgpt.errors import UserError, read_bytes
+from fastgpt.errors import Finished, UserError, read_bytes
 from fastgpt.storage import atomic, checkpoint
 from fastgpt.storage.atomic import Held, explain_os_error, fsync_dir, remove, sealed, unsealed
 
@@ -137,6 +137,38 @@ def save_config(run_dir: Path, config: Config, launch: Sequence[str] = ()) -> Id
     atomic.write_text(run_dir / IDENTITY, sealed(text))
     atomic.write_text(run_dir / "config.toml", own.config)
     return own
+
+
+# Settings that a run resolves, and those of this host.
+_RESOLVED = {"vocab_size", "batch_size", "auto_batch_size", "gradient_accumulation_steps"}
+_RESOLVED |= {"lr_decay_iters", "data_dir", "vocab_file", "workers"}
+
+
+def continuation(config: Config) -> dict[str, str]:
+    """Returns flags for --init_from=auto: those that resume the run in --out_dir, or begin it anew.
+
+    A run without a checkpoint is begun anew. Raises UserError if another run stands there, and
+    Finished if this one has all its steps.
+    """
+    if not config.run.out_dir:
+        raise UserError("--init_from=auto: which run? name its folder with --out_dir")
+    run_dir = Path(config.run.out_dir)
+    if not _has_state(run_dir) and identity(run_dir) is None:
+        return {}
+    stored = load_config(find(config.run.out_dir), say=lambda line: None)
+    # Weights to start from have the model's shape.
+    sections = ("data", "optim") + ("model",) * (config.run.init_from == "scratch")
+    own = {n for n, leaf in settings.leaves(Config).items() if leaf.section in sections}
+    for name, was, now in settings.differences(stored, config):
+        if name in own - _RESOLVED | {"seed"}:
+            raise UserError(
+                f"--out_dir={run_dir}: another run stands there, with {name}={was} instead of "
+                f"{now}; name another folder"
+            )
+    saved = checkpoint.names(run_dir)
+    if saved and int(saved[0][5:]) >= config.run.max_iters:
+        raise Finished(f"{run_dir}: finished at step {int(saved[0][5:])}")
+    return {"init_from": "resume"} if saved else {"overwrite": "True"}
 
 
 # --- a folder of one's own ------------------------------------------------------------------------

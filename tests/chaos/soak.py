@@ -58,7 +58,7 @@ def main() -> int:
     alone = start(home / "alone", "train", *settings, "--out_dir=run")
     run_dir = home / "killed" / "run"
     kills: dict[str, int] = {}
-    args = ["train", *settings, "--out_dir=run"]
+    args = ["train", *settings, "--out_dir=run", "--init_from=auto"]
     while True:
         process = start(home / "killed", *args)
         number = rng.choice(SIGNALS)
@@ -76,10 +76,6 @@ def main() -> int:
         # Ended after its last save a run is whole: a resume would have nothing left to do.
         if code == 0 or checkpoint.pointer(run_dir, "latest") == checkpoint.name_of(asked.steps):
             break
-        if checkpoint.names(run_dir):
-            args = ["train", "--init_from=resume", "--out_dir=run"]
-        else:
-            args = ["train", *settings, "--out_dir=run", "--overwrite=True"]
     if alone.wait() != 0:
         print((home / "alone" / "log.txt").read_text()[-2000:])
         return 1

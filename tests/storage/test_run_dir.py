@@ -12,7 +12,7 @@ import pytest
 
 from fastgpt.config import settings
 from fastgpt.config.schema import Config
-from fastgpt.errors import UserError
+from fastgpt.errors import Finished, UserError
 from fastgpt.storage import checkpoint
 from fastgpt.storage import run_dir as run
 from fastgpt.storage.atomic import unsealed
@@ -123,6 +123,28 @@ def test_a_run_is_not_overwritten_unasked():
     said = pytest.raises(UserError, match="without a checkpoint to go on from; start anew with")
     with said, run.begin("new", "x", False):
         pass
+
+
+def test_one_command_for_a_run_and_its_continuation():
+    """Of a folder of other files, the beginning of a run says what is wrong."""
+    config = settings.replace(Config(), out_dir="out", vocab_size=0)
+    begun = {"overwrite": "True"}
+    for make_ready, wanted in (
+        (lambda: Path("out").mkdir(), {}),
+        (lambda: run.save_config(Path("out"), settings.replace(config, vocab_size=65)), begun),
+        (lambda: Path("out/metrics.jsonl").write_text("x"), begun),
+        (lambda: save(Path("out"), 7), {"init_from": "resume"}),
+    ):
+        make_ready()
+        assert run.continuation(config) == wanted
+    for name, value in (("seed", 2), ("n_layer", 3), ("learning_rate", 1.0), ("input", "x")):
+        with pytest.raises(UserError, match=f"another run stands there, with {name}="):
+            run.continuation(settings.replace(config, **{name: value}))
+    assert run.continuation(settings.replace(config, init_from="gpt2", n_layer=3)) == wanted
+    with pytest.raises(Finished, match="out: finished at step 7"):
+        run.continuation(settings.replace(config, max_iters=7))
+    with pytest.raises(UserError, match="which run. name its folder with --out_dir"):
+        run.continuation(Config())
 
 
 def test_an_overwrite_takes_effect_with_the_first_checkpoint():

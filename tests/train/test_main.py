@@ -329,6 +329,27 @@ def test_epochs_and_bfloat16_and_accumulation_resume_exactly(tmp_path: Path, tex
     assert runs.tensor_files(tmp_path / "a") == runs.tensor_files(tmp_path / "b")
 
 
+@pytest.mark.slow
+def test_one_command_begins_a_run_and_goes_on_with_it(tmp_path: Path, text: str):
+    """--init_from=auto, through kills before and after the first checkpoint, as by Slurm."""
+    args = (*TINY, text, "--max_iters=400", "--eval_interval=200", "--out_dir=out")
+    args += ("--warmup_iters=0", "--init_from=auto")
+    for number, code, saves in ((signal.SIGKILL, -9, False), (signal.SIGTERM, 143, True)):
+        command = Command(tmp_path, "train", *args)
+        command.wait_until(lambda c=command: "iter 5:" in c.output)
+        command.kill(number)
+        assert command.wait() == code and bool(checkpoint.names(tmp_path / "out")) == saves
+    said = fastgpt(tmp_path, "train", *args)
+    assert "resuming from out/checkpoints/step_0000" in said
+    fastgpt(tmp_path, "train", *args[:-1], "--out_dir=straight")
+    files = runs.tensor_files(tmp_path / "straight")
+    assert fastgpt(tmp_path, "train", *args) == "fastgpt: out: finished at step 400\n"
+    said = fastgpt(tmp_path, "train", *args, "--learning_rate=1e-4", code=2)
+    assert "another run stands there, with learning_rate=0.001 instead of 0.0001" in said
+    assert runs.tensor_files(tmp_path / "out") == files
+    assert "resuming" in fastgpt(tmp_path, "train", *args, "--max_iters=401")
+
+
 def test_a_rank_that_runs_other_ops_is_named(capsys):
     plain = (Selected("attention", "triton", "fused kernels"), Selected("mlp", "eager", "no TMA"))
     slow = Selected("attention", "eager", "triton: does not answer within 60 s")
