@@ -26,7 +26,7 @@ Make = Callable[[Any], Function]  # of what lies at a library's path, with the o
 
 def of(op: OpSpec, gpu: bool) -> tuple[dict[str, Function], dict[str, str]]:
     """Returns the baselines of an op that can run here, with versions, and why others cannot."""
-    found, skipped = {f"torch.compile {torch.__version__}": torch.compile(op.eager)}, {}
+    found, skipped = {f"torch.compile {torch.__version__}": torch.compile(op.reference)}, {}
     for name, (path, make) in BASELINES.get(op.name, {}).items():
         package = path.partition(".")[0]
         if importlib.util.find_spec(package) is None:

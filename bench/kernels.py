@@ -224,7 +224,7 @@ def neighbours(config: Config) -> Iterator[Config]:
 
 def sweep(case: Case, rounds: int) -> Iterator[Row]:
     """Yields a row for each config tried; prints the entries to paste into the tables."""
-    arch, functions = arch_on(case.device), {"eager": case.op.eager, OWN: case.op.triton}
+    arch, functions = arch_on(case.device), {"eager": case.op.reference, OWN: case.op.triton}
     run = case.calls(case.op.triton, "both")
     for place, table, spy in lookups(lambda: run()(), arch):
         key, start = spy.used[0], spy[spy.used[0]]

@@ -36,7 +36,7 @@ def test_kernel(benchmark: Any, run: str, who: str) -> None:
     functions, skipped = case.functions()
     if who in skipped:
         pytest.skip(skipped[who])
-    judged = case.judge({"eager": op.eager, who: functions[who]})
+    judged = case.judge({"eager": op.reference, who: functions[who]})
     assert judged[who]["problem"] == "", "a wrong result gets no time"
     make = case.calls(functions[who], kind)
     benchmark.group = f"{op.name} {kind}, {case.label}"

@@ -27,7 +27,7 @@ from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.train import optim
 from fastgpt.train.trainer import Trainer
 from fastgpt_kernels.launch import arch_on
-from fastgpt_kernels.registry import specs
+from fastgpt_kernels.registry import model_specs
 
 EAGER = {"kernels": "eager", "compile": False}
 KERNELS = {"kernels": "triton", "compile": False}
@@ -91,7 +91,7 @@ def swaps(texts: Sequence[str], gpu: bool, config: Config, vocab_size: int) -> l
         if text != "each":
             wanted.append(text)
             continue
-        for op in specs("model"):
+        for op in model_specs():
             able = [n for n in op.implementations if not op.unsupported_reason(n, *here)]
             wanted += [f"op.{op.name}={n}" for n in able if n != ("triton" if gpu else "eager")]
     return [base, *(base.swapped(text.split(","), text) for text in wanted)]

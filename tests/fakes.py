@@ -14,13 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.model.kernels import Kernels, Selected
 from fastgpt_kernels import launch
-from fastgpt_kernels.registry import specs
+from fastgpt_kernels.registry import model_specs
 
 
 def fused_table(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     """The Triton ops, made to believe that they are on a GPU."""
     monkeypatch.setattr(launch, "use_kernel", lambda x: True)
-    functions = {op.name: op.triton for op in specs("model")}
+    functions = {op.name: op.triton for op in model_specs()}
     choices = tuple(Selected(op, "triton", "fake") for op in functions)
     return Kernels(functions, choices)
 

@@ -26,7 +26,7 @@ _context.set_forkserver_preload(
         "torch.nn.parallel",
         "matplotlib.figure",
         "matplotlib.backends.backend_agg",
-        *dict.fromkeys(op.path for op in OPS.values()),
+        *dict.fromkeys(f"fastgpt_kernels.{op.module}" for op in OPS.values()),
     ]
 )
 

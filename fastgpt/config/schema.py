@@ -166,7 +166,7 @@ def _op_config() -> type:
     """Returns the section with a setting for each op that has a flag: --op.NAME."""
     settings = []
     for name, op in OPS.items():
-        if op.chosen_by == "model":
+        if op.flag:
             kind = Literal[("auto", *op.choices)]  # type: ignore[valid-type]
             settings.append((name, kind, flag("auto", op.about)))
     return make_dataclass("OpConfig", settings, frozen=True)

@@ -26,7 +26,7 @@ from fastgpt_kernels import versions
 from fastgpt_kernels.launch import arch_on
 from fastgpt_kernels.library import tag_compile_caches
 from fastgpt_kernels.progress import EVERY_S, progress
-from fastgpt_kernels.registry import OpSpec, Sizes, specs
+from fastgpt_kernels.registry import OpSpec, Sizes, model_specs
 
 CHECKED_ON = ("cuda",)  # types of devices; Triton's interpreter is not worth the time
 
@@ -91,7 +91,7 @@ def select(
     Raises UserError if a flag asks for an implementation that cannot run here.
     """
     sizes, options = sizes or Sizes(), options or KernelOptions()
-    ops = specs("model")
+    ops = model_specs()
     faster = {}
     if device.type == "cuda" and options.kernels == "auto":
         from fastgpt_kernels.tune import tuned

@@ -2,9 +2,9 @@
 
     from fastgpt_kernels import attention, layer_norm, cross_entropy
 
-This is the table of what the package exports. It imports neither PyTorch nor Triton: a function is
-loaded with its module when it is first asked for. On a CPU tensor, and if Triton is not installed,
-it runs its reference in `fastgpt_kernels.reference`; the latter is said once, by a warning.
+This is the table of the ops. It imports neither PyTorch nor Triton: a function is loaded with its
+module on first use. On a CPU tensor, and without Triton, it runs its reference, the function of the
+same name in `fastgpt_kernels.reference`. A warning says once that Triton is not installed.
 """
 
 # ruff: noqa: F401 - what is imported for type checkers is exported by __getattr__
@@ -28,45 +28,43 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """An op: the module with its public function and spec, and its line in `--help`.
+class Op:
+    """One line of the table of ops.
 
-    `chosen_by`: ops of the "model" have a flag with these `choices`, besides auto; "" are those for
-    other people's models.
+    module   defines the function, which has the op's name, and `SPECS` (see registry.py)
+    about    the help text of the flag `--op.NAME`
+    choices  implementations that the flag takes besides auto
+    flag     False for an op that fastgpt's model does not call
     """
 
     module: str
     about: str
-    chosen_by: str = "model"
     choices: tuple[str, ...] = ("triton", "eager")
-
-    @property
-    def path(self) -> str:
-        return f"fastgpt_kernels.{self.module}"
+    flag: bool = True
 
 
-OPS: dict[str, Entry] = {
-    "attention": Entry(
+OPS: dict[str, Op] = {
+    "attention": Op(
         "attention",
         "Causal self-attention; hopper is for sm_90; cudnn, flash and math are PyTorch's own, fa3 "
         "and fa4 FlashAttention's packages.",
         choices=("triton", "eager", "cudnn", "flash", "math", "hopper", "fa3", "fa4"),
     ),
-    "layer_norm": Entry("layer_norm", "The first norm."),
-    "add_layer_norm": Entry("layer_norm", "Residual addition and the norm behind it."),
-    "bias_gelu": Entry("bias_gelu", "The MLP's bias and GELU."),
-    "linear_cross_entropy": Entry("linear_cross_entropy", "The head and the loss."),
-    "cross_entropy": Entry("cross_entropy", "The loss alone, of logits.", chosen_by=""),
+    "layer_norm": Op("layer_norm", "The first norm."),
+    "add_layer_norm": Op("layer_norm", "Residual addition and the norm behind it."),
+    "bias_gelu": Op("bias_gelu", "The MLP's bias and GELU."),
+    "linear_cross_entropy": Op("linear_cross_entropy", "The head and the loss."),
+    "cross_entropy": Op("cross_entropy", "The loss alone, of logits.", flag=False),
 }
-_PATHS = {name: op.path for name, op in OPS.items()} | {"tune": "fastgpt_kernels.tune"}
-__all__ = [*_PATHS]
+_MODULES = {name: op.module for name, op in OPS.items()} | {"tune": "tune"}
+__all__ = [*_MODULES]
 
 
 class _Package(ModuleType):
     """This package, in which a function's name is no module, also after its module was imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        is_module = name in _PATHS and isinstance(value, ModuleType)
+        is_module = name in _MODULES and isinstance(value, ModuleType)
         super().__setattr__(name, getattr(value, name) if is_module else value)
 
 
@@ -74,9 +72,9 @@ sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PATHS:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    function = getattr(importlib.import_module(_PATHS[name]), name)
+    function = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = function
     if not importlib.import_module("fastgpt_kernels.launch").HAS_TRITON:
         _warn_without_triton()

@@ -334,28 +334,22 @@ scaled = define_op(
 
 
 class _InPlace(torch.autograd.Function):
-    """The losses by row, or their sum or mean; in eager mode their gradient replaces the logits.
+    """The sum or mean of the losses in eager mode, whose gradient replaces the logits.
 
-    A sum's or mean's is computed with the loss, and the backward pass only multiplies it by the
-    upstream number. Others are computed in the backward pass, which reads the logits again: there
-    the upstream gradient comes in before rounding.
+    It is computed with the loss, for an upstream gradient of 1. The backward pass multiplies it.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int, vocab_size: int,
-        reduction: str,
-    ) -> Tensor:  # fmt: skip
-        ctx.options, ctx.reduction, ctx.spent = (ignore_index, vocab_size), reduction, False
-        if reduction == "none":
-            ctx.save_for_backward(logits, targets)
-            return _losses(logits, targets, *ctx.options)
+        ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int, vocab_size: int, mean: bool
+    ) -> Tensor:
         losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-        count = targets.ne(ignore_index).sum() if reduction == "mean" else None
+        count = targets.ne(ignore_index).sum() if mean else None
         rows = _rows(logits)
         gradient = _place_for_gradient(logits, rows)
-        launch_cross_entropy(rows, targets, *ctx.options, losses, gradient, count)
+        launch_cross_entropy(rows, targets, ignore_index, vocab_size, losses, gradient, count)
         ctx.save_for_backward(gradient)
+        ctx.spent = False
         total = losses.sum()
         return total if count is None else total / count
 
@@ -369,15 +363,9 @@ class _InPlace(torch.autograd.Function):
                 "the logits; call cross_entropy(logits.clone(), ...) to keep them"
             )
         ctx.spent = True
-        if ctx.reduction == "none":
-            logits, targets = ctx.saved_tensors
-            rows = _rows(logits)
-            gradient = _place_for_gradient(logits, rows)
-            launch_cross_entropy(rows, targets, *ctx.options, gradient=gradient, scale=dloss)
-        else:
-            (gradient,) = ctx.saved_tensors
-            launch_scale(gradient, dloss, gradient)
-            torch.autograd.graph.increment_version(gradient)
+        (gradient,) = ctx.saved_tensors
+        launch_scale(gradient, dloss, gradient)
+        torch.autograd.graph.increment_version(gradient)
         return gradient, None, None, None, None
 
 
@@ -440,11 +428,11 @@ def cross_entropy(
     whose own ignore_index is -100 unless given: here it is -1, and -100 is out of range. A target
     outside [0, vocab_size) raises on the CPU; on a GPU its row is NaN, loss and gradient.
 
-    In eager mode logits that an op computed are overwritten by their gradient (with reduction
-    "none" or in fp16, in the backward): do not read them afterwards, and pass `logits.clone()`
-    if another op needs them. Leaves, and logits that need no gradient, are left alone. One
-    backward only. Scaling the loss (gradient accumulation) costs a pass over the gradient: scale
-    the parameters' gradients instead, or use `linear_cross_entropy`, which is free of this.
+    In eager mode a sum's or mean's gradient, in bf16 and fp32, overwrites logits that an op
+    computed: do not read them afterwards, and pass `logits.clone()` if another op needs them.
+    Leaves, and logits that need no gradient, are left alone. One backward only. A scaled loss
+    (gradient accumulation) costs a pass over the gradient: scale the parameters' gradients instead,
+    or use `linear_cross_entropy`, which is free of this.
 
     Wrong shapes and values raise ValueError, wrong types and dtypes TypeError.
     """
@@ -462,14 +450,10 @@ def cross_entropy(
     logits, targets = logits.reshape(targets.numel(), logits.shape[-1]), targets.reshape(-1)
     # fp16 cannot hold gradients divided by the number of rows before a loss scale is applied.
     early = reduction != "none" and logits.dtype != torch.float16
-    if torch.is_grad_enabled() and logits.requires_grad and plain_eager(logits, targets):
-        losses = _InPlace.apply(
-            logits, targets.contiguous(), ignore_index, vocab_size, reduction if early else "none"
-        )
-    else:
-        losses, early = _op(logits, targets, ignore_index, vocab_size), False
-    if early:
-        return losses
+    if early and torch.is_grad_enabled() and logits.requires_grad and plain_eager(logits, targets):
+        targets, mean = targets.contiguous(), reduction == "mean"
+        return _InPlace.apply(logits, targets, ignore_index, vocab_size, mean)
+    losses = _op(logits, targets, ignore_index, vocab_size)
     if reduction == "none":
         return losses.view(shape)
     total = losses.sum()

@@ -73,6 +73,18 @@ def attention_dropout_bits(seed: Tensor, heads: int, T: int) -> Tensor:
     return bits.reshape(heads, groups_m * 16, groups_n * 32)[:, :T, :T]
 
 
+@triton.jit
+def keep_norm(seed, rows, column, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] of `norm_dropout_mask` at rows [ROWS, 1], from a multiple of 8 columns on.
+
+    The eight entries of a call are neighbours, which one thread has in 16-bit tiles.
+    """
+    groups = column // 8 + tl.arange(0, COLUMNS // 8)[None, :]
+    a, b, c, d = tl.philox(seed, groups, rows, 0, 1, n_rounds=7)
+    words = tl.join(tl.join(a, c), tl.join(b, d))  # [ROWS, COLUMNS / 8, 2, 2]: a, b, c, d
+    return tl.join(words & 0xFFFF, words >> 16).reshape(ROWS, COLUMNS) >= threshold
+
+
 def norm_dropout_mask(seed: Tensor, M: int, C: int, dropout_p: float) -> Tensor:
     """Returns (M, C) bool, True where `add_layer_norm` keeps an entry of x, seen as M rows.
 

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from fastgpt_kernels import launch, partial_sums, reference
 from fastgpt_kernels.checks import check_dropout, check_tensor, refuse_interpreted_bf16
+from fastgpt_kernels.dropout import dropout_threshold, keep_norm, seed_tensor
 from fastgpt_kernels.launch import Config, Table, contiguous, lookup, row_view, tl, triton
 from fastgpt_kernels.library import define_op, tensors_only
 from fastgpt_kernels.partial_sums import COUNTERS, add_partials_at_last
-from fastgpt_kernels.reference import dropout_threshold
 from fastgpt_kernels.registry import ExampleInputs, OpSpec, Random, Sizes, implementations, traffic
 
 MAX_WIDTH = 8192  # a row, and in the backward pass dweight and dbias, have to fit in registers
@@ -100,18 +100,6 @@ def _load_rows(ptr, stride, rows, row_mask, columns, C: tl.constexpr, TILE: tl.c
 
 
 @triton.jit
-def _kept(seed, rows, i: tl.constexpr, threshold, ROWS: tl.constexpr, TILE: tl.constexpr):
-    """[ROWS, TILE] bool: which entries of tile i survive dropout, by `reference.norm_dropout_mask`.
-
-    A Philox call is for eight neighbours, which one thread has in 16-bit tiles.
-    """
-    groups = i * (TILE // 8) + tl.arange(0, TILE // 8)[None, :]
-    a, b, c, d = tl.philox(seed, groups, rows, 0, 1, n_rounds=7)
-    words = tl.join(tl.join(a, c), tl.join(b, d))  # [ROWS, TILE / 8, 2, 2]: a, b, c, d
-    return tl.join(words & 0xFFFF, words >> 16).reshape(ROWS, TILE) >= threshold
-
-
-@triton.jit
 def layer_norm_fwd_kernel(
     x_ptr,  # (M, C), rows x_stride apart
     residual_ptr,  # (M, C), rows residual_stride apart, or None
@@ -149,7 +137,7 @@ def layer_norm_fwd_kernel(
                 own = columns + i * TILE
                 s += tl.load(x_bias_ptr + own, mask=own < C, other=0.0).to(tl.float32)
             if seed_ptr is not None:
-                s = tl.where(_kept(seed, rows, i, threshold, ROWS, TILE), s * scale, 0.0)
+                s = tl.where(keep_norm(seed, rows, i * TILE, threshold, ROWS, TILE), s * scale, 0.0)
             if residual_ptr is not None:
                 rounded = (s + residuals[i].to(tl.float32)).to(sum_ptr.dtype.element_ty)
                 mask = _within(row_mask, columns, i, C, TILE)
@@ -250,7 +238,9 @@ def layer_norm_bwd_kernel(
             if seed_ptr is not None:
                 rounded = dx.to(d_residual_ptr.dtype.element_ty)
                 tl.store(d_residual_ptr + out + i * TILE, rounded, mask=mask)
-                dx = tl.where(_kept(seed, rows, i, threshold, ROWS, TILE), dx * scale, 0.0)
+                dx = tl.where(
+                    keep_norm(seed, rows, i * TILE, threshold, ROWS, TILE), dx * scale, 0.0
+                )
             tl.store(dx_ptr + out + i * TILE, dx.to(dx_ptr.dtype.element_ty), mask=mask)
             if dx_bias_ptr is not None:
                 new_dx_bias = new_dx_bias + (dx_bias[i] + dx,)
@@ -310,7 +300,7 @@ def _forward(
                 0 if residuals is None else residuals.stride(0), M, eps,
                 *dropout_threshold(dropout_p), C, TILE, ROWS, STEPS, COUNTERS, **config.options,
             )  # fmt: skip
-    return tensors_only(y, residual_out, stats)  # type: ignore[return-value]
+    return tensors_only(y, residual_out, stats)
 
 
 def _backward(
@@ -334,7 +324,7 @@ def _backward(
         for t in sums:
             if t is not None:
                 t.zero_()
-        return tensors_only(ds, d_residual, *sums)  # type: ignore[return-value]
+        return tensors_only(ds, d_residual, *sums)
     residuals = None if d_residual_out is None else row_view(d_residual_out)
     arch = launch.arch_of(s)
     config = lookup(BACKWARD if x_bias is None else BACKWARD_X_BIAS, arch, C)
@@ -357,7 +347,7 @@ def _backward(
             *dropout_threshold(dropout_p), C, TILE, ROWS, stages,
             partial_sums.sum_columns(config.num_warps), **config.options, **registers,
         )  # fmt: skip
-    return tensors_only(ds, d_residual, *sums)  # type: ignore[return-value]
+    return tensors_only(ds, d_residual, *sums)
 
 
 # --- Registration -----------------------------------------------------------------------------
@@ -438,7 +428,7 @@ def add_layer_norm(
     One pass; residual_out is rounded once. x and residual (..., C) are of one dtype, which both
     results have. x_bias (C,) in any dtype is the bias of the linear layer that x comes from: its
     gradient is summed up where dx is written. dropout_p and seed are as in `attention`; the mask
-    depends on seed, row and column alone, as specified by `reference.norm_dropout_mask`. The
+    depends on seed, row and column alone, as specified by `dropout.norm_dropout_mask`. The
     backward pass adds the gradients of y and residual_out in the same kernel. Without dropout, x
     and residual get the same tensor as their gradient. All else is as in `layer_norm`.
     """
@@ -450,7 +440,7 @@ def add_layer_norm(
         return reference.add_layer_norm(
             x, residual, weight, bias, x_bias, eps, dropout_p=dropout_p, seed=seed
         )
-    seed = reference.seed_tensor(seed, x.device) if dropout_p > 0 else None
+    seed = seed_tensor(seed, x.device) if dropout_p > 0 else None
     return _op(x, residual, weight, bias, x_bias, eps, dropout_p, seed)[:2]
 
 

@@ -1,8 +1,8 @@
-"""The specification: every op of this package in plain PyTorch, on any device and in any dtype.
+"""Every op of this package in plain PyTorch, on any device and in any dtype.
 
-In float64 these are the oracle of the tests; on a CPU tensor the public ops run them. They are
-written to be read. Statistics, exponentials and losses are computed in float32 or better, results
-come back in the dtype of the input, and autograd gives the gradients.
+These functions are the specification: in float64 they are the oracle of the tests. They are also
+the eager implementation, and what the public ops run on a CPU tensor. Results have the dtype of the
+input, and autograd gives the gradients. Without a seed PyTorch's generator draws the dropout masks.
 """
 
 from __future__ import annotations
@@ -21,21 +21,12 @@ from fastgpt_kernels.dropout import (
 )
 
 
-def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float32, or float64 if any of the inputs is."""
-    dtype = torch.float32
-    for t in tensors:
-        if t is not None:
-            dtype = torch.promote_types(dtype, t.dtype)
-    return dtype
-
-
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Returns (x - mean) / sqrt(var + eps) * weight + bias over the last dimension, in x's dtype.
 
     x (..., C), weight (C,), bias (C,) or None. The variance is the biased one (Ba et al., 2016).
     """
-    dtype = torch.promote_types(x.dtype, weight.dtype)
+    dtype = max(weight.dtype, x.dtype, key=lambda dtype: dtype.itemsize)
     bias = None if bias is None else bias.to(dtype)
     return F.layer_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), bias, eps).to(x.dtype)
 
@@ -85,7 +76,8 @@ def cross_entropy(
     like targets, with 0 for ignored rows.
     """
     z = logits[..., :vocab_size]
-    z = z.reshape(targets.numel(), z.shape[-1]).to(torch.promote_types(z.dtype, torch.float32))
+    dtype = z.dtype if z.dtype == torch.float64 else torch.float32
+    z = z.reshape(targets.numel(), z.shape[-1]).to(dtype)
     loss = F.cross_entropy(z, targets.reshape(-1), ignore_index=ignore_index, reduction=reduction)
     return loss.view(targets.shape) if reduction == "none" else loss
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt_kernels import OPS, launch, reference, versions
+from fastgpt_kernels import OPS, launch, versions
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,7 @@ class OpSpec:
     category         the part of a training step: attention, head, memory or optimizer
     label            its name within that category, in traces
     calls_per_step   how many times a training step of GPT-2 124M, 12 layers, calls it
-    few_tokens       how many tokens the self-check takes; 0: as many as the run
-    run              (function, example) -> all that has to agree between implementations
+    few_tokens       how many tokens the self-check takes
     """
 
     name: str
@@ -186,20 +185,15 @@ class OpSpec:
     label: str = ""
     calls_per_step: int = 0
     few_tokens: int = 4096
-    run: Callable[[Callable[..., Any], ExampleInputs], list[Tensor]] = differentiate
 
     @property
-    def eager(self) -> Callable[..., Any]:
+    def reference(self) -> Callable[..., Any]:
+        """The specification and the eager implementation."""
         return self.implementations["eager"].function
 
     @property
     def triton(self) -> Callable[..., Any]:
         return self.implementations["triton"].function
-
-    @property
-    def reference(self) -> Callable[..., Any]:
-        """The specification: the function in `reference`, or eager if there is none."""
-        return getattr(reference, self.name, self.eager)
 
     def unsupported_reason(
         self, implementation: str, arch: str, dtype: torch.dtype, sizes: Sizes
@@ -221,14 +215,13 @@ class OpSpec:
 
 def spec(name: str) -> OpSpec:
     """Returns an op's spec; loads its module."""
-    return importlib.import_module(OPS[name].path).SPECS[name]
+    return importlib.import_module(f"fastgpt_kernels.{OPS[name].module}").SPECS[name]
 
 
-def spec_of(registered: str) -> OpSpec:
-    """Returns the spec that a registered op belongs to: attention for `attention_backward`."""
-    return spec(max((name for name in OPS if registered.startswith(name)), key=len))
+def specs() -> list[OpSpec]:
+    return [spec(name) for name in OPS]
 
 
-def specs(chosen_by: str | None = None) -> list[OpSpec]:
-    """Returns all specs, or those of the ops that one part of the program chooses."""
-    return [spec(n) for n, e in OPS.items() if chosen_by is None or e.chosen_by == chosen_by]
+def model_specs() -> list[OpSpec]:
+    """Returns the specs of the ops that fastgpt's model calls."""
+    return [spec(name) for name, op in OPS.items() if op.flag]

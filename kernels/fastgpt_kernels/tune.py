@@ -24,7 +24,7 @@ from fastgpt_kernels import OPS, cache
 from fastgpt_kernels.launch import arch_on
 from fastgpt_kernels.library import tag_compile_caches
 from fastgpt_kernels.progress import describe_error, print_line, progress
-from fastgpt_kernels.registry import ExampleInputs, OpSpec, Sizes, normal, spec, specs
+from fastgpt_kernels.registry import ExampleInputs, OpSpec, Sizes, model_specs, normal, spec
 from fastgpt_kernels.self_check import Check, failures
 from fastgpt_kernels.worker import TaskFailed, Worker
 
@@ -47,7 +47,7 @@ def tuned(
         return {}
     kept = cache.load("tune", cache.environment(device))
     found = {}
-    for op in specs("model"):
+    for op in model_specs():
         match kept.get(_question(Check.of(op.name, "", device, dtype, sizes), compile)):
             case {"implementation": str(name), "reason": str(reason)} if name in op.implementations:
                 found[op.name] = name, reason
@@ -63,7 +63,7 @@ def tune_model(
     timer: Timer | None = None,
 ) -> None:
     """Measures and keeps the fastest implementation of each op of a model, with a line per op."""
-    for op in specs("model"):
+    for op in model_specs():
         check = Check.of(op.name, "", device, dtype, sizes)
         with progress(f"tuning {op.name}", say):
             name, reason, figures = _fastest(op, check, compile, timer or in_child)

@@ -101,7 +101,7 @@ def test_copies_are_shown_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     function, (q, k, v) = baselines.alone("flash", case.x, 2)
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     torch.testing.assert_close(function(q, k, v), y)
-    whole_op = case.op.eager(case.x, 2)
+    whole_op = case.op.reference(case.x, 2)
     torch.testing.assert_close(y.transpose(1, 2).flatten(2), whole_op)
 
 
@@ -114,7 +114,7 @@ def test_other_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
 
     case = attention_case()
     torch.testing.assert_close(
-        baselines.flash_attention(attend)(case.x, 2), case.op.eager(case.x, 2)
+        baselines.flash_attention(attend)(case.x, 2), case.op.reference(case.x, 2)
     )
 
     class Liger:
@@ -125,7 +125,7 @@ def test_other_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
             return F.cross_entropy(x @ weight.T, targets, **self.options)
 
     loss = Case.of(spec("linear_cross_entropy"), Sizes(2, 16, 2, 16, 90, 128), CPU, torch.float32)
-    functions = {"eager": loss.op.eager, "Liger": baselines.liger_linear_loss(Liger)}
+    functions = {"eager": loss.op.reference, "Liger": baselines.liger_linear_loss(Liger)}
     functions["wrong"] = baselines.of_weights(lambda x, w, t: F.cross_entropy(x @ w.T, t))
     functions["absent"] = baselines.late("no_such_module.function", lambda f: f)
     if hasattr(F, "linear_cross_entropy"):

@@ -261,11 +261,10 @@ def test_gradient_takes_the_place_of_the_logits(
     logits, targets = leaf * 1, torch.arange(4, device=device)
     before = logits.detach().clone()
     loss = cross_entropy(logits, targets, reduction=reduction)
-    in_backward = reduction == "none" or dtype == torch.float16
-    assert torch.equal(logits.detach(), before) == in_backward
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
-    assert gradient.data_ptr() == logits.data_ptr()
-    assert torch.equal(gradient, logits.detach())
+    functional = reduction == "none" or dtype == torch.float16
+    assert torch.equal(logits.detach(), before) == functional
+    assert (gradient.data_ptr() == logits.data_ptr()) == (not functional)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -285,18 +284,17 @@ def test_what_is_left_alone(reduction: str, device: torch.device, small_tiles: N
         assert torch.equal(logits, before)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_misuse_is_an_error(reduction: str, device: torch.device, small_tiles: None) -> None:
     targets = torch.arange(4, device=device)
     leaf = torch.randn(4, 150, device=device, requires_grad=True)
-    loss = cross_entropy(leaf * 1, targets, reduction=reduction).sum()
+    loss = cross_entropy(leaf * 1, targets, reduction=reduction)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="cross_entropy: a second backward"):
         loss.backward()
-    if reduction != "none":
-        logits = torch.tanh(leaf)  # saves its output for its backward
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            cross_entropy(logits, targets, reduction=reduction).backward()
+    logits = torch.tanh(leaf)  # saves its output for its backward
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        cross_entropy(logits, targets, reduction=reduction).backward()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every example of kernels/README.md runs as it stands, and every op has one."""
+"""Every example of kernels/README.md runs as it stands, and every op of the model has one."""
 
 import re
 from pathlib import Path
@@ -11,9 +11,9 @@ README = (Path(__file__).parents[2] / "kernels" / "README.md").read_text()
 SETUP, *EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_every_op_has_an_example() -> None:
+def test_every_op_of_the_model_has_an_example() -> None:
     called = "\n".join(EXAMPLES)
-    for name in fastgpt_kernels.__all__:
+    for name in (name for name, op in fastgpt_kernels.OPS.items() if op.flag):
         assert re.search(rf"\b{name}\(", called), f"no example calls {name}"
         assert re.search(rf"^\| `{name}`", README, flags=re.MULTILINE), f"no row for {name}"
 

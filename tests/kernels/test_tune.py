@@ -12,7 +12,7 @@ import torch
 
 import fastgpt_kernels
 from fastgpt_kernels import cache
-from fastgpt_kernels.registry import Sizes, spec, specs
+from fastgpt_kernels.registry import Sizes, model_specs, spec
 from fastgpt_kernels.self_check import Check
 from fastgpt_kernels.worker import TaskFailed
 
@@ -20,7 +20,7 @@ tune = importlib.import_module("fastgpt_kernels.tune")  # the function has the s
 GPU, CPU, BF16 = torch.device("cuda", 1), torch.device("cpu"), torch.bfloat16
 SIZES = Sizes(2, 64, 2, 64, 300, 384)
 SMALL = replace(SIZES, batch_size=1, block_size=16)
-MODEL = [op.name for op in specs("model")]
+MODEL = [op.name for op in model_specs()]
 
 
 @pytest.fixture(autouse=True)

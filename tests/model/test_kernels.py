@@ -17,7 +17,7 @@ from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.model.kernels import KernelOptions, Kernels, Selected, describe, select
 from fastgpt_kernels import OPS, launch, self_check, versions
-from fastgpt_kernels.registry import Sizes, differentiate, spec, specs
+from fastgpt_kernels.registry import Sizes, differentiate, model_specs, spec
 from fastgpt_kernels.self_check import Check
 from tests.fakes import interpreted
 
@@ -56,7 +56,7 @@ def test_every_op_has_its_spec_and_the_implementations_that_flags_name():
 
 def test_every_op_has_a_reason():
     found = select(CPU)
-    assert [s.op for s in found.selected] == [op.name for op in specs("model")]
+    assert [s.op for s in found.selected] == [op.name for op in model_specs()]
     assert all(s.implementation == "eager" and s.reason for s in found.selected)
     assert all(callable(getattr(found, s.op)) for s in found.selected)
     assert describe(found.selected).startswith("eager (no GPU): attention, ")
@@ -99,7 +99,7 @@ def test_only_the_op_that_fails_its_check_falls_back(gpu):
     assert "bias_gelu" in eager and not eager & {"attention", "layer_norm", "add_layer_norm"}
     kernels_ = select(GPU)
     assert kernels_.uses_triton("layer_norm") and not kernels_.uses_triton("bias_gelu")
-    assert kernels_.bias_gelu is spec("bias_gelu").eager
+    assert kernels_.bias_gelu is spec("bias_gelu").reference
     assert kernels_.layer_norm is spec("layer_norm").triton
     with pytest.raises(UserError, match="--kernels=triton: is off by 0.1 here"):
         selected(KernelOptions("triton"), device=GPU)
@@ -190,7 +190,7 @@ def test_a_model_is_made_for_the_sizes_of_its_config(monkeypatch):
 
 def watched(op, seen):
     """Returns eager, noting what a call compiles to: dtypes, widths and options."""
-    eager = spec(op).eager
+    eager = spec(op).reference
 
     def of(name, x):
         if not isinstance(x, Tensor):
@@ -220,7 +220,7 @@ def test_what_is_checked_is_what_the_model_calls(shape, dropout, dtype):
     """In training and evaluation, with fused norms or not: each call is checked, and no other."""
     called: dict[str, set] = {}
     checked: dict[str, set] = {}
-    names = [op.name for op in specs("model")]
+    names = [op.name for op in model_specs()]
     functions = {name: watched(name, called) for name in names}
     ids = torch.randint(300, (3, 41))
     triton = Selected("attention", "triton", ""), Selected("add_layer_norm", "triton", "")

@@ -13,14 +13,14 @@ import triton  # noqa: F401 - before the ops, which define no kernels without it
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.model.kernels import Kernels, Selected
 from fastgpt_kernels import compile_check
-from fastgpt_kernels.registry import Sizes, specs
+from fastgpt_kernels.registry import Sizes, model_specs, specs
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def train_and_evaluate(sizes: Sizes, implementation: str) -> None:
     """Runs a model of two layers on meta tensors, as the trainer and the evaluation run it."""
-    ops = {op.name: op for op in specs("model")}
+    ops = {op.name: op for op in model_specs()}
     chosen = {
         n: implementation if implementation in op.implementations else "triton"
         for n, op in ops.items()
