@@ -59,13 +59,13 @@ class Plan:
 
 def prepare(cfg: PrepareConfig) -> Path:
     """Makes the dataset that `cfg` describes unless it is there and whole. Returns its folder."""
-    folder = _ready_made(cfg)
+    folder, there = _ready_made(cfg), True
     if folder is None:
         plan = _plan(cfg)
         folder, there = _locate(plan)
-        if not there or cfg.overwrite or not _whole(folder):
-            return _make(plan, network=True)
-    print(f"{open_dataset(folder).describe()}: already there", flush=True)
+        there = there and not cfg.overwrite and _whole(folder)
+        folder = folder if there else _make(plan, network=True)
+    print(open_dataset(folder).describe() + ": already there" * there, flush=True)
     return folder
 
 
@@ -273,7 +273,6 @@ def _make(plan: Plan, *, network: bool) -> Path:
                 replace_folder(partial, folder)
     except OSError as e:
         raise explain_os_error(e, folder) from e
-    print(open_dataset(folder).describe(), flush=True)
     return folder
 
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastgpt import __version__
 from fastgpt.config import settings
+from fastgpt.config.presets import PRESETS
 from fastgpt.config.schema import Config, PrepareConfig
 from fastgpt.data.prepare import ensure, with_tokenizer
 from fastgpt.data.token_files import Dataset, open_dataset
@@ -98,6 +99,8 @@ class _LastingStream:
 
 def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[int, Path]:
     """Runs the training on this rank. Everything that can fail, fails before the run's folder."""
+    preset = PRESETS[name]() if name in PRESETS else config
+    changed = {key for key, *_ in settings.differences(preset, config)}
     # 1. Data, weights to start from, vocabulary.
     with ranks.raise_on_all_ranks():
         cuda_graph.check(config.system, machine)
@@ -149,7 +152,7 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
                 run.save_config(run_dir, trainer.resolved, launch)
                 if dataset.tokenizer is not None:
                     dataset.tokenizer.save(run_dir)
-        print_introduction(trainer, dataset, run_dir)
+        print_introduction(trainer, dataset, run_dir, changed)
         _warn_if_ops_differ(ranks.gather(trainer.selected))
         loop = Loop(trainer, dataset, run_dir, start)
         code = loop.run(stack)
@@ -225,14 +228,19 @@ def _vocab_size(config: Config, dataset: Dataset) -> int:
     return given or dataset.vocab_size
 
 
-def print_introduction(trainer: Trainer, dataset: Dataset, run_dir: Path) -> None:
-    """Prints the settings, the data, the model, the device, and the chosen kernels."""
+def print_introduction(
+    trainer: Trainer, dataset: Dataset, run_dir: Path, changed: Collection[str] = ()
+) -> None:
+    """Prints the settings, the data, the model, the device, and the chosen kernels.
+
+    A star marks the settings in `changed`, which are not the preset's.
+    """
     config, section = trainer.resolved, ""
     for leaf in settings.leaves(Config).values():
         if leaf.section != section:
             section = leaf.section
             print(f"\n{section + ':':8}" if section != "run" else f"{section + ':':8}", end="")
-        print(f"{leaf.name}={settings.get(config, leaf)}", end=" ")
+        print(f"{'*' * (leaf.name in changed)}{leaf.name}={settings.get(config, leaf)}", end=" ")
     machine, device = trainer.machine, trainer.device
     gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     print(f"\n\ndata {dataset.describe()}")
@@ -291,13 +299,15 @@ def print_summary(loop: Loop, dataset: Dataset, run_dir: Path) -> None:
 
 
 def _print_sample(loop: Loop, dataset: Dataset) -> None:
-    """Prints text that follows the first token of the validation data, if it can be decoded."""
+    """Prints text that follows "def ", or of other data the first token, if it can be decoded."""
     c, tokenizer = loop.config, dataset.tokenizer
     if tokenizer is None:
         return
     prompt = dataset.val.gather(np.zeros(1, dtype=np.int64), 1)[0].tolist()
+    if c.data.dataset == "python_stdlib" and not c.data.input:
+        prompt = tokenizer.encode("def ").tolist()
     sampling, n = Sampling(temperature=0.8, top_k=200), c.log.sample_tokens
-    batch = BatchGenerator(loop.trainer.model, 1, 1 + n, sampling)
+    batch = BatchGenerator(loop.trainer.model, 1, len(prompt) + n, sampling)
     ids = [*prompt, *(tokens[0] for tokens in batch.stream([prompt], n, [c.run.seed]))]
     # A model with more ids than its data, such as nanoGPT's 50,304, may draw one without a text.
     text = tokenizer.decode([i for i in ids if i < tokenizer.vocab_size])

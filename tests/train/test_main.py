@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -62,6 +63,19 @@ def test_a_run_from_nothing_to_text(tmp_path: Path, text: str):
     assert f"val loss {evals[-1]['val_loss']:.4f} at step 60" in said
     assert "--- sample" in said and "fastgpt sample --out_dir=out" in said
     assert "tokens per iteration will be: 64" in said
+    assert said.count("(byte)") == 1 and said.count("\ndata data/text-byte-") == 1
+    stars = re.findall(r"\*(\w+)=", said)
+    assert {"n_layer", "max_iters", "out_dir", "input"} <= {*stars} and "beta2" not in stars
+
+
+def test_a_run_on_pythons_library_ends_with_a_function(tmp_path: Path):
+    data = tmp_path / "data" / "python_stdlib"
+    data.mkdir(parents=True)
+    for split in ("train", "val"):
+        np.frombuffer(b"x = 1\n" * 99, np.uint8).astype(np.uint16).tofile(data / f"{split}.bin")
+    said = train(tmp_path, "--tokenizer=byte", "--max_iters=1")
+    assert "*tokenizer=byte" in said and "*dataset" not in said
+    assert re.search("^--- sample -+\ndef\\b", said, re.M)
 
 
 def test_resumed_is_bit_for_bit_the_straight_run(tmp_path: Path, text: str):
