@@ -121,7 +121,7 @@ def server(monkeypatch):
 
 def python(code: str, *args: str, env: dict[str, str] | None = None) -> subprocess.Popen:
     """Starts `code` in a Python of its own that finds fastgpt."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/kernels", **(env or {})}
     pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen([sys.executable, "-c", code, *args], env=env, **pipes)
 

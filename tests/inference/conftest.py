@@ -5,23 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from fastgpt.data.tokenizer import ByteTokenizer
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.weights import hf_tokenizer, hugging_face
 from tests import runs
+from tests.models import random_model
 from tests.process import fastgpt
-
-
-def lively(shape: ModelShape, dtype: torch.dtype = torch.float32) -> GPT:
-    """A random model whose likeliest token depends on the whole context."""
-    model = GPT(shape, dropout=0.5, dtype=dtype)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(0.0, 0.3, generator=generator)
-    return model.eval()
 
 
 def shape(bias: bool = True, gelu: str = "tanh", n_head: int = 2) -> ModelShape:
@@ -35,7 +25,7 @@ def home(tmp_path_factory) -> Path:
     path = runs.write_text(folder)
     fastgpt(folder, "train", *runs.TINY, f"--input={path}", "--tokenizer=char", "--out_dir=out")
     untrained = GPT(ModelShape(1, 2, 16, 64, 256, True)).init_weights(0)
-    talking = lively(ModelShape(2, 2, 32, 48, 128, bias=True))
+    talking = random_model(ModelShape(2, 2, 32, 48, 128, bias=True))
     for name, model in {"weights": untrained, "lively": talking}.items():
         hugging_face.write(folder / name, model.shape, model.state_dict())
         hf_tokenizer.write(folder / name, ByteTokenizer())

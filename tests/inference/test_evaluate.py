@@ -20,7 +20,8 @@ from fastgpt.data.token_files import header
 from fastgpt.inference.evaluate import Question, ending_losses, total_loss, windows
 from fastgpt.model.gpt import GPT
 from tests import runs
-from tests.inference.conftest import lively, shape
+from tests.inference.conftest import shape
+from tests.models import random_model
 from tests.process import fastgpt
 
 
@@ -55,7 +56,7 @@ def per_token(model: GPT, tokens: np.ndarray, block_size: int, stride: int) -> f
     ("n", "block_size", "stride"), [(60, 24, 12), (61, 10, 3), (7, 24, 24), (1, 8, 4)]
 )
 def test_the_sum_is_that_of_each_token_by_itself(n: int, block_size: int, stride: int):
-    model = lively(shape())
+    model = random_model(shape())
     tokens = np.random.default_rng(0).integers(0, 50, n).astype(np.uint16)
     want = per_token(model, tokens, block_size, stride)
     for batch_size in (1, 4):
@@ -65,7 +66,7 @@ def test_the_sum_is_that_of_each_token_by_itself(n: int, block_size: int, stride
 
 def test_endings_are_scored_given_their_beginning():
     """Against one forward pass an ending; a long beginning loses its first tokens."""
-    model = lively(shape())
+    model = random_model(shape())
     rng = np.random.default_rng(0)
     text = lambda n: rng.integers(0, 50, n).tolist()  # noqa: E731
     questions = [Question(text(n), [text(m) for m in (1, 4, 2, 9)], 0) for n in (1, 10, 40)]

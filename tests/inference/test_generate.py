@@ -16,7 +16,8 @@ from fastgpt import cli
 from fastgpt.data.tokenizer import ByteTokenizer
 from fastgpt.inference.generate import BatchGenerator, Sampling, TextStream, draw, uniforms
 from fastgpt.model.gpt import GPT
-from tests.inference.conftest import lively, shape
+from tests.inference.conftest import shape
+from tests.models import random_model
 from tests.process import fastgpt
 
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
@@ -114,14 +115,14 @@ def plain(model: GPT, prompt: list[int], n: int, sampling: Sampling, seed: int) 
 def test_texts_are_those_of_the_golden_file(golden, rows):
     """Made when a token's attention was computed in fp32 by hand, up to commit 104e7b5."""
     tanh = golden["gelu"] == "tanh"
-    model = lively(shape(tanh, golden["gelu"], 2 if tanh else 1))
+    model = random_model(shape(tanh, golden["gelu"], 2 if tanh else 1))
     batch = BatchGenerator(model, len(rows), 100, Sampling(**golden["sampling"]))
     want = [golden["texts"][row] for row in rows]
     assert texts_of(batch, [PROMPTS[row] for row in rows], 60, rows) == want
 
 
 def test_reduced_precision_is_that_of_the_model():
-    model = lively(shape(), dtype=torch.bfloat16)
+    model = random_model(shape(), dtype=torch.bfloat16)
     batch = BatchGenerator(model, 1, 24, GREEDY)
     logits = batch.prefill([[1, 2, 3]])
     batch.tokens.fill_(4)
@@ -135,7 +136,7 @@ def test_reduced_precision_is_that_of_the_model():
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(top_k=10)], ids=["greedy", "drawn"])
 def test_a_text_is_that_of_the_cache_free_path(sampling):
     """Prompts of many lengths in one batch, far past block_size, token by token."""
-    model = lively(shape())
+    model = random_model(shape())
     batch = BatchGenerator(model, len(PROMPTS), 100, sampling)
     want = [plain(model, prompt, 40, sampling, row) for row, prompt in enumerate(PROMPTS)]
     for value in (1e6, 0):  # nothing is read that a row did not write itself
@@ -147,7 +148,7 @@ def test_a_text_is_that_of_the_cache_free_path(sampling):
 
 @pytest.mark.parametrize("sampling", [CUT, PENALISED], ids=["plain", "penalty"])
 def test_a_row_does_not_depend_on_its_neighbours(sampling):
-    model = lively(shape()).train()
+    model = random_model(shape()).train()
     texts = texts_of(BatchGenerator(model, 7, 70, sampling), PROMPTS, 30, range(5))
     alone = [text_of(model, prompt, 30, sampling, row) for row, prompt in enumerate(PROMPTS)]
     assert texts == alone and texts[1] != text_of(model, PROMPTS[1], 30, sampling, 9)
@@ -155,7 +156,7 @@ def test_a_row_does_not_depend_on_its_neighbours(sampling):
 
 
 def test_a_stop_token_or_the_caller_ends_a_row():
-    model, batch = lively(shape()), BatchGenerator(lively(shape()), 2, 41, Sampling())
+    model, batch = random_model(shape()), BatchGenerator(random_model(shape()), 2, 41, Sampling())
     free = [text_of(model, [k], 40, Sampling(), seed=k) for k in (1, 2)]
     stop = free[0][7]
     want = [text[: text.index(stop)] if stop in text else text for text in free]
@@ -168,7 +169,7 @@ def test_a_stop_token_or_the_caller_ends_a_row():
 
 
 def test_what_does_not_fit():
-    batch = BatchGenerator(lively(shape()), 2, 10, GREEDY)
+    batch = BatchGenerator(random_model(shape()), 2, 10, GREEDY)
     for prompts in ([[1]], [[1], []], [[1]] * 3):
         with pytest.raises(ValueError, match="wanted at most 2, each of at least 1"):
             list(batch.stream(prompts, 5, [1] * max(2, len(prompts))))
@@ -180,7 +181,7 @@ def test_what_does_not_fit():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_replayed_graph_is_the_eager_step(dtype):
     for sampling in (GREEDY, PENALISED):
-        texts, model = [], lively(shape(n_head=1), dtype=dtype).cuda()
+        texts, model = [], random_model(shape(n_head=1), dtype=dtype).cuda()
         for graphed in (False, True):
             batch = BatchGenerator(model, 5, 70, sampling)
             batch.graphed = graphed

@@ -6,48 +6,17 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.model.kernels import Kernels, Selected, select
 from fastgpt_kernels.registry import spec
+from tests.models import gpt2_logits
 
 
 def shape(**changes) -> ModelShape:
     default = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 65}
     return ModelShape(**{**default, "bias": True, "gelu": "tanh", **changes})
-
-
-def gpt2_logits(w: dict[str, Tensor], s: ModelShape, idx: Tensor) -> Tensor:
-    """GPT-2 (Radford et al. 2019) with explicit softmax and masks, no shared code."""
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        y = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"{name}.weight"]
-        return y + w[f"{name}.bias"] if s.bias else y
-
-    def linear(x: Tensor, name: str) -> Tensor:
-        y = x @ w[f"{name}.weight"].T
-        return y + w[f"{name}.bias"] if s.bias else y
-
-    def gelu(x: Tensor) -> Tensor:
-        if s.gelu == "erf":
-            return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
-        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-    t, d = idx.shape[1], s.n_embd // s.n_head
-    x = w["transformer.wte.weight"][idx] + w["transformer.wpe.weight"][:t]
-    future = torch.ones(t, t, dtype=torch.bool).triu(1)
-    for i in range(s.n_layer):
-        h = f"transformer.h.{i}"
-        q, k, v = linear(norm(x, f"{h}.ln_1"), f"{h}.attn.c_attn").split(s.n_embd, dim=-1)
-        q, k, v = (a.unflatten(-1, (s.n_head, d)).transpose(1, 2) for a in (q, k, v))
-        scores = (q @ k.transpose(-1, -2) / math.sqrt(d)).masked_fill(future, -torch.inf)
-        y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(-2)
-        x = x + linear(y, f"{h}.attn.c_proj")
-        x = x + linear(gelu(linear(norm(x, f"{h}.ln_2"), f"{h}.mlp.c_fc")), f"{h}.mlp.c_proj")
-    return norm(x, "transformer.ln_f") @ w["transformer.wte.weight"][: s.vocab_size].T
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +20,12 @@ from fastgpt.data.tokenizer import (
     train_ranks,
 )
 from fastgpt.errors import UserError
-from fastgpt.weights.hf_tokenizer import byte_characters, read, split_token, write
+from fastgpt.inference.generate import BatchGenerator, Sampling
+from fastgpt.model.gpt import ModelShape
+from fastgpt.weights import hugging_face
+from fastgpt.weights.hf_tokenizer import read, write
 from tests.data.conftest import TEXT
+from tests.models import random_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -28,19 +34,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 def bpe() -> BPETokenizer:
     pytest.importorskip("rustbpe")
     return BPETokenizer("bpe:400", train_ranks([TEXT * 3], 400))
-
-
-def test_the_characters_for_bytes():
-    characters = byte_characters()
-    assert len(set(characters)) == 256 and all(c.isprintable() for c in characters)
-    assert "".join(characters[b] for b in b" a\n") == "ĠaĊ"
-
-
-def test_merges_follow_from_ranks():
-    ranks = {bytes([b]): b for b in range(256)}
-    ranks |= {b"ab": 256, b"bc": 257, b"abc": 258, b"abcabc": 259}
-    assert split_token(b"abc", ranks) == [b"ab", b"c"]
-    assert split_token(b"abcabc", ranks) == [b"abc", b"abc"]
 
 
 # A line each in twenty languages, with capitals, digits, joined and combining characters.
@@ -82,6 +75,33 @@ def tokenizer_of(kind: str, bpe: BPETokenizer) -> Tokenizer:
     return ByteTokenizer()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["byte", "bpe", "gpt2"])
+def test_ctranslate2_goes_on_with_the_same_tokens(kind: str, bpe: BPETokenizer, tmp_path: Path):
+    """Beginnings in twenty languages, each continued greedily to the end of the model's window."""
+    ctranslate2 = pytest.importorskip("ctranslate2", reason="needs pip install ctranslate2")
+    transformers = pytest.importorskip("transformers")
+    tokenizer, positions = tokenizer_of(kind, bpe), 48
+    model = random_model(ModelShape(2, 2, 32, positions, tokenizer.vocab_size, True), 0.2)
+    exported, converted = tmp_path / "exported", tmp_path / "converted"
+    write(exported, tokenizer, positions)
+    hugging_face.write(exported, model.shape, model.state_dict(), tokenizer.eot)
+    converter = [sys.executable, "-m", "ctranslate2.converters.transformers"]
+    folders = [f"--model={exported}", f"--output_dir={converted}"]
+    subprocess.run([*converter, *folders], check=True, timeout=300)
+    theirs = ctranslate2.Generator(str(converted), compute_type="float32")
+    words = transformers.AutoTokenizer.from_pretrained(exported)
+    ours = BatchGenerator(model, 1, positions, Sampling(temperature=0))
+    for line in filter(None, LANGUAGES.splitlines()):
+        ids = words(line)["input_ids"][: positions // 2]
+        new = positions - len(ids)
+        want = [row[0] for row in ours.stream([ids], new, seeds=[0])]
+        tokens = words.convert_ids_to_tokens(ids)
+        options = {"max_length": new, "include_prompt_in_result": False, "end_token": []}
+        got = theirs.generate_batch([tokens], **options)[0].sequences_ids[0]
+        assert got == want, line
+
+
 @pytest.mark.parametrize("kind", ["byte", "char", "bpe", "gpt2"])
 def test_twenty_languages_have_the_same_ids_there(kind: str, bpe: BPETokenizer, tmp_path: Path):
     transformers = pytest.importorskip("transformers")
@@ -105,13 +125,10 @@ def test_twenty_languages_have_the_same_ids_there(kind: str, bpe: BPETokenizer, 
         assert (back.name, back.eot) == (tokenizer.name, tokenizer.eot)
 
 
-def test_an_alphabet_of_several_bytes_a_character_has_no_form_there(tmp_path: Path):
-    assert write(tmp_path, CharTokenizer("aß")) == []
-    assert {p.name for p in tmp_path.iterdir()} == {"fastgpt"}
-
-
 def test_a_vocabulary_of_another_kind_is_none(bpe: BPETokenizer, tmp_path: Path):
     assert read(tmp_path) is None
+    assert write(tmp_path, CharTokenizer("aß")) == [], "characters of several bytes have no form"
+    assert {p.name for p in tmp_path.iterdir()} == {"fastgpt"}
     write(tmp_path, bpe)
     shutil.rmtree(tmp_path / "fastgpt")
     merges = (tmp_path / "merges.txt").read_text().splitlines()

@@ -70,37 +70,32 @@ def test_a_hub_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(hub, "PATIENCE_S", 30.0)
     assert "refused" in str(hub.unreachable())
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self.send_error(404)
-
-        def log_message(self, *args) -> None:
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         assert hub.unreachable() is None
 
 
 @pytest.mark.quick("eval")
-@pytest.mark.parametrize("command", ["train", "sample", "eval", "export"])
-def test_without_network_one_line_says_what_to_do(tmp_path: Path, command: str):
+@pytest.mark.parametrize(
+    ("command", "args"),
+    [
+        ("train", ["laptop", "--input=text.txt", "--device=cpu", "--out_dir=out"]),
+        ("export", ["--to=folder"]),
+        ("sample", []),
+        ("eval", []),
+    ],
+    ids=["train", "export", "sample", "eval"],
+)
+def test_without_network_one_line_says_what_to_do(command: str, args, tmp_path: Path, monkeypatch):
     pytest.importorskip("huggingface_hub")
     (tmp_path / "text.txt").write_text("some text " * 400)
-    args = {
-        "train": ["laptop", "--input=text.txt", "--device=cpu", "--out_dir=out"],
-        "export": ["--to=folder"],
-    }.get(command, [])
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     said = fastgpt(tmp_path, command, "--init_from=gpt2", *args, code=2, environment=environment)
     last = said.splitlines()[-1]
     assert last.startswith("fastgpt: --init_from=gpt2: cannot reach the hub (HF_HUB_OFFLINE")
     assert "pass --weights FOLDER" in last and "Traceback" not in said
     assert not (tmp_path / "out").exists() and not (tmp_path / "folder").exists()
-
-
-def test_without_the_package(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match="needs huggingface_hub to download"):
         hub.fetch("gpt2")

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from fastgpt.errors import UserError
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.weights import hugging_face
-from fastgpt.weights.hugging_face import Weights, expected, read, write
+from fastgpt.weights.hugging_face import expected, read, write
+from tests.models import model_with, random_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers", reason="needs transformers (extra [test])")
@@ -26,22 +27,6 @@ SHAPES = [
     ModelShape(3, 4, 32, 9, 130, False, "tanh"),
     ModelShape(2, 2, 64, 33, 257, False, "erf"),
 ]
-
-
-def random_model(shape: ModelShape) -> GPT:
-    model = GPT(shape)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(0.0, 0.2, generator=generator)
-        model.transformer.wte.weight[shape.vocab_size :] = 0.0
-    return model.eval()
-
-
-def ours_of(weights: Weights) -> GPT:
-    model = GPT(weights.shape)
-    model.load_state_dict(weights.tensors)
-    return model.eval()
 
 
 def assert_same_logits(ours: GPT, theirs) -> None:
@@ -58,7 +43,7 @@ def assert_same_logits(ours: GPT, theirs) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_export_is_what_transformers_loads(shape: ModelShape, tmp_path: Path):
-    model = random_model(shape)
+    model = random_model(shape, 0.2)
     write(tmp_path, shape, model.state_dict(), eot=3)
     theirs, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -89,8 +74,8 @@ def test_what_transformers_saves_is_read(size, activation: str, tmp_path: Path):
     theirs.save_pretrained(tmp_path / "parts", max_shard_size="5KB")
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
     for folder in ("whole", "parts"):
-        assert_same_logits(ours_of(read(tmp_path / folder)), theirs)
-    weights = read(tmp_path / "whole")
+        weights = read(tmp_path / folder)
+        assert_same_logits(model_with(weights.shape, weights.tensors), theirs)
     assert weights.shape.gelu == ("tanh" if activation == "gelu_new" else "erf")
     write(tmp_path / "again", weights.shape, weights.tensors)
     first, second = (load_file(tmp_path / f / "model.safetensors") for f in ("whole", "again"))
@@ -107,9 +92,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def change(folder: Path, **tensors) -> None:
+def change(folder: Path, tensors) -> None:
     path = folder / "model.safetensors"
-    stored = load_file(path) | {k.replace("__", "."): v for k, v in tensors.items()}
+    stored = load_file(path) | tensors
     save_file({k: v for k, v in stored.items() if v is not None}, path)
 
 
@@ -129,73 +114,57 @@ def test_openai_s_own_names_masks_and_half_precision(folder: Path, dtype):
 
 
 NAME = "transformer.h.1.mlp.c_fc.weight"
+WTE = "transformer.wte.weight"
+BIAS = "transformer.h.2.ln_1.bias"
+TENSORS = [
+    ({NAME: None}, f"{NAME} is missing, wanted shape (16, 64)"),
+    ({NAME: torch.zeros(16, 63)}, f"{NAME} has shape (16, 63), wanted (16, 64)"),
+    ({NAME: torch.zeros(64, 16)}, f"{NAME} has shape (64, 16), wanted (16, 64)"),
+    ({NAME: torch.zeros(16, 64).int()}, f"{NAME} (16, 64) is of dtype I32, wanted F32, F16"),
+    ({NAME: torch.zeros(16, 64).double()}, f"{NAME} (16, 64) is of dtype F64"),
+    ({WTE: torch.zeros(41, 16)}, f"{WTE} has shape (41, 16), wanted (40, 16)"),
+    ({BIAS: torch.zeros(16)}, f"{BIAS} (16,) is no part of a GPT-2 of 2 layers"),
+    (
+        {"lm_head.weight": torch.ones(40, 16)},
+        "lm_head.weight (40, 16) is not the embedding (40, 16): only models with tied",
+    ),
+]
+FILES = [0, 5, 200, -1, -3000, b"x" * 500, b"\x02\0\0\0\0\0\0\0[]"]
+FILES += [b"\x08\0\0\0\0\0\0\0" + b'{"a": 1}' + b"0" * 99]
+CONFIGS = [
+    ({"n_embd": 32}, f"{WTE} has shape (40, 16), wanted (40, 32)"),
+    ({"n_layer": 3}, "model.safetensors: has 2 layers, n_layer says 3"),
+    # Refused before a list of so many tensors is made, let alone the tensors.
+    ({"n_layer": 4096}, "model.safetensors: has 2 layers, n_layer says 4096"),
+    ({"n_layer": 4097}, "config.json: n_layer=4097: wanted a whole number >= 1 and <= 4,096"),
+    ({"n_layer": 10**400}, "n_layer=(a number of 1329 bits): wanted a whole number"),
+    ({"n_embd": 10**6, "n_head": 1}, "wte.weight has shape (40, 16), wanted (40, 1000000)"),
+    ({"n_layer": 1}, "transformer.h.1.attn.c_attn.bias (48,) is no part of a GPT-2 of 1"),
+    ({"n_positions": 9}, "transformer.wpe.weight has shape (8, 16), wanted (9, 16)"),
+    ({"n_head": 3}, "config.json: n_head=3: must divide n_embd=16"),
+    ({"n_head": None}, "n_head=None: wanted a whole number >= 1"),
+    ({"model_type": "llama"}, "model_type is llama, only gpt2 can be read"),
+    ({"activation_function": "relu"}, "activation_function is relu, can be gelu_new"),
+    ({"activation_function": []}, "activation_function is [], can be gelu_new"),
+    ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06, only 1e-05 can be read"),
+    ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+    ({"n_inner": 63}, "n_inner is 63, only 64 can be read"),
+]
+DAMAGED = "model.safetensors: is damaged, or no safetensors file"
+BROKEN = [("tensors", *case) for case in TENSORS] + [("config", *case) for case in CONFIGS]
+BROKEN += [("file", data, DAMAGED) for data in FILES]
 
 
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [
-        ({NAME: None}, f"{NAME} is missing, wanted shape (16, 64)"),
-        ({NAME: torch.zeros(16, 63)}, f"{NAME} has shape (16, 63), wanted (16, 64)"),
-        ({NAME: torch.zeros(64, 16)}, f"{NAME} has shape (64, 16), wanted (16, 64)"),
-        ({NAME: torch.zeros(16, 64).int()}, f"{NAME} (16, 64) is of dtype I32, wanted F32, F16"),
-        ({NAME: torch.zeros(16, 64).double()}, f"{NAME} (16, 64) is of dtype F64"),
-        (
-            {"transformer.wte.weight": torch.zeros(41, 16)},
-            "transformer.wte.weight has shape (41, 16), wanted (40, 16)",
-        ),
-        (
-            {"transformer.h.2.ln_1.bias": torch.zeros(16)},
-            "transformer.h.2.ln_1.bias (16,) is no part of a GPT-2 of 2 layers",
-        ),
-        (
-            {"lm_head.weight": torch.ones(40, 16)},
-            "lm_head.weight (40, 16) is not the embedding (40, 16): only models with tied",
-        ),
-    ],
-)
-def test_bad_tensors(folder: Path, tensors, message):
-    change(folder, **tensors)
-    with pytest.raises(UserError) as e:
-        read(folder)
-    assert message in str(e.value) and "\n" not in str(e.value)
-
-
-OTHER = [b"x" * 500, b"\x02\0\0\0\0\0\0\0[]", b"\x08\0\0\0\0\0\0\0" + b'{"a": 1}' + b"0" * 99]
-
-
-@pytest.mark.parametrize("data", [0, 5, 200, -1, -3000, *OTHER])
-def test_truncated_and_other_files(folder: Path, data: int | bytes):
-    path = folder / "model.safetensors"
-    path.write_bytes(data if isinstance(data, bytes) else path.read_bytes()[:data])
-    with pytest.raises(UserError, match="model.safetensors: is damaged, or no safetensors file"):
-        read(folder)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"n_embd": 32}, "transformer.wte.weight has shape (40, 16), wanted (40, 32)"),
-        ({"n_layer": 3}, "model.safetensors: has 2 layers, n_layer says 3"),
-        # Refused before a list of so many tensors is made, let alone the tensors.
-        ({"n_layer": 4096}, "model.safetensors: has 2 layers, n_layer says 4096"),
-        ({"n_layer": 4097}, "config.json: n_layer=4097: wanted a whole number >= 1 and <= 4,096"),
-        ({"n_layer": 10**400}, "n_layer=(a number of 1329 bits): wanted a whole number"),
-        ({"n_embd": 10**6, "n_head": 1}, "wte.weight has shape (40, 16), wanted (40, 1000000)"),
-        ({"n_layer": 1}, "transformer.h.1.attn.c_attn.bias (48,) is no part of a GPT-2 of 1"),
-        ({"n_positions": 9}, "transformer.wpe.weight has shape (8, 16), wanted (9, 16)"),
-        ({"n_head": 3}, "config.json: n_head=3: must divide n_embd=16"),
-        ({"n_head": None}, "n_head=None: wanted a whole number >= 1"),
-        ({"model_type": "llama"}, "model_type is llama, only gpt2 can be read"),
-        ({"activation_function": "relu"}, "activation_function is relu, can be gelu_new"),
-        ({"activation_function": []}, "activation_function is [], can be gelu_new"),
-        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06, only 1e-05 can be read"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
-        ({"n_inner": 63}, "n_inner is 63, only 64 can be read"),
-    ],
-)
-def test_configs_that_do_not_match(folder: Path, values, message):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+@pytest.mark.parametrize(("kind", "changes", "message"), BROKEN)
+def test_folders_that_do_not_fit(folder: Path, kind: str, changes, message: str):
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if kind == "tensors":
+        change(folder, changes)
+    elif kind == "config":
+        config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    else:
+        whole = weights.read_bytes()
+        weights.write_bytes(changes if isinstance(changes, bytes) else whole[:changes])
     with pytest.raises(UserError) as e:
         read(folder)
     assert message in str(e.value) and "\n" not in str(e.value)
@@ -211,18 +180,14 @@ def test_a_size_that_was_named_is_demanded(folder: Path, tmp_path: Path):
         read(folder / "model.safetensors", "gpt2-medium")
 
 
-def test_folders_without_weights(folder: Path):
+def test_files_that_are_missing(folder: Path):
     assert read(folder / "model.safetensors").shape == SHAPE, "with its config.json beside it"
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"has no model.safetensors \(only a pickle, which is not"):
         read(folder)
     with pytest.raises(UserError, match="--weights=nowhere: there is no such file or folder"):
         read(Path("nowhere"))
-
-
-def test_parts_that_are_missing(folder: Path):
     index = {"weight_map": {"transformer.wte.weight": "model-00001-of-00001.safetensors"}}
-    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="model-00001-of-00001.safetensors: missing, though"):
         read(folder)
@@ -231,14 +196,12 @@ def test_parts_that_are_missing(folder: Path):
         read(folder)
 
 
-@pytest.mark.parametrize(
-    ("size", "millions"),
-    [("gpt2", 124), ("gpt2-medium", 355), ("gpt2-large", 774), ("gpt2-xl", 1558)],
-)
-def test_openai_s_sizes(size: str, millions: int):
+def test_openai_s_sizes():
     """All parameters, positions too, as OpenAI counts (the paper's 117M was a slip)."""
-    shapes = expected(hugging_face.shape_of_size(size)).values()
-    assert round(sum(torch.Size(s).numel() for s in shapes) / 1e6) == millions
+    millions = {"gpt2": 124, "gpt2-medium": 355, "gpt2-large": 774, "gpt2-xl": 1558}
+    for size, want in millions.items():
+        shapes = expected(hugging_face.shape_of_size(size)).values()
+        assert round(sum(torch.Size(s).numel() for s in shapes) / 1e6) == want
 
 
 def test_a_hugging_face_model_trained_on_gets_its_biases_back(folder: Path):
@@ -247,5 +210,5 @@ def test_a_hugging_face_model_trained_on_gets_its_biases_back(folder: Path):
     model = random_model(shape)
     write(folder, shape, model.state_dict())
     assert not read(folder).shape.bias
-    change(folder, **{"transformer.h.0.ln_1.bias": torch.ones(16)})
+    change(folder, {"transformer.h.0.ln_1.bias": torch.ones(16)})
     assert read(folder).shape.bias

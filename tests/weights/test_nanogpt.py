@@ -17,10 +17,12 @@ from fastgpt.config.schema import OptimConfig
 from fastgpt.data.loader import Batches
 from fastgpt.data.token_files import open_dataset
 from fastgpt.errors import UserError
-from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.model.gpt import ModelShape
 from fastgpt.train.optim import learning_rate
 from fastgpt.weights.nanogpt import load, model_of
 from tests import runs
+from tests.fakes import Reduce
+from tests.models import gpt2_logits, model_with
 from tests.process import fastgpt
 
 ARGS = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 12, "vocab_size": 65}
@@ -35,10 +37,10 @@ CONFIG = {
 
 
 class Reference:
-    """nanoGPT's model and training step, in the plainest form: a dict of tensors under its names,
-    in its order, and AdamW over its two groups."""
+    """nanoGPT's training step: tensors under its names, in its order, AdamW over its two groups."""
 
-    def __init__(self, bias: bool, seed: int = 0):
+    def __init__(self, bias: bool):
+        self.shape = ModelShape(**ARGS, bias=bias, gelu="erf")
         C, V, T = ARGS["n_embd"], ARGS["vocab_size"], ARGS["block_size"]
         layers = {
             f"h.{i}.{name}": size
@@ -51,7 +53,7 @@ class Reference:
         sizes: dict[str, tuple[int, ...]] = {"wte.weight": (V, C), "wpe.weight": (T, C)}
         for name, size in {**layers, "ln_f": (C,)}.items():
             sizes |= {f"{name}.weight": size} | ({f"{name}.bias": size[:1]} if bias else {})
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         self.p = {
             f"transformer.{name}": torch.nn.Parameter(
                 torch.randn(size, generator=generator) * (0.1 if len(size) > 1 else 0.3)
@@ -65,38 +67,12 @@ class Reference:
         groups += [{"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95))
 
-    def logits(self, idx: torch.Tensor) -> torch.Tensor:
-        B, T = idx.shape
-        C, H = ARGS["n_embd"], ARGS["n_head"]
-
-        def norm(x: torch.Tensor, name: str) -> torch.Tensor:
-            bias = self.p.get(f"transformer.{name}.bias")
-            return F.layer_norm(x, (C,), self.p[f"transformer.{name}.weight"], bias)
-
-        def linear(x: torch.Tensor, name: str) -> torch.Tensor:
-            bias = self.p.get(f"transformer.{name}.bias")
-            return F.linear(x, self.p[f"transformer.{name}.weight"], bias)
-
-        wte, wpe = (self.p[f"transformer.{n}.weight"] for n in ("wte", "wpe"))
-        x = wte[idx] + wpe[:T]
-        for i in range(ARGS["n_layer"]):
-            qkv = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").split(C, 2)
-            q, k, v = (t.view(B, T, H, C // H).transpose(1, 2) for t in qkv)
-            scores = (q @ k.mT / (C // H) ** 0.5).masked_fill(
-                torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf
-            )
-            y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C)
-            x = x + linear(y, f"h.{i}.attn.c_proj")
-            h = F.gelu(linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc"))
-            x = x + linear(h, f"h.{i}.mlp.c_proj")
-        return norm(x, "ln_f") @ wte.T
-
     def step(self, step: int, tokens: torch.Tensor) -> float:
         """One update on (rows, T + 1) tokens; the loss before it."""
         config = OptimConfig(learning_rate=3e-2, min_lr=1e-3, warmup_iters=3, lr_decay_iters=20)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
-        logits = self.logits(tokens[:, :-1])
+        logits = gpt2_logits(self.p, self.shape, tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(self.p.values()), 1.0)
@@ -114,7 +90,7 @@ class Reference:
         return {
             "model": model,
             "optimizer": self.optimizer.state_dict(),
-            "model_args": {**ARGS, "bias": "transformer.ln_f.bias" in self.p, "dropout": 0.0},
+            "model_args": {**ARGS, "bias": self.shape.bias, "dropout": 0.0},
             "iter_num": step,
             "best_val_loss": torch.tensor(3.25),
             "config": CONFIG,
@@ -160,9 +136,18 @@ def test_a_nanogpt_run_goes_on_with_the_losses_it_would_have_had(data: Path, bia
     assert "---------------" in fastgpt(data, "sample", "--out_dir=run", *few)
 
 
+def stepped() -> Reference:
+    reference = Reference(bias=True)
+    reference.step(0, torch.zeros(2, 13, dtype=torch.int64))
+    return reference
+
+
+GOOD = stepped().checkpoint(1)
+
+
 def save(folder: Path, **changes) -> Path:
-    data = Reference(bias=True).checkpoint(0) | changes
-    torch.save({k: v for k, v in data.items() if v is not None}, folder / "ckpt.pt")
+    data = {k: v for k, v in (GOOD | changes).items() if v is not None}
+    torch.save(data, folder / "ckpt.pt")
     return folder / "ckpt.pt"
 
 
@@ -172,44 +157,41 @@ def test_logits_are_nanogpt_s(tmp_path: Path, bias: bool, T: int):
     reference = Reference(bias)
     torch.save(reference.checkpoint(0), tmp_path / "ckpt.pt")
     shape, tensors = model_of(tmp_path, load(tmp_path / "ckpt.pt"), "erf")
-    assert shape == ModelShape(**ARGS, bias=bias, gelu="erf")
-    model = GPT(shape)
-    model.load_state_dict(tensors)
+    assert shape == reference.shape
+    model = model_with(shape, tensors)
     assert not model.transformer.wte.weight[65:].any(), "rows that pad the vocabulary are zero"
     idx = torch.randint(65, (3, T), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        got, want = model(idx), reference.logits(idx)
+        got, want = model(idx), gpt2_logits(reference.p, shape, idx)
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
 def test_masks_and_no_optimizer(tmp_path: Path):
     """Older versions keep causal masks among the weights; a checkpoint may be weights only."""
-    model = Reference(bias=True).checkpoint(0)["model"]
-    model["transformer.h.0.attn.bias"] = torch.ones(1, 1, 12, 12)
-    save(tmp_path, model=model, optimizer=None, config=None, iter_num=7)
+    mask = torch.ones(1, 1, 12, 12)
+    save(
+        tmp_path,
+        model=changed(**{"transformer.h.0.attn.bias": mask}),
+        optimizer=None,
+        config=None,
+        iter_num=7,
+    )
     said = fastgpt(tmp_path, "import", "ckpt.pt", "--out_dir=run", "--gelu=tanh")
     assert "step 7" in said and "without optimizer state" in said and "tanh GELU" in said
     assert "no tokenizer found" in said
 
 
-class Hostile:
-    def __init__(self, command: str):
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
-
-
 def hostile(kind: str, folder: Path) -> Path:
     """A checkpoint that would write a file if any of it were run."""
-    evil, path = Hostile(f"touch {folder / 'ran'}"), folder / "ckpt.pt"
-    good, bad = Reference(bias=True).checkpoint(0), pickle.dumps(evil, protocol=2)
+    path = folder / "ckpt.pt"
+    evil = Reduce(os.system, (f"touch {folder / 'ran'}",))
+    bad = pickle.dumps(evil, protocol=2)
     ways = {"value": {}, "protocol 4": {"pickle_protocol": 4}}
     ways["legacy"] = {"_use_new_zipfile_serialization": False}
     if kind in ways:
-        torch.save({**good, "extra": evil}, path, **ways[kind])
+        torch.save({**GOOD, "extra": evil}, path, **ways[kind])
         return path
-    torch.save(good, path)
+    torch.save(GOOD, path)
     with zipfile.ZipFile(path) as archive:
         entries = [(e.filename, archive.read(e)) for e in archive.infolist()]
     name = next(n for n, _ in entries if n.endswith("data.pkl"))
@@ -248,7 +230,7 @@ def test_hostile_files_are_refused_and_nothing_is_run(kind: str, message: str, t
         load(path)
     assert message in str(e.value) and "nothing in it was run" in str(e.value)
     assert "\n" not in str(e.value) and not (tmp_path / "ran").exists()
-    pickle.loads(pickle.dumps(Hostile(f"touch {tmp_path / 'ran'}")))
+    pickle.loads(pickle.dumps(Reduce(os.system, (f"touch {tmp_path / 'ran'}",))))
     assert (tmp_path / "ran").exists(), "it would have been noticed"
 
 
@@ -266,12 +248,17 @@ def test_other_bad_files(tmp_path: Path):
 
 
 def changed(**tensors) -> dict:
-    model = Reference(bias=True).checkpoint(0)["model"] | tensors
-    return {k: v for k, v in model.items() if v is not None}
+    return {k: v for k, v in (GOOD["model"] | tensors).items() if v is not None}
+
+
+def optimizer(change) -> dict:
+    return {"optimizer": {**GOOD["optimizer"], **change}}
 
 
 FC = "transformer.h.1.mlp.c_fc.weight"
 WTE = "transformer.wte.weight"
+STATE = GOOD["optimizer"]["state"]
+FIRST = STATE[0]
 
 
 @pytest.mark.parametrize(
@@ -299,6 +286,22 @@ WTE = "transformer.wte.weight"
         ({"iter_num": -1}, "iter_num is -1, wanted a whole number >= 0"),
         ({"best_val_loss": torch.ones(2)}, "best_val_loss is not a number ("),
         ({"config": {**CONFIG, "learning_rate": "x"}}, "learning_rate=x: wanted a number > 0"),
+        (
+            optimizer({"state": {**STATE, 0: {**FIRST, "exp_avg": torch.zeros(66, 16)}}}),
+            f"exp_avg of {WTE} has shape (66, 16), wanted (65, 16)",
+        ),
+        (
+            optimizer({"state": {**STATE, 0: {"exp_avg": FIRST["exp_avg"]}}}),
+            f"exp_avg_sq of {WTE} is missing, wanted shape (65, 16)",
+        ),
+        (
+            optimizer({"state": {k: v for k, v in STATE.items() if k}}),
+            "its optimizer has 28 parameters and state for 27, the model has 28",
+        ),
+        (
+            optimizer({"param_groups": GOOD["optimizer"]["param_groups"][:1]}),
+            "its optimizer has 10 parameters",
+        ),
     ],
 )
 def test_checkpoints_that_do_not_fit(changes, message, tmp_path: Path):
@@ -306,28 +309,3 @@ def test_checkpoints_that_do_not_fit(changes, message, tmp_path: Path):
     said = fastgpt(tmp_path, "import", "ckpt.pt", "--out_dir=run", code=2)
     assert message in said and len(said.splitlines()) == 1
     assert not (tmp_path / "run").exists()
-
-
-def test_an_optimizer_of_another_model(tmp_path: Path):
-    reference = Reference(bias=True)
-    reference.step(0, torch.zeros(2, 13, dtype=torch.int64))
-    good = reference.checkpoint(1)["optimizer"]
-    state, first = good["state"], good["state"][0]
-    for change, message in (
-        (
-            {"state": {**state, 0: {**first, "exp_avg": torch.zeros(66, 16)}}},
-            f"exp_avg of {WTE} has shape (66, 16), wanted (65, 16)",
-        ),
-        (
-            {"state": {**state, 0: {"exp_avg": first["exp_avg"]}}},
-            f"exp_avg_sq of {WTE} is missing, wanted shape (65, 16)",
-        ),
-        (
-            {"state": {k: v for k, v in state.items() if k}},
-            "its optimizer has 28 parameters and state for 27, the model has 28",
-        ),
-        ({"param_groups": good["param_groups"][:1]}, "its optimizer has 10 parameters"),
-    ):
-        save(tmp_path, optimizer={**good, **change})
-        said = fastgpt(tmp_path, "import", "ckpt.pt", "--out_dir=run", code=2)
-        assert message in said and not (tmp_path / "run").exists(), said

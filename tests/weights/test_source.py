@@ -19,6 +19,7 @@ from fastgpt.storage.checkpoint import load
 from fastgpt.weights import hf_tokenizer, hugging_face
 from fastgpt.weights.hugging_face import read
 from tests import runs
+from tests.models import model_with
 from tests.process import fastgpt
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -60,13 +61,6 @@ def test_finetuning_begins_with_the_given_weights_and_resumes(home: Path):
     assert load(home / "again").state["model"]["block_size"] == 20
 
 
-def test_another_tokenizer_is_mentioned(home: Path):
-    data = ("--input=text.txt", "--tokenizer=char", "--device=cpu", "--peak_tflops=1")
-    args = ("laptop", "--weights=weights", "--block_size=20", *data, *FEW, "--out_dir=chars")
-    said = fastgpt(home, "train", *args)
-    assert "warning: these weights know the ids of byte, the data in data/text-char-" in said
-
-
 def test_the_recipe_is_nanogpt_s():
     c = PRESETS["finetune_shakespeare"]()
     assert c.optim.batch_size * c.optim.gradient_accumulation_steps * c.model.block_size == 32_768
@@ -82,12 +76,11 @@ def test_a_run_goes_out_and_comes_back(home: Path):
     said = fastgpt(home, "export", "--out_dir=out", "--to", "folder", "--checkpoint=latest")
     assert "exported to folder" in said and "vocab.json, merges.txt" in said
     saved = load(home / "out")
-    model = GPT(ModelShape(**saved.state["model"]))
-    model.load_state_dict(saved.model)
+    model = model_with(ModelShape(**saved.state["model"]), saved.model)
     theirs = transformers.GPT2LMHeadModel.from_pretrained(home / "folder").eval()
     ids = torch.arange(32).view(2, 16)
     with torch.no_grad():
-        torch.testing.assert_close(model.eval()(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
     # `pipeline`, as everyone calls it: the likeliest continuation is ours, character by character.
     tokenizer = transformers.AutoTokenizer.from_pretrained(home / "folder")
     assert tokenizer.model_max_length == 16
@@ -128,10 +121,7 @@ def test_a_run_goes_out_and_comes_back(home: Path):
             ["train", "laptop", "--init_from=gpt2-xl", "--weights=weights", *DATA],
             "model.safetensors: has 1 layers, n_layer says 48",
         ),
-        (
-            ["train", "laptop", "--vocab_size=100", *DATA],
-            "--vocab_size=100: the data in data/",
-        ),
+        (["train", "laptop", "--vocab_size=100", *DATA], "--vocab_size=100: the data in data/"),
         (["import"], "import: one checkpoint is wanted, 0 given"),
     ],
 )
@@ -168,9 +158,10 @@ def test_a_killed_export_is_swept_by_the_next(home: Path):
 
 @pytest.mark.slow
 def test_a_tokenizer_that_changed_is_named(home: Path):
-    """A run's own, after a flipped byte: not sampled with, and written anew by a resume."""
-    data = ("--input=text.txt", "--tokenizer=char", "--device=cpu", "--peak_tflops=1")
-    fastgpt(home, "train", *runs.TINY, *data, *FEW, "--out_dir=flip")
+    """Another than the weights'; a run's own after a flipped byte, which a resume writes anew."""
+    data = ("--weights=weights", "--block_size=20", *DATA, "--tokenizer=char")
+    said = fastgpt(home, "train", "laptop", *data, *FEW, "--out_dir=flip")
+    assert "warning: these weights know the ids of byte, the data in data/text-char-" in said
     path = home / "flip" / "tokenizer.json"
     path.write_text(path.read_text().replace("acd", "adc"))
     for command in (["sample"], ["eval"], ["export", "--to=x"]):
