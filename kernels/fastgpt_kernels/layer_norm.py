@@ -47,20 +47,17 @@ FORWARD: Table = {
 
 
 def _backward_table(entries: dict[int, tuple[int, int, int, int]]) -> Table:
-    """Returns a table of (TILE, ROWS, PROGRAMS_PER_SM, warps), on sm_90 with copies ahead.
-
-    ptxas moves the loads of the last of three tensors down to their use, and waits three times: an
-    H200 took 69 us at 768 columns, where DRAM needs 42. Copies to shared memory two iterations
-    ahead stay where they are, and on sm_90 as many programs fit an SM with them. Not timed.
-    """
-    default = {
-        C: Config({"TILE": tile, "ROWS": rows, "PROGRAMS_PER_SM": programs}, warps)
-        for C, (tile, rows, programs, warps) in entries.items()
+    """Returns a table of (TILE, ROWS, PROGRAMS_PER_SM, warps)."""
+    return {
+        "default": {
+            C: Config({"TILE": tile, "ROWS": rows, "PROGRAMS_PER_SM": programs}, warps)
+            for C, (tile, rows, programs, warps) in entries.items()
+        }
     }
-    ahead = {C: replace(c, num_stages=3) if C <= 2048 else c for C, c in default.items()}
-    return {"default": default, "sm_90": ahead}
 
 
+# 768: measured 2026-11-26, H200 (69 us; DRAM needs 42). The others: not measured. num_stages=3
+# copies rows to shared memory two iterations ahead, and is not measured either.
 BACKWARD = _backward_table({
     768: (256, 4, 3, 4), 1024: (256, 4, 2, 4), 2048: (512, 2, 2, 4), 4096: (2048, 1, 2, 8),
     8192: (4096, 1, 1, 16),
