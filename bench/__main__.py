@@ -28,12 +28,14 @@ def main(argv: list[str]) -> int:
     if name not in COMMANDS:
         print(f"bench: {name}: no such benchmark; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    import torch
+
     from fastgpt.errors import UserError
 
     try:
         return importlib.import_module(f"bench.{name}").main(rest)
-    except UserError as e:
-        print(f"bench {name}: {e}", file=sys.stderr)
+    except (UserError, torch.OutOfMemoryError) as e:
+        print(f"bench {name}: {str(e).splitlines()[0]}", file=sys.stderr)
         return 2
 
 

@@ -57,8 +57,8 @@ def keep_what_pays(rows: Sequence[Row]) -> list[str]:
     return found
 
 
-def fastest_of_each(rows: Sequence[Row]) -> list[str]:
-    """Returns what is proven to be faster than our kernels."""
+def proven_faster(rows: Sequence[Row]) -> list[str]:
+    """Returns what is proven to be faster than fastgpt's kernels."""
     faster = [r for r in rows if r.get("ratio", {}).get("verdict") == "faster"]
     return [f"{r['key']}: {results.ratio_text(r)} than {r['ratio']['to']}" for r in faster]
 
@@ -81,7 +81,7 @@ def parts(gpu: bool, peer_path: str) -> list[Part]:
         Part("step", (*step, *peer), 30, 120, keep_what_pays),
         Part("swap", (*step, "--swap=each"), 30, 120, keep_what_pays),
         Part("waterfall", ("waterfall", preset, *small, *long), 20, 60, largest_gaps),
-        Part("kernels", ("kernels", f"--rounds={20 if gpu else 6}"), 15, 90, fastest_of_each),
+        Part("kernels", ("kernels", f"--rounds={20 if gpu else 6}"), 15, 90, proven_faster),
     ]
 
 
@@ -129,7 +129,6 @@ def main(argv: list[str]) -> int:
             seconds, started = allot(chosen[i:], left), clock()
             row: Row = {"key": part.name, "problem": "", "decisions": []}
             if seconds:
-                print(f"\n=== {' '.join(part.command)}", file=log, flush=True)
                 code = run([*part.command, f"--out={out}"], seconds, log)
                 ended = {None: "stopped at its time; what it had is kept", 0: "done"}
                 row["outcome"] = ended.get(code, f"exit code {code}: see {log_path.name}")

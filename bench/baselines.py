@@ -75,31 +75,38 @@ def flash_attention(function: Function) -> Function:
 
 def of_logits(loss: Function) -> Function:
     """Returns the op from a loss of (logits, targets)."""
-    return lambda z, *, targets, vocab_size, **_: loss(z[:, :vocab_size], targets)
+    return lambda z, *, targets, vocab_size, **_: loss(
+        z[:, :vocab_size], targets, ignore_index=-1
+    )  # fmt: skip
 
 
 def of_weights(loss: Function) -> Function:
     """Returns the op from a loss of (x, weight, targets), the weight in x's dtype."""
-    return lambda x, w, *, targets, vocab_size, **_: loss(x, w[:vocab_size].to(x.dtype), targets)
+    return lambda x, w, *, targets, vocab_size, **_: loss(
+        x, w[:vocab_size].to(x.dtype), targets, ignore_index=-1
+    )  # fmt: skip
 
 
 def torch_chunks(function: Function) -> Function:
     """Returns PyTorch's own linear cross entropy, since 2.13, in chunks."""
-    options = torch.nn.LinearCrossEntropyOptions()
-    return of_weights(partial(function, **OPTIONS, options=options))
+    return of_weights(partial(function, options=torch.nn.LinearCrossEntropyOptions()))
+
+
+def liger_loss(kind: Any) -> Function:
+    loss = kind(ignore_index=-1)
+    return of_logits(lambda z, targets, ignore_index: loss(z, targets))
+
+
+def liger_linear_loss(kind: Any) -> Function:
+    loss = kind(ignore_index=-1)
+    return of_weights(lambda x, weight, targets, ignore_index: loss(weight, x, targets))
 
 
 def liger_layer_norm(function: Any) -> Function:
     return lambda x, w, b=None: function.apply(x, w, torch.zeros_like(w) if b is None else b, 1e-5)
 
 
-def liger_linear_loss(kind: Any) -> Function:
-    loss = kind(**OPTIONS)
-    return of_weights(lambda x, weight, targets: loss(weight, x, targets))
-
-
-LIGER, QUACK = "liger_kernel.transformers", "quack.linear_cross_entropy"
-OPTIONS = {"ignore_index": -1}
+LIGER = "liger_kernel.transformers"
 BASELINES: dict[str, dict[str, tuple[str, Make]]] = {
     "attention": {
         "FA3's function": ("flash_attn_interface.flash_attn_func", flash_attention),
@@ -109,18 +116,12 @@ BASELINES: dict[str, dict[str, tuple[str, Make]]] = {
         "Liger": ("liger_kernel.ops.layer_norm.LigerLayerNormFunction", liger_layer_norm),
     },
     "cross_entropy": {
-        "QuACK": (
-            "quack.cross_entropy.cross_entropy",
-            lambda f: of_logits(partial(f, **OPTIONS)),
-        ),
-        "Liger": (f"{LIGER}.LigerCrossEntropyLoss", lambda kind: of_logits(kind(**OPTIONS))),
+        "QuACK": ("quack.cross_entropy.cross_entropy", of_logits),
+        "Liger": (f"{LIGER}.LigerCrossEntropyLoss", liger_loss),
     },
     "linear_cross_entropy": {
         "torch, chunks": ("torch.nn.functional.linear_cross_entropy", torch_chunks),
-        "QuACK": (
-            f"{QUACK}.chunked_linear_cross_entropy",
-            lambda f: of_weights(partial(f, **OPTIONS)),
-        ),
+        "QuACK": ("quack.linear_cross_entropy.chunked_linear_cross_entropy", of_weights),
         "Liger": (f"{LIGER}.LigerFusedLinearCrossEntropyLoss", liger_linear_loss),
     },
 }

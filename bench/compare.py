@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench import processes, results, setup, step
-from bench.stats import ratio_of_medians
 from bench.variants import choose
 from fastgpt.errors import UserError
 
@@ -67,6 +66,4 @@ def main(argv: list[str]) -> int:
     result.end(args.out)
     if any(row["problem"] for row in result.rows):
         return 2
-    r = ratio_of_medians(found[1].samples, found[0].samples)
-    print(f"{args.new} / {args.old}: {r}")
-    return 1 if r.verdict == "slower" else 0
+    return 1 if result.rows[1]["ratio"]["verdict"] == "slower" else 0

@@ -96,16 +96,10 @@ class Runs:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
         environment |= {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", FIT, json.dumps([self.preset, asked])]
+        options: Any = {"env": environment, "timeout": self.limit_s}
         with log.open("w") as out, power.Meter(self.gpu) as meter:
             try:
-                subprocess.run(
-                    command,
-                    env=environment,
-                    stdout=out,
-                    stderr=out,
-                    timeout=self.limit_s,
-                    check=True,
-                )
+                subprocess.run(command, check=True, **options, stdout=out, stderr=out)
             except subprocess.TimeoutExpired:
                 raise RuntimeError(f"took over {self.limit_s:g} s") from None
             except subprocess.CalledProcessError:
@@ -194,7 +188,7 @@ def main(argv: list[str]) -> int:
     except ValueError as e:
         raise UserError(f"--rates and --target: {e}") from None
     given = settings.to_dict(settings.apply_flags(Config(), flags))
-    shared = {"max_iters": steps, "lr_decay_iters": steps, "eval_interval": max(1, steps // 10)}
+    shared = {"max_iters": steps, "eval_interval": max(1, steps // 10)}
     shared |= {"eval_iters": 50 if gpu else 5, "sample_tokens": 0, "warmup_iters": steps // 20}
     shared |= {key: given[key] for key in flags}
     kept = {"target": args.target, "seeds": args.seeds, "flags": flags, "rates": {}}

@@ -118,7 +118,8 @@ def measure(case: Case, rounds: int, roof: Mapping[str, float]) -> list[Row]:
     """Returns one row per function and pass, fastest first."""
     functions, skipped = case.functions()
     rows, judged = list[Row](), case.judge(functions)
-    sound = {n: (f, ()) for n, f in functions.items() if not judged[n]["problem"]}
+    sound: dict[str, tuple[Function, Sequence[Any]]] = {}
+    sound |= {n: (f, ()) for n, f in functions.items() if not judged[n]["problem"]}
     if case.op.name == "attention":
         for name in sound.keys() & baselines.SDPA.keys():
             sound[name + ALONE] = baselines.alone(name, case.x, case.sizes.n_head)
@@ -264,23 +265,22 @@ def main(argv: list[str]) -> int:
     if unknown := [op for op in args.ops if op not in known]:
         parser.error(f"no op {unknown[0]!r}: there are {', '.join(known)}")
     config, vocab_size = setup.configure(args.preset, flags)
-    machine, sizes = setup.machine(config), sizes_of(config, vocab_size)
-    with setup.one_thread(machine.device):
-        gpu, dtype = machine.device.type == "cuda", machine.torch_dtype
-        matmul, copy = roofs(machine.device, dtype, 1 << (30 if gpu else 26))
-        roof = {"TFLOP/s": matmul / 1e12, "GB/s": copy / 1e9}
-        result = results.Result("kernels", argv, {"rounds": args.rounds, "roofs": roof})
-        print(" · ".join(f"{value:,.1f} {unit}" for unit, value in roof.items()), flush=True)
-        for name in args.ops or known:
-            torch.manual_seed(0)
-            case = Case.of(known[name], sizes, machine.device, dtype)
-            for row in sweep(case, args.rounds) if args.sweep else measure(case, args.rounds, roof):
-                result.rows.append(row)
-                result.save(args.out)
-            if not args.sweep:
-                show([row for row in result.rows if row["op"] == name])
-            gc.collect()
-            torch._dynamo.reset()  # or the recompile limit ends the next op's compiling
-            torch.cuda.empty_cache()
+    sizes, device = sizes_of(config, vocab_size), setup.machine(config).device
+    dtype = setup.machine(config).torch_dtype
+    matmul, copy = roofs(device, dtype, 1 << (30 if device.type == "cuda" else 26))
+    roof = {"TFLOP/s": matmul / 1e12, "GB/s": copy / 1e9}
+    result = results.Result("kernels", argv, {"rounds": args.rounds, "roofs": roof})
+    print(" · ".join(f"{value:,.1f} {unit}" for unit, value in roof.items()), flush=True)
+    for name in args.ops or known:
+        torch.manual_seed(0)
+        case = Case.of(known[name], sizes, device, dtype)
+        for row in sweep(case, args.rounds) if args.sweep else measure(case, args.rounds, roof):
+            result.rows.append(row)
+            result.save(args.out)
+        if not args.sweep:
+            show([row for row in result.rows if row["op"] == name])
+        gc.collect()
+        torch._dynamo.reset()  # or the recompile limit ends the next op's compiling
+        torch.cuda.empty_cache()
     result.end(args.out)
     return int(any("errors" in r and r["problem"] and r["provider"] == OWN for r in result.rows))

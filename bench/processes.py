@@ -56,7 +56,7 @@ class Seat:
         config = setup.with_values(Config(), self.values)
         self.device = torch.device(config.system.device)
         if self.device.type == "cpu":
-            torch.set_num_threads(1)  # on shared cores waiting threads cost more than they give
+            torch.set_num_threads(1)
         elif self.device.index is not None:
             torch.cuda.set_device(self.device)  # events are recorded on the current one
         self.gpu = power.open_gpu()[0] if self.device.type == "cuda" else None
@@ -78,6 +78,10 @@ class Seat:
             "ops": self.stepper.ops,
             "source": fastgpt.__file__,
         }
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Returns what a method returns, in the seat's process."""
+        return getattr(self, method)(*args)
 
     def turn(self, steps: int, sustained_s: float) -> dict[str, Any]:
         """Returns the mean ms per step, launch gaps and all, with memory, energy and clock."""
@@ -133,11 +137,6 @@ class Seat:
 def settled(times: Sequence[float]) -> bool:
     """Returns True for three times that differ by less than `SETTLED`."""
     return len(times) == 3 and max(times) - min(times) < SETTLED * min(times)
-
-
-def serve(seat: Seat, method: str, *args: Any) -> Any:
-    """Returns what a method of the seat returns, in the seat's process."""
-    return getattr(seat, method)(*args)
 
 
 _starting = threading.Lock()
@@ -226,7 +225,7 @@ def measure(
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
 
     def build_one(m: Measured) -> None:
-        m.worker = Worker(serve, Seat(m.variant, values, vocab_size))
+        m.worker = Worker(Seat.call, Seat(m.variant, values, vocab_size))
         m.built = m.ask("build", timeout=300)
 
     def turn(m: Measured, steps: int) -> dict[str, Any]:

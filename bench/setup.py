@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from fastgpt.train import metrics
 VOCABULARIES = {"python_stdlib": 256, "shakespeare_char": 65}
 # Without a GPU presets are measured at this size, unless flags say otherwise; laptop is for CPUs.
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "batch_size": 4}
-SMALL_NOTE = "no GPU: small sizes on one CPU thread show that this runs, and nothing about speed"
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,7 +42,8 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"{positional[0]}: not understood here")
         settings.apply_flags(Config(), flags)
         if not torch.cuda.is_available():
-            print(SMALL_NOTE)
+            torch.set_num_threads(1)  # on shared cores waiting threads cost more than they give
+            print("no GPU: small sizes on one thread show that this runs, and nothing about speed")
         return args, flags
 
     def add_sustained(self) -> None:
@@ -64,18 +63,6 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
-
-
-@contextlib.contextmanager
-def one_thread(device: torch.device) -> Iterator[None]:
-    """One thread on a CPU: on shared cores waiting for others costs more than they give."""
-    before = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def configure(preset: str, flags: dict[str, str], whole: bool = False) -> tuple[Config, int]:

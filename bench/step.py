@@ -64,8 +64,14 @@ def rows_of(found: Sequence[Measured], preset: str, config: Config, vocab_size: 
                 "peak_memory_bytes": max(t["peak_bytes"] for t in m.turns),
                 "reserved_memory_bytes": max(t["reserved_bytes"] for t in m.turns),
                 "warm_up_s": m.built["warm_up_s"],
-                **energy(m, tokens),
             }
+            if joules := [t["joules"] for t in m.turns if t["joules"] is not None]:
+                row |= {
+                    "joules_per_step": statistics.median(joules),
+                    "millijoules_per_token": 1e3 * statistics.median(joules) / tokens,
+                    "clock_mhz": statistics.fmean(t["clock_mhz"] for t in m.turns),
+                    "throttled": sorted({reason for t in m.turns for reason in t["throttled"]}),
+                }
             if base is not None and m is not base:
                 r = ratio_of_medians(m.samples, base.samples)
                 row["ratio"] = results.ratio(base.variant.name, r)
@@ -74,20 +80,6 @@ def rows_of(found: Sequence[Measured], preset: str, config: Config, vocab_size: 
                 row["difference_ms"] = [(r.ratio - 1) * ms, *ends]
         rows.append(row)
     return rows
-
-
-def energy(m: Measured, tokens: int) -> Row:
-    """Returns medians over the turns of what NVML showed; {} where it showed nothing."""
-    joules = [t["joules"] for t in m.turns if t["joules"] is not None]
-    if not joules:
-        return {}
-    per_step = statistics.median(joules)
-    return {
-        "joules_per_step": per_step,
-        "millijoules_per_token": 1e3 * per_step / tokens,
-        "clock_mhz": statistics.fmean(t["clock_mhz"] for t in m.turns),
-        "throttled": sorted({reason for t in m.turns for reason in t["throttled"]}),
-    }
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {

@@ -6,7 +6,6 @@ sizes. `python -m bench kernels` times the device alone, interleaved, and beside
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,15 +20,10 @@ from fastgpt_kernels.registry import Sizes, specs
 RUNS = {f"{op.name}-{kind}": (op, kind) for op in specs() for kind in op.cost(Sizes(), 2)}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with setup.one_thread(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
-        yield
-
-
 @pytest.mark.parametrize("who", ["triton", "eager"])
 @pytest.mark.parametrize("run", RUNS)
 def test_kernel(benchmark: Any, run: str, who: str) -> None:
+    torch.set_num_threads(1)
     config, vocab_size = setup.configure("gpt2", {})
     machine, (op, kind) = setup.machine(config), RUNS[run]
     case = Case.of(op, sizes_of(config, vocab_size), machine.device, machine.torch_dtype)

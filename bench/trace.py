@@ -98,7 +98,7 @@ def rows_of(events: Sequence[dict[str, Any]], c: Context) -> tuple[list[Row], fl
     for us, launched, stack, kernel in pieces(events):
         names = [op["name"] for op in stack if op["name"] != STEP] + [kernel] * bool(kernel)
         after = any(a <= launched < b for a, b in updates)
-        source = next((op for op in reversed(stack) if inputs_of(op)), {"name": ""})
+        source: dict[str, Any] = next((o for o in stack[::-1] if inputs_of(o)), {"name": ""})
         shapes, gemm = [shape for shape, _ in inputs_of(source)], gemm_of(stack)
         part = part_of(names, [*shapes, gemm], after, c, host=not kernel)
         if part == GAPS:
@@ -173,7 +173,7 @@ def pieces(events: Sequence[dict[str, Any]]) -> Iterator[tuple[float, float, lis
 
 def host_ops(events: Sequence[dict[str, Any]]) -> list[tuple[dict, list[dict], float]]:
     """Returns each of the host's events, those around it outermost first, and its own µs."""
-    stacks, found, own = defaultdict(list), [], {}
+    stacks, found, own = defaultdict[Any, list](list), [], dict[int, float]()
     on_host = (e for e in events if e.get("cat") in ("cpu_op", "user_annotation", *LAUNCHES))
     for e in sorted(on_host, key=lambda e: (e["ts"], -e["dur"])):
         stack = stacks[e["tid"]]

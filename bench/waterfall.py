@@ -197,16 +197,14 @@ def draw(data: dict[str, Any], millions: float, path: Path) -> None:
         figure = Figure(figsize=(12, height), facecolor="white")
         axes = figure.add_axes((0.17, 0.72 / height, 0.68, 1 - 2.02 / height))
         bars(axes, rungs, drawn["step_ms"], mfu)
-        for text, y, size, style in (
-            (title, 1 - 0.36 / height, 17, {"weight": "bold", "color": INK}),
-            (line, 1 - 0.72 / height, 12, {"color": SOFT}),
-            (footer, 0.2 / height, 8.5, {"color": SOFT}),
-        ):
-            figure.text(0.015, y, text, size=size, va="center", **style)
+        left: Any = {"x": 0.015, "va": "center", "color": SOFT}
+        figure.text(y=1 - 0.36 / height, s=title, size=17, weight="bold", **left | {"color": INK})
+        figure.text(y=1 - 0.72 / height, s=line, size=12, **left)
+        figure.text(y=0.2 / height, s=footer, size=8.5, **left)
         if drawn["device"] == "cpu":
-            box = {"boxstyle": "round,pad=0.4", "fc": "#b3541e", "ec": "none"}
-            style = {"size": 11, "weight": "bold", "color": "white", "bbox": box}
-            figure.text(0.985, 1 - 0.36 / height, "CPU picture", ha="right", va="center", **style)
+            box: Any = {"boxstyle": "round,pad=0.4", "fc": "#b3541e", "ec": "none"}
+            white: Any = {"size": 11, "weight": "bold", "color": "white", "bbox": box}
+            figure.text(0.9, 1 - 0.36 / height, "CPU picture", va="center", **white)
         for kind in ("png", "svg"):
             figure.savefig(path.with_suffix(f".{kind}"), dpi=130)
 
@@ -262,8 +260,7 @@ def main(argv: list[str]) -> int:
     state = "sustained" if args.sustained else "short"
     result = results.Result("waterfall", argv, {"flags": flags, "state": state})
     config, vocab_size = setup.configure(args.preset, flags, whole=True)
-    with setup.one_thread(torch.device(config.system.device)):
-        row = measure(args, config, vocab_size)
+    row = measure(args, config, vocab_size)
     result.rows.append(row)
     drawn, path = row["waterfall"], result.save(args.out)
     rows = [Row(**r) for r in drawn["budget"]]

@@ -126,7 +126,7 @@ def test_other_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
 
     loss = Case.of(spec("linear_cross_entropy"), Sizes(2, 16, 2, 16, 90, 128), CPU, torch.float32)
     functions = {"eager": loss.op.reference, "Liger": baselines.liger_linear_loss(Liger)}
-    functions["wrong"] = baselines.of_weights(lambda x, w, t: F.cross_entropy(x @ w.T, t))
+    functions["wrong"] = baselines.of_weights(lambda x, w, t, **_: F.cross_entropy(x @ w.T, t))
     functions["absent"] = baselines.late("no_such_module.function", lambda f: f)
     if hasattr(F, "linear_cross_entropy"):
         functions["torch"] = baselines.torch_chunks(F.linear_cross_entropy)

@@ -253,7 +253,7 @@ def test_two_commits(
     monkeypatch.setattr(processes, "measure", measure)
     out = f"--out={tmp_path}/out"
     assert compare.main(["HEAD~1", "HEAD", "gpt2", out, *TINY]) == code
-    assert "HEAD / HEAD~1: " in capsys.readouterr().out
+    assert "HEAD~1" in capsys.readouterr().out
     assert main(["compare", "HEAD", "nowhere", "gpt2", out, *TINY]) == 2
     assert "nowhere" in capsys.readouterr().err
     listed = subprocess.run(["git", "worktree", "list"], cwd=tmp_path, capture_output=True)

@@ -92,7 +92,7 @@ def test_command_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert {r["kind"] for r in gemms} == {"forward", "dX", "dW"}
     bounds = sum(r["bound_ms"] for r in gemms if r["part"] == LINEAR)
     work = 4 * 32 * 6 * 12 * 2 * 128 * 128
-    assert bounds == pytest.approx(work / drawn["matmul_flops"] * 1e3)
+    assert bounds == pytest.approx(work / drawn["matmul_flops"] * 1e3, rel=0.05)
     texts = svg_texts(path.with_suffix(".svg"))
     assert {"measured step", "CPU picture", *(r["name"] for r in drawn["rungs"][:3])} <= {*texts}
     assert f"{drawn['step_ms']:.4g} ms" in texts
