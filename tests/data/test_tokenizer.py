@@ -24,6 +24,7 @@ from fastgpt.data.tokenizer import (
     make_tokenizer,
 )
 from fastgpt.errors import UserError
+from tests.fakes import Reduce
 
 from .conftest import TEXT, python, tree
 
@@ -280,14 +281,6 @@ def test_without_characters_there_is_a_size_only(meta):
     for values in (["ab"] * n, ["a"] * n, range(n), ["a"], []):
         itos = dict(enumerate(values)) or None
         assert meta({**META, "itos": itos, "more": [1.5, None, True, 2**70]}) == (n, None)
-
-
-class Reduce:
-    def __init__(self, *call):
-        self.call = call
-
-    def __reduce__(self):
-        return self.call
 
 
 def hostile(marker) -> dict[str, bytes]:

@@ -61,14 +61,11 @@ def test_cuts(cut, want):
 
 
 def test_tokens_come_as_often_as_their_probability_says():
+    """And no draw leaves what was kept, not even for the largest number below 1."""
     shares = draws(LOGITS, n=20_000).bincount() / 20_000
     torch.testing.assert_close(shares, LOGITS.exp(), rtol=0, atol=0.015)
     n = (draws(LOGITS[:2], n=20_000, temperature=0.5) == 0).sum().item()
     assert n / 20_000 == pytest.approx(0.25 / (0.25 + 0.09), abs=0.015)
-
-
-def test_the_ends_of_the_unit_interval():
-    """No draw leaves what was kept, not even for the largest number below 1."""
     last = torch.tensor([1 - 2.0**-24])
     for cut, want in (({}, 3), ({"top_k": 2}, 1), ({"top_p": 0.6}, 1)):
         assert draw(LOGITS[None], last, Sampling(**cut)).item() == want

@@ -113,7 +113,15 @@ def half_overwritten(folder: str) -> dict[str, bytes]:
 
 
 def test_a_run_is_not_overwritten_unasked():
+    """A place is looked at before PyTorch is loaded: the same answers, and nothing is made."""
+    run.check_free("", False)
+    run.check_free("new/deep", False)
+    assert not Path("new").exists()
     before = old_run(Path("out"))
+    with pytest.raises(UserError, match="--out_dir=out: a run stands there; go on with"):
+        run.check_free("out", False)
+    run.check_free("out", True)
+    assert not (Path("out") / ".lock").exists()
     asked = pytest.raises(UserError, match="--out_dir=out: a run stands there; go on with")
     with asked, run.begin("out", "x", False):
         pass
@@ -147,20 +155,7 @@ def test_one_command_for_a_run_and_its_continuation():
         run.continuation(Config())
 
 
-def test_an_overwrite_takes_effect_with_the_first_checkpoint():
-    before = old_run(Path("out"))
-    with run.begin("out", "x", True) as folder:
-        assert set(contents(folder)) == {"mine.txt", *(f".replaced/{n}" for n in before)} - {
-            ".replaced/mine.txt"
-        }, "the old run lies aside, whole; what is not its own stays"
-        new_run(folder, saves=True)
-        assert not (folder / ".replaced").exists()
-    assert run.load_config(folder).model.n_layer == 3
-    assert checkpoint.names(folder) == ["step_00000002"]
-    assert (folder / "mine.txt").read_text() == "keep" and not (folder / "nonfinite").exists()
-
-
-def test_an_overwrite_that_saves_nothing_leaves_the_old_run(capsys):
+def test_an_overwrite_takes_effect_with_the_first_checkpoint(capsys):
     before = old_run(Path("out"))
     with pytest.raises(ValueError), run.begin("out", "x", True) as folder:
         new_run(folder, saves=False)
@@ -169,9 +164,17 @@ def test_an_overwrite_that_saves_nothing_leaves_the_old_run(capsys):
     assert contents(Path("out")) == before
     assert (folder / "nonfinite" / "step_00000000").exists(), "what an error message named"
     with run.begin("out", "x", True) as folder:
+        aside = {n if n == "mine.txt" else f".replaced/{n}" for n in before}
+        assert set(contents(folder)) == aside, "the old run whole; what is not its own stays"
         new_run(folder, saves=False)
     assert contents(Path("out")) == before
     assert "the run that stood there is back" in capsys.readouterr().out
+    with run.begin("out", "x", True) as folder:
+        new_run(folder, saves=True)
+        assert not (folder / ".replaced").exists()
+    assert run.load_config(folder).model.n_layer == 3
+    assert checkpoint.names(folder) == ["step_00000002"]
+    assert (folder / "mine.txt").read_text() == "keep" and not (folder / "nonfinite").exists()
 
 
 def test_every_crash_of_an_overwrite_leaves_one_of_the_two_runs():
@@ -198,22 +201,19 @@ def test_every_crash_of_putting_the_old_run_back_is_mended():
     assert n > 8
 
 
-def test_a_start_that_fails_leaves_nothing_and_can_be_repeated():
-    for out_dir in ("", "new/deep"):
-        with pytest.raises(UserError), run.begin(out_dir, "x", False) as folder:
-            run.save_config(folder, Config())
-            (folder / "metrics.jsonl").touch()
-            raise UserError("no tracker")
-        assert not Path("runs").exists() and not Path("new").exists()
-
-
-def test_a_start_that_was_killed_can_be_repeated():
-    def start() -> None:
-        with run.begin("out", "x", False) as folder:
+def test_a_start_that_fails_or_is_killed_can_be_repeated():
+    def start(out_dir: str = "out", fails: bool = False) -> None:
+        with run.begin(out_dir, "x", False) as folder:
             run.save_config(folder, Config())
             (folder / "metrics.jsonl").touch()
             (folder / "tokenizer.json").write_text("{}")
+            if fails:
+                raise UserError("no tracker")
 
+    for out_dir in ("", "new/deep"):
+        with pytest.raises(UserError, match="no tracker"):
+            start(out_dir, fails=True)
+        assert not Path("runs").exists() and not Path("new").exists()
     for n in each_kill(start):
         with run.begin("out", "x", False) as folder:
             left = {p.name for p in folder.iterdir()}
@@ -224,33 +224,34 @@ def test_a_start_that_was_killed_can_be_repeated():
 
 @pytest.mark.parametrize("name", ["config.toml", "thesis.tex"])
 def test_a_folder_of_other_things_is_not_touched(name: str):
-    """Somebody else's config.toml is no run either."""
+    """Another program's config.toml is no run either."""
     Path("other").mkdir()
     (Path("other") / name).write_text("baseURL = 'x'\n")
-    for overwrite in (False, True):
-        refused = pytest.raises(UserError, match="--out_dir=other: is not empty and not a run")
-        with refused, run.begin("other", "x", overwrite):
+    for out_dir, overwrite, message in (
+        ("other", False, "--out_dir=other: is not empty and not a run"),
+        ("other", True, "--out_dir=other: is not empty and not a run"),
+        (f"other/{name}", False, "cannot write other/"),
+    ):
+        refused = pytest.raises(UserError, match=message)
+        with refused, run.begin(out_dir, "x", overwrite):
             pass
     assert contents(Path("other")) == {name: b"baseURL = 'x'\n"}
-    with (
-        pytest.raises(UserError, match="cannot write other/"),
-        run.begin(f"other/{name}", "", False),
-    ):
-        pass
 
 
 def test_config_comes_back_and_repeats_in_a_new_folder():
-    config = settings.replace(
-        Config(), n_layer=3, out_dir="out", init_from="resume", overwrite=True
-    )
-    make_dir = Path("out")
-    run.save_config(make_dir, config)
-    again = settings.load_toml(make_dir / "config.toml")
+    changes = {"n_layer": 3, "out_dir": "out", "init_from": "resume", "overwrite": True}
+    folder, config = Path("out"), settings.replace(Config(), **changes)
+    run.save_config(folder, config)
+    again = settings.load_toml(folder / "config.toml")
     assert again.model.n_layer == 3
     assert (again.run.out_dir, again.run.init_from, again.run.overwrite) == ("", "scratch", False)
-    assert run.load_config(make_dir).run.out_dir == "out"
-    body = json.loads(unsealed((make_dir / "run.json").read_bytes()) or "")
-    assert body["format"] == 1 and body["config"] == (make_dir / "config.toml").read_text()
+    assert run.load_config(folder).run.out_dir == "out"
+    body = json.loads(unsealed((folder / "run.json").read_bytes()) or "")
+    assert body["format"] == 1 and body["config"] == (folder / "config.toml").read_text()
+    state = {"format": 1, "config": settings.to_dict(settings.replace(Config(), n_layer=5))}
+    checkpoint.save(Path("lost"), 3, {}, {}, state, best=True, keep=1)
+    assert run.find("lost") == Path("lost"), "the settings are in the checkpoint too"
+    assert run.load_config(Path("lost")).model.n_layer == 5
 
 
 def test_a_config_that_is_not_what_the_run_wrote_is_named():
@@ -278,13 +279,6 @@ def test_a_config_that_is_not_what_the_run_wrote_is_named():
     assert run.load_config(folder, said.append) == want and "run.json: is damaged" in said[3]
 
 
-def test_the_settings_are_in_the_checkpoint_too():
-    folder = Path("out")
-    state = {"format": 1, "config": settings.to_dict(settings.replace(Config(), n_layer=5))}
-    checkpoint.save(folder, 3, {}, {}, state, best=True, keep=1)
-    assert run.find("out") == folder and run.load_config(folder).model.n_layer == 5
-
-
 def test_a_restart_goes_on_only_with_what_its_own_launch_made():
     run.save_config(Path("ours"), Config(), ["agent-1", "agent-2"])
     assert run.made_by(Path("ours"), ["agent-2", "agent-3"])
@@ -307,15 +301,3 @@ def test_what_goes_on_is_whole_and_held(monkeypatch):
             pass
     with run.lock(folder):
         pass
-
-
-def test_a_place_is_looked_at_without_being_touched():
-    """Before PyTorch is loaded: the same answers as `begin`, and nothing is made."""
-    run.check_free("", False)
-    run.check_free("new/deep", False)
-    assert not Path("new").exists()
-    before = old_run(Path("out"))
-    with pytest.raises(UserError, match="a run stands there"):
-        run.check_free("out", False)
-    run.check_free("out", True)
-    assert contents(Path("out")) == before and not (Path("out") / ".lock").exists()
