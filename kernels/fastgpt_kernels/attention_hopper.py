@@ -9,7 +9,6 @@ and `empty`, an arrival of each consumer. Gluon refuses to be imported under Tri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language import _core
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -25,47 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fastgpt_kernels.attention import LOG2_E
+from fastgpt_kernels.hopper import addressable, barrier, blocks, load, reduce_add, store
 from fastgpt_kernels.launch import Config, Table, lookup, multiprocessors, on_device, options
-
-# --- Triton 3.6 to 3.9 ------------------------------------------------------------------------
-
-
-def names_of(gl: Any, core: Any, tma: Any) -> tuple[Any, Any, Any]:
-    """Returns what is `barrier`, `tma.async_load` and `tma.async_store` in 3.9, named otherwise in
-    3.6. The threads of a partition wait for each other at a barrier.
-    """
-    return (
-        getattr(gl, "barrier", None) or core.thread_barrier,
-        getattr(tma, "async_load", None) or tma.async_copy_global_to_shared,
-        getattr(tma, "async_store", None) or tma.async_copy_shared_to_global,
-    )
-
-
-barrier, load, store = names_of(gl, _core, tma)
-
-
-@_core.builtin
-def reduce_add(tensor_desc: Any, coord: Any, src: Any, _semantic: Any = None) -> None:
-    """Has TMA add shared memory to the block at `coord` in global memory.
-
-    `tma.async_atomic_add` of 3.9, which until then is not public.
-    """
-    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
-    kind = _core.ir.DESCRIPTOR_REDUCE_KIND.ADD
-    _semantic.builder.create_async_tma_reduce(kind, tensor_desc.handle, coord, src.handle)
-
-
-@gluon.constexpr_function
-def steps_per_loop(head_dim: Any) -> int:
-    """Returns how many steps of the softmax the forward loop's body has.
-
-    Two spare 32 moves. Registers do not suffice for two at head dim 128, nor with Triton 3.9.
-    """
-    return 2 if head_dim == 64 and triton.__version__ < "3.9" else 1
-
 
 # --- Launch configs ---------------------------------------------------------------------------
 
@@ -90,6 +51,16 @@ TILE = gl.constexpr(128)  # rows or keys of two consumers, 64 each
 FLOOR = gl.constexpr(-1e30)  # below any logit
 LN_2 = gl.constexpr(0.6931471805599453)
 L2_BUDGET = 36 << 20  # bytes of dq's sum: with what else is read they fit into 50 MB
+
+
+@gluon.constexpr_function
+def steps_per_loop(head_dim: Any) -> int:
+    """Returns how many steps of the softmax the forward loop's body has.
+
+    Two spare 32 moves. Registers do not suffice for two at head dim 128, nor with Triton 3.9.
+    """
+    return 2 if head_dim == 64 and triton.__version__ < "3.9" else 1
+
 
 # --- Forward ----------------------------------------------------------------------------------
 
@@ -588,42 +559,6 @@ def attention_hopper_bwd_kernel(
 
 
 # --- Launchers --------------------------------------------------------------------------------
-
-_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
-
-
-def _strides(x: Tensor) -> list[int]:
-    """Returns the strides of x; dims of size one have those of a dense tensor."""
-    strides, dense = list(x.stride()), 1
-    for i in range(x.ndim - 1, -1, -1):
-        if x.shape[i] == 1:
-            strides[i] = dense
-        dense = strides[i] * x.shape[i]
-    return strides
-
-
-def addressable(x: Tensor) -> Tensor:
-    """Returns x (B, T, columns) if TMA can address it, else a dense copy.
-
-    It needs rows of consecutive elements that begin at multiples of 16 bytes.
-    """
-    *outer, inner = _strides(x)
-    aligned = all(
-        0 < s * x.element_size() < 2**40 and s * x.element_size() % 16 == 0 for s in outer
-    )
-    if inner == 1 and aligned and x.data_ptr() % 16 == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def blocks(x: Tensor, shape: Sequence[int]) -> TensorDescriptor:
-    """Returns a TMA descriptor of x in blocks; outside of x there are zeros, never written."""
-    layout = (
-        gl.NVMMASharedLayout.get_default_for(list(shape), _DTYPES[x.dtype])
-        if shape[-2] > 1
-        else gl.NVMMASharedLayout(0, 8 * x.element_size(), len(shape))
-    )
-    return TensorDescriptor(x, list(x.shape), _strides(x), list(shape), layout)
 
 
 def forward(

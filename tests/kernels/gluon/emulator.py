@@ -70,7 +70,7 @@ with mock.patch.object(type(knobs.runtime), "interpret", True):  # or its import
     from triton.experimental.gluon._runtime import GluonJITFunction
     from triton.experimental.gluon.language.nvidia import hopper
 
-    names = importlib.import_module("fastgpt_kernels.attention_hopper")
+    names = importlib.import_module("fastgpt_kernels.hopper")
 
 
 # ---- Gluon's primitives -------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fastgpt_kernels.attention_hopper import barrier, load, store
+from fastgpt_kernels.hopper import barrier, load, store
 
 
 @gluon.jit

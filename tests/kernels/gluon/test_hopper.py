@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fastgpt_kernels import attention, attention_hopper, reference
-from fastgpt_kernels.attention_hopper import addressable, batches_together, blocks
+from fastgpt_kernels.attention_hopper import batches_together
+from fastgpt_kernels.hopper import addressable, blocks, names_of
 from fastgpt_kernels.registry import Sizes, spec
 from tests.kernels.gluon import cases
 from tests.kernels.gluon.cases import Problem, run_backward, run_forward
@@ -143,7 +144,6 @@ def test_names_of_both_ends_of_the_range() -> None:
     """3.6 has thread_barrier and async_copy_*; 3.9 barrier, async_load and async_store."""
     tma = SimpleNamespace(async_copy_global_to_shared="in", async_copy_shared_to_global="out")
     core = SimpleNamespace(thread_barrier="barrier")
-    names_of = attention_hopper.names_of
     assert names_of(SimpleNamespace(), core, tma) == ("barrier", "in", "out")
     tma = SimpleNamespace(**vars(tma), async_load="new in", async_store="new out")
     gl = SimpleNamespace(barrier="new barrier")
