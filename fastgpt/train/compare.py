@@ -2,24 +2,24 @@
 
 Runs that differ only in their seed belong to one recipe, and the spread of their losses is the
 noise. A recipe is called better if the 95 % interval of the difference, at the last step that all
-runs evaluated,"""
+runs evaluated, leaves out 0."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastgpt.config import settings
 from fastgpt.config.schema import CompareConfig, Config
 from fastgpt.errors import UserError
 from fastgpt.storage import run_dir as run
-from fastgpt.storage.atomic import atomic_file
 from fastgpt.train.metrics import count
-from fastgpt.train.plots import Curves, smooth, time_axis
+from fastgpt.train.plots import Curves, save, smooth, time_axis
 
 _NOT_THE_RUN = ("seed", "out_dir", "overwrite", "wandb_run_name", "wandb_log", "tensorboard")
 _DATA = ("dataset", "input", "tokenizer", "val_fraction")
@@ -44,7 +44,7 @@ class Compared:
 
 def compare(folders: Sequence[str], config: CompareConfig) -> int:
     """Prints the table and the verdict, and draws --to. Returns the exit code."""
-    runs = _named_apart([_open(folder) for folder in folders])
+    runs = open_runs(folders)
     print(table(runs))
     data = {tuple(settings.to_dict(r.config)[k] for k in _DATA) for r in runs}
     if len(data) > 1:
@@ -52,25 +52,30 @@ def compare(folders: Sequence[str], config: CompareConfig) -> int:
     for r in runs:
         if r.curves.diverged_at is not None:
             print(f"{r.name}: diverged at step {r.curves.diverged_at}; later steps are left out")
-    for line in verdict(runs):
-        print(line)
-    print(f"curves {draw(runs, Path(config.to))}")
+    print(*verdict(runs), f"curves {draw(runs, Path(config.to))}", sep="\n")
     return 0
 
 
-def _open(folder: str) -> Compared:
-    run_dir = run.find(folder)
-    curves = Curves.of(run_dir)
-    if not curves.evals:
-        raise UserError(f"{run_dir}: has no evaluation with finite losses in its metrics.jsonl")
-    return Compared(str(run_dir), curves, run.load_config(run_dir))
+def open_runs(folders: Sequence[str]) -> list[Compared]:
+    """Returns the runs, named without the folders that they have in common."""
+    found = {os.path.abspath(path): path for path in map(run.find, folders)}
+    common = os.path.commonpath([os.path.dirname(path) for path in found])
+    runs = []
+    for absolute, run_dir in found.items():
+        curves = Curves.of(run_dir)
+        if not curves.evals:
+            raise UserError(f"{run_dir}: has no evaluation with finite losses in its metrics.jsonl")
+        name = os.path.relpath(absolute, common)
+        runs.append(Compared(name, curves, run.load_config(run_dir)))
+    return runs
 
 
-def _named_apart(runs: Sequence[Compared]) -> list[Compared]:
-    """Returns the runs named without the folders that they have in common."""
-    paths = [os.path.abspath(r.name) for r in runs]
-    common = os.path.commonpath([os.path.dirname(p) for p in paths])
-    return [replace(r, name=os.path.relpath(p, common)) for r, p in zip(runs, paths, strict=True)]
+def _recipes(runs: Sequence[Compared]) -> list[list[Compared]]:
+    """Returns the runs by recipe."""
+    groups: dict[tuple, list[Compared]] = {}
+    for r in runs:
+        groups.setdefault(r.recipe, []).append(r)
+    return [*groups.values()]
 
 
 def table(runs: Sequence[Compared]) -> str:
@@ -102,13 +107,10 @@ def table(runs: Sequence[Compared]) -> str:
 
 def verdict(runs: Sequence[Compared]) -> list[str]:
     """Returns a line per pair of recipes: the better one and by how much, or no difference."""
-    groups: dict[tuple, list[Compared]] = {}
-    for r in runs:
-        groups.setdefault(r.recipe, []).append(r)
-    parts = list(groups.values())
-    if len(parts) > 1:
-        return [_pair(a, b) for i, a in enumerate(parts) for b in parts[i + 1 :]]
-    step, losses = _last_losses(parts)
+    recipes = _recipes(runs)
+    if len(recipes) > 1:
+        return [_pair(a, b) for a, b in itertools.combinations(recipes, 2)]
+    step, losses = _last_losses(recipes)
     if step is None or len(runs) == 1:
         return ["no step was evaluated in all runs"] if step is None else []
     mean, sd = statistics.mean(losses[0]), statistics.stdev(losses[0])
@@ -166,38 +168,32 @@ def draw(runs: Sequence[Compared], path: Path) -> Path:
     from matplotlib.figure import Figure
 
     unit, scale = time_axis(max(r.curves.clock[-1][1] for r in runs))
-    per_step = {
-        round(r.curves.evals[-1]["tokens"] / max(1, r.curves.evals[-1]["step"])) for r in runs
+    positions: dict[str, Callable[[Curves, dict], float]] = {
+        "step": lambda curves, e: e["step"],
+        "tokens, millions": lambda curves, e: e["tokens"] / 1e6,
+        unit: lambda curves, e: scale * curves.hours(e["step"]),
     }
-    labels = ["step", *(["tokens, millions"] if len(per_step) > 1 else []), unit]
-    figure = Figure(figsize=(4 * len(labels), 4.2), layout="constrained")
-    panels = dict(zip(labels, figure.subplots(1, len(labels), sharey=True), strict=True))
-    recipes = list(dict.fromkeys(r.recipe for r in runs))
-    labelled = set()
-    for r in runs:
-        label = None if r.recipe in labelled else _names([x for x in runs if x.recipe == r.recipe])
-        labelled.add(r.recipe)
-        color, train, evals = f"C{recipes.index(r.recipe)}", r.curves.train, r.curves.evals
-        line = smooth([t["loss"] for t in train])
-        xs = {
-            "step": [[e["step"] for e in part] for part in (train, evals)],
-            "tokens, millions": [[e["tokens"] / 1e6 for e in part] for part in (train, evals)],
-            unit: [[scale * r.curves.hours(e["step"]) for e in part] for part in (train, evals)],
-        }
-        for name, axes in panels.items():
-            axes.plot(xs[name][0], line, color=color, lw=0.7, alpha=0.4)
-            losses = [e["val_loss"] for e in evals]
-            axes.plot(xs[name][1], losses, "o-", color=color, ms=3, label=label)
-    spans = [r.curves.useful_range for r in runs]
-    for name, axes in panels.items():
-        axes.set(xlabel=name, ylim=(min(s[0] for s in spans), max(s[1] for s in spans)))
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels["step"].set_ylabel("validation loss, nats per token (thin: training)")
-    panels["step"].legend(frameon=False, fontsize=8)
-    with atomic_file(path) as f:
-        figure.savefig(f, format="png", dpi=120)
-    return path
+    lasts = [r.curves.evals[-1] for r in runs]
+    if len({round(e["tokens"] / max(1, e["step"])) for e in lasts}) == 1:
+        del positions["tokens, millions"]
+    figure = Figure(figsize=(4 * len(positions), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(positions), sharey=True)
+    for i, recipe in enumerate(_recipes(runs)):
+        for r in recipe:
+            label, color = _names(recipe) if r is recipe[0] else None, f"C{i}"
+            line = smooth([t["loss"] for t in r.curves.train])
+            losses = [e["val_loss"] for e in r.curves.evals]
+            for axes, x in zip(panels, positions.values(), strict=True):
+                steps = [x(r.curves, t) for t in r.curves.train]
+                axes.plot(steps, line, color=color, lw=0.7, alpha=0.4)
+                steps = [x(r.curves, e) for e in r.curves.evals]
+                axes.plot(steps, losses, "o-", color=color, ms=3, label=label)
+    low, high = zip(*(r.curves.useful_range for r in runs), strict=True)
+    for axes, name in zip(panels, positions, strict=True):
+        axes.set(xlabel=name, ylim=(min(low), max(high)))
+    panels[0].set_ylabel("validation loss, nats per token (thin: training)")
+    panels[0].legend(frameon=False, fontsize=8)
+    return save(figure, path)
 
 
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)

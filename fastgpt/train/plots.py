@@ -28,18 +28,16 @@ def loss_curve(run_dir: Path) -> Path | None:
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes, rates = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     if curves.train:
-        steps = [r["step"] for r in curves.train]
-        losses = [r["loss"] for r in curves.train]
+        steps, losses = ([r[key] for r in curves.train] for key in ("step", "loss"))
         axes.plot(steps, losses, color="tab:blue", lw=0.6, alpha=0.25)
         axes.plot(steps, smooth(losses), color="tab:blue", lw=1.6, label="batches, smoothed")
         rates.plot(steps, [r.get("lr", 0) for r in curves.train], color="tab:green", lw=1.2)
-    for key, color in (("train_loss", "tab:gray"), ("val_loss", "tab:orange")):
-        if curves.evals:
-            losses = [r[key] for r in curves.evals]
-            label = f"{key.removesuffix('_loss')}, last {losses[-1]:.4f}"
-            steps = [r["step"] for r in curves.evals]
-            axes.plot(steps, losses, "o-", color=color, ms=3.5, lw=1.2, label=label)
     if best := curves.best:
+        steps = [r["step"] for r in curves.evals]
+        for key, color in (("train", "tab:gray"), ("val", "tab:orange")):
+            losses = [r[f"{key}_loss"] for r in curves.evals]
+            label = f"{key}, last {losses[-1]:.4f}"
+            axes.plot(steps, losses, "o-", color=color, ms=3.5, lw=1.2, label=label)
         text, where = f"best val {best['val_loss']:.4f}", (best["step"], best["val_loss"])
         axes.plot(*where, "o", ms=9, mfc="none", mec="tab:orange")
         axes.annotate(text, where, (0, 14), textcoords="offset points", ha="right", fontsize=9)
@@ -50,10 +48,14 @@ def loss_curve(run_dir: Path) -> Path | None:
     unit, scale = time_axis(hours)
     rates.set(xlabel=f"step ({tokens} tokens, {hours * scale:.3g} {unit})", ylabel="learning rate")
     rates.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-    for part in (axes, rates):
-        part.grid(alpha=0.25)
-        part.spines[["top", "right"]].set_visible(False)
-    path = run_dir / "loss.png"
+    return save(figure, run_dir / "loss.png")
+
+
+def save(figure: Any, path: Path) -> Path:
+    """Writes a figure of matplotlib as PNG, with light grids and bare axes. Returns its path."""
+    for axes in figure.axes:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
     with atomic_file(path) as f:
         figure.savefig(f, format="png", dpi=120)
     return path
@@ -63,7 +65,6 @@ def loss_curve(run_dir: Path) -> Path | None:
 class Curves:
     """Records of a run, in the order of their steps, up to the first loss that is not finite."""
 
-    name: str
     train: list[dict[str, Any]]
     evals: list[dict[str, Any]]
     diverged_at: int | None = None
@@ -76,7 +77,7 @@ class Curves:
         end = min(bad, default=None)
         records = [r for r in records if end is None or r["step"] < end]
         train, evals = ([r for r in records if r["kind"] == k] for k in ("train", "eval"))
-        return cls(run_dir.name, train, evals, end)
+        return cls(train, evals, end)
 
     @cached_property
     def clock(self) -> list[tuple[int, float]]:

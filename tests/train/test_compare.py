@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from fastgpt.cli import main
 from fastgpt.config.schema import CompareConfig, Config
@@ -16,8 +17,7 @@ from fastgpt.config.settings import replace
 from fastgpt.errors import UserError
 from fastgpt.storage import run_dir as run
 from fastgpt.train import plots
-from fastgpt.train.compare import _open as open_run
-from fastgpt.train.compare import compare, draw, table, verdict
+from fastgpt.train.compare import compare, open_runs, table, verdict
 from fastgpt.train.plots import Curves, smooth, time_axis
 
 
@@ -47,58 +47,66 @@ def in_tmp(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture
+def drawn(monkeypatch) -> list[Figure]:
+    """The figures that are saved."""
+    figures: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: (figures.append(f), save(f, *a, **k)))
+    return figures
+
+
 def test_a_single_run_is_never_enough():
     """However smooth the curves are: other seeds may end elsewhere."""
-    runs = [open_run(make(n, level, 0.002, n_layer=i)) for i, (n, level) in A_AND_B.items()]
-    (line,) = verdict(runs)
+    names = [make("a", 1.50, 0.002, n_layer=1), make("b", 1.45, 0.002, n_layer=2)]
+    (line,) = verdict(open_runs(names))
     assert line.startswith("a and b: val loss 1.") and "at step 1000, apart by 0.0" in line
     assert line.endswith("a single run is never enough: give runs of other seeds of each")
-    another = open_run(make("b2", 1.45, 0.002, n_layer=2, seed=2))
-    (line,) = verdict([*runs, another])
+    (line,) = verdict(open_runs([*names, make("b2", 1.45, 0.002, n_layer=2, seed=2)]))
     assert line.endswith("never enough: give runs of other seeds of each"), "one of a, two of b"
-
-
-A_AND_B = {1: ("a", 1.50), 2: ("b", 1.45)}
 
 
 def test_runs_of_other_seeds_are_the_noise():
     """Three seeds each; each curve alone is smooth, and would call a difference of 0.01 one."""
-    spread = (-0.02, 0.0, 0.02)
-    a = [open_run(make(f"a{i}", 1.50 + d, 0, seed=i)) for i, d in enumerate(spread)]
-    b = [open_run(make(f"b{i}", 1.49 + d, 0, seed=i, n_layer=3)) for i, d in enumerate(spread)]
-    (line,) = verdict([*a, *b])
+
+    def seeds(name: str, level: float, **settings) -> list[str]:
+        return [
+            make(f"{name}{i}", level + d, 0, seed=i, **settings)
+            for i, d in enumerate((-0.02, 0.0, 0.02))
+        ]
+
+    a, b, far = seeds("a", 1.50), seeds("b", 1.49, n_layer=3), seeds("c", 1.40, n_layer=4)
+    (line,) = verdict(open_runs([*a, *b]))
     assert line.startswith("a0 (and 2 more) and b0 (and 2 more): no difference beyond noise")
     # The mean of three from a spread of 0.02, twice: 0.02 sqrt(1/3 + 1/3), times t of 4: 2.776.
     assert "apart by 0.0100 +- 0.0453 (95 %, between seeds)" in line
-    (alone,) = verdict(a)
+    (alone,) = verdict(open_runs(a))
     assert "differ only in their seed" in alone and "standard deviation is 0.0200" in alone
-    far = [open_run(make(f"c{i}", 1.40 + d, 0, seed=i, n_layer=4)) for i, d in enumerate(spread)]
-    (line,) = verdict([*a, *far])
+    (line,) = verdict(open_runs([*a, *far]))
     assert line.startswith("c0 (and 2 more) is better than a0 (and 2 more) by 0.1000 +- 0.0453")
-    (line,) = verdict([*a[::2], *far[::2]])
+    (line,) = verdict(open_runs([*a[::2], *far[::2]]))
     assert line.startswith("a0+a2 and c0+c2: no difference beyond noise"), "t of 2 is 4.3"
 
 
 def test_too_little_to_judge():
-    a, b = make("a", 1.5, 0), make("b", 1.4, 0, n_layer=3)
-    for name, steps in ((a, (0, 100)), (b, (0, 100))):
+    names = [make("a", 1.5, 0), make("b", 1.4, 0, n_layer=3)]
+    for name, steps in (("a", (0, 100)), ("b", (0, 100))):
         path = Path(name) / "metrics.jsonl"
         keep = [r for r in map(json.loads, path.read_text().splitlines()) if r["kind"] == "eval"]
         path.write_text("".join(json.dumps(r) + "\n" for r in keep if r["step"] in steps))
-    (line,) = verdict([open_run(a), open_run(b)])
+    (line,) = verdict(open_runs(names))
     assert line.startswith("a and b: val loss ") and "never enough" in line
     path = Path("b/metrics.jsonl")
     path.write_text(path.read_text().replace('"step": 0,', '"step": 1,').replace("100,", "101,"))
-    (line,) = verdict([open_run(a), open_run(b)])
-    assert line == "a and b: no step was evaluated in both"
-    (Path("b") / "metrics.jsonl").write_text("")
+    assert verdict(open_runs(names)) == ["a and b: no step was evaluated in both"]
+    path.write_text("")
     with pytest.raises(UserError, match="b: has no evaluation with finite losses"):
-        open_run(b)
+        open_runs(names)
 
 
 def test_every_pair_has_its_line():
-    runs = [open_run(make(n, 1.5 - i / 10, 0.0, n_layer=i)) for i, n in enumerate("abc", 1)]
-    lines = verdict(runs)
+    names = [make(n, 1.5 - i / 10, 0.0, n_layer=i) for i, n in enumerate("abc", 1)]
+    lines = verdict(open_runs(names))
     assert [line.split(":")[0] for line in lines] == ["a and b", "a and c", "b and c"]
     assert ["0.1000" in line for line in lines] == [True, False, True] and "0.2000" in lines[1]
 
@@ -109,24 +117,13 @@ def test_figures_and_picture(capsys):
         main(["compare", *names, "--to=pictures/both.png"])
     assert e.value.code == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == [
-        "run",
-        "steps",
-        "tokens",
-        "hours",
-        "train",
-        "val",
-        "best",
-        "val",
-        "tok/s",
-        "mfu",
-    ]
+    assert " ".join(lines[0].split()) == "run steps tokens hours train val best val tok/s mfu"
     row = "a 1000 100k 0.01 1.5001 1.5001 1.5001 at 1000 2.78k 25.0%"
     assert lines[1].split() == row.split()
     assert lines[3].startswith("a and b: val loss 1.5001 and 1.2001 at step 1000, apart by 0.3000")
     assert lines[4] == "curves pictures/both.png"
-    assert Path("pictures/both.png").read_bytes().startswith(b"\x89PNG")
-    assert compare(names, CompareConfig()) == 0 and Path("compare.png").exists()
+    width, height = struct.unpack(">II", Path("pictures/both.png").read_bytes()[16:24])
+    assert (width, height) == (960, 504), "8 by 4.2 inches of 120 dots: tokens are steps here"
 
 
 @pytest.mark.parametrize(
@@ -146,17 +143,20 @@ def test_names_tell_runs_apart(folders, names, capsys):
     assert [line.split()[0] for line in lines[1 : 1 + len(names)]] == names
 
 
-def test_a_recipe_has_one_colour(monkeypatch):
-    from matplotlib.figure import Figure
-
-    drawn: list[Figure] = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: (drawn.append(f), save(f, *a, **k)))
+def test_the_comparison_is_drawn_on_bare_axes(drawn):
+    """One colour per recipe."""
     names = [make(f"a{i}", 1.5, 0.0, seed=i) for i in range(2)]
     names += [make(f"b{i}", 1.2, 0.0, seed=i, n_layer=3) for i in range(2)]
     compare(names, CompareConfig())
-    lines = [x for x in drawn[0].axes[0].lines if x.get_marker() == "o"]
-    assert [x.get_color() for x in lines] == ["C0", "C0", "C1", "C1"]
+    assert [axes.get_xlabel() for axes in drawn[0].axes] == ["step", "minutes of training"]
+    ranges = [Curves.of(Path(n)).useful_range for n in names]
+    low, high = min(r[0] for r in ranges), max(r[1] for r in ranges)
+    for axes in drawn[0].axes:
+        assert axes.get_xgridlines()[0].get_visible()
+        assert not axes.spines["top"].get_visible() and not axes.spines["right"].get_visible()
+        assert axes.get_ylim() == (low, high) and len(axes.lines) == 8
+        evals = [line for line in axes.lines if line.get_marker() == "o"]
+        assert [line.get_color() for line in evals] == ["C0", "C0", "C1", "C1"]
     assert [t.get_text() for t in drawn[0].axes[0].get_legend().get_texts()] == ["a0+a1", "b0+b1"]
 
 
@@ -174,7 +174,7 @@ def test_hours_are_those_of_the_steps():
     assert curves.hours(991) * 3600 == pytest.approx(991 * 0.036)
     assert curves.hours(500) * 3600 == pytest.approx(500 * 0.036)
     assert time_axis(0.3) == ("minutes of training", 60) and time_axis(2)[0] == "hours of training"
-    assert table([open_run("a")]).count("\n") == 1
+    assert table(open_runs(["a"])).count("\n") == 1
 
 
 def test_the_useful_range_leaves_the_steep_beginning_out():
@@ -193,39 +193,15 @@ def test_the_useful_range_begins_with_an_eighth_of_the_run():
 
     # Of 72 steps those from 9 on; a loss of 4 at step 8 does not count, the ones at 9 do.
     train = [record(s, loss=x) for s, x in ((0, 9.0), (8, 4.0), (9, 3.0), (72, 1.0))]
-    assert Curves("x", train, []).useful_range == pytest.approx((0.9, 3.2))
+    assert Curves(train, []).useful_range == pytest.approx((0.9, 3.2))
     evals = [record(r["step"], train_loss=r["loss"], val_loss=r["loss"]) for r in train]
-    assert Curves("x", [], evals).useful_range == pytest.approx((0.9, 3.2))
+    assert Curves([], evals).useful_range == pytest.approx((0.9, 3.2))
     late = [record(80, train_loss=1.0, val_loss=1.0)]
-    assert Curves("x", train, late).useful_range == pytest.approx((0.9, 3.2)), "of the log lines"
+    assert Curves(train, late).useful_range == pytest.approx((0.9, 3.2)), "of the log lines"
 
 
-def test_the_comparison_is_drawn_on_bare_axes(monkeypatch):
-    from matplotlib.figure import Figure
-
-    drawn: list[Figure] = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: (drawn.append(f), save(f, *a, **k)))
-    draw([open_run(make("a", 1.5, 0.0)), open_run(make("b", 1.2, 0.0, n_layer=3))], Path("x.png"))
-    width, height = struct.unpack(">II", Path("x.png").read_bytes()[16:24])
-    assert (width, height) == (960, 504), "8 by 4.2 inches of 120 dots: tokens are steps here"
-    low = min(Curves.of(Path(n)).useful_range[0] for n in "ab")
-    high = max(Curves.of(Path(n)).useful_range[1] for n in "ab")
-    assert [axes.get_xlabel() for axes in drawn[0].axes] == ["step", "minutes of training"]
-    for axes in drawn[0].axes:
-        assert [line.get_visible() for line in axes.get_xgridlines()][:1] == [True]
-        assert not axes.spines["top"].get_visible() and not axes.spines["right"].get_visible()
-        assert axes.get_ylim() == (low, high) and len(axes.lines) == 4
-        assert axes.lines[1].get_markersize() == 3
-
-
-def test_the_picture_has_its_parts(monkeypatch):
+def test_the_picture_has_its_parts(drawn):
     """All losses with marked evaluations, the rate below, tokens and time in the label."""
-    from matplotlib.figure import Figure
-
-    drawn: list[Figure] = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: (drawn.append(f), save(f, *a, **k)))
     make("a", 1.5, 0.0)
     assert plots.loss_curve(Path("a")) == Path("a/loss.png")
     axes, rates = drawn[0].axes
