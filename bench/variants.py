@@ -110,7 +110,7 @@ class Own:
         micro_batch = tokens[: self.trainer.batch_size]
         self.trainer.warm_up(0, micro_batch)
         if self.trainer.machine.compile:  # as `fastgpt train` does
-            _, self.graphed, why = self.trainer.capture_if_it_pays(0, lambda: micro_batch)
+            self.graphed, why = self.trainer.capture_if_it_pays(0, micro_batch)
             self.ops.append(f"CUDA graph: {'yes' if self.graphed else 'no'} ({why})")
 
 

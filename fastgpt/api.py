@@ -12,7 +12,7 @@ from fastgpt.errors import UserError
 from fastgpt.inference.generate import BatchGenerator, Sampling
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT
-from fastgpt.train.main import run_training
+from fastgpt.train.main import train
 from fastgpt.weights.source import open_source
 
 
@@ -33,7 +33,7 @@ def fit(config: Config | str | None = None, /, **changes: Any) -> Path:
         config, name = presets.load(config)
     config = settings.change(config, changes, "")
     settings.check(config)
-    return run_training(config, name)[1]
+    return train(config, name)[1]
 
 
 def load(

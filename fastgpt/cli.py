@@ -180,7 +180,7 @@ def _train(args: list[str]) -> int:
         _check_places(config)
     from fastgpt.train.main import train
 
-    return train(config, name)
+    return train(config, name)[0]
 
 
 def _check_places(config: Config) -> None:

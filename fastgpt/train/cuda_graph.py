@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastgpt.config.schema import SystemConfig
-from fastgpt.errors import UserError
 from fastgpt.model.device import Machine
 
 # A micro-step is bound by the host if launching takes this part of its time.
@@ -61,12 +60,6 @@ def unsupported_reason(system: SystemConfig, machine: Machine) -> str | None:
     return None
 
 
-def check(system: SystemConfig, machine: Machine) -> None:
-    """Raises UserError if --cuda_graph=True is asked for and not supported."""
-    if system.cuda_graph is True and (reason := unsupported_reason(system, machine)):
-        raise UserError(f"--cuda_graph=True: {reason}; leave the flag out")
-
-
 def wanted(
     system: SystemConfig, machine: Machine, micro_step: Callable[[], object]
 ) -> tuple[bool, str]:
@@ -78,20 +71,15 @@ def wanted(
     asked, reason = system.cuda_graph, unsupported_reason(system, machine)
     if asked != "auto" or reason:
         return asked is True, reason or f"--cuda_graph={asked}"
-    launched, done = min(timed(micro_step, machine.synchronize) for _ in range(3))
-    figures = f"launching takes {launched * 1e3:.1f} of a micro-step's {done * 1e3:.1f} ms"
-    return launched > HOST_BOUND * done, figures
 
+    def seconds() -> tuple[float, float]:
+        machine.synchronize()
+        begin = time.perf_counter()
+        micro_step()
+        launched = time.perf_counter()
+        machine.synchronize()
+        return launched - begin, time.perf_counter() - begin
 
-def timed(
-    micro_step: Callable[[], object],
-    synchronize: Callable[[], None],
-    clock: Callable[[], float] = time.perf_counter,
-) -> tuple[float, float]:
-    """Returns the seconds until a micro-step is launched, and until it is done."""
-    synchronize()
-    begin = clock()
-    micro_step()
-    launched = clock()
-    synchronize()
-    return launched - begin, clock() - begin
+    launching, computing = min(seconds() for _ in range(3))
+    figures = f"launching takes {launching * 1e3:.1f} of a micro-step's {computing * 1e3:.1f} ms"
+    return launching > HOST_BOUND * computing, figures

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from fastgpt.config.schema import Config, OptimConfig, SystemConfig
 from fastgpt.errors import RankError, SharedError, UserError
 from fastgpt.model.device import DTYPES, Machine, resolve_device
+from fastgpt.model.gpt import GPT
+from fastgpt_kernels.progress import describe_error
 
 
 class Ranks:
@@ -70,8 +72,7 @@ class Ranks:
     def mean(self, value: Tensor) -> Tensor:
         """Averages `value` over the ranks in place, on the device."""
         if self.size > 1:
-            dist.all_reduce(value)
-            value /= self.size
+            self.sum(value).div_(self.size)
         return value
 
     def sum(self, value: Tensor) -> Tensor:
@@ -110,31 +111,24 @@ class Ranks:
 
         The message is that of the lowest rank that failed, so that one line is printed in total.
         """
+        if self.size == 1:
+            yield
+            return
         error: UserError | None = None
         try:
             yield
         except UserError as e:
             error = e
-        if self.size == 1:
-            if error:
-                raise error
-            return
-        said = self.gather(str(error) if error else None)
-        for rank, text in enumerate(said):
+        for rank, text in enumerate(self.gather(str(error) if error else None)):
             if text is not None:
                 raise SharedError(f"rank {rank}: {text}" if rank else text) from error
 
     def silent(self) -> list[int]:
         """Returns the ranks that do not answer within two seconds, after a failed exchange."""
-        if self.store is None:
-            return []
         with contextlib.suppress(Exception):
             self.store.set(f"alive/{self.rank}", "1")
-            end, missing = time.monotonic() + 2.0, list(range(self.size))
-            while missing and time.monotonic() < end:
-                missing = [r for r in missing if not self.store.check([f"alive/{r}"])]
-                time.sleep(0.05)
-            return missing
+            time.sleep(2.0)
+            return [r for r in range(self.size) if not self.store.check([f"alive/{r}"])]
         return []
 
 
@@ -206,11 +200,9 @@ def join(config: Config, device: torch.device) -> Iterator[Ranks]:
         yield Ranks()
         return
     _number("MASTER_PORT", 0, most=65535)
-    system = config.system
     # Gloo is for messages between hosts that must not wait for the GPUs.
-    backend = f"cpu:gloo,cuda:{system.backend}" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=system.dist_timeout)
-    stdout = sys.stdout
+    backend = f"cpu:gloo,cuda:{config.system.backend}" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=config.system.dist_timeout)
     ranks = Ranks(_number("RANK", 0), _number("WORLD_SIZE", 1))
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
@@ -219,11 +211,13 @@ def join(config: Config, device: torch.device) -> Iterator[Ranks]:
         store = dist.PrefixStore(f"attempt-{attempt}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         ranks = Ranks(rank, size, store)
-        if rank:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        with ranks.raise_on_all_ranks():
-            ranks.check(config.optim)
-        yield ranks
+        with (
+            open(os.devnull, "w") as null,
+            contextlib.redirect_stdout(null if rank else sys.stdout),
+        ):
+            with ranks.raise_on_all_ranks():
+                ranks.check(config.optim)
+            yield ranks
         ranks.largest(0)()  # all leave at the same time, since rank 0 draws the loss curve
     except SharedError:
         raise
@@ -231,20 +225,15 @@ def join(config: Config, device: torch.device) -> Iterator[Ranks]:
         if ranks.first:
             raise
         raise RankError(f"rank {ranks.rank}: {e}") from e
-    except (dist.DistError, RuntimeError) as e:
-        why = (str(e).strip().splitlines() or [type(e).__name__])[0]
+    except RuntimeError as e:  # dist.DistError too
         if ranks.size == 1 or not _is_connection(e):
             raise
-        missing = ranks.silent()
-        who = ", ".join(map(str, missing)) or "none of them silent"
+        missing = ", ".join(map(str, ranks.silent())) or "none of them silent"
         raise RankError(
-            f"rank {ranks.rank}: lost the others (silent: rank {who}; "
-            f"--dist_timeout={system.dist_timeout:g}): {why}"
+            f"rank {ranks.rank}: lost the others (silent: rank {missing}; "
+            f"--dist_timeout={config.system.dist_timeout:g}): {describe_error(e)}"
         ) from e
     finally:
-        if sys.stdout is not stdout:
-            sys.stdout.close()
-            sys.stdout = stdout
         # After an error this would wait for a peer that may be gone.
         if dist.is_initialized() and sys.exc_info()[0] is None:
             dist.destroy_process_group()
@@ -253,21 +242,6 @@ def join(config: Config, device: torch.device) -> Iterator[Ranks]:
 def _is_connection(e: BaseException) -> bool:
     words = ("gloo", "timed out", "timeout", "connection", "peer", "nccl", "socket")
     return isinstance(e, dist.DistError) or any(w in str(e).lower() for w in words)
-
-
-# Bytes per parameter of fp32 weights, gradients and AdamW's moments, and the part of a GPU's memory
-# above which they leave activations too little room.
-STATE_BYTES, STATE_SHARE = 16, 0.6
-
-
-def strategy(parallel: str, n_params: int, device: torch.device) -> str:
-    """Returns ddp or fsdp for --parallel; auto is DDP if one GPU holds all training state."""
-    if parallel != "auto":
-        return parallel
-    if device.type != "cuda":
-        return "ddp"
-    room = torch.cuda.get_device_properties(device).total_memory
-    return "fsdp" if STATE_BYTES * n_params > STATE_SHARE * room else "ddp"
 
 
 def shard(model: nn.Module, system: SystemConfig, machine: Machine) -> None:
@@ -315,32 +289,38 @@ def replicate(model: nn.Module, system: SystemConfig, machine: Machine) -> DDP:
     return ddp
 
 
-def wrap(model: nn.Module, system: SystemConfig, machine: Machine) -> tuple[nn.Module, str]:
-    """Returns the module to call instead of the model, and "ddp", "fsdp", or "" for one process."""
+# Bytes per parameter of fp32 weights, gradients and AdamW's moments, and the part of a GPU's memory
+# above which they leave activations too little room.
+STATE_BYTES, STATE_SHARE = 16, 0.6
+
+
+def wrap(model: GPT, system: SystemConfig, machine: Machine) -> tuple[nn.Module, str]:
+    """Returns the module to call instead of the model, and "ddp", "fsdp", or "" for one process.
+
+    --parallel=auto is DDP if one GPU holds all training state.
+    """
     if not dist.is_initialized():
         return model, ""
-    n_params = sum(p.numel() for p in model.parameters())
-    kind = strategy(system.parallel, n_params, machine.device)
+    kind = system.parallel
+    if kind == "auto":
+        room = math.inf
+        if machine.device.type == "cuda":
+            room = torch.cuda.get_device_properties(machine.device).total_memory
+        state = STATE_BYTES * model.n_params(position_embeddings=True)
+        kind = "fsdp" if state > STATE_SHARE * room else "ddp"
     if kind == "ddp":
         return replicate(model, system, machine), kind
     shard(model, system, machine)
     return model, kind
 
 
-@contextlib.contextmanager
-def _fsdp_sync(model: Any, last: bool) -> Iterator[None]:
-    model.set_requires_gradient_sync(last)
-    model.set_is_last_backward(last)
-    yield
-
-
-def reducing(wrapped: nn.Module, last: bool) -> AbstractContextManager:
-    """Returns the context of a micro-step; gradients are reduced over the ranks in the `last`."""
+def reduce_gradients(wrapped: Any, now: bool) -> None:
+    """Lets the next backward pass reduce gradients over the ranks, or only accumulate them."""
     if isinstance(wrapped, DDP):
-        return contextlib.nullcontext() if last else wrapped.no_sync()
-    if hasattr(wrapped, "set_requires_gradient_sync"):  # an FSDPModule
-        return _fsdp_sync(wrapped, last)
-    return contextlib.nullcontext()
+        wrapped.require_backward_grad_sync = now  # all that its no_sync does
+    elif hasattr(wrapped, "set_requires_gradient_sync"):  # an FSDPModule
+        wrapped.set_requires_gradient_sync(now)
+        wrapped.set_is_last_backward(now)
 
 
 def local(t: Tensor) -> Tensor:
@@ -406,49 +386,36 @@ def like(t: Tensor, model_tensor: Tensor) -> Tensor:
 
 
 class MatrixScatter:
-    """Matrices spread over the ranks for Muon; in one process nothing moves.
+    """Matrices spread over the ranks for Muon, in a layout of `wrap`; in one process none moves.
 
-    A stack (n, R, C) holds one kind of matrix of all blocks. Where n does not divide among the
-    ranks, some ranks work on zeros. Exchanges are launched like kernels, so no host waits.
+    A stack (n, R, C) holds one kind of matrix of all blocks: with DDP all rows of each, with FSDP2
+    this rank's rows, as torch.chunk cuts them. Where n does not divide among the ranks, some ranks
+    work on zeros. Exchanges are launched like kernels, so no host waits.
     """
+
+    def __init__(self, layout: str = ""):
+        self.layout = layout
 
     def scatter(self, stack: Tensor, rows: int) -> Tensor:
         """Returns the whole matrices (each of `rows` rows) that this rank works on."""
+        if self.layout == "ddp":
+            return _padded(stack, 0)[dist.get_rank()].contiguous()
+        if self.layout == "fsdp":
+            most = -(-rows // dist.get_world_size())
+            mine = _padded(F.pad(stack, (0, 0, 0, most - stack.shape[1])), 0)
+            stack = _exchanged(mine).transpose(0, 1).flatten(1, 2)[:, :rows]
         return stack
 
     def gather(self, mine: Tensor, stack: Tensor) -> Tensor:
         """Returns the results of all ranks in the layout of `stack`."""
+        if self.layout == "ddp":
+            every = mine.new_empty(dist.get_world_size() * len(mine), *mine.shape[1:])
+            dist.all_gather_into_tensor(every, mine)
+            return every[: len(stack)]
+        if self.layout == "fsdp":
+            parts = _exchanged(_padded(mine, 1).transpose(0, 1))
+            return parts.flatten(0, 1)[: len(stack), : stack.shape[1]]
         return mine
-
-
-class ReplicatedScatter(MatrixScatter):
-    """DDP: each rank holds all matrices, picks some, and gathers the results of the others."""
-
-    def scatter(self, stack: Tensor, rows: int) -> Tensor:
-        return _padded(stack, 0)[dist.get_rank()].contiguous()
-
-    def gather(self, mine: Tensor, stack: Tensor) -> Tensor:
-        every = mine.new_empty(dist.get_world_size() * len(mine), *mine.shape[1:])
-        dist.all_gather_into_tensor(every, mine)
-        return every[: len(stack)]
-
-
-class ShardedScatter(MatrixScatter):
-    """FSDP2: each rank holds rows of every matrix, as torch.chunk cuts them, and exchanges them."""
-
-    def scatter(self, stack: Tensor, rows: int) -> Tensor:
-        most = -(-rows // dist.get_world_size())
-        mine = _padded(F.pad(stack, (0, 0, 0, most - stack.shape[1])), 0)  # (ranks, each, most, C)
-        return _exchanged(mine).transpose(0, 1).flatten(1, 2)[:, :rows]
-
-    def gather(self, mine: Tensor, stack: Tensor) -> Tensor:
-        parts = _padded(mine, 1).transpose(0, 1)
-        return _exchanged(parts).flatten(0, 1)[: len(stack), : stack.shape[1]]
-
-
-def matrix_scatter(layout: str) -> MatrixScatter:
-    """Returns the scatter that goes with a layout of `wrap`."""
-    return {"ddp": ReplicatedScatter, "fsdp": ShardedScatter}.get(layout, MatrixScatter)()
 
 
 def _padded(x: Tensor, dim: int) -> Tensor:

@@ -18,7 +18,8 @@ from fastgpt.data.loader import Batches, Prefetcher, eval_batches
 from fastgpt.data.token_files import Dataset, TokenSplit
 from fastgpt.errors import SharedError, UserError
 from fastgpt.storage import checkpoint
-from fastgpt.train import distributed, memory, metrics, optim, resume
+from fastgpt.train import distributed, memory, optim, resume
+from fastgpt.train.metrics import Metrics, flops_per_token
 from fastgpt.train.resume import Progress
 from fastgpt.train.trainer import NonFinite, Trainer
 from fastgpt_kernels.progress import progress
@@ -52,15 +53,12 @@ class Loop:
     """Run of a trainer from the step in `progress` to its end, its target, or a signal."""
 
     def __init__(self, trainer: Trainer, dataset: Dataset, run_dir: Path, progress: Progress):
+        c = trainer.config
         self.trainer, self.dataset, self.run_dir = trainer, dataset, run_dir
-        self.ranks = trainer.ranks
-        self.progress, self.config = progress, trainer.config
-        c = self.config
-        self.rows = c.optim.rows
-        self.tokens_per_step = self.rows * c.model.block_size
+        self.ranks, self.config, self.progress = trainer.ranks, c, progress
         self.batches = Batches(
             dataset.train,
-            rows_per_step=self.rows,
+            rows_per_step=c.optim.rows,
             block_size=c.model.block_size,
             seed=c.run.seed,
             sampling=c.data.sampling,
@@ -83,23 +81,17 @@ class Loop:
 
     def run(self, stack: ExitStack) -> int:
         """Runs from progress.step to max_iters. Returns the exit code."""
-        c, trainer, start = self.config, self.trainer, self.progress.step
-        self.flops = metrics.flops_per_token(trainer.model)
+        trainer, at = self.trainer, self.progress
         print(f"MFU against {trainer.machine.peak}", flush=True)
-        rows = self.ranks.rows(self.rows)
-        self.prefetcher = Prefetcher(self.batches, trainer.device, start_step=start, row_slice=rows)
-        stack.callback(self.prefetcher.close)
-        self.metrics = stack.enter_context(
-            metrics.Metrics(
-                self.run_dir,
-                trainer.resolved,
-                start_step=start,
-                tokens_per_step=self.tokens_per_step,
-                start_tokens=self.tokens,
-                keeps=self.ranks.first,
-                seal=self.progress.seal,
-            )
+        self.prefetcher = Prefetcher(
+            self.batches,
+            trainer.device,
+            start_step=at.step,
+            row_slice=self.ranks.rows(self.config.optim.rows),
         )
+        stack.callback(self.prefetcher.close)
+        log = Metrics(self.run_dir, trainer.resolved, at.step, self.ranks.first, at.metrics)
+        self.metrics = stack.enter_context(log)
         self.stop = stack.enter_context(StopRequest())
         # Garbage collection would delay single steps. It runs at evaluations instead, without the
         # modules and the model, which stay.
@@ -108,22 +100,34 @@ class Loop:
         stack.callback(gc.enable)
         stack.callback(gc.unfreeze)
         try:
-            if trainer.machine.compile:
-                self._compile()
-            self._capture()
+            self._prepare()
             self._steps()
-            self.trainer.check()
+            trainer.check()
         except NonFinite as e:
             raise self.non_finite(e.step) from e
         except torch.OutOfMemoryError as e:
-            said = memory.out_of_memory(c, trainer.model, trainer.device, trainer.batch_size)
-            raise UserError(said) from e
-        if self._stopping() and self.stopped and not c.log.eval_only:
-            at = self.progress
+            raise UserError(
+                memory.out_of_memory(self.config, trainer.model, trainer.device, trainer.batch_size)
+            ) from e
+        if self._stopping() and self.stopped and not self.config.log.eval_only:
             self.metrics.say(f"{self.stopped.name}: stopping after step {at.step}")
             if self.saved is None or self.saved.name != checkpoint.name_of(at.step):
                 self.save(best=False)
         return 128 + self.stopped if self.stopped else 0
+
+    def _prepare(self) -> None:
+        """Compiles, and captures a CUDA graph, so that no iteration's time includes either."""
+        step, trainer = self.progress.step, self.trainer
+        rows = self.batches.tokens(step, slice(trainer.micro_batch))
+        micro_batch = torch.from_numpy(rows).to(trainer.device)
+        if trainer.machine.compile:
+            with progress("compiling", self.metrics.say) as elapsed:
+                trainer.warm_up(step, micro_batch)
+            self.metrics.say(f"compiled in {elapsed():.1f}s")
+        if trainer.device.type == "cuda":
+            graphed, why = trainer.capture_if_it_pays(step, micro_batch)
+            line = "each micro-batch is one CUDA graph" if graphed else "no CUDA graph"
+            self.metrics.say(f"{line} ({why})")
 
     def _stopping(self) -> bool:
         """Returns whether to stop, the same on all ranks, since a signal may reach only some.
@@ -131,18 +135,18 @@ class Loop:
         The stop flag is all-reduced asynchronously and read one step (or evaluation batch) later,
         so no rank waits for the slowest.
         """
-        answer = self.ranks.largest(self.stop.signal or 0)
+        answer = self.ranks.largest(self.stop.received or 0)
         if self.ranks.size > 1:
             answer, self._asked = self._asked, answer
-        number = answer()
-        self.stopped = signal.Signals(number) if number else None
-        return bool(number)
+        self.stopped = signal.Signals(number) if (number := answer()) else None
+        return self.stopped is not None
 
     def _steps(self) -> None:
-        """Alternates steps, log lines, evaluations and checkpoints until the run stops."""
+        """Alternates evaluations, checkpoints, steps and log lines until the run stops."""
         c, trainer, at = self.config, self.trainer, self.progress
         clock, before = StepClock(), at.step_seconds
         while True:
+            # Evaluate, save after it, and collect garbage, outside of the steps' time.
             step = at.step
             last = step == c.run.max_iters
             due = (step % c.log.eval_interval == 0 or last) and step != at.last_eval
@@ -157,53 +161,32 @@ class Loop:
                 at.step_seconds = before + clock.elapsed
                 return
 
+            # One step, and every log_interval steps a line, for which the host waits.
             loss, grad_norm = trainer.step(step, self.prefetcher.get(step))
-            at.step, at.rows, clock.steps = step + 1, at.rows + self.rows, clock.steps + 1
+            at.step, at.rows, clock.steps = step + 1, at.rows + c.optim.rows, clock.steps + 1
             if step % c.log.log_interval == 0:
-                record = {
-                    "loss": loss.item(),  # waits for the device
-                    "lr": optim.learning_rate(step, c.optim),
-                    "grad_norm": grad_norm.item(),
-                }
+                record = {"loss": loss.item(), "lr": optim.learning_rate(step, c.optim)}
+                record["grad_norm"] = grad_norm.item()
                 trainer.check()
                 seconds = clock.lap()
-                peak = trainer.machine.peak.flops * self.ranks.size
-                rate = self.tokens_per_step / seconds / peak
-                record |= {k: v * rate for k, v in vars(self.flops).items()}
-                record |= self._skew(seconds)
-                self.metrics.train(step, seconds, record)
+                record |= self._speed(seconds)
+                self.metrics.train(step, self.tokens, seconds, record)
 
-    def _compile(self) -> None:
-        """Compiles before the first step, so that no iteration's time includes it."""
-        with progress("compiling", self.metrics.say) as elapsed:
-            self.trainer.warm_up(self.progress.step, self._micro_batch())
-        self.metrics.say(f"compiled in {elapsed():.1f}s")
-
-    def _micro_batch(self) -> torch.Tensor:
-        rows = slice(self.trainer.micro_batch)
-        tokens = torch.from_numpy(self.batches.tokens(self.progress.step, rows))
-        return tokens.to(self.trainer.device)
-
-    def _capture(self) -> None:
-        """Captures the micro-step as a CUDA graph if that pays."""
-        step, trainer = self.progress.step, self.trainer
-        wanted, graphed, why = trainer.capture_if_it_pays(step, self._micro_batch)
-        if graphed:
-            self.metrics.say(f"each micro-batch is one CUDA graph ({why})")
-        elif wanted:
-            self.metrics.say(f"no CUDA graph: {why}")
-
-    def _skew(self, seconds: float) -> dict[str, float]:
-        """Returns the spread of the ranks' step times, or nothing for one rank."""
-        if self.ranks.size == 1:
-            return {}
-        times = self.ranks.gather(seconds)
-        return {
-            "ranks": self.ranks.size,
-            "tokens_per_second_per_rank": round(self.tokens_per_step / seconds / len(times), 1),
-            "time_ms_min": round(min(times) * 1000, 3),
-            "time_ms_mean": round(sum(times) / len(times) * 1000, 3),
-            "time_ms_max": round(max(times) * 1000, 3),
+    def _speed(self, seconds: float) -> dict[str, float]:
+        """Returns the MFU of a step of so many seconds, and of several ranks their spread."""
+        size, flops = self.ranks.size, vars(flops_per_token(self.trainer.model))
+        tokens_per_second = self.config.optim.rows * self.config.model.block_size / seconds
+        peak = self.trainer.machine.peak.flops * size
+        mfu = {name: n * (tokens_per_second / peak) for name, n in flops.items()}
+        if size == 1:
+            return mfu
+        times = [1000 * s for s in self.ranks.gather(seconds)]
+        return mfu | {
+            "ranks": size,
+            "tokens_per_second_per_rank": round(tokens_per_second / size, 1),
+            "time_ms_min": round(min(times), 3),
+            "time_ms_mean": round(sum(times) / size, 3),
+            "time_ms_max": round(max(times), 3),
         }
 
     def evaluate(self, step: int) -> bool:
@@ -227,7 +210,7 @@ class Loop:
             raise self._diverged(f"train loss {means['train']}, val loss {means['val']}")
         at = self.progress
         at.last_eval, at.val_loss = step, means["val"]
-        self.metrics.evaluation(step, means["train"], means["val"])
+        self.metrics.evaluation(step, self.tokens, means["train"], means["val"])
         return True
 
     def _eval_tokens(self, split: TokenSplit) -> Iterator[tuple[int, torch.Tensor]]:
@@ -261,9 +244,8 @@ class Loop:
             raise self._diverged(f"{bad[0]} and {len(bad) - 1} other tensors are not finite")
         at.seconds = time.perf_counter() - self._began
         self.metrics.working("saving", at.step, 0, 1)
-        self.metrics.sync()
-        seal = self.metrics.seal()
-        self.saved = resume.save(self.trainer, at, self.dataset, self.run_dir, best=best, seal=seal)
+        at.metrics = self.metrics.seal()
+        self.saved = resume.save(self.trainer, at, self.dataset, self.run_dir, best=best)
         self.metrics.say(f"saving checkpoint to {self.saved}")
 
     def _diverged(self, what: str) -> UserError:
@@ -279,8 +261,8 @@ class Loop:
         """Writes weights, batch and norms of a step that was not finite. Returns the error."""
         trainer = self.trainer
         tokens = torch.from_numpy(self.batches.tokens(step))
-        mine = tokens[self.ranks.rows(self.rows)]
-        report = trainer.diagnose(step, mine.to(trainer.device))
+        rows = self.ranks.rows(self.config.optim.rows)
+        report = trainer.diagnose(step, tokens[rows].to(trainer.device))
         model = distributed.whole_on_first(trainer.model.state_dict(), self.ranks)
         folder = self.run_dir / "nonfinite" / checkpoint.name_of(step)
         if self.ranks.first:
@@ -298,19 +280,18 @@ class Loop:
 
 
 class StopRequest:
-    """Context in which SIGTERM, SIGHUP or SIGINT sets `signal`; a second SIGINT ends at once.
+    """Context in which SIGTERM, SIGHUP or SIGINT sets `received`; a second SIGINT ends at once.
 
     A SIGHUP that the caller ignores, as nohup does, stays ignored.
     """
 
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self._previous: dict[signal.Signals, signal._HANDLER] = {}
+    received: signal.Signals | None = None
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._handle)
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -318,6 +299,6 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
+        if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
+        self.received = signal.Signals(number)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -38,17 +38,12 @@ from fastgpt.weights import hf_tokenizer
 from fastgpt.weights.source import pretrained
 
 
-def train(config: Config, name: str) -> int:
-    """Runs a training run to its end or to a signal. Returns the exit code of the process.
+def train(config: Config, name: str) -> tuple[int, Path]:
+    """Runs a training run to its end or to a signal. Returns the exit code and the run's folder.
 
     `name` becomes part of the name of a new run's folder. Raises UserError if the run cannot be
     done as asked.
     """
-    return run_training(config, name)[0]
-
-
-def run_training(config: Config, name: str) -> tuple[int, Path]:
-    """Does the work of `train`. Returns the exit code and the folder of the run."""
     system = config.system
     check_launch(config)
     device = local_device(system.device)
@@ -57,19 +52,13 @@ def run_training(config: Config, name: str) -> tuple[int, Path]:
         print(f"{said}; going on on the CPU", flush=True)
     if system.max_autotune and not machine.compile:
         raise UserError("--max_autotune=True: is torch.compile's; give --compile=True with it")
-    with lasting_output(), join(config, machine.device) as ranks:
+    # A closed terminal, pipe or full disk behind stdout or stderr ends no run.
+    out, err = (cast(TextIO, _LastingStream(stream)) for stream in (sys.stdout, sys.stderr))
+    with ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        ranks = stack.enter_context(join(config, machine.device))
         return _train(config, name, machine, ranks)
-
-
-@contextlib.contextmanager
-def lasting_output() -> Iterator[None]:
-    """Context in which a closed terminal, pipe or full disk behind stdout or stderr ends no run."""
-    streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (cast(TextIO, _LastingStream(stream)) for stream in streams)
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = streams
 
 
 class _LastingStream:
@@ -102,8 +91,11 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
     preset = PRESETS[name]() if name in PRESETS else config
     changed = {key for key, *_ in settings.differences(preset, config)}
     # 1. Data, weights to start from, vocabulary.
+    r, system = config.run, config.system
     with ranks.raise_on_all_ranks():
-        cuda_graph.check(config.system, machine)
+        wrong = cuda_graph.unsupported_reason(system, machine)
+        if system.cuda_graph is True and wrong:
+            raise UserError(f"--cuda_graph=True: {wrong}; leave the flag out")
         if ranks.first:
             metrics.check_trackers(config.log)
         folder = ensure(PrepareConfig.of(config.data)) if ranks.first else Path()
@@ -117,7 +109,7 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
     _agree(config, dataset, machine, ranks)
     # 2. Resume or begin? Flags decide. A restart by torchrun may also continue or replace the run
     # that its own first attempt made.
-    r, launch = config.run, ranks.gather(launcher())
+    launch = ranks.gather(launcher())
     again = ranks.gather(restarted() and run.made_by(Path(r.out_dir), launch))[0]
     resuming = r.init_from == "resume" or again and bool(checkpoint.names(Path(r.out_dir)))
     # 3. Model and trainer.
@@ -134,19 +126,17 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
         run_dir = Path()
         with ranks.raise_on_all_ranks():
             if ranks.first:
-                held = run.resumed(r.out_dir) if resuming else None
-                held = held or run.begin(r.out_dir, name, r.overwrite or again)
+                if resuming:
+                    held = run.resumed(r.out_dir)
+                else:
+                    held = run.begin(r.out_dir, name, r.overwrite or again)
                 run_dir = stack.enter_context(held)
         run_dir = ranks.gather(run_dir)[0]
         with ranks.raise_on_all_ranks():
             start = resume.load(trainer, dataset, run_dir) if resuming else Progress()
             if start.step >= r.max_iters and not config.log.eval_only:
-                if ranks.first:
-                    draw_if_missing(run_dir)
-                raise UserError(
-                    f"{run_dir}: already at step {start.step} of --max_iters={r.max_iters}; give "
-                    "more to go on"
-                )
+                at = f"already at step {start.step} of --max_iters={r.max_iters}"
+                raise UserError(f"{run_dir}: {at}; give more to go on")
         with ranks.raise_on_all_ranks():
             if ranks.first:
                 run.save_config(run_dir, trainer.resolved, launch)
@@ -169,11 +159,11 @@ def _agree(config: Config, dataset: Dataset, machine: Machine, ranks: Ranks) -> 
     """Raises RanksDiffer on all ranks if one has other settings, data or versions than rank 0."""
     mine = settings.to_dict(config) | machine.settings
     mine = {k: v for k, v in mine.items() if k not in _PER_RANK}
-    versions = {"fastgpt": __version__, "torch": torch.__version__}
-    mine |= versions | {"device": machine.device.type, "data": dataset.fingerprint}
-    every = ranks.gather(mine)
-    for rank, other in enumerate(every):
-        for key, value in every[0].items():
+    mine |= {"fastgpt": __version__, "torch": torch.__version__}
+    mine |= {"device": machine.device.type, "data": dataset.fingerprint}
+    first, *others = ranks.gather(mine)
+    for rank, other in enumerate(others, 1):
+        for key, value in first.items():
             if other.get(key) != value:
                 raise RanksDiffer(
                     f"rank {rank} has {key}={other.get(key)}, rank 0 has {key}={value}: start all "
@@ -235,15 +225,15 @@ def print_introduction(
 
     A star marks the settings in `changed`, which are not the preset's.
     """
-    config, section = trainer.resolved, ""
+    config, sections = trainer.resolved, dict[str, list[str]]()
     for leaf in settings.leaves(Config).values():
-        if leaf.section != section:
-            section = leaf.section
-            print(f"\n{section + ':':8}" if section != "run" else f"{section + ':':8}", end="")
-        print(f"{'*' * (leaf.name in changed)}{leaf.name}={settings.get(config, leaf)}", end=" ")
+        text = f"{'*' * (leaf.name in changed)}{leaf.name}={settings.get(config, leaf)}"
+        sections.setdefault(leaf.section, []).append(text)
+    for section, values in sections.items():
+        print(f"{section + ':':8}{' '.join(values)}")
     machine, device = trainer.machine, trainer.device
     gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-    print(f"\n\ndata {dataset.describe()}")
+    print(f"\ndata {dataset.describe()}")
     print(f"tokens per iteration will be: {config.optim.rows * config.model.block_size:,}")
     print(optim.describe_schedule(config.optim, config.run.max_iters))
     print(f"number of parameters: {trainer.model.n_params() / 1e6:.2f}M")
@@ -253,19 +243,10 @@ def print_introduction(
         print(f"ranks {trainer.ranks.size} with {kind}, {rows}")
     print(f"device {device}{gpu}, {machine.dtype}, compile {machine.compile}")
     if device.type == "cuda":
-        asked = trainer.model, trainer.batch_size, config.optim.optimizer
-        print(f"memory, by estimate: {memory.of_model(*asked)}")
+        expected = memory.estimate(trainer.model, trainer.batch_size, config.optim.optimizer)
+        print(f"memory, by estimate: {memory.describe(expected)}")
     print(f"ops {describe(trainer.selected)}")
     print(f"run {run_dir}", flush=True)
-
-
-def draw_if_missing(run_dir: Path) -> None:
-    """Draws the loss curve of a run that was killed after its last save."""
-    picture, log = run_dir / "loss.png", run_dir / "metrics.jsonl"
-    if not log.exists():
-        return
-    if not picture.exists() or picture.stat().st_mtime_ns < log.stat().st_mtime_ns:
-        print(f"loss curve {plots.loss_curve(run_dir)}")
 
 
 def print_summary(loop: Loop, dataset: Dataset, run_dir: Path) -> None:
@@ -282,27 +263,27 @@ def print_summary(loop: Loop, dataset: Dataset, run_dir: Path) -> None:
         )
     if picture:
         print(f"loss curve {picture}")
-    if c.log.sample_tokens and not loop.stopped and loop.trainer.layout != "fsdp":
+    known = dataset.tokenizer is not None
+    if known and c.log.sample_tokens and not loop.stopped and loop.trainer.layout != "fsdp":
         _print_sample(loop, dataset)
     if loop.saved:
         more = "" if at.step < c.run.max_iters else f" --max_iters={2 * c.run.max_iters}"
-        print()
         place = shlex.quote(str(run_dir))
-        if dataset.tokenizer is not None:
-            print(f"sample:   fastgpt sample --out_dir={place}")
-        print(f"continue: fastgpt train --init_from=resume --out_dir={place}{more}")
-        if dataset.tokenizer is None:
-            print(
+        lines = [f"continue: fastgpt train --init_from=resume --out_dir={place}{more}"]
+        if known:
+            lines.insert(0, f"sample:   fastgpt sample --out_dir={place}")
+        else:
+            lines.append(
                 "no sample: these token files have no tokenizer; if you know it, continue with "
                 "--tokenizer=gpt2 --vocab_file=FILE"
             )
+        print("", *lines, sep="\n")
 
 
 def _print_sample(loop: Loop, dataset: Dataset) -> None:
-    """Prints text that follows "def ", or of other data the first token, if it can be decoded."""
+    """Prints text that follows "def ", or of other data the first token."""
     c, tokenizer = loop.config, dataset.tokenizer
-    if tokenizer is None:
-        return
+    assert tokenizer is not None
     prompt = dataset.val.gather(np.zeros(1, dtype=np.int64), 1)[0].tolist()
     if c.data.dataset == "python_stdlib" and not c.data.input:
         prompt = tokenizer.encode("def ").tolist()

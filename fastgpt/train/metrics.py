@@ -11,12 +11,14 @@ them: train/loss and val/loss at evaluations, lr, and mfu in percent, each over 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from fastgpt.config.schema import Config, LogConfig
 from fastgpt.config.settings import to_dict
@@ -25,6 +27,12 @@ from fastgpt.errors import UserError, read_text, reading
 from fastgpt.model.gpt import GPT
 from fastgpt.storage import run_dir as run
 from fastgpt.storage.atomic import explain_os_error, write_text
+from fastgpt_kernels.progress import describe_error
+
+_NUMBERS = {
+    "train": ("step", "loss", "tokens"),
+    "eval": ("step", "train_loss", "val_loss", "tokens"),
+}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -34,30 +42,17 @@ def read(path: Path) -> list[dict[str, Any]]:
     with reading(path, "is not UTF-8 text"):
         lines = read_text(path).splitlines(keepends=True)
     records = []
-    for i, line in enumerate(lines):
+    for i, line in enumerate(lines, 1):
         try:
-            records.append(_checked(json.loads(line)))
+            record = json.loads(line)
+            for name in _NUMBERS[record["kind"]]:
+                math.isfinite(record[name])  # raises for what is no number, or beyond a float
+            records.append(record)
         except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as e:
-            if i + 1 < len(lines) or line.endswith("\n"):
-                raise UserError(
-                    f"{path}: line {i + 1} is not JSON, or no record; mend or remove it"
-                ) from e
+            if i < len(lines) or line.endswith("\n"):
+                wrong = "is not JSON, or no record; mend or remove it"
+                raise UserError(f"{path}: line {i} {wrong}") from e
     return records
-
-
-_NUMBERS = {
-    "train": ("step", "loss", "tokens"),
-    "eval": ("step", "train_loss", "val_loss", "tokens"),
-}
-
-
-def _checked(record: Any) -> dict[str, Any]:
-    """Returns the record. Raises if a number that its kind needs is missing."""
-    for name in _NUMBERS[record["kind"]]:
-        if not isinstance(record[name], int | float):
-            raise TypeError(name)
-        float(record[name])  # raises for integers beyond a float
-    return record
 
 
 def duration(seconds: float) -> str:
@@ -90,16 +85,13 @@ class Metrics:
         self,
         run_dir: Path,
         config: Config,
-        *,
-        start_step: int,
-        tokens_per_step: int,
-        start_tokens: int = 0,
+        start_step: int = 0,
         keeps: bool = True,
         seal: dict[str, Any] | None = None,
     ):
         self.path, self._keeps = run_dir / "metrics.jsonl" if keeps else Path(os.devnull), keeps
-        self._tokens_per_step, self._max_iters = tokens_per_step, config.run.max_iters
-        self._start_step, self._start_tokens = start_step, start_tokens
+        self._tokens_per_step = config.optim.rows * config.model.block_size
+        self._max_iters = config.run.max_iters
         self._digest = hashlib.sha256()
         if keeps:  # a resumed run repeats the steps after its checkpoint
             kept = [r for r in read(self.path) if r["step"] < start_step + (r["kind"] == "eval")]
@@ -112,7 +104,12 @@ class Metrics:
                 )
             write_text(self.path, text)
         self._file: IO[str] = open(self.path, "a")  # noqa: SIM115 - closed in __exit__
-        self._trackers = start_trackers(run_dir, config) if keeps else []
+        asked: dict[Any, bool] = {
+            _Wandb: config.log.wandb_log,
+            _TensorBoard: config.log.tensorboard,
+        }
+        trackers = [kind for kind, wanted in asked.items() if wanted and keeps]
+        self._trackers = [tracker(run_dir, config) for tracker in trackers]
         self._progress: Any = None  # of rich
         if sys.stdout.isatty():
             from rich.console import Console
@@ -143,16 +140,22 @@ class Metrics:
         else:
             print(line, flush=True)
 
-    def train(self, step: int, seconds: float, record: dict[str, float]) -> None:
-        """Logs a step. `seconds` is the mean time per step since the last log line."""
-        tokens_per_second = self._tokens_per_step / seconds
+    def train(self, step: int, tokens: int, seconds: float, record: dict[str, float]) -> None:
+        """Logs a step, after which `tokens` were seen.
+
+        `seconds` is the mean time per step since the last log line.
+        """
+        tokens_per_second, done = self._tokens_per_step / seconds, step + 1
         self._seconds, self._speed = seconds, f"{count(tokens_per_second)} tok/s"
         self.say(
             f"iter {step}: loss {record['loss']:.4f}, time {seconds * 1000:.2f}ms, "
             f"mfu {record['mfu'] * 100:.2f}%"
         )
         self._every = Every()  # a line was just said
-        self._advance(step + 1)
+        if self._progress:
+            text = f"{done}/{self._max_iters} {count(tokens)} tokens, {self._speed}"
+            text += self._eta(done)
+            self._progress.update(self._task, completed=done, description=text)
         self._write(
             {
                 "kind": "train",
@@ -160,36 +163,25 @@ class Metrics:
                 **record,
                 "time_ms": round(seconds * 1000, 3),
                 "tokens_per_second": round(tokens_per_second, 1),
-                "tokens": self._tokens(step + 1),
+                "tokens": tokens,
             }
         )
 
-    def evaluation(self, step: int, train_loss: float, val_loss: float) -> None:
+    def evaluation(self, step: int, tokens: int, train_loss: float, val_loss: float) -> None:
         """Logs the mean losses on the fixed evaluation batches, before step `step`."""
         self.say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
-        seen = self._tokens(step)
         if self._speed and not self._progress:
-            self.say(f"{count(seen)} tokens seen, {self._speed}{self._eta(step)}")
+            self.say(f"{count(tokens)} tokens seen, {self._speed}{self._eta(step)}")
         losses = {"train_loss": train_loss, "val_loss": val_loss}
-        self._write({"kind": "eval", "step": step, **losses, "tokens": seen})
+        self._write({"kind": "eval", "step": step, **losses, "tokens": tokens})
 
     def working(self, what: str, step: int, done: int, total: int) -> None:
         """Shows progress of work between two steps; in a pipe every ten seconds at most."""
+        text = f"{what} {done}/{total}"
         if self._progress:
-            description = f"{what} {done}/{total}"
-            self._progress.update(self._task, completed=step, description=description)
+            self._progress.update(self._task, completed=step, description=text)
         elif done and self._every.due():
-            self.say(f"{what} {done}/{total}")
-
-    def _advance(self, done: int) -> None:
-        if self._progress:
-            seen = f"{count(self._tokens(done))} tokens"
-            text = f"{done}/{self._max_iters} {seen}, {self._speed}{self._eta(done)}"
-            self._progress.update(self._task, completed=done, description=text)
-
-    def _tokens(self, step: int) -> int:
-        """Returns the training tokens seen before a step."""
-        return self._start_tokens + (step - self._start_step) * self._tokens_per_step
+            self.say(text)
 
     def _eta(self, done: int) -> str:
         """Returns the time left after `done` steps, or "" at the end."""
@@ -208,32 +200,19 @@ class Metrics:
             tracker.log(record["step"], tracker_values(record))
 
     def seal(self) -> dict[str, Any]:
-        """Returns the hash of the log for a checkpoint to keep."""
-        return {"sha256": self._digest.hexdigest()}
-
-    def sync(self) -> None:
-        """Writes the log through to the disk, before each checkpoint."""
+        """Writes the log through to the disk. Returns its hash for a checkpoint to keep."""
         if self._keeps:
             os.fsync(self._file.fileno())
-
-
-_ELSE = "or set WANDB_MODE=offline, or leave the flag out"
-
-
-class Tracker(Protocol):
-    def log(self, step: int, values: dict[str, float]) -> None: ...
-
-    def close(self) -> None: ...
+        return {"sha256": self._digest.hexdigest()}
 
 
 def tracker_values(record: dict[str, Any]) -> dict[str, float]:
     """Returns the values of a record of metrics.jsonl under the trackers' names."""
     if record["kind"] == "eval":
         return {"train/loss": record["train_loss"], "val/loss": record["val_loss"]}
-    named = {"loss": "batch/loss"}
-    skipped = ("kind", "step")
-    out = {named.get(k, k): v for k, v in record.items() if k not in skipped}
-    return {k: v * 100 if k.startswith("mfu") else v for k, v in out.items()}
+    named = {"batch/loss" if k == "loss" else k: v for k, v in record.items()}
+    del named["kind"], named["step"]
+    return {k: v * 100 if k.startswith("mfu") else v for k, v in named.items()}
 
 
 def check_trackers(log: LogConfig) -> None:
@@ -243,31 +222,22 @@ def check_trackers(log: LogConfig) -> None:
         try:
             wandb.login()  # asks on a terminal; without one it fails if no key is known
         except Exception as e:  # its errors have no base that all of its versions know
-            raise UserError(f"--wandb_log=True: {_first(e)}; run `wandb login`, {_ELSE}") from e
+            raise _wandb_error(e, "run `wandb login`, or ") from e
     if log.tensorboard:
         _import("torch.utils.tensorboard", "tensorboard")
 
 
-def start_trackers(run_dir: Path, config: Config) -> list[Tracker]:
-    """Starts the trackers of a run. Raises UserError if one cannot start."""
-    out: list[Tracker] = []
-    if config.log.wandb_log:
-        out.append(_Wandb(run_dir, config))
-    if config.log.tensorboard:
-        out.append(_TensorBoard(run_dir))
-    return out
-
-
 def _import(module: str, flag: str) -> Any:
     try:
-        return __import__(module, fromlist=["x"])
+        return importlib.import_module(module)
     except ImportError as e:
         advice = "pip install -e '.[log]'"
         raise UserError(f"--{flag}=True: {e.name or module} is not installed; {advice}") from e
 
 
-def _first(e: Exception) -> str:
-    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+def _wandb_error(e: Exception, advice: str = "") -> UserError:
+    advice += "set WANDB_MODE=offline, or leave the flag out"
+    return UserError(f"--wandb_log=True: {describe_error(e)}; {advice}")
 
 
 class _Wandb:
@@ -286,32 +256,28 @@ class _Wandb:
             )
             self._run.define_metric("*", step_metric="iter")
         except Exception as e:
-            raise UserError(f"--wandb_log=True: cannot start ({_first(e)}); {_ELSE[3:]}") from e
-        self._told = False
+            raise _wandb_error(e) from e
+        self.close, self._failed = self._run.finish, False
 
     def log(self, step: int, values: dict[str, float]) -> None:
         try:
             self._run.log({"iter": step, **values})
         except Exception as e:  # a tracker that fails does not end the training
-            if not self._told:
-                print(f"warning: W&B: {_first(e)}; metrics.jsonl has it all", file=sys.stderr)
-            self._told = True
-
-    def close(self) -> None:
-        self._run.finish()
+            if not self._failed:
+                said = f"warning: W&B: {describe_error(e)}; metrics.jsonl has it all"
+                print(said, file=sys.stderr)
+            self._failed = True
 
 
 class _TensorBoard:
-    def __init__(self, run_dir: Path):
-        writer = _import("torch.utils.tensorboard", "tensorboard").SummaryWriter
-        self._writer = writer(str(run_dir / "tensorboard"))
+    def __init__(self, run_dir: Path, config: Config):
+        module = _import("torch.utils.tensorboard", "tensorboard")
+        self._writer = module.SummaryWriter(str(run_dir / "tensorboard"))
+        self.close = self._writer.close
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 @dataclass(frozen=True)
@@ -332,6 +298,6 @@ class FlopsPerToken:
 
 def flops_per_token(model: GPT) -> FlopsPerToken:
     """Returns the three counts for a model at its full block_size."""
-    n = 6.0 * model.n_params()
-    scores = 6.0 * model.shape.n_layer * model.shape.n_embd * model.shape.block_size
+    n, shape = 6.0 * model.n_params(), model.shape
+    scores = 6.0 * shape.n_layer * shape.n_embd * shape.block_size
     return FlopsPerToken(mfu=n + 2 * scores, mfu_causal=n + scores, mfu_6n=n)

@@ -17,7 +17,7 @@ are stacked and multiplied together. Several ranks each take some of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,15 +85,6 @@ def orthogonal(stacks: Sequence[Tensor], parts: Sequence[int]) -> list[Tensor]:
     return [(y.mT if t else y).reshape(stack.shape) for y, t, stack in found]
 
 
-class ParameterGroup:
-    """Parameters of one shape, each of `parts` matrices; stacked they are (n, rows, columns)."""
-
-    def __init__(self, params: list[Tensor], parts: int):
-        self.params, self.parts, self.rows = params, parts, params[0].shape[0]
-        sides = self.rows // parts, params[0].shape[1]
-        self.sides = min(sides), max(sides)
-
-
 class Muon(torch.optim.Optimizer):
     """Muon and AdamW as one optimizer.
 
@@ -106,14 +97,13 @@ class Muon(torch.optim.Optimizer):
 
     Like fused AdamW it divides gradients by the tensor `grad_scale` and skips the update if the
     tensor `found_inf` is not 0, where these attributes are set. The state is `momentum_buffer`, as
-    in PyTorch. Parameters without a gradient are skipped.
+    in PyTorch.
     """
 
     def __init__(
         self,
         matrices: Mapping[Tensor, int],
         adamw: torch.optim.Optimizer,
-        *,
         weight_decay: float,
         dtype: torch.dtype = torch.float32,
         scatter: MatrixScatter | None = None,
@@ -132,61 +122,56 @@ class Muon(torch.optim.Optimizer):
             self._momentum = torch.compile(momentum, dynamic=False)
             self._orthogonal = torch.compile(orthogonal, dynamic=False)
 
+        # Parameters of one shape are stacked, and matrices of the same sides multiplied together.
+        stacks: dict[tuple[torch.Size, int], list[Tensor]] = {}
+        for p, parts in matrices.items():
+            stacks.setdefault((p.shape, parts), []).append(p)
+        self._batches: dict[tuple[int, ...], list[tuple[list[Tensor], int]]] = {}
+        for ((rows, columns), parts), params in stacks.items():
+            sides = tuple(sorted((rows // parts, columns)))
+            self._batches.setdefault(sides, []).append((params, parts))
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of all parameters; does not wait for the device."""
-        grad_scale, found_inf = (getattr(self, k, None) for k in ("grad_scale", "found_inf"))
         adamw: Any = self.adamw
+        grad_scale, found_inf = (getattr(self, k, None) for k in ("grad_scale", "found_inf"))
         adamw.grad_scale, adamw.found_inf = grad_scale, found_inf
         loss = adamw.step(closure)
         options, device = self.param_groups[0], next(iter(self.matrices)).device
         divisor = torch.ones((), device=device) if grad_scale is None else grad_scale
-        if found_inf is None:
-            found_inf = torch.zeros((), device=device)
-        bad = found_inf != 0
+        bad = (torch.zeros((), device=device) if found_inf is None else found_inf) != 0
         rate = torch.where(bad, 0.0, options["lr"])
         keep = 1 - rate * options["weight_decay"]
-        for groups in self._batches():
-            ahead = [self._look_ahead(group, divisor, bad) for group in groups]
+        for (_, longer_side), batch in self._batches.items():
+            # The extra dimension makes the multiplication promote the result to fp32.
+            scale = (-SCALE * math.sqrt(longer_side) * rate)[None]
+            ahead = [self._look_ahead(params, divisor, bad) for params, _ in batch]
             mine = [
-                self.scatter.scatter(u, group.rows) for group, u in zip(groups, ahead, strict=True)
+                self.scatter.scatter(stack, params[0].shape[0])
+                for stack, (params, _) in zip(ahead, batch, strict=True)
             ]
-            made = self._orthogonal(mine, [group.parts for group in groups])
-            for group, u, x in zip(groups, ahead, made, strict=True):
-                # The extra dimension makes the multiplication promote x to fp32.
-                scale = (-SCALE * math.sqrt(group.sides[1]) * rate)[None]
-                params = [local(p) for p in group.params]
-                torch._foreach_mul_(params, keep)
-                torch._foreach_add_(params, [*(self.scatter.gather(x, u) * scale).unbind()])
+            made = self._orthogonal(mine, [parts for _, parts in batch])
+            for (params, _), stack, x in zip(batch, ahead, made, strict=True):
+                weights = [local(p) for p in params]
+                torch._foreach_mul_(weights, keep)
+                torch._foreach_add_(weights, [*(self.scatter.gather(x, stack) * scale).unbind()])
         return loss
 
-    def _batches(self) -> Iterator[list[ParameterGroup]]:
-        """Yields the groups whose matrices have the same sides and are multiplied together."""
-        found: dict[tuple[Any, ...], list[Tensor]] = {}
-        for p, parts in self.matrices.items():
-            if p.grad is not None:
-                found.setdefault((p.shape, parts), []).append(p)
-        batches: dict[tuple[int, int], list[ParameterGroup]] = {}
-        for (_, parts), params in found.items():
-            group = ParameterGroup(params, parts)
-            batches.setdefault(group.sides, []).append(group)
-        yield from batches.values()
-
-    def _look_ahead(self, group: ParameterGroup, divisor: Tensor, bad: Tensor) -> Tensor:
-        """Updates the momentum. Returns this rank's stack to be made orthogonal."""
-        for p in group.params:
+    def _look_ahead(self, params: list[Tensor], divisor: Tensor, bad: Tensor) -> Tensor:
+        """Updates the momentum. Returns this rank's stack (n, rows, columns) for Newton-Schulz."""
+        for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [local(self.state[p]["momentum_buffer"]) for p in group.params]
-        grads = torch.stack([local(p.grad) for p in group.params if p.grad is not None])
+        buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
+        grads = torch.stack([local(p.grad) for p in params if p.grad is not None])
         new, ahead = self._momentum(grads, torch.stack(buffers), divisor, bad, self.dtype)
         torch._foreach_copy_(buffers, [*new.unbind()])
         return ahead
 
     def warm_up(self) -> None:
         """Compiles the kernels of a step by one that is skipped, so nothing changes."""
-        if self._orthogonal is orthogonal:
-            return
-        self.found_inf = torch.ones((), device=next(iter(self.matrices)).device)
-        self.step()
-        del self.found_inf
+        if self._orthogonal is not orthogonal:
+            self.found_inf = torch.ones((), device=next(iter(self.matrices)).device)
+            self.step()
+            del self.found_inf

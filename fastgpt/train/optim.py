@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,26 +63,23 @@ def make_optimizer(
     torch.compile makes its kernels.
     """
     device = next(model.parameters()).device
-    matrices = matrices_of_blocks(model) if c.optimizer == "muon" else {}
-    params = [p for p in model.parameters() if p.requires_grad and p not in matrices]
+    matrices: dict[Tensor, int] = {}
+    if c.optimizer == "muon":  # c_attn holds the matrices of q, k and v
+        named = [(n, p) for n, p in model.transformer.h.named_parameters() if p.ndim == 2]
+        matrices = {p: 3 if name.endswith("c_attn.weight") else 1 for name, p in named}
+    params = [p for p in model.parameters() if p not in matrices]
     groups = [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": c.weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
     fused = device.type in ("cuda", "cpu")
     adamw = torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=fused)
-    if matrices:
-        more: dict[str, Any] = {"weight_decay": c.weight_decay, "scatter": scatter}
-        if device.type != "cpu":  # bf16 matmuls take over 10 times as long as fp32 there
-            more |= {"dtype": model.dtype, "compile": compile}
-        return Muon(matrices, adamw, **more)
-    return adamw
-
-
-def matrices_of_blocks(model: GPT) -> dict[Tensor, int]:
-    """Returns the number of matrices in each weight of a block: c_attn holds q, k and v."""
-    named = model.transformer.h.named_parameters()
-    return {p: 3 if name.endswith("c_attn.weight") else 1 for name, p in named if p.ndim == 2}
+    if not matrices:
+        return adamw
+    dtype = model.dtype
+    if device.type == "cpu":  # bf16 matmuls take over 10 times as long as fp32 there
+        dtype, compile = torch.float32, False
+    return Muon(matrices, adamw, c.weight_decay, dtype, scatter, compile)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -108,24 +104,16 @@ def divide_gradients(optimizer: torch.optim.Optimizer, model: nn.Module, divisor
     A fused optimizer does that in its step, since it reads every gradient anyway. For others (on
     mps) the gradients are divided here.
     """
-    if fused(optimizer):
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.grad_scale = divisor  # type: ignore[attr-defined]
     else:
         torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], divisor)
 
 
-def fused(optimizer: torch.optim.Optimizer) -> bool:
-    """Returns whether `step` reads grad_scale and found_inf on the device."""
-    return getattr(optimizer, "_step_supports_amp_scaling", False)
-
-
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """Returns the optimizer's state as named tensors: {"exp_avg.transformer.wte.weight": ...}."""
-    out: dict[str, Tensor] = {}
-    for name, p in model.named_parameters():
-        for key, value in optimizer.state.get(p, {}).items():
-            out[f"{key}.{name}"] = value
-    return out
+    state = ((name, optimizer.state.get(p, {})) for name, p in model.named_parameters())
+    return {f"{key}.{name}": value for name, own in state for key, value in own.items()}
 
 
 def load_state_tensors(
@@ -135,21 +123,19 @@ def load_state_tensors(
 
     Raises UserError if they are another optimizer's, or do not fit it in names, shapes or dtypes.
     """
-    params = dict(model.named_parameters())
-    wanted = "muon" if isinstance(optimizer, Muon) else "adamw"
-    found = "muon" if any(k.startswith("momentum_buffer.") for k in tensors) else "adamw"
-    if tensors and wanted != found:
+    params, muon = dict(model.named_parameters()), isinstance(optimizer, Muon)
+    found = any(key.startswith("momentum_buffer.") for key in tensors)
+    if tensors and muon != found:
         raise UserError(
-            f"--optimizer={wanted}: the checkpoint has the state of {found}; leave the flag out, "
-            "or start a new run"
+            f"--optimizer={('adamw', 'muon')[muon]}: the checkpoint has the state of "
+            f"{('adamw', 'muon')[found]}; leave the flag out, or start a new run"
         )
-    expected = {}
+    expected: dict[str, torch.Size] = {}
     for name, p in params.items():
+        state = {"exp_avg": p.shape, "exp_avg_sq": p.shape, "step": torch.Size(())}
         if isinstance(optimizer, Muon) and p in optimizer.matrices:
-            expected[f"momentum_buffer.{name}"] = p.shape
-        else:
-            expected |= {f"{key}.{name}": p.shape for key in ("exp_avg", "exp_avg_sq")}
-            expected[f"step.{name}"] = torch.Size(())
+            state = {"momentum_buffer": p.shape}
+        expected |= {f"{key}.{name}": shape for key, shape in state.items()}
     for full_name in expected | tensors if tensors else ():
         value, shape = tensors.get(full_name), expected.get(full_name)
         if value is None or value.shape != shape or value.dtype != torch.float32:

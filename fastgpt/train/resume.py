@@ -29,7 +29,7 @@ class Progress:
 
     step          next step
     rows          training rows seen so far, each of block_size tokens
-    seal          hash of metrics.jsonl at this step
+    metrics       hash of metrics.jsonl at this step, by which a later change is noticed
     step_seconds  time of all steps so far
     seconds       time of the run so far, with compilation, evaluations and saves
     """
@@ -38,25 +38,18 @@ class Progress:
     last_eval: int = -1
     val_loss: float = float("inf")
     best_val_loss: float = float("inf")
-    seal: dict[str, Any] | None = None
+    metrics: dict[str, Any] | None = None
     step_seconds: float = 0.0
     seconds: float = 0.0
     rows: int = 0
 
 
 def save(
-    trainer: Trainer,
-    progress: Progress,
-    dataset: Dataset,
-    run_dir: Path,
-    *,
-    best: bool,
-    seal: dict[str, Any] | None = None,
+    trainer: Trainer, progress: Progress, dataset: Dataset, run_dir: Path, *, best: bool
 ) -> Path:
     """Writes a checkpoint of the next step; all ranks take part. Returns its folder.
 
-    `seal` is the hash of metrics.jsonl at this step, by which a later change is noticed. Raises
-    UserError on all ranks if the checkpoint cannot be written.
+    Raises UserError on all ranks if it cannot be written.
     """
     ranks = trainer.ranks
     weights = {k: v.detach() for k, v in trainer.model.state_dict().items()}
@@ -74,23 +67,16 @@ def save(
     else:
         model = distributed.whole_on_first(weights, ranks)
         optimizer = distributed.whole_on_first(moments, ranks)
-    document = {
+    document = vars(progress) | {
         "format": checkpoint.FORMAT,
-        "model": trainer.model.shape.__dict__,
-        "last_eval": progress.last_eval,
-        "val_loss": progress.val_loss,
-        "best_val_loss": progress.best_val_loss,
-        "rows": progress.rows,
-        "step_seconds": progress.step_seconds,
-        "seconds": progress.seconds,
+        "model": vars(trainer.model.shape),
         "data": dataset.fingerprint,
         "tokenizer": dataset.tokenizer.fingerprint if dataset.tokenizer else None,
-        "metrics": seal,
         "config": settings.to_dict(trainer.resolved),
         "threads": _threads(trainer),
-        "ops": [c.__dict__ for c in trainer.selected],
+        "ops": [vars(op) for op in trainer.selected],
+        "scaler": trainer.scaler.state_dict(),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
-        **trainer.state_dict(),
     }
     with ranks.raise_on_all_ranks():
         if ranks.first:
@@ -111,17 +97,11 @@ def load(trainer: Trainer, dataset: Dataset, run_dir: Path) -> Progress:
     saved = checkpoint.load(run_dir, r.checkpoint)
     document, shape = saved.state, trainer.model.shape
     with reading(saved.folder / "state.json", "is damaged"):
-        progress = Progress(
-            document["step"],
-            document["last_eval"],
-            float(document["val_loss"]),
-            float(document["best_val_loss"]),
-            document.get("metrics"),
-            float(document.get("step_seconds", 0.0)),
-            float(document.get("seconds", 0.0)),
-            # Checkpoints of version 0.1 have no rows.
-            document.get("rows", document["step"] * trainer.config.optim.rows),
-        )
+        # Checkpoints of version 0.1 have no rows.
+        rows = document["step"] * trainer.config.optim.rows
+        document = {"rows": rows, "step_seconds": 0.0, "seconds": 0.0, **document}
+        values = {k: type(v)(document[k]) for k, v in vars(Progress()).items() if k != "metrics"}
+        progress = Progress(**values, metrics=document.get("metrics"))
         document["data"], document["scaler"]
     for key, was in document["model"].items():
         now = getattr(shape, key, None)
@@ -141,47 +121,40 @@ def load(trainer: Trainer, dataset: Dataset, run_dir: Path) -> Progress:
             f"{saved.folder}: has no optimizer state; --reset_optimizer=True goes on with fresh "
             "moments"
         )
-    trainer.load(saved.model, optimizer, document)
+    trainer.load(saved.model, optimizer, document["scaler"])
     if bad := trainer.non_finite_tensors():
         raise UserError(
             f"{saved.folder}: {bad[0]} is not finite; resume from an older checkpoint with "
             "--checkpoint=NAME"
         )
     print(f"resuming from {saved.folder}")
-    _say_if_changed(trainer, document, _planned_threads(run_dir / "plan.json"))
-    return progress
-
-
-def _say_if_changed(trainer: Trainer, document: dict[str, Any], threads: int | None) -> None:
-    """Prints settings, kernels and a CPU's threads by which the run computes otherwise than before.
-
-    threads: those before, if the checkpoint does not tell.
-    """
+    threads = document.get("threads")
+    with contextlib.suppress(UserError), reading(run_dir / "plan.json", ""):  # of version 0.1.0
+        threads = threads or json.loads(read_bytes(run_dir / "plan.json", 1 << 24))["threads"]
     stored = settings.from_dict(document.get("config") or {}, "state.json: ")
-    was, now = settings.to_dict(stored), settings.to_dict(trainer.resolved)
-    was["rows per step"], now["rows per step"] = stored.optim.rows, trainer.config.optim.rows
-    was["threads"], now["threads"] = document.get("threads") or threads, _threads(trainer)
-    was |= {c["op"]: c["implementation"] for c in document.get("ops", ())}
-    now |= {s.op: s.implementation for s in trainer.selected}
-    keys = ["rows per step", "threads", "seed", "sampling", "block_size", "dropout", "dtype"]
-    keys += [leaf.name for leaf in settings.leaves(Config).values() if leaf.section == "optim"]
-    keys += [s.op for s in trainer.selected]
-    split = ("batch_size", "gradient_accumulation_steps")
+    ops = {op["op"]: op["implementation"] for op in document.get("ops", ())}
+    was = _deciding(stored, threads or None, ops)
+    ops = {op.op: op.implementation for op in trainer.selected}
+    now = _deciding(trainer.resolved, _threads(trainer), ops)
     changed = [
-        f"{key} {now[key]} (was {was[key]})"
-        for key in dict.fromkeys(keys)
-        if key not in split and was.get(key) is not None and was[key] != now[key]
+        f"{key} {value} (was {was[key]})"
+        for key, value in now.items()
+        if was.get(key) is not None and was[key] != value
     ]
     if changed:
         print(f"other than before: {', '.join(changed)}")
+    return progress
+
+
+def _deciding(config: Config, threads: int | None, ops: dict[str, str]) -> dict[str, Any]:
+    """Returns what decides the numbers that a step computes: settings, threads, kernels."""
+    values, names = settings.to_dict(config), ["seed", "sampling", "block_size", "dropout", "dtype"]
+    names += [leaf.name for leaf in settings.leaves(Config).values() if leaf.section == "optim"]
+    for name in ("batch_size", "gradient_accumulation_steps"):  # their product counts
+        names.remove(name)
+    rows = {"rows per step": config.optim.rows, "threads": threads}
+    return rows | {name: values[name] for name in names} | ops
 
 
 def _threads(trainer: Trainer) -> int | None:
     return torch.get_num_threads() if trainer.device.type == "cpu" else None
-
-
-def _planned_threads(path: Path) -> int | None:
-    """Returns the CPU threads that a plan of version 0.1.0 set; no longer applied."""
-    with contextlib.suppress(UserError), reading(path, ""):
-        return json.loads(read_bytes(path, limit=1 << 24))["threads"] or None
-    return None

@@ -195,7 +195,7 @@ def test_an_unseen_gpu_is_explained(smi, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_training_explains_an_unseen_gpu_and_goes_on(smi, monkeypatch, capsys):
     smi("NVIDIA H100, 535.104.05")
-    monkeypatch.setattr(main, "_train", lambda _, name, machine, ranks: (machine.device.type, None))
+    monkeypatch.setattr(main, "_train", lambda _, name, machine, ranks: machine.device.type)
     assert main.train(replace(laptop(), peak_tflops=1.0), "laptop") == "cpu"
     assert capsys.readouterr().out.strip().endswith("; going on on the CPU")
     main.train(replace(laptop(), device="cpu", peak_tflops=1.0), "laptop")

@@ -29,11 +29,11 @@ def test_the_clock_counts_steps_and_no_pauses(monkeypatch: pytest.MonkeyPatch):
 def test_first_signal_is_noted(number):
     before = signal.getsignal(number)
     with StopRequest() as stop:
-        assert stop.signal is None
+        assert stop.received is None
         os.kill(os.getpid(), number)
-        assert stop.signal == number
+        assert stop.received == number
         os.kill(os.getpid(), signal.SIGTERM)  # schedulers repeat themselves
-        assert stop.signal is not None
+        assert stop.received is not None
     assert signal.getsignal(number) is before
 
 
@@ -47,8 +47,8 @@ def test_an_ignored_hangup_stays_ignored():
     """As under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with loop.StopRequest() as stop:
+        with StopRequest() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert stop.signal is None
+            assert stop.received is None
     finally:
         signal.signal(signal.SIGHUP, before)

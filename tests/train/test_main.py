@@ -8,7 +8,6 @@ import os
 import random
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,14 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from fastgpt.data.loader import Batches
 from fastgpt.data.token_files import open_dataset
 from fastgpt.model.kernels import Selected
 from fastgpt.storage import checkpoint
 from fastgpt.train import metrics
-from fastgpt.train import resume as resume_module
 from fastgpt.train.main import _warn_if_ops_differ
 from tests import runs
 from tests.process import Command, fastgpt
@@ -210,43 +208,20 @@ def test_config_repeats_the_run(tmp_path: Path, text: str):
     assert runs.tensor_files(again) == runs.tensor_files(tmp_path / "out")
 
 
-@pytest.mark.slow
-def test_weights_that_turn_bad_stop_the_run(tmp_path: Path, text: str):
-    """A NaN put into the saved weights: the resumed run stops at once and keeps what is needed."""
-    train(tmp_path, text, "--out_dir=out")
-    folder = runs.latest(tmp_path / "out")
-    tensors = load_file(folder / "model.safetensors")
-    tensors["transformer.h.0.attn.c_attn.weight"][3, 5] = float("nan")
-    save_file(tensors, folder / "model.safetensors")
-    runs.seal(folder)
-    said = resume(tmp_path, "--out_dir=out", "--max_iters=40", code=2)
-    assert "step 20: loss nan or gradient norm is not finite" in said
-    assert said.splitlines()[-1].startswith("fastgpt: step 20") and "Traceback" not in said
-    kept = tmp_path / "out" / "nonfinite" / "step_00000020"
-    assert checkpoint.fault(kept) is None
-    report = json.loads((kept / "report.json").read_text())
-    assert "transformer.h.0.attn.c_attn.weight" in report["not_finite"]
-    assert load_file(kept / "batch.safetensors")["tokens"].shape == (4, 17)
-    assert checkpoint.names(tmp_path / "out")[0] == "step_00000020", "no bad step was saved"
-
-
 def test_a_learning_rate_that_explodes_stops_the_run(tmp_path: Path, text: str):
+    """Before the update; what is needed to look into it is kept."""
     wild = ("--learning_rate=1e30", "--min_lr=0", "--warmup_iters=0", "--grad_clip=0")
     said = train(tmp_path, text, "--out_dir=out", *wild, code=2)
-    assert "is not finite" in said and "Traceback" not in said
-    bad_step = int(said.split("fastgpt: step ")[1].split(":")[0])
-    for saved in checkpoint.names(tmp_path / "out"):
-        assert int(saved[5:]) <= bad_step
-
-
-def is_root() -> bool:
-    return shutil.os.geteuid() == 0
-
-
-def mounted(folder: Path, *options: str) -> bool:
-    """Mount a tmpfs, where this machine lets us."""
-    command = ["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)]
-    return is_root() and subprocess.run(command, capture_output=True).returncode == 0
+    last = said.splitlines()[-1]
+    assert last.startswith("fastgpt: step ") and "is not finite" in last and "Traceback" not in said
+    step = int(last.split()[2].rstrip(":"))
+    kept = tmp_path / "out" / "nonfinite" / checkpoint.name_of(step)
+    assert checkpoint.fault(kept) is None and str(kept.relative_to(tmp_path)) in last
+    report = json.loads((kept / "report.json").read_text())
+    assert report["step"] == step and report["not_finite"] and report["loss"] in last
+    assert load_file(kept / "batch.safetensors")["tokens"].shape == (4, 17)
+    assert all(t.isfinite().all() for t in load_file(kept / "model.safetensors").values())
+    assert all(int(name[5:]) <= step for name in checkpoint.names(tmp_path / "out"))
 
 
 @pytest.mark.slow
@@ -265,26 +240,12 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, text: str):
     resume(tmp_path, "--out_dir=out", "--max_iters=30")
 
 
-def test_a_really_full_disk_loses_nothing(tmp_path: Path, text: str):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if not mounted(disk, "-o", "size=1300k"):
-        pytest.skip("no right to mount a small disk here; the file-size limit stands for it")
-    try:
-        said = train(tmp_path, text, f"--out_dir={disk}/out", "--max_iters=200", code=2)
-        assert "no space left" in said.splitlines()[-1] and "Traceback" not in said
-        assert checkpoint.load(disk / "out").state["step"] > 0
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
 def test_a_read_only_folder(tmp_path: Path, text: str):
     disk = tmp_path / "disk"
-    disk.mkdir()
-    if not mounted(disk, "-o", "ro"):
-        if is_root():
-            pytest.skip("root may write anywhere, and may not mount here")
-        disk.chmod(0o555)
+    disk.mkdir(0o555)
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(disk)]
+    if os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("root may write anywhere, and may not mount here")
     try:
         said = train(tmp_path, text, f"--out_dir={disk}/out", code=2)
         assert f"cannot write {disk}/out" in said and "name another folder" in said
@@ -411,16 +372,6 @@ def test_data_cut_off_in_a_run_is_one_line(tmp_path: Path, text: str):
     assert checkpoint.load(tmp_path / "out").state["step"] >= 20
 
 
-@pytest.mark.slow
-def test_a_finished_run_without_its_picture_gets_it(tmp_path: Path, text: str):
-    train(tmp_path, text, "--out_dir=out", "--max_iters=2", "--sample_tokens=0")
-    (tmp_path / "out" / "loss.png").unlink()
-    (tmp_path / "out" / ".loss.png.x.tmp").touch()  # what the kill left of it
-    said = resume(tmp_path, "--out_dir=out", code=2)
-    assert "loss curve out/loss.png" in said and "already at step 2" in said
-    assert not (tmp_path / "out" / ".loss.png.x.tmp").exists()
-
-
 @pytest.mark.parametrize("lost", ["full disk", "closed pipe", "closed terminal"])
 def test_lost_output_ends_no_run(lost: str, tmp_path: Path, text: str):
     """The log goes on in metrics.jsonl, and the run ends with its last checkpoint."""
@@ -460,20 +411,6 @@ def test_resuming_names_settings_that_change_the_run(tmp_path: Path, text: str):
     changes = "rows per step 2 (was 4), seed 5 (was 1337), attention math (was eager)"
     assert f"other than before: {changes}\n" in said
     assert "other than before" not in resume(tmp_path, "--out_dir=out", "--max_iters=5")
-
-
-def test_threads_of_an_old_plan_are_read(tmp_path: Path):
-    """A checkpoint of version 0.1.0 does not tell them."""
-    plan = tmp_path / "plan.json"
-    for text, threads in (
-        ('{"threads": 3}', 3),
-        ('{"threads": 0}', None),
-        ("[", None),
-        ("[]", None),
-    ):
-        plan.write_text(text)
-        assert resume_module._planned_threads(plan) == threads
-    assert resume_module._planned_threads(tmp_path / "missing.json") is None
 
 
 @pytest.mark.parametrize("sampling", ["random", "epochs"])

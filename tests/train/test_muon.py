@@ -4,40 +4,38 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from fastgpt import cli
-from fastgpt.config.presets import laptop
 from fastgpt.config.schema import OptimConfig
-from fastgpt.config.settings import replace
 from fastgpt.errors import UserError
-from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt.model.kernels import KernelOptions, select
 from fastgpt.train import muon, optim
 from fastgpt.train.muon import Muon, newton_schulz, orthogonal
-from fastgpt.train.trainer import Trainer
 from tests import runs
+from tests.train.helpers import DEVICE, batch, make_trainer, weights
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 C = OptimConfig(optimizer="muon", learning_rate=1e-2, weight_decay=0.1)
+SHAPE = ModelShape(2, 2, 16, 8, 20, bias=True)
 
 
-def small(bias: bool = True) -> GPT:
-    table = select(DEVICE, options=KernelOptions("eager"))
-    return GPT(ModelShape(2, 2, 16, 8, 20, bias), 0.0, table).init_weights(0).to(DEVICE)
-
-
-def made(dtype: torch.dtype = torch.float32) -> tuple[GPT, Muon]:
-    model = small()
-    optimizer = optim.make_optimizer(model, C)
-    assert isinstance(optimizer, Muon)
-    optimizer.dtype = dtype
+def made(c: OptimConfig = C, dtype: torch.dtype = torch.float32) -> tuple[GPT, Any]:
+    """A model and its optimizer."""
+    model = GPT(SHAPE).init_weights(0).to(DEVICE)
+    optimizer = optim.make_optimizer(model, c)
+    if isinstance(optimizer, Muon):
+        optimizer.dtype = dtype
     return model, optimizer
+
+
+def of_blocks(model: GPT) -> dict[str, Tensor]:
+    return {n: p for n, p in model.named_parameters() if ".h." in n and p.ndim == 2}
 
 
 def gradients(model: GPT, step: int) -> None:
@@ -72,21 +70,21 @@ class Reference:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 4e-2)])
 def test_steps_are_the_formulas(dtype, tolerance):
     """Every matrix, q, k and v apart; clipping, a schedule; the update's error relative to it."""
-    model, optimizer = made(dtype)
-    blocks = [(n, p) for n, p in model.transformer.h.named_parameters() if p.ndim == 2]
-    assert len(blocks) == 8
-    references = {n: [*map(Reference, pieces(n, p))] for n, p in blocks}
-    before = {n: p.detach().clone() for n, p in blocks}
+    model, optimizer = made(dtype=dtype)
+    blocks = of_blocks(model)
+    references = {n: [*map(Reference, pieces(n, p))] for n, p in blocks.items()}
+    before = {n: p.detach().clone() for n, p in blocks.items()}
     for step in range(4):
         lr = 1e-2 / (step + 1)
         optim.set_learning_rate(optimizer, lr)
         gradients(model, step)
         optimizer.grad_scale = torch.tensor(1.0 + step, device=DEVICE)
-        for n, p in blocks:
+        for n, p in blocks.items():
             for r, g in zip(references[n], pieces(n, p.grad), strict=True):
                 r.step(g / (1.0 + step), lr, 0.1)
         optimizer.step()
-    for n, p in blocks:
+    assert len(blocks) == 8
+    for n, p in blocks.items():
         want = torch.cat([r.weight for r in references[n]]) - before[n].double().cpu()
         error = p.detach().double().cpu() - before[n].double().cpu() - want
         assert error.norm() <= tolerance * want.norm(), n
@@ -94,67 +92,68 @@ def test_steps_are_the_formulas(dtype, tolerance):
 
 def test_steps_are_torchs():
     """torch.optim.Muon of each matrix, which computes in bf16; and AdamW's of all else, exactly."""
-    model, optimizer = made(torch.bfloat16)
-    other = small()
-    theirs, plain = [], []
-    for name, p in other.named_parameters():
-        if ".h." in name and p.ndim == 2:
-            theirs += [(name, p, torch.nn.Parameter(x.clone())) for x in pieces(name, p.detach())]
-        else:
-            plain.append(p)
+    model, optimizer = made(dtype=torch.bfloat16)
+    other, adamw = made(replace(C, optimizer="adamw"))
+    start = {n: p.detach().clone() for n, p in of_blocks(other).items()}
+    parts = {n: [torch.nn.Parameter(x.clone()) for x in pieces(n, p)] for n, p in start.items()}
     reference = torch.optim.Muon(
-        [x for _, _, x in theirs], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+        sum(parts.values(), []), lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
     )
-    groups = [
-        {"params": [p for p in plain if p.ndim == 2], "weight_decay": 0.1},
-        {"params": [p for p in plain if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    adamw = torch.optim.AdamW(groups, lr=1e-2, betas=(C.beta1, C.beta2), fused=True)
-    before = {n: p.detach().clone() for n, p in other.named_parameters()}
     for step in range(3):
         for m in (model, other):
             gradients(m, step)
-        for name, p in other.named_parameters():
-            cut = [x for n, _, x in theirs if n == name]
-            for x, g in zip(cut, pieces(name, p.grad), strict=bool(cut)):
+        for name, cut in parts.items():
+            for x, g in zip(cut, pieces(name, other.get_parameter(name).grad), strict=True):
                 x.grad = g.clone()
         for o in (optimizer, reference, adamw):
             o.step()
     for name, p in model.named_parameters():
-        cut = [x for n, _, x in theirs if n == name]
-        want = torch.cat(cut) if cut else dict(other.named_parameters())[name]
-        if not cut:
-            assert torch.equal(p, want), name
-        moved = (want - before[name]).norm()
-        assert (p - want).norm() <= 2e-2 * moved, name
+        if name not in parts:
+            assert torch.equal(p, other.get_parameter(name)), name
+            continue
+        want = torch.cat(parts[name])
+        assert (p - want).norm() <= 2e-2 * (want - start[name]).norm(), name
+
+
+def wide_matrix(smallest: float) -> tuple[Tensor, Tensor, Tensor]:
+    """U, V and U S V^T (24, 96) in fp64, with singular values from 10^smallest to 1."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.randn(n, 24, generator=generator).double() for n in (24, 96))
+    u, v = torch.linalg.qr(u)[0], torch.linalg.qr(v)[0]
+    return u, v, u @ torch.diag(torch.logspace(smallest, 0, 24).double()) @ v.T
 
 
 def test_singular_values_come_near_one():
     """Of what AdamW would leave at any size; the directions stay."""
-    generator = torch.Generator().manual_seed(0)
-    u, _ = torch.linalg.qr(torch.randn(24, 24, generator=generator))
-    v, _ = torch.linalg.qr(torch.randn(96, 24, generator=generator))
-    x = u @ torch.diag(torch.logspace(-2, 0, 24)) @ v.T
+    u, v, x = (t.float() for t in wide_matrix(-2))
     (found,) = orthogonal([x[None]], [1])
     values = torch.linalg.svdvals(found[0])
     assert values.min() > 0.6 and values.max() < 1.3
     assert (u.T @ found[0] @ v).diagonal().min() > 0.6, "not U V^T"
 
 
+def test_the_short_way_loses_no_small_singular_value():
+    """Wide ones of fp32 go by their Gram matrix, which has the squares: down to 1e-8 here."""
+    x = wide_matrix(-4)[2] / 2
+    want = newton_schulz(x)
+    assert (newton_schulz(x.float()) - want).norm() < 1e-3 * want.norm()
+
+
 def test_stacks_come_back_as_they_went():
     """Tall, wide, several parts: what one by one makes of them."""
     generator = torch.Generator().manual_seed(0)
-    stacks = [torch.randn(s, generator=generator) for s in ((2, 24, 8), (3, 8, 8), (2, 8, 8))]
-    found = orthogonal(stacks, (3, 1, 1))
-    tall, wide = (torch.randn(s, generator=generator) for s in ((2, 32, 8), (2, 8, 32)))
-    found += orthogonal([tall, wide], (1, 1))
-    for stack, made, parts in zip([*stacks, tall, wide], found, (3, 1, 1, 1, 1), strict=True):
-        assert made.shape == stack.shape
-        for x, y in zip(stack, made, strict=True):
-            for a, b in zip(x.chunk(parts), y.chunk(parts), strict=True):
-                a = a / a.norm()
-                want = newton_schulz(a.T).T if len(a) > a.shape[1] else newton_schulz(a)
-                torch.testing.assert_close(b, want, rtol=1e-4, atol=1e-5)
+    square = {(2, 24, 8): 3, (3, 8, 8): 1, (2, 8, 8): 1}
+    for shapes in (square, {(2, 32, 8): 1, (2, 8, 32): 1}):
+        stacks = [torch.randn(s, generator=generator) for s in shapes]
+        for stack, made, parts in zip(
+            stacks, orthogonal(stacks, [*shapes.values()]), shapes.values(), strict=True
+        ):
+            assert made.shape == stack.shape
+            for x, y in zip(stack, made, strict=True):
+                for a, b in zip(x.chunk(parts), y.chunk(parts), strict=True):
+                    a = a / a.norm()
+                    want = newton_schulz(a.T).T if len(a) > a.shape[1] else newton_schulz(a)
+                    torch.testing.assert_close(b, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("columns", [8, 15, 16, 40])
@@ -162,16 +161,6 @@ def test_one_by_one_and_stacked_are_the_same(columns):
     x = torch.randn(3, 8, columns, generator=torch.Generator().manual_seed(0))
     x = x / x.norm(dim=(1, 2), keepdim=True)
     torch.testing.assert_close(newton_schulz(x), torch.stack([*map(newton_schulz, x)]))
-
-
-def test_the_short_way_loses_no_small_singular_value():
-    """Wide ones of fp32 go by their Gram matrix, which has the squares: down to 1e-8 here."""
-    generator = torch.Generator().manual_seed(0)
-    u, _ = torch.linalg.qr(torch.randn(24, 24, generator=generator).double())
-    v, _ = torch.linalg.qr(torch.randn(96, 24, generator=generator).double())
-    x = u @ torch.diag(torch.logspace(-4, 0, 24).double()) @ v.T / 2
-    want = newton_schulz(x)
-    assert (newton_schulz(x.float()) - want).norm() < 1e-3 * want.norm()
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -193,17 +182,7 @@ def test_found_inf_calls_a_step_off(first):
         assert torch.equal(value, state.get(name, torch.zeros_like(value))), name
 
 
-def test_parameters_without_a_gradient_are_left_alone():
-    model, optimizer = made()
-    gradients(model, 0)
-    still = model.transformer.h[0].attn.c_attn.weight
-    still.grad, before = None, still.detach().clone()
-    optimizer.step()
-    assert torch.equal(still, before) and not optimizer.state[still]
-    assert optimizer.state[model.transformer.h[1].attn.c_attn.weight]
-
-
-def test_who_gets_what():
+def test_blocks_matrices_are_muons():
     """All parameters once: matrices of blocks are Muon's, and only they have its state."""
     model, optimizer = made()
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
@@ -211,37 +190,22 @@ def test_who_gets_what():
     optimizer.step()
     names = [*optim.state_tensors(optimizer, model)]
     buffers = {n.partition(".")[2] for n in names if n.startswith("momentum_buffer.")}
-    assert buffers == {n for n, p in model.named_parameters() if ".h." in n and p.ndim == 2}
+    assert buffers == {*of_blocks(model)}
     assert not buffers & {n.partition(".")[2] for n in names if n.startswith("exp_avg.")}
     optim.set_learning_rate(optimizer, 0.5)
     assert {g["lr"] for g in optimizer.adamw.param_groups} == {0.5}
 
 
-def test_copies_follow():
-    """On the eager ops of a 16-bit run the layers read copies."""
-    config = replace(laptop(), optimizer="muon", kernels="eager", warmup_iters=0, batch_size=2)
-    table = select(DEVICE, options=KernelOptions("eager"))
-    model = GPT(ModelShape(1, 2, 16, 8, 20, True), 0.0, table, torch.bfloat16).init_weights(0)
-    trainer = Trainer(model.to(DEVICE), config, Machine(DEVICE, "bfloat16"))
-    before = {k: v.clone() for k, v in model.weight_copies().items()}
-    trainer.step(0, torch.randint(20, (2, 9)).to(DEVICE))
-    assert before
-    for master, copy in model.weight_copies().items():
-        assert torch.equal(copy, master.to(torch.bfloat16))
-    assert any(not torch.equal(copy, before[m]) for m, copy in model.weight_copies().items())
-
-
 def test_float16_scales_its_loss():
     """An overflow is found by the scaler, which lets the step fall out."""
-    config = replace(laptop(), optimizer="muon", kernels="eager", warmup_iters=0, batch_size=2)
-    trainer = Trainer(small(), config, Machine(DEVICE, "float16"))
-    tokens = torch.randint(20, (2, 9)).to(DEVICE)
-    losses = [trainer.step(0, tokens)[0].item() for _ in range(8)]
+    t = make_trainer(dtype="float16", device=DEVICE, optimizer="muon", warmup_iters=0)
+    tokens = batch().to(DEVICE)
+    losses = [t.step(0, tokens)[0].item() for _ in range(8)]
     assert losses[-1] < losses[0]
-    before = [p.detach().clone() for p in trainer.model.parameters()]
-    trainer.scaler.update(3e38)
-    trainer.step(0, tokens)
-    assert all(map(torch.equal, before, trainer.model.parameters()))
+    before = weights(t)
+    t.scaler.update(3e38)
+    t.step(0, tokens)
+    assert all(map(torch.equal, before, weights(t)))
 
 
 @pytest.mark.slow

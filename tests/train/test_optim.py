@@ -24,24 +24,13 @@ def config(**changes) -> OptimConfig:
     )
 
 
-@pytest.mark.parametrize(
-    ("step", "want"),
-    [(0, 1 / 11), (9, 10 / 11), (10, 1.0), (60, 0.55), (110, 0.1), (111, 0.1), (10**6, 0.1)],
-)
-def test_schedule(step, want):
-    assert optim.learning_rate(step, config()) == pytest.approx(want)
-
-
 def test_schedule_follows_the_cosine():
-    lrs = [optim.learning_rate(s, config()) for s in range(10, 111)]
-    want = [0.1 + 0.45 * (1 + math.cos(math.pi * i / 100)) for i in range(101)]
-    assert lrs == pytest.approx(want)
-
-
-def test_schedule_edges():
+    want = {step: (step + 1) / 11 for step in range(10)}
+    want |= {10 + i: 0.1 + 0.45 * (1 + math.cos(math.pi * i / 100)) for i in range(101)}
+    want |= {111: 0.1, 10**6: 0.1}
+    assert {step: optim.learning_rate(step, config()) for step in want} == pytest.approx(want)
     assert optim.learning_rate(5, config(decay_lr=False)) == 1.0
-    flat = OptimConfig(warmup_iters=5, lr_decay_iters=5, learning_rate=1.0, min_lr=0.1)
-    assert optim.learning_rate(5, flat) == 0.1
+    assert optim.learning_rate(10, replace(config(), lr_decay_iters=10)) == 0.1
 
 
 def test_wsd_is_flat_and_then_linear_to_zero():
@@ -109,10 +98,8 @@ def test_clipping(limit, fused):
     before = [p.grad.clone() for p in model.parameters()]
     norm = math.sqrt(sum(g.double().square().sum().item() for g in before))
     optimizer = optim.make_optimizer(model, OptimConfig())
-    assert optim.fused(optimizer)
     if not fused:
         optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=False)
-        assert not optim.fused(optimizer)
     zero = torch.zeros(())
     norms = optim.gradient_norms(model)
     found, divisor = clip_and_check_finite(norms, zero, zero, zero, limit, of_loss_alone=False)
@@ -126,65 +113,37 @@ def test_clipping(limit, fused):
         torch.testing.assert_close(moment, 0.1 * g * factor, rtol=1e-4, atol=1e-7)
 
 
-def test_state_goes_through_flat_tensors():
-    model, other = small(), small()
-    a, b = (optim.make_optimizer(m, OptimConfig()) for m in (model, other))
-    idx = torch.randint(20, (2, 8))
-    for _ in range(3):
-        model(idx, idx).backward()
-        a.step()
-        a.zero_grad()
-    other.load_state_dict(model.state_dict())
-    optim.load_state_tensors(b, other, optim.state_tensors(a, model))
-    for m, o in ((model, a), (other, b)):
-        m(idx, idx).backward()
-        o.step()
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(p, q)
-
-
-def judged(
-    norms,
-    loss,
-    bad=0.0,
-    steps=0.0,
-    max_norm=1.0,
-    of_loss_alone=False,
-    function=clip_and_check_finite,
-):
-    """(norm, divisor, bad, bad steps) as numbers."""
-    guard = torch.tensor(bad), torch.tensor(steps)
-    found = function([*torch.tensor(norms)], torch.tensor(loss), *guard, max_norm, of_loss_alone)
-    return tuple(None if x is None else x.item() for x in (*found, *guard))
-
-
 @pytest.fixture(params=["plain", "compiled"])
-def function(request):
-    """As it stands, and traced as on a GPU, where it is one kernel."""
-    if request.param == "plain":
-        return clip_and_check_finite
-    torch._dynamo.reset()
-    return torch.compile(clip_and_check_finite, backend="aot_eager", fullgraph=True)
+def judged(request):
+    """Gives (norm, divisor, bad, bad steps) as numbers.
+
+    By the function as it stands, and traced as on a GPU, where it is one kernel.
+    """
+    function = clip_and_check_finite
+    if request.param == "compiled":
+        torch._dynamo.reset()
+        function = torch.compile(function, backend="aot_eager", fullgraph=True)
+
+    def call(norms, loss, bad=0.0, steps=0.0, max_norm=1.0, of_loss_alone=False):
+        guard = torch.tensor(bad), torch.tensor(steps)
+        found = function(
+            [*torch.tensor(norms)], torch.tensor(loss), *guard, max_norm, of_loss_alone
+        )
+        return tuple(None if x is None else x.item() for x in (*found, *guard))
+
+    return call
 
 
-def test_of_sound_numbers(function):
-    assert judged([3.0, 4.0], 2.0, function=function) == pytest.approx((5, 5, 0, 0), rel=1e-5)
-    assert judged([0.3, 0.4], 2.0, function=function) == pytest.approx((0.5, 1, 0, 0), rel=1e-5)
-    assert judged([3.0, 4.0], 2.0, max_norm=0, function=function) == (5, None, 0, 0)
+def test_of_sound_numbers(judged):
+    assert judged([3.0, 4.0], 2.0) == pytest.approx((5, 5, 0, 0), rel=1e-5)
+    assert judged([0.3, 0.4], 2.0) == pytest.approx((0.5, 1, 0, 0), rel=1e-5)
+    assert judged([3.0, 4.0], 2.0, max_norm=0) == (5, None, 0, 0)
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
-def test_of_a_loss_that_is_not_finite(loss, function):
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_of_what_is_not_finite(value, judged):
     for of_loss_alone in (False, True):
-        found = judged([3.0], loss, of_loss_alone=of_loss_alone, function=function)
-        assert found[2:] == (1, 1)
-
-
-@pytest.mark.parametrize("norm", [math.nan, math.inf])
-def test_of_a_norm_that_is_not_finite(norm, function):
-    assert judged([3.0, norm], 2.0, function=function)[2:] == (1, 1)
-    assert judged([3.0, norm], 2.0, of_loss_alone=True, function=function)[2:] == (0, 0)
-
-
-def test_bad_is_not_forgotten(function):
-    assert judged([3.0], 2.0, bad=1.0, steps=4.0, function=function)[2:] == (1, 5)
+        assert judged([3.0], value, of_loss_alone=of_loss_alone)[2:] == (1, 1)
+    assert judged([3.0, value], 2.0)[2:] == (1, 1)
+    assert judged([3.0, value], 2.0, of_loss_alone=True)[2:] == (0, 0)
+    assert judged([3.0], 2.0, bad=1.0, steps=4.0)[2:] == (1, 5), "it is not forgotten"

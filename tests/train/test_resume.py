@@ -1,4 +1,4 @@
-"""What is saved is what is loaded; resuming whole runs is in test_train.py."""
+"""What is saved is what is loaded; resuming whole runs is in test_main.py."""
 
 from __future__ import annotations
 
@@ -10,46 +10,44 @@ from typing import cast
 import pytest
 import torch
 
-from fastgpt.config import settings
-from fastgpt.config.presets import laptop
 from fastgpt.data.token_files import Dataset
 from fastgpt.errors import UserError
-from fastgpt.model.device import Machine
-from fastgpt.model.gpt import GPT, ModelShape
+from fastgpt.model.gpt import ModelShape
 from fastgpt.train import optim, resume
 from fastgpt.train.resume import Progress
 from fastgpt.train.trainer import Trainer
+from tests.train.helpers import batch, make_trainer
+
+SHAPE = ModelShape(1, 2, 16, 8, 50, bias=True)
 
 
-def trainer(seed: int, dtype: str = "float32", n_embd: int = 16, **changes) -> Trainer:
-    model = GPT(ModelShape(1, 2, n_embd, 8, 50, bias=True)).init_weights(seed)
-    config = settings.replace(laptop(), **changes)
-    return Trainer(model, config, Machine(torch.device("cpu"), dtype))
+def trainer(seed: int = 0, shape: ModelShape = SHAPE, **settings) -> Trainer:
+    return make_trainer(shape, seed=seed, rows=4, **settings)
+
+
+def step(t: Trainer, number: int = 0) -> None:
+    t.step(number, batch(number, 4, SHAPE))
 
 
 def dataset(fingerprint: str = "abc") -> Dataset:
     return cast(Dataset, SimpleNamespace(folder="text", fingerprint=fingerprint, tokenizer=None))
 
 
-def tokens(step: int) -> torch.Tensor:
-    return torch.randint(50, (4, 9), generator=torch.Generator().manual_seed(step))
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_loaded_is_what_was_saved(dtype: str, tmp_path: Path):
     """Weights, moments, loss scale and progress: the next step is the same to the bit."""
-    a, b = trainer(0, dtype), trainer(1, dtype)
+    a, b = (trainer(seed, dtype=dtype) for seed in range(2))
     if dtype == "float16":
         a.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)  # not what a new run begins with
-    for step in range(2):
-        a.step(step, tokens(step))
-    progress = Progress(2, 1, 3.5, 3.25)
+    step(a, 0)
+    step(a, 1)
+    progress = Progress(2, 1, 3.5, 3.25, {"sha256": "ab"}, 1.5, 2.5, 8)
     folder = resume.save(a, progress, dataset(), tmp_path, best=True)
     assert folder == tmp_path / "checkpoints" / "step_00000002" and folder.is_dir()
     assert resume.load(b, dataset(), tmp_path) == progress
-    assert a.state_dict() == b.state_dict()
+    assert a.scaler.state_dict() == b.scaler.state_dict()
     for t in (a, b):
-        t.step(2, tokens(2))
+        step(t, 2)
     moments = [optim.state_tensors(t.optimizer, t.model) for t in (a, b)]
     for x, y in ((a.model.state_dict(), b.model.state_dict()), moments):
         assert x.keys() == y.keys()
@@ -58,30 +56,27 @@ def test_loaded_is_what_was_saved(dtype: str, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("n_layer", 2), ("n_head", 1), ("block_size", 9), ("vocab_size", 51), ("bias", False)],
-)
+    [("n_layer", 2), ("n_head", 1), ("n_embd", 32), ("block_size", 9), ("vocab_size", 51),
+     ("bias", False)],
+)  # fmt: skip
 def test_the_shape_of_a_run_is_frozen(key: str, value, tmp_path: Path):
     """Each part of it, also where the tensors would fit."""
-    resume.save(trainer(0), Progress(1), dataset(), tmp_path, best=False)
-    shape = replace(ModelShape(1, 2, 16, 8, 50, bias=True), **{key: value})
-    other = Trainer(GPT(shape), laptop(), Machine(torch.device("cpu"), "float32"))
-    was = getattr(ModelShape(1, 2, 16, 8, 50, bias=True), key)
+    resume.save(trainer(), Progress(1), dataset(), tmp_path, best=False)
+    other, was = trainer(shape=replace(SHAPE, **{key: value})), getattr(SHAPE, key)
     with pytest.raises(UserError, match=f"--{key}={value}: the run in .* has {key}={was}"):
         resume.load(other, dataset(), tmp_path)
 
 
-def test_another_model_or_other_data_is_refused(tmp_path: Path):
-    resume.save(trainer(0), Progress(1), dataset(), tmp_path, best=False)
-    with pytest.raises(UserError, match="--n_embd=32: the run in .* has n_embd=16"):
-        resume.load(trainer(0, n_embd=32), dataset(), tmp_path)
+def test_other_data_is_refused(tmp_path: Path):
+    resume.save(trainer(), Progress(1), dataset(), tmp_path, best=False)
     with pytest.raises(UserError, match="was trained on other data than text holds"):
-        resume.load(trainer(0), dataset("xyz"), tmp_path)
+        resume.load(trainer(), dataset("xyz"), tmp_path)
 
 
 def test_optimizer_tensors_are_checked(tmp_path: Path):
     """Fused AdamW would crash on a moment of another shape, and start anew without a word."""
-    a = trainer(0)
-    a.step(0, tokens(0))
+    a = trainer()
+    step(a)
     resume.save(a, Progress(1), dataset(), tmp_path, best=True)
     good = optim.state_tensors(a.optimizer, a.model)
     name = "exp_avg.transformer.h.0.attn.c_attn.weight"
@@ -104,10 +99,23 @@ def test_optimizer_tensors_are_checked(tmp_path: Path):
     assert not b.optimizer.state and torch.equal(*(t.model.transformer.wte.weight for t in (a, b)))
 
 
+@pytest.mark.parametrize("plan", ['{"threads": 33}', '{"threads": 0}', "[", "[]"])
+def test_threads_of_an_old_plan_are_compared(plan: str, tmp_path: Path, monkeypatch, capsys):
+    """Checkpoints of version 0.1.0 do not tell them."""
+    a = trainer()
+    step(a)
+    monkeypatch.setattr(resume, "_threads", lambda t: None)
+    resume.save(a, Progress(1), dataset(), tmp_path, best=True)
+    monkeypatch.undo()
+    (tmp_path / "plan.json").write_text(plan)
+    resume.load(trainer(1), dataset(), tmp_path)
+    assert ("(was 33)" in capsys.readouterr().out) == ("33" in plan)
+
+
 @pytest.mark.parametrize("which", ["weight", "moment"])
 def test_what_is_not_finite_is_not_resumed(which: str, tmp_path: Path):
-    a = trainer(0)
-    a.step(0, tokens(0))
+    a = trainer()
+    step(a)
     p = a.model.transformer.wte.weight
     (p if which == "weight" else a.optimizer.state[p]["exp_avg"]).data[0, 0] = float("nan")
     resume.save(a, Progress(1), dataset(), tmp_path, best=True)

@@ -11,46 +11,35 @@ from pathlib import Path
 import pytest
 import torch
 import torch._inductor.config
+from torch._dynamo.utils import counters
 
-from fastgpt.config.presets import laptop
 from fastgpt.config.settings import replace
 from fastgpt.errors import UserError
-from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt.model.kernels import KernelOptions, select
+from fastgpt.model.kernels import Kernels, Selected
 from fastgpt.train import cuda_graph, optim
 from fastgpt.train import trainer as trainer_module
 from fastgpt.train.trainer import NonFinite, Trainer, dropout_seed
-
-CPU = torch.device("cpu")
-
-
-def trainer(
-    accumulation: int = 1,
-    dropout: float = 0.0,
-    dtype: torch.dtype = torch.float32,
-    **optim_changes,
-) -> Trainer:
-    changes = {"batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
-    config = replace(laptop(), kernels="eager", dropout=dropout, **changes, **optim_changes)
-    table = select(CPU, options=KernelOptions("eager"))
-    model = GPT(ModelShape(2, 2, 32, 16, 50, bias=True), dropout, table, dtype).init_weights(0)
-    return Trainer(model, config, Machine(CPU))
+from tests.fakes import interpreted
+from tests.train.helpers import DEVICE, SHAPE, batch, make_trainer, weights
 
 
-def tokens(step: int = 0) -> torch.Tensor:
-    return torch.randint(50, (8, 17), generator=torch.Generator().manual_seed(step))
+def state(t: Trainer) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in optim.state_tensors(t.optimizer, t.model).items()}
 
 
-def weights(t: Trainer) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in t.model.parameters()]
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --- the update -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("accumulation", [2, 4, 8])
 def test_accumulation_is_the_batch_in_pieces(accumulation):
-    a, b = trainer(), trainer(accumulation)
+    a, b = make_trainer(), make_trainer(accumulation=accumulation)
     for step in range(3):
-        (loss_a, norm_a), (loss_b, norm_b) = (t.step(step, tokens(step)) for t in (a, b))
+        (loss_a, norm_a), (loss_b, norm_b) = (t.step(step, batch(step)) for t in (a, b))
         torch.testing.assert_close(loss_a, loss_b)
         torch.testing.assert_close(norm_a, norm_b, rtol=1e-4, atol=1e-6)
     for p, q in zip(weights(a), weights(b), strict=True):
@@ -60,23 +49,19 @@ def test_accumulation_is_the_batch_in_pieces(accumulation):
 @pytest.mark.parametrize("grad_clip", [0.0, 0.3, 1e6])
 def test_is_adamw_with_clipping_and_schedule(grad_clip):
     """Against the same update written with PyTorch's unfused AdamW."""
-    t = trainer(grad_clip=grad_clip)
-    model = copy.deepcopy(t.model)
-    c = t.config.optim
+    t = make_trainer(grad_clip=grad_clip)
+    model, c = copy.deepcopy(t.model), t.config.optim
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": c.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
     oracle = torch.optim.AdamW(groups, lr=0.0, betas=(c.beta1, c.beta2), foreach=False)
     for step in range(4):
-        _, norm = t.step(step, tokens(step))
-        for group in oracle.param_groups:
-            group["lr"] = optim.learning_rate(step, c)
+        _, norm = t.step(step, batch(step))
+        optim.set_learning_rate(oracle, optim.learning_rate(step, c))
         oracle.zero_grad()
-        batch = tokens(step)
-        model(batch[:, :-1], batch[:, 1:]).backward()
-        limit = grad_clip or math.inf
-        want = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        model(batch(step)[:, :-1], batch(step)[:, 1:]).backward()
+        want = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         assert norm.item() == pytest.approx(want.item(), rel=1e-5) and want > 0.3
         oracle.step()
     for p, q in zip(weights(t), model.parameters(), strict=True):
@@ -84,13 +69,12 @@ def test_is_adamw_with_clipping_and_schedule(grad_clip):
 
 
 def test_dropout_depends_on_the_step_alone():
-    a, b = trainer(dropout=0.2), trainer(dropout=0.2)
+    a, b, c = (make_trainer(dropout=0.2) for _ in range(3))
     torch.rand(7)  # whatever else draws from the generator
-    first = a.step(5, tokens())[0]
+    first = a.step(5, batch())[0]
     torch.rand(3)
-    assert torch.equal(first, b.step(5, tokens())[0])
-    c = trainer(dropout=0.2)
-    assert not torch.equal(first, c.step(6, tokens())[0])
+    assert torch.equal(first, b.step(5, batch())[0])
+    assert not torch.equal(first, c.step(6, batch())[0])
     assert len({dropout_seed(seed, step) for seed in range(40) for step in range(40)}) == 1600
 
 
@@ -101,100 +85,23 @@ def test_dropouts_seeds_are_those_of_splitmix64():
 
 
 def test_evaluation_changes_nothing_and_repeats():
-    t = trainer(dropout=0.2)
-    t.step(0, tokens())
+    t = make_trainer(dropout=0.2)
+    t.step(0, batch())
     before = weights(t)
-    assert torch.equal(t.losses(tokens(1)), t.losses(tokens(1)))
+    assert torch.equal(t.losses(batch(1)), t.losses(batch(1)))
     assert t.model.training
-    assert all(torch.equal(p, q) for p, q in zip(before, weights(t), strict=True))
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_bad_numbers_never_reach_the_weights(value):
-    t = trainer()
-    t.step(0, tokens())
-    with torch.no_grad():
-        t.model.transformer.h[1].mlp.c_fc.weight[0, 0] = value
-    before = weights(t)
-    state = {k: v.clone() for k, v in optim.state_tensors(t.optimizer, t.model).items()}
-    with pytest.raises(NonFinite) as e:
-        t.step(1, tokens(1))
-    assert e.value.step == 1
-    for p, q in zip(before, weights(t), strict=True):
-        assert torch.equal(p.nan_to_num(), q.nan_to_num())
-    for k, v in optim.state_tensors(t.optimizer, t.model).items():
-        assert torch.equal(v, state[k])
-    report = t.diagnose(1, tokens(1))
-    assert "transformer.h.1.mlp.c_fc.weight" in report["not_finite"]
-
-
-def test_the_guard_on_the_device_holds_until_someone_looks():
-    """As on a GPU, where nothing waits: updates after the bad step are called off as well."""
-    t = trainer()
-    t._guard_on_device = True
-    t.step(0, tokens())
-    state = optim.state_tensors(t.optimizer, t.model)
-    state = {k: v.clone() for k, v in state.items()}
-    good = t.model.transformer.wpe.weight[0, 0].item()
-    with torch.no_grad():
-        t.model.transformer.wpe.weight[0, 0] = float("nan")
-    before = weights(t)
-    t.step(1, tokens(1))
-    with torch.no_grad():
-        t.model.transformer.wpe.weight[0, 0] = good
-        before[1][0, 0] = good
-    t.step(2, tokens(2))
-    names = [n for n, _ in t.model.named_parameters()]
-    assert names[1] == "transformer.wpe.weight"
-    assert all(torch.equal(p, q) for p, q in zip(before, weights(t), strict=True))
-    for k, v in optim.state_tensors(t.optimizer, t.model).items():
-        assert torch.equal(v, state[k]), k
-    with pytest.raises(NonFinite) as e:
-        t.check()
-    assert e.value.step == 1
-
-
-@pytest.mark.parametrize("scaled", [False, True])
-def test_a_gradient_that_is_not_finite_is_a_fault_unless_a_scale_is_sought(scaled):
-    """The loss itself is finite, at the very first step."""
-    t = trainer()
-    t.scaler = torch.amp.GradScaler("cpu", enabled=scaled)
-    t.model.transformer.wpe.weight.register_hook(lambda g: g * math.inf)
-    before = weights(t)
-    if scaled:
-        loss, norm = t.step(0, tokens())
-        assert loss.isfinite() and not norm.isfinite()
-    else:
-        with pytest.raises(NonFinite) as e:
-            t.step(0, tokens())
-        assert e.value.step == 0
-    assert all(torch.equal(p, q) for p, q in zip(before, weights(t), strict=True))
-
-
-def test_a_checkpoint_is_gone_on_from_to_the_bit():
-    a, b = trainer(dropout=0.2), trainer(dropout=0.2)
-    for step in range(3):
-        a.step(step, tokens(step))
-    model = {k: v.clone() for k, v in a.model.state_dict().items()}
-    b.load(model, optim.state_tensors(a.optimizer, a.model), a.state_dict())
-    for t in (a, b):
-        t.step(3, tokens(3))
-    assert all(torch.equal(p, q) for p, q in zip(weights(a), weights(b), strict=True))
-    with pytest.raises(UserError, match="checkpoint does not fit the model: .*wte"):
-        b.load({**model, "transformer.wte.weight": torch.zeros(3, 3)}, {}, a.state_dict())
+    assert all(map(torch.equal, before, weights(t)))
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_threads_train_to_the_same_bit(compiled):
     """A run that is resumed equals one that is not, and several threads add up one gradient."""
-    idx = torch.randint(50, (12, 65), generator=torch.Generator().manual_seed(0))
     shape = ModelShape(1, 2, 128, 64, 50, bias=False)  # enough rows that each thread has some
 
     def grow() -> list[torch.Tensor]:
-        model = GPT(shape, 0.0, select(CPU, options=KernelOptions("eager"))).init_weights(0)
-        t = Trainer(model, replace(laptop(), kernels="eager"), Machine(CPU, compile=compiled))
+        t = make_trainer(shape, rows=12, compile=compiled)
         for step in range(3):
-            t.step(step, idx)
+            t.step(step, batch(rows=12, shape=shape))
         return weights(t)
 
     before = torch.get_num_threads()
@@ -207,9 +114,303 @@ def test_threads_train_to_the_same_bit(compiled):
         assert all(map(torch.equal, first, other))
 
 
+# --- numbers that are not finite ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bad_numbers_never_reach_the_weights(value):
+    t = make_trainer()
+    t.step(0, batch())
+    with torch.no_grad():
+        t.model.transformer.h[1].mlp.c_fc.weight[0, 0] = value
+    before, moments = weights(t), state(t)
+    with pytest.raises(NonFinite) as e:
+        t.step(1, batch(1))
+    assert e.value.step == 1
+    for p, q in zip(before, weights(t), strict=True):
+        assert torch.equal(p.nan_to_num(), q.nan_to_num())
+    assert same(state(t), moments)
+    report = t.diagnose(1, batch(1))
+    assert "transformer.h.1.mlp.c_fc.weight" in report["not_finite"]
+
+
+def test_the_guard_on_the_device_holds_until_the_host_looks():
+    """As on a GPU, where nothing waits: updates after the bad step are called off as well."""
+    t = make_trainer()
+    t._guard_on_device = True
+    t.step(0, batch())
+    before, moments = weights(t), state(t)
+    wpe = t.model.transformer.wpe.weight.data
+    good = wpe[0, 0].item()
+    wpe[0, 0] = float("nan")
+    t.step(1, batch(1))
+    wpe[0, 0] = good
+    t.step(2, batch(2))
+    assert all(map(torch.equal, before, weights(t))) and same(state(t), moments)
+    with pytest.raises(NonFinite) as e:
+        t.check()
+    assert e.value.step == 1
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_gradient_that_is_not_finite_is_a_fault_unless_a_scale_is_sought(scaled):
+    """The loss itself is finite, at the very first step."""
+    t = make_trainer()
+    t.scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+    t.model.transformer.wpe.weight.register_hook(lambda g: g * math.inf)
+    before = weights(t)
+    if scaled:
+        loss, norm = t.step(0, batch())
+        assert loss.isfinite() and not norm.isfinite()
+    else:
+        with pytest.raises(NonFinite, match="step 0"):
+            t.step(0, batch())
+    assert all(map(torch.equal, before, weights(t)))
+
+
+@pytest.mark.slow
+def test_float16_finds_its_scale_and_learns():
+    """Infinite gradients call the update off and halve the scale; then the loss falls."""
+    t = make_trainer(dtype="float16")
+    t.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=1000)
+    before = weights(t)
+    t.step(0, batch())
+    assert all(map(torch.equal, before, weights(t))), "an infinite gradient reached the weights"
+    losses = [t.step(step, batch())[0].item() for step in range(1, 60)]
+    assert t.scaler.get_scale() < 2.0**40
+    assert losses[-1] < losses[0] - 0.5
+    oracle = make_trainer()
+    exact = [oracle.step(step, batch())[0].item() for step in range(60)]
+    assert min(losses) == pytest.approx(min(exact), rel=0.15)
+
+
+# --- 16-bit weight copies and main grads ----------------------------------------------------------
+
+
+def copies_follow(model: GPT) -> bool:
+    return all(torch.equal(copy, p.to(copy.dtype)) for p, copy in model.weight_copies().items())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weight_copies_change_no_bit(dtype, optimizer, monkeypatch):
+    settings = {"dtype": dtype, "accumulation": 2, "optimizer": optimizer}
+    ours = make_trainer(**settings)
+    monkeypatch.setattr(GPT, "make_weight_copies", lambda model: None)
+    plain = make_trainer(**settings)
+    assert len(ours.model.weight_copies()) == 8 and not plain.model.weight_copies()
+    for step in range(4):
+        a, b = (t.step(step, batch(step)) for t in (ours, plain))
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+        assert copies_follow(ours.model)
+    assert torch.equal(ours.losses(batch(9)), plain.losses(batch(9)))
+    assert same(ours.model.state_dict(), plain.model.state_dict())
+    assert all(p.dtype == torch.float32 for p in weights(ours))
+
+
+def test_what_has_a_copy():
+    """The matrices of the blocks, and the head's if its op takes a copy."""
+    assert not make_trainer().model.weight_copies()
+
+    def copied(implementation: str) -> set[str]:
+        selected = Selected("linear_cross_entropy", implementation, "")
+        model = GPT(SHAPE, 0.0, Kernels({}, (selected,)), torch.bfloat16)
+        model.make_weight_copies()
+        names = {p: n for n, p in model.named_parameters()}
+        return {names[p] for p in model.weight_copies()}
+
+    blocks = {n for n, p in make_trainer().model.named_parameters() if ".h." in n and p.ndim == 2}
+    assert copied("eager") == blocks
+    assert copied("triton") == blocks | {"transformer.wte.weight"}
+
+
+@pytest.fixture
+def main_grads(monkeypatch):
+    """Whether gradients of several micro-batches add to tensors that stay, as they do on a GPU."""
+
+    def use(use: bool) -> None:
+        monkeypatch.setattr(trainer_module, "accumulates_in_fp32", lambda device: use)
+
+    use(True)
+    return use
+
+
+@pytest.mark.parametrize(
+    ("kernels", "optimizer"),
+    [("eager", "adamw"), ("eager", "muon"),
+     pytest.param("triton", "adamw", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_main_grads_train_as_without_them(kernels, optimizer, main_grads, monkeypatch):
+    """In bf16, or fp16 where kernels are interpreted."""
+    settings = {"kernels": kernels, "dtype": "bfloat16", "accumulation": 2, "optimizer": optimizer}
+    if kernels == "triton":
+        if torch.cuda.is_available():
+            pytest.skip("the kernels run for real here")
+        interpreted(monkeypatch)
+        settings |= {"dtype": "float16", "shape": ModelShape(2, 2, 64, 16, 50, bias=True)}
+    ours = make_trainer(**settings)
+    main_grads(False)
+    plain = make_trainer(**settings)
+    kept = {n: p.grad for n, p in ours.model.named_parameters() if p.grad is not None}
+    assert len(kept) == 8 + (kernels == "triton")  # the head's is with its kernel
+    assert all(p.grad is None for p in plain.model.parameters())
+    if kernels == "triton":  # whose scale starts where gradients overflow
+        for t in (ours, plain):
+            t.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    ours.warm_up(0, batch()[:4])
+    for step in range(2 if kernels == "triton" else 4):  # interpreted: a minute
+        (loss, norm), (wanted, its_norm) = (t.step(step, batch(step)) for t in (ours, plain))
+        torch.testing.assert_close(loss, wanted, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(norm, its_norm, rtol=1e-2, atol=1e-3)
+        for name, p in ours.model.named_parameters():
+            assert name not in kept or (p.grad is kept[name] and not p.grad.any())
+    found, wanted = (t.diagnose(4, batch(4))["gradient_norms"] for t in (ours, plain))
+    assert found.keys() == wanted.keys()
+    for name, norm in found.items():
+        assert float(norm) == pytest.approx(float(wanted[name]), rel=3e-2, abs=1e-4), name
+    assert ours.model.state_dict().keys() == plain.model.state_dict().keys()
+
+
+def test_of_one_micro_batch_there_is_nothing_to_add(main_grads):
+    assert all(p.grad is None for p in make_trainer(dtype="bfloat16").model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "accumulation"), [("float32", 1), ("bfloat16", 1), ("bfloat16", 2)]
+)
+def test_a_checkpoint_is_gone_on_from_to_the_bit(dtype, accumulation, main_grads):
+    """With dropout; with weight copies; with main grads, too."""
+    settings = {"dtype": dtype, "accumulation": accumulation, "dropout": 0.2}
+    a, b = make_trainer(**settings), make_trainer(seed=1, **settings)
+    for step in range(3):
+        a.step(step, batch(step))
+    model = {k: v.clone() for k, v in a.model.state_dict().items()}
+    b.load(model, optim.state_tensors(a.optimizer, a.model), a.scaler.state_dict())
+    assert copies_follow(b.model)
+    for t in (a, b):
+        t.step(3, batch(3))
+    assert all(map(torch.equal, weights(a), weights(b)))
+    with pytest.raises(UserError, match="checkpoint does not fit the model: .*wte"):
+        b.load({**model, "transformer.wte.weight": torch.zeros(3, 3)}, {}, {})
+
+
+# --- on the Triton kernels: on a GPU, or interpreted, in fp32 -------------------------------------
+
+ONE_LAYER = ModelShape(1, 1, 32, 20, 61, bias=True)  # the interpreter is slow
+
+
+@pytest.fixture
+def on_kernels(monkeypatch):
+    """A trainer that takes one row per step."""
+    if DEVICE.type == "cpu":
+        interpreted(monkeypatch)
+
+    def make(kernels: str, dropout: float = 0.0, bias: bool = True, **settings) -> Trainer:
+        shape = ModelShape(**vars(ONE_LAYER) | {"bias": bias})
+        settings |= {"warmup_iters": 2, "learning_rate": 1e-2, "dropout": dropout}
+        t = make_trainer(shape, kernels, device=DEVICE, rows=1, **settings)
+        assert {c.implementation for c in t.selected} == {kernels}
+        return t
+
+    return make
+
+
+def row(step: int) -> torch.Tensor:
+    return batch(step, 1, ONE_LAYER).to(DEVICE)
+
+
+@pytest.mark.slow
+def test_twenty_steps_are_the_eager_ones(on_kernels):
+    eager, triton = on_kernels("eager"), on_kernels("triton")
+    losses = [[t.step(s, row(s % 2))[0].item() for s in range(20)] for t in (eager, triton)]
+    assert losses[0][-1] < losses[0][0] - 0.5, "nothing was learned"
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=2e-5, atol=2e-5)
+    # Vectors are left out: a key bias has no true gradient, and Adam scales rounding up to a step.
+    matrices = {n: p for n, p in eager.model.named_parameters() if p.ndim == 2}
+    for name, p in matrices.items():
+        error = (p - triton.model.get_parameter(name)).norm() / p.norm()
+        assert error < 1e-3, f"{name} is off by {error:.2g}"
+
+
+def test_gradients_are_the_eager_ones(on_kernels):
+    grads = []
+    for t in (on_kernels("eager", bias=False), on_kernels("triton", bias=False)):
+        t._backward(0, row(0))
+        grads.append({n: p.grad for n, p in t.model.named_parameters()})
+    for name, want in grads[0].items():
+        torch.testing.assert_close(grads[1][name], want, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_dropout_in_the_kernels_repeats_with_the_step(on_kernels):
+    a, b, c = (on_kernels("triton", dropout=0.3) for _ in range(3))
+    first = a.step(4, row(0))[0]
+    assert torch.equal(first, b.step(4, row(0))[0])
+    assert not torch.equal(first, c.step(5, row(0))[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointed_steps_are_the_plain_ones(on_kernels, dropout):
+    plain, checkpointed = on_kernels("triton", dropout), on_kernels("triton", dropout)
+    checkpointed.model.checkpointing = True
+    for step in range(2):
+        a, b = (t.step(step, row(step)) for t in (plain, checkpointed))
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+# --- compiled -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_graph_and_no_recompile(on_kernels, checkpointing):
+    """fullgraph refuses any break; after the first step and evaluation nothing compiles again."""
+    t = on_kernels("triton", dropout=0.3)
+    t.model.checkpointing = checkpointing
+    torch._dynamo.reset()
+    counters.clear()
+    t.forward = torch.compile(t.model, backend="aot_eager", fullgraph=True)
+    for step in range(3):
+        assert torch.isfinite(t.step(step, row(step))[0])
+        t.losses(row(step))
+        assert counters["stats"]["unique_graphs"] == 2, "a step was compiled again"
+    assert not counters["graph_break"]
+
+
+@pytest.mark.quick("*bfloat16-1", "*bfloat16-2")
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiled_step_is_the_eager_one(dtype, accumulation, main_grads):
+    """aot_eager traces forward and backward as on a GPU, without needing a C++ compiler."""
+    torch._dynamo.reset()
+    eager, compiled = (make_trainer(dtype=dtype, accumulation=accumulation) for _ in range(2))
+    compiled.forward = torch.compile(compiled.model, backend="aot_eager", fullgraph=True)
+    for step in range(2):
+        a, b = (t.step(step, batch(step))[0] for t in (eager, compiled))
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_main_grads_compile_in_one_graph(main_grads):
+    torch._dynamo.reset()
+    settings = {"dtype": "bfloat16", "accumulation": 2}
+    eager, compiled = make_trainer(**settings), make_trainer(**settings, compile=True)
+    for step in range(2):
+        a, b = (t.step(step, batch(step))[0] for t in (eager, compiled))
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_warm_up_changes_nothing():
+    t = make_trainer(dropout=0.2)
+    before = weights(t)
+    t.warm_up(0, batch())
+    assert all(p.grad is None for p in t.model.parameters()) and not t.optimizer.state
+    assert all(map(torch.equal, before, weights(t)))
+
+
 @pytest.mark.parametrize("fails", [1, 2])
 def test_a_compilation_that_fails_is_tried_once_more(fails, monkeypatch, capsys):
-    t = trainer()
+    t = make_trainer()
     forward, calls = t.forward, 0
 
     def broken(*args):
@@ -222,10 +423,10 @@ def test_a_compilation_that_fails_is_tried_once_more(fails, monkeypatch, capsys)
     t.forward = broken
     monkeypatch.setattr(trainer_module, "use_private_compile_cache", lambda: "FOLDER")
     if fails == 1:
-        t.warm_up(0, tokens())
+        t.warm_up(0, batch())
     else:
         with pytest.raises(UserError, match=r"torch.compile failed \(.*cut off\); --compile=False"):
-            t.warm_up(0, tokens())
+            t.warm_up(0, batch())
     assert calls == 2 and "cut off): compiling anew in FOLDER" in capsys.readouterr().out
     assert all(p.grad is None for p in t.model.parameters())
 
@@ -240,7 +441,20 @@ def test_compiling_anew_leaves_the_shared_cache_alone(tmp_path: Path, monkeypatc
     folder = trainer_module.use_private_compile_cache()
     assert library.exists() and Path(folder).parent == tmp_path
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == folder
-    assert {OSError, ImportError} <= {*trainer_module.compile_errors()}
+
+
+@pytest.mark.slow
+def test_a_machine_that_cannot_compile_is_told_so(monkeypatch):
+    monkeypatch.setattr(trainer_module, "use_private_compile_cache", lambda: "FOLDER")
+    t = make_trainer(compile=True)
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (None, "/nonexistent"), "fx_graph_cache": False}),
+        pytest.raises(UserError, match=r"torch.compile failed \(.*C.. compiler.*--compile=False"),
+    ):
+        t.warm_up(0, batch())
+
+
+# --- as a CUDA graph ------------------------------------------------------------------------------
 
 
 class Graph:
@@ -259,89 +473,43 @@ class Graph:
 def test_a_graph_is_held_against_a_plain_step(factor, monkeypatch):
     monkeypatch.setattr(trainer_module, "StepGraph", Graph)
     monkeypatch.setattr(Graph, "factor", factor)
-    t, plain = trainer(2, dropout=0.1), trainer(2, dropout=0.1)
+    t, plain = (make_trainer(accumulation=2, dropout=0.1) for _ in range(2))
     if abs(factor - 1) < 0.02:
-        t.capture(0, tokens()[:4])
+        t.capture(0, batch()[:4])
         assert isinstance(t._graph, Graph)
         assert all(p.grad is None or not p.grad.any() for p in t.model.parameters())
     else:
         with pytest.raises(RuntimeError, match="the graph gives .*, the plain step"):
-            t.capture(0, tokens()[:4])
+            t.capture(0, batch()[:4])
         assert t._graph is None and all(p.grad is None for p in t.model.parameters())
-        assert torch.equal(t.step(0, tokens())[0], plain.step(0, tokens())[0])
-
-
-def test_steps_go_on_without_a_graph_unless_it_was_asked_for(monkeypatch):
-    t = trainer()
-    monkeypatch.setattr(t, "capture", lambda step, micro_batch: None)
-    for wanted in (True, False):
-        monkeypatch.setattr(cuda_graph, "wanted", lambda *_, w=wanted: (w, "why"))
-        assert t.capture_if_it_pays(0, tokens) == (wanted, wanted, "why")
-
-    def fail(step, micro_batch):
-        raise error
-
-    monkeypatch.setattr(cuda_graph, "wanted", lambda *_: (True, "why"))
-    monkeypatch.setattr(t, "capture", fail)
-    error: Exception = RuntimeError("no capture\nmore")
-    assert t.capture_if_it_pays(0, tokens) == (True, False, "no capture")
-    t.config = replace(t.config, cuda_graph=True)
-    with pytest.raises(UserError, match="--cuda_graph=True: no capture; leave the flag out"):
-        t.capture_if_it_pays(0, tokens)
-    error = torch.OutOfMemoryError("out of memory")
-    with pytest.raises(torch.OutOfMemoryError):
-        t.capture_if_it_pays(0, tokens)
+        assert torch.equal(t.step(0, batch())[0], plain.step(0, batch())[0])
 
 
 def test_a_graph_may_give_exactly_nothing(monkeypatch):
     monkeypatch.setattr(trainer_module, "StepGraph", Graph)
-    t = trainer()
-    t.micro_step = lambda tokens, n: torch.zeros(())  # type: ignore[method-assign]
-    t.capture(0, tokens())
+    t = make_trainer()
+    monkeypatch.setattr(t, "micro_step", lambda tokens: torch.zeros(()))
+    t.capture(0, batch())
     assert isinstance(t._graph, Graph)
 
 
-@pytest.mark.quick("*bfloat16")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_compiled_step_is_the_eager_one(dtype):
-    """aot_eager traces forward and backward as on a GPU, without needing a C++ compiler."""
-    eager, compiled = trainer(dtype=dtype), trainer(dtype=dtype)
-    compiled.forward = torch.compile(compiled.model, backend="aot_eager", fullgraph=True)
-    for step in range(2):
-        a, b = (t.step(step, tokens(step))[0] for t in (eager, compiled))
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+def test_steps_go_on_without_a_graph_unless_it_was_asked_for(monkeypatch):
+    t, error = make_trainer(), None
 
+    def capture(step, micro_batch):
+        if error is not None:
+            raise error
 
-def test_warm_up_changes_nothing():
-    t = trainer(dropout=0.2)
-    before = weights(t)
-    t.warm_up(0, tokens())
-    assert all(p.grad is None for p in t.model.parameters()) and not t.optimizer.state
-    assert all(torch.equal(p, q) for p, q in zip(before, weights(t), strict=True))
-
-
-@pytest.mark.slow
-def test_a_machine_that_cannot_compile_is_told_so():
-    t = trainer()
-    t.forward = torch.compile(t.model)
-    with (
-        torch._inductor.config.patch({"cpp.cxx": (None, "/nonexistent"), "fx_graph_cache": False}),
-        pytest.raises(UserError, match=r"torch.compile failed \(.*C.. compiler.*--compile=False"),
-    ):
-        t.warm_up(0, tokens())
-
-
-@pytest.mark.slow
-def test_float16_finds_its_scale_and_learns():
-    """Infinite gradients call the update off and halve the scale; then the loss falls."""
-    t = trainer(dtype=torch.float16)
-    t.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=1000)
-    before = weights(t)
-    t.step(0, tokens())
-    assert all(map(torch.equal, before, weights(t))), "an infinite gradient reached the weights"
-    losses = [t.step(step, tokens())[0].item() for step in range(1, 60)]
-    assert t.scaler.get_scale() < 2.0**40
-    assert losses[-1] < losses[0] - 0.5
-    oracle = trainer()
-    exact = [oracle.step(step, tokens())[0].item() for step in range(60)]
-    assert min(losses) == pytest.approx(min(exact), rel=0.15)
+    monkeypatch.setattr(t, "capture", capture)
+    for wanted in (True, False):
+        monkeypatch.setattr(cuda_graph, "wanted", lambda *_, w=wanted: (w, "why"))
+        assert t.capture_if_it_pays(0, batch()) == (wanted, "why")
+    monkeypatch.setattr(cuda_graph, "wanted", lambda *_: (True, "why"))
+    error = RuntimeError("no capture\nmore")
+    assert t.capture_if_it_pays(0, batch()) == (False, "no capture")
+    t.config = replace(t.config, cuda_graph=True)
+    with pytest.raises(UserError, match="--cuda_graph=True: no capture; leave the flag out"):
+        t.capture_if_it_pays(0, batch())
+    error = torch.OutOfMemoryError("out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        t.capture_if_it_pays(0, batch())
