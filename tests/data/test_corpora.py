@@ -143,11 +143,11 @@ def test_listing_hash_is_that_of_sha256sum(tmp_path):
     assert TextFiles(root, 0.1).sha256 == hashlib.sha256(listing.encode()).hexdigest()
 
 
-@pytest.mark.parametrize("files", [{}, {"x.bin": b"\0"}, {".hidden": "text"}])
-def test_nothing_to_read(tmp_path, files):
-    tree(tmp_path, {"r/empty": "", "t.txt": ""})
-    with pytest.raises(UserError, match="r is a folder without any text file"):
-        TextFiles(tree(tmp_path / "r", files), 0.1)
+def test_nothing_to_read(tmp_path):
+    tree(tmp_path, {"empty/x": "", "binary/x.bin": b"\0", "hidden/.x": "text", "t.txt": ""})
+    for folder in ("empty", "binary", "hidden"):
+        with pytest.raises(UserError, match=f"{folder} is a folder without any text file"):
+            TextFiles(tmp_path / folder, 0.1)
     with pytest.raises(UserError, match="t.txt is an empty file"):
         TextFiles(tmp_path / "t.txt", 0.1)
 

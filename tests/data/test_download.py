@@ -103,45 +103,44 @@ def test_disks_that_cannot_be_written(url, tmp_path, monkeypatch, code, says):
 # --- hostile servers
 
 
-def endless(handler):
-    handler.send_response(200)
-    handler.end_headers()
-    while True:
-        handler.wfile.write(bytes(100_000))
+def endless(chunk, pause_s=0.0):
+    """Answers with one chunk after another for as long as the client stays."""
+
+    def answer(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        while True:
+            handler.wfile.write(chunk)
+            time.sleep(pause_s)
+
+    return answer
 
 
-def slow(handler):
-    """One byte every few milliseconds, for as long as the client stays."""
-    handler.send_response(200)
-    handler.send_header("Content-Length", "1000000")
-    handler.end_headers()
-    while True:
-        handler.wfile.write(b"x")
-        time.sleep(0.005)
+LIMIT = {"LIMIT": 500_000}
+SLOW = {"WINDOW_S": 0.1, "MIN_RATE": 100_000}
 
 
-def test_an_endless_body_is_cut_at_what_is_expected(server, tmp_path, monkeypatch):
-    server.files["/x"] = endless
-    monkeypatch.setattr(download, "LIMIT", 500_000)
-    for size, most in ((11_024, 11_024), (0, 500_000)):
-        with pytest.raises(UserError, match=f"/x: is longer than the {most:,} bytes") as e:
-            fetch(f"{server.url}/x", tmp_path / "x", sha256=SHA, size=size)
-        assert "\n" not in str(e.value)
-        assert sum(p.stat().st_size for p in tmp_path.iterdir()) <= most
-    with pytest.raises(UserError, match="is longer than the 500,000 bytes"):
-        get(f"{server.url}/x")
-
-
-def test_a_server_that_sends_byte_by_byte_is_given_up(server, tmp_path, monkeypatch):
-    server.files["/x"] = slow
-    monkeypatch.setattr(download, "WINDOW_S", 0.1)
-    monkeypatch.setattr(download, "MIN_RATE", 100_000)
-    for call in (
-        lambda: fetch(f"{server.url}/x", tmp_path / "x", sha256=SHA),
-        lambda: get(f"{server.url}/x"),
-    ):
-        with pytest.raises(UserError, match="slower than 100,000 bytes per second"):
-            call()
+@pytest.mark.parametrize(
+    ("body", "size", "limits", "says"),
+    [
+        (endless(bytes(100_000)), 11_024, LIMIT, "/x: is longer than the 11,024 bytes"),
+        (endless(bytes(100_000)), 0, LIMIT, "/x: is longer than the 500,000 bytes"),
+        (endless(b"x", pause_s=0.005), 0, SLOW, "slower than 100,000 bytes per second"),
+    ],
+)
+def test_an_endless_or_slow_body_is_given_up(
+    server, tmp_path, monkeypatch, body, size, limits, says
+):
+    server.files["/x"] = body
+    for name, value in limits.items():
+        monkeypatch.setattr(download, name, value)
+    with pytest.raises(UserError, match=says) as e:
+        fetch(f"{server.url}/x", tmp_path / "x", sha256=SHA, size=size)
+    assert "\n" not in str(e.value)
+    assert sum(p.stat().st_size for p in tmp_path.iterdir()) <= (size or 500_000)
+    if not size:
+        with pytest.raises(UserError, match=says):
+            get(f"{server.url}/x")
 
 
 @pytest.mark.parametrize("length", ["1e30", "abc", "-5", "9" * 400, ""])

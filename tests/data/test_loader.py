@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgpt.data.loader import Batches, Prefetcher, below, eval_batches, shuffled
+from fastgpt.data.loader import Batches, Prefetcher, eval_batches, shuffled
 from fastgpt.data.token_files import TokenFile, TokenSplit, header
 from fastgpt.errors import UserError
 
@@ -106,14 +106,6 @@ def test_evaluation_windows_are_fixed(split):
 # --- random words and orders
 
 U64 = st.integers(0, 2**64 - 1)
-
-
-@given(st.lists(st.tuples(U64, st.integers(1, 2**63 - 1)), min_size=1, max_size=20))
-def test_below_is_the_high_half_of_the_product(pairs):
-    words = np.array([word for word, _ in pairs], np.uint64)
-    bounds = np.array([n for _, n in pairs])
-    assert below(words, bounds).tolist() == [word * n >> 64 for word, n in pairs]
-    assert below(words, pairs[0][1]).tolist() == [word * pairs[0][1] >> 64 for word, _ in pairs]
 
 
 @settings(max_examples=100, deadline=None)

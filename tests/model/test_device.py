@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
@@ -145,19 +146,13 @@ def test_a_device_that_only_sounds_alike_is_measured(name, monkeypatch):
 def test_a_measured_peak_counts_two_operations_per_multiplication(monkeypatch, tmp_path):
     """By a clock on which a matmul takes five milliseconds: 2 n^3 FLOPs in that time."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    ticks = 0
-
-    def clock() -> float:
-        nonlocal ticks
-        ticks += 1
-        return ticks * 5e-3
-
-    monkeypatch.setattr(device.time, "perf_counter", clock)
+    clock = itertools.count(step=5e-3)
+    monkeypatch.setattr(device.time, "perf_counter", lambda: next(clock))
     with FlopCounterMode(display=False) as counter:
         peak = device.measured_peak(CPU, torch.float32)
     assert peak.flops == pytest.approx(2 * 768**3 / 5e-3)
     # A clock is read once before all, and for each measurement before, after and to go on.
-    measured = (ticks - 2) // 3
+    measured = (round(next(clock) / 5e-3) - 2) // 3
     assert measured > 5 and counter.get_total_flops() == 2 * 768**3 * (measured + 1), "a warm-up"
     assert peak.source.startswith("measured: 768 x 768 float32 matmul, ")
 
@@ -179,9 +174,8 @@ def test_an_unseen_gpu_is_explained(smi, monkeypatch):
     smi("NVIDIA A100-SXM4-40GB, 535.104.05")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     line = unseen_gpu()
-    assert (
-        line and "\n" not in line and "there is a NVIDIA A100-SXM4-40GB with driver 535.104" in line
-    )
+    assert line and "\n" not in line
+    assert "there is a NVIDIA A100-SXM4-40GB with driver 535.104" in line
     assert "built for CUDA 13.0, does not see it" in line
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "built without CUDA" in str(unseen_gpu())
