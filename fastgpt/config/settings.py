@@ -28,6 +28,7 @@ REMOVED = {
     "op.mlp": "cuBLAS was measured to be faster; leave the flag out",
     "tune": "`fastgpt tune` measures, and runs use what it found; leave the flag out",
 }
+REMOVED_VALUES = {"op.attention": ("math", "fa3", "fa4")}
 
 
 @dataclass(frozen=True)
@@ -290,8 +291,12 @@ def load_python(path: Path) -> Config:
 
 
 def from_dict(flat: Mapping[str, Any], where: str) -> Config:
-    """Returns the config of `to_dict`'s result. Settings that were removed are left out."""
-    kept = {name: value for name, value in flat.items() if name not in REMOVED}
+    """Returns the config of `to_dict`'s result. What was removed is left out."""
+    kept = {
+        name: value
+        for name, value in flat.items()
+        if name not in REMOVED and value not in REMOVED_VALUES.get(name, ())
+    }
     values = {n: check_value(find(Config, n, where), v, where) for n, v in kept.items()}
     return replace(Config(), **values)
 

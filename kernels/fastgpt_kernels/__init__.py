@@ -46,9 +46,8 @@ class Op:
 OPS: dict[str, Op] = {
     "attention": Op(
         "attention",
-        "Causal self-attention; hopper is for sm_90; cudnn, flash and math are PyTorch's own, fa3 "
-        "and fa4 FlashAttention's packages.",
-        choices=("triton", "eager", "cudnn", "flash", "math", "hopper", "fa3", "fa4"),
+        "Causal self-attention; hopper is for sm_90; cudnn and flash are PyTorch's own.",
+        choices=("triton", "eager", "hopper", "cudnn", "flash"),
     ),
     "layer_norm": Op("layer_norm", "The first norm."),
     "add_layer_norm": Op("layer_norm", "Residual addition and the norm behind it."),

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,10 +21,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastgpt_kernels import launch, reference
+from fastgpt_kernels import launch, reference, versions
 from fastgpt_kernels.checks import (
     FLOAT_DTYPES,
     check_dropout,
@@ -794,35 +793,16 @@ def _check(qkv, n_head, causal, dropout_p, seed, scale, bias) -> None:
 
 # --- Implementations and their limits ---------------------------------------------------------
 
-# FlashAttention 3 and 4 in the place of PyTorch's own flash: PyTorch's name for it, the package
-# that has to be installed, and the architectures it is for.
-FLASH_IMPLS = {
-    "fa3": ("FA3", "flash_attn_interface", ("sm_90",)),
-    "fa4": ("FA4", "flash_attn.cute.interface", ("sm_90", "sm_100")),
-}
-# Oldest and newest Triton with which the kernels for Hopper were compiled, and their code checked.
-FIRST, LAST = (3, 6), (3, 9)
-
 
 def _sdpa(backend: SDPBackend, *args: Any, **kwargs: Any) -> Tensor:
+    """Returns the reference by a backend of PyTorch's, which draws a dropout mask of its own."""
     with sdpa_kernel([backend]):
         return reference.attention(*args, **kwargs | {"seed": None})
 
 
-def _flash(impl: str, *args: Any, **kwargs: Any) -> Tensor:
-    _take_flash(impl)
-    return _sdpa(SDPBackend.FLASH_ATTENTION, *args, **kwargs)
-
-
-@torch.compiler.assume_constant_result  # it runs when a graph is traced, which each process does
-def _take_flash(impl: str) -> bool:
-    """Makes PyTorch's flash attention this implementation, or its own, in this process."""
-    current = getattr(nn.attention, "current_flash_attention_impl", lambda: None)() or ""
-    if impl and impl != current:
-        nn.attention.activate_flash_attention_impl(impl)
-    elif current and not impl:
-        nn.attention.restore_flash_attention_impl()
-    return True
+@functools.cache
+def _untested_triton(version: str) -> str:
+    return versions.outside({"triton": version})
 
 
 def _unsupported(s: Sizes, dtype: torch.dtype, arch: str) -> str | None:
@@ -839,10 +819,8 @@ def hopper_unsupported(s: Sizes, dtype: torch.dtype, arch: str) -> str | None:
         return reason
     if arch != "sm_90":
         return f"hopper is for sm_90, not {arch}"
-    version = importlib.import_module("triton").__version__
-    if not FIRST <= _parsed(version) <= LAST:
-        known = " to ".join(f"{a}.{b}" for a, b in (FIRST, LAST))
-        return f"hopper is not available with Triton {version}: known are {known}"
+    if reason := _untested_triton(importlib.import_module("triton").__version__):
+        return f"hopper: {reason}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"hopper is for bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if s.head_dim not in (64, 128):
@@ -850,12 +828,6 @@ def hopper_unsupported(s: Sizes, dtype: torch.dtype, arch: str) -> str | None:
     if s.dropout:
         return "hopper has no dropout: its mask takes registers that consumers do not have to spare"
     return None
-
-
-@functools.cache
-def _parsed(version: str) -> tuple[int, ...]:
-    """Returns (3, 7) for "3.7.1"."""
-    return tuple(map(int, version.split(".")[:2]))
 
 
 def _needs_gpu(s: Sizes, dtype: torch.dtype, arch: str) -> str | None:
@@ -866,25 +838,6 @@ def _flash_unsupported(s: Sizes, dtype: torch.dtype, arch: str) -> str | None:
     if arch == "cpu":
         return "on a CPU it has no dropout" if s.dropout else None
     return _needs_gpu(s, dtype, arch)
-
-
-def _package_unsupported(name: str, s: Sizes, dtype: torch.dtype, arch: str) -> str | None:
-    """Returns why FlashAttention 3 or 4 cannot run, or None if it can."""
-    impl, package, archs = FLASH_IMPLS[name]
-    if not launch.is_gpu(arch):
-        return "no GPU"
-    if arch not in archs:
-        return f"{impl} is for {' and '.join(archs)}, not {arch}"
-    if s.dropout:
-        return f"{impl} has no dropout"
-    known: list[str] = getattr(nn.attention, "list_flash_attention_impls", lambda: [])()
-    if impl not in known:
-        return f"torch {torch.__version__} knows no {impl}"
-    try:
-        found = importlib.util.find_spec(package)
-    except ImportError:  # of the package that it is in
-        found = None
-    return None if found is not None else f"{impl} is not installed: no module {package}"
 
 
 def _example_inputs(s: Sizes, random: Random) -> list[ExampleInputs]:
@@ -908,7 +861,6 @@ def _cost(s: Sizes, itemsize: int) -> dict[str, Cost]:
     return {"forward": Cost(2 * product, 4 * moved), "backward": Cost(5 * product, 8 * moved)}
 
 
-# PyTorch's own draw masks of their own.
 _other = partial(Implementation, follows_seed=False)
 _KERNELS = ("fwd", "bwd_preprocess", "bwd_dkv", "bwd_dq", "hopper_fwd", "hopper_bwd_preprocess")
 _KERNELS += ("hopper_bwd", "hopper_bwd_postprocess")
@@ -919,12 +871,7 @@ SPECS = {
             **implementations(reference.attention, attention, _unsupported),
             "hopper": Implementation(hopper_attention, hopper_unsupported),
             "cudnn": _other(partial(_sdpa, SDPBackend.CUDNN_ATTENTION), _needs_gpu),
-            "flash": _other(partial(_flash, ""), _flash_unsupported),
-            "math": _other(partial(_sdpa, SDPBackend.MATH)),
-            **{
-                name: _other(partial(_flash, impl), partial(_package_unsupported, name))
-                for name, (impl, *_) in FLASH_IMPLS.items()
-            },
+            "flash": _other(partial(_sdpa, SDPBackend.FLASH_ATTENTION), _flash_unsupported),
         },
         _example_inputs, _cost,
         kernels=tuple(f"attention_{kernel}_kernel" for kernel in _KERNELS),

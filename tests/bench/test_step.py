@@ -183,14 +183,14 @@ def test_numbers_of_a_row(
 def test_swapped_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, vocab_size = setup.configure("gpt2", FLAGS)
     here = [v.name for v in swaps(["each"], False, config, vocab_size)]
-    assert here == ["eager", "op.attention=flash", "op.attention=math"]
+    assert here == ["eager", "op.attention=flash"]
     monkeypatch.setattr(variants, "arch_on", lambda device: "sm_90")
     fast, *others = swaps(["each", "compile=False,tf32=True"], True, config, vocab_size)
     assert fast.settings == FAST and others[-1].settings["tf32"] is True
     assert {"op.attention=eager", "op.bias_gelu=eager"} <= {v.name for v in others}
     monkeypatch.undo()
-    monkeypatch.setattr(processes, "measure", fake_measure({"op.attention=math": 9.0}))
-    args = ["gpt2", "--swap=op.attention=math", f"--out={tmp_path}", *TINY]
+    monkeypatch.setattr(processes, "measure", fake_measure({"op.attention=flash": 9.0}))
+    args = ["gpt2", "--swap=op.attention=flash", f"--out={tmp_path}", *TINY]
     assert step.main(args) == 0
     (path,) = results.files(tmp_path)
     base, swapped = results.load(path)["rows"]

@@ -126,7 +126,7 @@ def test_a_removed_flag_is_answered_and_old_files_may_hold_it(name: str):
     section, _, key = name.rpartition(".")
     text = f'n_layer = 3\n[{section or "system"}]\n{key} = "triton"\n'
     assert settings.parse_toml(text, PATH) == settings.replace(Config(), n_layer=3)
-    flat = {**settings.to_dict(Config()), name: "triton"}
+    flat = {**settings.to_dict(Config()), name: "triton", "op.attention": "fa3"}
     assert settings.from_dict(flat, "") == Config()
 
 

@@ -74,11 +74,11 @@ def test_who_wins(others, name):
 
 
 def test_a_model_is_tuned_and_the_result_is_read():
-    lines = run(timer(cudnn=5.0, math="CUDA out of memory."))
+    lines = run(timer(cudnn=5.0, flash="CUDA out of memory."))
     assert [line.partition(":")[0] for line in lines[:-1]] == MODEL
     attention = lines[MODEL.index("attention")]
     assert attention.startswith("attention: cudnn, measured 2.00 times as fast as triton: ")
-    assert "cudnn 5 ms" in attention and "math CUDA out of memory." in attention
+    assert "cudnn 5 ms" in attention and "flash CUDA out of memory." in attention
     assert lines[-1] == f"kept in {cache.path('tune')}, for an H100"
     found = tuned()
     assert found["attention"] == ("cudnn", "measured 2.00 times as fast as triton")

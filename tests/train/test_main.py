@@ -406,9 +406,9 @@ def test_a_diverged_run_ends_before_it_is_saved(tmp_path: Path, text: str):
 
 def test_resuming_names_settings_that_change_the_run(tmp_path: Path, text: str):
     train(tmp_path, text, "--out_dir=out", "--max_iters=3")
-    other = ("--batch_size=2", "--seed=5", "--op.attention=math")
+    other = ("--batch_size=2", "--seed=5", "--op.attention=flash")
     said = resume(tmp_path, "--out_dir=out", "--max_iters=4", *other)
-    changes = "rows per step 2 (was 4), seed 5 (was 1337), attention math (was eager)"
+    changes = "rows per step 2 (was 4), seed 5 (was 1337), attention flash (was eager)"
     assert f"other than before: {changes}\n" in said
     assert "other than before" not in resume(tmp_path, "--out_dir=out", "--max_iters=5")
 

@@ -134,7 +134,7 @@ def test_reasons_why_not() -> None:
 @pytest.mark.parametrize("version", ["3.5.1", "3.10.0", "4.0.0+git"])
 def test_an_unknown_triton_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("triton.__version__", version)
-    assert why() == f"hopper is not available with Triton {version}: known are 3.6 to 3.9"
+    assert why() == f"hopper: triton {version} is not among 3.6 to 3.9, which are supported"
 
 
 # --- Triton 3.6 to 3.9, and tensors as TMA addresses them --------------------------------------
