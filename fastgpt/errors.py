@@ -133,8 +133,10 @@ def explained(e: BaseException) -> str | None:
         why = e.strerror or type(e).__name__
         return f"{' -> '.join(names)}: {why}; a file or folder that can be used is wanted"
     # PyTorch's words for the same, as RuntimeError or torch.OutOfMemoryError.
-    words = ("DefaultCPUAllocator", "not enough memory", "out of memory", "can't allocate memory")
-    words += ("can't start new thread",)  # of Python: its stack has no room
+    words = [
+        "DefaultCPUAllocator", "not enough memory", "out of memory", "can't allocate memory",
+        "can't start new thread",  # Python's: the stack has no room
+    ]  # fmt: skip
     if isinstance(e, MemoryError) or (
         isinstance(e, RuntimeError) and any(w in str(e) for w in words)
     ):

@@ -228,9 +228,9 @@ def join(config: Config, device: torch.device) -> Iterator[Ranks]:
     except RuntimeError as e:  # dist.DistError too
         if ranks.size == 1 or not _is_connection(e):
             raise
-        missing = ", ".join(map(str, ranks.silent())) or "none of them silent"
+        silent = ", ".join(map(str, ranks.silent())) or "none of them silent"
         raise RankError(
-            f"rank {ranks.rank}: lost the others (silent: rank {missing}; "
+            f"rank {ranks.rank}: lost the others (silent: rank {silent}; "
             f"--dist_timeout={config.system.dist_timeout:g}): {describe_error(e)}"
         ) from e
     finally:

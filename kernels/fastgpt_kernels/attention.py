@@ -801,7 +801,7 @@ def _sdpa(backend: SDPBackend, *args: Any, **kwargs: Any) -> Tensor:
 
 
 @functools.cache
-def _untested_triton(version: str) -> str:
+def _untested_triton(version: str) -> str | None:
     return versions.outside({"triton": version})
 
 
@@ -862,8 +862,10 @@ def _cost(s: Sizes, itemsize: int) -> dict[str, Cost]:
 
 
 _other = partial(Implementation, follows_seed=False)
-_KERNELS = ("fwd", "bwd_preprocess", "bwd_dkv", "bwd_dq", "hopper_fwd", "hopper_bwd_preprocess")
-_KERNELS += ("hopper_bwd", "hopper_bwd_postprocess")
+_KERNELS = [
+    "fwd", "bwd_preprocess", "bwd_dkv", "bwd_dq", "hopper_fwd", "hopper_bwd_preprocess",
+    "hopper_bwd", "hopper_bwd_postprocess",
+]  # fmt: skip
 SPECS = {
     "attention": OpSpec(
         "attention",
