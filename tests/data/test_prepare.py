@@ -72,7 +72,8 @@ def test_tokens_of_pieces_are_the_tokens_of_the_whole(ranks, parts, size, chunk)
     assert "".join(parts) == text
     ids = [i for piece in parts for i in bpe.encode(piece).tolist()]
     assert ids == bpe.encode(text).tolist(), parts
-    assert bpe.decode_bytes(ids) == ByteTokenizer().encode(text).tobytes()[::2] == text.encode()
+    for tokenizer in (bpe, ByteTokenizer()):
+        assert tokenizer.decode_bytes(tokenizer.encode(text)) == text.encode()
 
 
 def test_every_whitespace_of_the_pretokenizer_is_whitespace_to_python():

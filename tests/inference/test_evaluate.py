@@ -52,16 +52,14 @@ def per_token(model: GPT, tokens: np.ndarray, block_size: int, stride: int) -> f
     return total
 
 
-@pytest.mark.parametrize(
-    ("n", "block_size", "stride"), [(60, 24, 12), (61, 10, 3), (7, 24, 24), (1, 8, 4)]
-)
-def test_the_sum_is_that_of_each_token_by_itself(n: int, block_size: int, stride: int):
+def test_the_sum_is_that_of_each_token_by_itself():
     model = random_model(shape())
-    tokens = np.random.default_rng(0).integers(0, 50, n).astype(np.uint16)
-    want = per_token(model, tokens, block_size, stride)
-    for batch_size in (1, 4):
-        total = total_loss(model, tokens, n, block_size, stride, batch_size)
-        assert total == pytest.approx(want, rel=1e-6)
+    for n, block_size, stride in ((60, 24, 12), (61, 10, 3), (7, 24, 24), (1, 8, 4)):
+        tokens = np.random.default_rng(0).integers(0, 50, n).astype(np.uint16)
+        want = per_token(model, tokens, block_size, stride)
+        for batch_size in (1, 4):
+            total = total_loss(model, tokens, n, block_size, stride, batch_size)
+            assert total == pytest.approx(want, rel=1e-6)
 
 
 def test_endings_are_scored_given_their_beginning():
@@ -133,18 +131,18 @@ def test_weights_that_are_not_finite(home: Path):
     assert got["loss"] is None and "transformer.h.0.ln_1.weight" in got["not_finite"]
 
 
-def hellaswag(path: Path, n: int) -> list[dict]:
-    rng = np.random.default_rng(0)
-    text = lambda n: " ".join(rng.choice(["cat", "dog", "mat", "sea", "run"], n))  # noqa: E731
-    endings = [[text(k + 1) for k in range(4)] for _ in range(n)]
-    lines = [{"ctx": f"A {text(3)}", "endings": e, "label": int(rng.integers(4))} for e in endings]
-    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
-    return lines
-
-
 def test_hellaswag(home: Path):
     """Untrained, all tokens are about as likely: the shortest ending is always chosen."""
-    lines = hellaswag(home / "hellaswag.jsonl", 10)
+    rng, words = np.random.default_rng(0), ["cat", "dog", "mat", "sea", "run"]
+    lines = [
+        {
+            "ctx": "A cat",
+            "endings": [" ".join(rng.choice(words, k + 1)) for k in range(4)],
+            "label": int(rng.integers(4)),
+        }
+        for _ in range(10)
+    ]
+    (home / "hellaswag.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     args = ("--weights=weights", "--task=hellaswag", "--input=hellaswag.jsonl")
     got = evaluate(home, *args)
     shortest = [min(range(4), key=lambda k: len(line["endings"][k])) for line in lines]
@@ -177,9 +175,8 @@ def test_hellaswag(home: Path):
 def test_bad_requests(args, message, home: Path):
     np.array([1, 999], np.uint16).tofile(home / "large.bin")
     np.array([1], np.uint16).tofile(home / "one.bin")
-    hellaswag(home / "bad.jsonl", 1)
-    with open(home / "bad.jsonl", "a") as f:
-        f.write('{"ctx": "a", "endings": ["b", "c"], "label": 0}\n')
+    lines = [{"ctx": "a", "endings": ["b"] * n, "label": 0} for n in (4, 2)]
+    (home / "bad.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     (home / "empty").write_text("\n")
     (home / "odd.dat").write_bytes("Größe".encode("latin-1"))
     (home / "nothing.txt").touch()
