@@ -188,6 +188,8 @@ def _check_places(config: Config) -> None:
     from fastgpt.data.prepare import check_data
 
     r = config.run
+    if r.dry_run:
+        return
     if r.init_from != "resume":
         run.check_free(r.out_dir, r.overwrite)
     if r.weights and not Path(r.weights).exists():
@@ -274,8 +276,8 @@ def _doctor(args: list[str]) -> int:
 
 def _tune(args: list[str]) -> int:
     config, _ = _training(args)
-    from fastgpt.doctor import as_trained, vocab_size
     from fastgpt.model.build import tune
+    from fastgpt.train.introduction import as_trained, vocab_size
 
     return tune(as_trained(config), vocab_size(config))
 

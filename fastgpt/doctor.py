@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import platform
 import shutil
 from importlib.metadata import distributions
@@ -11,18 +10,15 @@ from pathlib import Path
 import torch
 
 from fastgpt import __version__
-from fastgpt.config import settings
 from fastgpt.config.presets import default_name
 from fastgpt.config.schema import Config
-from fastgpt.data.corpora import CORPORA
 from fastgpt.data.prepare import cores
 from fastgpt.data.token_files import open_dataset
-from fastgpt.data.tokenizer import GPT2_VOCAB
 from fastgpt.errors import UserError
 from fastgpt.model.build import select_kernels
 from fastgpt.model.device import Machine, unseen_gpu
 from fastgpt.storage import run_dir as run
-from fastgpt.weights.hugging_face import SIZES, shape_of_size
+from fastgpt.train.introduction import as_trained, vocab_size
 
 
 def _gpus() -> str:
@@ -46,24 +42,6 @@ def _data_folders() -> str:
         except UserError as e:
             lines.append(f"unusable: {e}")
     return "\n".join(lines) or "none under data/ yet; python_stdlib is made by itself when needed"
-
-
-def vocab_size(config: Config) -> int:
-    """Returns the vocabulary's size of the prepared data, or else that of its tokenizer."""
-    data = config.data
-    with contextlib.suppress(UserError):
-        return config.model.vocab_size or open_dataset(Path(data.data_dir, data.dataset)).vocab_size
-    own = CORPORA[data.dataset].tokenizer if data.dataset in CORPORA else ""
-    return {"byte": 256, "char": 65}.get(data.tokenizer or own, GPT2_VOCAB)
-
-
-def as_trained(config: Config) -> Config:
-    """Returns the config with the shape of the weights it starts from, if that is known."""
-    if config.run.init_from not in SIZES:
-        return config
-    size = shape_of_size(config.run.init_from)
-    block_size = min(config.model.block_size, size.block_size)
-    return settings.replace(config, **{**vars(size), "block_size": block_size})
 
 
 def doctor(config: Config, name: str) -> None:

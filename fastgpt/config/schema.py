@@ -63,6 +63,7 @@ class RunConfig:
     reset_optimizer: bool = flag(False, "Resume with fresh moments, without the optimizer's state.")
     weights: str = flag("", "Hugging Face GPT-2 folder or safetensors file to start from.")
     overwrite: bool = flag(False, "Replace the run that already stands in --out_dir.")
+    dry_run: bool = flag(False, "Print what the run would take, on a GPU also the hours; stop.")
     max_iters: Count = flag(600_000, "Optimizer steps in all.")
     seed: Seed = flag(1337, "Determines initial weights, batches and dropout.")
 

@@ -194,9 +194,9 @@ def join(config: Config, device: torch.device) -> Iterator[Ranks]:
     Only rank 0 writes to stdout. An error of another rank becomes a RankError that names it. A lost
     connection becomes a RankError that names the ranks that do not answer.
     """
-    if missing := {"RANK", "MASTER_ADDR", "MASTER_PORT"} - {*os.environ}:
+    if unset := {"RANK", "MASTER_ADDR", "MASTER_PORT"} - {*os.environ}:
         if _number("WORLD_SIZE", 1) > 1:
-            raise UserError(f"WORLD_SIZE is set, {min(missing)} is not: start with torchrun")
+            raise UserError(f"WORLD_SIZE is set, {min(unset)} is not: start with torchrun")
         yield Ranks()
         return
     _number("MASTER_PORT", 0, most=65535)

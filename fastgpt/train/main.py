@@ -6,7 +6,7 @@ import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fastgpt import __version__
 from fastgpt.config import settings
-from fastgpt.config.presets import PRESETS
 from fastgpt.config.schema import Config, PrepareConfig
 from fastgpt.data.prepare import ensure, with_tokenizer
 from fastgpt.data.token_files import Dataset, open_dataset
@@ -29,8 +28,9 @@ from fastgpt.model.device import Machine, unseen_gpu
 from fastgpt.model.kernels import Selected, describe
 from fastgpt.storage import checkpoint
 from fastgpt.storage import run_dir as run
-from fastgpt.train import cuda_graph, memory, metrics, optim, plots, resume
+from fastgpt.train import cuda_graph, memory, metrics, plots, resume
 from fastgpt.train.distributed import Ranks, check_launch, join, launcher, local_device, restarted
+from fastgpt.train.introduction import changes, dry_run, print_introduction
 from fastgpt.train.loop import Loop
 from fastgpt.train.resume import Progress
 from fastgpt.train.trainer import Trainer
@@ -58,6 +58,9 @@ def train(config: Config, name: str) -> tuple[int, Path]:
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         ranks = stack.enter_context(join(config, machine.device))
+        if config.run.dry_run:
+            dry_run(config, name, machine, ranks)
+            return 0, Path()
         return _train(config, name, machine, ranks)
 
 
@@ -88,8 +91,7 @@ class _LastingStream:
 
 def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[int, Path]:
     """Runs the training on this rank. Everything that can fail, fails before the run's folder."""
-    preset = PRESETS[name]() if name in PRESETS else config
-    changed = {key for key, *_ in settings.differences(preset, config)}
+    changed = changes(config, name)
     # 1. Data, weights to start from, vocabulary.
     r, system = config.run, config.system
     with ranks.raise_on_all_ranks():
@@ -142,7 +144,7 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
                 run.save_config(run_dir, trainer.resolved, launch)
                 if dataset.tokenizer is not None:
                     dataset.tokenizer.save(run_dir)
-        print_introduction(trainer, dataset, run_dir, changed)
+        print_introduction(trainer, dataset.describe(), run_dir, changed)
         _warn_if_ops_differ(ranks.gather(trainer.selected))
         loop = Loop(trainer, dataset, run_dir, start)
         code = loop.run(stack)
@@ -216,37 +218,6 @@ def _vocab_size(config: Config, dataset: Dataset) -> int:
             f"{dataset.vocab_size:,}; it needs weights made for it, or other data"
         )
     return given or dataset.vocab_size
-
-
-def print_introduction(
-    trainer: Trainer, dataset: Dataset, run_dir: Path, changed: Collection[str] = ()
-) -> None:
-    """Prints the settings, the data, the model, the device, and the chosen kernels.
-
-    A star marks the settings in `changed`, which are not the preset's.
-    """
-    config, sections = trainer.resolved, dict[str, list[str]]()
-    for leaf in settings.leaves(Config).values():
-        text = f"{'*' * (leaf.name in changed)}{leaf.name}={settings.get(config, leaf)}"
-        sections.setdefault(leaf.section, []).append(text)
-    for section, values in sections.items():
-        print(f"{section + ':':8}{' '.join(values)}")
-    machine, device = trainer.machine, trainer.device
-    gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-    print(f"\ndata {dataset.describe()}")
-    print(f"tokens per iteration will be: {config.optim.rows * config.model.block_size:,}")
-    print(optim.describe_schedule(config.optim, config.run.max_iters))
-    print(f"number of parameters: {trainer.model.n_params() / 1e6:.2f}M")
-    if trainer.layout:
-        kind = {"ddp": "DDP", "fsdp": "FSDP2"}[trainer.layout]
-        rows = f"{trainer.micro_batch} rows per micro-batch"
-        print(f"ranks {trainer.ranks.size} with {kind}, {rows}")
-    print(f"device {device}{gpu}, {machine.dtype}, compile {machine.compile}")
-    if device.type == "cuda":
-        expected = memory.estimate(trainer.model, trainer.batch_size, config.optim.optimizer)
-        print(f"memory, by estimate: {memory.describe(expected)}")
-    print(f"ops {describe(trainer.selected)}")
-    print(f"run {run_dir}", flush=True)
 
 
 def print_summary(loop: Loop, dataset: Dataset, run_dir: Path) -> None:

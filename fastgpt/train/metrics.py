@@ -119,7 +119,8 @@ class Metrics:
             self._progress = Progress(*columns, console=Console(highlight=False), transient=True)
             self._task = self._progress.add_task("", total=self._max_iters, completed=start_step)
         self._speed, self._seconds = "", 0.0
-        self._every = Every()
+        self._every, self._ten_minutes = Every(), Every(600)
+        self._start, self._log = start_step, config.log
 
     def __enter__(self) -> Metrics:
         if self._progress:
@@ -156,6 +157,9 @@ class Metrics:
             text = f"{done}/{self._max_iters} {count(tokens)} tokens, {self._speed}"
             text += self._eta(done)
             self._progress.update(self._task, completed=done, description=text)
+        early = step - self._start <= 10 < step - self._start + self._log.log_interval
+        if early or self._ten_minutes.due():
+            self._status(done, tokens)
         self._write(
             {
                 "kind": "train",
@@ -170,10 +174,20 @@ class Metrics:
     def evaluation(self, step: int, tokens: int, train_loss: float, val_loss: float) -> None:
         """Logs the mean losses on the fixed evaluation batches, before step `step`."""
         self.say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
-        if self._speed and not self._progress:
-            self.say(f"{count(tokens)} tokens seen, {self._speed}{self._eta(step)}")
+        self._status(step, tokens)
         losses = {"train_loss": train_loss, "val_loss": val_loss}
         self._write({"kind": "eval", "step": step, **losses, "tokens": tokens})
+
+    def _status(self, done: int, tokens: int) -> None:
+        """Says what is done and left after `done` steps, if no progress bar shows it."""
+        if not self._speed or self._progress:
+            return
+        line, left = f"{count(tokens)} tokens seen, {self._speed}", self._max_iters - done
+        if left > 0:
+            steps = min(left, self._log.eval_interval - done % self._log.eval_interval)
+            line += f"{self._eta(done)}, next evaluation in {duration(steps * self._seconds)}"
+        self.say(line)
+        self._ten_minutes = Every(600)
 
     def working(self, what: str, step: int, done: int, total: int) -> None:
         """Shows progress of work between two steps; in a pipe every ten seconds at most."""

@@ -16,14 +16,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from fastgpt.config import settings
+from fastgpt.config.presets import PRESETS
 from fastgpt.data.loader import Batches
 from fastgpt.data.token_files import open_dataset
+from fastgpt.model.device import Machine
+from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.model.kernels import Selected
 from fastgpt.storage import checkpoint
-from fastgpt.train import metrics
+from fastgpt.train import introduction, metrics
 from fastgpt.train.main import _warn_if_ops_differ
+from fastgpt.train.trainer import Trainer
 from tests import runs
 from tests.process import Command, fastgpt
 from tests.runs import TINY
@@ -323,6 +329,24 @@ def test_one_command_begins_a_run_and_goes_on_with_it(tmp_path: Path, text: str)
     assert "another run stands there, with learning_rate=0.001 instead of 0.0001" in said
     assert runs.tensor_files(tmp_path / "out") == files
     assert "resuming" in fastgpt(tmp_path, "train", *args, "--max_iters=401")
+
+
+def test_a_dry_run_says_what_a_run_takes_and_leaves_nothing(tmp_path: Path, text: str):
+    small = ("--dry_run=True", "--n_layer=1", "--n_head=2", "--n_embd=64", "--device=cpu")
+    said = fastgpt(tmp_path, "train", "gpt2", *small)
+    assert "\n600,000 steps of 15 x 32 x 1,024 tokens: 295B in all\n" in said
+    assert "run `fastgpt prepare openwebtext` once" in said and "memory, by estimate: " in said
+    assert "4 checkpoints" in said and "\ntime is measured on a GPU only\n" in said
+    said = train(tmp_path, text, "--tokenizer=bpe:300", "--dry_run=True")
+    assert "\n20 steps of 1 x 4 x 16 tokens: 1.28k in all\n" in said
+    assert [p.name for p in tmp_path.iterdir() if p.name[0] != "."] == ["text.txt"]
+
+
+def test_steps_of_a_dry_run_are_timed():
+    model = GPT(ModelShape(1, 2, 16, 8, 50, bias=False)).init_weights(0)
+    config = settings.replace(PRESETS["laptop"](), block_size=8, gradient_accumulation_steps=2)
+    trainer = Trainer(model, config, Machine(torch.device("cpu"), "float32"))
+    assert 0 < introduction.seconds_per_step(trainer) < 10
 
 
 def test_a_rank_that_runs_other_ops_is_named(capsys):

@@ -52,8 +52,24 @@ def test_lines_are_nanogpts(tmp_path: Path, capsys):
     assert lines[1] == "step 5000: train loss 0.6224, val loss 1.7044"
     # What people's parsers look for.
     assert re.fullmatch(r"iter (\d+): loss ([\d.]+), time ([\d.]+)ms, mfu ([\d.]+)%", lines[0])
-    assert lines[2] == "500k tokens seen, 3.01k tok/s, ETA 33s", "1,000 steps of 33.222 ms"
+    assert lines[2] == "500k tokens seen, 3.01k tok/s, ETA 33s, next evaluation in 33s"
     assert lines[4] == "600k tokens seen, 3.01k tok/s", "at the end nothing is left"
+
+
+@pytest.mark.parametrize(
+    ("interval", "start", "step"), [(1, 0, 10), (10, 0, 10), (100, 0, 0), (10, 25, 30)]
+)
+def test_speed_and_time_left_are_said_early_and_every_ten_minutes(
+    interval: int, start: int, step: int, tmp_path: Path, capsys, monkeypatch
+):
+    now, said = 0.0, []
+    monkeypatch.setattr(progress, "_clock", lambda: now)
+    with log(tmp_path, start, log_interval=interval) as m:
+        for k in range(-(-start // interval) * interval, 2000, interval):
+            now = 100.0 * (k // 100)
+            m.train(k, 100 * k, 0.5, RECORD)
+            said += [k] * (", next evaluation in " in capsys.readouterr().out)
+    assert said == [step, 600, 1200, 1800]
 
 
 def test_a_terminal_has_a_bar(tmp_path: Path, capsys, monkeypatch):
