@@ -58,18 +58,14 @@ def test_what_is_fetched_and_from_where(in_cache: bool, tmp_path: Path, monkeypa
 
 def test_a_hub_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch):
     """One that is silent, one that refuses, one that answers with an error: reachable."""
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+    for name in ("HF_HUB_OFFLINE", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(hub, "PATIENCE_S", 0.05)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        monkeypatch.setenv("HF_ENDPOINT", address)
+    with socket.create_server(("127.0.0.1", 0)) as silent, monkeypatch.context() as patch:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        patch.setattr(hub, "PATIENCE_S", 0.05)
         assert "timed out" in str(hub.unreachable())
-    monkeypatch.setenv("HF_ENDPOINT", address)  # closed now
     monkeypatch.setattr(hub, "PATIENCE_S", 30.0)
-    assert "refused" in str(hub.unreachable())
-
+    assert "refused" in str(hub.unreachable()), "closed now"
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")

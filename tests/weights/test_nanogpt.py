@@ -152,18 +152,18 @@ def save(folder: Path, **changes) -> Path:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("T", [1, 5, 12])
-def test_logits_are_nanogpt_s(tmp_path: Path, bias: bool, T: int):
+def test_logits_are_nanogpt_s(tmp_path: Path, bias: bool):
     reference = Reference(bias)
     torch.save(reference.checkpoint(0), tmp_path / "ckpt.pt")
     shape, tensors = model_of(tmp_path, load(tmp_path / "ckpt.pt"), "erf")
     assert shape == reference.shape
     model = model_with(shape, tensors)
     assert not model.transformer.wte.weight[65:].any(), "rows that pad the vocabulary are zero"
-    idx = torch.randint(65, (3, T), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        got, want = model(idx), gpt2_logits(reference.p, shape, idx)
-    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    for T in (1, 5, 12):
+        idx = torch.randint(65, (3, T), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            got, want = model(idx), gpt2_logits(reference.p, shape, idx)
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
 def test_masks_and_no_optimizer(tmp_path: Path):
