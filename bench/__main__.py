@@ -15,7 +15,7 @@ COMMANDS = {
     "kernels": "each op's implementations and baselines; --sweep searches launch configs",
     "waterfall": "where a step's milliseconds go: a picture, and a budget that adds up",
     "curves": "losses of variants over seeds, and races to a target loss",
-    "compare": "two result files, or two git refs: faster, slower, or no difference",
+    "compare": "two git refs: is the newer step faster, slower, or no different",
     "all": "step, waterfall and kernels inside a time budget, and what follows from them",
 }
 

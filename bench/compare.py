@@ -56,11 +56,10 @@ def main(argv: list[str]) -> int:
     gpu = setup.machine(config).device.type == "cuda"
     (variant,) = choose(args.variant or ("kernels+compile" if gpu else "eager"), "", gpu)
     with checkouts([args.old, args.new]) as places:
-        pair = [
-            replace(variant, name=n, root=p)
-            for n, p in zip((args.old, args.new), places, strict=True)
-        ]
-        found = processes.measure(pair, config, vocab_size, args.rounds, args.turn_seconds)
+        named = zip((args.old, args.new), places, strict=True)
+        pair = [replace(variant, name=name, root=place) for name, place in named]
+        plan = args.rounds, args.turn_seconds, args.sustained
+        found = processes.measure(pair, config, vocab_size, *plan)
     result.rows[:] = step.rows_of(found, args.preset, config, vocab_size)
     step.show(result.rows)
     result.end(args.out)

@@ -135,11 +135,8 @@ def measure(case: Case, rounds: int, roof: Mapping[str, float]) -> list[Row]:
             row["key"] = " | ".join(row[k] for k in ("op", "size", "pass", "provider"))
             if name in times:
                 rate = work / (times[name]["median_ms"] * 1e-3)
-                row |= times[name] | {
-                    "rate": rate,
-                    "unit": unit,
-                    "share_of_roof": rate / roof[unit],
-                }
+                row |= times[name] | {"rate": rate, "unit": unit}
+                row["share_of_roof"] = rate / roof[unit]
                 if name != base and base in times:
                     samples = [times[n]["samples_ms"] for n in (name, base)]
                     row["ratio"] = results.ratio(base, ratio_of_medians(*samples))
@@ -238,9 +235,8 @@ def sweep(case: Case, rounds: int) -> Iterator[Row]:
         def make(config: Config, under: Callable[..., Any] = under) -> Callable[[], Call]:
             return lambda: lambda: under(config, lambda: run()())
 
-        judged = [
-            under(config, lambda: case.judge(functions)[OWN]["problem"]) for config in configs
-        ]
+        judge = lambda: case.judge(functions)[OWN]["problem"]  # noqa: E731
+        judged = [under(config, judge) for config in configs]
         sound = [config for config, problem in zip(configs, judged, strict=True) if not problem]
         timed = interleave([make(config) for config in sound], case.device, rounds)
         times = {repr(config): t for config, t in zip(sound, timed, strict=True)}

@@ -192,9 +192,8 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]], markdown: bool = 
     """Returns columns as wide as they need to be; the first is left-aligned, the others right."""
     widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
     rule = [["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]] if markdown else []
-    rows = [
-        [r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:])] for r in (head, *rule, *lines)
-    ]
+    all_rows = (head, *rule, *lines)
+    rows = [[r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:])] for r in all_rows]
     if markdown:
         return "\n".join("| " + " | ".join(row) + " |" for row in rows)
     return "\n".join("  " + "  ".join(row).rstrip() for row in rows)

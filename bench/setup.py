@@ -57,9 +57,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(
-                f"wanted a whole number of at least {least}, got {text}"
-            )
+            raise argparse.ArgumentTypeError(f"wanted a number of at least {least}, got {text}")
         return int(text)
 
     return parse

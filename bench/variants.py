@@ -169,9 +169,8 @@ def _nanogpt(folder: Path, config: Config, vocab_size: int) -> Any:
     same = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
     sizes = {name: getattr(config.model, name) for name in same}
     model = module.GPT(module.GPTConfig(vocab_size=rows, **sizes))
-    weights = (
-        GPT(ModelShape.of(config.model, vocab_size)).init_weights(config.run.seed).state_dict()
-    )
+    own = GPT(ModelShape.of(config.model, vocab_size)).init_weights(config.run.seed)
+    weights = own.state_dict()
     weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:rows]
     missing, unexpected = model.load_state_dict(weights, strict=False)
     left = [k for k in missing if k != "lm_head.weight" and not k.endswith("attn.bias")]

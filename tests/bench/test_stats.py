@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from bench.stats import TOO_FEW, neighbours, paired, ratio_of_medians
+from bench.stats import TOO_FEW, paired, ratio_of_medians
+
+KINDS = ("normal", "heavy tails", "outliers", "clocks fall", "neighbours alike")
 
 
 def session(kind: str, rounds: int, draw: np.random.Generator) -> np.ndarray:
@@ -17,12 +19,7 @@ def session(kind: str, rounds: int, draw: np.random.Generator) -> np.ndarray:
     times = np.exp(0.01 * noise)
     if kind == "outliers":
         times *= np.where(draw.random((2, rounds)) < 0.08, 1.5, 1.0)
-    if kind == "clocks fall":
-        times *= np.linspace(1, 1.5, rounds)
-    return times
-
-
-KINDS = ("normal", "heavy tails", "outliers", "clocks fall", "neighbours alike")
+    return times * (np.linspace(1, 1.5, rounds) if kind == "clocks fall" else 1)
 
 
 @pytest.mark.parametrize("rounds", [6, 10, 30])
@@ -43,47 +40,23 @@ def test_a_difference_is_claimed_no_oftener_than_one_is_wrong(kind: str, rounds:
 def test_five_percent_are_seen_in_fifteen_rounds(kind: str) -> None:
     """Of 100 sessions with 1 % of noise, at least 3 in 4; and the interval holds the truth."""
     draw = np.random.default_rng(KINDS.index(kind))
-    seen, held = 0, 0
-    for _ in range(100):
-        a, b = session(kind, 15, draw)
-        r = ratio_of_medians(1.05 * a, b, resamples=400)
-        assert r.low is not None and r.high is not None
-        seen += r.verdict == "slower"
-        held += r.low <= 1.05 <= r.high
-    assert seen >= 75 and held >= 90
+    sessions = (session(kind, 15, draw) for _ in range(100))
+    found = [ratio_of_medians(1.05 * a, b, resamples=400) for a, b in sessions]
+    assert sum(r.verdict == "slower" for r in found) >= 75
+    assert sum(r.low <= 1.05 <= r.high for r in found if r.low and r.high) >= 90
 
 
 def test_ratios_of_known_samples() -> None:
     same = [1.0, 2.0, 3.0, 2.0, 1.0, 2.0]
-    r = ratio_of_medians(same, same)
-    assert (r.ratio, r.low, r.high, r.verdict) == (1.0, 1.0, 1.0, "no difference")
+    assert str(ratio_of_medians(same, same)) == "1.000 [1.000, 1.000] no difference"
     a, b = session("normal", 12, np.random.default_rng(4))
     r, inverse = ratio_of_medians(a, b), ratio_of_medians(b, a)
-    assert r.low and r.high and inverse.low and inverse.high
-    assert (r.ratio, r.low) == pytest.approx((1 / inverse.ratio, 1 / inverse.high))
+    assert (1 / r.ratio, 1 / (r.high or 0)) == pytest.approx((inverse.ratio, inverse.low))
     few = ratio_of_medians([2.0] * 5, [1.0] * 5)
     assert (few.ratio, few.low, few.verdict) == (2.0, None, TOO_FEW)
     assert str(few) == "2.000 (no interval from fewer than 6 rounds)"
     with pytest.raises(ValueError, match="got 3 and 2"):
         ratio_of_medians([1.0, 2.0, 3.0], [1.0, 2.0])
-
-
-def test_shared_drift_does_not_hide_a_difference() -> None:
-    """Clocks that fall by half, in both alike: 2 % is still seen, because rounds are pairs."""
-    drift = np.linspace(1, 2, 40)
-    noise = np.random.default_rng(3).normal(1, 0.002, size=(2, 40))
-    assert ratio_of_medians(1.02 * drift * noise[0], drift * noise[1]).verdict == "slower"
-    shuffled = np.random.default_rng(4).permutation(1.02 * drift * noise[0])
-    assert ratio_of_medians(shuffled, drift * noise[1]).verdict == "no difference"
-
-
-def test_neighbours() -> None:
-    draw = np.random.default_rng(0)
-    assert neighbours(np.ones(20)) == neighbours(np.array([1.0, 2.0])) == 0.0
-    assert neighbours(np.tile([1.0, 2.0], 20)) == 0.0  # alternating: no less evidence
-    assert neighbours(draw.normal(size=500)) < 0.1 < 0.9 == neighbours(np.arange(40.0))
-    alike = np.log(session("neighbours alike", 500, draw))[0]
-    assert neighbours(alike) == pytest.approx(0.5, abs=0.1)
 
 
 def test_pairs() -> None:
@@ -92,6 +65,3 @@ def test_pairs() -> None:
     found = paired([11.0, 22.0, 33.0], [10.0, 20.0, 30.0])
     assert found == pytest.approx((2.0, 2 - half, 2 + half), rel=1e-3)
     assert paired([5.0], [1.0]) == (4.0, None, None)
-    pairs = np.random.default_rng(0).normal(size=(2000, 2, 5))
-    wrong = sum(not low <= 0 <= high for _, low, high in (paired(*pair) for pair in pairs))  # type: ignore[operator]
-    assert 0.035 < wrong / 2000 < 0.065
