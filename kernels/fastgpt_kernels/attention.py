@@ -64,7 +64,7 @@ def _tile(m: int, n: int, warps: int, stages: int = 1) -> Config:
 FORWARD: Table = {
     "default": {64: _tile(128, 64, 8, 3), 128: _tile(128, 32, 8, 3)},
     "sm_90": {64: _tile(128, 64, 4, 3), 128: _tile(128, 64, 8, 3)},
-    "sm_100": {64: _tile(128, 64, 8, 3), 128: _tile(128, 64, 8, 2)},
+    "sm_100": {32: _tile(64, 64, 4, 3), 64: _tile(128, 64, 8, 3), 128: _tile(128, 64, 8, 2)},
 }
 FORWARD_DROPOUT = FORWARD | {"sm_90": {64: _tile(128, 64, 8, 3), 128: _tile(128, 64, 8, 3)}}
 DKV: Table = {

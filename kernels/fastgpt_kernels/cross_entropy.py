@@ -29,7 +29,7 @@ from fastgpt_kernels.registry import Cost, ExampleInputs, OpSpec, Sizes, impleme
 # walked twice by TILES tiles at a time, in 16 warps of up to 128 registers: all that an SM has, for
 # one row per SM stays in the L2 until it is read again. Chosen by register count, not timed against
 # others: GPT-2's vocabulary takes 255 registers per thread with 8 warps, and has 100 KB of loads in
-# flight. On sm_100 that spills, and the row is walked twice.
+# flight. On sm_100 and sm_120 that spills, and the row is walked twice.
 _NARROW = {
     256: Config({"BLOCK": 256, "TILES": 1}, num_warps=1),
     1024: Config({"BLOCK": 1024, "TILES": 1}, num_warps=4),
@@ -40,6 +40,7 @@ _WALK = {1 << 31: Config({"BLOCK": 4096, "TILES": 3}, num_warps=16)}
 CROSS_ENTROPY: Table = {
     "default": {**_NARROW, 51200: Config({"BLOCK": 2048, "TILES": 25}, num_warps=8), **_WALK},
     "sm_100": {**_NARROW, **_WALK},
+    "sm_120": {**_NARROW, **_WALK},
 }
 # Rows that do not begin at multiples of 16 bytes are loaded an element at a time, each into a
 # register of its own: wider ones than this are walked whatever the table says.
