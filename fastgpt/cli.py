@@ -160,7 +160,6 @@ def _training(args: list[str]) -> tuple[Config, str]:
     if flags.get("init_from") != "resume":
         if source is None:
             source = presets.default_name()
-            print(f"preset {source}: {PRESETS[source].about}")
         config, name = presets.load(source)
         if auto:
             flags |= run.continuation(settings.apply_flags(config, flags))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastgpt import __version__
 from fastgpt.config import settings
+from fastgpt.config.presets import PRESETS
 from fastgpt.config.schema import Config, PrepareConfig
 from fastgpt.data.prepare import ensure, with_tokenizer
 from fastgpt.data.token_files import Dataset, open_dataset
@@ -58,6 +59,8 @@ def train(config: Config, name: str) -> tuple[int, Path]:
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         ranks = stack.enter_context(join(config, machine.device))
+        if name in PRESETS:
+            print(f"preset {name}: {PRESETS[name].about}")
         if config.run.dry_run:
             dry_run(config, name, machine, ranks)
             return 0, Path()

@@ -137,6 +137,17 @@ def test_presets_are_valid(name):
     assert settings.parse_toml(settings.to_toml(config), PATH) == config
 
 
+@pytest.mark.parametrize(
+    ("name", "cost", "hours"), [("gpt2", "six days", 144), ("gpt2_speedrun", "1.9 hours", 1.9)]
+)
+def test_a_preset_states_its_cost(name: str, cost: str, hours: float):
+    """At the speed of the table in README."""
+    config, about = PRESETS[name](), PRESETS[name].about
+    tokens = config.run.max_iters * config.optim.rows * config.model.block_size
+    assert f"{tokens / 1e9:.3g}B tokens" in about and f" {cost} " in about
+    assert hours == pytest.approx(tokens / 576_000 / 3600, rel=0.03)
+
+
 def test_toml_keeps_any_text():
     for text in ('say "hi"', "back\\slash", "tab\tnew\nline", "Zoë \x7f 東京"):
         config = settings.replace(Config(), input=text)

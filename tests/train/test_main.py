@@ -334,6 +334,7 @@ def test_one_command_begins_a_run_and_goes_on_with_it(tmp_path: Path, text: str)
 def test_a_dry_run_says_what_a_run_takes_and_leaves_nothing(tmp_path: Path, text: str):
     small = ("--dry_run=True", "--n_layer=1", "--n_head=2", "--n_embd=64", "--device=cpu")
     said = fastgpt(tmp_path, "train", "gpt2", *small)
+    assert said.startswith("preset gpt2: 124M parameters, 295B tokens: six days on an H200")
     assert "\n600,000 steps of 15 x 32 x 1,024 tokens: 295B in all\n" in said
     assert "run `fastgpt prepare openwebtext` once" in said and "memory, by estimate: " in said
     assert "4 checkpoints" in said and "\ntime is measured on a GPU only\n" in said
