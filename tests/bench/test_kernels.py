@@ -27,7 +27,7 @@ def test_runs_on_a_cpu_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFix
     assert {row["op"] for row in rows} == {op.name for op in specs()}
     for row in rows:
         if row["provider"] == "eager":
-            assert len(row["samples_ms"]) == 6 and 0 < max(row["errors"]) < 1e-6
+            assert len(row["samples_ms"]) == 6 and 0 <= max(row["errors"]) < 1e-6
             assert row["share_of_roof"] > 0 and not row["problem"]
         elif row["provider"] in ("hopper", "Liger") or row["provider"].startswith("torch.compile"):
             assert row["problem"] and "median_ms" not in row
