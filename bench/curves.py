@@ -188,8 +188,9 @@ def main(argv: list[str]) -> int:
     except ValueError as e:
         raise UserError(f"--rates and --target: {e}") from None
     given = settings.to_dict(settings.apply_flags(Config(), flags))
-    shared = {"max_iters": steps, "eval_interval": max(1, steps // 10)}
-    shared |= {"eval_iters": 50 if gpu else 5, "sample_tokens": 0, "warmup_iters": steps // 20}
+    shared = {"max_iters": steps, "eval_interval": max(1, steps // 10), "sample_tokens": 0}
+    shared |= {"log_interval": max(1, min(10, steps // 20)), "warmup_iters": steps // 20}
+    shared |= {"eval_iters": 50 if gpu else 5}
     shared |= {key: given[key] for key in flags}
     kept = {"target": args.target, "seeds": args.seeds, "flags": flags, "rates": {}}
     result = results.Result("curves", argv, kept)

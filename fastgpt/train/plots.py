@@ -93,9 +93,12 @@ class Curves:
         return out
 
     def hours(self, step: int) -> float:
-        """Returns the hours of training until `step` steps were done."""
+        """Returns the hours of training until `step` steps were done.
+
+        Steps after the last record take as long as those before it do on average.
+        """
         done, hours = zip(*self.clock, strict=True)
-        return float(np.interp(step, done, hours))
+        return float(np.interp(step, done, hours)) * max(1.0, step / (done[-1] or step or 1))
 
     def median(self, key: str) -> float | None:
         """Returns the median of a value over the log lines."""

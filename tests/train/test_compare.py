@@ -173,6 +173,7 @@ def test_hours_are_those_of_the_steps():
     assert curves.hours(0) == 0
     assert curves.hours(991) * 3600 == pytest.approx(991 * 0.036)
     assert curves.hours(500) * 3600 == pytest.approx(500 * 0.036)
+    assert curves.hours(1000) * 3600 == pytest.approx(1000 * 0.036), "after the last record"
     assert time_axis(0.3) == ("minutes of training", 60) and time_axis(2)[0] == "hours of training"
     assert table(open_runs(["a"])).count("\n") == 1
 
