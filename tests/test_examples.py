@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import check_output
 
 import pytest
 import torch
@@ -95,6 +96,12 @@ def test_the_notebook_runs_from_top_to_bottom(small: Path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "GPU:" in out and "loss.png" in out and "--- seed 2" in out
     (command,) = commands
+    left = [f"examples/{p.name}/x" for p in small.iterdir() if p.is_dir()] + [
+        "examples/waterfall/x"
+    ]
+    monkeypatch.undo()
+    ignored = check_output(["git", "check-ignore", *left], cwd=EXAMPLES.parent, text=True)
+    assert ignored.split() == left and len(left) == 3
     assert command[1:4] == ["-m", "bench", "waterfall"] and command[-2] == "--seconds=2"
 
 

@@ -43,14 +43,14 @@ def newest() -> Path:
     return max(found, key=lambda p: (p.stat().st_mtime_ns, p.parts)).parent.parent
 
 
-def find(out_dir: str) -> Path:
+def find(out_dir: str, flag: str = "--out_dir=") -> Path:
     """Returns the run that --out_dir names, whole, or the newest one."""
     if not out_dir:
         return newest()
     run_dir = Path(out_dir)
     if not (_has_state(run_dir) or any((run_dir / m).exists() for m in ("config.toml", IDENTITY))):
         advice = "fastgpt train makes one"
-        raise UserError(f"--out_dir={out_dir}: no run there (no config.toml); {advice}")
+        raise UserError(f"{flag}{out_dir}: no run there (no config.toml); {advice}")
     if any((run_dir / m).exists() for m in _OLD):
         with contextlib.suppress(Held), lock(run_dir):
             _bring_back(run_dir)
@@ -102,7 +102,7 @@ def load_config(run_dir: Path, say: Callable[[str], None] = print) -> Config:
                 flags = " ".join(f"--{name}={now}" for name, now, _ in changed)
                 say(
                     f"{path}: is not what the run wrote: {what}; the run's own settings count, "
-                    f"change them with {flags}"
+                    f"which training changes by {flags}"
                 )
     else:
         if (run_dir / IDENTITY).exists():

@@ -216,9 +216,11 @@ def _vocab_size(config: Config, dataset: Dataset) -> int:
     """Returns the given vocabulary, or the data's. Raises UserError if the data has more ids."""
     given = config.model.vocab_size
     if given and given < dataset.vocab_size:
+        resumed = config.run.init_from == "resume"
         raise UserError(
-            f"--vocab_size={given}: the data in {dataset.folder} has a vocabulary of "
-            f"{dataset.vocab_size:,}; it needs weights made for it, or other data"
+            f"{resume.data_flag(config) if resumed else f'--vocab_size={given}'}: the data in "
+            f"{dataset.folder} has a vocabulary of {dataset.vocab_size:,}, the model of {given:,}; "
+            "it needs weights made for it, or other data"
         )
     return given or dataset.vocab_size
 

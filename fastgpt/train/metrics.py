@@ -245,8 +245,8 @@ def _import(module: str, flag: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as e:
-        advice = "pip install -e '.[log]'"
-        raise UserError(f"--{flag}=True: {e.name or module} is not installed; {advice}") from e
+        name = flag.removesuffix("_log")
+        raise UserError(f"--{flag}=True: {name} is not installed; pip install {name}") from e
 
 
 def _wandb_error(e: Exception, advice: str = "") -> UserError:

@@ -103,6 +103,11 @@ def load(trainer: Trainer, dataset: Dataset, run_dir: Path) -> Progress:
         values = {k: type(v)(document[k]) for k, v in vars(Progress()).items() if k != "metrics"}
         progress = Progress(**values, metrics=document.get("metrics"))
         document["data"], document["scaler"]
+    if document["data"] not in (None, dataset.fingerprint):  # None in an imported run
+        raise UserError(
+            f"{data_flag(trainer.config)}: the run in {run_dir} was trained on other data than "
+            f"{dataset.folder} holds; give the same data, or start a new run"
+        )
     for key, was in document["model"].items():
         now = getattr(shape, key, None)
         if now != was:
@@ -110,11 +115,6 @@ def load(trainer: Trainer, dataset: Dataset, run_dir: Path) -> Progress:
                 f"--{key}={now}: the run in {run_dir} has {key}={was}; leave the flag out, "
                 "or start a new run"
             )
-    if document["data"] not in (None, dataset.fingerprint):  # None in an imported run
-        raise UserError(
-            f"{run_dir}: was trained on other data than {dataset.folder} holds; give the same "
-            "data, or start a new run"
-        )
     optimizer = {} if r.reset_optimizer else saved.optimizer
     if not (optimizer or r.reset_optimizer or "imported_from" in document):
         raise UserError(
@@ -144,6 +144,12 @@ def load(trainer: Trainer, dataset: Dataset, run_dir: Path) -> Progress:
     if changed:
         print(f"other than before: {', '.join(changed)}")
     return progress
+
+
+def data_flag(config: Config) -> str:
+    """Returns the flag that names a run's data."""
+    data = config.data
+    return f"--input={data.input}" if data.input else f"--dataset={data.dataset}"
 
 
 def _deciding(config: Config, threads: int | None, ops: dict[str, str]) -> dict[str, Any]:

@@ -265,7 +265,7 @@ def test_a_config_that_is_not_what_the_run_wrote_is_named():
     assert run.load_config(folder, said.append) == want
     assert said == [
         "out/config.toml: is not what the run wrote: learning_rate 0.0007 (was 0.0006); "
-        "the run's own settings count, change them with --learning_rate=0.0007"
+        "the run's own settings count, which training changes by --learning_rate=0.0007"
     ]
     path.write_bytes(b"\xff" + good)
     assert run.load_config(folder, said.append) == want and "not a TOML file" in said[1]

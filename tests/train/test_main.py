@@ -266,12 +266,20 @@ def test_a_read_only_folder(tmp_path: Path, text: str):
         (["--n_layer=3"], "--n_layer=3: the run in out has n_layer=2"),
         (["--bias=True"], "--bias=True: the run in out has bias=False"),
         (["--max_iters=20"], "already at step 20 of --max_iters=20"),
-        (["--input=other.txt"], "was trained on other data"),
+        (["--input=other.txt"], "--input=other.txt: the run in out was trained on other data"),
+        (
+            ["--input=other.txt", "--tokenizer=char"],
+            "--input=other.txt: the run in out was trained",
+        ),
+        (["--dataset=ids"], "--dataset=ids: the run in out was trained on other data"),
     ],
 )
 def test_what_cannot_be_resumed(args, message, tmp_path: Path, text: str):
     train(tmp_path, text, "--out_dir=out")
     (tmp_path / "other.txt").write_text("Other words.\n" * 300)
+    (tmp_path / "ids").mkdir()
+    for split in ("train", "val"):
+        np.arange(900, dtype=np.uint16).tofile(tmp_path / "ids" / f"{split}.bin")
     before = (tmp_path / "out" / "config.toml").read_text()
     said = resume(tmp_path, "--out_dir=out", *args, code=2)
     assert message in said and "Traceback" not in said

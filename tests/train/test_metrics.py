@@ -304,11 +304,15 @@ def test_tensorboard_gets_the_same_names(tmp_path: Path, monkeypatch):
     assert added == [("train/loss", 1.0, 4), ("val/loss", 2.0, 4), ("closed",)]
 
 
-@pytest.mark.parametrize("flag", ["wandb_log", "tensorboard"])
-def test_a_missing_tracker_is_named(flag, monkeypatch):
+@pytest.mark.parametrize(
+    ("flag", "package"), [("wandb_log", "wandb"), ("tensorboard", "tensorboard")]
+)
+def test_a_missing_tracker_is_named(flag, package, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match=rf"--{flag}=True: .* is not installed; pip install"):
+    with pytest.raises(
+        UserError, match=rf"{flag}=True: {package} is not .*; pip install {package}$"
+    ):
         metrics.check_trackers(LogConfig(**{flag: True}))
 
 
