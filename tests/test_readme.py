@@ -112,7 +112,7 @@ def test_make_train_and_make_test(tmp_path: Path):
     args += f" --input={tmp_path}/text.txt"
     assert "continue: fastgpt train" in make(f"VENV={venv}", "train", f"ARGS={args}")
     got = make(
-        f"VENV={venv}", "test", "PYTEST_ARGS=tests/storage/test_files.py -p no:cacheprovider"
+        f"VENV={venv}", "test", "PYTEST_ARGS=tests/storage/test_atomic.py -p no:cacheprovider"
     )
     assert "passed" in got
 
