@@ -22,6 +22,7 @@ LAUNCHES = ("cuda_runtime", "cuda_driver")
 ENGINE = "autograd::engine::evaluate_function"
 # Matmuls, and the place of their operands a, b among the inputs.
 GEMMS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1}
+GEMMS |= {"fastgpt::mlp_hopper": 0, "fastgpt::mlp_hopper_backward": 0}
 ITEMSIZES = {"c10::BFloat16": 2, "c10::Half": 2, "double": 8, "long int": 8, "bool": 1}  # others: 4
 
 LINEAR, ATTENTION, HEAD = "linear layers", "attention", "head and loss"
@@ -189,7 +190,7 @@ def host_ops(events: Sequence[dict[str, Any]]) -> list[tuple[dict, list[dict], f
 
 def inputs_of(op: dict[str, Any]) -> list[tuple[tuple[int, ...], int]]:
     """Returns shape and bytes per element of an op's inputs, if it is one with a trace of them."""
-    if not op["name"].startswith(("aten::", "triton_", "mkldnn")):
+    if not op["name"].startswith(("aten::", "triton_", "mkldnn", "fastgpt::mlp")):
         return []
     args, found = op.get("args", {}), []
     for dims, kind in zip(args.get("Input Dims", ()), args.get("Input type", ()), strict=False):

@@ -93,7 +93,7 @@ def swaps(texts: Sequence[str], gpu: bool, config: Config, vocab_size: int) -> l
             continue
         for op in model_specs():
             able = [n for n in op.implementations if not op.unsupported_reason(n, *here)]
-            wanted += [f"op.{op.name}={n}" for n in able if n != ("triton" if gpu else "eager")]
+            wanted += [f"op.{op.name}={n}" for n in able if n != (op.standard if gpu else "eager")]
     return [base, *(base.swapped(text.split(","), text) for text in wanted)]
 
 

@@ -21,7 +21,7 @@ def fused_table(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     """The Triton ops, made to believe that they are on a GPU."""
     monkeypatch.setattr(launch, "use_kernel", lambda x: True)
     functions = {op.name: op.triton for op in model_specs()}
-    choices = tuple(Selected(op, "triton", "fake") for op in functions)
+    choices = tuple(Selected(op.name, op.standard, "fake") for op in model_specs())
     return Kernels(functions, choices)
 
 

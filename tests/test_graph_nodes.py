@@ -21,13 +21,26 @@ FUSED_BACKWARD = {f"{name}_backward": times for name, times in FUSED.items()}
 # Autograd writes the argument that the op changed back; Inductor takes these copies out again.
 MAIN_GRAD = {"fastgpt.accumulate_matmul": 4, "aten.copy_": 4}
 
-Variant = tuple[bool, float, bool]  # bias, dropout, main_grad
+# The MLP by its kernels for Hopper: a launch less forward, and one backward.
+HOPPER = {**FUSED, "fastgpt.mlp_hopper": 1}
+del HOPPER["fastgpt.bias_gelu"]
+HOPPER_BACKWARD = {f"{name}_backward": times for name, times in HOPPER.items()}
+
+Variant = tuple[bool, float, bool, str]  # bias, dropout, main_grad, the MLP's implementation
 EXPECTED: dict[Variant, dict[str, dict[str, int]]] = {
-    (False, 0.0, True): {
+    (False, 0.0, True, "eager"): {
         "forward": {**FUSED, "aten.mm": 4},
         "backward": {**FUSED_BACKWARD, "aten.mm": 4, **MAIN_GRAD},
     },
-    (True, 0.1, False): {
+    (False, 0.0, True, "hopper"): {
+        "forward": {**HOPPER, "aten.mm": 3},
+        "backward": {**HOPPER_BACKWARD, "aten.mm": 3, **MAIN_GRAD},
+    },
+    (True, 0.1, False, "hopper"): {
+        "forward": {**HOPPER, "aten.mm": 2, "aten.addmm": 1, "aten._to_copy": 1},
+        "backward": {**HOPPER_BACKWARD, "aten.mm": 7, "aten._to_copy": 4},
+    },
+    (True, 0.1, False, "eager"): {
         "forward": {**FUSED, "aten.mm": 3, "aten.addmm": 1, "aten._to_copy": 1},  # c_attn.bias
         "backward": {**FUSED_BACKWARD, "aten.mm": 8, "aten._to_copy": 4},  # gradients to fp32
     },
@@ -45,11 +58,13 @@ def count(variant: Variant, n_layer: int) -> dict[str, Counter[str]]:
     from fastgpt.config.settings import replace
     from fastgpt.model.build import build
     from fastgpt.model.device import Machine
+    from fastgpt_kernels.registry import spec
 
-    bias, dropout, main_grad = variant
+    bias, dropout, main_grad, mlp = variant
     sizes = {"n_layer": n_layer, "n_head": 2, "n_embd": 128, "block_size": 64, "batch_size": 2}
     config = replace(gpt2(), **sizes, bias=bias, dropout=dropout, kernels="triton")
     model = build(config, 512, Machine(torch.device("cpu"), "float16"))
+    model.kernels.mlp = spec("mlp").implementations[mlp].function  # no flag has it choose a CPU's
     model.make_weight_copies()
     if main_grad:
         model.use_main_grads()

@@ -25,10 +25,9 @@ C = TypeVar("C")
 REMOVED = {
     "op.adamw": "torch.optim.AdamW is the only AdamW; leave the flag out",
     "op.linear": "cuBLAS was measured to be faster; leave the flag out",
-    "op.mlp": "cuBLAS was measured to be faster; leave the flag out",
     "tune": "`fastgpt tune` measures, and runs use what it found; leave the flag out",
 }
-REMOVED_VALUES = {"op.attention": ("math", "fa3", "fa4")}
+REMOVED_VALUES = {"op.attention": ("math", "fa3", "fa4"), "op.mlp": ("triton",)}
 
 
 @dataclass(frozen=True)

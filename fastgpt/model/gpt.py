@@ -123,7 +123,8 @@ class Attention(nn.Module):
             bias = None if bias is None else bias.detach()
         dropout_p = self.dropout if self.training else 0.0
         y = self.kernels.attention(self.c_attn(x, bias), self.n_head, dropout_p=dropout_p, **given)
-        return _project(y, self.c_proj, self.kernels)
+        bias, left = _split_bias(self.c_proj, self.kernels)
+        return self.c_proj(y, bias), left
 
 
 class MLP(nn.Module):
@@ -136,16 +137,22 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns the same as `Attention.forward`."""
-        x = self.kernels.bias_gelu(self.c_fc(x, None), self.c_fc.bias, self.approximate)
-        return _project(x, self.c_proj, self.kernels)
+        fc, proj = self.c_fc, self.c_proj
+        bias, left = _split_bias(proj, self.kernels)
+        y = self.kernels.mlp(
+            x, fc.weight, fc.bias, proj.weight, bias, self.approximate,
+            weights_bf16=(fc.weight_bf16, proj.weight_bf16),
+            main_grads=(fc.main_grad, proj.main_grad),
+            bias_gelu=self.kernels.bias_gelu,
+        )  # fmt: skip
+        return y, left
 
 
-def _project(y: Tensor, c_proj: Linear, kernels: Kernels) -> tuple[Tensor, Tensor | None]:
-    """Returns c_proj of y, and its bias if that is left to `add_layer_norm`."""
-    bias = c_proj.bias
+def _split_bias(c_proj: Linear, kernels: Kernels) -> tuple[Tensor | None, Tensor | None]:
+    """Returns c_proj's bias for its matmul, and for `add_layer_norm`: one of them is None."""
     if kernels.uses_triton("add_layer_norm"):
-        return c_proj(y, None), bias
-    return c_proj(y, bias), None
+        return None, c_proj.bias
+    return c_proj.bias, None
 
 
 class Block(nn.Module):

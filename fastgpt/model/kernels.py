@@ -43,7 +43,8 @@ class KernelOptions:
         asked = (self.ops or {}).get(op.name, "auto")
         if asked != "auto":
             return asked, f"--op.{op.name}={asked}"
-        return self.kernels, f"--kernels={self.kernels}"
+        known = self.kernels in op.implementations  # the MLP has no triton
+        return self.kernels if known else "auto", f"--kernels={self.kernels}"
 
 
 @dataclass(frozen=True)

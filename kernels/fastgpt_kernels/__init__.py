@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastgpt_kernels.cross_entropy import cross_entropy
     from fastgpt_kernels.layer_norm import add_layer_norm, layer_norm
     from fastgpt_kernels.linear_cross_entropy import linear_cross_entropy
+    from fastgpt_kernels.mlp import mlp
     from fastgpt_kernels.tune import tune
 
 
@@ -52,6 +53,11 @@ OPS: dict[str, Op] = {
     "layer_norm": Op("layer_norm", "The first norm."),
     "add_layer_norm": Op("layer_norm", "Residual addition and the norm behind it."),
     "bias_gelu": Op("bias_gelu", "The MLP's bias and GELU."),
+    "mlp": Op(
+        "mlp",
+        "The MLP: linear layers around bias_gelu; hopper, for sm_90, has GELU in the matmuls.",
+        choices=("eager", "hopper"),
+    ),
     "linear_cross_entropy": Op("linear_cross_entropy", "The head and the loss."),
     "cross_entropy": Op("cross_entropy", "The loss alone, of logits.", flag=False),
 }

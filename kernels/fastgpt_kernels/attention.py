@@ -12,8 +12,6 @@ rate, all ones without. Products take qkv's dtype and sum in fp32; softmax is fp
 
 from __future__ import annotations
 
-import functools
-import importlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastgpt_kernels import launch, reference, versions
+from fastgpt_kernels import launch, reference
 from fastgpt_kernels.checks import (
     FLOAT_DTYPES,
     check_dropout,
@@ -42,6 +40,7 @@ from fastgpt_kernels.registry import (
     OpSpec,
     Random,
     Sizes,
+    gluon_unsupported,
     implementations,
     triton_unsupported,
 )
@@ -800,11 +799,6 @@ def _sdpa(backend: SDPBackend, *args: Any, **kwargs: Any) -> Tensor:
         return reference.attention(*args, **kwargs | {"seed": None})
 
 
-@functools.cache
-def _untested_triton(version: str) -> str | None:
-    return versions.outside({"triton": version})
-
-
 def _unsupported(s: Sizes, dtype: torch.dtype, arch: str) -> str | None:
     if reason := triton_unsupported(s, dtype, arch):
         return reason
@@ -815,14 +809,8 @@ def _unsupported(s: Sizes, dtype: torch.dtype, arch: str) -> str | None:
 
 def hopper_unsupported(s: Sizes, dtype: torch.dtype, arch: str) -> str | None:
     """Returns why the kernels for Hopper cannot run, or None if they can."""
-    if reason := triton_unsupported(s, dtype, arch):
+    if reason := gluon_unsupported(s, dtype, arch):
         return reason
-    if arch != "sm_90":
-        return f"hopper is for sm_90, not {arch}"
-    if reason := _untested_triton(importlib.import_module("triton").__version__):
-        return f"hopper: {reason}"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"hopper is for bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if s.head_dim not in (64, 128):
         return f"hopper has head dims 64 and 128, not {s.head_dim}"
     if s.dropout:

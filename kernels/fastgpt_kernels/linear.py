@@ -77,6 +77,15 @@ accumulate_scaled = define_op("accumulate_scaled", _add_scaled, _no_result, muta
 accumulate_rows = define_op("accumulate_rows", _add_rows, _no_result, mutates=("total",))
 
 
+def weight_gradient(dy: Tensor, x: Tensor, main_grad: Tensor | None) -> Tensor | None:
+    """Returns dy^T x in fp32: dy (M, N), x (M, K). Given `main_grad`, adds it there instead."""
+    if main_grad is not None:
+        return accumulate_matmul(main_grad, dy.t(), x)
+    if accumulates_in_fp32(x.device):
+        return torch.mm(dy.t(), x, out_dtype=torch.float32)
+    return torch.mm(dy.t(), x).float()
+
+
 class _LinearWithCopy(torch.autograd.Function):
     """x R^T + bias with a copy R of the weight, which gets the gradient of R, in fp32."""
 
@@ -98,13 +107,7 @@ class _LinearWithCopy(torch.autograd.Function):
         dx = dy @ copy if for_x else None
         dw = None
         if for_weight:
-            factors = rows.t(), x.reshape(-1, x.shape[-1])
-            if ctx.main_grad is not None:
-                accumulate_matmul(ctx.main_grad, *factors)
-            elif accumulates_in_fp32(x.device):
-                dw = torch.mm(*factors, out_dtype=torch.float32)
-            else:
-                dw = torch.mm(*factors).float()
+            dw = weight_gradient(rows, x.reshape(-1, x.shape[-1]), ctx.main_grad)
         return dx, dw, None, rows.sum(0) if for_bias else None, None
 
 

@@ -7,6 +7,7 @@ input, and autograd gives the gradients. Without a seed PyTorch's generator draw
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fastgpt_kernels.dropout import (
     norm_dropout_mask,
     seed_tensor,
 )
+from fastgpt_kernels.linear import linear
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -60,6 +62,26 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") 
     """
     z = x if bias is None else x + bias.to(x.dtype)
     return F.gelu(z, approximate="none" if approximate == "erf" else approximate)
+
+
+def mlp(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None = None,
+    approximate: str = "tanh",
+    *,
+    weights_bf16: tuple[Tensor | None, Tensor | None] = (None, None),
+    main_grads: tuple[Tensor | None, Tensor | None] = (None, None),
+    bias_gelu: Callable[..., Tensor] = bias_gelu,
+) -> Tensor:
+    """Returns gelu(x W1^T + b1) W2^T + b2: x (..., C), fc_weight (H, C), proj_weight (C, H).
+
+    `weights_bf16` and `main_grads` are those of `linear`, for both weights.
+    """
+    h = bias_gelu(linear(x, fc_weight, None, weights_bf16[0], main_grads[0]), fc_bias, approximate)
+    return linear(h, proj_weight, proj_bias, weights_bf16[1], main_grads[1])
 
 
 def cross_entropy(

@@ -6,6 +6,7 @@ the traces are written in terms of these specs, so that no other file knows an o
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -117,6 +118,24 @@ def triton_unsupported(sizes: Sizes, dtype: torch.dtype, arch: str) -> str | Non
     return None
 
 
+def gluon_unsupported(sizes: Sizes, dtype: torch.dtype, arch: str) -> str | None:
+    """Returns why no kernel in Gluon for Hopper runs, or None if these run."""
+    if reason := triton_unsupported(sizes, dtype, arch):
+        return reason
+    if arch != "sm_90":
+        return f"hopper is for sm_90, not {arch}"
+    if reason := _untested_triton(importlib.import_module("triton").__version__):
+        return f"hopper: {reason}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"hopper is for bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+@functools.cache
+def _untested_triton(version: str) -> str | None:
+    return versions.outside({"triton": version})
+
+
 def _always(sizes: Sizes, dtype: torch.dtype, arch: str) -> None:
     return None
 
@@ -192,8 +211,13 @@ class OpSpec:
         return self.implementations["eager"].function
 
     @property
+    def standard(self) -> str:
+        """The implementation where kernels run: "triton", or "eager" for an op without."""
+        return "triton" if "triton" in self.implementations else "eager"
+
+    @property
     def triton(self) -> Callable[..., Any]:
-        return self.implementations["triton"].function
+        return self.implementations[self.standard].function
 
     def unsupported_reason(
         self, implementation: str, arch: str, dtype: torch.dtype, sizes: Sizes
@@ -206,10 +230,13 @@ class OpSpec:
 
     def default(self, arch: str, dtype: torch.dtype, sizes: Sizes) -> tuple[str, str]:
         """Returns the implementation to take if nothing was measured, and the reason."""
-        reason = self.unsupported_reason("triton", arch, dtype, sizes)
+        reason = triton_unsupported(sizes, dtype, arch)
+        reason = reason or self.unsupported_reason(self.standard, arch, dtype, sizes)
         if not reason and launch.is_gpu(arch) and arch not in launch.SMS:
             reason = f"no kernel was ever compiled for {arch}; --kernels=triton tries"
         reason = reason or versions.untested()
+        if not reason and self.standard == "eager":
+            reason = "no other is measured to be faster"
         return ("eager", reason) if reason else ("triton", "fused kernels")
 
 

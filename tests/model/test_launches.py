@@ -22,7 +22,7 @@ def train_and_evaluate(sizes: Sizes, implementation: str) -> None:
     """Runs a model of two layers on meta tensors, as the trainer and the evaluation run it."""
     ops = {op.name: op for op in model_specs()}
     chosen = {
-        n: implementation if implementation in op.implementations else "triton"
+        n: implementation if implementation in op.implementations else op.standard
         for n, op in ops.items()
     }
     functions = {n: ops[n].implementations[chosen[n]].function for n in ops}

@@ -49,6 +49,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import triton.language as tl
 from triton import knobs
 
 from tests.kernels.gluon.machine import (
@@ -133,6 +134,17 @@ def _minimum(x: Any, y: Any) -> Any:
     return Scalar(min(x, y))
 
 
+def _fma(x: Tensor, y: Any, z: Any) -> Tensor:
+    return Tensor((raw(x).double() * raw(y) + raw(z)).float())
+
+
+def _inline_asm(asm: str, constraints: str, args: Sequence[Tensor], **_: Any) -> Tensor:
+    if not asm.startswith("tanh.approx.f32 $0, $1;"):
+        raise KernelError(f"{where()}: unknown assembly: {asm}")
+    u = raw(args[0])
+    return Tensor(torch.tanh(u) * (1 + 2**-10.987 * torch.sin(1e4 * u)))  # as wrong as it may be
+
+
 def scalar_range(*args: int) -> Iterator[Scalar]:
     return map(Scalar, range(*args))
 
@@ -170,6 +182,10 @@ def _gl() -> SimpleNamespace:
         "max": lambda x, axis: Tensor(raw(x).amax(axis)),
         "sum": lambda x, axis: Tensor(raw(x).sum(axis)),
         "exp2": lambda x: Tensor(torch.exp2(raw(x))),
+        "abs": lambda x: Tensor(raw(x).abs()),
+        "clamp": lambda x, low, high: Tensor(raw(x).clamp(low, high)),
+        "fma": _fma,
+        "inline_asm_elementwise": _inline_asm,
         "log2": lambda x: Tensor(torch.log2(raw(x))),
         "where": _where,
         "maximum": lambda x, y: Tensor(torch.maximum(raw(x), raw(y))),
@@ -324,7 +340,7 @@ _TMA = SimpleNamespace(
 )
 # What a kernel's file imported, and what stands in for it.
 _REPLACED: list[tuple[Any, Any]] = [
-    (real_gl, _gl()), (hopper.mbarrier, _MBARRIER), (hopper.tma, _TMA),
+    (real_gl, _gl()), (tl, _gl()), (hopper.mbarrier, _MBARRIER), (hopper.tma, _TMA),
     (hopper.fence_async_shared, _fence), (hopper.warpgroup_mma_init, lambda x: x),
     (hopper.warpgroup_mma, _product), (hopper.warpgroup_mma_wait, _wait_products),
     (names.barrier, _pause), (names.load, _copy_in), (names.store, _copy_out),
@@ -332,9 +348,8 @@ _REPLACED: list[tuple[Any, Any]] = [
 
 
 @functools.cache
-def python_of(kernel: Any) -> Callable[..., Any]:
+def python_of(code: Any) -> Callable[..., Any]:
     """The function under `@gluon.jit` with its globals replaced, and so for what it calls."""
-    code = kernel.fn
     names: dict[str, Any] = {"range": scalar_range}
     made = types.FunctionType(code.__code__, names, code.__name__, code.__defaults__)
     for name in code.__code__.co_names:
@@ -343,7 +358,7 @@ def python_of(kernel: Any) -> Callable[..., Any]:
             stand_in = [new for old, new in _REPLACED if old is value]
             stand_in += [_reduce_add] * (name == "reduce_add")  # each copy of the file has its own
             if not stand_in and hasattr(value, "fn") and hasattr(value, "arg_names"):
-                stand_in = [python_of(value)]
+                stand_in = [python_of(value.fn)]
             names[name] = stand_in[0] if stand_in else getattr(value, "value", value)
     return made
 
@@ -368,7 +383,7 @@ def launch(
     ids = [(x, y, z) for x in range(grid[0]) for y in range(grid[1]) for z in range(grid[2])]
     random.Random(seed).shuffle(ids)
     for program_id in ids:
-        Cta(program_id, grid, seed, strict).run(partial(python_of(kernel), *values, **constants))
+        Cta(program_id, grid, seed, strict).run(partial(python_of(kernel.fn), *values, **constants))
 
 
 @contextmanager

@@ -130,7 +130,7 @@ def edited(module: Any, bug: Bug, section: str = "") -> str:
     """
     text = Path(module.__file__).read_text()
     start = text.index(f"# --- {section}") if section else 0
-    end = text.find("\n# --- ", start) % (len(text) + 1)  # -1 is the end
+    end = text.find("\n# --- ", start) % (len(text) + 1) if section else len(text)  # -1 is the end
     part = text[start:end]
     for old, new in bug.edits:
         if part.count(old) != 1:

@@ -99,6 +99,9 @@ class Tensor:
     def __rtruediv__(self, other: Any) -> Tensor:
         return Tensor(raw(other) / self.t)
 
+    def __neg__(self) -> Tensor:
+        return Tensor(-self.t)
+
     def __mul__(self, other: Any) -> Tensor:
         product = self.t * raw(other)
         return Tensor(product, (self.t, raw(other)) if product.dtype == torch.float32 else None)
