@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from fastgpt_kernels.layer_norm import add_layer_norm, layer_norm
     from fastgpt_kernels.linear_cross_entropy import linear_cross_entropy
     from fastgpt_kernels.mlp import mlp
-    from fastgpt_kernels.tune import tune
 
 
 @dataclass(frozen=True)
@@ -61,15 +60,14 @@ OPS: dict[str, Op] = {
     "linear_cross_entropy": Op("linear_cross_entropy", "The head and the loss."),
     "cross_entropy": Op("cross_entropy", "The loss alone, of logits.", flag=False),
 }
-_MODULES = {name: op.module for name, op in OPS.items()} | {"tune": "tune"}
-__all__ = [*_MODULES]
+__all__ = [*OPS]
 
 
 class _Package(ModuleType):
     """This package, in which a function's name is no module, also after its module was imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        is_module = name in _MODULES and isinstance(value, ModuleType)
+        is_module = name in OPS and isinstance(value, ModuleType)
         super().__setattr__(name, getattr(value, name) if is_module else value)
 
 
@@ -77,9 +75,9 @@ sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in OPS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    function = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    function = getattr(importlib.import_module(f"{__name__}.{OPS[name].module}"), name)
     globals()[name] = function
     if not importlib.import_module("fastgpt_kernels.launch").HAS_TRITON:
         _warn_without_triton()

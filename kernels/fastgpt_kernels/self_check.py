@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -36,18 +36,13 @@ TILE, ALIGNMENT = 128, 16
 
 @dataclass(frozen=True)
 class Check:
-    """One implementation of an op, on the calls of a model or on one call by example.
-
-    sizes  of the model
-    call   the example as JSON, by `tune`; empty: the model's calls
-    """
+    """One implementation of an op, on the calls of a model."""
 
     op: str
     implementation: str
     device: str
     dtype: str
     sizes: Sizes = Sizes()
-    call: str = ""
     deterministic: bool = False
     precision: str = "highest"
 
@@ -56,7 +51,7 @@ class Check:
         """Returns the check of an implementation under this process's settings."""
         deterministic = torch.are_deterministic_algorithms_enabled()
         settings = deterministic, torch.get_float32_matmul_precision()
-        return cls(op, name, str(at), str(dtype).removeprefix("torch."), sizes, "", *settings)
+        return cls(op, name, str(at), str(dtype).removeprefix("torch."), sizes, *settings)
 
     @property
     def key(self) -> str:
@@ -77,11 +72,8 @@ class Check:
         checked, as the run makes them to be timed.
         """
         op, device, dtype = spec(self.op), torch.device(self.device), getattr(torch, self.dtype)
-        if self.call:
-            found = [_example(json.loads(self.call), device)]
-        else:
-            sizes = self.sizes if timed else few_rows(self.sizes, op.few_tokens)
-            found = op.example_inputs(sizes, normal(device))
+        sizes = self.sizes if timed else few_rows(self.sizes, op.few_tokens)
+        found = op.example_inputs(sizes, normal(device))
         if not timed and not op.implementations[self.implementation].follows_seed:
             found = [example.without_dropout() for example in found]
 
@@ -90,25 +82,6 @@ class Check:
             return [x if x is None or i in kept else x.to(dtype) for i, x in enumerate(e.inputs)]
 
         return [replace(example, inputs=rounded(example)) for example in found]
-
-
-def _example(call: Mapping[str, Any], device: torch.device) -> ExampleInputs:
-    """Returns random inputs of the shapes, dtypes and ranges that `call` tells."""
-
-    def made(told: Any) -> Any:
-        if not isinstance(told, Mapping):
-            return told
-        dtype = getattr(torch, told["dtype"])
-        if dtype.is_floating_point:
-            return normal(device)(*told["shape"]).to(dtype)
-        generator = torch.Generator().manual_seed(0)
-        whole = torch.randint(told["low"], told["high"] + 1, told["shape"], generator=generator)
-        return whole.to(device, dtype)
-
-    inputs = [made(told) for told in call["inputs"]]
-    fp32 = [i for i, x in enumerate(inputs) if x is not None and x.dtype == torch.float32]
-    arguments = {name: made(told) for name, told in call["arguments"].items()}
-    return ExampleInputs(inputs, arguments, fp32, call["gradients"])
 
 
 def few_rows(sizes: Sizes, tokens: int) -> Sizes:

@@ -1,7 +1,4 @@
-"""The fastest right implementation of each op on this GPU: measured on request, then kept.
-
-    faster = fastgpt_kernels.tune("attention", qkv, 12)
-    y = faster(qkv, 12)
+"""Measurement of the fastest correct implementation of each op on this GPU, kept for later runs.
 
 The implementations that agree with the reference (`self_check.py`) are timed forward and backward
 in a child process, in alternating rounds. One that is over 2 % faster than the default wins, or the
@@ -10,8 +7,6 @@ default stays. `fastgpt tune` does this for a model's ops, and training reads th
 
 from __future__ import annotations
 
-import inspect
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt_kernels import OPS, cache
+from fastgpt_kernels import cache
 from fastgpt_kernels.launch import arch_on
 from fastgpt_kernels.library import tag_compile_caches
 from fastgpt_kernels.progress import describe_error, print_line, progress
@@ -212,87 +207,3 @@ def _call(function: Callable[..., Any], example: ExampleInputs) -> Callable[[], 
         return torch.no_grad()(forward)
     grads = [normal(o.device, seed=i)(*o.shape).to(o.dtype) for i, o in enumerate(forward(), 1)]
     return lambda: torch.autograd.grad(forward(), wanted, grads)
-
-
-# --- For a model of one's own --------------------------------------------------------------------
-
-
-class Tuned:
-    """The implementation of an op that was found, called as the op itself."""
-
-    def __init__(self, op: str, name: str, function: Callable[..., Any], reason: str):
-        self.op, self.name, self.function, self.reason = op, name, function, reason
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
-
-    def __repr__(self) -> str:
-        return f"<{self.op}: {self.name}, {self.reason}>"
-
-
-def tune(
-    op: str | Callable[..., Any],
-    *inputs: Any,
-    seconds: float = LIMIT_S,
-    compile: bool = False,
-    say: Callable[[str], object] = lambda line: None,
-    **arguments: Any,
-) -> Tuned:
-    """Returns the fastest right implementation of an op for calls like `op(*inputs, **arguments)`.
-
-    op       a function of this package, or its name
-    seconds  the most that timing may take, if the answer is not kept yet
-    compile  whether the calls will be inside torch.compile
-    say      gets a line with the figures
-
-    Only shapes, dtypes and devices of the inputs matter, and the range of whole numbers; gradients
-    are timed too if any input requires one. On a CPU nothing is measured.
-    """
-    name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
-    if name not in OPS:
-        raise ValueError(f"tune: no op {name!r}: there are {', '.join(OPS)}")
-    found = spec(name)
-    check = _check_of(found, inputs, arguments)
-    device = torch.device(check.device)
-    if device.type != "cuda":
-        return Tuned(name, "triton", found.triton, f"nothing is measured on {device}")
-    match cache.load("tune", cache.environment(device)).get(_question(check, compile)):
-        case {"implementation": str(kept), "reason": str(reason)} if kept in found.implementations:
-            pass
-        case _:
-            timer = lambda checks, compile: in_child(checks, compile, seconds)  # noqa: E731
-            kept, reason, figures = _fastest(found, check, compile, timer)
-            say(f"{name}: {kept}, {reason}{figures}")
-            _keep(check, compile, kept, reason)
-    return Tuned(name, kept, found.implementations[kept].function, reason)
-
-
-def _check_of(op: OpSpec, inputs: Sequence[Any], arguments: Mapping[str, Any]) -> Check:
-    """Returns the check of a call by example, for no implementation yet."""
-    rest = dict(inspect.signature(op.reference).bind(*inputs, **arguments).arguments)
-    leading: list[Any] = []
-    for argument, value in [*rest.items()]:
-        if value is not None and not (isinstance(value, Tensor) and value.is_floating_point()):
-            break
-        leading.append(rest.pop(argument))
-    tensors = [x for x in leading if x is not None]
-    if not tensors:
-        raise ValueError(f"tune: {op.name} needs its tensors, as in a call")
-    call = {
-        "inputs": [_describe(x) for x in leading],
-        "arguments": {argument: _describe(value) for argument, value in rest.items()},
-        "gradients": any(x.requires_grad for x in tensors),
-    }
-    sizes = Sizes(dropout=rest.get("dropout_p", 0.0))
-    check = Check.of(op.name, "", tensors[0].device, tensors[0].dtype, sizes)
-    return replace(check, call=json.dumps(call))
-
-
-def _describe(value: Any) -> Any:
-    """Returns a tensor's shape, dtype and, of whole numbers, range; other values as they are."""
-    if not isinstance(value, Tensor):
-        return value
-    told = {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-    if value.dtype.is_floating_point or not value.numel():
-        return told | {"low": 0, "high": 0}
-    return told | {"low": int(value.min()), "high": int(value.max())}

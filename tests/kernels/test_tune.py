@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 from dataclasses import replace
@@ -10,13 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-import fastgpt_kernels
-from fastgpt_kernels import cache
+from fastgpt_kernels import cache, tune
 from fastgpt_kernels.registry import Sizes, model_specs, spec
 from fastgpt_kernels.self_check import Check
 from fastgpt_kernels.worker import TaskFailed
 
-tune = importlib.import_module("fastgpt_kernels.tune")  # the function has the same name
 GPU, CPU, BF16 = torch.device("cuda", 1), torch.device("cpu"), torch.bfloat16
 SIZES = Sizes(2, 64, 2, 64, 300, 384)
 SMALL = replace(SIZES, batch_size=1, block_size=16)
@@ -180,33 +177,3 @@ def test_measuring_in_a_child():
     checks = [Check("layer_norm", "eager", "cpu", "float32", SMALL)]
     with pytest.raises(TaskFailed, match="(?i)cuda|nvidia"):
         tune.in_child(checks, False)
-
-
-# --- For a model of one's own --------------------------------------------------------------------
-
-
-def test_an_example_says_what_a_call_needs():
-    """The check of a call has random inputs of its shapes, dtypes and ranges."""
-    x, weight = torch.randn(6, 8).half().requires_grad_(), torch.randn(12, 8)
-    targets = torch.tensor([3, 0, 11, 5, 2, 7])
-    check = tune._check_of(spec("linear_cross_entropy"), (x, weight, targets), {"vocab_size": 12})
-    (example,) = replace(check, implementation="eager").examples()
-    assert [(x.shape, x.dtype) for x in example.inputs] == [
-        (x.shape, x.dtype),
-        (weight.shape, weight.dtype),
-    ]
-    assert example.gradients and example.arguments["vocab_size"] == 12
-    made = example.arguments["targets"]
-    assert made.shape == targets.shape and made.dtype == targets.dtype
-    assert made.min() >= 0 and made.max() <= 11
-    with pytest.raises(ValueError, match="tune: attention needs its tensors"):
-        tune._check_of(spec("attention"), (None, 3), {})
-
-
-def test_the_public_function_without_a_gpu():
-    qkv = torch.randn(1, 5, 3 * 32)
-    faster = fastgpt_kernels.tune("attention", qkv, 1)
-    assert torch.equal(faster(qkv, 1), fastgpt_kernels.attention(qkv, 1))
-    assert repr(faster) == "<attention: triton, nothing is measured on cpu>"
-    with pytest.raises(ValueError, match="no op 'softmax'"):
-        fastgpt_kernels.tune("softmax", qkv)
