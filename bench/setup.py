@@ -104,7 +104,7 @@ def machine(config: Config) -> Machine:
 _machine = functools.cache(Machine.of)
 
 
-def flops_per_token(config: Config, vocab_size: int) -> metrics.FlopsPerToken:
+def flops_per_token(config: Config, vocab_size: int) -> dict[str, float]:
     """Returns the three counts, of a model without memory: nothing is drawn or stored."""
     with torch.device("meta"):
         return metrics.flops_per_token(GPT(ModelShape.of(config.model, vocab_size)))

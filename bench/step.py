@@ -40,7 +40,7 @@ def add_plan(parser: setup.Parser) -> None:
 
 def rows_of(found: Sequence[Measured], preset: str, config: Config, vocab_size: int) -> list[Row]:
     """Returns result rows; ratios are of each variant's time to the first sound one's."""
-    flops, peak = vars(setup.flops_per_token(config, vocab_size)), setup.machine(config).peak
+    flops, peak = setup.flops_per_token(config, vocab_size), setup.machine(config).peak
     tokens = config.optim.rows * config.model.block_size
     base = next((m for m in found if m.turns), None)
     rows = []

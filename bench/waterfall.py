@@ -276,5 +276,5 @@ def main(argv: list[str]) -> int:
         print(results.table(HEADER, lines[:10], markdown=True))
     if importlib.util.find_spec("matplotlib") is None:
         return result.end(args.out, "; no picture: matplotlib is not installed")
-    draw(result.data, setup.flops_per_token(config, vocab_size).mfu_6n / 6e6, path)
+    draw(result.data, setup.flops_per_token(config, vocab_size)["mfu_6n"] / 6e6, path)
     return result.end(args.out, ", .png and .svg")

@@ -34,13 +34,6 @@ class Compared:
     curves: Curves
     config: Config
 
-    @property
-    def recipe(self) -> tuple:
-        """Settings without the seed and names, equal for runs that differ only by chance."""
-        return tuple(
-            (k, v) for k, v in settings.to_dict(self.config).items() if k not in _NOT_THE_RUN
-        )
-
 
 def compare(folders: Sequence[str], config: CompareConfig) -> int:
     """Prints the table and the verdict, and draws --to. Returns the exit code."""
@@ -71,10 +64,12 @@ def open_runs(folders: Sequence[str]) -> list[Compared]:
 
 
 def _recipes(runs: Sequence[Compared]) -> list[list[Compared]]:
-    """Returns the runs by recipe."""
+    """Returns the runs by recipe: all settings but the seed and names."""
     groups: dict[tuple, list[Compared]] = {}
     for r in runs:
-        groups.setdefault(r.recipe, []).append(r)
+        flat = settings.to_dict(r.config).items()
+        recipe = tuple((name, value) for name, value in flat if name not in _NOT_THE_RUN)
+        groups.setdefault(recipe, []).append(r)
     return [*groups.values()]
 
 
@@ -136,28 +131,24 @@ def _names(group: Sequence[Compared]) -> str:
 
 
 def _pair(a: list[Compared], b: list[Compared]) -> str:
-    names = [_names(g) for g in (a, b)]
-    step, losses = _last_losses([a, b])
+    names = [_names(a), _names(b)]
+    pair, (step, losses) = " and ".join(names), _last_losses([a, b])
     if step is None:
-        return f"{names[0]} and {names[1]}: no step was evaluated in both"
+        return f"{pair}: no step was evaluated in both"
     means = [statistics.mean(g) for g in losses]
-    better, worse = (0, 1) if means[0] < means[1] else (1, 0)
-    gap = means[worse] - means[better]
+    gap = abs(means[0] - means[1])
     where = f"val loss {means[0]:.4f} and {means[1]:.4f} at step {step}"
     if min(map(len, losses)) == 1:
-        apart = f"apart by {gap:.4f}; {ONE_PAIR}: give runs of other seeds of each"
-        return f"{names[0]} and {names[1]}: {where}, {apart}"
+        return f"{pair}: {where}, apart by {gap:.4f}; {ONE_PAIR}: give runs of other seeds of each"
     freedom = sum(len(g) - 1 for g in losses)
     squares = sum((x - statistics.mean(g)) ** 2 for g in losses for x in g)
     error = math.sqrt(squares / freedom * sum(1 / len(g) for g in losses))
-    interval = f"{gap:.4f} +- {student_t(freedom) * error:.4f}"
-    if gap <= student_t(freedom) * error:
-        no = "no difference beyond noise"
-        return (
-            f"{names[0]} and {names[1]}: {no}: {where}, apart by {interval} (95 %, between seeds)"
-        )
-    verb = f"{names[better]} is better than {names[worse]} by"
-    return f"{verb} {interval} (95 %, between seeds): {where}"
+    margin = student_t(freedom) * error
+    interval = f"{gap:.4f} +- {margin:.4f} (95 %, between seeds)"
+    if gap <= margin:
+        return f"{pair}: no difference beyond noise: {where}, apart by {interval}"
+    better, worse = names if means[0] < means[1] else names[::-1]
+    return f"{better} is better than {worse} by {interval}: {where}"
 
 
 def draw(runs: Sequence[Compared], path: Path) -> Path:

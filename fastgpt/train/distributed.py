@@ -140,11 +140,6 @@ def _number(name: str, default: int, most: int = 10**9) -> int:
     return int(text)
 
 
-def restarted() -> bool:
-    """Returns whether torchrun started this run again after a failure."""
-    return _number("TORCHELASTIC_RESTART_COUNT", 0) > 0
-
-
 def launcher() -> str:
     """Returns an identity of torchrun's agent, which survives restarts; "" without torchrun.
 

@@ -26,27 +26,19 @@ from fastgpt_kernels.progress import progress
 
 
 class StepClock:
-    """Clock of mean seconds per step since the last lap, and of all seconds, without pauses."""
+    """Clock of seconds since the start, without pauses."""
 
     def __init__(self) -> None:
-        self.steps, self._start, self._laps = 0, time.perf_counter(), 0.0
+        self._start = time.perf_counter()
 
-    @property
     def elapsed(self) -> float:
-        return self._laps + time.perf_counter() - self._start
+        return time.perf_counter() - self._start
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         began = time.perf_counter()
         yield
         self._start += time.perf_counter() - began
-
-    def lap(self) -> float:
-        now = time.perf_counter()
-        seconds = now - self._start
-        mean = seconds / self.steps
-        self.steps, self._start, self._laps = 0, now, self._laps + seconds
-        return mean
 
 
 class Loop:
@@ -81,13 +73,13 @@ class Loop:
 
     def run(self, stack: ExitStack) -> int:
         """Runs from progress.step to max_iters. Returns the exit code."""
-        trainer, at = self.trainer, self.progress
+        c, trainer, at = self.config, self.trainer, self.progress
         print(f"MFU against {trainer.machine.peak}", flush=True)
         self.prefetcher = Prefetcher(
             self.batches,
             trainer.device,
             start_step=at.step,
-            row_slice=self.ranks.rows(self.config.optim.rows),
+            row_slice=self.ranks.rows(c.optim.rows),
         )
         stack.callback(self.prefetcher.close)
         log = Metrics(self.run_dir, trainer.resolved, at.step, self.ranks.first, at.metrics)
@@ -106,10 +98,9 @@ class Loop:
         except NonFinite as e:
             raise self.non_finite(e.step) from e
         except torch.OutOfMemoryError as e:
-            raise UserError(
-                memory.out_of_memory(self.config, trainer.model, trainer.device, trainer.batch_size)
-            ) from e
-        if self._stopping() and self.stopped and not self.config.log.eval_only:
+            said = memory.out_of_memory(c, trainer.model, trainer.device, trainer.batch_size)
+            raise UserError(said) from e
+        if self._stopping() and self.stopped and not c.log.eval_only:
             self.metrics.say(f"{self.stopped.name}: stopping after step {at.step}")
             if self.saved is None or self.saved.name != checkpoint.name_of(at.step):
                 self.save(best=False)
@@ -145,6 +136,7 @@ class Loop:
         """Alternates evaluations, checkpoints, steps and log lines until the run stops."""
         c, trainer, at = self.config, self.trainer, self.progress
         clock, before = StepClock(), at.step_seconds
+        logged, logged_at = at.step, 0.0
         while True:
             # Evaluate, save after it, and collect garbage, outside of the steps' time.
             step = at.step
@@ -152,29 +144,30 @@ class Loop:
             due = (step % c.log.eval_interval == 0 or last) and step != at.last_eval
             if due or c.log.eval_only:
                 trainer.check()  # waits for the device, so that the steps' time is complete
-                at.step_seconds = before + clock.elapsed
+                at.step_seconds = before + clock.elapsed()
                 with clock.paused():
                     if self.evaluate(step):
                         self.save_after_evaluation(step)
                     gc.collect()
             if last or c.log.eval_only or self.reached or self._stopping():
-                at.step_seconds = before + clock.elapsed
+                at.step_seconds = before + clock.elapsed()
                 return
 
             # One step, and every log_interval steps a line, for which the host waits.
             loss, grad_norm = trainer.step(step, self.prefetcher.get(step))
-            at.step, at.rows, clock.steps = step + 1, at.rows + c.optim.rows, clock.steps + 1
+            at.step, at.rows = step + 1, at.rows + c.optim.rows
             if step % c.log.log_interval == 0:
                 record = {"loss": loss.item(), "lr": optim.learning_rate(step, c.optim)}
                 record["grad_norm"] = grad_norm.item()
                 trainer.check()
-                seconds = clock.lap()
-                record |= self._speed(seconds)
-                self.metrics.train(step, self.tokens, seconds, record)
+                now = clock.elapsed()
+                seconds = (now - logged_at) / (at.step - logged)
+                logged, logged_at = at.step, now
+                self.metrics.train(step, self.tokens, seconds, record | self._speed(seconds))
 
     def _speed(self, seconds: float) -> dict[str, float]:
         """Returns the MFU of a step of so many seconds, and of several ranks their spread."""
-        size, flops = self.ranks.size, vars(flops_per_token(self.trainer.model))
+        size, flops = self.ranks.size, flops_per_token(self.trainer.model)
         tokens_per_second = self.config.optim.rows * self.config.model.block_size / seconds
         peak = self.trainer.machine.peak.flops * size
         mfu = {name: n * (tokens_per_second / peak) for name, n in flops.items()}

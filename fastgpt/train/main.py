@@ -6,7 +6,6 @@ import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from fastgpt.model.kernels import Selected, describe
 from fastgpt.storage import checkpoint
 from fastgpt.storage import run_dir as run
 from fastgpt.train import cuda_graph, memory, metrics, plots, resume
-from fastgpt.train.distributed import Ranks, check_launch, join, launcher, local_device, restarted
+from fastgpt.train.distributed import Ranks, check_launch, join, launcher, local_device
 from fastgpt.train.introduction import changes, dry_run, print_introduction
 from fastgpt.train.loop import Loop
 from fastgpt.train.resume import Progress
@@ -77,19 +76,12 @@ class _LastingStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        self._try(self._stream.write, text)
-        return len(text)
-
-    def flush(self) -> None:
-        self._try(self._stream.flush)
-
-    def _try(self, function: Callable[..., Any], *arguments: str) -> None:
         try:
-            function(*arguments)
+            self._stream.write(text)
+            self._stream.flush()  # here, so that a later flush has nothing left to fail with
         except OSError:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self._stream.fileno())
-            os.close(null)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        return len(text)
 
 
 def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[int, Path]:
@@ -115,7 +107,7 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
     # 2. Resume or begin? Flags decide. A restart by torchrun may also continue or replace the run
     # that its own first attempt made.
     launch = ranks.gather(launcher())
-    again = ranks.gather(restarted() and run.made_by(Path(r.out_dir), launch))[0]
+    again = ranks.gather(run.made_by(Path(r.out_dir), launch))[0]
     resuming = r.init_from == "resume" or again and bool(checkpoint.names(Path(r.out_dir)))
     # 3. Model and trainer.
     with ranks.raise_on_all_ranks():

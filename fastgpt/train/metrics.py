@@ -16,7 +16,6 @@ import json
 import math
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -146,7 +145,7 @@ class Metrics:
 
         `seconds` is the mean time per step since the last log line.
         """
-        tokens_per_second, done = self._tokens_per_step / seconds, step + 1
+        tokens_per_second, done = round(self._tokens_per_step / seconds, 1), step + 1
         self._seconds, self._speed = seconds, f"{count(tokens_per_second)} tok/s"
         self.say(
             f"iter {step}: loss {record['loss']:.4f}, time {seconds * 1000:.2f}ms, "
@@ -160,16 +159,8 @@ class Metrics:
         early = step - self._start <= 10 < step - self._start + self._log.log_interval
         if early or self._ten_minutes.due():
             self._status(done, tokens)
-        self._write(
-            {
-                "kind": "train",
-                "step": step,
-                **record,
-                "time_ms": round(seconds * 1000, 3),
-                "tokens_per_second": round(tokens_per_second, 1),
-                "tokens": tokens,
-            }
-        )
+        speed = {"time_ms": round(1000 * seconds, 3), "tokens_per_second": tokens_per_second}
+        self._write({"kind": "train", "step": step, **record, **speed, "tokens": tokens})
 
     def evaluation(self, step: int, tokens: int, train_loss: float, val_loss: float) -> None:
         """Logs the mean losses on the fixed evaluation batches, before step `step`."""
@@ -294,9 +285,8 @@ class _TensorBoard:
             self._writer.add_scalar(name, value, step)
 
 
-@dataclass(frozen=True)
-class FlopsPerToken:
-    """Model FLOPs per token, forward and backward, by three counts.
+def flops_per_token(model: GPT) -> dict[str, float]:
+    """Returns the FLOPs per token, forward and backward, of a model at its full block_size.
 
     N is the number of parameters without position embeddings. The tied head counts once.
 
@@ -304,14 +294,6 @@ class FlopsPerToken:
     mfu_causal  6N +  6 L C T   llm.c: causal attention needs half of the scores
     mfu_6n      6N              Kaplan et al. 2020
     """
-
-    mfu: float
-    mfu_causal: float
-    mfu_6n: float
-
-
-def flops_per_token(model: GPT) -> FlopsPerToken:
-    """Returns the three counts for a model at its full block_size."""
     n, shape = 6.0 * model.n_params(), model.shape
     scores = 6.0 * shape.n_layer * shape.n_embd * shape.block_size
-    return FlopsPerToken(mfu=n + 2 * scores, mfu_causal=n + scores, mfu_6n=n)
+    return {"mfu": n + 2 * scores, "mfu_causal": n + scores, "mfu_6n": n}

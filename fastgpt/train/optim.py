@@ -130,20 +130,19 @@ def load_state_tensors(
             f"--optimizer={('adamw', 'muon')[muon]}: the checkpoint has the state of "
             f"{('adamw', 'muon')[found]}; leave the flag out, or start a new run"
         )
-    expected: dict[str, torch.Size] = {}
+    is_ = {name: f"{t.dtype} {tuple(t.shape)}" for name, t in tensors.items()}
+    wanted: dict[str, str] = {}
     for name, p in params.items():
-        state = {"exp_avg": p.shape, "exp_avg_sq": p.shape, "step": torch.Size(())}
+        shapes = {"exp_avg": p.shape, "exp_avg_sq": p.shape, "step": ()}
         if isinstance(optimizer, Muon) and p in optimizer.matrices:
-            state = {"momentum_buffer": p.shape}
-        expected |= {f"{key}.{name}": shape for key, shape in state.items()}
-    for full_name in expected | tensors if tensors else ():
-        value, shape = tensors.get(full_name), expected.get(full_name)
-        if value is None or value.shape != shape or value.dtype != torch.float32:
-            is_ = "missing" if value is None else f"{value.dtype} {tuple(value.shape)}"
-            wanted = "no such tensor" if shape is None else f"torch.float32 {tuple(shape)}"
+            shapes = {"momentum_buffer": p.shape}
+        wanted |= {f"{key}.{name}": f"torch.float32 {tuple(s)}" for key, s in shapes.items()}
+    for name in wanted | is_ if tensors else ():
+        if is_.get(name) != wanted.get(name):
             raise UserError(
-                f"the checkpoint's optimizer tensor {full_name} is {is_}, wanted {wanted}; "
-                "--reset_optimizer=True goes on with fresh moments"
+                f"the checkpoint's optimizer tensor {name} is {is_.get(name, 'missing')}, wanted "
+                f"{wanted.get(name, 'no such tensor')}; --reset_optimizer=True goes on with fresh "
+                "moments"
             )
     for full_name, value in tensors.items():
         key, _, name = full_name.partition(".")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastgpt.config import settings
 from fastgpt.config.schema import Config
@@ -54,19 +53,15 @@ def save(
     ranks = trainer.ranks
     weights = {k: v.detach() for k, v in trainer.model.state_dict().items()}
     moments = optim.state_tensors(trainer.optimizer, trainer.model)
-    model: dict[str, Tensor] | Path
-    optimizer: dict[str, Tensor] | Path
-    if trainer.layout == "fsdp":
-        # The file is the same, but no rank has to hold all tensors.
+    groups: dict[str, Any] = {"model": weights, "optimizer": moments}
+    if trainer.layout == "fsdp":  # the file is the same, but no rank has to hold all tensors
         shards = checkpoint.shards(run_dir)
         with ranks.raise_on_all_ranks():
             if ranks.first:
                 shutil.rmtree(shards, ignore_errors=True)
-        model = distributed.write_shards(weights, shards / "model")
-        optimizer = distributed.write_shards(moments, shards / "optimizer")
+        groups = {k: distributed.write_shards(v, shards / k) for k, v in groups.items()}
     else:
-        model = distributed.whole_on_first(weights, ranks)
-        optimizer = distributed.whole_on_first(moments, ranks)
+        groups = {k: distributed.whole_on_first(v, ranks) for k, v in groups.items()}
     document = vars(progress) | {
         "format": checkpoint.FORMAT,
         "model": vars(trainer.model.shape),
@@ -81,9 +76,8 @@ def save(
     with ranks.raise_on_all_ranks():
         if ranks.first:
             keep = trainer.config.log.keep_checkpoints
-            checkpoint.save(
-                run_dir, progress.step, model, optimizer, document, best=best, keep=keep
-            )
+            step = progress.step
+            checkpoint.save(run_dir, step, **groups, state=document, best=best, keep=keep)
             run.settle(run_dir)
     return checkpoint.root(run_dir) / checkpoint.name_of(progress.step)
 

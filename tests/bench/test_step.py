@@ -145,7 +145,7 @@ def test_numbers_of_a_row(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None
     config, vocab_size = setup.configure("gpt2", FLAGS)
     rate, flops = 4 * 16 / 20e-3, setup.flops_per_token(config, vocab_size)
     assert eager["tokens_per_second"] == pytest.approx(rate)
-    assert eager["mfu"] == pytest.approx(flops.mfu * rate / 1e12)
+    assert eager["mfu"] == pytest.approx(flops["mfu"] * rate / 1e12)
     assert eager["mfu"] > eager["mfu_causal"] > eager["mfu_6n"] > 0
     assert eager["millijoules_per_token"] == pytest.approx(6.4e3 / 64)
     said = capsys.readouterr().out

@@ -325,10 +325,10 @@ def test_flops_per_token_of_gpt2(size, mega, monkeypatch):
     with FakeTensorMode():
         model = fake_model(shape, None, monkeypatch)
     flops = metrics.flops_per_token(model)
-    assert flops.mfu / 1e6 == pytest.approx(mega, rel=1e-3)
+    assert flops["mfu"] / 1e6 == pytest.approx(mega, rel=1e-3)
     scores = 6 * size[0] * size[2] * 1024
-    assert flops.mfu - flops.mfu_causal == scores and flops.mfu_causal - flops.mfu_6n == scores
-    assert flops.mfu_6n == 6 * model.n_params()
+    counts = [6 * model.n_params() + n * scores for n in (2, 1, 0)]
+    assert flops == dict(zip(("mfu", "mfu_causal", "mfu_6n"), counts, strict=True))
 
 
 @pytest.mark.quick("gpt2", "finetune_shakespeare", "shakespeare_char")
@@ -345,5 +345,5 @@ def test_presets_run_the_matmuls_that_are_counted(preset, monkeypatch):
     # All of the scores are computed here; the rows that pad the vocabulary are not.
     padding = (shape.padded_vocab_size - shape.vocab_size) * m.n_embd
     vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
-    want = metrics.flops_per_token(model).mfu - 6 * (vectors + padding)
+    want = metrics.flops_per_token(model)["mfu"] - 6 * (vectors + padding)
     assert counter.get_total_flops() == pytest.approx(want * m.block_size, rel=1e-9)
