@@ -110,8 +110,8 @@ class Own:
         micro_batch = tokens[: self.trainer.batch_size]
         self.trainer.warm_up(0, micro_batch)
         if self.trainer.machine.compile:  # as `fastgpt train` does
-            self.graphed, why = self.trainer.capture_if_it_pays(0, micro_batch)
-            self.ops.append(f"CUDA graph: {'yes' if self.graphed else 'no'} ({why})")
+            self.ops.append(self.trainer.capture(0, micro_batch))
+            self.graphed = self.trainer.graph is not None
 
 
 class Peer:

@@ -1,9 +1,8 @@
 """`fastgpt` as torchrun starts it, with a fault on one rank: FAULT=kind:rank:at.
 
-kill, term (SIGTERM to this rank alone), hang, nan and guard (a NaN that is looked for as on a GPU)
-strike in the forward pass number `at` of that rank, crash while it hashes file number `at` of its
-checkpoints, and full once a file of it grows past `at` bytes. flag gives that rank the flag `at`,
-and cwd lets it run in the folder `at`.
+kill, term (SIGTERM to this rank alone), hang and nan strike in the forward pass number `at` of that
+rank, crash while it hashes file number `at` of its checkpoints, and full once a file of it grows
+past `at` bytes. flag gives that rank the flag `at`, and cwd lets it run in the folder `at`.
 """
 
 from __future__ import annotations
@@ -14,17 +13,16 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fastgpt.cli import main
 from fastgpt.model.gpt import GPT
 from fastgpt.storage import checkpoint
-from fastgpt.train.trainer import Trainer
 
 torch.set_num_threads(1)
 kind, rank, at = os.environ.get("FAULT", "none:0:0").split(":")
+mine = os.environ["RANK"] == rank
 calls = 0
 forward = GPT.forward
 
@@ -34,32 +32,14 @@ def faulty(self: GPT, *args: torch.Tensor) -> torch.Tensor:
     calls += torch.is_grad_enabled()
     loss = forward(self, *args)
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if calls != int(at) or os.environ["RANK"] != rank or again or not torch.is_grad_enabled():
-        # A bad number stays bad, as it would for the same weights and tokens.
-        return loss * float("nan") if bad_from_now() and int(at) < calls and mine() else loss
-    if kind == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if kind == "term":
-        os.kill(os.getpid(), signal.SIGTERM)
-    if kind == "hang":
+    if not mine or again or not torch.is_grad_enabled():
+        return loss
+    if calls == int(at) and kind in ("kill", "term"):
+        os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGTERM)
+    if calls == int(at) and kind == "hang":
         time.sleep(600)
-    return loss * float("nan") if bad_from_now() else loss
-
-
-def bad_from_now() -> bool:
-    return kind in ("nan", "guard")
-
-
-def mine() -> bool:
-    return os.environ["RANK"] == rank
-
-
-start = Trainer.__init__
-
-
-def guarded(self: Trainer, *args: Any, **kwargs: Any) -> None:
-    start(self, *args, **kwargs)
-    self._guard_on_device = True
+    # A bad number stays bad, as it would for the same weights and tokens.
+    return loss * float("nan") if kind == "nan" and calls >= int(at) else loss
 
 
 hashed = 0
@@ -74,16 +54,14 @@ def crash(path: Path) -> str:
     return sha256_file(path)
 
 
-if kind == "crash" and mine():
+if kind == "crash" and mine:
     checkpoint.sha256_file = crash
 elif kind == "flag":
-    sys.argv += [f"--{at}"] if mine() else []
+    sys.argv += [f"--{at}"] if mine else []
 elif kind == "cwd":
-    os.chdir(at if mine() else ".")
-elif kind == "full" and mine():
+    os.chdir(at if mine else ".")
+elif kind == "full" and mine:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(at), int(at)))
 elif kind != "none":
-    if kind == "guard":
-        Trainer.__init__ = guarded  # type: ignore[method-assign]
     GPT.forward = faulty  # type: ignore[method-assign, assignment]
 main(sys.argv[1:])

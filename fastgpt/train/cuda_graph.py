@@ -17,8 +17,7 @@ from torch import Tensor
 from fastgpt.config.schema import SystemConfig
 from fastgpt.model.device import Machine
 
-# A micro-step is bound by the host if launching takes this part of its time.
-HOST_BOUND = 0.9
+HOST_BOUND = 0.9  # part of a micro-step's time that launching takes, from which a graph helps
 
 
 class StepGraph:
@@ -48,7 +47,7 @@ class StepGraph:
 
 
 def unsupported_reason(system: SystemConfig, machine: Machine) -> str | None:
-    """Returns why a micro-step cannot be one graph here, or None."""
+    """Returns the reason that a micro-step cannot be one graph here, or None."""
     if machine.device.type != "cuda":
         return "no GPU"
     if dist.is_initialized():
@@ -63,10 +62,10 @@ def unsupported_reason(system: SystemConfig, machine: Machine) -> str | None:
 def wanted(
     system: SystemConfig, machine: Machine, micro_step: Callable[[], object]
 ) -> tuple[bool, str]:
-    """Returns whether the micro-step should be a graph, and why.
+    """Returns True if the micro-step is to be a graph, and the reason.
 
-    With --cuda_graph=auto it should if launching takes as long as computing. That is measured by
-    running the micro-step, which must be compiled already.
+    With --cuda_graph=auto it is if launching takes as long as computing, which is measured by
+    running the compiled micro-step.
     """
     asked, reason = system.cuda_graph, unsupported_reason(system, machine)
     if asked != "auto" or reason:

@@ -130,7 +130,7 @@ def seconds_per_step(trainer: Trainer) -> float:
         if trainer.machine.compile:
             trainer.warm_up(0, micro_batch)
         if trainer.device.type == "cuda":
-            trainer.capture_if_it_pays(0, micro_batch)
+            trainer.capture(0, micro_batch)
         for step in range(12):
             if step == 2:
                 trainer.machine.synchronize()

@@ -116,9 +116,7 @@ class Loop:
                 trainer.warm_up(step, micro_batch)
             self.metrics.say(f"compiled in {elapsed():.1f}s")
         if trainer.device.type == "cuda":
-            graphed, why = trainer.capture_if_it_pays(step, micro_batch)
-            line = "each micro-batch is one CUDA graph" if graphed else "no CUDA graph"
-            self.metrics.say(f"{line} ({why})")
+            self.metrics.say(trainer.capture(step, micro_batch))
 
     def _stopping(self) -> bool:
         """Returns whether to stop, the same on all ranks, since a signal may reach only some.

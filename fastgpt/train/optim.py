@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,10 +58,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Returns AdamW, or Muon with AdamW; matrices and embeddings decay, vectors do not.
 
-    AdamW is fused where PyTorch has that (not on mps): `grad_scale` then divides the gradients and
-    `found_inf` calls a step off, without a copy of either to the host.
-    scatter and compile are for Muon: how its matrices are spread over the ranks, and whether
-    torch.compile makes its kernels.
+    AdamW is fused on GPUs and CPUs, for `divide_or_skip`. scatter and compile are for Muon: how its
+    matrices are spread over the ranks, and whether torch.compile makes its kernels.
     """
     device = next(model.parameters()).device
     matrices: dict[Tensor, int] = {}
@@ -98,16 +97,21 @@ def gradient_norms(model: nn.Module) -> list[Tensor]:
 
 
 @torch.no_grad()
-def divide_gradients(optimizer: torch.optim.Optimizer, model: nn.Module, divisor: Tensor) -> None:
-    """Divides the gradients by a scalar on their device.
+def divide_or_skip(
+    optimizer: torch.optim.Optimizer, model: nn.Module, divisor: Tensor | None, skip: Tensor
+) -> bool:
+    """Lets the next update divide its gradients, or happen not at all; scalars on the device.
 
-    A fused optimizer does that in its step, since it reads every gradient anyway. For others (on
-    mps) the gradients are divided here.
+    A fused optimizer does both, since it reads every gradient anyway. For others (on mps) the
+    gradients are divided here, and the result is False: the caller has to look at `skip`.
     """
+    fused: Any = optimizer
     if getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.grad_scale = divisor  # type: ignore[attr-defined]
-    else:
+        fused.grad_scale, fused.found_inf = divisor, skip
+        return True
+    if divisor is not None:
         torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], divisor)
+    return False
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
@@ -158,18 +162,17 @@ MAX_ADDENDS = 100  # Inductor adds up to about this many scalars in one kernel.
 def clip_and_check_finite(
     norms: Sequence[Tensor],
     loss: Tensor,
-    bad: Tensor,
-    bad_steps: Tensor,
+    skipped: Tensor,
     max_norm: float,
     of_loss_alone: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Returns the norm of all gradients and their divisor for clipping, both fp32 scalars.
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Returns the norm of all gradients, their divisor for clipping, and 1 to skip the update.
 
-    It works on scalars on the device, and nothing waits for it.
+    All are fp32 scalars on the device, and nothing waits for them.
 
     norms          of each parameter's gradient
-    bad            set in place to 1 from the first step whose loss or norm is not finite
-    bad_steps      counts in place the steps since, that step included
+    skipped        counts in place the updates skipped since the first loss or norm that is not
+                   finite; from then on all are
     max_norm       of the gradients after the division, as in torch.nn.utils.clip_grads_with_norm_;
                    with 0 the divisor is None
     of_loss_alone  ignores an infinite norm, by which loss scaling finds its scale
@@ -179,7 +182,7 @@ def clip_and_check_finite(
     else:
         norm = torch.linalg.vector_norm(torch.stack([*norms]))
     divisor = ((norm + 1e-6) / max_norm).clamp(min=1.0) if max_norm else None
-    finite = loss if of_loss_alone else loss + norm
-    bad.copy_(torch.maximum(bad, (~torch.isfinite(finite)).to(bad.dtype)))
-    bad_steps.add_(bad)
-    return norm, divisor
+    finite = torch.isfinite(loss if of_loss_alone else loss + norm)
+    skip = (~finite | (skipped > 0)).to(skipped.dtype)
+    skipped.add_(skip)
+    return norm, divisor, skip

@@ -1,4 +1,4 @@
-"""Training step: micro-batches forward and backward, clipping, optimizer.
+"""Training step: micro-batches forward and backward, clipping, optimizer, weight copies.
 
 A step is a pure function of the weights, the optimizer's state, the batch and (seed, step).
 Dropout's generator is seeded anew for every step, so resuming needs no generator state.
@@ -29,7 +29,7 @@ from fastgpt_kernels.progress import describe_error
 
 
 class NonFinite(Exception):
-    """A loss or gradient norm of `step` that was not finite; its update did not happen."""
+    """Loss or gradient norm of `step` that is not finite. Its update was skipped."""
 
     def __init__(self, step: int):
         super().__init__(f"step {step}")
@@ -47,12 +47,11 @@ def dropout_seed(seed: int, step: int) -> int:
 class Trainer:
     """Model, optimizer, and all other state that a step changes.
 
-    `step` runs one step, `losses` evaluates, and `check` raises NonFinite if a step since the last
-    call was not finite. On a GPU only `check` waits for the device.
+    `step` runs one step and `losses` evaluates. `check` waits for the device and raises NonFinite
+    for the first step whose loss or gradient norm was not finite.
 
-    batch_size   splits the rows of a step into other micro-batches than the config's; the number
-                 of rows stays
-    micro_batch  rows that this rank takes at a time
+    batch_size   splits a step's rows into other micro-batches than the config's
+    micro_batch  rows of this rank's micro-batches
     """
 
     def __init__(
@@ -93,16 +92,14 @@ class Trainer:
             mode = "max-autotune-no-cudagraphs" if system.max_autotune else None
             # DDP cuts the graph at the end of a bucket, so that its reduction can begin.
             self.forward = torch.compile(self.wrapped, fullgraph=self.layout == "", mode=mode)
-        self._graph: StepGraph | None = None
-
-        # _bad is 1 from the first step whose loss or gradient norm was not finite, and _bad_steps
-        # counts the steps since. The device then skips every update until `check` looks.
-        self._bad, self._bad_steps = (torch.zeros((), device=self.device) for _ in range(2))
-        self._last_step = 0
-        self._guard_on_device = self.device.type == "cuda"
         self._clip_and_check: Callable[..., Any] = optim.clip_and_check_finite
-        if machine.compile and self._guard_on_device:
+        if machine.compile and self.device.type == "cuda":
             self._clip_and_check = torch.compile(optim.clip_and_check_finite, fullgraph=True)
+        self.graph: StepGraph | None = None
+
+        # Updates skipped since the first step that was not finite. The host reads it in `check`.
+        self._skipped = torch.zeros((), device=self.device)
+        self._last_step = 0
         self._one = torch.ones((), device=self.device)
 
     @property
@@ -116,31 +113,23 @@ class Trainer:
 
     def step(self, step: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Runs one update on a batch (rows, T + 1). Returns loss and norm, on the device."""
+        # 1. Learning rate of this step.
         self._last_step = step
         optim.set_learning_rate(self.optimizer, optim.learning_rate(step, self.config.optim))
 
-        # Forward and backward: the gradients of all micro-batches add up. The loss is averaged over
-        # the ranks in every step, so that all skip the same updates: an infinite loss may have
-        # finite gradients, and loss scaling expects infinite ones.
+        # 2. Forward and backward of all micro-batches. Every rank gets the mean loss, so that all
+        # skip the same updates: an infinite loss may have finite gradients.
         loss = self.ranks.mean(self._backward(step, tokens))
 
-        # One norm of all gradients says by what clipping divides them, and with the loss whether
-        # this step is finite.
+        # 3. Clipping by the norm of all gradients, and the check that loss and norm are finite.
         self.scaler.unscale_(self.optimizer)
-        grad_norm, divisor = self._norm_and_divisor(loss)
-        if divisor is not None:
-            optim.divide_gradients(self.optimizer, self.model, divisor)
+        grad_norm = self._clip(loss)
 
-        # The update, unless something is not finite: the host looks, or on a GPU, where it does
-        # not wait, the optimizer's kernels do.
-        if not self._guard_on_device:
-            self.check()
-        elif not self.scaler.is_enabled():
-            self.optimizer.found_inf = self._bad  # type: ignore[attr-defined]
+        # 4. Update, which the optimizer's kernels skip from the first bad step on.
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
-        # The matmuls' copies follow the weights, and the next step's gradients begin at zero.
+        # 5. Weight copies for the next matmuls, and gradients that begin at zero.
         self.model.sync_weight_copies()
         self._zero_grad()
         return loss, grad_norm
@@ -151,7 +140,7 @@ class Trainer:
             seed = dropout_seed(self.config.run.seed, step)
             torch.manual_seed(dropout_seed(seed, self.ranks.rank) if self.ranks.rank else seed)
         losses: list[Tensor] = []
-        micro_step, micro_batches = self._graph or self.micro_step, tokens.split(self.micro_batch)
+        micro_step, micro_batches = self.graph or self.micro_step, tokens.split(self.micro_batch)
         for i, micro_batch in enumerate(micro_batches, 1):
             distributed.reduce_gradients(self.wrapped, i == len(micro_batches))
             losses.append(micro_step(micro_batch))
@@ -169,21 +158,25 @@ class Trainer:
         """Returns the mean loss of windows (B, T + 1): inputs and targets one token apart."""
         return self.forward(tokens[:, :-1], tokens[:, 1:])
 
-    def _norm_and_divisor(self, loss: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns the norm of all gradients and their divisor; notes what is not finite."""
-        norms, guard = optim.gradient_norms(self.model), (self._bad, self._bad_steps)
-        max_norm, scaled = self.config.optim.grad_clip, self.scaler.is_enabled()
-        return self._clip_and_check(norms, loss, *guard, max_norm, of_loss_alone=scaled)
+    def _clip(self, loss: Tensor) -> Tensor:
+        """Tells the optimizer by what to divide the gradients, or to skip. Returns their norm."""
+        norms, max_norm = optim.gradient_norms(self.model), self.config.optim.grad_clip
+        norm, divisor, skip = self._clip_and_check(
+            norms, loss, self._skipped, max_norm, of_loss_alone=self.scaler.is_enabled()
+        )
+        if not optim.divide_or_skip(self.optimizer, self.model, divisor, skip):
+            self.check()
+        return norm
 
     def _zero_grad(self) -> None:
         """Frees the gradients, or zeroes those whose addresses the backward pass knows."""
-        stay = self._main_grads or self._graph is not None
+        stay = self._main_grads or self.graph is not None
         self.optimizer.zero_grad(set_to_none=not stay)
 
     def check(self) -> None:
         """Raises NonFinite if a step was not finite. Waits for the device."""
-        if bad_steps := int(self._bad_steps):
-            raise NonFinite(self._last_step - bad_steps + 1)
+        if skipped := int(self._skipped):
+            raise NonFinite(self._last_step - skipped + 1)
 
     @torch.no_grad()
     def losses(self, tokens: Tensor) -> Tensor:
@@ -207,7 +200,7 @@ class Trainer:
         errors = (TorchDynamoException, InductorError, CppCompileError, OSError, ImportError)
         for last in (False, True):
             try:
-                self._norm_and_divisor(self._backward(step, micro_batch))
+                self._clip(self._backward(step, micro_batch))
                 if isinstance(self.optimizer, Muon):
                     self.optimizer.warm_up()
                 break
@@ -217,60 +210,50 @@ class Trainer:
                     raise UserError(f"{failed}; --compile=False goes without") from e
                 self._zero_grad()
                 print(f"{failed}: compiling anew in {use_private_compile_cache()}", flush=True)
-        for tensor in (self._bad, self._bad_steps):
-            tensor.zero_()
+        self._skipped.zero_()
         self._zero_grad()
         self.machine.synchronize()
 
-    def capture_if_it_pays(self, step: int, micro_batch: Tensor) -> tuple[bool, str]:
-        """Returns whether micro-steps are a CUDA graph from now on, and why.
+    def capture(self, step: int, micro_batch: Tensor) -> str:
+        """Captures the micro-step as a CUDA graph if it was asked for, or if launching is slow.
 
-        They go on without one if it cannot be captured. Raises UserError if --cuda_graph=True asked
-        for it.
+        Returns the outcome with its reason. Changes no weight. The graph's loss and gradient norm
+        are compared with those of a plain micro-step. Raises UserError if --cuda_graph=True and it
+        cannot be captured.
         """
-        system = self.config.system
-        pays, reason = cuda_graph.wanted(system, self.machine, lambda: self.micro_step(micro_batch))
-        self._zero_grad()
-        if not pays:
-            return False, reason
-        try:
-            self.capture(step, micro_batch)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as e:
-            if system.cuda_graph is True:
-                raise UserError(
-                    f"--cuda_graph=True: {describe_error(e)}; leave the flag out"
-                ) from e
-            return False, describe_error(e)
-        return True, reason
-
-    def capture(self, step: int, micro_batch: Tensor) -> None:
-        """Runs micro-batches of this shape as one CUDA graph from now on; changes no weight.
-
-        The graph's loss and gradient norm are compared with those of a plain micro-step. Raises
-        RuntimeError if they differ, or if something cannot be captured; then steps go on without.
-        """
-
-        def loss_and_norm(run: Callable[[Tensor], Tensor]) -> list[float]:
+        asked = self.config.system.cuda_graph
+        wanted, why = cuda_graph.wanted(
+            self.config.system, self.machine, lambda: self.micro_step(micro_batch)
+        )
+        if not wanted:
             self._zero_grad()
-            torch.manual_seed(dropout_seed(self.config.run.seed, step))
-            loss = run(micro_batch)
-            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-            return torch.stack([loss, torch.nn.utils.get_total_norm(grads)]).tolist()
-
+            return f"no CUDA graph ({why})"
         try:
-            plain = loss_and_norm(self.micro_step)
+            plain = self._loss_and_norm(step, micro_batch)
             self._zero_grad()
-            self._graph = StepGraph(self.micro_step, micro_batch)
-            for a, b in zip(plain, loss_and_norm(self._graph), strict=True):
+            self.graph = StepGraph(self.micro_step, micro_batch)
+            for a, b in zip(plain, self._loss_and_norm(step, micro_batch), strict=True):
                 if not abs(b - a) <= 0.02 * abs(a):
                     raise RuntimeError(f"the graph gives {b:.6g}, the plain step {a:.6g}")
-        except RuntimeError:
-            self._graph = None
-            raise
+            return f"each micro-batch is one CUDA graph ({why})"
+        except RuntimeError as e:
+            self.graph = None
+            if isinstance(e, torch.OutOfMemoryError):
+                raise
+            said = describe_error(e)
+            if asked is True:
+                raise UserError(f"--cuda_graph=True: {said}; leave the flag out") from e
+            return f"no CUDA graph ({said})"
         finally:
             self._zero_grad()
+
+    def _loss_and_norm(self, step: int, micro_batch: Tensor) -> list[float]:
+        """Returns the loss and the gradient norm of a micro-step, by the graph if there is one."""
+        self._zero_grad()
+        torch.manual_seed(dropout_seed(self.config.run.seed, step))
+        loss = (self.graph or self.micro_step)(micro_batch)
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return torch.stack([loss, torch.nn.utils.get_total_norm(grads)]).tolist()
 
     # --- checkpoints and diagnosis ---------------------------------------------------------------
 
@@ -295,7 +278,7 @@ class Trainer:
 
     def diagnose(self, step: int, tokens: Tensor) -> dict[str, Any]:
         """Repeats a step's forward and backward without the update, and reports on each tensor."""
-        self._graph = None
+        self.graph = None
         self._zero_grad()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
         losses = self.ranks.gather(self._backward(step, tokens).item())

@@ -59,7 +59,8 @@ def test_where_there_is_no_graph():
 
 def ready(graphed: bool, rows: int = 8, n: int = 1, compile: bool = True, **settings) -> Trainer:
     """A trainer of n micro-batches with the kernels that a GPU gets, captured or not."""
-    config = replace(SMALL, batch_size=rows // n, gradient_accumulation_steps=n, **settings)
+    split = {"batch_size": rows // n, "gradient_accumulation_steps": n, "cuda_graph": True}
+    config = replace(SMALL, **split, **settings)
     machine = Machine(CUDA, "bfloat16", compile)
     t = Trainer(build(config, 97, machine), config, machine)
     before, micro_batch = weights(t), tokens(0, rows // n)

@@ -89,23 +89,18 @@ def test_only_matrices_decay():
     assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("limit", [0.0, 0.5, 1e6])
-def test_clipping(limit, fused):
+def test_clipping(limit):
     """The first moment after one step is (1 - beta1) times the clipped gradient."""
     model = small()
     model(*(torch.randint(20, (2, 8)) for _ in range(2))).backward()
     before = [p.grad.clone() for p in model.parameters()]
     norm = math.sqrt(sum(g.double().square().sum().item() for g in before))
     optimizer = optim.make_optimizer(model, OptimConfig())
-    if not fused:
-        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=False)
-    zero = torch.zeros(())
-    norms = optim.gradient_norms(model)
-    found, divisor = clip_and_check_finite(norms, zero, zero, zero, limit, of_loss_alone=False)
-    assert found.item() == pytest.approx(norm, rel=1e-5) and (divisor is None) == (limit == 0)
-    if divisor is not None:
-        optim.divide_gradients(optimizer, model, divisor)
+    zero, norms = torch.zeros(()), optim.gradient_norms(model)
+    found, *rest = clip_and_check_finite(norms, zero, zero.clone(), limit, of_loss_alone=False)
+    assert found.item() == pytest.approx(norm, rel=1e-5) and (rest[0] is None) == (limit == 0)
+    assert optim.divide_or_skip(optimizer, model, *rest)
     optimizer.step()
     factor = min(1.0, limit / norm) if limit else 1.0
     for p, g in zip(model.parameters(), before, strict=True):
@@ -115,21 +110,19 @@ def test_clipping(limit, fused):
 
 @pytest.fixture(params=["plain", "compiled"])
 def judged(request):
-    """Gives (norm, divisor, bad, bad steps) as numbers.
+    """Returns a function that gives (norm, divisor, skip, skipped) as numbers.
 
-    By the function as it stands, and traced as on a GPU, where it is one kernel.
+    It calls clip_and_check_finite, or traces it as on a GPU, where it is one kernel.
     """
     function = clip_and_check_finite
     if request.param == "compiled":
         torch._dynamo.reset()
         function = torch.compile(function, backend="aot_eager", fullgraph=True)
 
-    def call(norms, loss, bad=0.0, steps=0.0, max_norm=1.0, of_loss_alone=False):
-        guard = torch.tensor(bad), torch.tensor(steps)
-        found = function(
-            [*torch.tensor(norms)], torch.tensor(loss), *guard, max_norm, of_loss_alone
-        )
-        return tuple(None if x is None else x.item() for x in (*found, *guard))
+    def call(norms, loss, skipped=0.0, max_norm=1.0, of_loss_alone=False):
+        count = torch.tensor(skipped)
+        found = function([*torch.tensor(norms)], torch.tensor(loss), count, max_norm, of_loss_alone)
+        return tuple(None if x is None else x.item() for x in (*found, count))
 
     return call
 
@@ -146,4 +139,4 @@ def test_of_what_is_not_finite(value, judged):
         assert judged([3.0], value, of_loss_alone=of_loss_alone)[2:] == (1, 1)
     assert judged([3.0, value], 2.0)[2:] == (1, 1)
     assert judged([3.0, value], 2.0, of_loss_alone=True)[2:] == (0, 0)
-    assert judged([3.0], 2.0, bad=1.0, steps=4.0)[2:] == (1, 5), "it is not forgotten"
+    assert judged([3.0], 2.0, skipped=4.0)[2:] == (1, 5), "it is not forgotten"

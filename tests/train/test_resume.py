@@ -14,6 +14,7 @@ from fastgpt.data.token_files import Dataset
 from fastgpt.errors import UserError
 from fastgpt.model.gpt import ModelShape
 from fastgpt.train import optim, resume
+from fastgpt.train import trainer as trainer_module
 from fastgpt.train.resume import Progress
 from fastgpt.train.trainer import Trainer
 from tests.train.helpers import batch, make_trainer
@@ -33,10 +34,17 @@ def dataset(fingerprint: str = "abc") -> Dataset:
     return cast(Dataset, SimpleNamespace(folder="text", fingerprint=fingerprint, tokenizer=None))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_loaded_is_what_was_saved(dtype: str, tmp_path: Path):
-    """Weights, moments, loss scale and progress: the next step is the same to the bit."""
-    a, b = (trainer(seed, dtype=dtype) for seed in range(2))
+@pytest.mark.parametrize(
+    ("dtype", "accumulation"), [("float32", 1), ("float16", 1), ("bfloat16", 1), ("bfloat16", 2)]
+)
+def test_loaded_is_what_was_saved(dtype: str, accumulation: int, tmp_path: Path, monkeypatch):
+    """Weights, their copies, moments, loss scale, progress: the next step is the same to the bit.
+
+    With dropout; two micro-batches accumulate as on a GPU.
+    """
+    monkeypatch.setattr(trainer_module, "accumulates_in_fp32", lambda device: True)
+    settings = {"dtype": dtype, "accumulation": accumulation, "dropout": 0.2}
+    a, b = (trainer(seed, **settings) for seed in range(2))
     if dtype == "float16":
         a.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)  # not what a new run begins with
     step(a, 0)
@@ -46,12 +54,16 @@ def test_loaded_is_what_was_saved(dtype: str, tmp_path: Path):
     assert folder == tmp_path / "checkpoints" / "step_00000002" and folder.is_dir()
     assert resume.load(b, dataset(), tmp_path) == progress
     assert a.scaler.state_dict() == b.scaler.state_dict()
+    copies = b.model.weight_copies().items()
+    assert all(torch.equal(copy, p.to(copy.dtype)) for p, copy in copies)
     for t in (a, b):
         step(t, 2)
     moments = [optim.state_tensors(t.optimizer, t.model) for t in (a, b)]
     for x, y in ((a.model.state_dict(), b.model.state_dict()), moments):
         assert x.keys() == y.keys()
         assert all(torch.equal(x[k], y[k]) for k in x)
+    with pytest.raises(UserError, match="checkpoint does not fit the model: .*wte"):
+        b.load({**a.model.state_dict(), "transformer.wte.weight": torch.zeros(3, 3)}, {}, {})
 
 
 @pytest.mark.parametrize(
