@@ -34,8 +34,6 @@ BACKWARD: Table = {
         1 << 31: Config({"ROWS": 8, "BLOCK_C": 256, "PROGRAMS_PER_SM": 5}, 4, num_stages=2),
     },
 }
-# The sum of dbias: 8 KB of partial sums in flight per program, and 128 contiguous bytes of a row.
-SUM = Config({"BLOCK_P": 64, "BLOCK_C": 32}, num_warps=4)
 
 # --- Kernels ----------------------------------------------------------------------------------
 
@@ -103,7 +101,7 @@ def bias_gelu_bwd_kernel(
     x_ptr,  # (M, C), rows x_stride apart
     bias_ptr,  # (C,) or None
     dx_ptr,  # (M, C) contiguous
-    partials_ptr,  # (programs of a column, C) fp32, or None without bias
+    partials_ptr,  # (programs of a column, C) fp32, empty without bias
     dy_stride, x_stride, M,
     C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, FORM: tl.constexpr,
     STAGES: tl.constexpr,  # above 1: the loop's loads are copied ahead through shared memory
@@ -135,22 +133,6 @@ def bias_gelu_bwd_kernel(
     if bias_ptr is not None:
         dbias = tl.sum(total, axis=0)
         tl.store(partials_ptr + program * C + columns, dbias, mask=column_mask)
-
-
-@triton.jit
-def bias_gelu_sum_kernel(
-    partials_ptr,  # (P, C) fp32
-    out_ptr,  # (C,)
-    P, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for start in range(0, P, BLOCK_P):
-        rows = start + tl.arange(0, BLOCK_P)
-        mask = (rows < P)[:, None] & (columns < C)[None, :]
-        total += tl.load(partials_ptr + rows[:, None] * C + columns[None, :], mask=mask, other=0.0)
-    result = tl.sum(total, axis=0)
-    tl.store(out_ptr + columns, result.to(out_ptr.dtype.element_ty), mask=columns < C)
 
 
 # --- Launchers --------------------------------------------------------------------------------
@@ -192,7 +174,7 @@ def _forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
 
 
 def _backward(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
-    """Launches the backward kernels; returns (dx, dbias), dbias empty without a bias."""
+    """Launches the backward kernel; returns (dx, dbias), dbias empty without a bias."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if dx.numel() == 0:
         return tensors_only(dx, None if bias is None else torch.zeros_like(bias))
@@ -203,20 +185,15 @@ def _backward(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[T
     column_blocks = triton.cdiv(C, BLOCK_C)
     wanted = launch.multiprocessors(x) * config.blocks["PROGRAMS_PER_SM"] // column_blocks
     programs = max(1, min(triton.cdiv(M, ROWS), wanted))
-    partials = dbias = None
-    if bias is not None:
-        partials = torch.empty((programs, C), dtype=torch.float32, device=x.device)
-        dbias = torch.empty(C, dtype=bias.dtype, device=x.device)
+    shape = (0 if bias is None else programs, C)
+    partials = torch.empty(shape, dtype=torch.float32, device=x.device)
     with launch.on_device(x):
         bias_gelu_bwd_kernel[(programs * column_blocks,)](
             dy_rows, rows, launch.contiguous(bias), dx, partials,
             dy_rows.stride(0), rows.stride(0), M, C, ROWS, BLOCK_C, form_of(tanh, x),
             config.num_stages, **config.options,
         )  # fmt: skip
-        if dbias is not None:
-            grid = (triton.cdiv(C, SUM.blocks["BLOCK_C"]),)
-            bias_gelu_sum_kernel[grid](partials, dbias, programs, C, **SUM.kwargs())
-    return tensors_only(dx, dbias)
+    return tensors_only(dx, None if bias is None else partials.sum(0).to(bias.dtype))
 
 
 # --- Registration -----------------------------------------------------------------------------
@@ -273,7 +250,7 @@ SPECS = {
     "bias_gelu": OpSpec(
         "bias_gelu", implementations(reference.bias_gelu, bias_gelu), _example_inputs,
         traffic(2, 3, width=4),
-        kernels=tuple(f"bias_gelu_{part}_kernel" for part in ("fwd", "bwd", "sum")),
+        kernels=tuple(f"bias_gelu_{part}_kernel" for part in ("fwd", "bwd")),
         category="memory", label="GELU", calls_per_step=12,
     )
 }  # fmt: skip

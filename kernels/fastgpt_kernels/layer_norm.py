@@ -20,53 +20,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt_kernels import launch, partial_sums, reference
+from fastgpt_kernels import launch, reference
 from fastgpt_kernels.checks import check_dropout, check_tensor, refuse_interpreted_bf16
 from fastgpt_kernels.dropout import dropout_threshold, keep_norm, seed_tensor
 from fastgpt_kernels.launch import Config, Table, contiguous, lookup, row_view, tl, triton
 from fastgpt_kernels.library import define_op, tensors_only
-from fastgpt_kernels.partial_sums import COUNTERS, add_partials_at_last
 from fastgpt_kernels.registry import ExampleInputs, OpSpec, Random, Sizes, implementations, traffic
 
 MAX_WIDTH = 8192  # a row, and in the backward pass dweight and dbias, have to fit in registers
 
 # --- Launch configs ---------------------------------------------------------------------------
 
-# Key: the width C. A tile is ROWS x TILE, or more rows of fewer columns if C is narrower; a row is
-# the tiles that C takes. Not timed against others: 8 elements of a tile per thread are one 128-bit
-# access in 16 bits. Up to 2048 columns a warp has a row of the forward to itself, and a program is
-# one warp that computes STEPS tiles of rows. In the backward a warp has a row up to 1024 columns.
-# PROGRAMS_PER_SM of its programs fit an SM together: no more start, since each has the same rows.
+# Key: the width C. A tile is ROWS x TILE, or more rows of fewer columns if C is narrower. 8 columns
+# per thread are one 128-bit access in 16 bits. Up to 2048 columns a warp has a row of the
+# forward to itself, and a program is one warp that computes STEPS tiles of rows. In the backward a
+# warp has a row up to 1024 columns. PROGRAMS_PER_SM of its programs fit an SM together, and no more
+# start, since each has the same rows.
 FORWARD: Table = {
     "default": {
-        2048: Config({"TILE": 256, "ROWS": 1, "STEPS": 4}, num_warps=1),
-        4096: Config({"TILE": 1024, "ROWS": 1, "STEPS": 2}, num_warps=4),
-        8192: Config({"TILE": 2048, "ROWS": 1, "STEPS": 1}, num_warps=8),
+        2048: Config({"TILE": 256, "ROWS": 1, "STEPS": 4}, 1),  # measured 2026-11-26, H200: 50 µs
+        4096: Config({"TILE": 1024, "ROWS": 1, "STEPS": 2}, 4),  # not measured
+        8192: Config({"TILE": 2048, "ROWS": 1, "STEPS": 1}, 8),  # not measured
     },
 }
-
-
-def _backward_table(entries: dict[int, tuple[int, int, int, int]]) -> Table:
-    """Returns a table of (TILE, ROWS, PROGRAMS_PER_SM, warps)."""
-    return {
-        "default": {
-            C: Config({"TILE": tile, "ROWS": rows, "PROGRAMS_PER_SM": programs}, warps)
-            for C, (tile, rows, programs, warps) in entries.items()
-        }
-    }
-
-
-# 768: measured 2026-11-26, H200 (69 us; DRAM needs 42). The others: not measured. num_stages=3
-# copies rows to shared memory two iterations ahead, and is not measured either.
-BACKWARD = _backward_table({
-    768: (256, 4, 3, 4), 1024: (256, 4, 2, 4), 2048: (512, 2, 2, 4), 4096: (2048, 1, 2, 8),
-    8192: (4096, 1, 1, 16),
-})  # fmt: skip
+# 768: 69 µs, with the addition of partial sums, which was then inside. DRAM needs 42. num_stages=3
+# copies rows to shared memory two iterations ahead: not measured.
+BACKWARD: Table = {
+    "default": {
+        768: Config({"TILE": 256, "ROWS": 4, "PROGRAMS_PER_SM": 3}, 4),  # measured 2026-11-26, H200
+        1024: Config({"TILE": 256, "ROWS": 4, "PROGRAMS_PER_SM": 2}, 4),  # not measured
+        2048: Config({"TILE": 512, "ROWS": 2, "PROGRAMS_PER_SM": 2}, 4),  # not measured
+        4096: Config({"TILE": 2048, "ROWS": 1, "PROGRAMS_PER_SM": 2}, 8),  # not measured
+        8192: Config({"TILE": 4096, "ROWS": 1, "PROGRAMS_PER_SM": 1}, 16),  # not measured
+    },
+}
 # With the sums of a third gradient: more warps per row, or fewer programs.
-BACKWARD_X_BIAS = _backward_table({
-    512: (256, 4, 3, 4), 768: (256, 4, 2, 4), 1024: (512, 2, 3, 4), 1536: (512, 2, 2, 4),
-    2048: (1024, 1, 2, 4), 4096: (2048, 1, 1, 8), 8192: (4096, 1, 1, 16),
-})  # fmt: skip
+BACKWARD_X_BIAS: Table = {
+    "default": {
+        768: Config({"TILE": 256, "ROWS": 4, "PROGRAMS_PER_SM": 2}, 4),  # not measured
+        1536: Config({"TILE": 512, "ROWS": 2, "PROGRAMS_PER_SM": 2}, 4),  # not measured
+        2048: Config({"TILE": 1024, "ROWS": 1, "PROGRAMS_PER_SM": 2}, 4),  # not measured
+        4096: Config({"TILE": 2048, "ROWS": 1, "PROGRAMS_PER_SM": 1}, 8),  # not measured
+        8192: Config({"TILE": 4096, "ROWS": 1, "PROGRAMS_PER_SM": 1}, 16),  # not measured
+    },
+}
 
 # --- Kernels ----------------------------------------------------------------------------------
 
@@ -105,15 +102,12 @@ def layer_norm_fwd_kernel(
     seed_ptr,  # int64, of the dropout of x; None without
     y_ptr,  # (M, C) contiguous
     sum_ptr,  # (M, C) contiguous: x + residual; None without residual
-    stats_ptr,  # (2 M + COUNTERS) fp32: means, rstds, and zeros for the backward's counters
+    stats_ptr,  # (2, M) fp32: means, rstds
     x_stride, residual_stride, M, eps,
     threshold, scale,  # of `dropout_threshold`
     C: tl.constexpr, TILE: tl.constexpr,  # columns of a tile
-    ROWS: tl.constexpr, STEPS: tl.constexpr,  # rows of a tile, how many times a program
-    COUNTERS: tl.constexpr,
+    ROWS: tl.constexpr, STEPS: tl.constexpr,  # rows of a tile, tiles of a program
 ):  # fmt: skip
-    if tl.program_id(0) == 0:
-        tl.store(stats_ptr + M + M + tl.arange(0, COUNTERS), 0.0)
     TILES: tl.constexpr = (C + TILE - 1) // TILE
     columns = tl.arange(0, TILE)[None, :]
     if seed_ptr is not None:
@@ -169,15 +163,14 @@ def layer_norm_bwd_kernel(
     s_ptr,  # (M, C), rows s_stride apart: what was normalised
     weight_ptr,  # (C,)
     seed_ptr,  # of the forward
-    stats_ptr,  # (2 M + COUNTERS) fp32: means, rstds, counters (see partial_sums.py)
+    stats_ptr,  # (2, M) fp32: means, rstds
     dx_ptr,  # (M, C) contiguous
     d_residual_ptr,  # (M, C) contiguous, with dropout; else None: it is dx
-    partials_ptr,  # (programs, C to 3 C) fp32: dweight, dbias, dx_bias
-    dweight_ptr, dbias_ptr, dx_bias_ptr,  # (C,), the biases or None
+    partials_ptr,  # (1 to 3, programs, C) fp32: partial sums of dweight, dbias, dx_bias
     dy_stride, d_sum_stride, s_stride, M, threshold, scale,
     C: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,  # as in the forward
+    BIAS: tl.constexpr, X_BIAS: tl.constexpr,  # there is such a bias
     STAGES: tl.constexpr,  # of rows: this many less one are on their way to shared memory
-    SUM_COLUMNS: tl.constexpr,  # of a tile of partial sums
 ):  # fmt: skip
     TILES: tl.constexpr = (C + TILE - 1) // TILE
     columns = tl.arange(0, TILE)[None, :]
@@ -221,7 +214,7 @@ def layer_norm_bwd_kernel(
             new_dweight = new_dweight + (dweight[i] + gradient * xhat,)
             new_dbias = new_dbias + (dbias[i] + gradient,)
         dweight = new_dweight
-        if dbias_ptr is not None:
+        if BIAS:
             dbias = new_dbias
         mean_g = tl.sum(total_g, axis=1, keep_dims=True) / C
         mean_gx = tl.sum(total_gx, axis=1, keep_dims=True) / C
@@ -239,24 +232,21 @@ def layer_norm_bwd_kernel(
                     keep_norm(seed, rows, i * TILE, threshold, ROWS, TILE), dx * scale, 0.0
                 )
             tl.store(dx_ptr + out + i * TILE, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-            if dx_bias_ptr is not None:
+            if X_BIAS:
                 new_dx_bias = new_dx_bias + (dx_bias[i] + dx,)
-        if dx_bias_ptr is not None:
+        if X_BIAS:
             dx_bias = new_dx_bias
-    K: tl.constexpr = 1 + (dbias_ptr is not None) + (dx_bias_ptr is not None)
     flat = tl.arange(0, TILE)
-    row_ptrs = partials_ptr + tl.program_id(0).to(tl.int64) * (K * C) + flat
+    programs = tl.num_programs(0)
     for i in tl.static_range(TILES):
-        mask = flat + i * TILE < C
-        tl.store(row_ptrs + i * TILE, tl.sum(dweight[i], axis=0), mask=mask)
-        if dbias_ptr is not None:
-            tl.store(row_ptrs + (C + i * TILE), tl.sum(dbias[i], axis=0), mask=mask)
-        if dx_bias_ptr is not None:
-            own = row_ptrs + ((K - 1) * C + i * TILE)
-            tl.store(own, tl.sum(dx_bias[i], axis=0), mask=mask)
-    add_partials_at_last(
-        partials_ptr, stats_ptr + M + M, dweight_ptr, dbias_ptr, dx_bias_ptr, C, K, SUM_COLUMNS
-    )
+        own = flat + i * TILE
+        ptrs = partials_ptr + tl.program_id(0) * C + own
+        tl.store(ptrs, tl.sum(dweight[i], axis=0), mask=own < C)
+        if BIAS:
+            tl.store(ptrs + programs * C, tl.sum(dbias[i], axis=0), mask=own < C)
+        if X_BIAS:
+            ptrs += (1 + BIAS) * programs * C
+            tl.store(ptrs, tl.sum(dx_bias[i], axis=0), mask=own < C)
 
 
 # --- Launchers --------------------------------------------------------------------------------
@@ -275,8 +265,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Launches the forward kernel; returns (y, residual_out, stats).
 
-    residual_out is empty without residual. stats (2 M + COUNTERS,) are means, rstds, and zeros that
-    the backward counts in (see partial_sums.py).
+    residual_out is empty without residual. stats (2, M) fp32 are the rows' means and rstds.
     """
     refuse_interpreted_bf16("layer_norm", x, weight, bias, x_bias)
     C = x.shape[-1]
@@ -284,7 +273,7 @@ def _forward(
     M = rows.shape[0]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     residual_out = None if residual is None else torch.empty_like(y)
-    stats = torch.empty(2 * M + COUNTERS, dtype=torch.float32, device=x.device)
+    stats = torch.empty((2, M), dtype=torch.float32, device=x.device)
     if M > 0:
         residuals = None if residual is None else row_view(residual)
         config = lookup(FORWARD, launch.arch_of(x), C)
@@ -295,7 +284,7 @@ def _forward(
                 rows, residuals, weight.contiguous(), contiguous(bias), contiguous(x_bias), seed, y,
                 residual_out, stats, rows.stride(0),
                 0 if residuals is None else residuals.stride(0), M, eps,
-                *dropout_threshold(dropout_p), C, TILE, ROWS, STEPS, COUNTERS, **config.options,
+                *dropout_threshold(dropout_p), C, TILE, ROWS, STEPS, **config.options,
             )  # fmt: skip
     return tensors_only(y, residual_out, stats)
 
@@ -315,13 +304,6 @@ def _backward(
     M = rows.shape[0]
     ds = torch.empty(s.shape, dtype=s.dtype, device=s.device)
     d_residual = None if seed is None else torch.empty_like(ds)
-    given = [contiguous(t) for t in (weight, bias, x_bias)]
-    sums = [None if t is None else torch.empty_like(t) for t in given]
-    if M == 0:
-        for t in sums:
-            if t is not None:
-                t.zero_()
-        return tensors_only(ds, d_residual, *sums)
     residuals = None if d_residual_out is None else row_view(d_residual_out)
     arch = launch.arch_of(s)
     config = lookup(BACKWARD if x_bias is None else BACKWARD_X_BIAS, arch, C)
@@ -329,22 +311,25 @@ def _backward(
     # Dropout's mask takes the registers that copies ahead would.
     stages = config.num_stages if seed is None else 1
     wanted = launch.multiprocessors(s) * config.blocks["PROGRAMS_PER_SM"]
-    programs = min(triton.cdiv(M, ROWS), wanted, partial_sums.MAX_PROGRAMS)
-    partials = partial_sums.empty_partials(
-        programs, sum(C for t in sums if t is not None), s.device
-    )
+    programs = min(triton.cdiv(M, ROWS), wanted)
+    parameters = (weight, bias, x_bias)
+    count = sum(t is not None for t in parameters)
+    partials = torch.empty((count, programs, C), dtype=torch.float32, device=s.device)
     registers = {}
     if arch == "sm_100":  # where ptxas stops at 128, and spills, if it may
         threads = 32 * config.num_warps * config.blocks["PROGRAMS_PER_SM"]
         registers = {"maxnreg": min(65536 // threads // 8 * 8, 255)}
-    with launch.on_device(s):
-        layer_norm_bwd_kernel[(programs,)](
-            dy_rows, residuals, rows, given[0], seed, stats, ds, d_residual, partials, *sums,
-            dy_rows.stride(0), 0 if residuals is None else residuals.stride(0), rows.stride(0), M,
-            *dropout_threshold(dropout_p), C, TILE, ROWS, stages,
-            partial_sums.sum_columns(config.num_warps), **config.options, **registers,
-        )  # fmt: skip
-    return tensors_only(ds, d_residual, *sums)
+    if M > 0:
+        with launch.on_device(s):
+            layer_norm_bwd_kernel[(programs,)](
+                dy_rows, residuals, rows, weight.contiguous(), seed, stats, ds, d_residual,
+                partials, dy_rows.stride(0), 0 if residuals is None else residuals.stride(0),
+                rows.stride(0), M, *dropout_threshold(dropout_p), C, TILE, ROWS,
+                bias is not None, x_bias is not None, stages, **config.options, **registers,
+            )  # fmt: skip
+    sums = iter(partials)
+    gradients = [None if t is None else next(sums).sum(0).to(t.dtype) for t in parameters]
+    return tensors_only(ds, d_residual, *gradients)
 
 
 # --- Registration -----------------------------------------------------------------------------
@@ -381,7 +366,7 @@ _op = define_op(
     "layer_norm", _forward,
     lambda x, residual, *_: tensors_only(
         _new(x), _new(residual),
-        x.new_empty(2 * (x.numel() // x.shape[-1]) + COUNTERS, dtype=torch.float32),
+        x.new_empty((2, x.numel() // x.shape[-1]), dtype=torch.float32),
     ),
     setup_context=_setup_context, backward=_gradients,
 )  # fmt: skip

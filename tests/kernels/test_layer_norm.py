@@ -158,27 +158,14 @@ def test_no_rows(device: torch.device) -> None:
     assert torch.equal(gradients[3], torch.zeros_like(gradients[3]))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("bias", "stages"), [(True, 1), (False, 3)])
-def test_gradients_of_many_programs_meet(
-    bias: bool, stages: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("stages", [1, 3])
+def test_rows_of_many_programs(
+    stages: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In groups, the last of which is not whole; the counters are as before, so that it repeats."""
-    config = Config({"TILE": 32, "ROWS": 2, "PROGRAMS_PER_SM": 37}, 1, stages)
+    """More programs than a GPU has room for, the last with one row; rows copied ahead."""
+    config = Config({"TILE": 32, "ROWS": 2, "STEPS": 2, "PROGRAMS_PER_SM": 37}, 1, stages)
     monkeypatch.setattr(module, "lookup", lambda *_: config)
-    x, _, weight, b = tensors((150, 40), torch.float32, device)
-    b, dy = b if bias else None, torch.randn_like(x)
-    exact = x.double()
-    mean = exact.mean(1)
-    rstd = (exact.var(1, correction=0) + 1e-5).rsqrt()
-    stats = torch.cat([mean, rstd, torch.zeros(256, device=device)]).float()
-    for _ in range(2):
-        _, _, dweight, dbias, _ = module._backward(dy, None, x, weight, b, None, None, stats, 0.0)
-        xhat = (exact - mean[:, None]) * rstd[:, None]
-        torch.testing.assert_close(dweight.double(), (dy * xhat).sum(0), rtol=1e-5, atol=1e-5)
-        if bias:
-            torch.testing.assert_close(dbias.double(), dy.double().sum(0), rtol=1e-5, atol=1e-5)
-    assert not stats[2 * len(x) :].any()
+    check_both(tensors((149, 40), torch.float32, device))
 
 
 def test_narrow_rows_are_as_many_more() -> None:
