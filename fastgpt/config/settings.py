@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from fastgpt.config import literals
-from fastgpt.config.schema import Config, ModelConfig, Range
+from fastgpt.config.schema import Config, CorpusConfig, ModelConfig, Range
 from fastgpt.errors import UserError, read_text, reading
 
 C = TypeVar("C")
@@ -238,8 +238,10 @@ def change(config: C, values: Mapping[str, Any], where: str) -> C:
     if {"dataset", "input"} <= given:
         both = " and ".join(f"{where}{name}={values[name]}" for name in ("dataset", "input"))
         raise UserError(f"{both}: each names the data; leave one out")
-    if "dataset" in given and "input" in leaves(type(config)):
-        values["input"] = ""  # of the preset, or of the run
+    if "shards" in leaves(type(config)) and given & {"dataset", "input"}:
+        values = {"shards": CorpusConfig.shards, **values}  # those of the preset, or of the run
+        if "dataset" in given:
+            values = {"val_fraction": CorpusConfig.val_fraction, **values, "input": ""}
     if "weights" in given:  # those weights, whatever their size
         values = {"init_from": "weights", **values}
     if values.get("init_from") == "resume":

@@ -1,9 +1,8 @@
-"""Corpora: the named ones and where their text comes from, and text files of the user's own.
+"""Corpora, named ones and the user's own text files, as sources of documents.
 
 Only `fastgpt prepare` may use the network; `python_stdlib` and `--input` need none. Text files are
-looked through once (what is there, is it text) and then read in order; the second pass makes sure
-that it saw what the first saw. Line ends and blanks stay as they are: decoding gives the files
-back.
+read twice, first to count and hash them, then in order to tokenize them. A file that changed in
+between is an error. Line ends and blanks stay, so decoding gives the files back.
 """
 
 from __future__ import annotations
@@ -12,11 +11,13 @@ import codecs
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import sys
 import sysconfig
 import tokenize
+import urllib.parse
 from collections import Counter, namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,17 +36,29 @@ Part = tuple[str, str | None]
 
 
 class Source(Protocol):
-    """Text to tokenize. Equal `identity` (JSON): equal documents. `n_chars` may be an estimate."""
+    """Text to tokenize, in parts that can be read one by one.
+
+    identity  JSON with a sha256; equal sums mean equal documents
+    n_chars   characters of all parts, maybe an estimate
+    sizes     bytes to download for each part
+    """
 
     identity: dict[str, Any]
     n_chars: int
+    sizes: list[int]
 
-    def documents(self) -> Iterator[Part]:
+    def documents(self, part: int = 0) -> Iterator[Part]:
         """Yields (split, text) in a fixed order, and (split, None) for an end-of-text token."""
         ...
 
 
 # --- text files -----------------------------------------------------------------------------------
+
+
+def in_val(name: str, val_fraction: float) -> bool:
+    """Returns True if a hash of the document's name puts it into the val split."""
+    word = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+    return word < val_fraction * 2**64
 
 
 class NotText(ValueError):
@@ -81,7 +94,7 @@ class TextFiles:
         share = seen["val_bytes"] / seen["bytes"]
         even = val_fraction / 2 <= share <= min(2 * val_fraction, 1 - (1 - val_fraction) / 2)
         self.by_document = even and not self.single
-        self.n_chars, self.sha256 = seen["chars"], total.hexdigest()
+        self.n_chars, self.sizes, self.sha256 = seen["chars"], [0], total.hexdigest()
         self.identity: dict[str, Any] = {
             "sha256": self.sha256,
             "bytes": seen["bytes"],
@@ -90,12 +103,12 @@ class TextFiles:
             "val_fraction": val_fraction,
         }
 
-    def documents(self) -> Iterator[Part]:
+    def documents(self, part: int = 0) -> Iterator[Part]:
         total = hashlib.sha256()
         split, left = "train", int(self.n_chars * (1 - self.val_fraction))
         for name, text in self._texts(total, Counter(), lambda n: None):
             if self.by_document:
-                split = "val" if self._in_val(name) else "train"
+                split = "val" if in_val(name, self.val_fraction) else "train"
             elif text and split == "train":
                 head, text = text[:left], text[left:]
                 left -= len(head)
@@ -131,13 +144,9 @@ class TextFiles:
             if size:
                 if not self.single:
                     total.update(f"{own.hexdigest()}  {name}\n".encode())
-                val = size * self._in_val(name)
+                val = size * in_val(name, self.val_fraction)
                 seen.update(files=1, bytes=size, chars=chars, val_bytes=val)
                 yield name, None
-
-    def _in_val(self, name: str) -> bool:
-        word = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-        return word < self.val_fraction * 2**64
 
 
 def walk(
@@ -216,10 +225,11 @@ SHAKESPEARE_URL = (
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 FINEWEB_REPO = "kjj0/fineweb10B-gpt2"
+OPENWEBTEXT_REPO = "Skylion007/openwebtext"
 
 
-# A ready-made token file on the network.
-Shard = namedtuple("Shard", "split file url bytes sha256")
+# A file on the network.
+Shard = namedtuple("Shard", "file url bytes sha256")
 
 
 @dataclass(frozen=True)
@@ -254,45 +264,74 @@ def shakespeare(cache: Path, val_fraction: float) -> Source:
 
 
 class OpenWebText:
-    """OpenWebText by the `datasets` library, split as nanoGPT does (9 billion tokens)."""
+    """OpenWebText (9 billion tokens) in the hub's parquet files, of which one is on disk at a time.
+
+    A hash of its place puts a document into one split.
+    """
 
     def __init__(self, cache: Path, val_fraction: float):
         try:
-            import datasets
-
-            whole = datasets.load_dataset("Skylion007/openwebtext", split="train")
+            import pyarrow.parquet
         except ImportError:
-            need = "openwebtext needs the extra [hf]: pip install 'datasets>=2.20'"
+            need = "openwebtext needs pyarrow: pip install pyarrow (the extra [data])"
             raise UserError(f"{need}; {BY_INPUT}") from None
-        except (OSError, ValueError, RuntimeError) as e:
-            line = " ".join(str(e).split())[:200]
-            raise UserError(f"cannot download openwebtext ({line}); {BY_INPUT}") from e
-        parts = whole.train_test_split(test_size=val_fraction, seed=2357, shuffle=True)
-        self._splits, self.n_chars = {"train": parts["train"], "val": parts["test"]}, 39_000_000_000
-        rows = {name: len(part) for name, part in self._splits.items()}
-        self.identity: dict[str, Any] = dict(rows=rows, val_fraction=val_fraction, seed=2357)
+        self._open, self._val_fraction = pyarrow.parquet.ParquetFile, val_fraction
+        self._folder = cache / "openwebtext"
+        commit, files = hub_files(OPENWEBTEXT_REPO, "refs/convert/parquet", "plain_text/train")
+        self._shards = [files[name] for name in sorted(files) if name.endswith(".parquet")]
+        if not self._shards:
+            raise UserError(f"{OPENWEBTEXT_REPO} has no parquet files at {commit}; {BY_INPUT}")
+        self.sizes = [shard.bytes for shard in self._shards]
+        self.n_chars = int(1.65 * sum(self.sizes))
+        sums = "".join(f"{shard.sha256}  {shard.file}\n" for shard in self._shards)
+        self.identity: dict[str, Any] = {
+            "sha256": hashlib.sha256(sums.encode()).hexdigest(),
+            "files": len(self._shards),
+            "commit": commit,
+            "split": "documents by hash of file and row",
+            "val_fraction": val_fraction,
+        }
 
-    def documents(self) -> Iterator[Part]:
-        for name, part in self._splits.items():
-            for rows in part.iter(batch_size=1000):
-                for text in filter(None, rows["text"]):
-                    yield from ((name, text), (name, None))
+    def documents(self, part: int = 0) -> Iterator[Part]:
+        shard, rows = self._shards[part], itertools.count()
+        path = download.fetch(
+            shard.url, self._folder / shard.file, sha256=shard.sha256, size=shard.bytes,
+            hint=BY_INPUT,
+        )  # fmt: skip
+        with reading(path, "is no parquet file of texts"), self._open(path) as file:
+            for batch in file.iter_batches(batch_size=1000, columns=["text"]):
+                for text, row in zip(batch.column(0).to_pylist(), rows, strict=False):
+                    is_val = in_val(f"{shard.file}:{row}", self._val_fraction)
+                    split = "val" if is_val else "train"
+                    if text:
+                        yield from ((split, text), (split, None))
+        path.unlink()
+
+
+def hub_files(repo: str, revision: str, folder: str = "") -> tuple[str, dict[str, Shard]]:
+    """Returns (commit, files by name) of a folder of a dataset on the Hugging Face hub."""
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    api = f"{hub}/api/datasets/{repo}"
+    url = f"{api}/revision/{urllib.parse.quote(revision, safe='')}"
+    with reading(url, "does not name a commit"):
+        commit = str(json.loads(download.get(url, BY_INPUT))["sha"])
+    url = f"{api}/tree/{commit}/{folder}".rstrip("/")
+    base, files = f"{hub}/datasets/{repo}/resolve/{commit}", {}
+    with reading(url, "is not the expected list of files"):
+        for entry in json.loads(download.get(url, BY_INPUT)):
+            if lfs := entry.get("lfs"):
+                name = Path(entry["path"]).name
+                where = f"{base}/{urllib.parse.quote(entry['path'])}"
+                files[name] = Shard(name, where, int(lfs["size"]), str(lfs["oid"]))
+    return commit, files
 
 
 def fineweb_shards(n: int) -> list[Shard]:
     """Lists the val shard and `n` train shards of FineWeb 10B, 100M GPT-2 tokens each."""
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    index_url = f"{hub}/api/datasets/{FINEWEB_REPO}/tree/main"
-    names = {"fineweb_val_000000.bin": "val"}
-    names |= {f"fineweb_train_{i:06d}.bin": "train" for i in range(1, n + 1)}
-    listed = download.get(index_url, BY_INPUT)
-    with reading(index_url, "is not the expected list of files"):
-        index = {entry["path"]: entry.get("lfs") for entry in json.loads(listed)}
-        base = f"{hub}/datasets/{FINEWEB_REPO}/resolve/main"
-        return [
-            Shard(split, file, f"{base}/{file}", int(index[file]["size"]), str(index[file]["oid"]))
-            for file, split in names.items()
-        ]
+    commit, files = hub_files(FINEWEB_REPO, "main")
+    names = [f"fineweb_train_{i:06d}.bin" for i in range(1, n + 1)]
+    with reading(f"{FINEWEB_REPO} at {commit}", "is not the expected list of files"):
+        return [files[name] for name in ("fineweb_val_000000.bin", *names)]
 
 
 _NAMED = (
@@ -300,7 +339,7 @@ _NAMED = (
     # Both as nanoGPT prepares them.
     Corpus("shakespeare_char", "char", 0.1, text=shakespeare, sha256=SHAKESPEARE_SHA256),
     Corpus("shakespeare", "gpt2", 0.1, text=shakespeare, sha256=SHAKESPEARE_SHA256),
-    Corpus("openwebtext", "gpt2", 0.0005, text=OpenWebText),  # 54 GB of download
+    Corpus("openwebtext", "gpt2", 0.0005, text=OpenWebText),  # 24 GB of download
     Corpus("fineweb10B", "gpt2", 0.0, shards=fineweb_shards),
 )
 CORPORA = {corpus.name: corpus for corpus in _NAMED}

@@ -33,14 +33,27 @@ from fastgpt.data.corpora import CORPORA, INPUT, Corpus, Part, Source, TextFiles
 from fastgpt.data.download import fetch
 from fastgpt.data.progress import progress
 from fastgpt.data.token_files import DATASET_JSON, Dataset, TokenWriter, has_tokens, open_dataset
-from fastgpt.data.tokenizer import GPT2_VOCAB, Tokenizer, make_tokenizer, parse_spec
+from fastgpt.data.tokenizer import (
+    GPT2_VOCAB,
+    Tokenizer,
+    load_tokenizer,
+    make_tokenizer,
+    parse_spec,
+)
 from fastgpt.errors import UserError, one_line, read_bytes, read_text, reading
-from fastgpt.storage.atomic import explain_os_error, recover_folder, replace_folder, write_text
+from fastgpt.storage.atomic import (
+    explain_os_error,
+    recover_folder,
+    remove,
+    replace_folder,
+    write_text,
+)
 
 JOB_CHARS = 1 << 20
 # A text of which this many characters in a row hold no safe place (say, one endless word) is cut
 # anywhere, so that memory stays bounded. Only there may BPE tokens differ from those of the whole.
 FORCED_CHARS = 32 << 20
+PARTS_JSON = "parts.json"  # in a folder that is being made: its finished parts
 BPE_TRAIN_CHARS = 256 << 20  # text that a `bpe:N` vocabulary is trained on at most, evenly spread
 
 Shards = dict[str, list[dict[str, Any]]]  # by split, as `dataset.json` lists them
@@ -60,6 +73,9 @@ class Plan:
 def prepare(cfg: PrepareConfig) -> Path:
     """Makes the dataset that `cfg` describes unless it is there and whole. Returns its folder."""
     folder, there = _ready_made(cfg), True
+    if folder and cfg.dataset not in CORPORA:
+        why = f"{folder} holds tokens already, so nothing is prepared; leave the flag out"
+        _refuse(cfg, ("tokenizer", "vocab_file", "overwrite"), why)
     if folder is None:
         plan = _plan(cfg)
         folder, there = _locate(plan)
@@ -146,6 +162,8 @@ def _ready_made(cfg: PrepareConfig) -> Path | None:
     if name not in CORPORA:
         for folder in (under, Path(name)):
             if has_tokens(folder):
+                why = f"{folder} holds tokens, which are used as they are; leave the flag out"
+                _refuse(cfg, ("val_fraction", "shards"), why)
                 return folder
         near = difflib.get_close_matches(name, CORPORA, 1)
         meant = f"did you mean {near[0]}? " if near else ""
@@ -157,6 +175,13 @@ def _ready_made(cfg: PrepareConfig) -> Path | None:
     plain = plain and not (cfg.vocab_file or cfg.val_fraction or cfg.overwrite)
     foreign = has_tokens(under) and not (under / DATASET_JSON).exists()
     return under if plain and foreign else None  # made by nanoGPT's own prepare.py
+
+
+def _refuse(cfg: PrepareConfig, flags: Iterable[str], why: str) -> None:
+    """Raises UserError if one of the flags, which would have no effect, was given."""
+    for flag in flags:
+        if (value := getattr(cfg, flag)) != getattr(PrepareConfig, flag):
+            raise UserError(f"--{flag}={value}: {why}")
 
 
 def _plan(cfg: PrepareConfig) -> Plan:
@@ -174,10 +199,12 @@ def _plan(cfg: PrepareConfig) -> Plan:
     if corpus.shards:
         if spec != corpus.tokenizer:
             raise UserError(f"{corpus.name} is made of {corpus.tokenizer} tokens, not {spec}")
+        _refuse(cfg, ["val_fraction"], f"{corpus.name} has a val file of its own")
         recipe["shards"] = cfg.shards
         if cfg.shards != PrepareConfig.shards:
             name += f"-{cfg.shards}shards"
     else:
+        _refuse(cfg, ["shards"], "goes with fineweb10B only")
         recipe["val_fraction"] = cfg.val_fraction or corpus.val_fraction
     if cfg.input:
         path = _input(cfg)
@@ -259,6 +286,10 @@ def _make(plan: Plan, *, network: bool) -> Path:
                 partial = folder.with_name(f".{folder.name}.partial")
                 fill = _download if plan.corpus.shards else _tokenize
                 tokenizer, source, shards = fill(partial, plan, network)
+                listed = {entry["file"] for entries in shards.values() for entry in entries}
+                for path in partial.iterdir():
+                    if path.name not in listed:
+                        remove(path)
                 tokenizer.save(partial)
                 info = {
                     "format": token_files.FORMAT,
@@ -276,6 +307,15 @@ def _make(plan: Plan, *, network: bool) -> Path:
     return folder
 
 
+def _need_room(folder: Path, name: str, needed: int, hint: str) -> str:
+    """Returns the bytes needed and free in words. Raises UserError if they are not free."""
+    free = shutil.disk_usage(folder).free
+    room = f"{needed / 1e9:.1f} GB more in {folder.parent}, {free / 1e9:.1f} GB are free"
+    if needed > free:
+        raise UserError(f"{name} needs {room}: {hint}")
+    return room
+
+
 def _download(partial: Path, plan: Plan, network: bool) -> tuple[Tokenizer, Any, Shards]:
     """Fetches ready-made shards into `partial`, linking those that a sibling dataset has."""
     assert plan.corpus.shards is not None
@@ -289,21 +329,19 @@ def _download(partial: Path, plan: Plan, network: bool) -> tuple[Tokenizer, Any,
                 with contextlib.suppress(OSError):  # it is there, or no links on this file system
                     os.link(sibling / s.file, partial / s.file)
     needed = sum(s.bytes for s in shards if not (partial / s.file).exists())
-    if needed > (free := shutil.disk_usage(partial).free):
-        room = f"{needed / 1e9:.1f} GB more in {partial.parent}, {free / 1e9:.1f} GB are free"
-        raise UserError(f"{plan.corpus.name} needs {room}: choose fewer --shards or --data_dir")
+    _need_room(partial, plan.corpus.name, needed, "choose fewer --shards or another --data_dir")
     entries: Shards = {"train": [], "val": []}
     for s in shards:
         path = fetch(s.url, partial / s.file, sha256=s.sha256, size=s.bytes)
-        entries[s.split].append(token_files.TokenFile(path).entry())
-    for path in partial.iterdir():
-        if path.name not in {s.file for s in shards}:
-            path.unlink()
+        entries["val" if "_val_" in s.file else "train"].append(token_files.TokenFile(path).entry())
     return tokenizer, {"url": shards[0].url.rsplit("/", 1)[0]}, entries
 
 
 def _tokenize(partial: Path, plan: Plan, network: bool) -> tuple[Tokenizer, Any, Shards]:
-    """Writes the text's tokens into a new folder `partial`, which is removed if that fails."""
+    """Writes the text's tokens into `partial`, after the parts that an earlier call finished.
+
+    If it fails, finished parts stay; without any, the folder is removed.
+    """
     source: Source | None = plan.source
     if source is None:
         assert plan.corpus.text is not None
@@ -313,49 +351,100 @@ def _tokenize(partial: Path, plan: Plan, network: bool) -> tuple[Tokenizer, Any,
         for name, why in itertools.islice(skipped.items(), 20):
             print(one_line(f"  {name}: {why}"))
         print("  ...\n" if len(skipped) > 20 else "", end="", flush=True)
-    shutil.rmtree(partial, ignore_errors=True)  # a killed run's
-    partial.mkdir(parents=True)
+    spec, parts = plan.recipe["tokenizer"], len(source.sizes)
+    if spec == "char" and parts > 1:
+        raise UserError(f"--tokenizer=char: {plan.corpus.name} is too large: choose byte or bpe:N")
+    about = {"recipe": plan.recipe, "sha256": source.identity["sha256"]}
+    done, shards = _finished_parts(partial, about)
     try:
-        spec = plan.recipe["tokenizer"]
-        texts = _training_texts(source, spec)
-        tokenizer = make_tokenizer(spec, plan.cfg.vocab_file, texts, _cache(plan.cfg), network)
-        shards = _write_shards(partial, source, tokenizer, plan.cfg.workers or cores())
-        for split, part in shards.items():
-            if not part:
+        if done:
+            tokenizer = load_tokenizer(partial)
+        else:
+            texts = _training_texts(source, spec)
+            tokenizer = make_tokenizer(spec, plan.cfg.vocab_file, texts, _cache(plan.cfg), network)
+            tokenizer.save(partial)
+        n_chars, sizes, name = source.n_chars, source.sizes, plan.corpus.name
+        with progress("tokenizing", n_chars, n_chars * done // parts, "characters") as advance:
+            for part in range(done, parts):
+                room = _room_for(partial, name, sizes, part, shards) if parts > 1 else ""
+                if room and part == done:
+                    rest = f"{sum(sizes[done:]) / 1e9:.1f} GB to download"
+                    print(f"{name}: {done} of {parts} files are done, {rest}; needs {room}")
+                documents, threads = source.documents(part), plan.cfg.workers or cores()
+                _write_shards(partial, documents, tokenizer, threads, shards, advance)
+                if part + 1 < parts:
+                    record = {**about, "done": part + 1, "splits": shards}
+                    write_text(partial / PARTS_JSON, json.dumps(record))
+        for split, entries in shards.items():
+            if not entries:
                 wrong = f"too little text for a {split} split"
                 raise UserError(f"{wrong}: give more text or another --val_fraction")
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if not (partial / PARTS_JSON).exists():
+            shutil.rmtree(partial, ignore_errors=True)
         raise
     return tokenizer, source.identity, shards
 
 
-def _write_shards(folder: Path, source: Source, tokenizer: Tokenizer, threads: int) -> Shards:
+def _finished_parts(partial: Path, about: dict[str, Any]) -> tuple[int, Shards]:
+    """Returns (number of parts, their shards) that an interrupted run of the same data wrote."""
+    with contextlib.suppress(UserError), reading(partial / PARTS_JSON, "is damaged"):
+        record = json.loads(read_text(partial / PARTS_JSON))
+        if about.items() <= record.items():
+            return record["done"], record["splits"]
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return 0, {"train": [], "val": []}
+
+
+def _room_for(folder: Path, name: str, sizes: list[int], part: int, shards: Shards) -> str:
+    """Returns `_need_room` of the download of a part and of the tokens from that part on.
+
+    GPT-2's tokens take 0.75 bytes per byte of parquet; other tokenizers are measured on part 0.
+    """
+    written = sum(entry["bytes"] for entries in shards.values() for entry in entries)
+    rate = written / sum(sizes[:part]) if part else 0.75
+    needed = sizes[part] + int(rate * sum(sizes[part:]))
+    return _need_room(folder, name, needed, "choose another --data_dir")
+
+
+def _write_shards(
+    folder: Path,
+    documents: Iterator[Part],
+    tokenizer: Tokenizer,
+    threads: int,
+    shards: Shards,
+    advance: Callable[[int], object],
+) -> None:
+    """Writes the documents' tokens into files that follow those in `shards`, and lists them."""
     eot = np.array([] if tokenizer.eot is None else [tokenizer.eot], tokenizer.dtype)
 
     def encode(job: list[Part]) -> list[tuple[str, np.ndarray]]:
         return [(s, eot if text is None else tokenizer.encode(text)) for s, text in job]
 
-    train, val = (TokenWriter(folder, f"tokens_{s}", tokenizer.dtype) for s in ("train", "val"))
+    train, val = (
+        TokenWriter(folder, f"tokens_{s}", tokenizer.dtype, shards[s]) for s in ("train", "val")
+    )
     with train, val:
-        for job in ordered_map(encode, _jobs(source), threads):
+        for job in ordered_map(encode, _jobs(_pieces(documents, advance)), threads):
             for split, ids in job:
                 (val if split == "val" else train).write(ids)
-    return {"train": train.shards, "val": val.shards}
 
 
 def _training_texts(source: Source, spec: str) -> Iterator[str]:
-    """Yields the text in pieces; for BPE, if there is more than enough, evenly spread ones."""
-    texts = (text for _, text in _pieces(source, f"reading for {spec}") if text is not None)
-    every = -(-source.n_chars // BPE_TRAIN_CHARS) if spec.startswith("bpe") else 1
-    return itertools.islice(texts, 0, None, max(1, every))
+    """Yields pieces of the first part; for BPE, if there are more than enough, evenly spread."""
+    n_chars = source.n_chars // len(source.sizes)
+    every = -(-n_chars // BPE_TRAIN_CHARS) if spec.startswith("bpe") else 1
+    with progress(f"reading for {spec}", n_chars, unit="characters") as advance:
+        texts = (text for _, text in _pieces(source.documents(), advance) if text is not None)
+        yield from itertools.islice(texts, 0, None, max(1, every))
 
 
-def _jobs(source: Source) -> Iterator[list[Part]]:
-    """Yields the pieces of all documents, in lists of about JOB_CHARS."""
+def _jobs(pieces: Iterator[Part]) -> Iterator[list[Part]]:
+    """Yields the pieces in lists of about JOB_CHARS."""
     job: list[Part] = []
     size = 0
-    for split, text in _pieces(source, "tokenizing"):
+    for split, text in pieces:
         if size >= JOB_CHARS and text is not None:
             yield job
             job, size = [], 0
@@ -365,17 +454,16 @@ def _jobs(source: Source) -> Iterator[list[Part]]:
         yield job
 
 
-def _pieces(source: Source, what: str) -> Iterator[Part]:
+def _pieces(documents: Iterator[Part], advance: Callable[[int], object]) -> Iterator[Part]:
     """Yields the documents, with each one's text of a split cut into about JOB_CHARS."""
-    with progress(what, source.n_chars, unit="characters") as advance:
-        for (split, is_end), parts in itertools.groupby(
-            source.documents(), key=lambda part: (part[0], part[1] is None)
-        ):
-            for text in cut((text for _, text in parts if text), JOB_CHARS, FORCED_CHARS):
-                advance(len(text))
-                yield split, text
-            if is_end:
-                yield split, None
+    for (split, is_end), parts in itertools.groupby(
+        documents, key=lambda part: (part[0], part[1] is None)
+    ):
+        for text in cut((text for _, text in parts if text), JOB_CHARS, FORCED_CHARS):
+            advance(len(text))
+            yield split, text
+        if is_end:
+            yield split, None
 
 
 # A safe place: after a character that is not whitespace, before one that is. GPT-2's pretokenizer,

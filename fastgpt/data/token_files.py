@@ -137,13 +137,15 @@ def is_token_file(path: Path) -> bool:
 class TokenWriter:
     """A stream of ids into `<prefix>_000000.bin`, ... of at most SHARD_TOKENS each.
 
-    `shards` lists those that are complete and on disk, in the form of `dataset.json`. Use as a
-    context manager, which finishes the last one.
+    `shards` lists the files on disk as `dataset.json` does; new ones are appended to it. Use it as
+    a context manager, which finishes the last file.
     """
 
-    def __init__(self, folder: Path, prefix: str, dtype: np.dtype):
+    def __init__(
+        self, folder: Path, prefix: str, dtype: np.dtype, shards: list[dict[str, Any]] | None = None
+    ):
         self.folder, self.prefix, self.dtype = folder, prefix, np.dtype(dtype).newbyteorder("<")
-        self.shards: list[dict[str, Any]] = []
+        self.shards = [] if shards is None else shards
         self._file: BufferedWriter | None = None
         self._count = 0
 

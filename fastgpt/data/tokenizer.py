@@ -8,11 +8,13 @@ token) if it has merges, so that a dataset or run folder decodes without network
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import hashlib
 import io
 import itertools
 import json
+import logging
 import os
 import pickle
 import pickletools
@@ -20,7 +22,7 @@ import re
 import tempfile
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +30,7 @@ import numpy as np
 import tiktoken
 
 from fastgpt.data.download import fetch
+from fastgpt.data.progress import progress
 from fastgpt.errors import UserError, read_bytes, read_text, reading
 from fastgpt.storage.atomic import atomic_file, write_text
 
@@ -311,12 +314,37 @@ def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
         raise UserError(f"--tokenizer=bpe:{size} {need}") from None
     trainer = rustbpe.Tokenizer()
     # Two merges may spell the same token; tiktoken knows the first only. So train some to spare.
-    trainer.train_from_iterator(iter(texts), size - 1 + 256, pattern=GPT2_PATTERN)
+    wanted = size - 1 + 256
+    with _merges_shown(wanted - 256):
+        # A small buffer keeps the progress of reading and of counting together.
+        trainer.train_from_iterator(
+            iter(texts), wanted, buffer_size=2 * (os.cpu_count() or 4), pattern=GPT2_PATTERN
+        )
     tokens = dict.fromkeys(bytes(token) for token, _ in trainer.get_mergeable_ranks())
     if (most := len(tokens) + 1) < size:
         wrong = f"--tokenizer=bpe:{size}: this text has pairs for a vocabulary of {most} only"
         raise UserError(f"{wrong}; say --tokenizer=bpe:{most} or less")
     return {token: rank for rank, token in enumerate(itertools.islice(tokens, size - 1))}
+
+
+@contextlib.contextmanager
+def _merges_shown(total: int) -> Iterator[None]:
+    """Shows the progress of merging, which rustbpe logs at each per cent."""
+    logger, done, advance = logging.getLogger("rustbpe"), 0, None
+
+    def show(record: logging.LogRecord) -> bool:
+        nonlocal done, advance
+        if match := re.search(r"\((\d+)/\d+ merges\)", record.getMessage()):
+            advance = advance or stack.enter_context(progress("merging", total, unit="merges"))
+            advance(int(match[1]) - done)
+            done = int(match[1])
+        return record.levelno > logging.INFO
+
+    logger.setLevel(logging.INFO)
+    logger.addFilter(show)
+    with contextlib.ExitStack() as stack:
+        stack.callback(logger.removeFilter, show)
+        yield
 
 
 def dump_ranks(ranks: dict[bytes, int]) -> bytes:

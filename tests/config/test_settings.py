@@ -109,6 +109,9 @@ def test_a_flag_replaces_settings_that_would_hide_it():
     assert run.data.input == "t.txt" and run.optim.auto_batch_size and run.optim.batch_size == 12
     changed = settings.apply_flags(run, {"dataset": "python_stdlib", "batch_size": "3"})
     assert changed.data.input == "" and changed.data.dataset == "python_stdlib"
+    speedrun = PRESETS["gpt2_speedrun"]()
+    for given in ({"input": "t.txt"}, {"dataset": "mine"}):
+        assert settings.change(speedrun, given, "--").data.shards == 10, "not the preset's"
     assert changed.optim.batch_size == 3 and not changed.optim.auto_batch_size
     text = settings.change(PRESETS["laptop"](), {"input": "t.txt", "batch_size": "auto"}, "")
     assert text.data.dataset == "python_stdlib" and text.optim.auto_batch_size

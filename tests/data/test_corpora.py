@@ -2,6 +2,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -14,14 +15,14 @@ from hypothesis import given
 from hypothesis import settings as hyp
 from hypothesis import strategies as st
 
-from fastgpt.data import corpora, tokenizer
+from fastgpt.data import corpora, token_files, tokenizer
 from fastgpt.data import prepare as module
 from fastgpt.data.corpora import CORPORA, NotText, TextFiles, text_of_file
 from fastgpt.data.prepare import ensure, prepare
 from fastgpt.data.token_files import header, open_dataset
 from fastgpt.errors import UserError
 
-from .conftest import texts_of, tree
+from .conftest import texts_of, tokens, tree
 
 
 def contents(source):
@@ -136,13 +137,6 @@ def test_few_files_are_split_by_characters(tmp_path, texts):
     assert sum(ends for _, _, ends in docs) == len(texts)
 
 
-def test_listing_hash_is_that_of_sha256sum(tmp_path):
-    root = tree(tmp_path / "r", {"b/x.txt": "1", "a.txt": "22"})
-    sums = [hashlib.sha256(data).hexdigest() for data in (b"22", b"1")]
-    listing = f"{sums[0]}  a.txt\n{sums[1]}  b/x.txt\n"
-    assert TextFiles(root, 0.1).sha256 == hashlib.sha256(listing.encode()).hexdigest()
-
-
 def test_nothing_to_read(tmp_path):
     tree(tmp_path, {"empty/x": "", "binary/x.bin": b"\0", "hidden/.x": "text", "t.txt": ""})
     for folder in ("empty", "binary", "hidden"):
@@ -158,12 +152,6 @@ def test_what_changes_while_it_is_read_is_noticed(folder, data):
     path.unlink() if data is None else path.write_bytes(data)
     with pytest.raises(UserError, match="changed while it was read"):
         contents(source)
-
-
-def test_the_standard_library_is_there(tmp_path):
-    source = CORPORA["python_stdlib"].text(tmp_path, 0.05)
-    assert source.by_document and source.n_chars > 3_000_000
-    assert source.n_chars == sum(len(text or "") for _, text in source.documents())
 
 
 # --- downloads
@@ -205,118 +193,206 @@ def test_without_network_there_is_one_clear_line(name, settings, server, monkeyp
     monkeypatch.setattr(corpora, "SHAKESPEARE_URL", "http://127.0.0.1:9/x")
     monkeypatch.setattr(tokenizer, "GPT2_URL", "http://127.0.0.1:9/x")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="--input=FILE") as e:
         prepare(settings(dataset=name))
     assert "\n" not in str(e.value)
     assert not [p for p in (tmp_path / "data").iterdir() if not p.name.startswith(".")]
 
 
-class Rows(list):
-    """The rows of the datasets library."""
+# --- the hub
 
-    def train_test_split(self, *, test_size, seed, shuffle):
-        assert (test_size, seed, shuffle) == (0.0005, 2357, True)
-        return {"train": Rows(self[5:]), "test": Rows(self[:5])}
-
-    def iter(self, batch_size):
-        for i in range(0, len(self), batch_size):
-            yield {"text": self[i : i + batch_size]}
-
-
-def test_openwebtext(settings, as_gpt2, monkeypatch):
-    rows, errors = Rows(f"web page {i}\n" for i in range(3000)), []
-
-    def load_dataset(name, split):
-        assert (name, split) == ("Skylion007/openwebtext", "train")
-        if errors:
-            raise errors[0]
-        return rows
-
-    fake = types.SimpleNamespace(load_dataset=load_dataset)
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    cfg = settings(dataset="openwebtext", vocab_file=str(as_gpt2), workers=2)
-    ds = open_dataset(prepare(cfg))
-    want = ["".join(row + "<|endoftext|>" for row in part) for part in (rows[5:], rows[:5])]
-    assert texts_of(ds) == want
-    for error in (ConnectionError("no\nroute"), ValueError("x"), OSError("y")):
-        errors[:] = [error]
-        with pytest.raises(UserError, match="cannot download openwebtext.*--input=FILE") as e:
-            CORPORA["openwebtext"].text(Path(cfg.data_dir), 0.0005)
-        assert "\n" not in str(e.value)
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"\[hf\]: pip install 'datasets>=2.20'.*--input"):
-        CORPORA["openwebtext"].text(Path(cfg.data_dir), 0.0005)
+COMMIT = "c0ffee" * 6 + "abcd"
 
 
 @pytest.fixture
 def hub(server, monkeypatch, as_gpt2):
-    """A hub on this machine with shards of FineWeb."""
+    """A hub on this machine: a function that publishes files of a dataset at a revision."""
     server.files["/ranks"] = as_gpt2.read_bytes()
     monkeypatch.setattr(tokenizer, "GPT2_URL", f"{server.url}/ranks")
     monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
-    index = [{"type": "file", "path": "README.md", "size": 5}]
-    for i, name in enumerate(["val_000000", *(f"train_{i:06d}" for i in range(1, 6))]):
-        ids = np.arange(200, dtype="<u2") + i
-        data = header(len(ids), ids.dtype) + ids.tobytes()
-        lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
-        index.append({"type": "file", "path": f"fineweb_{name}.bin", "lfs": lfs})
-        server.files[shard_url(f"fineweb_{name}.bin")] = data
-    server.index = f"/api/datasets/{corpora.FINEWEB_REPO}/tree/main"
-    server.files[server.index] = json.dumps(index).encode()
+
+    def publish(repo, revision, files, commit=COMMIT):
+        index = [{"type": "file", "path": "README.md", "size": 5}]
+        for path, data in files.items():
+            lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+            index.append({"type": "file", "path": path, "lfs": lfs})
+            server.files[f"/datasets/{repo}/resolve/{commit}/{path}"] = data
+        api, folder = f"/api/datasets/{repo}", os.path.dirname(path)
+        server.files[f"{api}/revision/{revision}"] = json.dumps({"sha": commit}).encode()
+        server.index = f"{api}/tree/{commit}/{folder}".rstrip("/")
+        server.files[server.index] = json.dumps(index).encode()
+
+    server.publish = publish
     return server
 
 
+OWT = (corpora.OPENWEBTEXT_REPO, "refs%2Fconvert%2Fparquet")
+PAGES = [[f"page {i} of file {k}\n" for i in range(300)] + [None, ""] for k in range(4)]
+
+
+@pytest.fixture
+def openwebtext(hub, settings, as_gpt2, monkeypatch):
+    """Four parquet files of 300 pages, and the settings that prepare them."""
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pip install pyarrow")
+    import pyarrow
+
+    monkeypatch.setattr(token_files, "SHARD_TOKENS", 2000)
+    files = {}
+    for k, pages in enumerate(PAGES):
+        table = pyarrow.table({"text": pyarrow.array(pages, pyarrow.string())})
+        parquet.write_table(table, sink := pyarrow.BufferOutputStream(), row_group_size=70)
+        files[f"plain_text/train/{k:04d}.parquet"] = sink.getvalue().to_pybytes()
+    hub.publish(*OWT, files)
+    own = dict(dataset="openwebtext", vocab_file=str(as_gpt2), val_fraction=0.1)
+    return lambda **changes: settings(**own | changes)
+
+
+def parquets_asked(hub):
+    return [p.rpartition("/")[2] for p in hub.asked if p.endswith(".parquet")]
+
+
+def test_openwebtext(hub, openwebtext, tmp_path, capsys):
+    folder = prepare(openwebtext(workers=2))
+    ds, (train, val) = open_dataset(folder), texts_of(open_dataset(folder))
+    texts = [text.split("<|endoftext|>") for text in (train, val)]
+    wanted = [page for pages in PAGES for page in pages if page]
+    assert sorted(texts[0] + texts[1]) == sorted([*wanted, "", ""])
+    assert 0.05 < len(texts[1]) / len(wanted) < 0.2 and len(ds.train.shards) > 4
+    assert [page for page in wanted if page in texts[0]] == texts[0][:-1], "in their order"
+    assert not list((tmp_path / "data").rglob("*.parquet*")), "removed when they are tokenized"
+    assert not (folder / module.PARTS_JSON).exists()
+    says = r"openwebtext: 0 of 4 files are done, 0.0 GB to download; needs 0.0 GB more in .*/data, "
+    assert re.match(says + r"[\d.]+ GB are free\n", capsys.readouterr().out)
+    info = json.loads((folder / "dataset.json").read_text())
+    assert (info["source"]["commit"], info["source"]["files"]) == (COMMIT, 4)
+    hub.asked.clear()
+    assert prepare(openwebtext()) == folder == ensure(openwebtext()) and hub.asked == []
+    own = open_dataset(prepare(openwebtext(tokenizer="bpe:300", vocab_file="")))
+    assert own.tokenizer.name == "bpe:300"
+    with pytest.raises(UserError, match="--tokenizer=char: openwebtext is too large: choose byte"):
+        prepare(openwebtext(tokenizer="char", vocab_file=""))
+
+
+@pytest.mark.parametrize("how", ["network", "disk", "interrupt"])
+def test_openwebtext_goes_on_where_it_stopped(hub, openwebtext, tmp_path, monkeypatch, capsys, how):
+    whole, calls = prepare(openwebtext(data_dir=str(tmp_path / "whole"))), itertools.count()
+    url = f"/datasets/{OWT[0]}/resolve/{COMMIT}/plain_text/train/0002.parquet"
+    with monkeypatch.context() as patch:
+        if how == "network":
+            patch.delitem(hub.files, url)
+        elif how == "disk":
+            usage = lambda path: types.SimpleNamespace(free=10**9 * (next(calls) < 2))  # noqa: E731
+            patch.setattr(module.shutil, "disk_usage", usage)
+        else:
+            write = module.TokenWriter.write
+
+            def interrupted(writer, ids):
+                if next(calls) == 2 * 600 + 100:  # each page has its text and its end
+                    raise KeyboardInterrupt
+                write(writer, ids)
+
+            patch.setattr(module.TokenWriter, "write", interrupted)
+        says = {"network": "HTTP 404", "disk": "openwebtext needs 0.0 GB more"}.get(how)
+        with pytest.raises((UserError, KeyboardInterrupt), match=says):
+            prepare(openwebtext())
+    hub.asked.clear()
+    capsys.readouterr()
+    folder = prepare(openwebtext())
+    assert parquets_asked(hub) == ["0002.parquet", "0003.parquet"]
+    assert capsys.readouterr().out.startswith("openwebtext: 2 of 4 files are done, ")
+    assert tokens(folder) == tokens(whole)
+
+
+def test_openwebtext_is_another_one(hub, openwebtext, monkeypatch):
+    """Files that changed on the hub are not mixed with those from before; other oddities."""
+    good = dict(hub.files)
+    hub.files.pop(next(path for path in good if path.endswith("0001.parquet")))
+    with pytest.raises(UserError, match="0001.parquet"):
+        prepare(openwebtext())
+    hub.files |= good
+    data = hub.files[next(path for path in good if path.endswith("0003.parquet"))]
+    hub.publish(*OWT, {f"plain_text/train/{k:04d}.parquet": data for k in range(2)}, "d" * 40)
+    ds = open_dataset(prepare(openwebtext()))
+    assert sum(text.count("of file 3") for text in texts_of(ds)) == 600
+    again = openwebtext(overwrite=True)
+    hub.publish(*OWT, {"plain_text/train/0000.parquet": b"no parquet"})
+    with pytest.raises(UserError, match="0000.parquet: is no parquet file of texts"):
+        prepare(again)
+    hub.publish(*OWT, {"plain_text/train/0000.txt": b""})
+    with pytest.raises(UserError, match="has no parquet files.*--input=FILE"):
+        prepare(again)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match=r"needs pyarrow: pip install .*\[data\]\); your own text"):
+        prepare(again)
+
+
+FINEWEB = (corpora.FINEWEB_REPO, "main")
+
+
+@pytest.fixture
+def fineweb(hub):
+    """Six shards of FineWeb."""
+    files = {}
+    for i, name in enumerate(["val_000000", *(f"train_{i:06d}" for i in range(1, 6))]):
+        ids = np.arange(200, dtype="<u2") + i
+        files[f"fineweb_{name}.bin"] = header(len(ids), ids.dtype) + ids.tobytes()
+    hub.publish(*FINEWEB, files)
+    return hub
+
+
 def shard_url(name):
-    return f"/datasets/{corpora.FINEWEB_REPO}/resolve/main/{name}"
+    return f"/datasets/{corpora.FINEWEB_REPO}/resolve/{COMMIT}/{name}"
 
 
 def shards_asked(hub):
     return sorted(p.rpartition("fineweb_")[2] for p in hub.asked if p.endswith(".bin"))
 
 
-def test_fineweb_shards(hub, settings):
+def test_fineweb_shards(fineweb, settings):
     cfg = settings(dataset="fineweb10B", shards=3)
     with pytest.raises(UserError, match="`fastgpt prepare fineweb10B --shards=3 --data_dir=.*`"):
         ensure(cfg)
-    assert hub.asked == []
+    assert fineweb.asked == []
     folder = prepare(cfg)
     assert folder.name == "fineweb10B-3shards" and ensure(cfg) == folder
     ds = open_dataset(folder)
     assert (len(ds.train), len(ds.val), len(ds.train.shards)) == (600, 200, 3)
     assert ds.tokenizer.name == "gpt2" and not list(folder.glob("*.part"))
-    assert shards_asked(hub) == [f"train_{i:06d}.bin" for i in (1, 2, 3)] + ["val_000000.bin"]
-    hub.asked.clear()
-    assert prepare(cfg) == folder and hub.asked == []
+    assert shards_asked(fineweb) == [f"train_{i:06d}.bin" for i in (1, 2, 3)] + ["val_000000.bin"]
+    fineweb.asked.clear()
+    assert prepare(cfg) == folder and fineweb.asked == []
     more = prepare(settings(dataset="fineweb10B", shards=5))
-    assert shards_asked(hub) == ["train_000004.bin", "train_000005.bin"], "others are linked"
+    assert shards_asked(fineweb) == ["train_000004.bin", "train_000005.bin"], "others are linked"
     assert len(open_dataset(more).train) == 1000
     with pytest.raises(UserError, match="fineweb10B is made of gpt2"):
         prepare(settings(dataset="fineweb10B", tokenizer="char"))
 
 
-def test_fineweb_goes_on_after_a_failure(hub, settings, tmp_path, monkeypatch):
+def test_fineweb_goes_on_after_a_failure(fineweb, settings, tmp_path, monkeypatch):
     cfg, url = settings(dataset="fineweb10B", shards=2), shard_url("fineweb_train_000002.bin")
     with monkeypatch.context() as patch:
         usage = types.SimpleNamespace(free=1000)
         patch.setattr(module.shutil, "disk_usage", lambda path: usage)
         with pytest.raises(UserError, match="needs 0.0 GB more in .*choose fewer --shards"):
             prepare(cfg)
-    assert not shards_asked(hub)
-    good = hub.files[url]
-    hub.files[url] = good[:-2] + b"\0\0"
+    assert not shards_asked(fineweb)
+    good = fineweb.files[url]
+    fineweb.files[url] = good[:-2] + b"\0\0"
     with pytest.raises(UserError, match="fineweb_train_000002.bin: sha256"):
         prepare(cfg)
     assert not (tmp_path / "data" / "fineweb10B-2shards").exists()
-    hub.files[url] = good
-    hub.asked.clear()
+    fineweb.files[url] = good
+    fineweb.asked.clear()
     assert len(open_dataset(prepare(cfg)).train) == 400
-    assert shards_asked(hub) == ["train_000002.bin"]
+    assert shards_asked(fineweb) == ["train_000002.bin"]
 
 
 @pytest.mark.parametrize("answer", [b"", b"{}", b"[1]", b'[{"path": "x"}]', b"<", b"[" * 100_000])
-def test_an_odd_index_is_refused(hub, settings, answer):
-    hub.files[hub.index] = answer
+def test_an_odd_index_is_refused(fineweb, settings, answer):
+    fineweb.files[fineweb.index] = answer
     with pytest.raises(UserError, match="not the expected list of files") as e:
         prepare(settings(dataset="fineweb10B"))
     assert "\n" not in str(e.value)
+    fineweb.files[f"/api/datasets/{corpora.FINEWEB_REPO}/revision/main"] = answer
+    with pytest.raises(UserError, match="revision/main: does not name a commit"):
+        prepare(settings(dataset="fineweb10B"))

@@ -24,14 +24,9 @@ from fastgpt.data.token_files import TokenFile, open_dataset
 from fastgpt.data.tokenizer import BPETokenizer, ByteTokenizer
 from fastgpt.errors import UserError
 
-from .conftest import TEXT, python, texts_of, tree
+from .conftest import TEXT, python, texts_of, tokens, tree
 
 WORDS = TEXT * 30
-
-
-def tokens(folder: Path) -> dict[str, bytes]:
-    """All that matters in a folder, byte for byte (the scan holds times of change)."""
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".fastgpt_scan.json"}
 
 
 def visible(data_dir) -> list[str]:
@@ -106,7 +101,9 @@ class Texts:
     def __init__(self, documents, n_chars=1):
         self._documents, self.n_chars = documents, n_chars
 
-    def documents(self):
+    sizes = [0]
+
+    def documents(self, part=0):
         for split, text in self._documents:
             yield from ((split, text[i : i + 300]) for i in range(0, len(text), 300))
             yield split, None
@@ -124,7 +121,10 @@ def test_files_hold_the_documents_tokens(tmp_path, monkeypatch, ranks):
     for threads in (1, 2, 3, 8):
         folder = tmp_path / str(threads)
         folder.mkdir()
-        for split, shards in module._write_shards(folder, Texts(documents), bpe, threads).items():
+        splits: dict = {"train": [], "val": []}
+        made = Texts(documents).documents()
+        module._write_shards(folder, made, bpe, threads, splits, lambda n: None)
+        for split, shards in splits.items():
             texts = [text for where, text in documents if where == split]
             ids = np.concatenate([TokenFile(folder / s["file"])[:] for s in shards])
             assert ids.tolist() == [i for t in texts for i in (*bpe.encode(t).tolist(), bpe.eot)]
@@ -229,6 +229,13 @@ def test_token_files_are_used_as_they_are(settings, tmp_path, monkeypatch):
     assert ensure(settings(dataset=str(folder))) == folder
     monkeypatch.chdir(tmp_path)
     assert ensure(settings(dataset="data/custom")) == Path("data/custom")
+    assert ensure(settings(dataset="custom", vocab_file="x", tokenizer="bpe")) == folder
+    anywhere, to_prepare = ["val_fraction", "shards"], ["tokenizer", "vocab_file", "overwrite"]
+    for name in (*anywhere, *to_prepare):
+        cfg = settings(dataset="custom", **{name: "x"})
+        for call in (prepare, ensure)[: 2 if name in anywhere else 1]:
+            with pytest.raises(UserError, match=f"--{name}=x: .*custom holds tokens.*leave the"):
+                call(cfg)
 
 
 def test_a_damaged_dataset_is_made_anew_by_prepare(settings, text, capsys):
@@ -249,6 +256,8 @@ BAD = {
     "tokenizer": ({"tokenizer": "bpe:12"}, "257 .. 1000000"),
     "vocab": ({"tokenizer": "bpe", "vocab_file": "/no/file"}, "/no/file: cannot be read: No such"),
     "no vocab": ({"tokenizer": "gpt2"}, "vocabulary is not on this machine"),
+    "shards": ({"shards": 3}, "--shards=3: goes with fineweb10B only"),
+    "val": ({"dataset": "fineweb10B", "val_fraction": 0.2}, "val_fraction=0.2: fineweb10B has a"),
     "no train": ({"input": "a.txt"}, "too little text for a train split: .*--val_fraction"),
 }
 

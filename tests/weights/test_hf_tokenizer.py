@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,12 +18,8 @@ from fastgpt.data.tokenizer import (
     train_ranks,
 )
 from fastgpt.errors import UserError
-from fastgpt.inference.generate import BatchGenerator, Sampling
-from fastgpt.model.gpt import ModelShape
-from fastgpt.weights import hugging_face
 from fastgpt.weights.hf_tokenizer import read, write
 from tests.data.conftest import TEXT
-from tests.models import random_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -73,33 +67,6 @@ def tokenizer_of(kind: str, bpe: BPETokenizer) -> Tokenizer:
         except UserError:
             pytest.skip("GPT-2's vocabulary is not on this machine")
     return ByteTokenizer()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["byte", "bpe", "gpt2"])
-def test_ctranslate2_goes_on_with_the_same_tokens(kind: str, bpe: BPETokenizer, tmp_path: Path):
-    """Beginnings in twenty languages, each continued greedily to the end of the model's window."""
-    ctranslate2 = pytest.importorskip("ctranslate2", reason="needs pip install ctranslate2")
-    transformers = pytest.importorskip("transformers")
-    tokenizer, positions = tokenizer_of(kind, bpe), 48
-    model = random_model(ModelShape(2, 2, 32, positions, tokenizer.vocab_size, True), 0.2)
-    exported, converted = tmp_path / "exported", tmp_path / "converted"
-    write(exported, tokenizer, positions)
-    hugging_face.write(exported, model.shape, model.state_dict(), tokenizer.eot)
-    converter = [sys.executable, "-m", "ctranslate2.converters.transformers"]
-    folders = [f"--model={exported}", f"--output_dir={converted}"]
-    subprocess.run([*converter, *folders], check=True, timeout=300)
-    theirs = ctranslate2.Generator(str(converted), compute_type="float32")
-    words = transformers.AutoTokenizer.from_pretrained(exported)
-    ours = BatchGenerator(model, 1, positions, Sampling(temperature=0))
-    for line in filter(None, LANGUAGES.splitlines()):
-        ids = words(line)["input_ids"][: positions // 2]
-        new = positions - len(ids)
-        want = [row[0] for row in ours.stream([ids], new, seeds=[0])]
-        tokens = words.convert_ids_to_tokens(ids)
-        options = {"max_length": new, "include_prompt_in_result": False, "end_token": []}
-        got = theirs.generate_batch([tokens], **options)[0].sequences_ids[0]
-        assert got == want, line
 
 
 @pytest.mark.parametrize("kind", ["byte", "char", "bpe", "gpt2"])

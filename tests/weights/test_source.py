@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt.config.presets import PRESETS
 from fastgpt.config.settings import load_toml
 from fastgpt.data.tokenizer import ByteTokenizer
 from fastgpt.inference.generate import BatchGenerator, Sampling
@@ -59,14 +58,6 @@ def test_finetuning_begins_with_the_given_weights_and_resumes(home: Path):
     assert (config.run.init_from, config.run.weights) == ("weights", "weights")
     fastgpt(home, "train", "tuned/config.toml", "--out_dir=again", "--max_iters=1")
     assert load(home / "again").state["model"]["block_size"] == 20
-
-
-def test_the_recipe_is_nanogpt_s():
-    c = PRESETS["finetune_shakespeare"]()
-    assert c.optim.batch_size * c.optim.gradient_accumulation_steps * c.model.block_size == 32_768
-    assert (c.run.init_from, c.run.max_iters, c.optim.learning_rate) == ("gpt2-xl", 20, 3e-5)
-    assert not c.optim.decay_lr and not c.log.always_save_checkpoint
-    assert (c.data.dataset, c.log.eval_interval, c.log.eval_iters) == ("shakespeare", 5, 40)
 
 
 def test_a_run_goes_out_and_comes_back(home: Path):
