@@ -22,7 +22,7 @@ LAUNCHES = ("cuda_runtime", "cuda_driver")
 ENGINE = "autograd::engine::evaluate_function"
 # Matmuls, and the place of their operands a, b among the inputs.
 GEMMS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1}
-GEMMS |= {"fastgpt::mlp_hopper": 0, "fastgpt::mlp_hopper_backward": 0}
+GEMMS |= {f"fastgpt::mlp_{x}{y}": 0 for x in ("hopper", "cublaslt") for y in ("", "_backward")}
 ITEMSIZES = {"c10::BFloat16": 2, "c10::Half": 2, "double": 8, "long int": 8, "bool": 1}  # others: 4
 
 LINEAR, ATTENTION, HEAD = "linear layers", "attention", "head and loss"

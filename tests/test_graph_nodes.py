@@ -21,10 +21,10 @@ FUSED_BACKWARD = {f"{name}_backward": times for name, times in FUSED.items()}
 # Autograd writes the argument that the op changed back; Inductor takes these copies out again.
 MAIN_GRAD = {"fastgpt.accumulate_matmul": 4, "aten.copy_": 4}
 
-# The MLP by its kernels for Hopper: a launch less forward, and one backward.
-HOPPER = {**FUSED, "fastgpt.mlp_hopper": 1}
-del HOPPER["fastgpt.bias_gelu"]
-HOPPER_BACKWARD = {f"{name}_backward": times for name, times in HOPPER.items()}
+# The MLP with GELU in its matmuls: a launch less forward, and one backward.
+WITHOUT_GELU = {name: times for name, times in FUSED.items() if name != "fastgpt.bias_gelu"}
+MLPS = {name: {**WITHOUT_GELU, f"fastgpt.mlp_{name}": 1} for name in ("hopper", "cublaslt")}
+MLPS_BACKWARD = {n: {f"{k}_backward": v for k, v in MLPS[n].items()} for n in MLPS}
 
 Variant = tuple[bool, float, bool, str]  # bias, dropout, main_grad, the MLP's implementation
 EXPECTED: dict[Variant, dict[str, dict[str, int]]] = {
@@ -32,19 +32,20 @@ EXPECTED: dict[Variant, dict[str, dict[str, int]]] = {
         "forward": {**FUSED, "aten.mm": 4},
         "backward": {**FUSED_BACKWARD, "aten.mm": 4, **MAIN_GRAD},
     },
-    (False, 0.0, True, "hopper"): {
-        "forward": {**HOPPER, "aten.mm": 3},
-        "backward": {**HOPPER_BACKWARD, "aten.mm": 3, **MAIN_GRAD},
-    },
-    (True, 0.1, False, "hopper"): {
-        "forward": {**HOPPER, "aten.mm": 2, "aten.addmm": 1, "aten._to_copy": 1},
-        "backward": {**HOPPER_BACKWARD, "aten.mm": 7, "aten._to_copy": 4},
-    },
     (True, 0.1, False, "eager"): {
         "forward": {**FUSED, "aten.mm": 3, "aten.addmm": 1, "aten._to_copy": 1},  # c_attn.bias
         "backward": {**FUSED_BACKWARD, "aten.mm": 8, "aten._to_copy": 4},  # gradients to fp32
     },
 }
+for mlp, ops in MLPS.items():
+    EXPECTED[False, 0.0, True, mlp] = {
+        "forward": {**ops, "aten.mm": 3},
+        "backward": {**MLPS_BACKWARD[mlp], "aten.mm": 3, **MAIN_GRAD},
+    }
+    EXPECTED[True, 0.1, False, mlp] = {
+        "forward": {**ops, "aten.mm": 2, "aten.addmm": 1, "aten._to_copy": 1},
+        "backward": {**MLPS_BACKWARD[mlp], "aten.mm": 7, "aten._to_copy": 4},
+    }
 
 
 def count(variant: Variant, n_layer: int) -> dict[str, Counter[str]]:

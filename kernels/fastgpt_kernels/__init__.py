@@ -54,8 +54,8 @@ OPS: dict[str, Op] = {
     "bias_gelu": Op("bias_gelu", "The MLP's bias and GELU."),
     "mlp": Op(
         "mlp",
-        "The MLP: linear layers around bias_gelu; hopper, for sm_90, has GELU in the matmuls.",
-        choices=("eager", "hopper"),
+        "The MLP; hopper, for sm_90, and cublaslt have GELU in the matmuls.",
+        choices=("eager", "hopper", "cublaslt"),
     ),
     "linear_cross_entropy": Op("linear_cross_entropy", "The head and the loss."),
     "cross_entropy": Op("cross_entropy", "The loss alone, of logits.", flag=False),

@@ -4,20 +4,23 @@
     dz = (dy W2) * gelu'(z + b1)               db1 = the sum of dz's rows
     dx = dz W1        dW1 = dz^T x             dW2 = dy^T h         db2 = the sum of dy's rows
 
-By default this is `linear`, `bias_gelu` and `linear`. mlp_hopper.py computes z with h, and dz with
-db1, in one kernel each, so that no pass over (M, H) is left besides the matmuls. All others are
-cuBLAS's in both. Both save z and h. Weight gradients are fp32 sums, as in linear.py.
+By default this is `linear`, `bias_gelu` and `linear`. mlp_hopper.py and mlp_cublaslt.py compute z
+with h, and dz with db1, in one kernel each, so that no pass over (M, H) is left besides the
+matmuls. The other matmuls are cuBLAS's. All save z and h, and sum weight gradients in fp32.
 """
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.nn import functional as F
 
-from fastgpt_kernels import launch, reference
+from fastgpt_kernels import launch, mlp_cublaslt, reference
 from fastgpt_kernels.bias_gelu import bias_gelu
 from fastgpt_kernels.checks import check_tensor
 from fastgpt_kernels.library import define_op, matmul_flops, refuse_second_derivative, tensors_only
@@ -30,78 +33,90 @@ from fastgpt_kernels.registry import (
     Random,
     Sizes,
     gluon_unsupported,
+    triton_unsupported,
 )
 
-TILE_ROWS = 128  # of the kernels; cuBLAS has tiles for fewer
-ALIGNMENT = 8  # elements of 16 bits that TMA addresses: both widths are multiples
+TILE_ROWS = 128  # of the kernels for Hopper; cuBLAS has tiles for fewer
+ALIGNMENT = 8  # elements of 16 bits: of both widths for TMA, and of cuBLASLt's AUX
 
 # --- Registration of the fused halves ---------------------------------------------------------
 
-# Gluon is imported where a call needs it: it refuses where kernels are interpreted. The ops' second
-# argument has the shape of a matmul's right factor, by which a trace knows their FLOPs. Without
-# TMA, and for fewer rows than a tile has, they are a matmul and bias_gelu.
+# An implementation is a module mlp_NAME with `forward` and `backward`, which is loaded where a call
+# needs it: Gluon refuses to be imported where kernels are interpreted. The ops' second argument has
+# the shape of a matmul's right factor, by which a trace knows their FLOPs.
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
-    """Returns z and h: x (M, C), weight W1^T (C, H), bias (H,)."""
-    if not _hopper_applies(x, weight, tanh):
+def _define(name: str, takes: Callable[[Tensor], bool]) -> tuple[OpOverload, OpOverload]:
+    """Registers mlp_NAME's forward and backward pass, both with GELU by tanh.
+
+    For rows that it does not take they are a matmul and bias_gelu.
+    """
+
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns z and h: x (M, C), weight W1^T (C, H), bias (H,)."""
+        if takes(x):
+            return load().forward(x, weight.t(), bias)
         z = x @ weight
-        return z, torch.ops.fastgpt.bias_gelu(z, bias, tanh)
-    from fastgpt_kernels import mlp_hopper
+        return z, torch.ops.fastgpt.bias_gelu(z, bias, True)
 
-    return mlp_hopper.forward(x, weight.t(), bias)
+    def backward(
+        dy: Tensor, weight: Tensor, z: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns dz and db1, empty without a bias: dy (M, C), weight W2 (C, H), z (M, H)."""
+        if takes(dy):
+            return tensors_only(*load().backward(dy, weight, z, bias))
+        return torch.ops.fastgpt.bias_gelu_backward(dy @ weight, z, bias, True)
+
+    def load() -> Any:
+        return importlib.import_module(f"fastgpt_kernels.mlp_{name}")
+
+    def flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+        return matmul_flops(x, weight, 1)
+
+    return (
+        define_op(f"mlp_{name}", forward, _fake_forward, flops=flops),
+        define_op(f"mlp_{name}_backward", backward, _fake_backward, flops=flops),
+    )
 
 
-def _backward(
-    dy: Tensor, weight: Tensor, z: Tensor, bias: Tensor | None, tanh: bool
-) -> tuple[Tensor, Tensor]:
-    """Returns dz and db1, empty without a bias: dy (M, C), weight W2 (C, H), z (M, H)."""
-    if not _hopper_applies(dy, weight, tanh):
-        return torch.ops.fastgpt.bias_gelu_backward(dy @ weight, z, bias, tanh)
-    from fastgpt_kernels import mlp_hopper
-
-    return tensors_only(*mlp_hopper.backward(dy, weight, z, bias))  # type: ignore[return-value]
-
-
-def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool) -> Any:
+def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
     z = x.new_empty(x.shape[0], weight.shape[1])
     return z, torch.empty_like(z)
 
 
-def _fake_backward(dy: Tensor, weight: Tensor, z: Tensor, bias: Tensor | None, tanh: bool) -> Any:
+def _fake_backward(dy: Tensor, weight: Tensor, z: Tensor, bias: Tensor | None) -> Any:
     return tensors_only(torch.empty_like(z), None if bias is None else torch.empty_like(bias))
 
 
-def _hopper_applies(x: Tensor, weight: Tensor, tanh: bool) -> bool:
-    """Returns True if the kernels for Hopper take x (M, K) and weight (K, N)."""
+def _hopper_takes(x: Tensor) -> bool:
     reason = gluon_unsupported(Sizes(), x.dtype, launch.arch_of(x))
-    aligned = not any(n % ALIGNMENT for n in weight.shape)
-    return reason is None and tanh and aligned and x.shape[0] >= TILE_ROWS
+    return reason is None and x.shape[0] >= TILE_ROWS
 
 
-_forward_op = define_op(
-    "mlp_hopper", _forward, _fake_forward,
-    flops=lambda x, weight, *_, **__: matmul_flops(x, weight, 1),
-)  # fmt: skip
-_backward_op = define_op(
-    "mlp_hopper_backward", _backward, _fake_backward,
-    flops=lambda dy, weight, *_, **__: matmul_flops(dy, weight, 1),
-)  # fmt: skip
+def _cublaslt_takes(x: Tensor) -> bool:
+    reason = mlp_cublaslt.unsupported_reason(launch.arch_of(x))
+    return reason is None and not x.is_meta and x.shape[0] > 0
 
 
-class _HopperMLP(torch.autograd.Function):
+_OPS = {
+    "hopper": _define("hopper", _hopper_takes),
+    "cublaslt": _define("cublaslt", _cublaslt_takes),
+}
+
+
+class _FusedMLP(torch.autograd.Function):
     """y of rows x (M, C), with 16-bit copies of fp32 weights, which get the fp32 gradients."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor,
         proj_bias: Tensor | None, fc: Tensor, proj: Tensor,
-        fc_main_grad: Tensor | None, proj_main_grad: Tensor | None, tanh: bool,
+        fc_main_grad: Tensor | None, proj_main_grad: Tensor | None, name: str,
     ) -> Tensor:  # fmt: skip
-        z, h = _forward_op(x, fc.t(), fc_bias, tanh)
+        z, h = _OPS[name][0](x, fc.t(), fc_bias)
         ctx.save_for_backward(x, fc, fc_bias, z, h, proj)
         ctx.main_grads = fc_main_grad, proj_main_grad  # not saved: autograd would refuse changes
-        ctx.tanh = tanh
+        ctx.name = name
         return F.linear(h, proj, proj_bias)
 
     @staticmethod
@@ -109,7 +124,7 @@ class _HopperMLP(torch.autograd.Function):
         refuse_second_derivative("mlp")
         x, fc, fc_bias, z, h, proj = ctx.saved_tensors
         for_x, for_fc, for_fc_bias, for_proj, for_proj_bias, *rest = ctx.needs_input_grad
-        dz, fc_sums = _backward_op(dy, proj, z, fc_bias, ctx.tanh)
+        dz, fc_sums = _OPS[ctx.name][1](dy, proj, z, fc_bias)
         return (
             dz @ fc if for_x else None,
             weight_gradient(dz, x, ctx.main_grads[0]) if for_fc else None,
@@ -143,28 +158,43 @@ def mlp(
     return reference.mlp(x, fc_weight, fc_bias, proj_weight, proj_bias, approximate, **options)
 
 
-def hopper_mlp(
-    x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor,
-    proj_bias: Tensor | None = None, approximate: str = "tanh", **options: Any,
-) -> Tensor:  # fmt: skip
-    """Returns `mlp`, with its options, by the kernels for Hopper where they apply.
+def hopper_mlp(x: Tensor, *weights: Any, **options: Any) -> Tensor:
+    """Returns `mlp` of the same arguments, by the kernels for Hopper where they apply.
 
     They apply to x in bf16 and fp16, on sm_90, with fp32 weights whose dimensions are multiples of
-    8, and to at least as many rows as a tile has.
+    8, GELU by tanh, and at least as many rows as a tile has.
     """
+    return _fused_mlp("hopper", x, *weights, **options)
+
+
+def cublaslt_mlp(x: Tensor, *weights: Any, **options: Any) -> Tensor:
+    """Returns `mlp` of the same arguments, by cuBLASLt's epilogues where they apply.
+
+    They apply to x in bf16 and fp16, on NVIDIA GPUs, with fp32 weights whose dimensions are
+    multiples of 8, and GELU by tanh.
+    """
+    return _fused_mlp("cublaslt", x, *weights, **options)
+
+
+def _fused_mlp(
+    name: str, x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor,
+    proj_bias: Tensor | None = None, approximate: str = "tanh", **options: Any,
+) -> Tensor:  # fmt: skip
     _check(x, fc_weight, fc_bias, proj_weight, proj_bias)
     weights = fc_weight, proj_weight
-    fp32 = all(weight.dtype == torch.float32 for weight in weights)
-    if not (launch.use_kernel(x) and x.dtype.itemsize == 2 and fp32):
+    fp32 = all(w.dtype == torch.float32 for w in weights)
+    aligned = not any(n % ALIGNMENT for w in weights for n in w.shape)
+    fits = x.dtype.itemsize == 2 and fp32 and aligned and approximate == "tanh"
+    if not (fits and launch.use_kernel(x)):
         return mlp(x, fc_weight, fc_bias, proj_weight, proj_bias, approximate, **options)
     copies = options.get("weights_bf16", (None, None))
     copies = [w.to(x.dtype) if c is None else c for w, c in zip(weights, copies, strict=True)]
-    y = _HopperMLP.apply(
+    y = _FusedMLP.apply(
         x.reshape(-1, x.shape[-1]), fc_weight, fc_bias, proj_weight,
         None if proj_bias is None else proj_bias.to(x.dtype),
-        *copies, *options.get("main_grads", (None, None)), approximate == "tanh",
+        *copies, *options.get("main_grads", (None, None)), name,
     )  # fmt: skip
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], proj_weight.shape[0])
 
 
 def _check(x, fc_weight, fc_bias, proj_weight, proj_bias) -> None:
@@ -183,11 +213,23 @@ def _check(x, fc_weight, fc_bias, proj_weight, proj_bias) -> None:
 
 def hopper_unsupported(s: Sizes, dtype: torch.dtype, arch: str) -> str | None:
     """Returns why the kernels for Hopper cannot run, or None if they can."""
+    return gluon_unsupported(s, dtype, arch) or _fused_unsupported("hopper", s, dtype)
+
+
+def cublaslt_unsupported(s: Sizes, dtype: torch.dtype, arch: str) -> str | None:
+    """Returns why cuBLASLt's epilogues cannot run, or None if they can."""
+    reason = triton_unsupported(s, dtype, arch) or mlp_cublaslt.unsupported_reason(arch)
+    return reason or _fused_unsupported("cublaslt", s, dtype)
+
+
+def _fused_unsupported(name: str, s: Sizes, dtype: torch.dtype) -> str | None:
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"{name} is for bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if s.gelu == "erf":
-        return "hopper has GELU by tanh only: by erf it spills registers"
+        return f"{name} has GELU by tanh only"
     if s.n_embd % ALIGNMENT:
-        return f"hopper has widths divisible by {ALIGNMENT}, not {s.n_embd}"
-    return gluon_unsupported(s, dtype, arch)
+        return f"{name} has widths divisible by {ALIGNMENT}, not {s.n_embd}"
+    return None
 
 
 def _example_inputs(s: Sizes, random: Random) -> list[ExampleInputs]:
@@ -218,6 +260,7 @@ SPECS = {
         {
             "eager": Implementation(reference.mlp),
             "hopper": Implementation(hopper_mlp, hopper_unsupported),
+            "cublaslt": Implementation(cublaslt_mlp, cublaslt_unsupported),
         },
         _example_inputs, _cost,
         kernels=("mlp_hopper_fwd_kernel", "mlp_hopper_bwd_kernel"),
