@@ -88,16 +88,6 @@ def _introduce_to_inductor(op: OpOverload) -> None:
         make_fallback(op, warn=False)
 
 
-def plain_eager(*tensors: Tensor) -> bool:
-    """Returns True where nothing looks at ops: no compiler, mode, transform or tensor subclass."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
-    )
-
-
 def tensors_only(*results: Tensor | None) -> Any:
     """Returns results as a registered op must, which has no None: an empty tensor in its place."""
     like = next(x for x in results if x is not None)

@@ -25,7 +25,6 @@ from fastgpt_kernels.cross_entropy import (
     check_arguments,
     check_targets,
     launch_cross_entropy,
-    scaled,
     with_targets,
 )
 from fastgpt_kernels.library import define_op, matmul_flops
@@ -148,13 +147,18 @@ def _gradients(ctx: Any, dlosses: Tensor, *_: None) -> tuple[Tensor | None, Tens
         return _backward_op(dlosses, *ctx.saved_tensors, *ctx.options, *needs)
     scale = dlosses[:1].sum()  # all are the same number, and there may be none
     dx, dw = ctx.saved_tensors
-    dx = scaled(dx, scale, dx.dtype) if needs[0] else None
+    dx = _scaled(dx, scale, dx.dtype) if needs[0] else None
     if not needs[1]:
         return dx, None
     if ctx.main_grad is not None:
         accumulate_scaled(ctx.main_grad, dw, scale)
         return dx, None
-    return dx, scaled(dw, scale, ctx.dtype)
+    return dx, _scaled(dw, scale, ctx.dtype)
+
+
+def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns x * scale, rounded once. A 0-dim factor would be rounded to x's dtype first."""
+    return (x * scale.view(1)).to(dtype)
 
 
 def _fake(x: Tensor, weight: Tensor, dtype: torch.dtype, *needs: bool) -> tuple[Tensor, Tensor]:

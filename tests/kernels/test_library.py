@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgpt_kernels import launch, library
-from fastgpt_kernels.library import define_op, plain_eager
+from fastgpt_kernels.library import define_op
 
 
 def _scale(x: Tensor, factor: float) -> tuple[Tensor, Tensor]:
@@ -129,16 +129,3 @@ def test_transforms_of_functions() -> None:
     with pytest.raises(RuntimeError, match="^test_scale: torch.func does not work here"):
         torch.func.grad(lambda x: scale(x, 2.0)[0].sum())(x)
     assert torch.equal(torch.vmap(lambda x: scale(x, 2.0)[0])(x), 2 * x)
-
-
-def test_plain_eager_is_where_nothing_looks_at_ops() -> None:
-    x, seen = torch.randn(3, 4), []
-    assert plain_eager(x, torch.nn.Parameter(x))
-    with FlopCounterMode(display=False):
-        seen.append(plain_eager(x))
-    with FakeTensorMode() as mode:
-        seen.append(plain_eager(x))
-    seen.append(plain_eager(mode.from_tensor(x)))
-    torch.vmap(lambda x: seen.append(plain_eager(x)) or x)(x)
-    torch.compile(lambda x: seen.append(plain_eager(x)) or x, backend="eager")(x)
-    assert seen == [False] * 5
