@@ -101,7 +101,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    batch_size: Size = flag(12, "Sequences per micro-batch; auto: the largest that fits.")
+    batch_size: Size = flag(12, "Sequences per micro-batch; auto: the fastest that fits.")
     auto_batch_size: bool = flag(False, "Set by --batch_size=auto.")
     gradient_accumulation_steps: Size = flag(40, "Micro-batches per optimizer step, on all GPUs.")
     optimizer: Literal["adamw", "muon"] = flag("adamw", "muon: for the blocks' matrices only.")

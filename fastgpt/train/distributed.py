@@ -161,8 +161,6 @@ def check_launch(config: Config) -> None:
         raise UserError(
             "torchrun --max-restarts: a restart has to find its run; name it with --out_dir"
         )
-    if _number("WORLD_SIZE", 1) > 1 and config.optim.auto_batch_size:
-        raise UserError("--batch_size=auto: not with several ranks; give a number")
 
 
 def local_device(name: str) -> str:

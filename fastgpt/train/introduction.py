@@ -95,8 +95,8 @@ def dry_run(config: Config, name: str, machine: Machine, ranks: Ranks) -> None:
     changed, config = changes(config, name), as_trained(config)
     vocabulary = vocab_size(config)
     model, batch_size = build(config, vocabulary, machine), config.optim.batch_size
-    if config.optim.auto_batch_size:
-        batch_size = memory.fit_batch_size(model, config, machine)
+    if config.optim.auto_batch_size and machine.device.type == "cuda":
+        batch_size = memory.fastest_batch_size(model, config, machine, ranks)
     trainer = Trainer(model, config, machine, ranks, batch_size)
     try:
         check_data(PrepareConfig.of(config.data))

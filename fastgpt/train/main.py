@@ -116,7 +116,8 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
 
     batch_size = config.optim.batch_size
     if config.optim.auto_batch_size and not resuming:
-        batch_size = memory.fit_batch_size(model, config, machine)
+        with ranks.raise_on_all_ranks():
+            batch_size = memory.fastest_batch_size(model, config, machine, ranks)
     trainer = Trainer(model, config, machine, ranks, batch_size)
     # 4. The run's folder, its checkpoint, and the loop.
     with ExitStack() as stack:

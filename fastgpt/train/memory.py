@@ -1,4 +1,4 @@
-"""Memory of a training step by estimate, and the largest micro-batch that fits.
+"""Memory of a training step by estimate, and the fastest micro-batch that fits.
 
 For M tokens per micro-batch, width C, padded vocabulary V and e bytes per activation, the fused ops
 save for the backward pass
@@ -12,6 +12,10 @@ the norm's input in fp32, a copy of attention's output, and all logits.
 
 from __future__ import annotations
 
+import math
+import statistics
+import time
+
 import torch
 from torch import Tensor
 
@@ -19,6 +23,7 @@ from fastgpt.config.schema import Config
 from fastgpt.errors import UserError
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT
+from fastgpt.train.distributed import Ranks
 
 
 def estimate(model: GPT, batch_size: int, optimizer: str = "adamw") -> dict[str, int]:
@@ -66,57 +71,89 @@ def describe(expected: dict[str, int]) -> str:
     return f"{sum(expected.values()) / 2**30:.2f} GiB ({parts})"
 
 
-def fit_batch_size(model: GPT, config: Config, machine: Machine) -> int:
-    """Returns and prints the largest micro-batch that fits and splits a step's rows evenly.
+CANDIDATES, ROUNDS = 4, 3
+LIMIT_S = 30.0  # after which no other round begins
+MARGIN = 0.01  # of the highest speed, within which the largest size is taken
 
-    Candidates far above the estimate are skipped. The others run forward and backward, uncompiled,
-    beside tensors as large as the optimizer's moments. On a CPU the config's size is returned.
-    Raises UserError if not even one sequence fits.
+
+def fastest_batch_size(model: GPT, config: Config, machine: Machine, ranks: Ranks) -> int:
+    """Returns the fastest micro-batch of those that fit and split a rank's rows evenly.
+
+    The largest that fits is timed against smaller ones, each at most 2/3 of the one before, in
+    turns, uncompiled, beside tensors as large as the optimizer's moments. The slowest rank counts.
+    On other devices than GPUs the config's size is the largest. Prints a line per size. Raises
+    UserError if not even one sequence fits.
     """
-    o, device = config.optim, machine.device
+    rows, block_size = config.optim.rows // ranks.size, config.model.block_size
+    on_gpu, free = machine.device.type == "cuda", _free(machine.device)
+
+    def seconds(size: int, steps: int) -> float:
+        expected = estimate(model, size, config.optim.optimizer)
+        far_above = sum(expected.values()) - expected["weights"] > 1.3 * free
+        return max(ranks.gather(math.inf if far_above else _seconds(model, machine, size, steps)))
+
+    most = rows if on_gpu else min(rows, config.optim.batch_size)
+    sizes = [size for size in range(most, 0, -1) if rows % size == 0]
+    fitting = next((i for i, size in enumerate(sizes) if seconds(size, 1) < math.inf), None)
+    if fitting is None:
+        raise UserError(
+            f"--batch_size=auto: not one sequence of --block_size={block_size} fits the "
+            f"{free / 2**30:.1f} GiB that are free; {_ways_out(config, 1)}"
+        )
+    times: dict[int, list[float]] = {sizes[fitting]: []}  # seconds per row
+    for size in sizes:
+        if 3 * size <= 2 * min(times) and len(times) < CANDIDATES:
+            times[size] = []
+    spent = 0.0
+    for i in range(ROUNDS):
+        for size in [*times] if i % 2 else [*times][::-1]:
+            steps = max(times) // size
+            took = seconds(size, steps)
+            times[size].append(took / (steps * size))
+            spent += took
+        if spent > LIMIT_S:
+            break
+    speed = {size: ranks.size * block_size / statistics.median(t) for size, t in times.items()}
+    best = next(size for size in speed if speed[size] >= (1 - MARGIN) * max(speed.values()))
+    for size in speed:
+        chosen = ", chosen" if size == best else ""
+        print(f"batch_size {size} x {rows // size}: {speed[size]:,.0f} tokens/s{chosen}")
+    return best
+
+
+def _free(device: torch.device) -> float:
+    """Returns the bytes free in the driver and in PyTorch's cache; infinity without a GPU."""
     if device.type != "cuda":
-        print(f"batch_size {o.batch_size}: as configured, for a search needs a GPU's memory")
-        return o.batch_size
-    free = _free(device)
-    for size in range(o.rows, 0, -1):
-        if o.rows % size:
-            continue
-        expected = estimate(model, size, o.optimizer)
-        new = sum(expected.values()) - expected["weights"]
-        if new <= 1.3 * free and _fits(model, machine, size):
-            print(
-                f"batch_size {size} x {o.rows // size} micro-batches: the largest that fits "
-                f"{free / 2**30:.1f} GiB free"
-            )
-            return size
-    raise UserError(
-        f"--batch_size=auto: not one sequence of --block_size={config.model.block_size} fits the "
-        f"{free / 2**30:.1f} GiB that are free; {_ways_out(config, 1)}"
-    )
-
-
-def _free(device: torch.device) -> int:
-    """Returns the bytes free in the driver and in PyTorch's cache of this process."""
+        return math.inf
     driver, _ = torch.cuda.mem_get_info(device)
     return driver + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def _fits(model: GPT, machine: Machine, batch_size: int) -> bool:
-    size = (batch_size, model.shape.block_size + 1)
-    tokens = torch.randint(model.shape.vocab_size, size, device=machine.device)
-    moments: list[Tensor] = []
-    try:
-        moments += [torch.empty(2, *p.shape, device=p.device) for p in model.parameters()]
-        for _ in range(2):  # the second one has gradients to add to
-            model(tokens[:, :-1], tokens[:, 1:]).backward()
-        machine.synchronize()
-        return True
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        model.zero_grad(set_to_none=True)
-        moments.clear()
-        torch.cuda.empty_cache()
+def _seconds(model: GPT, machine: Machine, batch_size: int, steps: int) -> float:
+    """Returns the time of micro-steps after one that is not timed; infinity if they do not fit.
+
+    Weights, gradients and generators are afterwards as before.
+    """
+    device, size = machine.device, (batch_size, model.shape.block_size + 1)
+    moments, began = list[Tensor](), 0.0
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            tokens = torch.randint(model.shape.vocab_size, size, device=device)
+            moments += [torch.empty(2, *p.shape, device=p.device) for p in model.parameters()]
+            for step in range(1 + steps):  # from the second on there are gradients to add to
+                if step == 1:
+                    machine.synchronize()
+                    began = time.perf_counter()
+                model(tokens[:, :-1], tokens[:, 1:]).backward()
+            machine.synchronize()
+            return time.perf_counter() - began
+        except torch.OutOfMemoryError:
+            return math.inf
+        finally:
+            model.zero_grad(set_to_none=True)
+            moments.clear()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
 def _ways_out(config: Config, batch_size: int) -> str:

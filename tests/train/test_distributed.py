@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from fastgpt.config.schema import Config, OptimConfig
 from fastgpt.errors import UserError
-from fastgpt.train.distributed import Ranks, check_launch, launcher
+from fastgpt.train.distributed import Ranks, join, launcher
 from tests import runs
 from tests.process import Command, fastgpt
 
@@ -356,11 +356,19 @@ def test_a_restart_is_no_consent(home: Path):
     assert {p: p.read_bytes() for p in (home / "one").rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow
+def test_ranks_choose_one_batch_size(home: Path):
+    args = (*TINY, "--input=text.txt", "--out_dir=auto", "--max_iters=2")
+    job = train(home, 2, *args, "--batch_size=auto")
+    (chosen,) = (x.split()[1] for x in job.output.splitlines() if x.endswith(", chosen"))
+    assert f"batch_size = {chosen}\n" in (home / "auto" / "config.toml").read_text()
+
+
 @pytest.mark.parametrize("text", ["x", "-1", "1e3", "9" * 5000, ""])
 def test_numbers_of_torchrun_that_are_none(text: str, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", text)
-    with pytest.raises(UserError, match="WORLD_SIZE="):
-        check_launch(Config())
+    with pytest.raises(UserError, match="WORLD_SIZE="), join(Config(), torch.device("cpu")):
+        pass
 
 
 def test_a_launcher_is_one_process(monkeypatch):

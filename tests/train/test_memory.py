@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from fastgpt.model.build import build
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.train import memory
+from fastgpt.train.distributed import Ranks
 from fastgpt.train.trainer import Trainer
 from tests.fakes import FakeTensorMode, fake_model, fused_table
 
@@ -127,31 +130,95 @@ def test_auto_batch_size_is_a_flag_that_leaves_the_global_batch():
         settings.apply_flags(gpt2(), {"batch_size": "all"})
 
 
-def test_auto_batch_size_on_a_cpu_stays_and_says_why(capsys):
-    model, config = tiny(batch_size=3, gradient_accumulation_steps=4)
-    assert memory.fit_batch_size(model, config, CPU) == 3
-    assert "needs a GPU" in capsys.readouterr().out
+class TwoRanks(Ranks):
+    """Rank 0 of two; on the other one everything takes as long, and `slow` sizes twice as long."""
+
+    def __init__(self):
+        super().__init__(0, 2)
+
+    def gather(self, value):
+        return [value, 2 * value]
 
 
-@pytest.mark.parametrize(("room", "size"), [(12, 12), (5, 4), (1, 1), (0, None)])
-def test_the_largest_micro_batch_that_runs_is_taken(room, size, monkeypatch, capsys):
-    """The search alone: a device on which more than `room` sequences run out of memory."""
-    model, config = tiny(batch_size=2, gradient_accumulation_steps=6)
-    tried = []
+def pretend(monkeypatch, room: int, speeds: dict[int, float]) -> list[int]:
+    """A device on which more than `room` sequences do not fit; returns the sizes that were run.
+
+    speeds: thousand tokens per second by size, 100 for all others
+    """
+    tried: list[int] = []
+
+    def seconds(model, machine, size, steps):
+        tried.append(size)
+        tokens = steps * size * model.shape.block_size
+        return tokens / speeds.get(size, 100) / 1000 if size <= room else math.inf
+
     monkeypatch.setattr(memory, "_free", lambda device: 1 << 40)
-    monkeypatch.setattr(memory, "_fits", lambda model, machine, n: tried.append(n) or n <= room)
-    if size is None:
-        wrong = "not one sequence of --block_size=64 .*--activation_checkpointing=True"
-        with pytest.raises(UserError, match=wrong):
-            memory.fit_batch_size(model, config, GPU)
-        assert tried == [12, 6, 4, 3, 2, 1], "micro-batches of one size"
-        return
-    assert memory.fit_batch_size(model, config, GPU) == size
-    assert f"batch_size {size} x {12 // size}" in capsys.readouterr().out
-    t = Trainer(model, config, CPU, batch_size=size)
-    assert t.micro_batch == size
+    monkeypatch.setattr(memory, "_seconds", seconds)
+    return tried
+
+
+@pytest.mark.parametrize(
+    ("device", "room", "speeds", "wanted"),
+    [
+        (GPU, 12, {}, 12),  # of equals the largest
+        (GPU, 12, {4: 100.9}, 12),
+        (GPU, 12, {4: 102, 2: 101}, 4),
+        (GPU, 12, {3: 200}, 12),  # more than 2/3 of 4, which is timed
+        (GPU, 5, {4: 50, 2: 60, 1: 55}, 2),
+        (GPU, 1, {}, 1),
+        (CPU, 12, {12: 900, 6: 900}, 3),  # at most the config's
+        (CPU, 12, {1: 101.5}, 1),
+    ],
+)
+def test_the_fastest_micro_batch_that_fits_is_taken(
+    device, room, speeds, wanted, monkeypatch, capsys
+):
+    model, config = tiny(batch_size=3, gradient_accumulation_steps=4)
+    tried = pretend(monkeypatch, room, speeds)
+    assert memory.fastest_batch_size(model, config, device, Ranks()) == wanted
+    lines = capsys.readouterr().out.splitlines()
+    sizes = {12: [12, 6, 4, 2], 5: [4, 2, 1], 1: [1]}[room] if device is GPU else [3, 2, 1]
+    assert [int(line.split()[1]) for line in lines] == sizes
+    (chosen,) = (line for line in lines if line.endswith(", chosen"))
+    speed = 1000 * speeds.get(wanted, 100)
+    assert chosen == f"batch_size {wanted} x {12 // wanted}: {speed:,.0f} tokens/s, chosen"
+    assert tried[-3 * len(sizes) :] == [*sizes[::-1], *sizes, *sizes[::-1]], "in turns"
+    t = Trainer(model, config, CPU, batch_size=wanted)
     o = t.resolved.optim
-    assert (o.batch_size, o.gradient_accumulation_steps) == (size, 12 // size)
+    assert (o.batch_size, o.gradient_accumulation_steps) == (wanted, 12 // wanted)
+
+
+def test_the_slowest_rank_counts(monkeypatch, capsys):
+    model, config = tiny(batch_size=3, gradient_accumulation_steps=4)
+    pretend(monkeypatch, 12, {3: 103})
+    assert memory.fastest_batch_size(model, config, GPU, TwoRanks()) == 3
+    assert "batch_size 3 x 2: 103,000 tokens/s, chosen" in capsys.readouterr().out.splitlines()
+
+
+def test_one_round_is_enough_where_it_takes_long(monkeypatch):
+    model, config = tiny(batch_size=3, gradient_accumulation_steps=4)
+    tried = pretend(monkeypatch, 12, dict.fromkeys(range(13), 0.01))
+    memory.fastest_batch_size(model, config, GPU, Ranks())
+    assert tried == [12, 2, 4, 6, 12]
+
+
+def test_not_one_sequence_fits(monkeypatch):
+    model, config = tiny(batch_size=2, gradient_accumulation_steps=6)
+    tried = pretend(monkeypatch, 0, {})
+    wrong = "not one sequence of --block_size=64 .*--activation_checkpointing=True"
+    with pytest.raises(UserError, match=wrong):
+        memory.fastest_batch_size(model, config, GPU, Ranks())
+    assert tried == [12, 6, 4, 3, 2, 1], "micro-batches of one size"
+
+
+def test_timing_leaves_everything_as_it_was():
+    """Weights, gradients and the random generator, on which exact resume depends."""
+    model, config = tiny(batch_size=2, gradient_accumulation_steps=2, dropout=0.1)
+    before, state = [p.clone() for p in model.parameters()], torch.get_rng_state()
+    assert memory.fastest_batch_size(model, config, CPU, Ranks()) in (1, 2)
+    assert all(map(torch.equal, before, model.parameters()))
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_out_of_memory_names_what_was_tried_and_what_helps():
@@ -184,5 +251,5 @@ def test_estimate_against_the_real_peak(checkpointing):
 def test_auto_batch_size_on_a_gpu_runs_and_keeps_the_rows():
     config = tiny(batch_size=2, gradient_accumulation_steps=6)[1]
     model = build(config, 61, GPU)
-    assert memory.fit_batch_size(model, config, GPU) == 12
+    assert memory.fastest_batch_size(model, config, GPU, Ranks()) in (12, 6, 4, 2)
     assert all(p.grad is None for p in model.parameters())
