@@ -1,4 +1,4 @@
-"""A check of the compiled kernels, for GPUs that need not be here.
+"""Check of the compiled kernels, for GPUs that need not be present.
 
     python -m fastgpt_kernels.compile_check [--all] [--op NAME ...] [--triton DIR]
 
@@ -11,19 +11,17 @@ Without --all: training and evaluation of every preset for sm_90, and of gpt2 fo
 from __future__ import annotations
 
 import argparse
-import multiprocessing
+import copyreg
+import importlib
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,7 +33,9 @@ from triton.runtime.driver import driver
 
 from fastgpt_kernels import OPS
 from fastgpt_kernels.launch import pretend
+from fastgpt_kernels.progress import progress
 from fastgpt_kernels.registry import ExampleInputs, OpSpec, Sizes, spec
+from fastgpt_kernels.worker import ask_all
 
 # The sizes of fastgpt's presets as they train. A test compares them with fastgpt's own.
 PRESETS = {
@@ -47,6 +47,7 @@ PRESETS = {
     "shakespeare_char": Sizes(64, 256, 6, 384, 65, 128, dropout=0.2, bias=False, gelu="erf"),
     "laptop": Sizes(12, 64, 4, 128, 65, 128, bias=False, gelu="erf"),
 }
+LIMIT_S = 120.0  # per launch
 # KB of shared memory that a program may have. Source: CUDA C++ Programming Guide, "Technical
 # Specifications per Compute Capability".
 SHARED_KB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
@@ -57,7 +58,7 @@ SHARED_KB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel as an op launches it: the arguments of `triton.compile`, and who launched it."""
+    """One kernel as an op launches it: the arguments of `triton.compile`, the op and its sizes."""
 
     source: Any
     target: GPUTarget
@@ -78,15 +79,21 @@ class Launch:
         return f"{self.arch} {self.op}, {self.preset}: {self.source.fn.__name__}({text})"
 
 
+def _kernel(module: str, name: str) -> Any:
+    """Returns a kernel, which is sent to a worker by its name."""
+    return getattr(importlib.import_module(module), name)
+
+
 @contextmanager
 def recording(arch: str) -> Iterator[list[Launch]]:
-    """Appends each new kind of launch on meta tensors to a list; nothing is compiled.
+    """Appends each new kind of launch on meta tensors to a list, without compiling it.
 
-    Triton's own JIT binds the arguments, for a driver whose device is `arch`: nothing else runs.
+    Triton's own JIT binds the arguments, for a driver whose device is `arch`.
     """
     found, kernels, target = list[Launch](), list[Any](), GPUTarget("cuda", int(arch[3:]), 32)
 
     def compile_later(source: Any, target: GPUTarget, options: Mapping[str, Any]) -> Any:
+        copyreg.pickle(type(source.fn), lambda fn: (_kernel, (fn.module, fn.__name__)))
         found.append(Launch(source, target, options))
         kernels.append(source.fn)
         return mock.Mock()  # a compiled kernel that launches nothing
@@ -122,13 +129,9 @@ def record(arch: str, ops: Sequence[OpSpec], presets: Mapping[str, Sizes]) -> li
 
 def run(function: Callable[..., Any], example: ExampleInputs) -> None:
     """Makes one call with bf16 activations, forward and, if a run differentiates it, backward."""
-    inputs = [None if x is None else x.bfloat16() for x in example.inputs]
-    for i in example.fp32_inputs:
-        inputs[i] = example.inputs[i]
-    inputs = [None if x is None else x.detach().requires_grad_(example.gradients) for x in inputs]
-    out = example.call(function, inputs)
-    outs = out if isinstance(out, tuple) else (out,)
-    for n in {len(outs), 1} if example.gradients else ():  # the last norm's stream is not read
+    example = example.rounded(torch.bfloat16)
+    outs = example.outputs(function, example.leaves())
+    for n in {len(outs), 1} if example.gradients else ():  # nothing reads the last norm's stream
         grads = [torch.empty_like(o) for o in outs[:n]]
         torch.autograd.backward(outs[:n], grads, retain_graph=True)
 
@@ -163,8 +166,8 @@ def problems(sass: str) -> list[str]:
 def _serialised(code: Sequence[tuple[int, str, str]], branches: Mapping[int, int]) -> int:
     """Counts wgmma that add to the sum of the one before, after a wait for all in flight.
 
-    Such a chain needs no wait. ptxas inserts one if it cannot prove that nothing else touches the
-    registers of the sum meanwhile (its warning C7515).
+    Such a chain needs no wait. ptxas inserts one if it cannot prove that no other instruction
+    touches the registers of the sum meanwhile (its warning C7515).
     """
     count, last, waited = 0, "", False
     for at, op, rest in code:
@@ -182,7 +185,7 @@ def _serialised(code: Sequence[tuple[int, str, str]], branches: Mapping[int, int
 def _narrow(code: Sequence[tuple[int, str, str]], branches: Mapping[int, int]) -> int:
     """Counts loads and stores of at most 16 bits in loops, and all of them if most are such.
 
-    Outside of loops a few are scalars; a kernel without loops that lost its vectors has many.
+    Outside of loops a few are scalars. A kernel without loops that lost its vectors has many.
     """
     loops = [(target, at) for at, target in branches.items() if target < at]
     accesses = [(at, op) for at, op, _ in code if _GLOBAL.match(op)]
@@ -217,62 +220,11 @@ class Result:
     problems: Sequence[str]
 
 
-def check_all(
-    launches: Sequence[Launch], jobs: int = 2, timeout: int = 120
-) -> Iterator[Result | None]:
-    """Yields the launches' results as they come, and None at least once a second.
-
-    Each launch has a process of its own, so that a compiler that hangs or crashes fails only that.
-    """
-    context = multiprocessing.get_context("fork")  # recorded launches cannot be pickled
-    todo, running = list(reversed(launches)), dict[Any, Any]()
-    try:
-        while todo or running:
-            while todo and len(running) < jobs:
-                receiver, sender = context.Pipe(duplex=False)
-                launch = todo.pop()
-                process = context.Process(target=_child, args=(launch, timeout, sender))
-                process.start()
-                sender.close()
-                running[receiver] = launch, process
-            for receiver in wait(running, timeout=1):  # type: ignore[assignment]
-                launch, process = running.pop(receiver)
-                try:
-                    found = receiver.recv()
-                except EOFError:
-                    process.join()
-                    late = process.exitcode == -signal.SIGALRM
-                    found = 0, 0, [f"took over {timeout} s" if late else "crashed the compiler"]
-                _end(process)
-                yield Result(launch, *found)
-            yield None
-    finally:
-        for _, process in running.values():
-            _end(process)
-
-
-def _child(launch: Launch, timeout: int, sender: Any) -> None:
-    os.setpgrp()  # `_end` ends ptxas too
-    signal.alarm(timeout)  # ends the process, even inside of the compiler's C++
-    try:
-        sender.send(check(launch))
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-        line = next((line for line in lines if "error" in line), lines[-1])
-        sender.send((0, 0, [f"does not compile: {type(error).__name__}: {line}"]))
-
-
-def _end(process: Any) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.join()
-
-
 # --- The command ------------------------------------------------------------------------------
 
 
 def chosen_presets(arch: str, everything: bool) -> Mapping[str, Sizes]:
-    """Returns the presets as they train, or everything: with and without biases and dropout."""
+    """Returns the presets as they train, or all with and without biases and dropout."""
     if not everything:
         return PRESETS if arch == "sm_90" else {"gpt2": PRESETS["gpt2"]}
     return {
@@ -300,22 +252,22 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def report(launches: Sequence[Launch], jobs: int, timeout: int) -> int:
-    """Checks the launches; prints the progress, each failure and the table."""
-    results, began, said, terminal = list[Result](), time.monotonic(), 0.0, sys.stdout.isatty()
-    erase = "\r\x1b[K" if terminal else ""
-    for result in check_all(launches, jobs, timeout):
-        if result is not None:
-            results.append(result)
-            for problem in result.problems:
-                print(f"{erase}{result.launch}: {problem}", flush=True)
-        seconds = time.monotonic() - began
-        if terminal or seconds > said + 10:
-            said, left = seconds, seconds / max(len(results), 1) * (len(launches) - len(results))
-            progress = f"{erase}{len(results)} of {len(launches)} launches, {left:.0f} s left"
-            print(progress, end="" if terminal else "\n", flush=True)
-    failed, seconds = sum(bool(r.problems) for r in results), time.monotonic() - began
-    print(f"{erase}{table(results)}\nregisters per thread, shared memory per program: the most")
+def report(launches: Sequence[Launch], check: Callable[[Launch], Any] = check) -> int:
+    """Checks the launches in child processes; prints the progress, each failure and the table."""
+    results = list[Result]()
+
+    def say(line: str) -> None:
+        print(f"{line}, {len(results)} of {len(launches)} launches", flush=True)
+
+    with progress("compiling", say) as elapsed:
+        jobs = min(len(os.sched_getaffinity(0)), 8)
+        for launch, found in zip(launches, ask_all(check, launches, LIMIT_S, jobs), strict=True):
+            results.append(Result(launch, *((0, 0, [found]) if isinstance(found, str) else found)))
+            for problem in results[-1].problems:
+                print(f"{launch}: {problem}", flush=True)
+        seconds = elapsed()
+    failed = sum(bool(r.problems) for r in results)
+    print(f"{table(results)}\nregisters per thread, shared memory per program: the most")
     print(f"{len(results)} launches, {failed} fail, Triton {triton.__version__}, {seconds:.0f} s")
     return 1 if failed or not results else 0
 
@@ -328,8 +280,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--all", action="store_true", help="every preset, with and without biases and dropout")
     add("--op", nargs="+", choices=OPS, default=[*OPS], metavar="NAME", help="only these ops")
     add("--triton", metavar="DIR", help="another Triton: pip install --target DIR triton==3.6.0")
-    add("--jobs", type=int, default=2, help="launches that compile at the same time")
-    add("--timeout", type=int, default=120, help="seconds for one launch")
     args = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("unset TRITON_INTERPRET: interpreted kernels have no machine code")
@@ -340,11 +290,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = [sys.executable, "-m", "fastgpt_kernels.compile_check"]
         command += sys.argv[1:] if arguments is None else arguments
         return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
-    torch.set_num_threads(1)  # a process without threads can be forked
     ops = [spec(name) for name in args.op]
     launches = [x for a in SHARED_KB for x in record(a, ops, chosen_presets(a, args.all))]
-    return report(launches, args.jobs, args.timeout)
+    return report(launches)
 
 
 if __name__ == "__main__":
+    from fastgpt_kernels.compile_check import main  # whose functions a worker finds by name
+
     sys.exit(main())

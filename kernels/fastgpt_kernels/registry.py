@@ -69,6 +69,22 @@ class ExampleInputs:
         named = dict(zip(self.keywords, inputs[positional:], strict=True))
         return function(*inputs[:positional], **named, **self.arguments)
 
+    def outputs(self, function: Callable[..., Any], inputs: Sequence[Any]) -> list[Tensor]:
+        """Returns the results of `call` as a list."""
+        results = self.call(function, inputs)
+        return list(results) if isinstance(results, tuple) else [results]
+
+    def leaves(self) -> list[Any]:
+        """Returns copies of the inputs, which require gradients if the call is differentiated."""
+        inputs = [None if x is None else x.detach().clone() for x in self.inputs]
+        return [None if x is None else x.requires_grad_(self.gradients) for x in inputs]
+
+    def rounded(self, dtype: torch.dtype) -> ExampleInputs:
+        """Returns the same call with inputs in `dtype`, except for those that stay fp32."""
+        kept = self.fp32_inputs
+        inputs = [x if x is None or i in kept else x.to(dtype) for i, x in enumerate(self.inputs)]
+        return replace(self, inputs=inputs)
+
     def without_dropout(self) -> ExampleInputs:
         """Returns the same call without dropout, for implementations that draw their own mask."""
         kept = {k: v for k, v in self.arguments.items() if k not in ("dropout_p", "seed")}
@@ -94,15 +110,13 @@ def normal(device: torch.device, seed: int = 0) -> Random:
 
 def differentiate(function: Callable[..., Any], example: ExampleInputs) -> list[Tensor]:
     """Returns results and gradients in fp32; fixed random numbers weigh the results."""
-    leaves = [
-        None if x is None else x.clone().requires_grad_(example.gradients) for x in example.inputs
-    ]
-    out = example.call(function, leaves)
-    outs = list(out) if isinstance(out, tuple) else [out]
+    leaves = example.leaves()
+    outs = example.outputs(function, leaves)
     if example.gradients:
         weights = [normal(o.device, seed=1 + i)(*o.shape).to(o.dtype) for i, o in enumerate(outs)]
         # One number, for which autograd does not load torch.fx: that takes a second.
-        sum((o * w).float().sum() for o, w in zip(outs, weights, strict=True)).backward()
+        sums = [(o * w).float().sum() for o, w in zip(outs, weights, strict=True)]
+        torch.stack(sums).sum().backward()
     grads = [x.grad for x in leaves if x is not None and x.grad is not None]
     return [t.detach().float() for t in (*outs, *grads)]
 

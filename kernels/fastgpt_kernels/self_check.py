@@ -8,13 +8,10 @@ for this GPU, driver, PyTorch, Triton and these kernels, and not checked at the 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -24,7 +21,7 @@ from torch import Tensor
 from fastgpt_kernels import cache
 from fastgpt_kernels.progress import describe_error
 from fastgpt_kernels.registry import ExampleInputs, OpSpec, Sizes, differentiate, normal, spec
-from fastgpt_kernels.worker import TaskFailed, Worker
+from fastgpt_kernels.worker import ask_all
 
 LIMIT_S = 120.0  # per check, compilation included
 # Relative error (Frobenius norm) that rounding explains: inputs and results of 8, 11 and 24 bits.
@@ -76,12 +73,7 @@ class Check:
         found = op.example_inputs(sizes, normal(device))
         if not timed and not op.implementations[self.implementation].follows_seed:
             found = [example.without_dropout() for example in found]
-
-        def rounded(e: ExampleInputs) -> list[Any]:
-            kept = e.fp32_inputs
-            return [x if x is None or i in kept else x.to(dtype) for i, x in enumerate(e.inputs)]
-
-        return [replace(example, inputs=rounded(example)) for example in found]
+        return [example.rounded(dtype) for example in found]
 
 
 def few_rows(sizes: Sizes, tokens: int) -> Sizes:
@@ -107,6 +99,7 @@ def few_rows(sizes: Sizes, tokens: int) -> Sizes:
 def run(check: Check) -> str | None:
     """Returns why an implementation fails, or None if it agrees in every call."""
     check.adopt()
+    torch.set_float32_matmul_precision("highest")  # TF32 would put the reference itself off by 1e-3
     op = spec(check.op)
     return disagreement(op, op.implementations[check.implementation].function, check.examples())
 
@@ -117,7 +110,7 @@ def disagreement(
     """Returns how a function differs from the op's reference in fp32, or None if it agrees."""
     for example in examples:
         exact = [None if x is None else x.float() for x in example.inputs]
-        with _exact_matmuls(), torch.enable_grad():
+        with torch.enable_grad():
             want = differentiate(op.reference, replace(example, inputs=exact))
             try:
                 off = _error(differentiate(function, example), want)
@@ -126,17 +119,6 @@ def disagreement(
         if not off <= max(TOLERANCE.get(x.dtype, 1e-4) for x in example.inputs if x is not None):
             return f"is off by {off:.2g} here"
     return None
-
-
-@contextlib.contextmanager
-def _exact_matmuls() -> Iterator[None]:
-    """Multiplies fp32 in fp32: TF32 would put the yardstick itself off by 1e-3."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _error(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
@@ -148,14 +130,12 @@ def _error(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
 
 # --- Many checks ---------------------------------------------------------------------------------
 
-# Results in this process. A failure is not kept longer: memory that others had taken may be the
-# reason.
+# Results in this process. A failure is not kept longer, since its reason may be memory that other
+# processes had taken.
 _FOUND: dict[Check, str | None] = {}
 
 
-def failures(
-    checks: Sequence[Check], run: Callable[[Check], str | None] = run, limit_s: float = LIMIT_S
-) -> dict[Check, str]:
+def failures(checks: Sequence[Check]) -> dict[Check, str]:
     """Returns the reason of each check that fails; those that pass are kept for the next time."""
     if not checks:
         return {}
@@ -163,35 +143,9 @@ def failures(
     passed = cache.load("self_check", section)
     _FOUND.update({c: None for c in checks if c not in _FOUND and c.key in passed})
     waiting = [c for c in dict.fromkeys(checks) if c not in _FOUND]
-    _FOUND.update(zip(waiting, _in_children(waiting, run, limit_s), strict=True))
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    jobs = max(1, min(cores // 2, len(waiting), 8))  # compilation takes longer than the kernels
+    _FOUND.update(zip(waiting, ask_all(run, waiting, LIMIT_S, jobs), strict=True))
     if agreed := {c.key: True for c in waiting if not _FOUND[c]}:
         cache.keep("self_check", section, agreed)
     return {c: reason for c in checks if (reason := _FOUND[c])}
-
-
-def _in_children(
-    checks: Sequence[Check], run: Callable[[Check], str | None], limit_s: float
-) -> list[str | None]:
-    """Returns the results in order. Several processes at a time compile in parallel."""
-    here, workers = threading.local(), []
-
-    def ask(check: Check) -> str | None:
-        if not hasattr(here, "worker"):
-            here.worker = Worker(run, quiet=True)
-            workers.append(here.worker)
-        try:
-            reason = here.worker.ask(check, timeout=limit_s)
-        except TaskFailed as e:
-            reason = str(e)
-        if reason:  # after an illegal access a process cannot use the GPU any more
-            here.worker.close()
-        return reason
-
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    pool = ThreadPoolExecutor(max(1, min(cores // 2, len(checks), 8)))
-    try:
-        return list(pool.map(ask, checks))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for worker in workers:
-            worker.close()

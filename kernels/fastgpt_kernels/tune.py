@@ -194,14 +194,11 @@ def _step(check: Check, compile: bool) -> Callable[[], None]:
 
 def _call(function: Callable[..., Any], example: ExampleInputs) -> Callable[[], Any]:
     """Returns a function that makes one call, forward and backward."""
-    leaves = [
-        None if x is None else x.detach().requires_grad_(example.gradients) for x in example.inputs
-    ]
+    leaves = example.leaves()
     wanted = [x for x in leaves if x is not None]
 
     def forward() -> list[Tensor]:
-        out = example.call(function, leaves)
-        return list(out) if isinstance(out, tuple) else [out]
+        return example.outputs(function, leaves)
 
     if not example.gradients:
         return torch.no_grad()(forward)

@@ -1,29 +1,31 @@
-"""A process that answers one task after another, and is killed when one takes too long.
+"""Worker processes, each of which answers one task after another within a time limit.
 
-Kernels fault and compilers hang there in place of their owner. It ends with its owner, however that
-ended. Started as a script, so that it may have another `sys.path` than its owner.
+Kernels fault and compilers hang in a worker instead of in its owner. A worker ends with its owner,
+however that ended. It is started as a script, so it may have another `sys.path` than its owner.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
 
 class TaskFailed(Exception):
-    """A task that raised, took too long or ended its process; the message says which."""
+    """The failure of a task that raised, took too long or ended its process, as one line."""
 
 
 class Worker:
-    """`ask(*task)` returns `handle(*arguments, *task)` from a process of its own.
+    """A process in which `ask(*task)` calls `handle(*arguments, *task)`.
 
     The handle is pickled, so it is a function of a module. A quiet worker prints nothing.
     """
@@ -92,7 +94,42 @@ class Worker:
         assert process.stdin
         process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)  # a driver may keep it longer: nobody waits for that
+            process.wait(10)  # a driver may keep it longer
+
+
+def ask_all(
+    handle: Callable[[Any], Any], tasks: Sequence[Any], limit_s: float, jobs: int
+) -> Iterator[Any]:
+    """Yields the answer to each task in order, from several workers at a time.
+
+    A str is the reason of a failure. The worker's process is then replaced, since after an illegal
+    access it cannot use the GPU any more.
+    """
+    workers, idle = [Worker(handle, quiet=True) for _ in range(jobs)], queue.SimpleQueue[Worker]()
+    for worker in workers:
+        idle.put(worker)
+
+    def ask(task: Any) -> Any:
+        worker = idle.get()
+        try:
+            answer = worker.ask(task, timeout=limit_s)
+        except TaskFailed as e:
+            answer = str(e)
+        if isinstance(answer, str):
+            worker.close()
+        idle.put(worker)
+        return answer
+
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        yield from pool.map(ask, tasks)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.close()
+
+
+# --- In the process ---------------------------------------------------------------------------
 
 
 def serve(connection: Connection) -> None:
@@ -110,7 +147,7 @@ def serve(connection: Connection) -> None:
 def _attempt(function: Callable[..., Any], *arguments: Any) -> tuple[bool, Any]:
     try:
         return True, function(*arguments)
-    except Exception as e:  # whatever it is, it is the task's answer
+    except Exception as e:  # of any kind: it is the task's answer
         return False, f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[-1]}"
 
 

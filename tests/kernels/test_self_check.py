@@ -141,13 +141,21 @@ def check(name, **changes):
     return replace(Check("bias_gelu", name, "cpu", "float32", SMALL), **changes)
 
 
-def found(*names, limit_s=120.0):
-    wrong = failures([check(name) for name in names], faulty.run, limit_s)
-    return {c.implementation: reason for c, reason in wrong.items()}
+@pytest.fixture
+def found(monkeypatch):
+    """Returns the failures of checks by `faulty.run` in child processes."""
+
+    def found(*names, limit_s=120.0):
+        monkeypatch.setattr(self_check, "run", faulty.run)
+        monkeypatch.setattr(self_check, "LIMIT_S", limit_s)
+        wrong = failures([check(name) for name in names])
+        return {c.implementation: reason for c, reason in wrong.items()}
+
+    return found
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_or_dies_costs_one_check():
+def test_a_process_that_hangs_or_dies_costs_one_check(found):
     names = ("good", "off", "killed", "aborts", "loses the GPU", "prints", "also good")
     assert found(*names) == {
         "off": "is off by 0.01 here",
@@ -168,7 +176,7 @@ def test_the_kernels_pass_in_a_child():
     assert failures([Check(op, "triton", "cpu", "float32", SMALL) for op in names]) == {}
 
 
-def test_a_process_that_cannot_start(monkeypatch):
+def test_a_process_that_cannot_start(found, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     assert found("good") == {"good": "its process cannot start (No such file or directory)"}
     monkeypatch.setattr(sys, "executable", "/bin/false")
@@ -182,12 +190,12 @@ def start(monkeypatch):
     def start(*checks):
         asked = []
 
-        def in_children(checks, run, limit_s):
+        def ask_all(run, checks, limit_s, jobs):
             asked.extend(c.implementation for c in checks)
             return ["is off" if c.implementation == "off" else None for c in checks]
 
         monkeypatch.setattr(self_check, "_FOUND", {})
-        monkeypatch.setattr(self_check, "_in_children", in_children)
+        monkeypatch.setattr(self_check, "ask_all", ask_all)
         return [*failures(checks).values()], asked
 
     return start
