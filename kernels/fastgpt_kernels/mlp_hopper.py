@@ -36,9 +36,9 @@ from fastgpt_kernels.bias_gelu import form_of, gelu_and_slope
 from fastgpt_kernels.hopper import addressable, barrier, blocks, load
 from fastgpt_kernels.launch import Config, contiguous, multiprocessors, on_device
 
-# STAGES are slots of operands, REGISTERS those of a consumer's thread. Not measured: what has no
-# spills with as many slots as fit.
-CONFIG = Config({"STAGES": 3, "REGISTERS": 160}, num_warps=4)
+# STAGES are slots of operands, as many as fit; REGISTERS are those of a consumer's thread, without
+# spills in Triton 3.6 to 3.9.
+CONFIG = Config({"STAGES": 3, "REGISTERS": 160}, num_warps=4)  # not measured
 
 ROWS = gl.constexpr(64)  # of a consumer
 COLUMNS = gl.constexpr(256)
