@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 
 from fastgpt import __version__
 from fastgpt.config import presets, schema, settings
-from fastgpt.config.help import listing
 from fastgpt.config.presets import PRESETS
 from fastgpt.config.schema import Config
 from fastgpt.errors import RankError, SharedError, UserError, explained, one_line
@@ -143,7 +142,7 @@ def _run(args: list[str]) -> int:
         return function(rest)
     line = next(li for li in OVERVIEW.splitlines() if li.startswith(f"  fastgpt {name} "))
     usage, about = line.strip().split("  ", 1)
-    print(f"usage: {usage}\n\n{about.strip()}\n{listing(PRESETS.get(rest[0], defaults)())}")
+    print(f"usage: {usage}\n\n{about.strip()}\n{settings.listing(PRESETS.get(rest[0], defaults)())}")
     return 0
 
 
@@ -278,7 +277,7 @@ def _doctor(args: list[str]) -> int:
 def _tune(args: list[str]) -> int:
     config, _ = _training(args)
     from fastgpt.model.build import tune
-    from fastgpt.train.introduction import as_trained, vocab_size
+    from fastgpt.train.main import as_trained, vocab_size
 
     return tune(as_trained(config), vocab_size(config))
 

@@ -18,7 +18,7 @@ from fastgpt.errors import UserError
 from fastgpt.model.build import select_kernels
 from fastgpt.model.device import Machine, unseen_gpu
 from fastgpt.storage import run_dir as run
-from fastgpt.train.introduction import as_trained, vocab_size
+from fastgpt.train.main import as_trained, vocab_size
 
 
 def _gpus() -> str:

@@ -1,8 +1,8 @@
-"""Reader of settings written in Python: arithmetic in flags, and nanoGPT's config files.
+"""Reader of nanoGPT's config files: Python files of assignments, of which nothing is executed.
 
-Nothing is executed. Values are literals, names assigned above, and sums and products of these. The
-only calls are str, int, float and time.time(), with which nanoGPT's files name a run. Imports are
-skipped; every other statement is refused with its line.
+Values are literals, names assigned above, and sums and products of these. The only calls are str,
+int, float and time.time(), with which nanoGPT's files name a run. Imports are skipped. Every other
+statement is refused with its line.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
     ast.Pow: operator.pow,
 }
 _CALLS: dict[str, Callable[[Any], Any]] = {"str": str, "int": int, "float": float}
@@ -33,48 +32,33 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float)
 
 
-def value_of(node: ast.expr, names: Mapping[str, Any]) -> Any:
+def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
     """Returns the value of an expression of literals and `names`. ValueError for others."""
     match node:
         case ast.Constant(value) if type(value) in (int, float, str, bool):
             return value
-        case ast.Name(id=name):
-            if name not in names:
-                raise ValueError(f"{name} is not assigned above")
+        case ast.Name(id=name) if name in names:
             return names[name]
-        case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=operand):
-            value = value_of(operand, names)
-            if _is_number(value):
-                return -value if isinstance(sign, ast.USub) else value
+        case ast.Name(id=name):
+            raise ValueError(f"{name} is not assigned above")
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            if _is_number(value := _value(operand, names)):
+                return -value
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
-            a, b = value_of(left, names), value_of(right, names)
+            a, b = _value(left, names), _value(right, names)
             if isinstance(op, ast.Add) and isinstance(a, str) and isinstance(b, str):
                 return a + b
             if _is_number(a) and _is_number(b):
-                if isinstance(op, ast.Pow) and not (abs(a) <= _LARGEST and -64 <= b <= 64):
-                    raise ValueError("a power that large")
-                result = _OPERATORS[type(op)](a, b)
+                large = isinstance(op, ast.Pow) and not (abs(a) <= _LARGEST and -64 <= b <= 64)
+                result = None if large else _OPERATORS[type(op)](a, b)
                 if not _is_number(result) or abs(result) >= _LARGEST:
                     raise ValueError("a number that large")
                 return result
         case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in _CALLS:
-            return _CALLS[name](value_of(argument, names))
+            return _CALLS[name](_value(argument, names))
         case ast.Call() if ast.unparse(node) == "time.time()":
             return time.time()
     raise ValueError(f"{ast.unparse(node)[:60]} is no literal")
-
-
-def arithmetic(text: str) -> Any:
-    """Returns the number that "5 * 8" or "2**16" is. ValueError if it is none."""
-    if len(text) > 200:
-        raise ValueError("too long")
-    try:
-        value = value_of(ast.parse(text.strip(), mode="eval").body, {})
-    except (SyntaxError, ArithmeticError, RecursionError, MemoryError) as e:
-        raise ValueError(str(e)) from e
-    if not _is_number(value):
-        raise ValueError("no number")
-    return value
 
 
 def assignments(path: Path) -> dict[str, tuple[Any, int]]:
@@ -99,8 +83,7 @@ def assignments(path: Path) -> dict[str, tuple[Any, int]]:
                 | ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as expression)
             ):
                 try:
-                    values[name] = value_of(expression, values)
-                    lines[name] = node.lineno
+                    values[name], lines[name] = _value(expression, values), node.lineno
                     used |= {n.id for n in ast.walk(expression) if isinstance(n, ast.Name)}
                     continue
                 except (ValueError, TypeError, ArithmeticError, RecursionError) as e:

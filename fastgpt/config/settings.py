@@ -1,13 +1,16 @@
-"""Settings by flat name: read from flags and files, checked and written back."""
+"""Settings by flat name: read from flags and files, checked, listed for `--help`, written back."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import re
+import shutil
+import textwrap
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +35,7 @@ REMOVED_VALUES = {"op.attention": ("math", "fa3", "fa4"), "op.mlp": ("triton",)}
 
 @dataclass(frozen=True)
 class Leaf:
-    """A setting: flat name, section ("" at the top), type or options, bounds, help text.
+    """Setting: flat name, section ("" at the top), type or options, bounds, help text.
 
     Names are unique across sections; those in `op` carry it with them: op.attention.
     """
@@ -46,7 +49,7 @@ class Leaf:
 
     @property
     def field(self) -> str:
-        """Returns its name inside its section."""
+        """Name inside the section."""
         return self.name.rpartition(".")[2]
 
     @property
@@ -57,7 +60,8 @@ class Leaf:
         return noun + (f" {self.range}" if self.range else "")
 
 
-def leaves(cls: Any) -> dict[str, Leaf]:
+@functools.cache
+def leaves(cls: Any) -> Mapping[str, Leaf]:
     """Returns all settings of a config class by their flat names, in order."""
     out: dict[str, Leaf] = {}
     for f in dataclasses.fields(cls):
@@ -77,8 +81,7 @@ def _options(kind: Any) -> tuple[Any, ...]:
     """Returns the values of bool, of a Literal, or of a union of these; () for other types."""
     if kind is bool:
         return True, False
-    parts = (_options(k) or (k,) for k in typing.get_args(kind))
-    return tuple(option for part in parts for option in part)
+    return tuple(o for k in typing.get_args(kind) for o in _options(k) or (k,))
 
 
 def get(config: Any, leaf: Leaf) -> Any:
@@ -110,20 +113,21 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def check_value(leaf: Leaf, value: Any, where: str) -> Any:
     """Returns the value in its setting's type. Raises UserError: the given value, the wanted."""
+    shown = value
     if type(value) is int and not -(2**63) <= value < 2**63:  # beyond floats, or beyond printing
-        bits = f"(a number of {value.bit_length()} bits)"
-        raise UserError(f"{where}{leaf.name}={bits}: wanted {leaf.wanted}")
-    if leaf.type is float and type(value) is int:
-        value = float(value)
-    of_type = value.__class__ is leaf.type
+        value, shown = None, f"(a number of {value.bit_length()} bits)"
+    elif leaf.type is float and type(value) is int:
+        value = shown = float(value)
     if leaf.options:
         good = any(value == o and value.__class__ is o.__class__ for o in leaf.options)
+    elif value.__class__ is not leaf.type:
+        good = False
     elif leaf.type is str:
-        good = of_type and not re.search("[\0\ud800-\udfff]", value)
+        good = not re.search("[\0\ud800-\udfff]", value)
     else:
-        good = of_type and math.isfinite(value) and (not leaf.range or value in leaf.range)
+        good = math.isfinite(value) and (not leaf.range or value in leaf.range)
     if not good:
-        raise UserError(f"{where}{leaf.name}={value}: wanted {leaf.wanted}")
+        raise UserError(f"{where}{leaf.name}={shown}: wanted {leaf.wanted}")
     return value
 
 
@@ -153,18 +157,17 @@ def check(config: Any) -> None:
         raise UserError(f"--device={flat['device']}: wanted auto, cpu, cuda, cuda:N or mps")
     if flat.get("init_from") == "weights" and not flat["weights"]:
         raise UserError("--init_from=weights: which? name a folder with --weights=PATH")
-    if isinstance(config, Config) and config.run.init_from != "resume":
-        for name, default in (("checkpoint", "latest"), ("reset_optimizer", False)):
-            if flat[name] != default:
-                raise UserError(f"--{name}={flat[name]}: goes with --init_from=resume")
     if flat.get("to") == "":
         raise UserError("--to: where to? name a new folder, as --to FOLDER")
     if flat.get("task") == "hellaswag" and not flat["input"]:
         raise UserError("--task=hellaswag: needs its file: --input=hellaswag_val.jsonl")
     if not isinstance(config, Config):
         return
-    m, o = config.model, config.optim
-    check_model(vars(m), "--")
+    for name, default in (("checkpoint", "latest"), ("reset_optimizer", False)):
+        if flat[name] != default and config.run.init_from != "resume":
+            raise UserError(f"--{name}={flat[name]}: goes with --init_from=resume")
+    check_model(vars(config.model), "--")
+    o = config.optim
     if o.decay_lr and o.lr_schedule == "cosine" and o.min_lr > o.learning_rate:
         raise UserError(
             f"--min_lr={o.min_lr:g}: must not exceed learning_rate={o.learning_rate:g}; "
@@ -178,10 +181,8 @@ def check_model(flat: Mapping[str, Any], where: str) -> ModelConfig:
     if m.n_embd % m.n_head:
         divisors = [h for h in range(1, m.n_embd + 1) if m.n_embd % h == 0]
         near = min(divisors, key=lambda h: abs(h - m.n_head))
-        raise UserError(
-            f"{where}n_head={m.n_head}: must divide n_embd={m.n_embd}; the nearest that does is "
-            f"{near}"
-        )
+        wrong = f"{where}n_head={m.n_head}: must divide n_embd={m.n_embd}"
+        raise UserError(f"{wrong}; the nearest that does is {near}")
     return m
 
 
@@ -207,13 +208,11 @@ def split_flags(args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 def _parse(leaf: Leaf, text: str) -> Any:
     """Returns a flag's text as the setting's type; a text that does not fit unchanged."""
+    texts = {str(o): o for o in leaf.options}
     if leaf.options:
-        texts = {str(o): o for o in leaf.options}
         return texts.get({"true": "True", "false": "False"}.get(text, text), text)
-    if leaf.type is not str:
-        for read in (leaf.type, literals.arithmetic):
-            with contextlib.suppress(ValueError):
-                return read(text)
+    with contextlib.suppress(ValueError):
+        return leaf.type(text)
     return text
 
 
@@ -254,8 +253,7 @@ def change(config: C, values: Mapping[str, Any], where: str) -> C:
 def load_toml(path: Path) -> Config:
     """Returns the config of a TOML file: flat keys, or keys in their sections, or both."""
     with reading(path, "not a TOML file"):
-        text = read_text(path, limit=1 << 20)
-    return parse_toml(text, path)
+        return parse_toml(read_text(path, limit=1 << 20), path)
 
 
 def parse_toml(text: str, path: Path) -> Config:
@@ -268,9 +266,8 @@ def parse_toml(text: str, path: Path) -> Config:
         except tomllib.TOMLDecodeError as e:
             raise UserError(f"{path}: not a TOML file: {e}") from None
     flat: dict[str, Any] = {}
-    sections = {leaf.section for leaf in leaves(Config).values()}
     for key, value in tree.items():
-        inside = isinstance(value, dict) and key in sections
+        inside = isinstance(value, dict) and any(f.name == key for f in dataclasses.fields(Config))
         prefix = "op." if key == "op" else ""
         flat |= {prefix + k: v for k, v in value.items()} if inside else {key: value}
     return from_dict(flat, f"{path}: ")
@@ -292,13 +289,12 @@ def load_python(path: Path) -> Config:
 
 
 def from_dict(flat: Mapping[str, Any], where: str) -> Config:
-    """Returns the config of `to_dict`'s result. What was removed is left out."""
-    kept = {
-        name: value
+    """Returns the config of `to_dict`'s result, without settings that were removed."""
+    values = {
+        name: check_value(find(Config, name, where), value, where)
         for name, value in flat.items()
         if name not in REMOVED and value not in REMOVED_VALUES.get(name, ())
     }
-    values = {n: check_value(find(Config, n, where), v, where) for n, v in kept.items()}
     return replace(Config(), **values)
 
 
@@ -325,3 +321,25 @@ def _toml_value(value: Any) -> str:
         return repr(value).lower()  # true, 3, 1e-05
     # JSON escapes as TOML does, but for DEL, which TOML does not allow in a text.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+_INDENT = 26
+
+
+def listing(config: Any) -> str:
+    """Returns each setting's flag, help text, and value in `config`, wrapped for the terminal."""
+    width = max(min(shutil.get_terminal_size((100, 24)).columns, 100) - _INDENT, 20)
+    lines, section = [], None
+    for leaf in leaves(type(config)).values():
+        if leaf.section != section:
+            section = leaf.section
+            lines += ["", f"{section} options:".lstrip()]
+        options = ",".join(map(str, leaf.options))
+        flag = f"  --{leaf.name} " + (f"{{{options}}}" if options else leaf.type.__name__.upper())
+        value = get(config, leaf)
+        default = repr(value) if isinstance(value, str) and not value.strip() else value
+        text = textwrap.wrap(f"{leaf.about} (default:\0{default})", width)
+        if len(flag) < _INDENT:
+            flag = flag.ljust(_INDENT) + text.pop(0)
+        lines += [flag, *(" " * _INDENT + line for line in text)]
+    return "\n".join(lines).replace("\0", " ")

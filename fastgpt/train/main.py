@@ -1,11 +1,14 @@
-"""Training run from its settings to its end: checks, run folder, loop, summary."""
+"""Training run from its settings to its end: checks, run folder, introduction, loop, summary."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shlex
+import shutil
 import sys
+import time
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +22,10 @@ from fastgpt import __version__
 from fastgpt.config import settings
 from fastgpt.config.presets import PRESETS
 from fastgpt.config.schema import Config, PrepareConfig
-from fastgpt.data.prepare import ensure, with_tokenizer
+from fastgpt.data.corpora import CORPORA
+from fastgpt.data.prepare import check_data, ensure, with_tokenizer
 from fastgpt.data.token_files import Dataset, open_dataset
+from fastgpt.data.tokenizer import GPT2_VOCAB, parse_spec
 from fastgpt.errors import RanksDiffer, UserError
 from fastgpt.inference.generate import BatchGenerator, Sampling, on_screen
 from fastgpt.model.build import build
@@ -28,13 +33,14 @@ from fastgpt.model.device import Machine, unseen_gpu
 from fastgpt.model.kernels import Selected, describe
 from fastgpt.storage import checkpoint
 from fastgpt.storage import run_dir as run
-from fastgpt.train import cuda_graph, memory, metrics, plots, resume
+from fastgpt.train import cuda_graph, memory, metrics, optim, plots, resume
 from fastgpt.train.distributed import Ranks, check_launch, join, launcher, local_device
-from fastgpt.train.introduction import changes, dry_run, print_introduction
 from fastgpt.train.loop import Loop
+from fastgpt.train.metrics import count, duration
 from fastgpt.train.resume import Progress
 from fastgpt.train.trainer import Trainer
 from fastgpt.weights import hf_tokenizer
+from fastgpt.weights.hugging_face import SIZES, read_config, shape_of_size
 from fastgpt.weights.source import pretrained
 
 
@@ -61,7 +67,7 @@ def train(config: Config, name: str) -> tuple[int, Path]:
         if name in PRESETS:
             print(f"preset {name}: {PRESETS[name].about}")
         if config.run.dry_run:
-            dry_run(config, name, machine, ranks)
+            _dry_run(config, name, machine, ranks)
             return 0, Path()
         return _train(config, name, machine, ranks)
 
@@ -86,13 +92,12 @@ class _LastingStream:
 
 def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[int, Path]:
     """Runs the training on this rank. Everything that can fail, fails before the run's folder."""
-    changed = changes(config, name)
-    # 1. Data, weights to start from, vocabulary.
-    r, system = config.run, config.system
+    changed, r = _changes(config, name), config.run
+    wrong = cuda_graph.unsupported_reason(config.system, machine)
+    if config.system.cuda_graph is True and wrong:
+        raise UserError(f"--cuda_graph=True: {wrong}; leave the flag out")
+    # 1. Data, weights to start from, and the model.
     with ranks.raise_on_all_ranks():
-        wrong = cuda_graph.unsupported_reason(system, machine)
-        if system.cuda_graph is True and wrong:
-            raise UserError(f"--cuda_graph=True: {wrong}; leave the flag out")
         if ranks.first:
             metrics.check_trackers(config.log)
         folder = ensure(PrepareConfig.of(config.data)) if ranks.first else Path()
@@ -102,33 +107,29 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
         config, weights = _start_from(config, dataset)
         for split in (dataset.train, dataset.val):
             split.require(config.model.block_size)
-        vocab_size = _vocab_size(config, dataset)
-    _agree(config, dataset, machine, ranks)
+        vocabulary = _vocab_size(config, dataset)
+    _require_equal_ranks(config, dataset, machine, ranks)
+    with ranks.raise_on_all_ranks():
+        model = build(config, vocabulary, machine, weights)
+    del weights
     # 2. Resume or begin? Flags decide. A restart by torchrun may also continue or replace the run
     # that its own first attempt made.
     launch = ranks.gather(launcher())
     again = ranks.gather(run.made_by(Path(r.out_dir), launch))[0]
     resuming = r.init_from == "resume" or again and bool(checkpoint.names(Path(r.out_dir)))
-    # 3. Model and trainer.
-    with ranks.raise_on_all_ranks():
-        model = build(config, vocab_size, machine, weights)
-    del weights
-
     batch_size = config.optim.batch_size
     if config.optim.auto_batch_size and not resuming:
         with ranks.raise_on_all_ranks():
             batch_size = memory.fastest_batch_size(model, config, machine, ranks)
     trainer = Trainer(model, config, machine, ranks, batch_size)
-    # 4. The run's folder, its checkpoint, and the loop.
     with ExitStack() as stack:
+        # 3. The run's folder and its checkpoint.
         run_dir = Path()
         with ranks.raise_on_all_ranks():
-            if ranks.first:
-                if resuming:
-                    held = run.resumed(r.out_dir)
-                else:
-                    held = run.begin(r.out_dir, name, r.overwrite or again)
-                run_dir = stack.enter_context(held)
+            if ranks.first and resuming:
+                run_dir = stack.enter_context(run.resumed(r.out_dir))
+            elif ranks.first:
+                run_dir = stack.enter_context(run.begin(r.out_dir, name, r.overwrite or again))
         run_dir = ranks.gather(run_dir)[0]
         with ranks.raise_on_all_ranks():
             start = resume.load(trainer, dataset, run_dir) if resuming else Progress()
@@ -140,12 +141,13 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
                 run.save_config(run_dir, trainer.resolved, launch)
                 if dataset.tokenizer is not None:
                     dataset.tokenizer.save(run_dir)
-        print_introduction(trainer, dataset.describe(), run_dir, changed)
+        # 4. Introduction, loop, summary.
+        _print_introduction(trainer, dataset.describe(), run_dir, changed)
         _warn_if_ops_differ(ranks.gather(trainer.selected))
         loop = Loop(trainer, dataset, run_dir, start)
         code = loop.run(stack)
     if ranks.first:
-        print_summary(loop, dataset, run_dir)
+        _print_summary(loop, dataset, run_dir)
     return code, run_dir
 
 
@@ -153,8 +155,10 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
 _PER_RANK = {"out_dir", "data_dir", "input", "vocab_file", "weights", "workers", "peak_tflops"}
 
 
-def _agree(config: Config, dataset: Dataset, machine: Machine, ranks: Ranks) -> None:
-    """Raises RanksDiffer on all ranks if one has other settings, data or versions than rank 0."""
+def _require_equal_ranks(
+    config: Config, dataset: Dataset, machine: Machine, ranks: Ranks
+) -> None:
+    """Raises RanksDiffer on all ranks if a rank's settings, data or versions are not rank 0's."""
     mine = settings.to_dict(config) | machine.settings
     mine = {k: v for k, v in mine.items() if k not in _PER_RANK}
     mine |= {"fastgpt": __version__, "torch": torch.__version__}
@@ -218,7 +222,128 @@ def _vocab_size(config: Config, dataset: Dataset) -> int:
     return given or dataset.vocab_size
 
 
-def print_summary(loop: Loop, dataset: Dataset, run_dir: Path) -> None:
+# --- introduction and dry run -------------------------------------------------------------------
+
+
+def _changes(config: Config, name: str) -> set[str]:
+    """Returns the settings that differ from the preset `name`; none if there is no such preset."""
+    preset = PRESETS[name]() if name in PRESETS else config
+    return {key for key, *_ in settings.differences(preset, config)}
+
+
+def _print_introduction(
+    trainer: Trainer, data: str, place: object, changed: Collection[str]
+) -> None:
+    """Prints the settings, the data, the model, the device, and the chosen kernels.
+
+    A star marks the settings in `changed`, which are not the preset's.
+    """
+    config, sections = trainer.resolved, dict[str, list[str]]()
+    for leaf in settings.leaves(Config).values():
+        text = f"{'*' * (leaf.name in changed)}{leaf.name}={settings.get(config, leaf)}"
+        sections.setdefault(leaf.section, []).append(text)
+    for section, values in sections.items():
+        print(f"{section + ':':8}{' '.join(values)}")
+    machine, device = trainer.machine, trainer.device
+    gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    print(f"\ndata {data}")
+    print(f"tokens per iteration will be: {config.optim.rows * config.model.block_size:,}")
+    print(optim.describe_schedule(config.optim, config.run.max_iters))
+    print(f"number of parameters: {trainer.model.n_params() / 1e6:.2f}M")
+    if trainer.layout:
+        kind = {"ddp": "DDP", "fsdp": "FSDP2"}[trainer.layout]
+        rows = f"{trainer.micro_batch} rows per micro-batch"
+        print(f"ranks {trainer.ranks.size} with {kind}, {rows}")
+    print(f"device {device}{gpu}, {machine.dtype}, compile {machine.compile}")
+    if device.type == "cuda" or config.run.dry_run:
+        expected = memory.estimate(trainer.model, trainer.batch_size, config.optim.optimizer)
+        print(f"memory, by estimate: {memory.describe(expected)}")
+    print(f"ops {describe(trainer.selected)}")
+    print(f"run {place}", flush=True)
+
+
+def vocab_size(config: Config) -> int:
+    """Returns the vocabulary's size of the prepared data, or else that of its tokenizer."""
+    data = config.data
+    with contextlib.suppress(UserError):
+        if config.model.vocab_size or not data.input:
+            folder = Path(data.data_dir, data.dataset)
+            return config.model.vocab_size or open_dataset(folder).vocab_size
+    own = CORPORA[data.dataset].tokenizer if data.dataset in CORPORA else "gpt2"
+    kind, size = parse_spec(data.tokenizer or own)
+    return size or {"byte": 256, "char": 65}.get(kind, GPT2_VOCAB)
+
+
+def as_trained(config: Config) -> Config:
+    """Returns the config with the shape of the weights it starts from, if that is known."""
+    start, path = config.run.init_from, Path(config.run.weights)
+    if start in SIZES:
+        size = shape_of_size(start)
+    elif start == "weights":
+        size, _ = read_config((path if path.is_dir() else path.parent) / "config.json")
+    else:
+        return config
+    block_size = min(config.model.block_size, size.block_size)
+    return settings.replace(config, **{**vars(size), "block_size": block_size})
+
+
+def _dry_run(config: Config, name: str, machine: Machine, ranks: Ranks) -> None:
+    """Prints the introduction of a run, its tokens and disk space, and on a GPU its time."""
+    changed, config = _changes(config, name), as_trained(config)
+    vocabulary = vocab_size(config)
+    model, batch_size = build(config, vocabulary, machine), config.optim.batch_size
+    if config.optim.auto_batch_size and machine.device.type == "cuda":
+        batch_size = memory.fastest_batch_size(model, config, machine, ranks)
+    trainer = Trainer(model, config, machine, ranks, batch_size)
+    try:
+        check_data(PrepareConfig.of(config.data))
+        data = config.data.input or config.data.dataset
+    except UserError as e:
+        data = str(e)
+    _print_introduction(trainer, data, "none: --dry_run=True", changed)
+    steps, tokens = config.run.max_iters, config.optim.rows * config.model.block_size
+    needs = memory.estimate(model, batch_size, config.optim.optimizer)
+    kept, size = config.log.keep_checkpoints + 1, needs["weights"] + needs["optimizer"]
+    home = next(p for p in (Path(config.run.out_dir).absolute(), *Path.cwd().parents) if p.exists())
+    free = shutil.disk_usage(home).free / 1e9
+    split = f"{config.optim.rows // batch_size} x {batch_size} x {config.model.block_size:,}"
+    print(f"{steps:,} steps of {split} tokens: {count(steps * tokens)} in all")
+    print(f"disk {kept * size / 1e9:.2f} GB for {kept} checkpoints, {free:.1f} GB are free")
+    if machine.device.type != "cuda":
+        print("time is measured on a GPU only")
+        return
+    seconds = seconds_per_step(trainer)
+    speed, total = count(tokens / seconds), duration(steps * seconds)
+    print(f"time {seconds:.3f} s per step, {speed} tok/s: {total} without evaluations")
+
+
+def seconds_per_step(trainer: Trainer) -> float:
+    """Returns the mean time of ten steps on random tokens, after two that are not timed."""
+    c, rows = trainer.config, trainer.ranks.rows(trainer.config.optim.rows)
+    shape = rows.stop - rows.start, c.model.block_size + 1
+    tokens = torch.randint(trainer.model.shape.vocab_size, shape, device=trainer.device)
+    micro_batch, began = tokens[: trainer.micro_batch], 0.0
+    try:
+        if trainer.machine.compile:
+            trainer.warm_up(0, micro_batch)
+        if trainer.device.type == "cuda":
+            trainer.capture(0, micro_batch)
+        for step in range(12):
+            if step == 2:
+                trainer.machine.synchronize()
+                began = time.perf_counter()
+            trainer.step(step, tokens)
+        trainer.machine.synchronize()
+    except torch.OutOfMemoryError as e:
+        said = memory.out_of_memory(c, trainer.model, trainer.device, trainer.batch_size)
+        raise UserError(said) from e
+    return (time.perf_counter() - began) / 10
+
+
+# --- summary ------------------------------------------------------------------------------------
+
+
+def _print_summary(loop: Loop, dataset: Dataset, run_dir: Path) -> None:
     """Prints the losses, the picture's path, a sample, and the commands to go on."""
     at, c = loop.progress, loop.config
     picture = plots.loss_curve(run_dir)
