@@ -142,7 +142,8 @@ def _run(args: list[str]) -> int:
         return function(rest)
     line = next(li for li in OVERVIEW.splitlines() if li.startswith(f"  fastgpt {name} "))
     usage, about = line.strip().split("  ", 1)
-    print(f"usage: {usage}\n\n{about.strip()}\n{settings.listing(PRESETS.get(rest[0], defaults)())}")
+    listing = settings.listing(PRESETS.get(rest[0], defaults)())
+    print(f"usage: {usage}\n\n{about.strip()}\n{listing}")
     return 0
 
 

@@ -22,7 +22,7 @@ from fastgpt.train import distributed, memory, optim, resume
 from fastgpt.train.metrics import Metrics, flops_per_token
 from fastgpt.train.resume import Progress
 from fastgpt.train.trainer import NonFinite, Trainer
-from fastgpt_kernels.progress import progress
+from fastgpt_kernels.progress import print_line, progress
 
 
 class StepClock:
@@ -101,7 +101,7 @@ class Loop:
             said = memory.out_of_memory(c, trainer.model, trainer.device, trainer.batch_size)
             raise UserError(said) from e
         if self._stopping() and self.stopped and not c.log.eval_only:
-            self.metrics.say(f"{self.stopped.name}: stopping after step {at.step}")
+            print_line(f"{self.stopped.name}: stopping after step {at.step}")
             if self.saved is None or self.saved.name != checkpoint.name_of(at.step):
                 self.save(best=False)
         return 128 + self.stopped if self.stopped else 0
@@ -112,11 +112,11 @@ class Loop:
         rows = self.batches.tokens(step, slice(trainer.micro_batch))
         micro_batch = torch.from_numpy(rows).to(trainer.device)
         if trainer.machine.compile:
-            with progress("compiling", self.metrics.say) as elapsed:
+            with progress("compiling") as elapsed:
                 trainer.warm_up(step, micro_batch)
-            self.metrics.say(f"compiled in {elapsed():.1f}s")
+            print_line(f"compiled in {elapsed():.1f}s")
         if trainer.device.type == "cuda":
-            self.metrics.say(trainer.capture(step, micro_batch))
+            print_line(trainer.capture(step, micro_batch))
 
     def _stopping(self) -> bool:
         """Returns whether to stop, the same on all ranks, since a signal may reach only some.
@@ -195,7 +195,7 @@ class Loop:
                 loss = self.trainer.losses(tokens)  # on all ranks, since FSDP gathers weights
                 if k < n:
                     losses[k] = loss
-                self.metrics.working(f"evaluating {name}", step, i * n + min(k + 1, n), 2 * n)
+                self.metrics.working(f"evaluating {name} {i * n + min(k + 1, n)}/{2 * n}")
             means[name] = self.ranks.sum(losses).mean().item()
         if not all(map(math.isfinite, means.values())):
             raise self._diverged(f"train loss {means['train']}, val loss {means['val']}")
@@ -234,10 +234,9 @@ class Loop:
         if bad := self.trainer.non_finite_tensors():
             raise self._diverged(f"{bad[0]} and {len(bad) - 1} other tensors are not finite")
         at.seconds = time.perf_counter() - self._began
-        self.metrics.working("saving", at.step, 0, 1)
         at.metrics = self.metrics.seal()
         self.saved = resume.save(self.trainer, at, self.dataset, self.run_dir, best=best)
-        self.metrics.say(f"saving checkpoint to {self.saved}")
+        print_line(f"saving checkpoint to {self.saved}")
 
     def _diverged(self, what: str) -> UserError:
         """Returns the error of a run whose numbers are not finite any more."""

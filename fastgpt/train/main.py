@@ -155,9 +155,7 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
 _PER_RANK = {"out_dir", "data_dir", "input", "vocab_file", "weights", "workers", "peak_tflops"}
 
 
-def _require_equal_ranks(
-    config: Config, dataset: Dataset, machine: Machine, ranks: Ranks
-) -> None:
+def _require_equal_ranks(config: Config, dataset: Dataset, machine: Machine, ranks: Ranks) -> None:
     """Raises RanksDiffer on all ranks if a rank's settings, data or versions are not rank 0's."""
     mine = settings.to_dict(config) | machine.settings
     mine = {k: v for k, v in mine.items() if k not in _PER_RANK}

@@ -1,4 +1,4 @@
-"""Log of a run: nanoGPT's log lines, a progress bar, metrics.jsonl, TensorBoard and W&B.
+"""Log of a run: nanoGPT's log lines, metrics.jsonl, TensorBoard and W&B.
 
     iter 4980: loss 0.8010, time 33.22ms, mfu 11.07%
     step 5000: train loss 0.6224, val loss 1.7044
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from fastgpt.errors import UserError, read_text, reading
 from fastgpt.model.gpt import GPT
 from fastgpt.storage import run_dir as run
 from fastgpt.storage.atomic import explain_os_error, write_text
-from fastgpt_kernels.progress import describe_error
+from fastgpt_kernels.progress import describe_error, print_line
 
 _NUMBERS = {
     "train": ("step", "loss", "tokens"),
@@ -57,13 +58,11 @@ def read(path: Path) -> list[dict[str, Any]]:
 def duration(seconds: float) -> str:
     """Formats seconds as 1m 05s, 2h 03m, 3d 04h."""
     s = round(seconds)
-    if s < 60:
-        return f"{s}s"
-    if s < 3600:
-        return f"{s // 60}m {s % 60:02d}s"
-    if s < 86400:
-        return f"{s // 3600}h {s % 3600 // 60:02d}m"
-    return f"{s // 86400}d {s % 86400 // 3600:02d}h"
+    units = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
+    for (size, unit), (part, name) in itertools.pairwise(units):
+        if s >= size:
+            return f"{s // size}{unit} {s % size // part:02d}{name}"
+    return f"{s}s"
 
 
 def count(n: float) -> str:
@@ -75,7 +74,7 @@ def count(n: float) -> str:
 
 
 class Metrics:
-    """Log of a run, as a context that closes its files and the progress bar.
+    """Log of a run, as a context that closes its files.
 
     `keeps` is False for all ranks but the first, which write nothing.
     """
@@ -89,8 +88,6 @@ class Metrics:
         seal: dict[str, Any] | None = None,
     ):
         self.path, self._keeps = run_dir / "metrics.jsonl" if keeps else Path(os.devnull), keeps
-        self._tokens_per_step = config.optim.rows * config.model.block_size
-        self._max_iters = config.run.max_iters
         self._digest = hashlib.sha256()
         if keeps:  # a resumed run repeats the steps after its checkpoint
             kept = [r for r in read(self.path) if r["step"] < start_step + (r["kind"] == "eval")]
@@ -103,95 +100,62 @@ class Metrics:
                 )
             write_text(self.path, text)
         self._file: IO[str] = open(self.path, "a")  # noqa: SIM115 - closed in __exit__
-        asked: dict[Any, bool] = {
-            _Wandb: config.log.wandb_log,
-            _TensorBoard: config.log.tensorboard,
-        }
-        trackers = [kind for kind, wanted in asked.items() if wanted and keeps]
-        self._trackers = [tracker(run_dir, config) for tracker in trackers]
-        self._progress: Any = None  # of rich
-        if sys.stdout.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-
-            columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"))
-            self._progress = Progress(*columns, console=Console(highlight=False), transient=True)
-            self._task = self._progress.add_task("", total=self._max_iters, completed=start_step)
-        self._speed, self._seconds = "", 0.0
+        asked = {_Wandb: config.log.wandb_log, _TensorBoard: config.log.tensorboard}
+        self._trackers = [kind(run_dir, config) for kind, on in asked.items() if on and keeps]
+        self._config, self._start, self._seconds = config, start_step, 0.0
         self._every, self._ten_minutes = Every(), Every(600)
-        self._start, self._log = start_step, config.log
 
     def __enter__(self) -> Metrics:
-        if self._progress:
-            self._progress.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._progress:
-            self._progress.stop()
-        self._file.close()
-        for tracker in self._trackers:
-            tracker.close()
-
-    def say(self, line: str) -> None:
-        """Prints a line, above the progress bar if there is one."""
-        if self._progress:
-            self._progress.console.print(line, markup=False, soft_wrap=True)
-        else:
-            print(line, flush=True)
+        for opened in (self._file, *self._trackers):
+            opened.close()
 
     def train(self, step: int, tokens: int, seconds: float, record: dict[str, float]) -> None:
         """Logs a step, after which `tokens` were seen.
 
         `seconds` is the mean time per step since the last log line.
         """
-        tokens_per_second, done = round(self._tokens_per_step / seconds, 1), step + 1
-        self._seconds, self._speed = seconds, f"{count(tokens_per_second)} tok/s"
-        self.say(
+        self._seconds = seconds
+        print_line(
             f"iter {step}: loss {record['loss']:.4f}, time {seconds * 1000:.2f}ms, "
             f"mfu {record['mfu'] * 100:.2f}%"
         )
-        self._every = Every()  # a line was just said
-        if self._progress:
-            text = f"{done}/{self._max_iters} {count(tokens)} tokens, {self._speed}"
-            text += self._eta(done)
-            self._progress.update(self._task, completed=done, description=text)
-        early = step - self._start <= 10 < step - self._start + self._log.log_interval
+        self._every = Every()  # a line was just printed
+        early = step - self._start <= 10 < step - self._start + self._config.log.log_interval
         if early or self._ten_minutes.due():
-            self._status(done, tokens)
-        speed = {"time_ms": round(1000 * seconds, 3), "tokens_per_second": tokens_per_second}
+            self._status(step + 1, tokens)
+        speed = {"time_ms": round(1000 * seconds, 3), "tokens_per_second": round(self._speed, 1)}
         self._write({"kind": "train", "step": step, **record, **speed, "tokens": tokens})
 
     def evaluation(self, step: int, tokens: int, train_loss: float, val_loss: float) -> None:
         """Logs the mean losses on the fixed evaluation batches, before step `step`."""
-        self.say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
-        self._status(step, tokens)
+        print_line(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+        if self._seconds:
+            self._status(step, tokens)
         losses = {"train_loss": train_loss, "val_loss": val_loss}
         self._write({"kind": "eval", "step": step, **losses, "tokens": tokens})
 
+    @property
+    def _speed(self) -> float:
+        """Tokens per second."""
+        return self._config.optim.rows * self._config.model.block_size / self._seconds
+
     def _status(self, done: int, tokens: int) -> None:
-        """Says what is done and left after `done` steps, if no progress bar shows it."""
-        if not self._speed or self._progress:
-            return
-        line, left = f"{count(tokens)} tokens seen, {self._speed}", self._max_iters - done
+        """Prints the tokens seen, the speed, and the time left after `done` steps."""
+        line = f"{count(tokens)} tokens seen, {count(self._speed)} tok/s"
+        left, interval = self._config.run.max_iters - done, self._config.log.eval_interval
         if left > 0:
-            steps = min(left, self._log.eval_interval - done % self._log.eval_interval)
-            line += f"{self._eta(done)}, next evaluation in {duration(steps * self._seconds)}"
-        self.say(line)
+            next_in = duration(min(left, interval - done % interval) * self._seconds)
+            line += f", ETA {duration(left * self._seconds)}, next evaluation in {next_in}"
+        print_line(line)
         self._ten_minutes = Every(600)
 
-    def working(self, what: str, step: int, done: int, total: int) -> None:
-        """Shows progress of work between two steps; in a pipe every ten seconds at most."""
-        text = f"{what} {done}/{total}"
-        if self._progress:
-            self._progress.update(self._task, completed=step, description=text)
-        elif done and self._every.due():
-            self.say(text)
-
-    def _eta(self, done: int) -> str:
-        """Returns the time left after `done` steps, or "" at the end."""
-        left = self._max_iters - done
-        return f", ETA {duration(left * self._seconds)}" if left > 0 else ""
+    def working(self, text: str) -> None:
+        """Prints the progress of an evaluation, every ten seconds at most."""
+        if self._every.due():
+            print_line(text)
 
     def _write(self, record: dict[str, Any]) -> None:
         line = json.dumps(record) + "\n"
@@ -246,16 +210,16 @@ def _wandb_error(e: Exception, advice: str = "") -> UserError:
 
 
 class _Wandb:
+    """Weights & Biases: the run's own id lets a resumed run continue there."""
+
     def __init__(self, run_dir: Path, config: Config):
-        wandb = _import("wandb", "wandb_log")
-        identity = run.identity(run_dir)
+        wandb, identity = _import("wandb", "wandb_log"), run.identity(run_dir)
         try:
             self._run = wandb.init(
                 project=config.log.wandb_project,
                 name=config.log.wandb_run_name or run_dir.name,
                 config=to_dict(config),
                 dir=run_dir,
-                # With the run's own id a resumed run continues there, too.
                 id=identity.id if identity else None,
                 resume="allow",
             )
@@ -275,6 +239,8 @@ class _Wandb:
 
 
 class _TensorBoard:
+    """TensorBoard: events in the run's folder."""
+
     def __init__(self, run_dir: Path, config: Config):
         module = _import("torch.utils.tensorboard", "tensorboard")
         self._writer = module.SummaryWriter(str(run_dir / "tensorboard"))

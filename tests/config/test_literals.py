@@ -1,4 +1,4 @@
-"""nanoGPT's config files and arithmetic in flags, read as literals; nothing is executed."""
+"""nanoGPT's config files, read as literals; nothing is executed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastgpt.config import settings
-from fastgpt.config.literals import arithmetic, assignments
-from fastgpt.config.schema import Config
+from fastgpt.config.literals import assignments
 from fastgpt.errors import UserError
 
 LIKE_NANOGPT = """\
@@ -55,6 +54,7 @@ def test_a_file_of_assignments(tmp_path: Path):
         ("batch_size = undefined * 2", "undefined is not assigned above"),
         ("batch_size = [1]", "is no literal"),
         ("batch_size = 9 ** 9 ** 9", "that large"),
+        ("batch_size = 0.5 ** 65", "that large"),
         ("batch_size = 1 / 0", "division by zero"),
         ("out_dir = 'x' * 10**9", "is no literal"),
         ("batch_size = 2 ** 62 * 4", "a number that large"),
@@ -79,21 +79,3 @@ def test_what_is_no_python(text: str, tmp_path: Path):
     (tmp_path / "bad.py").write_text(text)
     with pytest.raises(UserError, match="^[^\n]*bad.py: [^\n]*$"):
         assignments(tmp_path / "bad.py")
-
-
-def test_sums_and_products_are_flags_too():
-    flags = {"batch_size": "5 * 8", "learning_rate": "6e-4/2", "block_size": "2**6", "n_layer": "3"}
-    c = settings.apply_flags(Config(), flags)
-    assert (c.optim.batch_size, c.model.block_size, c.model.n_layer) == (40, 64, 3)
-    assert c.optim.learning_rate == pytest.approx(3e-4)
-    for bad in ("5 *", "f()", "2**99999", "'5'", "5 * x", "1/0", "(" * 300):
-        with pytest.raises(UserError, match="--batch_size="):
-            settings.apply_flags(Config(), {"batch_size": bad})
-
-
-def test_arithmetic_has_its_limits():
-    assert arithmetic("0.5 ** 64") == 0.5**64 and arithmetic("2 ** -64") == 0.5**64
-    assert arithmetic("1".rjust(200, "0").replace("0", "+")) == 1
-    for bad in ("0.5 ** 65", "2 ** -65", "+" * 200 + "1", "True"):
-        with pytest.raises(ValueError, match="a power that large|too long|no number"):
-            arithmetic(bad)

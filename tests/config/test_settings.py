@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from fastgpt.config import settings
-from fastgpt.config.help import listing
 from fastgpt.config.presets import PRESETS
 from fastgpt.config.schema import CompareConfig, Config, SampleConfig
+from fastgpt.config.settings import listing
 from fastgpt.errors import UserError
 
 PATH = Path("c.toml")

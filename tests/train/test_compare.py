@@ -203,8 +203,10 @@ def test_the_useful_range_begins_with_an_eighth_of_the_run():
 
 def test_the_picture_has_its_parts(drawn):
     """All losses with marked evaluations, the rate below, tokens and time in the label."""
+    assert plots.loss_curve(Path()) is None, "of no records"
     make("a", 1.5, 0.0)
     assert plots.loss_curve(Path("a")) == Path("a/loss.png")
+    assert Path("a/loss.png").read_bytes().startswith(b"\x89PNG")
     axes, rates = drawn[0].axes
     labels = [line.get_label() for line in axes.lines]
     assert {"batches, smoothed", "train, last 1.5001", "val, last 1.5001"} <= set(labels)
