@@ -1,7 +1,7 @@
-"""The command line of fastgpt.
+"""Command line of fastgpt.
 
-A command's module is imported once its arguments are known to be good: `--help` and mistakes answer
-at once, without PyTorch, which takes a second to load.
+A command's module is imported once its arguments are known to be good. `--help` and mistakes
+therefore answer at once, without PyTorch, which takes a second to load.
 """
 
 from __future__ import annotations
@@ -60,20 +60,19 @@ def main(args: Sequence[str] | None = None) -> None:
     except UserError as e:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        _say(e)
+        _print_mistake(e)
         code = e.code
     except KeyboardInterrupt:
         print("fastgpt: interrupted", file=sys.stderr)
         code = 130
-    except BrokenPipeError:
-        # The reader of the output is gone (`| head`): nothing more to say, and nothing went wrong.
+    except BrokenPipeError:  # the reader of the output is gone (`| head`), which is no mistake
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except Exception as e:
         code = _failed(e)
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # FSDP's device mesh keeps Gloo's threads beyond destroy_process_group, and one of them that
-        # lets go of a tensor while Python shuts down aborts the process: leave before it does.
+        # FSDP's device mesh keeps Gloo's threads beyond destroy_process_group. One of them that
+        # frees a tensor while Python shuts down aborts the process, so leave before it does.
         atexit._run_exitfuncs()
         sys.stdout.flush()
         os._exit(code)
@@ -94,10 +93,10 @@ def _failed(e: Exception) -> int:
     """Explains an error that is no UserError. Returns the exit code."""
     try:
         sys.stdout.flush()
-    except OSError:  # its disk is full: what it holds is lost, and asked for again at exit
+    except OSError:  # its disk is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if (said := explained(e)) is not None:
-        _say(UserError(said))
+        _print_mistake(UserError(said))
         return 2
     traceback.print_exception(e)
     print(
@@ -108,8 +107,8 @@ def _failed(e: Exception) -> int:
     return 1
 
 
-def _say(mistake: UserError) -> None:
-    """Prints a mistake; one that all ranks of torchrun find is printed once, by rank 0.
+def _print_mistake(mistake: UserError) -> None:
+    """Prints a mistake. One that all ranks of torchrun make is printed once, by rank 0.
 
     torchrun ends all ranks once one has left, so the others wait until rank 0 has printed. A rank
     that still runs after this time was alone with its mistake, and prints it.
@@ -283,6 +282,7 @@ def _tune(args: list[str]) -> int:
     return tune(as_trained(config), vocab_size(config))
 
 
+# Each command's function, and the config that its --help lists.
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], Callable[[], Any]]] = {
     "train": (_train, PRESETS["laptop"]),
     "sample": (_sample, schema.SampleConfig),

@@ -264,10 +264,10 @@ def test_a_rank_waits_for_rank_0_to_speak_and_speaks_if_it_was_alone(capsys, mon
         (RankError("rank 3: loss nan"), "fastgpt: rank 3: loss nan\n"),
     ):
         monkeypatch.setenv("RANK", "3")
-        cli._say(error)
+        cli._print_mistake(error)
         assert capsys.readouterr().err == said
         monkeypatch.setenv("RANK", "0")
-        cli._say(error)
+        cli._print_mistake(error)
         assert capsys.readouterr().err == f"fastgpt: {error}\n"
 
 

@@ -49,8 +49,9 @@ def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
             if isinstance(op, ast.Add) and isinstance(a, str) and isinstance(b, str):
                 return a + b
             if _is_number(a) and _is_number(b):
-                large = isinstance(op, ast.Pow) and not (abs(a) <= _LARGEST and -64 <= b <= 64)
-                result = None if large else _OPERATORS[type(op)](a, b)
+                if isinstance(op, ast.Pow) and not (abs(a) <= _LARGEST and -64 <= b <= 64):
+                    raise ValueError("a power that large")
+                result = _OPERATORS[type(op)](a, b)
                 if not _is_number(result) or abs(result) >= _LARGEST:
                     raise ValueError("a number that large")
                 return result

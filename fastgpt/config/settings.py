@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import functools
 import json
 import math
 import re
@@ -60,8 +59,7 @@ class Leaf:
         return noun + (f" {self.range}" if self.range else "")
 
 
-@functools.cache
-def leaves(cls: Any) -> Mapping[str, Leaf]:
+def leaves(cls: Any) -> dict[str, Leaf]:
     """Returns all settings of a config class by their flat names, in order."""
     out: dict[str, Leaf] = {}
     for f in dataclasses.fields(cls):
@@ -120,12 +118,11 @@ def check_value(leaf: Leaf, value: Any, where: str) -> Any:
         value = shown = float(value)
     if leaf.options:
         good = any(value == o and value.__class__ is o.__class__ for o in leaf.options)
-    elif value.__class__ is not leaf.type:
-        good = False
-    elif leaf.type is str:
-        good = not re.search("[\0\ud800-\udfff]", value)
+    elif isinstance(value, str):
+        good = leaf.type is str and not re.search("[\0\ud800-\udfff]", value)
     else:
-        good = math.isfinite(value) and (not leaf.range or value in leaf.range)
+        good = type(value) is leaf.type and math.isfinite(typing.cast(float, value))
+        good = good and (not leaf.range or value in leaf.range)
     if not good:
         raise UserError(f"{where}{leaf.name}={shown}: wanted {leaf.wanted}")
     return value

@@ -100,7 +100,8 @@ class Metrics:
                 )
             write_text(self.path, text)
         self._file: IO[str] = open(self.path, "a")  # noqa: SIM115 - closed in __exit__
-        asked = {_Wandb: config.log.wandb_log, _TensorBoard: config.log.tensorboard}
+        log = config.log
+        asked: dict[Any, bool] = {_Wandb: log.wandb_log, _TensorBoard: log.tensorboard}
         self._trackers = [kind(run_dir, config) for kind, on in asked.items() if on and keeps]
         self._config, self._start, self._seconds = config, start_step, 0.0
         self._every, self._ten_minutes = Every(), Every(600)
@@ -109,8 +110,9 @@ class Metrics:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for opened in (self._file, *self._trackers):
-            opened.close()
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def train(self, step: int, tokens: int, seconds: float, record: dict[str, float]) -> None:
         """Logs a step, after which `tokens` were seen.
