@@ -152,6 +152,10 @@ def _training(args: list[str]) -> tuple[Config, str]:
     if len(positional) > 1:
         raise UserError(f"{' '.join(positional)}: one preset or file is wanted")
     auto = flags.get("init_from") == "auto"
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and not auto:
+        raise UserError(
+            "torchrun --max-restarts: a restart has to find its run: --out_dir=RUN --init_from=auto"
+        )
     if auto:
         del flags["init_from"]
     settings.apply_flags(Config(), flags)  # names and values first: the preset may ask PyTorch

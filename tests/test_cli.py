@@ -233,6 +233,7 @@ def test_a_start_loads_little(tmp_path: Path):
     ("variables", "message"),
     [
         ("WORLD_SIZE=4", "WORLD_SIZE is set, MASTER_ADDR is not: start with torchrun"),
+        *((f"WORLD_SIZE={text}", "WORLD_SIZE=") for text in ("x", "-1", "1e3", "9" * 5000, "")),
         ("WORLD_SIZE=4 RANK=0 MASTER_ADDR=x", "MASTER_PORT is not: start with torchrun"),
         ("RANK=0 MASTER_ADDR=x MASTER_PORT=abc", "MASTER_PORT=abc: wanted a whole number"),
         ("RANK=0 MASTER_ADDR=x MASTER_PORT=65536", "MASTER_PORT=65536: wanted a whole number"),

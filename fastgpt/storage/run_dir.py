@@ -62,26 +62,19 @@ def find(out_dir: str, flag: str = "--out_dir=") -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """Contents of run.json. `launch` names the processes of torchrun that started the run."""
+    """Contents of run.json."""
 
     id: str
-    launch: tuple[str, ...] = ()
-    config: str = ""
+    config: str
 
 
 def identity(run_dir: Path) -> Identity | None:
     """Returns the contents of run.json; None if there is none, or if it is damaged."""
     try:
         saved = json.loads(unsealed(read_bytes(run_dir / IDENTITY, limit=1 << 20)) or "")
-        return Identity(str(saved["id"]), tuple(map(str, saved["launch"])), str(saved["config"]))
+        return Identity(str(saved["id"]), str(saved["config"]))
     except (UserError, OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
-
-
-def made_by(run_dir: Path, launch: Sequence[str]) -> bool:
-    """Tells if one of these processes of torchrun made the run."""
-    own = identity(run_dir)
-    return own is not None and bool(set(own.launch) & set(launch) - {""})
 
 
 def load_config(run_dir: Path, say: Callable[[str], None] = print) -> Config:
@@ -117,10 +110,10 @@ def load_config(run_dir: Path, say: Callable[[str], None] = print) -> Config:
     return settings.replace(config, out_dir=str(run_dir))
 
 
-def save_config(run_dir: Path, config: Config, launch: Sequence[str] = ()) -> Identity:
+def save_config(run_dir: Path, config: Config) -> Identity:
     """Writes config.toml so that `fastgpt train RUN/config.toml` repeats the run in a new folder.
 
-    A run that is there keeps its id and launch; a new one gets a fresh id and `launch`.
+    A run that is there keeps its id.
     """
     before, init_from = identity(run_dir), config.run.init_from
     if init_from == "resume":  # what it began from is in the file that is about to be replaced
@@ -131,8 +124,7 @@ def save_config(run_dir: Path, config: Config, launch: Sequence[str] = ()) -> Id
         config, out_dir="", overwrite=False, init_from=init_from, checkpoint="latest",
         reset_optimizer=False,
     )  # fmt: skip
-    new = Identity(secrets.token_hex(8), tuple(launch))
-    own = dataclasses.replace(before or new, config=settings.to_toml(config))
+    own = Identity(before.id if before else secrets.token_hex(8), settings.to_toml(config))
     text = json.dumps({"format": 1, **vars(own)}, indent=1)
     atomic.write_text(run_dir / IDENTITY, sealed(text))
     atomic.write_text(run_dir / "config.toml", own.config)

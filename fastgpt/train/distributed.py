@@ -1,21 +1,17 @@
-"""Several processes on one model: what torchrun starts.
+"""Several processes on one model, as torchrun starts them: ranks, DDP, FSDP2, Muon's exchanges.
 
 Every rank takes its rows of the same global batch. Decisions of the host, such as to stop, are the
-same on all ranks. Without torchrun there is one rank and no process group.
-
-DDP keeps a whole model on each GPU. FSDP2 keeps a shard of each tensor: attention and MLP are
-gathered in the compute dtype when their turn comes. Embeddings and norms form a group of their own
-that stays gathered in fp32. The parts of PyTorch that only FSDP needs are imported where they are
-used, so that a run of one process does not load them.
+same on all ranks. Without torchrun there is one rank and no process group. DDP keeps a whole model
+on each GPU. FSDP2 keeps a shard of each tensor and gathers attention and MLP in the compute dtype
+when their turn comes; embeddings and norms stay gathered in fp32. The parts of PyTorch that only
+FSDP needs are imported where they are used, so that a run of one process does not load them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -58,9 +54,8 @@ class Ranks:
 
     def check(self, o: OptimConfig) -> None:
         """Raises UserError if the global batch does not divide among the ranks."""
-        rows = o.rows
+        rows, steps = o.rows, o.gradient_accumulation_steps
         if rows % self.size:
-            steps = o.gradient_accumulation_steps
             good = max(1, round(steps / self.size)) * self.size
             sizes = ", ".join(str(n) for n in range(1, min(rows, 64) + 1) if rows % n == 0)
             raise UserError(
@@ -107,9 +102,9 @@ class Ranks:
 
     @contextlib.contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
-        """Context that all ranks finish, or none: a UserError on one of them is raised on all.
+        """Context that raises a UserError of one rank on all ranks, with the lowest rank's message.
 
-        The message is that of the lowest rank that failed, so that one line is printed in total.
+        So all ranks finish it, or none, and one line is printed in total.
         """
         if self.size == 1:
             yield
@@ -124,7 +119,7 @@ class Ranks:
                 raise SharedError(f"rank {rank}: {text}" if rank else text) from error
 
     def silent(self) -> list[int]:
-        """Returns the ranks that do not answer within two seconds, after a failed exchange."""
+        """Returns the ranks that do not answer within two seconds after a failed exchange."""
         with contextlib.suppress(Exception):
             self.store.set(f"alive/{self.rank}", "1")
             time.sleep(2.0)
@@ -138,29 +133,6 @@ def _number(name: str, default: int, most: int = 10**9) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) <= most):
         raise UserError(f"{name}={text}: wanted a whole number, as torchrun sets it; or unset it")
     return int(text)
-
-
-def launcher() -> str:
-    """Returns an identity of torchrun's agent, which survives restarts; "" without torchrun.
-
-    It consists of host, process id, start time and boot id, so no other process has the same.
-    """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return ""
-    parent, since = os.getppid(), ""
-    with contextlib.suppress(OSError, IndexError):  # where there is /proc
-        text = Path(f"/proc/{parent}/stat").read_text()
-        since = text.rpartition(")")[2].split()[19]
-        since += "-" + Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{socket.gethostname()}:{parent}:{since}"
-
-
-def check_launch(config: Config) -> None:
-    """Raises UserError if the run's flags contradict torchrun's."""
-    if _number("TORCHELASTIC_MAX_RESTARTS", 0) > 0 and not config.run.out_dir:
-        raise UserError(
-            "torchrun --max-restarts: a restart has to find its run; name it with --out_dir"
-        )
 
 
 def local_device(name: str) -> str:
@@ -237,7 +209,7 @@ def _is_connection(e: BaseException) -> bool:
     return isinstance(e, dist.DistError) or any(w in str(e).lower() for w in words)
 
 
-def shard(model: nn.Module, system: SystemConfig, machine: Machine) -> None:
+def shard(model: nn.Module, system: SystemConfig, machine: Machine) -> nn.Module:
     """Applies FSDP2 over all ranks: attention and MLP are a group each, the root has the rest."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -246,9 +218,10 @@ def shard(model: nn.Module, system: SystemConfig, machine: Machine) -> None:
             "--parallel=fsdp: float16's loss scaling is not supported; pass --parallel=ddp or "
             "--dtype=bfloat16"
         )
-    reduce = DTYPES[system.reduce_dtype]
-    inner = MixedPrecisionPolicy(machine.torch_dtype, reduce, cast_forward_inputs=False)
-    outer = MixedPrecisionPolicy(None, reduce, cast_forward_inputs=False)
+    inner, outer = (
+        MixedPrecisionPolicy(dtype, DTYPES[system.reduce_dtype], cast_forward_inputs=False)
+        for dtype in (machine.torch_dtype, None)
+    )
     mesh = dist.init_device_mesh(machine.device.type, (dist.get_world_size(),))
     for block in model.transformer.h:  # type: ignore[union-attr]
         for part in (block.attn, block.mlp):  # type: ignore[union-attr]
@@ -257,6 +230,7 @@ def shard(model: nn.Module, system: SystemConfig, machine: Machine) -> None:
             part.register_forward_hook(_copy_bias)  # before FSDP's hook, which comes next
             fully_shard(part, mesh=mesh, mp_policy=inner)
     fully_shard(model, mesh=mesh, mp_policy=outer, reshard_after_forward=False)
+    return model
 
 
 def _copy_bias(part: nn.Module, inputs: Any, output: tuple[Tensor, Tensor | None]) -> Any:
@@ -296,15 +270,12 @@ def wrap(model: GPT, system: SystemConfig, machine: Machine) -> tuple[nn.Module,
         return model, ""
     kind = system.parallel
     if kind == "auto":
-        room = math.inf
+        kind = "ddp"
         if machine.device.type == "cuda":
-            room = torch.cuda.get_device_properties(machine.device).total_memory
-        state = STATE_BYTES * model.n_params(position_embeddings=True)
-        kind = "fsdp" if state > STATE_SHARE * room else "ddp"
-    if kind == "ddp":
-        return replicate(model, system, machine), kind
-    shard(model, system, machine)
-    return model, kind
+            room = STATE_SHARE * torch.cuda.get_device_properties(machine.device).total_memory
+            if STATE_BYTES * model.n_params(position_embeddings=True) > room:
+                kind = "fsdp"
+    return (replicate if kind == "ddp" else shard)(model, system, machine), kind
 
 
 def reduce_gradients(wrapped: Any, now: bool) -> None:

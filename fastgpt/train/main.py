@@ -31,10 +31,9 @@ from fastgpt.inference.generate import BatchGenerator, Sampling, on_screen
 from fastgpt.model.build import build
 from fastgpt.model.device import Machine, unseen_gpu
 from fastgpt.model.kernels import Selected, describe
-from fastgpt.storage import checkpoint
 from fastgpt.storage import run_dir as run
 from fastgpt.train import cuda_graph, memory, metrics, optim, plots, resume
-from fastgpt.train.distributed import Ranks, check_launch, join, launcher, local_device
+from fastgpt.train.distributed import Ranks, join, local_device
 from fastgpt.train.loop import Loop
 from fastgpt.train.metrics import count, duration
 from fastgpt.train.resume import Progress
@@ -51,7 +50,6 @@ def train(config: Config, name: str) -> tuple[int, Path]:
     done as asked.
     """
     system = config.system
-    check_launch(config)
     device = local_device(system.device)
     machine = Machine.of(device, system.dtype, system.compile, system.peak_tflops)
     if system.device == "auto" and machine.device.type == "cpu" and (said := unseen_gpu()):
@@ -112,12 +110,8 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
     with ranks.raise_on_all_ranks():
         model = build(config, vocabulary, machine, weights)
     del weights
-    # 2. Resume or begin? Flags decide. A restart by torchrun may also continue or replace the run
-    # that its own first attempt made.
-    launch = ranks.gather(launcher())
-    again = ranks.gather(run.made_by(Path(r.out_dir), launch))[0]
-    resuming = r.init_from == "resume" or again and bool(checkpoint.names(Path(r.out_dir)))
-    batch_size = config.optim.batch_size
+    # 2. Trainer.
+    batch_size, resuming = config.optim.batch_size, r.init_from == "resume"
     if config.optim.auto_batch_size and not resuming:
         with ranks.raise_on_all_ranks():
             batch_size = memory.fastest_batch_size(model, config, machine, ranks)
@@ -129,7 +123,7 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
             if ranks.first and resuming:
                 run_dir = stack.enter_context(run.resumed(r.out_dir))
             elif ranks.first:
-                run_dir = stack.enter_context(run.begin(r.out_dir, name, r.overwrite or again))
+                run_dir = stack.enter_context(run.begin(r.out_dir, name, r.overwrite))
         run_dir = ranks.gather(run_dir)[0]
         with ranks.raise_on_all_ranks():
             start = resume.load(trainer, dataset, run_dir) if resuming else Progress()
@@ -138,7 +132,7 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
                 raise UserError(f"{run_dir}: {at}; give more to go on")
         with ranks.raise_on_all_ranks():
             if ranks.first:
-                run.save_config(run_dir, trainer.resolved, launch)
+                run.save_config(run_dir, trainer.resolved)
                 if dataset.tokenizer is not None:
                     dataset.tokenizer.save(run_dir)
         # 4. Introduction, loop, summary.

@@ -279,17 +279,6 @@ def test_a_config_that_is_not_what_the_run_wrote_is_named():
     assert run.load_config(folder, said.append) == want and "run.json: is damaged" in said[3]
 
 
-def test_a_restart_goes_on_only_with_what_its_own_launch_made():
-    run.save_config(Path("ours"), Config(), ["agent-1", "agent-2"])
-    assert run.made_by(Path("ours"), ["agent-2", "agent-3"])
-    assert not run.made_by(Path("ours"), ["agent-3"])
-    run.save_config(Path("ours"), Config(), ["agent-3"])
-    assert not run.made_by(Path("ours"), ["agent-3"]), "who resumes a run did not make it"
-    make(Path("theirs"))
-    assert not run.made_by(Path("theirs"), ["", "agent-1"])
-    assert not run.made_by(Path("none"), ["agent-1"])
-
-
 def test_what_goes_on_is_whole_and_held(monkeypatch):
     """A run that another process put aside, and left so, between the look and the lock."""
     before = half_overwritten("half")
