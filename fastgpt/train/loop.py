@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import math
 import signal
@@ -23,22 +22,6 @@ from fastgpt.train.metrics import Metrics, flops_per_token
 from fastgpt.train.resume import Progress
 from fastgpt.train.trainer import NonFinite, Trainer
 from fastgpt_kernels.progress import print_line, progress
-
-
-class StepClock:
-    """Clock of seconds since the start, without pauses."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-
-    def elapsed(self) -> float:
-        return time.perf_counter() - self._start
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - began
 
 
 class Loop:
@@ -119,7 +102,7 @@ class Loop:
             print_line(trainer.capture(step, micro_batch))
 
     def _stopping(self) -> bool:
-        """Returns whether to stop, the same on all ranks, since a signal may reach only some.
+        """Returns True on all ranks once a signal has reached one of them.
 
         The stop flag is all-reduced asynchronously and read one step (or evaluation batch) later,
         so no rank waits for the slowest.
@@ -133,8 +116,8 @@ class Loop:
     def _steps(self) -> None:
         """Alternates evaluations, checkpoints, steps and log lines until the run stops."""
         c, trainer, at = self.config, self.trainer, self.progress
-        clock, before = StepClock(), at.step_seconds
-        logged, logged_at = at.step, 0.0
+        began = time.perf_counter() - at.step_seconds  # moved on by every pause
+        logged, logged_at = at.step, at.step_seconds
         while True:
             # Evaluate, save after it, and collect garbage, outside of the steps' time.
             step = at.step
@@ -142,13 +125,14 @@ class Loop:
             due = (step % c.log.eval_interval == 0 or last) and step != at.last_eval
             if due or c.log.eval_only:
                 trainer.check()  # waits for the device, so that the steps' time is complete
-                at.step_seconds = before + clock.elapsed()
-                with clock.paused():
-                    if self.evaluate(step):
-                        self.save_after_evaluation(step)
-                    gc.collect()
+                paused = time.perf_counter()
+                at.step_seconds = paused - began
+                if self.evaluate(step):
+                    self.save_after_evaluation(step)
+                gc.collect()
+                began += time.perf_counter() - paused
             if last or c.log.eval_only or self.reached or self._stopping():
-                at.step_seconds = before + clock.elapsed()
+                at.step_seconds = time.perf_counter() - began
                 return
 
             # One step, and every log_interval steps a line, for which the host waits.
@@ -158,7 +142,7 @@ class Loop:
                 record = {"loss": loss.item(), "lr": optim.learning_rate(step, c.optim)}
                 record["grad_norm"] = grad_norm.item()
                 trainer.check()
-                now = clock.elapsed()
+                now = time.perf_counter() - began
                 seconds = (now - logged_at) / (at.step - logged)
                 logged, logged_at = at.step, now
                 self.metrics.train(step, self.tokens, seconds, record | self._speed(seconds))
@@ -172,13 +156,9 @@ class Loop:
         if size == 1:
             return mfu
         times = [1000 * s for s in self.ranks.gather(seconds)]
-        return mfu | {
-            "ranks": size,
-            "tokens_per_second_per_rank": round(tokens_per_second / size, 1),
-            "time_ms_min": round(min(times), 3),
-            "time_ms_mean": round(sum(times) / size, 3),
-            "time_ms_max": round(max(times), 3),
-        }
+        spread = {"min": min(times), "mean": sum(times) / size, "max": max(times)}
+        each = {"ranks": size, "tokens_per_second_per_rank": round(tokens_per_second / size, 1)}
+        return mfu | each | {f"time_ms_{name}": round(ms, 3) for name, ms in spread.items()}
 
     def evaluate(self, step: int) -> bool:
         """Computes both mean losses on the fixed batches. Returns False if a signal came."""

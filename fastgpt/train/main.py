@@ -30,7 +30,7 @@ from fastgpt.errors import RanksDiffer, UserError
 from fastgpt.inference.generate import BatchGenerator, Sampling, on_screen
 from fastgpt.model.build import build
 from fastgpt.model.device import Machine, unseen_gpu
-from fastgpt.model.kernels import Selected, describe
+from fastgpt.model.kernels import describe
 from fastgpt.storage import run_dir as run
 from fastgpt.train import cuda_graph, memory, metrics, optim, plots, resume
 from fastgpt.train.distributed import Ranks, join, local_device
@@ -137,7 +137,6 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
                     dataset.tokenizer.save(run_dir)
         # 4. Introduction, loop, summary.
         _print_introduction(trainer, dataset.describe(), run_dir, changed)
-        _warn_if_ops_differ(ranks.gather(trainer.selected))
         loop = Loop(trainer, dataset, run_dir, start)
         code = loop.run(stack)
     if ranks.first:
@@ -163,13 +162,6 @@ def _require_equal_ranks(config: Config, dataset: Dataset, machine: Machine, ran
                     f"rank {rank} has {key}={other.get(key)}, rank 0 has {key}={value}: start all "
                     "ranks with the same flags, data and versions"
                 )
-
-
-def _warn_if_ops_differ(choices: list[tuple[Selected, ...]]) -> None:
-    """Warns of ranks that run other ops than rank 0, since the slowest rank delays all."""
-    for rank, chosen in enumerate(choices):
-        if others := tuple(c for c in chosen if c not in choices[0]):
-            print(f"warning: other ops than rank 0 on rank {rank}: {describe(others)}")
 
 
 def _start_from(config: Config, dataset: Dataset) -> tuple[Config, dict[str, Tensor] | None]:
@@ -311,24 +303,20 @@ def _dry_run(config: Config, name: str, machine: Machine, ranks: Ranks) -> None:
 
 def seconds_per_step(trainer: Trainer) -> float:
     """Returns the mean time of ten steps on random tokens, after two that are not timed."""
-    c, rows = trainer.config, trainer.ranks.rows(trainer.config.optim.rows)
-    shape = rows.stop - rows.start, c.model.block_size + 1
+    rows = trainer.config.optim.rows // trainer.ranks.size
+    shape = rows, trainer.config.model.block_size + 1
     tokens = torch.randint(trainer.model.shape.vocab_size, shape, device=trainer.device)
     micro_batch, began = tokens[: trainer.micro_batch], 0.0
-    try:
-        if trainer.machine.compile:
-            trainer.warm_up(0, micro_batch)
-        if trainer.device.type == "cuda":
-            trainer.capture(0, micro_batch)
-        for step in range(12):
-            if step == 2:
-                trainer.machine.synchronize()
-                began = time.perf_counter()
-            trainer.step(step, tokens)
-        trainer.machine.synchronize()
-    except torch.OutOfMemoryError as e:
-        said = memory.out_of_memory(c, trainer.model, trainer.device, trainer.batch_size)
-        raise UserError(said) from e
+    if trainer.machine.compile:
+        trainer.warm_up(0, micro_batch)
+    if trainer.device.type == "cuda":
+        trainer.capture(0, micro_batch)
+    for step in range(12):
+        if step == 2:
+            trainer.machine.synchronize()
+            began = time.perf_counter()
+        trainer.step(step, tokens)
+    trainer.machine.synchronize()
     return (time.perf_counter() - began) / 10
 
 

@@ -1,25 +1,41 @@
-"""The loop's clock and its signals; whole runs are in test_main.py."""
+"""Times and signals of the loop; whole runs are in test_main.py."""
 
 from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
-from fastgpt.train import loop
-from fastgpt.train.loop import StopRequest
+from fastgpt import cli
+from fastgpt.train import loop, metrics
+from fastgpt.train.loop import Loop, StopRequest
+from fastgpt.train.trainer import Trainer
+from tests import runs
 
 
-def test_the_clock_counts_no_pauses(monkeypatch: pytest.MonkeyPatch):
-    now = 100.0
+def test_evaluations_take_no_time_of_the_steps(tmp_path: Path, monkeypatch):
+    """By a clock on which a step takes a second and an evaluation a thousand."""
+    now, step, evaluate = 100.0, Trainer.step, Loop.evaluate
+
+    def lasts(seconds: float, function):
+        def call(*args):
+            nonlocal now
+            now += seconds
+            return function(*args)
+
+        return call
+
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loop.time, "perf_counter", lambda: now)
-    clock = loop.StepClock()
-    now = 106.0
-    with clock.paused():
-        now = 1000.0
-    now = 1005.0
-    assert clock.elapsed() == 11.0
+    monkeypatch.setattr(Trainer, "step", lasts(1.0, step))
+    monkeypatch.setattr(Loop, "evaluate", lasts(1000.0, evaluate))
+    args = (*runs.TINY, f"--input={runs.write_text(tmp_path)}", "--out_dir=out", "--max_iters=7")
+    with pytest.raises(SystemExit):
+        cli.main(["train", *args, "--eval_interval=2", "--log_interval=3"])
+    lines = metrics.read(Path("out/metrics.jsonl"))
+    assert [r["time_ms"] for r in lines if r["kind"] == "train"] == [1000.0, 1000.0, 1000.0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])

@@ -25,7 +25,6 @@ from fastgpt.data.loader import Batches
 from fastgpt.data.token_files import open_dataset
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
-from fastgpt.model.kernels import Selected
 from fastgpt.storage import checkpoint
 from fastgpt.train import main, metrics
 from fastgpt.train.trainer import Trainer
@@ -355,18 +354,6 @@ def test_steps_of_a_dry_run_are_timed():
     config = settings.replace(PRESETS["laptop"](), block_size=8, gradient_accumulation_steps=2)
     trainer = Trainer(model, config, Machine(torch.device("cpu"), "float32"))
     assert 0 < main.seconds_per_step(trainer) < 10
-
-
-def test_a_rank_that_runs_other_ops_is_named(capsys):
-    plain = (Selected("attention", "triton", "fused kernels"), Selected("mlp", "eager", "no TMA"))
-    slow = Selected("attention", "eager", "triton: does not answer within 60 s")
-    main._warn_if_ops_differ([plain, plain])
-    assert capsys.readouterr().out == ""
-    main._warn_if_ops_differ([plain, plain, (slow, plain[1])])
-    assert capsys.readouterr().out == (
-        "warning: other ops than rank 0 on rank 2: "
-        "eager (triton: does not answer within 60 s): attention\n"
-    )
 
 
 @pytest.mark.slow
