@@ -2,7 +2,8 @@
 
 Runs that differ only in their seed belong to one recipe, and the spread of their losses is the
 noise. A recipe is called better if the 95 % interval of the difference, at the last step that all
-runs evaluated, leaves out 0."""
+runs evaluated, leaves out 0.
+"""
 
 from __future__ import annotations
 
@@ -75,25 +76,17 @@ def _recipes(runs: Sequence[Compared]) -> list[list[Compared]]:
 
 def table(runs: Sequence[Compared]) -> str:
     """Returns a line per run with steps, tokens, hours, losses, speed and MFU."""
-    head = ("run", "steps", "tokens", "hours", "train", "val", "best val", "tok/s", "mfu")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [
+        ("run", "steps", "tokens", "hours", "train", "val", "best val", "tok/s", "mfu")
+    ]
     for r in runs:
-        last, best = r.curves.evals[-1], r.curves.best
-        assert best is not None
+        last, best = r.curves.evals[-1], r.curves.best or {}
         speed, mfu = r.curves.median("tokens_per_second"), r.curves.median("mfu")
-        rows.append(
-            (
-                r.name,
-                f"{last['step']}",
-                count(last["tokens"]),
-                f"{r.curves.hours(last['step']):.2f}",
-                f"{last['train_loss']:.4f}",
-                f"{last['val_loss']:.4f}",
-                f"{best['val_loss']:.4f} at {best['step']}",
-                count(speed) if speed else "-",
-                f"{100 * mfu:.1f}%" if mfu else "-",
-            )
-        )
+        row = f"{last['step']} {count(last['tokens'])} {r.curves.hours(last['step']):.2f} "
+        row += f"{last['train_loss']:.4f} {last['val_loss']:.4f}"
+        best_val = f"{best['val_loss']:.4f} at {best['step']}"
+        speeds = count(speed) if speed else "-", f"{100 * mfu:.1f}%" if mfu else "-"
+        rows.append((r.name, *row.split(), best_val, *speeds))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows

@@ -1,17 +1,12 @@
 """Muon for the blocks' matrices and AdamW for all else, as one optimizer.
 
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces a matrix's momentum
-by the nearest matrix whose singular values are all about 1. c_attn counts as three matrices, for q,
-k and v. Embeddings (with the tied head), norms and biases stay with AdamW.
-
     B = mu B + (1 - mu) g,   U = mu B + (1 - mu) g                      Nesterov's momentum
     X = U / |U|,   X = a X + (b A + c A^2) X  with A = X X^T, 5 times   Newton-Schulz
     W = (1 - lr decay) W - 0.2 sqrt(max(rows, columns)) lr X
 
-This equals `torch.optim.Muon(adjust_lr_fn="match_rms_adamw", nesterov=True)` for each matrix. The
-factor 0.2 sqrt(...) (Liu et al. 2025, https://arxiv.org/abs/2502.16982, section 2.2) gives a step
-AdamW's root mean square, so both use one learning rate and one weight decay. Matrices of one shape
-are stacked and multiplied together. Several ranks each take some of them.
+Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/. The factor 0.2 sqrt(...) of
+Liu et al. 2025, https://arxiv.org/abs/2502.16982, lets one learning rate serve AdamW too. Each
+matrix gets the update of `torch.optim.Muon(adjust_lr_fn="match_rms_adamw", nesterov=True)`.
 """
 
 from __future__ import annotations
@@ -89,16 +84,19 @@ class Muon(torch.optim.Optimizer):
     """Muon and AdamW as one optimizer.
 
     matrices  Muon's parameters (fp32, or DTensors of which each rank has rows), with the number of
-              matrices in each, which are equal parts of its rows
+              matrices in each, which are equal parts of its rows: c_attn has those of q, k and v
     adamw     optimizer of all other parameters, whose groups and state become part of this one
     dtype     of the Newton-Schulz matmuls
-    scatter   how the matrices are spread over the ranks
-    compile   whether torch.compile makes the kernels
+    scatter   way in which the matrices are spread over the ranks
+    compile   True for kernels by torch.compile
 
     Like fused AdamW it divides gradients by the tensor `grad_scale` and skips the update if the
     tensor `found_inf` is not 0, where these attributes are set. The state is `momentum_buffer`, as
-    in PyTorch.
+    in PyTorch. Matrices of one shape are stacked and multiplied together.
     """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -133,14 +131,13 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of all parameters; does not wait for the device."""
+        """Updates all parameters. Does not wait for the device."""
         adamw: Any = self.adamw
-        grad_scale, found_inf = (getattr(self, k, None) for k in ("grad_scale", "found_inf"))
-        adamw.grad_scale, adamw.found_inf = grad_scale, found_inf
+        adamw.grad_scale, adamw.found_inf = self.grad_scale, self.found_inf
         loss = adamw.step(closure)
         options, device = self.param_groups[0], next(iter(self.matrices)).device
-        divisor = torch.ones((), device=device) if grad_scale is None else grad_scale
-        bad = (torch.zeros((), device=device) if found_inf is None else found_inf) != 0
+        divisor = torch.ones((), device=device) if self.grad_scale is None else self.grad_scale
+        bad = (torch.zeros((), device=device) if self.found_inf is None else self.found_inf) != 0
         rate = torch.where(bad, 0.0, options["lr"])
         keep = 1 - rate * options["weight_decay"]
         for (_, longer_side), batch in self._batches.items():
@@ -174,4 +171,4 @@ class Muon(torch.optim.Optimizer):
         if self._orthogonal is not orthogonal:
             self.found_inf = torch.ones((), device=next(iter(self.matrices)).device)
             self.step()
-            del self.found_inf
+            self.found_inf = None

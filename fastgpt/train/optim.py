@@ -1,4 +1,4 @@
-"""Optimizer of a run: learning-rate schedule, clipping, the check for finite values, its state."""
+"""Optimizer of a run: learning-rate schedule, clipping, check for finite values, state."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def make_optimizer(
     device = next(model.parameters()).device
     matrices: dict[Tensor, int] = {}
     if c.optimizer == "muon":  # c_attn holds the matrices of q, k and v
-        named = [(n, p) for n, p in model.transformer.h.named_parameters() if p.ndim == 2]
-        matrices = {p: 3 if name.endswith("c_attn.weight") else 1 for name, p in named}
+        named = model.transformer.h.named_parameters()
+        matrices = {p: 3 if n.endswith("c_attn.weight") else 1 for n, p in named if p.ndim == 2}
     params = [p for p in model.parameters() if p not in matrices]
     groups = [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": c.weight_decay},
@@ -127,12 +127,13 @@ def load_state_tensors(
 
     Raises UserError if they are another optimizer's, or do not fit it in names, shapes or dtypes.
     """
-    params, muon = dict(model.named_parameters()), isinstance(optimizer, Muon)
-    found = any(key.startswith("momentum_buffer.") for key in tensors)
-    if tensors and muon != found:
+    params, names = dict(model.named_parameters()), ("adamw", "muon")
+    own = names[isinstance(optimizer, Muon)]
+    found = names[any(key.startswith("momentum_buffer.") for key in tensors)]
+    if tensors and own != found:
         raise UserError(
-            f"--optimizer={('adamw', 'muon')[muon]}: the checkpoint has the state of "
-            f"{('adamw', 'muon')[found]}; leave the flag out, or start a new run"
+            f"--optimizer={own}: the checkpoint has the state of {found}; leave the flag out, or "
+            "start a new run"
         )
     is_ = {name: f"{t.dtype} {tuple(t.shape)}" for name, t in tensors.items()}
     wanted: dict[str, str] = {}

@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,23 +25,16 @@ from fastgpt.train.trainer import Trainer
 
 @dataclass
 class Progress:
-    """Position of a run.
+    """Position of a run."""
 
-    step          next step
-    rows          training rows seen so far, each of block_size tokens
-    metrics       hash of metrics.jsonl at this step, by which a later change is noticed
-    step_seconds  time of all steps so far
-    seconds       time of the run so far, with compilation, evaluations and saves
-    """
-
-    step: int = 0
+    step: int = 0  # the next one
     last_eval: int = -1
     val_loss: float = float("inf")
     best_val_loss: float = float("inf")
-    metrics: dict[str, Any] | None = None
-    step_seconds: float = 0.0
-    seconds: float = 0.0
-    rows: int = 0
+    metrics: dict[str, Any] | None = None  # hash of metrics.jsonl, by which a change is noticed
+    step_seconds: float = 0.0  # of all steps so far
+    seconds: float = 0.0  # of the run so far, with compilation, evaluations and saves
+    rows: int = 0  # of training data seen so far, each of block_size tokens
 
 
 def save(
@@ -126,15 +120,9 @@ def load(trainer: Trainer, dataset: Dataset, run_dir: Path) -> Progress:
     with contextlib.suppress(UserError), reading(run_dir / "plan.json", ""):  # of version 0.1.0
         threads = threads or json.loads(read_bytes(run_dir / "plan.json", 1 << 24))["threads"]
     stored = settings.from_dict(document.get("config") or {}, "state.json: ")
-    ops = {op["op"]: op["implementation"] for op in document.get("ops", ())}
-    was = _deciding(stored, threads or None, ops)
-    ops = {op.op: op.implementation for op in trainer.selected}
-    now = _deciding(trainer.resolved, _threads(trainer), ops)
-    changed = [
-        f"{key} {value} (was {was[key]})"
-        for key, value in now.items()
-        if was.get(key) is not None and was[key] != value
-    ]
+    was = _deciding(stored, threads or None, document.get("ops", ()))
+    now = _deciding(trainer.resolved, _threads(trainer), map(vars, trainer.selected))
+    changed = [f"{k} {v} (was {was[k]})" for k, v in now.items() if was.get(k) not in (None, v)]
     if changed:
         print(f"other than before: {', '.join(changed)}")
     return progress
@@ -146,14 +134,13 @@ def data_flag(config: Config) -> str:
     return f"--input={data.input}" if data.input else f"--dataset={data.dataset}"
 
 
-def _deciding(config: Config, threads: int | None, ops: dict[str, str]) -> dict[str, Any]:
-    """Returns what decides the numbers that a step computes: settings, threads, kernels."""
-    values, names = settings.to_dict(config), ["seed", "sampling", "block_size", "dropout", "dtype"]
-    names += [leaf.name for leaf in settings.leaves(Config).values() if leaf.section == "optim"]
-    for name in ("batch_size", "gradient_accumulation_steps"):  # their product counts
-        names.remove(name)
-    rows = {"rows per step": config.optim.rows, "threads": threads}
-    return rows | {name: values[name] for name in names} | ops
+def _deciding(config: Config, threads: int | None, ops: Iterable[dict]) -> dict[str, Any]:
+    """Returns the settings, threads and kernels that decide the numbers of a step."""
+    found = {"rows per step": config.optim.rows, "threads": threads}
+    names = {"seed", "sampling", "block_size", "dropout", "dtype"} | vars(config.optim).keys()
+    names -= {"batch_size", "gradient_accumulation_steps"}  # their product counts
+    found |= {name: value for name, value in settings.to_dict(config).items() if name in names}
+    return found | {op["op"]: op["implementation"] for op in ops}
 
 
 def _threads(trainer: Trainer) -> int | None:
