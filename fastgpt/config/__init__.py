@@ -1,1 +1,1 @@
-"""What is asked of a run: settings, flags, files, presets."""
+"""Settings of a run: schema, flags, files, presets."""

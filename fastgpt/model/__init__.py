@@ -1,1 +1,1 @@
-"""What computes: GPT-2, the op table, and the machine it runs on."""
+"""Computation: GPT-2, the implementations of its ops, the device."""

@@ -1,4 +1,4 @@
-"""The way from a config to a model: the only place that puts one together."""
+"""Construction of a model from a config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The machine that a command computes on: device, precision, compilation and peak."""
+"""Machine that a command computes on: device, precision, compilation and peak."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Machine:
-    """The meaning of --device, --dtype and --compile here: resolved once by a command, then fixed.
+    """Device, precision and compilation, resolved once by a command from its flags.
 
     dtype        of activations: float32, bfloat16 or float16
     peak_tflops  the user's figure for `peak`; 0: none
@@ -50,12 +50,12 @@ class Machine:
 
     @cached_property
     def peak(self) -> Peak:
-        """The reference for MFU; measured at the first use if no table has the device."""
+        """Peak for MFU, measured at the first use if no table has the device."""
         return device_peak(self.device, self.torch_dtype, self.peak_tflops)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that were resolved, by their names."""
+        """Resolved settings by their names."""
         return {"device": str(self.device), "dtype": self.dtype, "compile": self.compile}
 
     def synchronize(self) -> None:
@@ -111,7 +111,7 @@ def synchronize(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Peak:
-    """FLOPs per second, and the source of the figure."""
+    """Peak FLOPs per second, and the source of the figure."""
 
     flops: float
     source: str

@@ -1,8 +1,8 @@
 """GPT-2, and nothing but GPT-2.
 
-Parameters are named as nanoGPT names them. The residual stream is carried in the form that the
-fused ops want: every block ends by adding its branch to the stream and normalising for the next,
-so one op reads the stream once. Ours also adds the bias that a branch ends with, and drops out.
+Parameters have nanoGPT's names. Every block ends by adding its branch to the residual stream and
+normalising for the next block, so one op reads the stream once. The Triton kernel of this op also
+adds the bias that a branch ends with, and drops out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ VOCAB_MULTIPLE = 128
 
 @dataclass(frozen=True)
 class ModelShape:
-    """All that decides which tensors a model has; stored in its checkpoints."""
+    """Shape of a model: the sizes that decide its tensors, stored in its checkpoints."""
 
     n_layer: int
     n_head: int
@@ -39,7 +39,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, model: ModelConfig, vocab_size: int) -> ModelShape:
-        """What a config asks for. The way back: `settings.replace(config, **vars(shape))`."""
+        """Returns a config's shape. `settings.replace(config, **vars(shape))` is the way back."""
         asked = {f.name: getattr(model, f.name) for f in fields(cls)}
         return cls(**asked | {"vocab_size": vocab_size})
 
@@ -60,45 +60,35 @@ class ModelShape:
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     def sizes(self, batch_size: int, dropout: float = 0.0) -> Sizes:
-        """What the ops of a model of this shape are asked about, for a micro-batch."""
+        """Returns the sizes at which a model of this shape calls its ops, for a micro-batch."""
         vocab = self.vocab_size, self.padded_vocab_size
         width = self.n_head, self.n_embd
         return Sizes(batch_size, self.block_size, *width, *vocab, dropout, self.bias, self.gelu)
 
 
 class Linear(nn.Linear):
-    """The parameters of a linear layer, fp32; the matmuls read their 16-bit copy if there is one.
+    """Linear layer, fp32. The matmuls read the 16-bit copy of its weight if there is one.
 
     weight_bf16 and main_grad are those of `fastgpt_kernels.linear`.
     """
 
-    weight_bf16: Tensor | None
-    main_grad: Tensor | None
-
-    def __init__(self, in_features: int, out_features: int, bias: bool):
-        super().__init__(in_features, out_features, bias=bias)
-        for name in ("weight_bf16", "main_grad"):
-            self.register_buffer(name, None, persistent=False)
+    weight_bf16: Tensor | None = None
+    main_grad: Tensor | None = None
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
-        """x W^T + bias; the bias is given, as some are left to the op that follows."""
+        """Returns x W^T + bias. The bias is given, since some are left to the op that follows."""
         return linear(x, self.weight, bias, self.weight_bf16, self.main_grad)
 
 
 class TokenEmbedding(nn.Embedding):
-    """The token embedding, which is the head's weight too; with the buffers of `Linear`."""
+    """Token embedding, which is the head's weight too; with the tensors of `Linear`."""
 
-    weight_bf16: Tensor | None
-    main_grad: Tensor | None
-
-    def __init__(self, num_embeddings: int, embedding_dim: int):
-        super().__init__(num_embeddings, embedding_dim)
-        for name in ("weight_bf16", "main_grad"):
-            self.register_buffer(name, None, persistent=False)
+    weight_bf16: Tensor | None = None
+    main_grad: Tensor | None = None
 
 
 class LayerNorm(nn.Module):
-    """The parameters of a layer norm with an optional bias; the kernels compute it."""
+    """Parameters of a layer norm with an optional bias, which the kernels compute."""
 
     def __init__(self, n_embd: int, bias: bool):
         super().__init__()
@@ -167,7 +157,7 @@ class Block(nn.Module):
     def forward(
         self, y: Tensor, x: Tensor, next_norm: LayerNorm, seeds: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """y: the stream x after ln_1. Returns the stream after this block, normalised and plain.
+        """Returns the stream after this block, normalised and plain, for x and y = ln_1(x).
 
         seeds (3, 1) int64 of the block's dropout, or None for PyTorch's generator.
         """
@@ -191,7 +181,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The named parts; `GPT` puts them to work."""
+    """Named parts of GPT-2, which `GPT` puts to work."""
 
     def __init__(self, shape: ModelShape, dropout: float, kernels: Kernels):
         super().__init__()
@@ -207,9 +197,9 @@ class GPT(nn.Module):
     With targets (B, T) `forward` returns the mean loss (fp32 scalar; targets of -1 do not count);
     without, the logits (B, T, vocab_size). T is at most block_size.
 
-    Parameters are fp32 masters; `dtype` is that of activations, the residual stream and what the
-    matmuls read: weights rounded in each pass, or the copies of `make_weight_copies`. Norm
-    statistics, softmax and the loss are fp32 in any case.
+    Parameters are fp32 masters. `dtype` is that of activations, the residual stream and the weights
+    that matmuls read, rounded in each pass or by `sync_weight_copies`. Norm statistics, softmax and
+    the loss are fp32 in any case.
     """
 
     def __init__(
@@ -222,15 +212,15 @@ class GPT(nn.Module):
         super().__init__()
         kernels = kernels or select(torch.device("cpu"))
         self.shape, self.dropout, self.kernels, self.dtype = shape, dropout, kernels, dtype
-        # Keep only what stands between blocks, and run each block again in the backward pass.
-        self.checkpointing = False
+        self.checkpointing = False  # True: the backward pass runs each block again
+        self.weight_copies: dict[Tensor, Tensor] = {}
         self.transformer = Transformer(shape, dropout, kernels)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> GPT:
-        """GPT-2's initialisation: N(0, 0.02), residual projections N(0, 0.02 / sqrt(2 n_layer)).
+        """Draws GPT-2's N(0, 0.02), and N(0, 0.02 / sqrt(2 n_layer)) for residual projections.
 
-        Drawn on the CPU, so that a seed means the same weights on every device. Rows of the
+        It does so on the CPU, so that a seed means the same weights on every device. Rows of the
         embedding past the vocabulary are zero.
         """
         generator = torch.Generator().manual_seed(seed)
@@ -253,18 +243,14 @@ class GPT(nn.Module):
             return
         for module in self._matmul_weights():
             module.weight_bf16 = module.weight.detach().to(self.dtype)
+            self.weight_copies[module.weight] = module.weight_bf16
         self.register_load_state_dict_post_hook(lambda model, _: model.sync_weight_copies())
 
     @torch.no_grad()
     def sync_weight_copies(self) -> None:
         """Rounds the weights into their copies, if there are any."""
-        if copies := self.weight_copies():
-            torch._foreach_copy_([*copies.values()], [*copies])
-
-    def weight_copies(self) -> dict[Tensor, Tensor]:
-        """Returns the copy of each weight that has one."""
-        modules = self._matmul_weights()
-        return {m.weight: m.weight_bf16 for m in modules if m.weight_bf16 is not None}
+        if self.weight_copies:
+            torch._foreach_copy_([*self.weight_copies.values()], [*self.weight_copies])
 
     def use_main_grads(self) -> None:
         """Lets backward passes add to gradients that stay, of weights that have copies.
@@ -277,21 +263,21 @@ class GPT(nn.Module):
 
     def _matmul_weights(self) -> list[Linear | TokenEmbedding]:
         """Returns the modules whose weights a matmul reads; eager losses round the head's own."""
-        found = [m for m in self.modules() if isinstance(m, Linear | TokenEmbedding)]
-        head = self.transformer.wte if self.kernels.uses_triton("linear_cross_entropy") else None
-        return [m for m in found if isinstance(m, Linear) or m is head]
+        found: list[Linear | TokenEmbedding] = [m for m in self.modules() if isinstance(m, Linear)]
+        fused = self.kernels.uses_triton("linear_cross_entropy")
+        return [self.transformer.wte, *found] if fused else found
 
     def n_params(self, position_embeddings: bool = False) -> int:
-        """Number of parameters; without the position embeddings it is the N of 6N."""
+        """Returns the number of parameters, N in 6N if without the position embeddings."""
         total = sum(p.numel() for p in self.parameters())
         return total if position_embeddings else total - self.transformer.wpe.weight.numel()
 
     def hidden(self, idx: Tensor) -> Tensor:
-        """Token ids (B, T) -> the final norm's output (B, T, C)."""
+        """Returns the final norm's output (B, T, C) for token ids (B, T)."""
         return self._hidden(self.transformer.wte(idx))
 
     def _hidden(self, embedded: Tensor) -> Tensor:
-        """Embedded tokens (B, T, C), fp32 -> the final norm's output (B, T, C)."""
+        """Returns the final norm's output (B, T, C) for embedded tokens (B, T, C), fp32."""
         t, seq_len = self.transformer, embedded.shape[1]
         if seq_len > self.shape.block_size:
             raise ValueError(f"{seq_len} tokens do not fit block_size={self.shape.block_size}")
@@ -313,7 +299,7 @@ class GPT(nn.Module):
         return y
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., C) -> (..., vocab_size): the padding never leaves the model."""
+        """Returns logits (..., vocab_size) for (..., C), without those of the padding."""
         weight = self.transformer.wte.weight[: self.shape.vocab_size]
         return F.linear(hidden, weight.to(hidden.dtype))
 

@@ -1,15 +1,12 @@
-"""The implementation that computes each of the model's fused ops, and the reason for it.
-
-Selected once, when the model is made; the model only calls `kernels.attention(...)` and so on. All
-implementations of an op have the same signature, so a checkpoint never depends on the selection:
+"""Selection of the implementation of each fused op, made once for a model, with its reason.
 
     eager    plain PyTorch, right on every device; under torch.compile Inductor fuses it
     triton   fastgpt_kernels, on a GPU
     others   as the op's spec lists them: attention has PyTorch's cudnn and flash
 
-With `--kernels=auto` a GPU gets what `fastgpt tune` found to be the fastest there, else Triton. An
-op runs eager if its shapes, the versions or the GPU are not supported, or if it fails its check
-against the reference on this very device (`fastgpt_kernels/self_check.py`).
+With `--kernels=auto` a GPU gets the implementation that `fastgpt tune` found to be the fastest
+there, else Triton. An op runs eager if its shapes, the versions or the GPU are unsupported, or if
+it fails its check against the reference on this GPU (`fastgpt_kernels/self_check.py`).
 """
 
 from __future__ import annotations
@@ -33,7 +30,7 @@ CHECKED_ON = ("cuda",)  # types of devices; Triton's interpreter is not worth th
 
 @dataclass(frozen=True)
 class KernelOptions:
-    """The user's choice: --kernels, and --op.NAME for single ops."""
+    """Choice of the user: --kernels, and --op.NAME for single ops."""
 
     kernels: str = "auto"
     ops: Mapping[str, str] | None = None
@@ -49,7 +46,7 @@ class KernelOptions:
 
 @dataclass(frozen=True)
 class Selected:
-    """One op's implementation and the reason, for `doctor`, the run's log and its checkpoints."""
+    """Implementation of an op and its reason, for `doctor`, the run's log and its checkpoints."""
 
     op: str
     implementation: str
@@ -57,7 +54,7 @@ class Selected:
 
 
 class Kernels:
-    """The functions that the model calls, one attribute per op."""
+    """Functions that the model calls, one attribute per op."""
 
     def __init__(self, functions: Mapping[str, Callable[..., Any]], selected: Sequence[Selected]):
         self.selected = tuple(selected)
@@ -120,7 +117,7 @@ def _wanted(
     options: KernelOptions,
     faster: tuple[str, str] | None,
 ) -> Selected:
-    """Returns what an op should run on, unchecked; a reason that is a flag is the user's.
+    """Returns an op's implementation, unchecked. A reason that is a flag is the user's.
 
     faster: the implementation that `fastgpt tune` found, and by how much. Raises UserError.
     """
@@ -138,7 +135,7 @@ def _wanted(
 def _checked(
     selected: Sequence[Selected], device: torch.device, dtype: torch.dtype, sizes: Sizes
 ) -> list[Selected]:
-    """Returns the same with eager for each op that fails its check. Raises UserError for a flag."""
+    """Returns the same with eager for each op that fails its check. Raises UserError for flags."""
     from fastgpt_kernels.self_check import Check, failures
 
     checks = {

@@ -1,1 +1,1 @@
-"""What happens: a training run from its first line to its last."""
+"""Training: a run from its first line to its last."""

@@ -185,7 +185,7 @@ def test_float16_finds_its_scale_and_learns():
 
 
 def copies_follow(model: GPT) -> bool:
-    return all(torch.equal(copy, p.to(copy.dtype)) for p, copy in model.weight_copies().items())
+    return all(torch.equal(copy, p.to(copy.dtype)) for p, copy in model.weight_copies.items())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -195,7 +195,7 @@ def test_weight_copies_change_no_bit(dtype, optimizer, monkeypatch):
     ours = make_trainer(**settings)
     monkeypatch.setattr(GPT, "make_weight_copies", lambda model: None)
     plain = make_trainer(**settings)
-    assert len(ours.model.weight_copies()) == 8 and not plain.model.weight_copies()
+    assert len(ours.model.weight_copies) == 8 and not plain.model.weight_copies
     for step in range(4):
         a, b = (t.step(step, batch(step)) for t in (ours, plain))
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
@@ -207,14 +207,14 @@ def test_weight_copies_change_no_bit(dtype, optimizer, monkeypatch):
 
 def test_what_has_a_copy():
     """The matrices of the blocks, and the head's if its op takes a copy."""
-    assert not make_trainer().model.weight_copies()
+    assert not make_trainer().model.weight_copies
 
     def copied(implementation: str) -> set[str]:
         selected = Selected("linear_cross_entropy", implementation, "")
         model = GPT(SHAPE, 0.0, Kernels({}, (selected,)), torch.bfloat16)
         model.make_weight_copies()
         names = {p: n for n, p in model.named_parameters()}
-        return {names[p] for p in model.weight_copies()}
+        return {names[p] for p in model.weight_copies}
 
     blocks = {n for n, p in make_trainer().model.named_parameters() if ".h." in n and p.ndim == 2}
     assert copied("eager") == blocks
