@@ -2,12 +2,12 @@
 
     from fastgpt_kernels import attention, layer_norm, cross_entropy
 
-This is the table of the ops. It imports neither PyTorch nor Triton: a function is loaded with its
-module on first use. On a CPU tensor, and without Triton, it runs its reference, the function of the
-same name in `fastgpt_kernels.reference`. A warning says once that Triton is not installed.
+This module is the table of ops. It imports neither PyTorch nor Triton, since a function is loaded
+with its module on first use. On a CPU tensor, and without Triton, a function runs its reference of
+the same name in `fastgpt_kernels.reference`. If Triton is not installed, one warning says so.
 """
 
-# ruff: noqa: F401 - what is imported for type checkers is exported by __getattr__
+# ruff: noqa: F401 - __getattr__ exports these names
 from __future__ import annotations
 
 import functools
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Op:
-    """One line of the table of ops.
+    """Row of the table of ops.
 
-    module   defines the function, which has the op's name, and `SPECS` (see registry.py)
+    module   the module of the function, which has the op's name, and of `SPECS` (see registry.py)
     about    the help text of the flag `--op.NAME`
-    choices  implementations that the flag takes besides auto
+    choices  the flag's implementations besides auto
     flag     False for an op that fastgpt's model does not call
     """
 
@@ -64,7 +64,7 @@ __all__ = [*OPS]
 
 
 class _Package(ModuleType):
-    """This package, in which a function's name is no module, also after its module was imported."""
+    """Package in which an op's name is its function, also after its module was imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         is_module = name in OPS and isinstance(value, ModuleType)
@@ -86,5 +86,5 @@ def __getattr__(name: str) -> Any:
 
 @functools.cache
 def _warn_without_triton() -> None:
-    message = "fastgpt_kernels: no triton here, so every function runs its reference in PyTorch"
+    message = "fastgpt_kernels: triton is not installed, so every function runs its reference"
     warnings.warn(message, stacklevel=3)

@@ -1,7 +1,7 @@
-"""Small JSON files in the user's cache folder, $XDG_CACHE_HOME/fastgpt or ~/.cache/fastgpt.
+"""JSON files in the user's cache folder, $XDG_CACHE_HOME/fastgpt or ~/.cache/fastgpt.
 
-A file has sections, such as one per GPU and versions; a section has entries. Without a folder that
-can be written nothing is kept, and a file that is damaged or of another form counts as missing.
+A file has sections, such as one per GPU and versions, and a section has entries. A damaged file
+counts as missing, and without a writable folder nothing is kept.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastgpt_kernels import versions
 
 SECTIONS = 16  # per file: the oldest ones go
 
@@ -38,15 +39,10 @@ def load(name: str, section: str) -> dict[str, Any]:
 
 
 def keep(name: str, section: str, entries: Mapping[str, Any]) -> str | None:
-    """Adds entries to a section, whole or not at all; None as a value removes one.
-
-    Returns why they cannot be kept, or None.
-    """
-    sections = _sections(name)
-    merged = {**load(name, section), **entries}
+    """Adds entries to a section by replacing the file; returns the error, or None."""
+    sections, merged = _sections(name), {**load(name, section), **entries}
     sections.pop(section, None)
-    sections[section] = {k: v for k, v in merged.items() if v is not None}
-    newest = dict([*sections.items()][-SECTIONS:])
+    newest = dict([*sections.items(), (section, merged)][-SECTIONS:])
     try:
         file = path(name)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -54,8 +50,6 @@ def keep(name: str, section: str, entries: Mapping[str, Any]) -> str | None:
         try:
             with os.fdopen(descriptor, "w") as f:
                 json.dump(newest, f, indent=1)
-                f.flush()
-                os.fsync(f.fileno())
             os.replace(aside, file)
         finally:
             Path(aside).unlink(missing_ok=True)
@@ -73,10 +67,11 @@ def _sections(name: str) -> dict[str, Any]:
 
 @functools.cache
 def environment(device: torch.device) -> str:
-    """Returns what a result on a device is valid for: GPU, driver, versions, kernels' sources."""
+    """Returns the GPU, driver, versions and kernel sources for which a result is valid."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    versions = f"driver {_driver()}, torch {torch.__version__}, triton {_triton()}"
-    return f"{name}, {versions}, kernels {_sources()}"
+    triton = versions.installed().get("triton", "none")
+    software = f"driver {_driver()}, torch {torch.__version__}, triton {triton}"
+    return f"{name}, {software}, kernels {_sources()}"
 
 
 def _driver() -> str:
@@ -86,13 +81,6 @@ def _driver() -> str:
         if found := re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", text):
             return found[0]
     return "none"
-
-
-def _triton() -> str:
-    try:
-        return version("triton")
-    except PackageNotFoundError:
-        return "none"
 
 
 def _sources() -> str:

@@ -1,4 +1,4 @@
-"""Argument checks: a wrong argument raises one line with op, argument, value and what is wanted.
+"""Argument checks. A wrong argument raises one line with op, argument, value and what is expected.
 
     attention: n_head must divide C=770, got 12
 
@@ -31,9 +31,9 @@ def check_tensor(
 ) -> None:
     """Raises TypeError or ValueError unless x is a tensor that fits.
 
-    ndim      how many dimensions it has
-    shape     entries of None match any size
-    dtypes    those that it may have
+    ndim      the number of dimensions
+    shape     the shape, in which None matches any size
+    dtypes    the supported dtypes
     like      a tensor on the same device
     optional  x may be None
     """
@@ -91,9 +91,9 @@ def check_int(
 
 
 def refuse_interpreted_bf16(op: str, *tensors: torch.Tensor | None) -> None:
-    """Raises TypeError for bfloat16 on a CPU: Triton's interpreter gets it wrong, silently.
+    """Raises TypeError for bfloat16 on a CPU, which Triton's interpreter gets wrong silently.
 
-    Launchers call it, since the reference takes bfloat16.
+    Launchers call it, since the reference supports bfloat16.
     """
     for t in tensors:
         if t is not None and t.dtype is torch.bfloat16 and t.is_cpu:

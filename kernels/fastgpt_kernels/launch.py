@@ -1,8 +1,8 @@
-"""Launching: Triton, architectures, launch configs, and the small helpers that op files share.
+"""Launching of kernels: Triton, architectures, launch configs, and helpers that op files share.
 
-Launch configs are static tables by (architecture, size): nothing is searched while a model runs.
-A table maps an architecture ("sm_90", or "default") to entries keyed by a size bound, such as a row
-width: the entry with the smallest key at or above the size is used.
+Launch configs are static tables by architecture and size, so nothing is searched while a model
+runs. A table maps an architecture ("sm_90", or "default") to entries keyed by a bound of a size,
+such as a row's width. The entry with the smallest key at or above the size is used.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ try:
     HAS_TRITON = find_spec("triton") is not None
 except ImportError:
     HAS_TRITON = False
-# Kernels are defined for Triton's interpreter: `triton.jit` reads the variable when it decorates.
-# A plain bool, since torch.compile can read that and cannot trace Triton's settings.
+# True if kernels are interpreted: `triton.jit` reads the variable when it decorates. A plain bool,
+# since torch.compile can read that and cannot trace Triton's settings.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
 # Loading Triton takes a tenth of a second, so it is left out where no kernel can run.
 KERNELS = HAS_TRITON and ("triton" in sys.modules or INTERPRETED or torch.cuda.is_available())
 
 
 class _NoTriton:
-    """A stand-in for Triton's modules where no kernel can run: definitions stay functions."""
+    """Stand-in for Triton's modules where no kernel can run."""
 
     @staticmethod
     def jit(function: Any = None, **_: Any) -> Any:
@@ -61,7 +61,7 @@ _PRETENDED = ""
 def pretend(arch: str) -> Iterator[None]:
     """Makes ops launch their kernels for meta tensors too, as on a GPU of this architecture.
 
-    For tools with a driver that launches nothing: meta tensors have no data.
+    Meta tensors have no data, so the caller's driver must launch nothing.
     """
     global _PRETENDED
     before, _PRETENDED = _PRETENDED, arch
@@ -82,26 +82,23 @@ def use_kernel(x: Tensor) -> bool:
 
 
 @functools.cache
-def arch(device_index: int) -> str:
-    """Returns a GPU's architecture, as launch configs name it: "sm_90"."""
-    properties = torch.cuda.get_device_properties(device_index)
+def arch_on(device: torch.device) -> str:
+    """Returns the architecture of a GPU, such as "sm_90", or the type of another device."""
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
 
 
-def arch_on(device: torch.device) -> str:
-    """Returns a device's architecture, or its type if it is no GPU: "cpu" or "mps"."""
-    return arch(device.index or 0) if device.type == "cuda" else device.type
-
-
 def arch_of(x: Tensor) -> str:
-    """Returns the architecture that holds x; "cpu" for the interpreter."""
-    return arch(x.device.index) if x.is_cuda else _PRETENDED or "cpu"
+    """Returns the architecture that holds x, or "cpu" for the interpreter."""
+    return arch_on(x.device) if x.is_cuda else _PRETENDED or "cpu"
 
 
 def is_gpu(arch: str) -> bool:
-    """Returns True for the architecture of a GPU."""
+    """Returns True if an architecture is a GPU's."""
     return arch.startswith(("sm_", "gfx"))
 
 
@@ -111,7 +108,7 @@ def _multiprocessors(device_index: int) -> int:
 
 
 def multiprocessors(x: Tensor) -> int:
-    """Returns the SMs of the GPU that holds x; 2 for the interpreter: programs loop there too."""
+    """Returns the SMs of the GPU that holds x, or 2 for the interpreter."""
     return _multiprocessors(x.device.index) if x.is_cuda else SMS.get(_PRETENDED, 2)
 
 
@@ -160,17 +157,18 @@ def lookup(table: Table, arch: str, key: int) -> Config:
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Makes the device of x the current one, which is where Triton launches."""
+    """Makes the device of x the current one, on which Triton launches."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return nullcontext()
 
 
 def row_view(x: Tensor) -> Tensor:
-    """Returns x (..., C) as (M, C) with contiguous rows; a copy only if its strides require one."""
+    """Returns x (..., C) as (M, C) with contiguous rows, copied only if its strides require it."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
+    """Returns x contiguous, or None."""
     return None if x is None else x.contiguous()

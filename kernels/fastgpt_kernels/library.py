@@ -1,4 +1,4 @@
-"""Launchers as PyTorch ops, registered with torch.library.
+"""Registration of launchers as PyTorch ops with torch.library.
 
 `define_op` does what `torch.library.custom_op` and its `register_` methods do, with less Python per
 call: an eager call with its backward pass takes 23 µs less. An op can be differentiated once.
@@ -23,10 +23,10 @@ _TAG = f"{torch.compiler.config.cache_key_tag} {hashlib.sha256(_SOURCE).hexdiges
 
 
 def tag_compile_caches(*words: str) -> None:
-    """Has torch.compile's caches on disk tell graphs apart by these words, and by this package.
+    """Adds a hash of this package's sources, and words, to the keys of torch.compile's caches.
 
-    They know an op by its name alone. What they hold of another version of this package, whose
-    results may have other shapes, must not be taken for this one's.
+    The caches know an op by its name alone. They must not return a graph of another version of this
+    package, whose results may have other shapes.
     """
     torch.compiler.config.cache_key_tag = " ".join([_TAG, *words])
 
@@ -34,8 +34,8 @@ def tag_compile_caches(*words: str) -> None:
 tag_compile_caches()
 
 _LIBRARY = torch.library.Library("fastgpt", "DEF")
-# Before 2.13 Inductor writes out all that an op's arguments were computed from when it first meets
-# the op, for a log that nobody reads: for a model's last op that is twice as long with each layer.
+# Before 2.13 Inductor writes out, for a log, all that an op's arguments were computed from when it
+# first meets the op. For a model's last op that text doubles with each layer.
 _WRITES_OUT = torch.__version__ < "2.13"
 
 
@@ -51,13 +51,12 @@ def define_op(
 ) -> OpOverload:
     """Registers a launcher as the op `fastgpt::name` and returns that op.
 
-    launcher       an annotated function, whose results are tensors; it changes only the arguments
-                   that `mutates` names
+    launcher       an annotated function that returns tensors
     fake           the same function on tensors without data
     setup_context  (ctx, inputs, output), as in torch.autograd.Function
-    backward       (ctx, *gradients) -> a gradient for each of the first inputs, which is dropped
-                   where none is needed; an unused result has the gradient None
+    backward       (ctx, *gradients) -> gradients of the first inputs; an unused result has None
     flops          FLOPs of a call, from the arguments with shapes in place of tensors
+    mutates        names of the arguments that the launcher changes
     """
 
     def on_meta(*inputs: Any) -> Any:
@@ -81,7 +80,7 @@ def define_op(
 
 
 def _introduce_to_inductor(op: OpOverload) -> None:
-    """Tells Inductor that an op is called as it is, which it otherwise finds out by itself."""
+    """Registers an op with Inductor as one that it calls as it is."""
     from torch._inductor.lowering import lowerings, make_fallback
 
     if op not in lowerings:
@@ -89,20 +88,20 @@ def _introduce_to_inductor(op: OpOverload) -> None:
 
 
 def tensors_only(*results: Tensor | None) -> Any:
-    """Returns results as a registered op must, which has no None: an empty tensor in its place."""
+    """Returns the results of a registered op, with an empty tensor in place of None."""
     like = next(x for x in results if x is not None)
     return tuple(like.new_empty(0) if x is None else x for x in results)
 
 
-def matmul_flops(x: torch.Size, weight: torch.Size, products: int) -> int:
-    """Returns the FLOPs of matmuls among x (M, K), weight (N, K) and their product (M, N)."""
-    return products * 2 * x[0] * weight[0] * weight[1]
+def matmul_flops(x: torch.Size, weight: torch.Size, count: int) -> int:
+    """Returns the FLOPs of `count` matmuls among x (M, K), weight (N, K) and x W^T (M, N)."""
+    return count * 2 * x[0] * weight[0] * weight[1]
 
 
 def refuse_second_derivative(name: str) -> None:
-    """Raises RuntimeError in a backward pass whose own gradients are wanted.
+    """Raises RuntimeError in a backward pass that is itself differentiated.
 
-    Without it a gradient would come without its graph where the upstream gradient is constant.
+    Otherwise, if the upstream gradient is constant, the gradient would have no graph.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(f"{name}: has no second derivative; leave out create_graph=True")

@@ -1,4 +1,4 @@
-"""Progress of long work, and errors in one line: nothing is silent for over 5 seconds."""
+"""Progress lines of long work, and errors in one line."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ EVERY_S = 5.0
 
 
 def print_line(line: str) -> None:
+    """Prints a line at once."""
     print(line, flush=True)
 
 
 @contextmanager
-def progress(
-    work: str, say: Callable[[str], object] = print_line, every: float = EVERY_S
-) -> Iterator[Callable[[], float]]:
-    """Says every few seconds, within it, how long the work takes: "compiling: 10 s so far".
+def progress(work: str, say: Callable[[str], object] = print_line) -> Iterator[Callable[[], float]]:
+    """Prints every few seconds how long the work takes: "compiling: 10 s so far".
 
-    Gives a function that returns the seconds since it began.
+    Yields a function that returns the seconds since the start.
     """
     began, over = time.monotonic(), threading.Event()
 
@@ -28,7 +27,7 @@ def progress(
         return time.monotonic() - began
 
     def beat() -> None:
-        while not over.wait(every):
+        while not over.wait(EVERY_S):
             say(f"{work}: {elapsed():.0f} s so far")
 
     thread = threading.Thread(target=beat, daemon=True)
@@ -41,11 +40,11 @@ def progress(
 
 
 def describe_error(error: Exception) -> str:
-    """Returns one line of at most 160 characters; compilers put source text around theirs."""
+    """Returns an error's message as one line of at most 160 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     if len(lines) > 1 and lines[0].endswith("raised:"):  # torch.compile, of a backend
         lines = lines[1:]
-    line = lines[-1] if lines[0].startswith("at ") else lines[0]
+    line = lines[-1] if lines[0].startswith("at ") else lines[0]  # Triton's: source text first
     if not isinstance(error, RuntimeError | ValueError | TypeError) or not line:
         line = f"{type(error).__name__}: {line}".removesuffix(": ")
     return line if len(line) <= 160 else f"{line[:100]} ... {line[-55:]}"

@@ -1,7 +1,7 @@
-"""The registry: one `OpSpec` per op, with its implementations, example inputs and cost.
+"""Registry of ops: one `OpSpec` per op, with its implementations, example inputs and cost.
 
-`spec(name)` finds one, which loads the op's module. Selection, the self-check, the benchmarks and
-the traces are written in terms of these specs, so that no other file knows an op by name.
+`spec(name)` loads the op's module. Selection, the self-check, the benchmarks and the traces are
+written in terms of these specs, so that no other file knows an op by name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastgpt_kernels import OPS, launch, versions
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model and its micro-batch, as ops see them; GPT-2 124M's except for the rows."""
+    """Sizes of a model and its micro-batch, by default GPT-2 124M's with few rows."""
 
     batch_size: int = 2
     block_size: int = 256
@@ -42,7 +42,7 @@ class Sizes:
 
     @property
     def approximate(self) -> str:
-        """The same GELU in PyTorch's words."""
+        """GELU's form in PyTorch's words."""
         return "none" if self.gelu == "erf" else "tanh"
 
 
@@ -50,10 +50,10 @@ class Sizes:
 class ExampleInputs:
     """Inputs of one call: the differentiable ones in fp32, and the other arguments by name.
 
-    inputs       None stands for an input that the call goes without, such as a bias
+    inputs       the differentiable inputs; None is an optional one that is left out, such as a bias
     arguments    the other arguments, by name
-    fp32_inputs  positions of the inputs that stay fp32, whatever the activations are
-    gradients    a run differentiates this call
+    fp32_inputs  positions of the inputs that stay fp32 if the activations have 16 bits
+    gradients    True if a run differentiates this call
     keywords     names of the last inputs, which are passed by name
     """
 
@@ -86,14 +86,14 @@ class ExampleInputs:
         return replace(self, inputs=inputs)
 
     def without_dropout(self) -> ExampleInputs:
-        """Returns the same call without dropout, for implementations that draw their own mask."""
+        """Returns the same call without dropout."""
         kept = {k: v for k, v in self.arguments.items() if k not in ("dropout_p", "seed")}
         return replace(self, arguments=kept)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs (0: bound by memory) and bytes of one pass, each tensor moved once."""
+    """FLOPs and bytes of one pass, each tensor moved once. 0 FLOPs means bound by memory."""
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -103,13 +103,13 @@ Random = Callable[..., Tensor]  # (*shape) -> N(0, 1) in fp32
 
 
 def normal(device: torch.device, seed: int = 0) -> Random:
-    """Returns a source of random numbers on a device, the same for the same seed."""
+    """Returns a source of random numbers on a device, seeded."""
     generator = torch.Generator(device).manual_seed(seed)
     return lambda *shape: torch.randn(shape, generator=generator, device=device)
 
 
 def differentiate(function: Callable[..., Any], example: ExampleInputs) -> list[Tensor]:
-    """Returns results and gradients in fp32; fixed random numbers weigh the results."""
+    """Returns results and gradients in fp32, for fixed random upstream gradients."""
     leaves = example.leaves()
     outs = example.outputs(function, leaves)
     if example.gradients:
@@ -122,7 +122,7 @@ def differentiate(function: Callable[..., Any], example: ExampleInputs) -> list[
 
 
 def triton_unsupported(sizes: Sizes, dtype: torch.dtype, arch: str) -> str | None:
-    """Returns why no Triton kernel runs on an architecture, or None if kernels run."""
+    """Returns why no Triton kernel runs on an architecture, or None."""
     if not launch.HAS_TRITON:
         return "triton is not installed"
     if not launch.is_gpu(arch):
@@ -133,7 +133,7 @@ def triton_unsupported(sizes: Sizes, dtype: torch.dtype, arch: str) -> str | Non
 
 
 def gluon_unsupported(sizes: Sizes, dtype: torch.dtype, arch: str) -> str | None:
-    """Returns why no kernel in Gluon for Hopper runs, or None if these run."""
+    """Returns why no Gluon kernel for Hopper runs, or None."""
     if reason := triton_unsupported(sizes, dtype, arch):
         return reason
     if arch != "sm_90":
@@ -150,30 +150,26 @@ def _untested_triton(version: str) -> str | None:
     return versions.outside({"triton": version})
 
 
-def _always(sizes: Sizes, dtype: torch.dtype, arch: str) -> None:
-    return None
-
-
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute an op.
+    """Implementation of an op.
 
-    function            has the signature of the op's public function
-    unsupported_reason  (sizes, dtype, architecture) -> why it cannot run so, or None
-    follows_seed        its dropout mask is the specified one of `seed`, not a mask of its own
+    function            a function with the signature of the op's public one
+    unsupported_reason  (sizes, dtype, architecture) -> the reason why it cannot run, or None
+    follows_seed        False if it draws a dropout mask of its own, not that of `seed`
     """
 
     function: Callable[..., Any]
-    unsupported_reason: Callable[[Sizes, torch.dtype, str], str | None] = _always
+    unsupported_reason: Callable[[Sizes, torch.dtype, str], str | None] = lambda *_: None
     follows_seed: bool = True
 
 
 def implementations(
     eager: Callable[..., Any],
     triton: Callable[..., Any],
-    unsupported_reason: Callable[[Sizes, torch.dtype, str], str | None] = _always,
+    unsupported_reason: Callable[[Sizes, torch.dtype, str], str | None] = lambda *_: None,
 ) -> dict[str, Implementation]:
-    """Returns the two implementations of an op with Triton kernels, and their own limits."""
+    """Returns the two implementations of an op with Triton kernels, given the kernels' limits."""
 
     def reason(sizes: Sizes, dtype: torch.dtype, arch: str) -> str | None:
         return triton_unsupported(sizes, dtype, arch) or unsupported_reason(sizes, dtype, arch)
@@ -182,7 +178,7 @@ def implementations(
 
 
 def traffic(forward: int, backward: int, width: int = 1) -> Callable[[Sizes, int], dict[str, Cost]]:
-    """Returns the cost of passes that move so many tensors (B, T, width C)."""
+    """Returns the cost of passes that move these numbers of tensors (B, T, width C)."""
 
     def cost(sizes: Sizes, itemsize: int) -> dict[str, Cost]:
         moved = float(width * sizes.tokens * sizes.n_embd * itemsize)
@@ -193,20 +189,20 @@ def traffic(forward: int, backward: int, width: int = 1) -> Callable[[Sizes, int
 
 @dataclass(frozen=True)
 class OpSpec:
-    """One op.
+    """Specification of an op.
 
-    name             as in the flag `--op.NAME` and in `fastgpt_kernels`
-    implementations  by the name that the flag gives them: "eager" is plain PyTorch and runs on
-                     every device, "triton" has the fused kernels
-    example_inputs   (sizes, random) -> every kind of call that a run of these sizes makes; the
-                     first is the one that benchmarks time
+    name             the name in the flag `--op.NAME` and in `fastgpt_kernels`
+    implementations  by the flag's names: "eager" is plain PyTorch and runs on every device,
+                     "triton" has the fused kernels
+    example_inputs   (sizes, random) -> every kind of call that a run of these sizes makes, of which
+                     benchmarks time the first
     cost             (sizes, bytes per element) -> FLOPs and bytes by pass: "forward", "backward",
                      or "both" if the gradient is computed with the result
     kernels          names of its Triton kernels, as a profile shows them
     category         the part of a training step: attention, head, memory or optimizer
-    label            its name within that category, in traces
-    calls_per_step   how many times a training step of GPT-2 124M, 12 layers, calls it
-    few_tokens       how many tokens the self-check takes
+    label            the name within that category, in traces
+    calls_per_step   the number of calls in a training step of GPT-2 124M with 12 layers
+    few_tokens       the number of tokens in the self-check
     """
 
     name: str
@@ -226,7 +222,7 @@ class OpSpec:
 
     @property
     def standard(self) -> str:
-        """The implementation where kernels run: "triton", or "eager" for an op without."""
+        """The implementation where kernels run: "triton", or "eager" if there is none."""
         return "triton" if "triton" in self.implementations else "eager"
 
     @property
@@ -236,14 +232,11 @@ class OpSpec:
     def unsupported_reason(
         self, implementation: str, arch: str, dtype: torch.dtype, sizes: Sizes
     ) -> str | None:
-        """Returns why an implementation cannot run on an architecture, or None if it can.
-
-        arch is a key of `launch.arch_on`: "sm_90", or "cpu".
-        """
+        """Returns why an implementation cannot run on an architecture of `arch_on`, or None."""
         return self.implementations[implementation].unsupported_reason(sizes, dtype, arch)
 
     def default(self, arch: str, dtype: torch.dtype, sizes: Sizes) -> tuple[str, str]:
-        """Returns the implementation to take if nothing was measured, and the reason."""
+        """Returns the implementation without a result of `fastgpt tune`, and the reason."""
         reason = triton_unsupported(sizes, dtype, arch)
         reason = reason or self.unsupported_reason(self.standard, arch, dtype, sizes)
         if not reason and launch.is_gpu(arch) and arch not in launch.SMS:
@@ -255,11 +248,12 @@ class OpSpec:
 
 
 def spec(name: str) -> OpSpec:
-    """Returns an op's spec; loads its module."""
+    """Returns an op's spec and loads its module."""
     return importlib.import_module(f"fastgpt_kernels.{OPS[name].module}").SPECS[name]
 
 
 def specs() -> list[OpSpec]:
+    """Returns the specs of all ops."""
     return [spec(name) for name in OPS]
 
 

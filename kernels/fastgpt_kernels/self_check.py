@@ -1,9 +1,9 @@
-"""A check of an op's implementations against the reference, on the device at hand.
+"""Self-check of an op's implementations against the reference, on the device at hand.
 
-A kernel that is right elsewhere can be wrong here, or not compile. The calls of a run are checked:
-its widths, vocabulary, dropout, biases and dtypes, on few tokens, forward and backward. Checks run
-in child processes with a time limit, where a kernel may fail, hang or crash. What passed is kept
-for this GPU, driver, PyTorch, Triton and these kernels, and not checked at the next start.
+A kernel that is right elsewhere can be wrong or fail to compile on this GPU. The calls of a run are
+checked forward and backward on few tokens, with its widths, vocabulary, dropout, biases and dtypes.
+Checks run in child processes with a time limit, where a kernel may fail, hang or crash. What passed
+is stored for this GPU, driver, PyTorch, Triton and kernel sources, and not checked again.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from fastgpt_kernels.registry import ExampleInputs, OpSpec, Sizes, differentiate
 from fastgpt_kernels.worker import ask_all
 
 LIMIT_S = 120.0  # per check, compilation included
-# Relative error (Frobenius norm) that rounding explains: inputs and results of 8, 11 and 24 bits.
+# Relative error (Frobenius norm) that rounding to 8, 11 and 24 bits explains.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
-# Kernels are compiled anew for sequences that are not whole tiles of this many tokens (the longest
-# that attention has), and for row counts that are no multiple of ALIGNMENT.
+# Kernels are compiled again for sequences that are not whole tiles of this many tokens (attention's
+# longest), and for numbers of rows that are not multiples of ALIGNMENT.
 TILE, ALIGNMENT = 128, 16
 
 
 @dataclass(frozen=True)
 class Check:
-    """One implementation of an op, on the calls of a model."""
+    """Self-check of one implementation of an op on the calls of a model."""
 
     op: str
     implementation: str
@@ -52,12 +52,12 @@ class Check:
 
     @property
     def key(self) -> str:
-        """A short name of all of it but the index of the GPU."""
+        """A hash of the check without the index of the GPU."""
         text = json.dumps({**asdict(self), "device": self.device.partition(":")[0]}, sort_keys=True)
         return f"{self.op} {self.implementation} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def adopt(self) -> None:
-        """Sets up a child process as the one that asks is."""
+        """Takes over the settings of the process that made the check."""
         device = torch.device(self.device)
         if device.index is not None:
             torch.cuda.set_device(device)
@@ -65,8 +65,10 @@ class Check:
         torch.set_float32_matmul_precision(self.precision)
 
     def examples(self, timed: bool = False) -> list[ExampleInputs]:
-        """Returns the calls in the dtypes of a run: with few tokens and a known dropout mask to be
-        checked, as the run makes them to be timed.
+        """Returns the calls in the dtypes of a run.
+
+        Those to be timed are the run's. Those to be checked have few tokens, and no dropout if the
+        implementation draws its own mask.
         """
         op, device, dtype = spec(self.op), torch.device(self.device), getattr(torch, self.dtype)
         sizes = self.sizes if timed else few_rows(self.sizes, op.few_tokens)
@@ -79,8 +81,8 @@ class Check:
 def few_rows(sizes: Sizes, tokens: int) -> Sizes:
     """Returns the same model on about `tokens` tokens, for which the same kernels are compiled.
 
-    A sequence has two tiles and what the run's has beyond whole tiles; there are as few of them as
-    divide by ALIGNMENT if the run's tokens do.
+    A sequence has two tiles and the rest of the run's. The number of tokens is a multiple of
+    ALIGNMENT if the run's is.
     """
     B, T = sizes.batch_size, sizes.block_size
     length = T if T < 3 * TILE else 2 * TILE + T % TILE
@@ -97,7 +99,7 @@ def few_rows(sizes: Sizes, tokens: int) -> Sizes:
 
 
 def run(check: Check) -> str | None:
-    """Returns why an implementation fails, or None if it agrees in every call."""
+    """Returns why an implementation fails, or None if all its calls agree with the reference."""
     check.adopt()
     torch.set_float32_matmul_precision("highest")  # TF32 would put the reference itself off by 1e-3
     op = spec(check.op)
@@ -107,7 +109,7 @@ def run(check: Check) -> str | None:
 def disagreement(
     op: OpSpec, function: Callable[..., Any], examples: Iterable[ExampleInputs]
 ) -> str | None:
-    """Returns how a function differs from the op's reference in fp32, or None if it agrees."""
+    """Returns how a function differs from the op's reference in fp32, or None."""
     for example in examples:
         exact = [None if x is None else x.float() for x in example.inputs]
         with torch.enable_grad():
@@ -122,7 +124,7 @@ def disagreement(
 
 
 def _error(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
-    """Returns the largest relative error; NaN if any is not a number."""
+    """Returns the largest relative error, or NaN if one is NaN."""
     pairs = zip(got, want, strict=True)
     errors = torch.stack([(g.float() - w).norm() / w.norm() for g, w in pairs])
     return float("nan") if errors.isnan().any() else errors.max().item()
@@ -136,7 +138,7 @@ _FOUND: dict[Check, str | None] = {}
 
 
 def failures(checks: Sequence[Check]) -> dict[Check, str]:
-    """Returns the reason of each check that fails; those that pass are kept for the next time."""
+    """Returns the reason of each check that fails, and stores those that pass."""
     if not checks:
         return {}
     section = cache.environment(torch.device(checks[0].device))

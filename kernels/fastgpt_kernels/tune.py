@@ -23,21 +23,20 @@ from fastgpt_kernels.registry import ExampleInputs, OpSpec, Sizes, model_specs, 
 from fastgpt_kernels.self_check import Check, failures
 from fastgpt_kernels.worker import TaskFailed, Worker
 
-MARGIN = 0.02
+MARGIN = 0.02  # by which the winner must beat the default
 ROUNDS = 20
 LIMIT_S = 300.0  # for the timing of one op, compilation included
 CALLS = 3  # per round
 L2_FLUSH_BYTES = 256 << 20  # more than the L2 of any GPU (B200: 126 MB)
 HEAD_START_CYCLES = 2_000_000  # about a millisecond of GPU time, in which launches queue up
 
-Times = Mapping[str, list[float] | str]  # by implementation: ms per round, or why there are none
-Timer = Callable[[Sequence[Check], bool], Times]
+Times = dict[str, list[float] | str]  # by implementation: ms per round, or an error
 
 
 def tuned(
     device: torch.device, dtype: torch.dtype, sizes: Sizes, compile: bool
 ) -> dict[str, tuple[str, str]]:
-    """Returns the results that are kept for a model's ops, by op: (implementation, reason)."""
+    """Returns the stored results for a model's ops: op -> (implementation, reason)."""
     if device.type != "cuda":
         return {}
     kept = cache.load("tune", cache.environment(device))
@@ -49,39 +48,29 @@ def tuned(
     return found
 
 
-def tune_model(
-    device: torch.device,
-    dtype: torch.dtype,
-    sizes: Sizes,
-    compile: bool,
-    say: Callable[[str], object] = print_line,
-    timer: Timer | None = None,
-) -> None:
-    """Measures and keeps the fastest implementation of each op of a model, with a line per op."""
+def tune_model(device: torch.device, dtype: torch.dtype, sizes: Sizes, compile: bool) -> None:
+    """Measures, stores and prints the fastest implementation of each op of a model."""
+    environment = cache.environment(device)
     for op in model_specs():
         check = Check.of(op.name, "", device, dtype, sizes)
-        with progress(f"tuning {op.name}", say):
-            name, reason, figures = _fastest(op, check, compile, timer or in_child)
-        say(f"{op.name}: {name}, {reason}{figures}")
-        problem = _keep(check, compile, name, reason)
-    where = f"not kept: {problem}" if problem else f"kept in {cache.path('tune')}"
-    say(f"{where}, for {cache.environment(device)}")
+        with progress(f"tuning {op.name}"):
+            name, reason, figures = _fastest(op, check, compile)
+        print_line(f"{op.name}: {name}, {reason}{figures}")
+        entry = {"implementation": name, "reason": reason}
+        problem = cache.keep("tune", environment, {_question(check, compile): entry})
+    where = f"not stored: {problem}" if problem else f"stored in {cache.path('tune')}"
+    print_line(f"{where}, for {environment}")
 
 
 def _question(check: Check, compile: bool) -> str:
     return check.key + " compiled" * compile
 
 
-def _keep(check: Check, compile: bool, name: str, reason: str) -> str | None:
-    entry = {_question(check, compile): {"implementation": name, "reason": reason}}
-    return cache.keep("tune", cache.environment(torch.device(check.device)), entry)
-
-
 # --- The fastest of an op's implementations ------------------------------------------------------
 
 
-def _fastest(op: OpSpec, check: Check, compile: bool, timer: Timer) -> tuple[str, str, str]:
-    """Returns the implementation to take, the reason, and the figures of all."""
+def _fastest(op: OpSpec, check: Check, compile: bool) -> tuple[str, str, str]:
+    """Returns the fastest implementation, the reason, and the figures of all."""
     dtype, arch = getattr(torch, check.dtype), arch_on(torch.device(check.device))
     base, _ = op.default(arch, dtype, check.sizes)
     able = [n for n in op.implementations if not op.unsupported_reason(n, arch, dtype, check.sizes)]
@@ -92,7 +81,7 @@ def _fastest(op: OpSpec, check: Check, compile: bool, timer: Timer) -> tuple[str
     right = [c for c in checks if c.implementation not in wrong]
     base = "eager" if base in wrong else base
     try:
-        times = timer(right, compile)
+        times = in_child(right, compile)
     except TaskFailed as e:
         return base, f"not measured: {e}", ""
     ms = {name: t for name, t in times.items() if isinstance(t, list)}
@@ -103,9 +92,10 @@ def _fastest(op: OpSpec, check: Check, compile: bool, timer: Timer) -> tuple[str
 
 
 def winner(ms: Mapping[str, Sequence[float]], base: str) -> tuple[str, str]:
-    """Returns the fastest implementation and the reason; `base` unless one beats it by MARGIN.
+    """Returns the fastest implementation and the reason, or `base` unless one beats it by MARGIN.
 
-    Of each round the ratio to `base` counts, and both halves of the rounds have to say so.
+    Times are compared by their ratio to `base` in the same round. An implementation must win in
+    both halves of the rounds.
     """
     if base not in ms:
         return base, "could not be timed"
@@ -122,51 +112,43 @@ def winner(ms: Mapping[str, Sequence[float]], base: str) -> tuple[str, str]:
     return name, f"measured {1 / found[name]:.2f} times as fast as {base}"
 
 
-def in_child(checks: Sequence[Check], compile: bool, limit_s: float = LIMIT_S) -> Times:
-    """Returns `measure` of a child process. Raises TaskFailed."""
+def in_child(checks: Sequence[Check], compile: bool) -> Times:
+    """Runs `measure` in a child process. Raises TaskFailed."""
     worker = Worker(measure, quiet=True)
     try:
-        return worker.ask([*checks], compile, timeout=limit_s)
+        return worker.ask([*checks], compile, timeout=LIMIT_S)
     finally:
         worker.close()
 
 
-def measure(
-    checks: Sequence[Check],
-    compile: bool,
-    rounds: int = ROUNDS,
-    clock: Callable[[Callable[[], Any]], float] | None = None,
-) -> Times:
-    """Returns the milliseconds of all training calls of an op, forward and backward.
-
-    clock: returns the milliseconds of a function; `gpu_ms` by default.
-    """
+def measure(checks: Sequence[Check], compile: bool) -> Times:
+    """Returns the milliseconds of all training calls of an op, forward and backward."""
     checks[0].adopt()
-    # As in a run: an implementation without a deterministic form raises, and is left out.
+    # As in a run, so that an implementation without a deterministic form raises and is left out.
     torch.use_deterministic_algorithms(checks[0].deterministic)
-    times: dict[str, list[float] | str] = {}
+    times: Times = {}
     steps: dict[str, Callable[[], Any]] = {}
     for check in checks:
         try:
             step = _step(check, compile)
             step()
             steps[check.implementation], times[check.implementation] = step, []
-        except Exception as e:  # such as too little memory for all tokens
+        except Exception as e:  # such as too little memory
             times[check.implementation] = describe_error(e)
-    for i in range(rounds):
+    for i in range(ROUNDS):
         order = [*steps] if i % 2 else [*steps][::-1]
         for name in order:
-            times[name].append((clock or gpu_ms)(steps[name]))  # type: ignore[union-attr]
+            times[name].append(gpu_ms(steps[name]))  # type: ignore[union-attr]
     return times
 
 
 def gpu_ms(function: Callable[[], Any]) -> float:
-    """Returns the mean milliseconds of a few calls on the GPU, each from a cold L2."""
+    """Returns the mean milliseconds of a few calls on the GPU, each with a cold L2 cache."""
     flush, pairs = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda"), []
     for _ in range(CALLS):
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
-        torch.cuda._sleep(HEAD_START_CYCLES)  # so that the device is timed, not Python
+        torch.cuda._sleep(HEAD_START_CYCLES)  # so that the GPU is timed and not Python
         before.record()
         function()
         after.record()
@@ -176,10 +158,10 @@ def gpu_ms(function: Callable[[], Any]) -> float:
 
 
 def _step(check: Check, compile: bool) -> Callable[[], None]:
-    """Returns a function that makes all the training calls of an op, on inputs of its own."""
+    """Returns a function that makes all training calls of an op."""
     function = spec(check.op).implementations[check.implementation].function
     if compile:
-        # The cache of compiled graphs does not know which attention PyTorch was told to take.
+        # The cache of compiled graphs does not know PyTorch's choice of attention.
         tag_compile_caches(f"{check.op}={check.implementation}")
         function = torch.compile(function, fullgraph=True, dynamic=False)
     examples = check.examples(timed=True)

@@ -1,22 +1,23 @@
-"""The versions of PyTorch and Triton that are supported.
+"""Supported versions of PyTorch and Triton.
 
-The tests run with those of constraints.txt; `make gate GATE_ARGS="--triton DIR"` compiles the
-kernels with another Triton. The ends of PyTorch follow from its own release notes.
+The tests run with those of constraints.txt. `make gate GATE_ARGS="--triton DIR"` compiles the
+kernels with another Triton. The range of PyTorch follows from its release notes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
-# The oldest and the newest; those between are of the same kind.
+# The oldest and the newest version.
 SUPPORTED = {"torch": ((2, 11), (2, 15)), "triton": ((3, 6), (3, 9))}
 
 
 def outside(installed: Mapping[str, str]) -> str | None:
-    """Returns which package is older or newer than supported, or None if none is."""
+    """Returns why a package's version is unsupported, or None if all are supported."""
     for package, (oldest, newest) in SUPPORTED.items():
         found = re.match(r"(\d+)\.(\d+)", installed.get(package, ""))
         if found and not oldest <= (int(found[1]), int(found[2])) <= newest:
@@ -26,12 +27,15 @@ def outside(installed: Mapping[str, str]) -> str | None:
 
 
 @functools.cache
-def untested() -> str | None:
-    """Returns `outside` of the installed packages."""
-    installed = {}
+def installed() -> dict[str, str]:
+    """Returns the versions of these packages that are installed."""
+    found = {}
     for package in SUPPORTED:
-        try:
-            installed[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return outside(installed)
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def untested() -> str | None:
+    """Returns why an installed package's version is unsupported, or None."""
+    return outside(installed())

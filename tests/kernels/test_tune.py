@@ -40,15 +40,20 @@ def timer(**ms):
     return times
 
 
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Tunes a model with a fake timer; returns the printed lines."""
+
+    def run(times):
+        monkeypatch.setattr(tune, "in_child", times)
+        tune.tune_model(GPU, BF16, SIZES, compile=True)
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
 def tuned(device=GPU, dtype=BF16, sizes=SIZES, compile=True):
     return tune.tuned(device, dtype, sizes, compile)
-
-
-def run(times, **changes):
-    lines: list[str] = []
-    given = {"device": GPU, "dtype": BF16, "sizes": SIZES, "compile": True, **changes}
-    tune.tune_model(**given, say=lines.append, timer=times)
-    return lines
 
 
 @pytest.mark.parametrize(
@@ -70,13 +75,13 @@ def test_who_wins(others, name):
     assert tune.winner({"a": [10.0 + 10.0 * i for i in range(20)], **drifting}, "a")[0] == name
 
 
-def test_a_model_is_tuned_and_the_result_is_read():
+def test_a_model_is_tuned_and_the_result_is_read(run):
     lines = run(timer(cudnn=5.0, flash="CUDA out of memory."))
     assert [line.partition(":")[0] for line in lines[:-1]] == MODEL
     attention = lines[MODEL.index("attention")]
     assert attention.startswith("attention: cudnn, measured 2.00 times as fast as triton: ")
     assert "cudnn 5 ms" in attention and "flash CUDA out of memory." in attention
-    assert lines[-1] == f"kept in {cache.path('tune')}, for an H100"
+    assert lines[-1] == f"stored in {cache.path('tune')}, for an H100"
     found = tuned()
     assert found["attention"] == ("cudnn", "measured 2.00 times as fast as triton")
     assert found["layer_norm"] == ("triton", "nothing measured more than 2% faster")
@@ -85,13 +90,13 @@ def test_a_model_is_tuned_and_the_result_is_read():
     assert tuned()["attention"][0] == "triton", "the last measurement counts"
 
 
-def test_a_result_is_for_its_own_question():
+def test_a_result_is_for_its_own_question(run):
     run(timer(cudnn=5.0))
     for change in ({"dtype": torch.float16}, {"sizes": SMALL}, {"compile": False}, {"device": CPU}):
         assert tuned() and tuned(**change) == {}
 
 
-def test_a_wrong_implementation_cannot_win(monkeypatch):
+def test_a_wrong_implementation_cannot_win(run, monkeypatch):
     def failures(checks):
         return {c: "is off" for c in checks if c.implementation in ("cudnn", "triton")}
 
@@ -101,7 +106,7 @@ def test_a_wrong_implementation_cannot_win(monkeypatch):
     assert line.endswith("triton is off, cudnn is off")
 
 
-def test_a_child_that_dies_leaves_the_default():
+def test_a_child_that_dies_leaves_the_default(run):
     def dies(checks, compile):
         raise TaskFailed("ended its process (SIGSEGV)")
 
@@ -114,7 +119,7 @@ WRONG += ({"implementation": 3, "reason": "x"}, {"implementation": "of tomorrow"
 
 
 @pytest.mark.parametrize("entry", WRONG, ids=str)
-def test_an_entry_of_another_form_counts_as_missing(entry):
+def test_an_entry_of_another_form_counts_as_missing(run, entry):
     run(timer(cudnn=5.0))
     document = json.loads(cache.path("tune").read_text())
     document["an H100"] = dict.fromkeys(document["an H100"], entry)
@@ -122,10 +127,10 @@ def test_an_entry_of_another_form_counts_as_missing(entry):
     assert tuned() == {}
 
 
-def test_a_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):
+def test_a_folder_that_cannot_be_written_is_named(run, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert run(timer(cudnn=5.0))[-1].startswith("not kept: [Errno 20] Not a directory")
+    assert run(timer(cudnn=5.0))[-1].startswith("not stored: [Errno 20] Not a directory")
 
 
 # --- Measuring -----------------------------------------------------------------------------------
@@ -134,6 +139,7 @@ def test_a_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):
 @pytest.mark.parametrize("op", MODEL)
 def test_what_is_timed_is_the_training_calls(op, monkeypatch):
     """Forward and backward, in alternating order; an implementation without memory is left out."""
+    monkeypatch.setattr(tune, "ROUNDS", 3)
     ticks, order = itertools.count(), []
 
     def clock(step):
@@ -141,9 +147,10 @@ def test_what_is_timed_is_the_training_calls(op, monkeypatch):
         order.append(step)
         return float(next(ticks))
 
+    monkeypatch.setattr(tune, "gpu_ms", clock)
     eager, fused, *_ = spec(op).implementations
     checks = [Check(op, name, "cpu", "float32", SMALL) for name in (eager, fused)]
-    times = tune.measure(checks, False, rounds=3, clock=clock)
+    times = tune.measure(checks, False)
     assert times == {eager: [1.0, 2.0, 5.0], fused: [0.0, 3.0, 4.0]}
     assert order[0] is order[3] is order[4]
 
@@ -151,7 +158,7 @@ def test_what_is_timed_is_the_training_calls(op, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
 
     monkeypatch.setattr(Check, "examples", no_memory)
-    assert tune.measure(checks, False, rounds=3, clock=clock)["eager"] == "CUDA out of memory."
+    assert tune.measure(checks, False)["eager"] == "CUDA out of memory."
 
 
 def test_an_implementation_without_a_deterministic_form_is_left_out(monkeypatch):
@@ -159,9 +166,10 @@ def test_an_implementation_without_a_deterministic_form_is_left_out(monkeypatch)
         return lambda: torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False)
 
     monkeypatch.setattr(tune, "_step", step)
+    monkeypatch.setattr(tune, "gpu_ms", lambda step: 1.0)
     try:
         check = Check("bias_gelu", "eager", "cpu", "float32", SMALL, deterministic=True)
-        assert "deterministic" in tune.measure([check], False, clock=lambda step: 1.0)["eager"]
+        assert "deterministic" in tune.measure([check], False)["eager"]
     finally:
         torch.use_deterministic_algorithms(False)
 

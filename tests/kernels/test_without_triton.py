@@ -43,5 +43,5 @@ def test_every_op_runs_and_one_line_says_how(missing: str) -> None:
         capture_output=True, text=True, timeout=120, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    said = "fastgpt_kernels: no triton here, so every function runs its reference in PyTorch"
+    said = "fastgpt_kernels: triton is not installed, so every function runs its reference"
     assert json.loads(done.stdout) == [[], [said]]

@@ -20,7 +20,9 @@ HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str
 
 @pytest.fixture(autouse=True)
 def on_hopper() -> None:
-    if reason := MODULE.hopper_unsupported(Sizes(), torch.bfloat16, launch.arch(0)):
+    if reason := MODULE.hopper_unsupported(
+        Sizes(), torch.bfloat16, launch.arch_on(torch.device("cuda", 0))
+    ):
         pytest.skip(reason)
 
 
