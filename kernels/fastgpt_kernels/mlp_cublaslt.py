@@ -29,7 +29,8 @@ MOST_ALIGNED = 256  # bytes; above these the heuristics tell nothing apart
 DTYPES = {torch.float16: 2, torch.bfloat16: 14}  # cudaDataType_t
 FP32, COMPUTE_FP32 = 0, 68  # cudaDataType_t, cublasComputeType_t
 TRANSA, TRANSB, EPILOGUE, BIAS, AUX, AUX_LD = 3, 4, 7, 8, 11, 12  # cublasLtMatmulDescAttributes_t
-MAX_WORKSPACE, MIN_ALIGNMENTS = 1, (5, 6, 7, 8)  # cublasLtMatmulPreferenceAttributes_t
+# cublasLtMatmulPreferenceAttributes_t; parts of a sum along K are added in fp32, or there are none.
+MAX_WORKSPACE, REDUCTIONS, MIN_ALIGNMENTS, IN_FP32 = 1, 3, (5, 6, 7, 8), 2
 GELU_AUX, ADD_BIAS, DGELU, BIAS_GRADIENT = 32 | 128, 4, 64 | 128, 16  # cublasLtEpilogue_t
 
 # --- The library ------------------------------------------------------------------------------
@@ -116,8 +117,8 @@ class _Matmul:
         }  # fmt: skip
         _set("MatmulDesc", self.description, attributes)
         limits: dict[int, Any] = {matrix: c_uint32(alignment) for matrix in MIN_ALIGNMENTS}
-        preference = _created("MatmulPreference")
-        _set("MatmulPreference", preference, {MAX_WORKSPACE: c_uint64(WORKSPACE_BYTES), **limits})
+        limits |= {MAX_WORKSPACE: c_uint64(WORKSPACE_BYTES), REDUCTIONS: c_uint32(IN_FP32)}
+        _set("MatmulPreference", preference := _created("MatmulPreference"), limits)
         self.found, count = Algorithm(), c_int()
         layouts = self.weight, self.x, self.out, self.out
         _call(

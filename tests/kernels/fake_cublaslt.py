@@ -65,8 +65,9 @@ class FakeLibrary:
         wanted: Any, found: Any, count: Any,
     ) -> None:  # fmt: skip
         assert (handle.value, wanted.value, c) == (HANDLE, 1, d)
-        assert self.objects[preference.value][1] >= WORKSPACE
-        alignments = {self.objects[preference.value][n] for n in (5, 6, 7, 8)}
+        limits = self.objects[preference.value]
+        assert limits[1] >= WORKSPACE and limits[3] == 2, "sums are added in fp32"
+        alignments = {limits[n] for n in (5, 6, 7, 8)}
         alignments.add(self.objects[description.value][lt.AUX])
         (self.alignment,) = alignments
         found._obj.workspace_bytes, found._obj.algorithm[0] = WORKSPACE, self.alignment
