@@ -1,13 +1,12 @@
-"""The last linear layer and its cross entropy, chunk by chunk: the logits never exist at once.
+"""Linear layer and cross entropy, chunk by chunk, so that the logits never exist at once.
 
     z = x W^T     loss_i = cross_entropy(z_i, targets_i)     dz = softmax(z) - onehot(targets)
-    dx_i = s_i sum_v dz_iv W_v     dW_v = sum_i s_i dz_iv x_i     s_i: row i's upstream gradient
+    dx_i = s sum_v dz_iv W_v     dW_v = s sum_i dz_iv x_i     s: the upstream gradient of the sum
 
 x (M, C), W (V, C), targets (M,). For each chunk of rows cuBLAS writes the logits into one buffer,
-the kernel of cross_entropy.py turns them into dz in place, and two more matmuls read them. For
-"mean" and "sum" all s_i are one number, known only in the backward: the forward computes dx and dW
-for 1 and the backward scales them. For "none" the backward computes the logits again.
-6 M V C FLOPs (8 for "none", 2 without gradients) and 5 M V b bytes, b per element.
+the kernel of cross_entropy.py turns them into dz in place, and two more matmuls read them. Only the
+backward knows s, so the forward computes dx and dW for 1 and the backward scales them. With
+gradients it takes 6 M V C FLOPs and 5 M V b bytes, b per element; without them 2 M V C FLOPs.
 """
 
 from __future__ import annotations
@@ -24,17 +23,18 @@ from fastgpt_kernels.cross_entropy import (
     KERNELS,
     check_arguments,
     check_targets,
+    cross_entropy,
     launch_cross_entropy,
     with_targets,
 )
 from fastgpt_kernels.library import define_op, matmul_flops
-from fastgpt_kernels.linear import accumulate_scaled, add_matmul
+from fastgpt_kernels.linear import accumulate_scaled, add_matmul, linear
 from fastgpt_kernels.registry import Cost, ExampleInputs, OpSpec, Random, Sizes, implementations
 
-CHUNK_BYTES = 2 << 30  # of logits, where no GPU's memory sets the limit
+CHUNK_BYTES = 2 << 30  # of logits, without a GPU
 SHARE = 12  # a chunk may take 1 / SHARE of a GPU's memory
 MIN_CHUNK_ROWS = 1024  # fewer do not fill a GPU with tiles of the matmuls
-PITCH = 64  # rows of the chunk start at multiples of this many elements: aligned for any V
+PITCH = 64  # rows of the chunk start at multiples of this many elements, aligned for any V
 
 # --- Chunks -----------------------------------------------------------------------------------
 
@@ -59,29 +59,29 @@ def chunk_rows(
 def chunk_bytes(device: torch.device) -> int:
     """Returns the bytes of logits that a chunk may take on a device.
 
-    It is a share of all memory, not of what is free. The number of chunks decides how dW's sum is
-    rounded, and a run that is resumed must round as one that was never stopped.
+    It is a share of all memory, not of the free memory. The number of chunks decides how dW's sum
+    is rounded, and a resumed run must round like an uninterrupted one.
     """
     if device.type != "cuda":
         return CHUNK_BYTES
     return torch.cuda.get_device_properties(device).total_memory // SHARE
 
 
-def _chunks(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, vocab_size: int,
-    chunk_tokens: int | None,
-    *, losses: Tensor | None = None, need_dx: bool = False, need_dw: bool = False,
-    scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Fills `losses` (M,); returns dx like x and dW (V, C) fp32, or empty tensors for them.
+def _forward(
+    x: Tensor, weight: Tensor, targets: Tensor, weight_bf16: Tensor | None,
+    main_grad: Tensor | None, ignore_index: int, vocab_size: int, chunk_tokens: int | None,
+    need_dx: bool, need_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns the losses (M,), and dx (M, C) and fp32 dW (V, C) of their sum, empty if not needed.
 
-    weight is in x's dtype. `scale` (M,) fp32 is the upstream gradient of the losses, None for 1.
+    `main_grad` is for the backward pass.
     """
-    (n_rows, n_features), n_cols = x.shape, weight.shape[0]
-    targets = targets.contiguous()
+    weight = weight.to(x.dtype) if weight_bf16 is None else weight_bf16
+    targets, n_rows, n_cols = targets.contiguous(), x.shape[0], weight.shape[0]
+    losses = torch.empty(n_rows, dtype=torch.float32, device=x.device)
     dx = torch.empty(x.shape if need_dx else 0, dtype=x.dtype, device=x.device)
     dw = torch.empty(weight.shape if need_dw else 0, dtype=torch.float32, device=x.device)
-    if n_rows == 0 or n_features == 0:
+    if n_rows == 0:
         dw.zero_()
     pitch, size = -(-n_cols // PITCH) * PITCH, x.element_size()
     rows = chunk_rows(n_rows, pitch, size, chunk_tokens, chunk_bytes(x.device))
@@ -91,64 +91,31 @@ def _chunks(
         padded = buffer[: part.stop - start]  # columns from n_cols on are padding, too
         logits = padded[:, :n_cols]
         torch.mm(x[part], weight.t(), out=logits)
+        gradient = padded if need_dx or need_dw else None
         launch_cross_entropy(
-            padded, targets[part], ignore_index, vocab_size,
-            losses=None if losses is None else losses[part],
-            gradient=padded if need_dx or need_dw else None,
-            scale=None if scale is None else scale[part],
-        )  # fmt: skip
+            padded, targets[part], ignore_index, vocab_size, losses[part], gradient
+        )
         if need_dx:
             torch.mm(logits, weight, out=dx[part])
         if need_dw:
             add_matmul(dw, logits.t(), x[part], first=start == 0)
-    return dx, dw
-
-
-def _forward(
-    x: Tensor, weight: Tensor, targets: Tensor, weight_bf16: Tensor | None,
-    main_grad: Tensor | None, ignore_index: int, vocab_size: int, chunk_tokens: int | None,
-    need_dx: bool, need_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns the losses by row, and dx and dW of their sum, which are empty if not needed."""
-    losses = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    weight = weight.to(x.dtype) if weight_bf16 is None else weight_bf16
-    options = (ignore_index, vocab_size, chunk_tokens)
-    return losses, *_chunks(
-        x, weight, targets, *options, losses=losses, need_dx=need_dx, need_dw=need_dw
-    )
-
-
-def _backward(
-    dlosses: Tensor, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int,
-    vocab_size: int, chunk_tokens: int | None, need_dx: bool, need_dw: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Returns dx and dW of sum_i dlosses_i loss_i; computes the logits again."""
-    dx, dw = _chunks(
-        x, weight.to(x.dtype), targets, ignore_index, vocab_size, chunk_tokens,
-        need_dx=need_dx, need_dw=need_dw, scale=dlosses,
-    )  # fmt: skip
-    return dx, dw.to(weight.dtype)
+    return losses, dx, dw
 
 
 # --- Registration -----------------------------------------------------------------------------
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, targets, _, ctx.main_grad, *ctx.options, need_dx, need_dw = inputs
-    ctx.early, ctx.dtype = need_dx or need_dw, weight.dtype
-    # main_grad is not saved: autograd would refuse what is changed.
-    ctx.save_for_backward(*(output[1:] if ctx.early else (x, weight, targets)))
+    ctx.dtype, ctx.main_grad = inputs[1].dtype, inputs[4]  # autograd refuses changed saved tensors
+    ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _gradients(ctx: Any, dlosses: Tensor, *_: None) -> tuple[Tensor | None, Tensor | None]:
-    needs = ctx.needs_input_grad[:2]
-    if not ctx.early:
-        return _backward_op(dlosses, *ctx.saved_tensors, *ctx.options, *needs)
     scale = dlosses[:1].sum()  # all are the same number, and there may be none
     dx, dw = ctx.saved_tensors
-    dx = _scaled(dx, scale, dx.dtype) if needs[0] else None
-    if not needs[1]:
+    dx = _scaled(dx, scale, dx.dtype) if ctx.needs_input_grad[0] else None
+    if not ctx.needs_input_grad[1]:
         return dx, None
     if ctx.main_grad is not None:
         accumulate_scaled(ctx.main_grad, dw, scale)
@@ -161,23 +128,15 @@ def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (x * scale.view(1)).to(dtype)
 
 
-def _fake(x: Tensor, weight: Tensor, dtype: torch.dtype, *needs: bool) -> tuple[Tensor, Tensor]:
-    dx = x.new_empty(x.shape if needs[0] else (0,))
-    return dx, x.new_empty(weight.shape if needs[1] else (0,), dtype=dtype)
+def _fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    losses, *needs = x.new_empty(x.shape[0], dtype=torch.float32), rest[-2], rest[-1]
+    dw = x.new_empty(weight.shape if needs[1] else 0, dtype=torch.float32)
+    return losses, x.new_empty(x.shape if needs[0] else 0), dw
 
 
-_backward_op = define_op(
-    "linear_cross_entropy_backward", _backward,
-    lambda dlosses, x, weight, *rest: _fake(x, weight, weight.dtype, *rest[4:]),
-    flops=lambda dlosses, x, w, *rest, **_: matmul_flops(x, w, 1 + rest[4] + rest[5]),
-)  # fmt: skip
 _op = define_op(
-    "linear_cross_entropy", _forward,
-    lambda x, weight, *rest: (
-        x.new_empty(x.shape[0], dtype=torch.float32), *_fake(x, weight, torch.float32, *rest[6:])
-    ),
-    setup_context=_setup_context, backward=_gradients,
-    flops=lambda x, w, *rest, **_: matmul_flops(x, w, 1 + rest[6] + rest[7]),
+    "linear_cross_entropy", _forward, _fake, setup_context=_setup_context, backward=_gradients,
+    flops=lambda x, w, *rest, **_: matmul_flops(x, w, 1 + rest[-2] + rest[-1]),
 )  # fmt: skip
 
 
@@ -194,17 +153,20 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Returns cross_entropy(x @ weight.T, targets), with a chunk of the logits at a time.
 
-    x (..., C) bf16, fp16 or fp32; weight (V, C) like x or fp32, which is rounded to x's dtype here,
-    or by the caller: `weight_bf16`, (V, C) like x; targets (...) int64. The loss and the other
-    arguments are those of `cross_entropy`; ignore_index is -1 unless given, where PyTorch's is
-    -100. `chunk_tokens` is the number of rows of logits held at a time; None makes as few chunks as
-    fit into a twelfth of the GPU's memory. Gradients are computed together with the loss, unless
-    grad mode is off or neither x nor weight requires them; with reduction "none" in the backward,
-    and `weight_bf16` is not read then. dW is summed in fp32 and comes in the dtype of `weight`: an
-    fp32 one is never rounded. `main_grad` (V, C) fp32: there the backward pass adds dW, in place,
-    and weight gets no gradient; not with reduction "none".
+    x             (..., C) in bf16, fp16 or fp32
+    weight        (V, C) like x or fp32; an fp32 one is rounded to x's dtype for the matmuls, and
+                  its gradient, summed in fp32, is never rounded
+    targets       (...) int64; they and the arguments not listed are those of `cross_entropy`
+    chunk_tokens  rows of logits held at a time; by default as few chunks as fit into a twelfth of
+                  the GPU's memory
+    weight_bf16   (V, C): the weight in x's dtype
+    main_grad     (V, C) fp32, to which the backward pass adds dW instead of returning it; not with
+                  reduction "none"
 
-    Wrong shapes and values raise ValueError, wrong types and dtypes TypeError.
+    Gradients are computed with the loss, unless grad mode is off or no input requires them. With
+    reduction "none" and gradients the logits are kept.
+
+    Raises ValueError for wrong shapes and values, and TypeError for wrong types and dtypes.
     """
     op = "linear_cross_entropy"
     check_tensor(op, "x", x)
@@ -228,24 +190,26 @@ def linear_cross_entropy(
             weight_bf16=weight_bf16, main_grad=main_grad,
         )  # fmt: skip
     refuse_interpreted_bf16(op, x)
-    shape = targets.shape
+    shape, graded = targets.shape, torch.is_grad_enabled()
+    if reduction == "none" and graded and (x.requires_grad or weight.requires_grad):
+        logits = linear(x, weight, None, weight_bf16)
+        return cross_entropy(logits, targets, ignore_index, reduction, vocab_size)
     x, targets = x.reshape(targets.numel(), x.shape[-1]), targets.reshape(-1)
-    early = torch.is_grad_enabled() and reduction != "none"
     losses, _, _ = _op(
         x, weight, targets, weight_bf16, main_grad, ignore_index, vocab_size, chunk_tokens,
-        early and x.requires_grad, early and weight.requires_grad,
+        graded and x.requires_grad, graded and weight.requires_grad,
     )  # fmt: skip
     if reduction == "none":
         return losses.view(shape)
     if reduction == "sum":
         return losses.sum()
-    # The mean over no rows is NaN, as PyTorch's, but its gradient that of a constant: 0.
+    # The mean over no rows is NaN, as in PyTorch, and its gradient 0.
     count = targets.ne(ignore_index).sum(dtype=torch.float32)
     return torch.where(count > 0, losses.sum() / count.clamp(min=1), torch.nan)
 
 
 def _example_inputs(s: Sizes, random: Random) -> list[ExampleInputs]:
-    """Returns training and evaluation; few rows in several chunks of which the last is short."""
+    """Returns the calls of training and evaluation. Few rows have three chunks, the last short."""
     x, weight = random(s.tokens, s.n_embd), random(s.padded_vocab_size, s.n_embd) * 0.1
     example = with_targets(s, x, weight)
     few = s.tokens <= 8192
@@ -257,7 +221,7 @@ def _example_inputs(s: Sizes, random: Random) -> list[ExampleInputs]:
 
 
 def _cost(s: Sizes, itemsize: int) -> dict[str, Cost]:
-    """Three matmuls; the logits written, read, overwritten by their gradient, and read twice."""
+    """Three matmuls. The logits are written, read, overwritten by dz, and read twice."""
     logits = 1.0 * s.tokens * s.padded_vocab_size
     return {"both": Cost(6 * logits * s.n_embd, 5 * logits * itemsize)}
 

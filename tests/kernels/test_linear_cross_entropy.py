@@ -102,34 +102,33 @@ def test_nothing_to_learn_from(n_rows: int, reduction: str, device: torch.device
     assert all((gradient == 0).all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("needs", ["x", "weight", "nothing", "no_grad"])
 def test_only_what_is_needed(
     needs: str, reduction: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Matmuls and gradients that nothing needs are not computed, the logits not overwritten."""
     x, weight, targets = problem(4, 16, 50, torch.float32, device)
-    dloss = torch.ones(4 if reduction == "none" else (), device=device)
-    _, *wanted = run(x, weight, targets, dloss, reduction=reduction)
+    one = torch.ones((), device=device)
+    _, *wanted = run(x, weight, targets, one, reduction=reduction)
     x.requires_grad_(needs in ("x", "no_grad"))
     weight.requires_grad_(needs in ("weight", "no_grad"))
     mm, launch = mock.Mock(wraps=torch.mm), mock.Mock(wraps=module.launch_cross_entropy)
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(module, "launch_cross_entropy", launch)
     with torch.set_grad_enabled(needs != "no_grad"):
-        loss = linear_cross_entropy(x, weight, targets, reduction=reduction).sum()
-    in_forward = needs in ("x", "weight") and reduction != "none"
-    assert [c.kwargs["gradient"] is not None for c in launch.call_args_list] == [in_forward]
-    assert mm.call_count == 1 + in_forward
+        loss = linear_cross_entropy(x, weight, targets, reduction=reduction)
     assert loss.requires_grad == (needs in ("x", "weight"))
+    assert [c.args[5] is not None for c in launch.call_args_list] == [loss.requires_grad]
+    assert mm.call_count == 1 + loss.requires_grad
     if loss.requires_grad:
         loss.backward()
-        assert mm.call_count == (2 if in_forward else 3)
+        assert mm.call_count == 2
         got, gradient = (x, wanted[0]) if needs == "x" else (weight, wanted[1])
         torch.testing.assert_close(got.grad, gradient)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_an_fp32_weight_gets_a_gradient_that_was_never_rounded(
     reduction: str, device: torch.device
 ) -> None:
@@ -138,7 +137,7 @@ def test_an_fp32_weight_gets_a_gradient_that_was_never_rounded(
     x, master, targets = problem(40, 16, 30, half, device)
     master = master.float() + torch.randn(30, 16, device=device) * 1e-4  # not numbers of fp16
     targets[:] = targets.clamp(min=0)
-    dloss = torch.full((40,) if reduction == "none" else (), 3.0, device=device)
+    dloss = torch.full((), 3.0, device=device)
     loss, dx, dw = run(x, master, targets, dloss, reduction=reduction, chunk_tokens=7)
     assert (dx.dtype, dw.dtype) == (half, torch.float32)
     assert (dw != dw.half().float()).float().mean() > 0.9
@@ -184,7 +183,6 @@ def test_batches_of_rows(reduction: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_two_backwards(reduction: str, device: torch.device) -> None:
-    """Saved tensors are not used up, unlike in cross_entropy."""
     x, weight, targets = problem(4, 16, 50, torch.float32, device)
     loss = linear_cross_entropy(x.requires_grad_(), weight, targets, reduction=reduction).sum()
     first = torch.autograd.grad(loss * 3, x, retain_graph=True)[0]
@@ -250,7 +248,7 @@ def test_a_weight_copy_is_what_is_read(reduction: str, device: torch.device) -> 
 
 
 @pytest.mark.parametrize(
-    ("reduction", "forward", "backward"), [("mean", 3, 0), ("sum", 3, 0), ("none", 1, 3)]
+    ("reduction", "forward", "backward"), [("mean", 3, 0), ("sum", 3, 0), ("none", 1, 2)]
 )
 def test_flops(reduction: str, forward: int, backward: int, device: torch.device) -> None:
     """In matmuls of 2 M V C; the chunks do not change them."""
