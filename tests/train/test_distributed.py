@@ -20,6 +20,8 @@ from tests.process import Command, fastgpt
 
 ROOT = Path(__file__).parents[2]
 TINY = (*runs.TINY, "--dropout=0", "--gradient_accumulation_steps=4", "--eval_iters=3")
+TEXT = "--input=text.txt"
+BOTH = pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 
 
 class Torchrun(Command):
@@ -34,9 +36,9 @@ class Torchrun(Command):
         restarts: int = 0,
         interpret: bool = False,
     ):
-        # --standalone takes a free port; one thread a rank.
+        # --standalone takes a free port; one thread per rank.
         launch = ["--standalone", f"--nproc_per_node={n}", f"--max_restarts={restarts}"]
-        launch += [str(ROOT / "tests" / "parallel_worker.py"), *args]
+        launch += [str(ROOT / "tests" / "parallel_worker.py"), "train", *args]
         self.err = cwd / f".err-{os.urandom(4).hex()}"
         path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
         environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "FAULT": fault}
@@ -47,24 +49,31 @@ class Torchrun(Command):
 
     @property
     def said(self) -> list[str]:
-        """What ranks said to stderr, without torchrun's own words."""
+        """Lines of the ranks on stderr, without torchrun's own words."""
         lines = self.err.read_text().splitlines()
         return [line for line in lines if line.startswith("fastgpt: ")]
 
 
-def train(cwd: Path, n: int, *args: str, code: int = 0, interpret: bool = False) -> Torchrun:
-    job = Torchrun(cwd, n, "train", *args, interpret=interpret)
-    got = job.wait()
-    assert (got == 0) == (code == 0), job.output + job.err.read_text()
+def train(cwd: Path, n: int, out: str, *args: str, ok: bool = True, **options) -> Torchrun:
+    """Runs n ranks to their end, in the folder `out`."""
+    job = Torchrun(cwd, n, *args, f"--out_dir={out}", **options)
+    assert (job.wait() == 0) == ok, job.output + job.err.read_text()
     return job
+
+
+def refused(cwd: Path, out: str, *args: str, **options) -> str:
+    """Returns the one line in which two ranks end."""
+    job = train(cwd, 2, out, *TINY, *args, ok=False, **options)
+    assert len(job.said) == 1, job.err.read_text()
+    return job.said[0].removeprefix("fastgpt: ")
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A text and the run of one process that all others are held against, saved at 10 and 20."""
+    """A text, and the run of one process, saved at 10 and 20, that others are compared with."""
     folder = tmp_path_factory.mktemp("home")
     runs.write_text(folder)
-    fastgpt(folder, "train", *TINY, "--input=text.txt", "--out_dir=one")
+    fastgpt(folder, "train", *TINY, TEXT, "--out_dir=one")
     return folder
 
 
@@ -75,42 +84,43 @@ def values(run_dir: Path) -> list[float]:
     return steps + [x for r in evals for x in (r["train_loss"], r["val_loss"])]
 
 
+def assert_same(home: Path, name: str, other: str, file: str = "model") -> None:
+    """Compares curves and the last checkpoint's tensors, to rounding."""
+    assert values(home / name) == pytest.approx(values(home / other), rel=1e-4)
+    a, b = (load_file(runs.latest(home / x) / f"{file}.safetensors") for x in (name, other))
+    assert a.keys() == b.keys()
+    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+
+
 @pytest.mark.quick("2-ddp")
-@pytest.mark.parametrize(("n", "strategy"), [(2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp")])
-def test_any_number_of_ranks_gives_the_curve_of_one(home: Path, n: int, strategy: str):
+@pytest.mark.parametrize(("n", "parallel"), [(2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp")])
+def test_any_number_of_ranks_gives_the_curve_of_one(home: Path, n: int, parallel: str):
     """Four micro-batches over 2 or 4 ranks (accumulated or not), three evaluation batches."""
-    name = f"{strategy}{n}"
-    args = (*TINY, "--input=text.txt", f"--out_dir={name}", f"--parallel={strategy}")
+    name = f"{parallel}{n}"
     # Recomputed activations are the same numbers.
-    job = train(home, n, *args, f"--activation_checkpointing={n == 2}")
-    assert values(home / name) == pytest.approx(values(home / "one"), rel=1e-4)
+    again = f"--activation_checkpointing={n == 2}"
+    job = train(home, n, name, *TINY, TEXT, f"--parallel={parallel}", again)
+    assert_same(home, name, "one")
     lines = job.output.splitlines()
     assert sum(line.startswith("iter ") for line in lines) == 20, "one log, of one rank"
     last = runs.records(home / name)[-1]
     assert last["ranks"] == n and last["time_ms_min"] <= last["time_ms_max"]
-    a, b = (load_file(runs.latest(home / x) / "model.safetensors") for x in (name, "one"))
-    assert a.keys() == b.keys()
-    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
 
 
 @pytest.mark.quick("fsdp-2")
-@pytest.mark.parametrize(("strategy", "n"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4)])
-def test_muon_on_ranks(home: Path, strategy: str, n: int):
-    """Two blocks over 2 or 4 ranks, rows that do not divide; cut, and gone on with in one process.
+@pytest.mark.parametrize(("parallel", "n"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4)])
+def test_muon_on_ranks(home: Path, parallel: str, n: int):
+    """Two blocks over 2 or 4 ranks, rows that do not divide; cut, and continued in one process.
 
     Four ranks leave two of them nothing to make orthogonal.
     """
-    name = f"muon-{strategy}{n}"
-    args = (*TINY, "--input=text.txt", "--optimizer=muon", "--n_embd=34", "--eval_iters=1")
+    name = f"muon-{parallel}{n}"
+    args = (*TINY, TEXT, "--optimizer=muon", "--n_embd=34", "--eval_iters=1")
     if not (home / "muon").exists():
         fastgpt(home, "train", *args, "--out_dir=muon")
-    args = (*args, f"--out_dir={name}", f"--parallel={strategy}")
-    train(home, n, *args, "--max_iters=10")
+    train(home, n, name, *args, f"--parallel={parallel}", "--max_iters=10")
     fastgpt(home, "train", "--init_from=resume", f"--out_dir={name}", "--max_iters=20")
-    assert values(home / name) == pytest.approx(values(home / "muon"), rel=1e-4)
-    a, b = (load_file(runs.latest(home / x) / "optimizer.safetensors") for x in (name, "muon"))
-    assert a.keys() == b.keys()
-    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+    assert_same(home, name, "muon", "optimizer")
 
 
 @pytest.mark.slow
@@ -118,84 +128,72 @@ def test_muon_on_ranks(home: Path, strategy: str, n: int):
 def test_biases_left_to_a_kernel_outlive_the_gathered_weights(home: Path):
     """FSDP frees a branch's parameters when it returns; the norm's kernel reads its bias later."""
     curves = []
-    for strategy in ("ddp", "fsdp"):
-        name = f"bias-{strategy}"
-        args = (*TINY, "--input=text.txt", f"--parallel={strategy}", f"--out_dir={name}")
-        args += ("--kernels=triton", "--bias=True", "--max_iters=2", "--n_embd=32", "--n_head=1")
-        train(home, 2, *args, "--eval_iters=1", interpret=True)
+    for parallel in ("ddp", "fsdp"):
+        args = ("--kernels=triton", "--bias=True", "--max_iters=2", "--n_head=1", "--eval_iters=1")
+        name = f"bias-{parallel}"
+        train(home, 2, name, *TINY, TEXT, f"--parallel={parallel}", *args, interpret=True)
         curves.append([r["loss"] for r in runs.records(home / name)])
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_compiled_on_two_ranks(home: Path, strategy: str):
-    name = f"compiled-{strategy}"
-    args = (*TINY, "--input=text.txt", f"--out_dir={name}", "--max_iters=4", "--compile=True")
-    train(home, 2, *args, f"--parallel={strategy}")
-    losses = [r["loss"] for r in runs.records(home / "one")][:4]
-    assert [r["loss"] for r in runs.records(home / name)] == pytest.approx(losses, rel=1e-4)
-
-
-def test_bf16_gradients_of_ddp_need_nccl(home: Path):
-    args = (*TINY, "--input=text.txt", "--out_dir=bf16", "--reduce_dtype=bfloat16")
-    job = train(home, 2, *args, "--parallel=ddp", code=2)
-    assert len(job.said) == 1 and "--reduce_dtype=float32" in job.said[0], job.err.read_text()
+@BOTH
+def test_compiled_on_two_ranks(home: Path, parallel: str):
+    name = f"compiled-{parallel}"
+    args = ("--max_iters=4", "--compile=True", f"--parallel={parallel}")
+    train(home, 2, name, *TINY, TEXT, *args)
+    found, wanted = ([r["loss"] for r in runs.records(home / x)][:4] for x in (name, "one"))
+    assert found == pytest.approx(wanted, rel=1e-4)
 
 
 def test_a_mistake_of_all_ranks_is_said_once(home: Path):
-    args = (*TINY, "--input=text.txt", "--out_dir=mistake", "--max_autotune=True")
-    job = train(home, 2, *args, "--compile=False", code=2)
-    assert len(job.said) == 1 and job.said[0].startswith("fastgpt: --max_autotune=True"), job.said
-    job = train(home, 2, *TINY, "--input=gone.txt", "--out_dir=mistake", code=2)
-    assert len(job.said) == 1 and "gone.txt" in job.said[0], job.said
+    """Nothing is written."""
+    for args, message in (
+        ([TEXT, "--max_autotune=True", "--compile=False"], "--max_autotune=True: "),
+        (["--input=gone.txt"], "--input=gone.txt: "),
+        ([TEXT, "--reduce_dtype=bfloat16", "--parallel=ddp"], "--reduce_dtype=bfloat16: DDP "),
+        ([TEXT, "--batch_size=3", "--gradient_accumulation_steps=3"], "--batch_size=3 x --grad"),
+    ):
+        assert refused(home, "mistake", *args).startswith(message)
+        assert not (home / "mistake").exists()
 
 
 @pytest.mark.quick("adamw")
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_device_itself_skips_a_sharded_update(home: Path, optimizer: str):
     """No step waits for the host: fused AdamW takes found_inf for sharded weights too."""
-    args = (*TINY, "--input=text.txt", f"--optimizer={optimizer}", f"--out_dir=skip-{optimizer}")
-    args = (*args, "--parallel=fsdp", "--log_interval=8")
-    job = Torchrun(home, 2, "train", *args, "--eval_interval=100", fault="nan:1:9")
-    assert job.wait() != 0
-    assert len(job.said) == 1 and job.said[0].startswith("fastgpt: step 4 on rank 1"), job.said
-    at = home / f"skip-{optimizer}" / "nonfinite" / "step_00000004" / "model.safetensors"
+    name = f"skip-{optimizer}"
+    args = (f"--optimizer={optimizer}", "--parallel=fsdp", "--log_interval=8", "--eval_interval=99")
+    assert refused(home, name, TEXT, *args, fault="nan:1:9").startswith("step 4 on rank 1")
+    at = home / name / "nonfinite" / "step_00000004" / "model.safetensors"
     assert all(t.isfinite().all() for t in load_file(at).values())
 
 
 @pytest.mark.slow
 def test_resumed_under_other_layouts(home: Path):
     """4 ranks with FSDP, then 2 with DDP, then one process: the straight run to rounding."""
-    train(home, 4, *TINY, "--input=text.txt", "--out_dir=mixed", "--max_iters=6", "--parallel=fsdp")
-    again = ("--init_from=resume", "--out_dir=mixed")
-    train(home, 2, *again, "--max_iters=13", "--parallel=ddp")
-    fastgpt(home, "train", *again, "--max_iters=20")
-    mixed = [r["loss"] for r in runs.records(home / "mixed")]
-    assert mixed == pytest.approx([r["loss"] for r in runs.records(home / "one")], rel=1e-4)
+    train(home, 4, "mixed", *TINY, TEXT, "--max_iters=6", "--parallel=fsdp")
+    train(home, 2, "mixed", "--init_from=resume", "--max_iters=13", "--parallel=ddp")
+    fastgpt(home, "train", "--init_from=resume", "--out_dir=mixed", "--max_iters=20")
+    mixed, one = ([r["loss"] for r in runs.records(home / x)] for x in ("mixed", "one"))
+    assert mixed == pytest.approx(one, rel=1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_resumed_in_the_same_layout_is_exact(home: Path, optimizer: str):
-    args = (*TINY, "--input=text.txt", "--parallel=fsdp", "--dropout=0.1")
-    args = (*args, f"--optimizer={optimizer}")
-    straight, cut = (home / f"{name}-{optimizer}" for name in ("straight", "cut"))
-    train(home, 2, *args, f"--out_dir={straight.name}")
-    train(home, 2, *args, f"--out_dir={cut.name}", "--max_iters=9")
-    train(home, 2, "--init_from=resume", f"--out_dir={cut.name}", "--max_iters=20")
-    clock = ("time_ms_min", "time_ms_mean", "time_ms_max", "tokens_per_second_per_rank")
-    a, b = (
-        [{k: v for k, v in r.items() if k not in clock} for r in runs.records(x)]
-        for x in (straight, cut)
-    )
-    assert a == b
-    assert runs.tensor_files(straight) == runs.tensor_files(cut)
+    args = (*TINY, TEXT, "--parallel=fsdp", "--dropout=0.1", f"--optimizer={optimizer}")
+    straight, cut = f"straight-{optimizer}", f"cut-{optimizer}"
+    train(home, 2, straight, *args)
+    train(home, 2, cut, *args, "--max_iters=9")
+    train(home, 2, cut, "--init_from=resume", "--max_iters=20")
+    assert values(home / straight)[:40] == values(home / cut)[:40]
+    assert runs.tensor_files(home / straight) == runs.tensor_files(home / cut)
 
 
 def test_sigterm_to_torchrun_saves(home: Path):
-    args = (*TINY, "--input=text.txt", "--out_dir=term", "--max_iters=100000", "--parallel=ddp")
-    job = Torchrun(home, 2, "train", *args, "--eval_interval=100000")
+    args = (*TINY, TEXT, "--out_dir=term", "--max_iters=100000", "--eval_interval=100000")
+    job = Torchrun(home, 2, *args)
     end = time.monotonic() + 60
     while "iter 20:" not in job.output and time.monotonic() < end:
         time.sleep(0.1)
@@ -210,19 +208,15 @@ def test_sigterm_to_torchrun_saves(home: Path):
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(home: Path):
     """It comes in step 4, is asked about before step 5, and the answer is there after step 5."""
-    args = (*TINY, "--input=text.txt", "--out_dir=one-term", "--parallel=ddp")
-    job = Torchrun(home, 2, "train", *args, fault="term:1:9")
-    assert job.wait() != 0
+    job = train(home, 2, "one-term", *TINY, TEXT, fault="term:1:9", ok=False)
     assert "SIGTERM: stopping after step 6" in job.output
     assert runs.latest(home / "one-term").name == "step_00000006" and job.said == []
     fastgpt(home, "train", "--init_from=resume", "--out_dir=one-term")
-    assert values(home / "one-term") == pytest.approx(values(home / "one"), rel=1e-4)
+    assert_same(home, "one-term", "one")
 
 
 def test_a_killed_rank_ends_the_job(home: Path):
-    args = (*TINY, "--input=text.txt", "--out_dir=killed", "--parallel=ddp")
-    job = Torchrun(home, 2, "train", *args, fault="kill:1:9")
-    assert job.wait() != 0
+    job = train(home, 2, "killed", *TINY, TEXT, fault="kill:1:9", ok=False)
     text = job.err.read_text()
     assert "lost the others (silent: rank 1" in text or "rank      : 1 (local_rank: 1)" in text
 
@@ -230,72 +224,59 @@ def test_a_killed_rank_ends_the_job(home: Path):
 @pytest.mark.slow
 def test_a_hanging_rank_ends_the_job(home: Path):
     """Bounded by --dist_timeout and torchrun's 30 s between SIGTERM and SIGKILL."""
-    args = (*TINY, "--input=text.txt", "--out_dir=hung", "--parallel=ddp", "--dist_timeout=4")
-    job = Torchrun(home, 2, "train", *args, fault="hang:1:9")
-    assert job.wait() != 0
-    assert len(job.said) == 1 and "silent: rank 1;" in job.said[0], job.err.read_text()
+    said = refused(home, "hung", TEXT, "--dist_timeout=4", fault="hang:1:9")
+    assert "silent: rank 1;" in said
 
 
 @pytest.mark.quick("ddp")
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_crash_of_rank_0_in_a_save_loses_nothing(home: Path, strategy: str):
+@BOTH
+def test_a_crash_of_rank_0_in_a_save_loses_nothing(home: Path, parallel: str):
     """Killed in the save of step 20, with all tensors written: the run goes on from step 10."""
-    name = f"crash-{strategy}"
-    args = (*TINY, "--input=text.txt", f"--out_dir={name}", f"--parallel={strategy}")
-    job = Torchrun(home, 2, "train", *args, fault="crash:0:5")
-    assert job.wait() != 0
+    name = f"crash-{parallel}"
+    train(home, 2, name, *TINY, TEXT, f"--parallel={parallel}", fault="crash:0:5", ok=False)
     assert runs.latest(home / name).name == "step_00000010"
     again = fastgpt(home, "train", "--init_from=resume", f"--out_dir={name}")
     assert f"resuming from {name}/checkpoints/step_00000010" in again
-    assert values(home / name) == pytest.approx(values(home / "one"), rel=1e-4)
-    left = [p.name for p in (home / name / "checkpoints").iterdir() if p.name.startswith(".")]
-    assert left == []
+    assert_same(home, name, "one")
+    assert not [p for p in (home / name / "checkpoints").iterdir() if p.name.startswith(".")]
 
 
 @pytest.mark.quick("ddp")
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_save_that_cannot_be_written_is_one_line(home: Path, strategy: str):
-    args = (*TINY, "--input=text.txt", f"--out_dir=full-{strategy}", f"--parallel={strategy}")
-    job = Torchrun(home, 2, "train", *args, fault="full:0:20000")
-    assert job.wait() != 0
-    assert len(job.said) == 1 and f"full-{strategy}/checkpoints/" in job.said[0], job.said
+@BOTH
+def test_a_save_that_cannot_be_written_is_one_line(home: Path, parallel: str):
+    name = f"full-{parallel}"
+    said = refused(home, name, TEXT, f"--parallel={parallel}", fault="full:0:20000")
+    assert f"{name}/checkpoints/" in said
 
 
 @pytest.mark.quick("ddp")
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_nan_on_one_rank_stops_all_and_names_it(home: Path, strategy: str):
-    out = f"--out_dir=nan-{strategy}"
-    args = (*TINY, "--input=text.txt", out, f"--parallel={strategy}")
-    job = Torchrun(home, 2, "train", *args, fault="nan:1:9")
-    assert job.wait() != 0
-    assert len(job.said) == 1, job.err.read_text()
-    assert job.said[0].startswith("fastgpt: step 4 on rank 1: loss nan")
-    assert (home / f"nan-{strategy}" / "nonfinite").exists()
+@BOTH
+def test_a_nan_on_one_rank_stops_all_and_names_it(home: Path, parallel: str):
+    name = f"nan-{parallel}"
+    said = refused(home, name, TEXT, f"--parallel={parallel}", fault="nan:1:9")
+    assert said.startswith("step 4 on rank 1: loss nan") and (home / name / "nonfinite").exists()
 
 
 @pytest.mark.slow
 def test_torchrun_restarts_and_the_run_goes_on(home: Path):
-    args = (*TINY, "--input=text.txt", "--out_dir=restarted", "--parallel=ddp")
-    args = (*args, "--init_from=auto")
-    job = Torchrun(home, 2, "train", *args, fault="kill:1:31", restarts=1)
-    assert job.wait() == 0, job.err.read_text()
+    options = {"fault": "kill:1:31", "restarts": 1}
+    job = train(home, 2, "restarted", *TINY, TEXT, "--init_from=auto", **options)
     assert "resuming from restarted/checkpoints/step_00000010" in job.output
-    assert values(home / "restarted") == pytest.approx(values(home / "one"), rel=1e-4)
+    assert_same(home, "restarted", "one")
 
 
-def test_a_batch_that_does_not_divide(home: Path):
-    args = (*TINY, "--input=text.txt", "--batch_size=3", "--gradient_accumulation_steps=3")
-    job = train(home, 2, *args, "--out_dir=odd", code=2)
-    assert len(job.said) == 1 and "9 rows do not divide among 2 ranks" in job.said[0]
-    assert not (home / "odd").exists()
+def test_a_restart_has_to_find_its_run(home: Path):
+    """--init_from=auto never replaces another run, nor one with a checkpoint."""
+    args = (*TINY, TEXT, "--overwrite=True")
+    job = train(home, 2, "one", *args, restarts=1, ok=False)
+    assert {"--max-restarts: a restart has to find its run" in line for line in job.said} == {True}
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 8, 12])
-def test_ranks_share_the_rows(size: int):
-    slices = [Ranks(r, size).rows(24) for r in range(size)]
-    assert sum((list(range(24)[s]) for s in slices), []) == list(range(24))
-    micro = Ranks(0, size).micro_batch(24, 4)
-    assert micro <= 4 and 24 // size % micro == 0
+@pytest.mark.slow
+def test_ranks_choose_one_batch_size(home: Path):
+    job = train(home, 2, "auto", *TINY, TEXT, "--max_iters=2", "--batch_size=auto")
+    (chosen,) = (x.split()[1] for x in job.output.splitlines() if x.endswith(", chosen"))
+    assert f"batch_size = {chosen}\n" in (home / "auto" / "config.toml").read_text()
 
 
 @pytest.mark.quick("learning_rate*")
@@ -305,11 +286,8 @@ def test_ranks_share_the_rows(size: int):
 def test_a_rank_with_another_setting_is_named(home: Path, flag: str):
     """Before the first step; nothing is written."""
     key, _, value = flag.partition("=")
-    args = (*TINY, "--input=text.txt", f"--out_dir=x-{key}")
-    job = Torchrun(home, 2, "train", *args, fault=f"flag:1:{flag}")
-    assert job.wait() != 0
-    (line,) = job.said
-    assert line.startswith(f"fastgpt: rank 1 has {key}={value}, rank 0 has {key}=")
+    said = refused(home, f"x-{key}", TEXT, fault=f"flag:1:{flag}")
+    assert said.startswith(f"rank 1 has {key}={value}, rank 0 has {key}=")
     assert not (home / f"x-{key}").exists()
 
 
@@ -321,12 +299,17 @@ def test_a_rank_with_other_data_is_named(home: Path):
         tokens[0] = first
         for split in ("train", "val"):
             tokens.tofile(folder / f"{split}.bin")
-    fault = f"cwd:1:{home / 'host2'}"
-    job = Torchrun(home, 2, "train", *TINY, "--dataset=tok", "--out_dir=y", fault=fault)
-    assert job.wait() != 0
-    (line,) = job.said
-    assert line.startswith("fastgpt: rank 1 has data=") and ", rank 0 has data=" in line
+    said = refused(home, "y", "--dataset=tok", fault=f"cwd:1:{home / 'host2'}")
+    assert said.startswith("rank 1 has data=") and ", rank 0 has data=" in said
     assert not (home / "y").exists()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 8, 12])
+def test_ranks_share_the_rows(size: int):
+    slices = [Ranks(r, size).rows(24) for r in range(size)]
+    assert sum((list(range(24)[s]) for s in slices), []) == list(range(24))
+    micro = Ranks(0, size).micro_batch(24, 4)
+    assert micro <= 4 and 24 // size % micro == 0
 
 
 def test_the_error_names_numbers_that_divide():
@@ -337,27 +320,11 @@ def test_the_error_names_numbers_that_divide():
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_nccl_with_one_rank_is_the_run_without(home: Path, strategy: str):
-    tiny = [x for x in TINY if x != "--device=cpu"] + ["--input=text.txt", "--dtype=bfloat16"]
+@BOTH
+def test_nccl_with_one_rank_is_the_run_without(home: Path, parallel: str):
+    tiny = [x for x in TINY if x != "--device=cpu"] + [TEXT, "--dtype=bfloat16"]
     tiny += ["--compile=False", "--cuda_graph=False"]
-    name = f"nccl-{strategy}"
+    name = f"nccl-{parallel}"
     fastgpt(home, "train", *tiny, f"--out_dir={name}-plain")
-    train(home, 1, *tiny, f"--out_dir={name}", f"--parallel={strategy}")
+    train(home, 1, name, *tiny, f"--parallel={parallel}")
     assert values(home / name) == pytest.approx(values(home / f"{name}-plain"), rel=2e-2)
-
-
-def test_a_restart_has_to_find_its_run(home: Path):
-    """--init_from=auto never replaces another run, nor one with a checkpoint."""
-    args = (*TINY, "--input=text.txt", "--out_dir=one", "--overwrite=True")
-    job = Torchrun(home, 2, "train", *args, restarts=1)
-    assert job.wait() != 0
-    assert {"--max-restarts: a restart has to find its run" in line for line in job.said} == {True}
-
-
-@pytest.mark.slow
-def test_ranks_choose_one_batch_size(home: Path):
-    args = (*TINY, "--input=text.txt", "--out_dir=auto", "--max_iters=2")
-    job = train(home, 2, *args, "--batch_size=auto")
-    (chosen,) = (x.split()[1] for x in job.output.splitlines() if x.endswith(", chosen"))
-    assert f"batch_size = {chosen}\n" in (home / "auto" / "config.toml").read_text()

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fastgpt import cli
 from fastgpt.config.schema import OptimConfig
-from fastgpt.errors import UserError
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.train import muon, optim
 from fastgpt.train.muon import Muon, newton_schulz, orthogonal
@@ -66,27 +65,27 @@ class Reference:
         self.weight = (1 - lr * decay) * self.weight - scale * lr * x
 
 
-# bf16 has 8 bits and a step three products in a row, five times.
+# bf16 has 8 bits and a step three matmuls in a row, five times.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 4e-2)])
 def test_steps_are_the_formulas(dtype, tolerance):
     """Every matrix, q, k and v apart; clipping, a schedule; the update's error relative to it."""
     model, optimizer = made(dtype=dtype)
     blocks = of_blocks(model)
     references = {n: [*map(Reference, pieces(n, p))] for n, p in blocks.items()}
-    before = {n: p.detach().clone() for n, p in blocks.items()}
+    before = {n: p.detach().double().cpu() for n, p in blocks.items()}
     for step in range(4):
-        lr = 1e-2 / (step + 1)
+        lr, divisor = 1e-2 / (step + 1), 1.0 + step
         optim.set_learning_rate(optimizer, lr)
         gradients(model, step)
-        optimizer.grad_scale = torch.tensor(1.0 + step, device=DEVICE)
+        optimizer.grad_scale = torch.tensor(divisor, device=DEVICE)
         for n, p in blocks.items():
             for r, g in zip(references[n], pieces(n, p.grad), strict=True):
-                r.step(g / (1.0 + step), lr, 0.1)
+                r.step(g / divisor, lr, 0.1)
         optimizer.step()
     assert len(blocks) == 8
     for n, p in blocks.items():
-        want = torch.cat([r.weight for r in references[n]]) - before[n].double().cpu()
-        error = p.detach().double().cpu() - before[n].double().cpu() - want
+        want = torch.cat([r.weight for r in references[n]]) - before[n]
+        error = p.detach().double().cpu() - before[n] - want
         assert error.norm() <= tolerance * want.norm(), n
 
 
@@ -100,8 +99,8 @@ def test_steps_are_torchs():
         sum(parts.values(), []), lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
     )
     for step in range(3):
-        for m in (model, other):
-            gradients(m, step)
+        gradients(model, step)
+        gradients(other, step)
         for name, cut in parts.items():
             for x, g in zip(cut, pieces(name, other.get_parameter(name).grad), strict=True):
                 x.grad = g.clone()
@@ -115,39 +114,29 @@ def test_steps_are_torchs():
         assert (p - want).norm() <= 2e-2 * (want - start[name]).norm(), name
 
 
-def wide_matrix(smallest: float) -> tuple[Tensor, Tensor, Tensor]:
-    """U, V and U S V^T (24, 96) in fp64, with singular values from 10^smallest to 1."""
+@pytest.mark.parametrize("smallest", [-2, -4])
+def test_singular_values_come_near_one(smallest):
+    """The directions stay. In fp32 wide matrices go by their Gram matrix, which has the squares."""
     generator = torch.Generator().manual_seed(0)
     u, v = (torch.randn(n, 24, generator=generator).double() for n in (24, 96))
     u, v = torch.linalg.qr(u)[0], torch.linalg.qr(v)[0]
-    return u, v, u @ torch.diag(torch.logspace(smallest, 0, 24).double()) @ v.T
-
-
-def test_singular_values_come_near_one():
-    """Of what AdamW would leave at any size; the directions stay."""
-    u, v, x = (t.float() for t in wide_matrix(-2))
-    (found,) = orthogonal([x[None]], [1])
-    values = torch.linalg.svdvals(found[0])
-    assert values.min() > 0.6 and values.max() < 1.3
-    assert (u.T @ found[0] @ v).diagonal().min() > 0.6, "not U V^T"
-
-
-def test_the_short_way_loses_no_small_singular_value():
-    """Wide ones of fp32 go by their Gram matrix, which has the squares: down to 1e-8 here."""
-    x = wide_matrix(-4)[2] / 2
-    want = newton_schulz(x)
-    assert (newton_schulz(x.float()) - want).norm() < 1e-3 * want.norm()
+    x = u @ torch.diag(torch.logspace(smallest, 0, 24).double()) @ v.T / 2
+    want, found = newton_schulz(x), newton_schulz(x.float())
+    assert (found - want).norm() < 1e-3 * want.norm()
+    if smallest == -2:
+        values = torch.linalg.svdvals(found)
+        assert values.min() > 0.3 and values.max() < 1.3
+        assert (u.T @ want @ v).diagonal().min() > 0.3, "not U V^T"
 
 
 def test_stacks_come_back_as_they_went():
-    """Tall, wide, several parts: what one by one makes of them."""
+    """Tall, wide, several parts: as each matrix alone."""
     generator = torch.Generator().manual_seed(0)
     square = {(2, 24, 8): 3, (3, 8, 8): 1, (2, 8, 8): 1}
     for shapes in (square, {(2, 32, 8): 1, (2, 8, 32): 1}):
         stacks = [torch.randn(s, generator=generator) for s in shapes]
-        for stack, made, parts in zip(
-            stacks, orthogonal(stacks, [*shapes.values()]), shapes.values(), strict=True
-        ):
+        found = zip(stacks, orthogonal(stacks, [*shapes.values()]), shapes.values(), strict=True)
+        for stack, made, parts in found:
             assert made.shape == stack.shape
             for x, y in zip(stack, made, strict=True):
                 for a, b in zip(x.chunk(parts), y.chunk(parts), strict=True):
@@ -209,8 +198,8 @@ def test_float16_scales_its_loss():
 
 
 @pytest.mark.slow
-def test_compiled_is_the_same(monkeypatch):
-    """What a GPU runs, compiled for this device."""
+def test_compiled_is_the_same():
+    """Kernels by torch.compile, for this device."""
     steps = []
     for compiled in (False, True):
         model, optimizer = made()
@@ -220,8 +209,7 @@ def test_compiled_is_the_same(monkeypatch):
         before = [p.detach().clone() for p in model.parameters()]
         gradients(model, 9)
         optimizer.warm_up()
-        if compiled:
-            assert all(map(torch.equal, before, model.parameters()))
+        assert all(map(torch.equal, before, model.parameters())) or not compiled
         for step in range(2):
             gradients(model, step)
             optimizer.step()
@@ -256,23 +244,11 @@ def test_resume_is_exact(train):
     files = runs.tensor_files(Path("cut"))
     assert files == runs.tensor_files(Path("straight"))
     assert b"momentum_buffer.transformer.h.0.attn.c_attn.weight" in files["optimizer.safetensors"]
-    said = train(
-        "--init_from=resume", "--out_dir=cut", "--max_iters=20", "--optimizer=adamw", code=2
-    )
-    assert said == (
+    resume = ("--init_from=resume", "--out_dir=cut", "--max_iters=20")
+    assert train(*resume, "--optimizer=adamw", code=2) == (
         "fastgpt: --optimizer=adamw: the checkpoint has the state of muon; leave the flag out, or "
         "start a new run\n"
     )
-
-
-def test_state_of_another_optimizer_is_refused():
-    model, optimizer = made()
-    gradients(model, 0)
-    adamw = optim.make_optimizer(model, OptimConfig())
-    adamw.step()
-    with pytest.raises(UserError, match="--optimizer=muon: the checkpoint has the state of adamw"):
-        optim.load_state_tensors(optimizer, model, optim.state_tensors(adamw, model))
-    optim.load_state_tensors(optimizer, model, {})  # an imported run without moments
 
 
 def test_the_speedrun_end_to_end(train):
