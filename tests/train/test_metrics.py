@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import types
 from collections import defaultdict
@@ -48,11 +47,11 @@ def test_lines_are_nanogpts(tmp_path: Path, capsys):
         m.evaluation(5000, 500_000, 0.62241, 1.70444)
         m.evaluation(6000, 600_000, 0.62241, 1.70444)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "iter 4980: loss 0.8010, time 33.22ms, mfu 11.07%"
-    assert lines[1] == "step 5000: train loss 0.6224, val loss 1.7044"
-    # What people's parsers look for.
-    assert re.fullmatch(r"iter (\d+): loss ([\d.]+), time ([\d.]+)ms, mfu ([\d.]+)%", lines[0])
-    assert lines[2] == "500k tokens seen, 3.01k tok/s, ETA 33s, next evaluation in 33s"
+    assert lines[:3] == [
+        "iter 4980: loss 0.8010, time 33.22ms, mfu 11.07%",
+        "step 5000: train loss 0.6224, val loss 1.7044",
+        "500k tokens seen, 3.01k tok/s, ETA 33s, next evaluation in 33s",
+    ]
     assert lines[4] == "600k tokens seen, 3.01k tok/s", "at the end nothing is left"
 
 
@@ -156,7 +155,7 @@ def test_durations_and_counts():
 
 
 class FakeWandb(types.ModuleType):
-    """As much of wandb as is used; remembers what it was told."""
+    """Stand-in for wandb, which remembers its calls."""
 
     def __init__(self):
         super().__init__("wandb")
@@ -275,25 +274,10 @@ def test_a_missing_tracker_is_named(flag, package, monkeypatch):
         metrics.check_trackers(LogConfig(**{flag: True}))
 
 
-SIZES = {(12, 12, 768): 854.8, (24, 16, 1024): 2423, (36, 20, 1280): 5200, (48, 25, 1600): 10275}
-
-
-@pytest.mark.parametrize(("size", "mega"), SIZES.items())
-def test_flops_per_token_of_gpt2(size, mega, monkeypatch):
-    shape = ModelShape(*size, block_size=1024, vocab_size=50257, bias=False)
-    with FakeTensorMode():
-        model = fake_model(shape, None, monkeypatch)
-    flops = metrics.flops_per_token(model)
-    assert flops["mfu"] / 1e6 == pytest.approx(mega, rel=1e-3)
-    scores = 6 * size[0] * size[2] * 1024
-    counts = [6 * model.n_params() + n * scores for n in (2, 1, 0)]
-    assert flops == dict(zip(("mfu", "mfu_causal", "mfu_6n"), counts, strict=True))
-
-
 @pytest.mark.quick("gpt2", "finetune_shakespeare", "shakespeare_char")
 @pytest.mark.parametrize("preset", [p for p in PRESETS if p not in ("desktop", "laptop")])
 def test_presets_run_the_matmuls_that_are_counted(preset, monkeypatch):
-    """torch's count of the matmuls that run, at full size, is ours: 6N + 12 L C T."""
+    """PyTorch counts 6N + 12 L C T for the matmuls that run, at full size."""
     m = PRESETS[preset]().model
     shape = ModelShape.of(m, 50257)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -304,5 +288,7 @@ def test_presets_run_the_matmuls_that_are_counted(preset, monkeypatch):
     # All of the scores are computed here; the rows that pad the vocabulary are not.
     padding = (shape.padded_vocab_size - shape.vocab_size) * m.n_embd
     vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
-    want = metrics.flops_per_token(model)["mfu"] - 6 * (vectors + padding)
+    flops, scores = metrics.flops_per_token(model), 6 * m.n_layer * m.n_embd * m.block_size
+    assert flops["mfu"] - flops["mfu_causal"] == flops["mfu_causal"] - flops["mfu_6n"] == scores
+    want = flops["mfu"] - 6 * (vectors + padding)
     assert counter.get_total_flops() == pytest.approx(want * m.block_size, rel=1e-9)

