@@ -50,6 +50,8 @@ def find(out_dir: str, flag: str = "--out_dir=") -> Path:
     run_dir = Path(out_dir)
     if not (_has_state(run_dir) or any((run_dir / m).exists() for m in ("config.toml", IDENTITY))):
         advice = "fastgpt train makes one"
+        if run_dir.suffix == ".safetensors" or any(run_dir.glob("*.safetensors")):
+            advice = f"weights of another program are read with --weights={out_dir}"
         raise UserError(f"{flag}{out_dir}: no run there (no config.toml); {advice}")
     if any((run_dir / m).exists() for m in _OLD):
         with contextlib.suppress(Held), lock(run_dir):

@@ -1,12 +1,13 @@
-"""Tokenizers of Hugging Face's GPT-2 folders: vocab.json and merges.txt, both ways.
+"""Tokenizers of Hugging Face's GPT-2 folders, read and written.
 
-There a token is text: each byte stands for one printable character (GPT-2's own table). merges.txt
-lists which two tokens make each further one, in the order of their ids; a rank file (tiktoken) has
-the tokens only, but the two follow from the ranks.
+There a token is text, and each byte stands for one printable character (GPT-2's own table). The
+merges list which two tokens make each further one, in the order of their ids. A rank file
+(tiktoken) has the tokens only, and the merges follow from the ranks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -26,10 +27,15 @@ from fastgpt.data.tokenizer import (
     load_tokenizer,
     parse_ranks,
 )
-from fastgpt.errors import read_text, reading
+from fastgpt.errors import UserError, read_text, reading
 from fastgpt.storage.atomic import write_text
 
 OWN = "fastgpt"  # a folder of its own: both formats call a file tokenizer.json
+_DAMAGED = "is damaged, or not GPT-2's kind"
+
+
+class NoTokenizer(UserError):
+    """A folder without a tokenizer that fastgpt can read."""
 
 
 def byte_characters() -> list[str]:
@@ -105,30 +111,71 @@ def write(folder: Path, tokenizer: Tokenizer, max_length: int | None = None) -> 
 
 
 def read(folder: Path) -> Tokenizer | None:
-    """Returns the tokenizer of a folder: fastgpt's own, else that of vocab.json and merges.txt.
+    """Returns `need`, or None if there is no such tokenizer. Raises UserError for damaged files."""
+    with contextlib.suppress(NoTokenizer):
+        return need(folder)
+    return None
 
-    None without these files, or if they are no byte-level BPE whose last token is end-of-text.
-    Raises UserError if they are damaged.
+
+def need(folder: Path) -> Tokenizer:
+    """Returns the tokenizer of a folder: fastgpt's own, else that of Hugging Face's files.
+
+    transformers 5 writes tokenizer.json alone. Raises NoTokenizer without any of these files, or
+    if they are no byte-level BPE that ends with end-of-text, no bytes and no ASCII characters.
     """
+    path, merges_file = folder / "vocab.json", folder / "merges.txt"
     if (folder / OWN / JSON_NAME).is_file():
         return load_tokenizer(folder / OWN)
-    vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
-    if not (vocab_file.is_file() and merges_file.is_file()):
-        return None
+    if path.is_file() and merges_file.is_file():
+        with reading(path, _DAMAGED):
+            vocab, lines = json.loads(read_text(path)), read_text(merges_file).split("\n")
+            merges = [line for line in lines if line and not line.startswith("#version")]
+    elif (path := folder / JSON_NAME).is_file():
+        with reading(path, _DAMAGED):
+            vocab, merges = _parts(path, json.loads(read_text(path)))
+    else:
+        wanted = f"{OWN}/{JSON_NAME}, vocab.json with merges.txt, or {JSON_NAME}"
+        raise NoTokenizer(f"{folder}: has no tokenizer, so there is no text; wanted {wanted}")
     byte_of = {character: b for b, character in enumerate(byte_characters())}
-    with reading(vocab_file, "is damaged, or not GPT-2's kind"):
-        vocab = json.loads(read_text(vocab_file))
+    with reading(path, _DAMAGED):
         eot = vocab.pop(EOT_TEXT, None)
-        ranks = {bytes(byte_of[c] for c in text): rank for text, rank in vocab.items()}
-        lines = read_text(merges_file).split("\n")
-        merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        merged = ["".join(pair) for pair in merges]
         in_order = sorted(vocab, key=vocab.__getitem__)
-    if (eot, merges) == (0, []) and ranks == {bytes([b]): b for b in range(1, 256)}:
+        ranks = {bytes(byte_of[c] for c in text): vocab[text] for text in in_order}
+        # A merge is "a b", or ["a", "b"] since version 0.20 of tokenizers.
+        merged = ["".join(m.split(" ") if isinstance(m, str) else m) for m in merges]
+    if (eot, merged) == (0, []) and ranks == {bytes([b]): b for b in range(1, 256)}:
         return ByteTokenizer()
+    chars = [token.decode("ascii", "replace") for token in ranks]
+    if (
+        chars
+        and (eot, merged) == (None, [])
+        and ranks == {c.encode(): i for i, c in enumerate(chars)}
+    ):
+        return CharTokenizer(chars)
     if eot != len(ranks) or not ranks or in_order[256:] != merged:
-        return None
+        wrong = "its ids are not those of 256 bytes, of the merges in their order, and of the end"
+        raise NoTokenizer(f"{path}: {wrong} of text, so there is no text")
     data = dump_ranks(ranks)
-    parse_ranks(data, vocab_file)
+    parse_ranks(data, path)
     gpt2 = len(ranks) + 1 == GPT2_VOCAB and hashlib.sha256(data).hexdigest() == GPT2_SHA256
     return BPETokenizer("gpt2" if gpt2 else f"bpe:{len(ranks) + 1}", ranks)
+
+
+def _parts(path: Path, data: dict[str, Any]) -> tuple[dict[str, int], list[Any]]:
+    """Returns (vocabulary, merges) of a tokenizer.json. Raises NoTokenizer for other kinds."""
+    model, split = data["model"], data["pre_tokenizer"] or {}
+    others = [token["content"] for token in data["added_tokens"] if token["content"] != EOT_TEXT]
+    for what, got, want in (
+        ("model", model.get("type", "BPE"), "BPE"),
+        ("pre-tokenizer", split.get("type"), "ByteLevel"),
+        ("add_prefix_space", split.get("add_prefix_space"), False),
+        ("use_regex", split.get("use_regex", True), True),
+        ("normalizer", data.get("normalizer"), None),
+        ("suffix of words", model.get("end_of_word_suffix") or "", ""),
+        ("added token", (others or [EOT_TEXT])[0], EOT_TEXT),
+    ):
+        if got != want:
+            wrong = f"its {what} is {got!r}, only {want!r} can be read"
+            raise NoTokenizer(f"{path}: {wrong}, as in GPT-2, so there is no text")
+    added = {token["content"]: token["id"] for token in data["added_tokens"]}
+    return model["vocab"] | added, model["merges"]

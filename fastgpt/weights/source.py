@@ -30,7 +30,8 @@ from fastgpt.weights import hf_tokenizer, hub, hugging_face
 class Source:
     """A model's parts on the CPU, in fp32, before a device and a precision are chosen for it.
 
-    `about` is one line for people: the origin, and the loss if that is known.
+    `about` is one line for people: the origin, and the loss if that is known. `folder` is that of
+    the weights if they are not of a run.
     """
 
     shape: ModelShape
@@ -38,6 +39,7 @@ class Source:
     tokenizer: Tokenizer | None
     about: str
     run_dir: Path | None = None
+    folder: Path = Path()
 
     @property
     def origin(self) -> str:
@@ -60,7 +62,7 @@ class Source:
         if self.tokenizer is not None:
             return self.tokenizer
         if self.run_dir is None:
-            raise UserError(f"{self.origin}: has no tokenizer that can be read, so no text")
+            return hf_tokenizer.need(self.folder)  # says why there is none
         raise UserError(
             f"{self.run_dir}: its data has no tokenizer, so there is no text; if it is known, "
             f"name it: fastgpt train --init_from=resume --out_dir={self.run_dir} "
@@ -96,7 +98,7 @@ def open_source(config: SourceConfig) -> Source:
     if config.init_from != "resume":
         found = pretrained(config.init_from, config.weights)
         tokenizer, about = hf_tokenizer.read(found.folder), f"{found.source}: {found.shape}"
-        return Source(found.shape, found.tensors, tokenizer, about)
+        return Source(found.shape, found.tensors, tokenizer, about, folder=found.folder)
     run_dir = run.find(config.out_dir)
     saved = checkpoint.load(run_dir, config.checkpoint, warn=partial(print, file=sys.stderr))
     tokenizer = load_tokenizer(run_dir) if (run_dir / JSON_NAME).exists() else None

@@ -18,7 +18,7 @@ from fastgpt.data.tokenizer import (
     train_ranks,
 )
 from fastgpt.errors import UserError
-from fastgpt.weights.hf_tokenizer import read, write
+from fastgpt.weights.hf_tokenizer import byte_characters, need, read, write
 from tests.data.conftest import TEXT
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -83,17 +83,69 @@ def test_twenty_languages_have_the_same_ids_there(kind: str, bpe: BPETokenizer, 
     for line in lines:
         ids = theirs(line)["input_ids"]
         assert ids == tokenizer.encode(line).tolist() and theirs.decode(ids) == line, line
-    # Read back by fastgpt: from its own files, and as a download has them.
-    for own in (True, False)[: 1 if kind == "char" else 2]:
-        if not own:
-            shutil.rmtree(tmp_path / "fastgpt")
-        back = read(tmp_path)
+    # Read back by fastgpt: from its own files, as downloads have them, as transformers 5 saves it.
+    theirs.save_pretrained(saved := tmp_path / "saved")
+    assert not (saved / "vocab.json").exists() or transformers.__version__ < "5"
+    for folder, removed in ((tmp_path, None), (tmp_path, tmp_path / "fastgpt"), (saved, None)):
+        if removed:
+            shutil.rmtree(removed)
+        back = read(folder)
         assert back is not None and back.fingerprint == tokenizer.fingerprint
         assert (back.name, back.eot) == (tokenizer.name, tokenizer.eot)
 
 
+def edited(folder: Path, change: dict) -> None:
+    """Writes a tokenizer.json like GPT-2's on the hub, with other values in its sections."""
+    merges = ["Ġ t", "h e"]
+    vocab = [*byte_characters(), "Ġt", "he", "<|endoftext|>"]
+    model = {"vocab": {token: i for i, token in enumerate(vocab)}, "merges": merges}
+    data: dict = {"model": model, "normalizer": None, "added_tokens": []}
+    data |= {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}
+    for section, values in change.items():
+        data[section] = (data[section] or {}) | values if isinstance(values, dict) else values
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+
+
+def test_both_spellings_of_merges(tmp_path: Path):
+    for merges in (["Ġ t", "h e"], [["Ġ", "t"], ["h", "e"]]):
+        edited(tmp_path, {"model": {"merges": merges}})
+        tokenizer = need(tmp_path)
+        assert (tokenizer.name, tokenizer.encode("the t").tolist()) == ("bpe:259", [116, 257, 256])
+
+
+ADDED = [{"content": "<|endoftext|>", "id": 258}, {"content": "<pad>", "id": 259}]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model": {"type": "Unigram"}}, "its model is 'Unigram', only 'BPE' can be read, as in"),
+        ({"pre_tokenizer": {"type": "Metaspace"}}, "its pre-tokenizer is 'Metaspace', only 'Byte"),
+        ({"pre_tokenizer": None}, "its pre-tokenizer is None"),
+        ({"pre_tokenizer": {"add_prefix_space": True}}, "its add_prefix_space is True"),
+        ({"pre_tokenizer": {"use_regex": False}}, "its use_regex is False"),
+        ({"normalizer": {"type": "NFC"}}, "its normalizer is {'type': 'NFC'}, only None"),
+        ({"model": {"end_of_word_suffix": "</w>"}}, "its suffix of words is '</w>'"),
+        ({"added_tokens": ADDED}, "its added token is '<pad>', only '<|endoftext|>' can be"),
+        ({"model": {"merges": []}}, "its ids are not those of 256 bytes, of the merges in"),
+        ({"model": {"merges": 5}}, "is damaged, or not GPT-2's kind"),
+        ({"model": {"vocab": {"東": 0}}}, "is damaged, or not GPT-2's kind"),
+        ({"added_tokens": [5]}, "is damaged, or not GPT-2's kind"),
+    ],
+)
+def test_other_kinds_are_refused(change, says: str, tmp_path: Path):
+    edited(tmp_path, change)
+    with pytest.raises(UserError) as e:
+        need(tmp_path)
+    assert str(e.value).startswith(f"{tmp_path}/tokenizer.json: {says}") and "\n" not in str(
+        e.value
+    )
+
+
 def test_a_vocabulary_of_another_kind_is_none(bpe: BPETokenizer, tmp_path: Path):
     assert read(tmp_path) is None
+    with pytest.raises(UserError, match="wanted fastgpt/tokenizer.json, vocab.json with merges"):
+        need(tmp_path)
     assert write(tmp_path, CharTokenizer("aß")) == [], "characters of several bytes have no form"
     assert {p.name for p in tmp_path.iterdir()} == {"fastgpt"}
     write(tmp_path, bpe)
@@ -101,11 +153,7 @@ def test_a_vocabulary_of_another_kind_is_none(bpe: BPETokenizer, tmp_path: Path)
     merges = (tmp_path / "merges.txt").read_text().splitlines()
     (tmp_path / "merges.txt").write_text("\n".join([*merges[:5], *reversed(merges[5:])]))
     assert read(tmp_path) is None
-
-
-@pytest.mark.parametrize("vocab", ["no json", "[1]", '{"\\u6771": 0}'])
-def test_damaged_files_are_named(bpe: BPETokenizer, tmp_path: Path, vocab: str):
-    (tmp_path / "vocab.json").write_text(vocab)
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    with pytest.raises(UserError, match="vocab.json: is damaged, or not GPT-2's kind"):
-        read(tmp_path)
+    for vocab in ("no json", "[1]"):
+        (tmp_path / "vocab.json").write_text(vocab)
+        with pytest.raises(UserError, match="vocab.json: is damaged, or not GPT-2's kind"):
+            read(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,8 @@ def home(tmp_path_factory) -> Path:
     runs.write_text(folder)
     hugging_face.write(folder / "weights", SHAPE, GPT(SHAPE).init_weights(3).state_dict())
     hf_tokenizer.write(folder / "weights", ByteTokenizer())
+    (folder / "bare").mkdir()
+    shutil.copy(folder / "weights" / "model.safetensors", folder / "bare")
     return folder
 
 
@@ -88,7 +91,10 @@ def test_a_run_goes_out_and_comes_back(home: Path):
     args = ("--num_samples=1", "--max_new_tokens=20", "--start=a cat", "--device=cpu")
     a = fastgpt(home, "sample", "--out_dir=out", "--checkpoint=latest", *args)
     b = fastgpt(home, "sample", "--weights=folder", *args)
-    assert a.split("\n")[1] == b.split("\n")[1]
+    for part in (theirs, tokenizer):
+        part.save_pretrained(home / "saved")
+    c = fastgpt(home, "sample", "--weights=saved", *args)
+    assert a.split("\n")[1] == b.split("\n")[1] == c.split("\n")[1]
     evals = ("--limit=300", "--device=cpu")
     a = fastgpt(home, "eval", "--out_dir=out", "--checkpoint=latest", *evals)
     dataset = next((home / "data").glob("text-byte-*"))
@@ -104,6 +110,8 @@ def test_a_run_goes_out_and_comes_back(home: Path):
         (["export", "--weights=weights", "--to=weights"], "--to=weights: is not empty"),
         (["export", "--weights=weights", "--to=text.txt"], "--to=text.txt: is not empty"),
         (["export", "--out_dir=none", "--to=x"], "--out_dir=none: no run there"),
+        (["sample", "--out_dir=bare"], "weights of another program are read with --weights=bare"),
+        (["sample", "--weights=bare"], "bare: has no config.json, so the model's size is unknown"),
         (
             ["train", "laptop", "--weights=weights", *DATA],
             "--block_size=64: weights has 32 positions; pass --block_size=32 or less",
