@@ -12,13 +12,11 @@ import contextlib
 import functools
 import hashlib
 import itertools
-import json
 import os
 import sys
 import sysconfig
 import tokenize
-import urllib.parse
-from collections import Counter, namedtuple
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader
@@ -26,6 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastgpt.data import download
+from fastgpt.data.download import Remote
 from fastgpt.data.progress import progress
 from fastgpt.errors import UserError, open_regular, reading
 
@@ -224,12 +223,8 @@ SHAKESPEARE_URL = (
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
-FINEWEB_REPO = "kjj0/fineweb10B-gpt2"
-OPENWEBTEXT_REPO = "Skylion007/openwebtext"
-
-
-# A file on the network.
-Shard = namedtuple("Shard", "file url bytes sha256")
+FINEWEB_REPO = "datasets/kjj0/fineweb10B-gpt2"
+OPENWEBTEXT_REPO = "datasets/Skylion007/openwebtext"
 
 
 @dataclass(frozen=True)
@@ -244,8 +239,7 @@ class Corpus:
     val_fraction: float
     network: bool = True
     text: Callable[[Path, float], Source] | None = None
-    shards: Callable[[int], list[Shard]] | None = None
-    sha256: str = ""  # of its text, if that is one file
+    shards: Callable[[int], list[Remote]] | None = None
 
 
 def python_stdlib(cache: Path, val_fraction: float) -> Source:
@@ -277,7 +271,9 @@ class OpenWebText:
             raise UserError(f"{need}; {BY_INPUT}") from None
         self._open, self._val_fraction = pyarrow.parquet.ParquetFile, val_fraction
         self._folder = cache / "openwebtext"
-        commit, files = hub_files(OPENWEBTEXT_REPO, "refs/convert/parquet", "plain_text/train")
+        commit, files = download.hub_files(
+            OPENWEBTEXT_REPO, BY_INPUT, "refs/convert/parquet", "plain_text/train"
+        )
         self._shards = [files[name] for name in sorted(files) if name.endswith(".parquet")]
         if not self._shards:
             raise UserError(f"{OPENWEBTEXT_REPO} has no parquet files at {commit}; {BY_INPUT}")
@@ -294,10 +290,7 @@ class OpenWebText:
 
     def documents(self, part: int = 0) -> Iterator[Part]:
         shard, rows = self._shards[part], itertools.count()
-        path = download.fetch(
-            shard.url, self._folder / shard.file, sha256=shard.sha256, size=shard.bytes,
-            hint=BY_INPUT,
-        )  # fmt: skip
+        path = shard.fetch(self._folder, BY_INPUT)
         with reading(path, "is no parquet file of texts"), self._open(path) as file:
             for batch in file.iter_batches(batch_size=1000, columns=["text"]):
                 for text, row in zip(batch.column(0).to_pylist(), rows, strict=False):
@@ -308,27 +301,9 @@ class OpenWebText:
         path.unlink()
 
 
-def hub_files(repo: str, revision: str, folder: str = "") -> tuple[str, dict[str, Shard]]:
-    """Returns (commit, files by name) of a folder of a dataset on the Hugging Face hub."""
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    api = f"{hub}/api/datasets/{repo}"
-    url = f"{api}/revision/{urllib.parse.quote(revision, safe='')}"
-    with reading(url, "does not name a commit"):
-        commit = str(json.loads(download.get(url, BY_INPUT))["sha"])
-    url = f"{api}/tree/{commit}/{folder}".rstrip("/")
-    base, files = f"{hub}/datasets/{repo}/resolve/{commit}", {}
-    with reading(url, "is not the expected list of files"):
-        for entry in json.loads(download.get(url, BY_INPUT)):
-            if lfs := entry.get("lfs"):
-                name = Path(entry["path"]).name
-                where = f"{base}/{urllib.parse.quote(entry['path'])}"
-                files[name] = Shard(name, where, int(lfs["size"]), str(lfs["oid"]))
-    return commit, files
-
-
-def fineweb_shards(n: int) -> list[Shard]:
+def fineweb_shards(n: int) -> list[Remote]:
     """Lists the val shard and `n` train shards of FineWeb 10B, 100M GPT-2 tokens each."""
-    commit, files = hub_files(FINEWEB_REPO, "main")
+    commit, files = download.hub_files(FINEWEB_REPO, BY_INPUT)
     names = [f"fineweb_train_{i:06d}.bin" for i in range(1, n + 1)]
     with reading(f"{FINEWEB_REPO} at {commit}", "is not the expected list of files"):
         return [files[name] for name in ("fineweb_val_000000.bin", *names)]
@@ -337,8 +312,8 @@ def fineweb_shards(n: int) -> list[Shard]:
 _NAMED = (
     Corpus("python_stdlib", "byte", 0.05, network=False, text=python_stdlib),
     # Both as nanoGPT prepares them.
-    Corpus("shakespeare_char", "char", 0.1, text=shakespeare, sha256=SHAKESPEARE_SHA256),
-    Corpus("shakespeare", "gpt2", 0.1, text=shakespeare, sha256=SHAKESPEARE_SHA256),
+    Corpus("shakespeare_char", "char", 0.1, text=shakespeare),
+    Corpus("shakespeare", "gpt2", 0.1, text=shakespeare),
     Corpus("openwebtext", "gpt2", 0.0005, text=OpenWebText),  # 24 GB of download
     Corpus("fineweb10B", "gpt2", 0.0, shards=fineweb_shards),
 )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
+import json
 import os
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
 
 from fastgpt.data.progress import progress
-from fastgpt.errors import UserError
+from fastgpt.errors import UserError, reading
 from fastgpt.storage.atomic import explain_os_error, fsync_dir, sha256_file
 
 _CHUNK = 1 << 20
@@ -33,14 +37,60 @@ class _Failed(Exception):
         super().__init__(f"HTTP {self.code} {text}" if self.code else text.strip("<>"))
 
 
+class Remote(NamedTuple):
+    """A file on the network. `sha256` is as in `fetch`."""
+
+    file: str
+    url: str
+    bytes: int
+    sha256: str
+
+    def fetch(self, folder: Path, hint: str = "") -> Path:
+        """Downloads the file into `folder` unless it is there; returns its path."""
+        path = folder / self.file
+        return fetch(self.url, path, sha256=self.sha256, size=self.bytes, hint=hint)
+
+
+def hub_files(
+    repo: str, hint: str, revision: str = "main", folder: str = ""
+) -> tuple[str, dict[str, Remote]]:
+    """Returns (commit, files by name) of a folder on the Hugging Face hub.
+
+    `repo` is models/OWNER/NAME or datasets/OWNER/NAME.
+    """
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    url = f"{hub}/api/{repo}/revision/{quote(revision, safe='')}"
+    with reading(url, "does not name a commit"):
+        commit = str(json.loads(get(url, hint))["sha"])
+    url, files = f"{hub}/api/{repo}/tree/{commit}/{folder}".rstrip("/"), {}
+    base = f"{hub}/{repo.removeprefix('models/')}/resolve/{commit}"
+    with reading(url, "is not the expected list of files"):
+        for entry in json.loads(get(url, hint)):
+            if entry["type"] == "file":
+                lfs, name = entry.get("lfs", entry), entry["path"].rpartition("/")[2]
+                where = f"{base}/{quote(entry['path'])}"
+                files[name] = Remote(name, where, int(lfs["size"]), str(lfs["oid"]))
+    return commit, files
+
+
+def _sum(path: Path, like: str) -> str:
+    """Returns the file's sha256, or git's sha1 of a blob if `like` is one."""
+    if len(like) == 64:
+        return sha256_file(path)
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
 def fetch(url: str, path: Path, *, sha256: str, size: int = 0, hint: str = "") -> Path:
-    """Downloads `url` to `path` unless a file with this sha256 is there; returns `path`.
+    """Downloads `url` to `path` unless a file with this sum is there; returns `path`.
+
+    The sum is sha256, or git's sha1, which the hub gives for small files.
 
     Bytes gather in `path` + ".part"; a download that was cut off goes on from there, now or in a
     later run. No more than `size` bytes are taken (0: unknown, LIMIT). Raises UserError, ending in
     `hint`, without network, on a wrong checksum, or a full disk.
     """
-    if path.is_file() and sha256_file(path) == sha256:
+    if path.is_file() and _sum(path, sha256) == sha256:
         return path
     part = path.with_name(path.name + ".part")
     hint = f"; {hint}" if hint else ""
@@ -49,12 +99,12 @@ def fetch(url: str, path: Path, *, sha256: str, size: int = 0, hint: str = "") -
         while True:
             resumed = part.is_file() and part.stat().st_size > 0
             _download(url, part, size, hint)
-            if (found := sha256_file(part)) == sha256:
+            if (found := _sum(part, sha256)) == sha256:
                 break
             part.unlink()  # if it was resumed, it may have begun with another version's bytes
             if not resumed:
                 raise UserError(
-                    f"{url}: sha256 is {found[:16]}..., expected {sha256[:16]}...: the file "
+                    f"{url}: its hash is {found[:16]}..., expected {sha256[:16]}...: the file "
                     f"changed or was damaged on the way; nothing was kept{hint}"
                 )
         with open(part, "rb+") as f:

@@ -30,7 +30,6 @@ import numpy as np
 from fastgpt.config.schema import CorpusConfig, PrepareConfig
 from fastgpt.data import token_files
 from fastgpt.data.corpora import CORPORA, INPUT, Corpus, Part, Source, TextFiles
-from fastgpt.data.download import fetch
 from fastgpt.data.progress import progress
 from fastgpt.data.token_files import DATASET_JSON, Dataset, TokenWriter, has_tokens, open_dataset
 from fastgpt.data.tokenizer import (
@@ -186,7 +185,7 @@ def _refuse(cfg: PrepareConfig, flags: Iterable[str], why: str) -> None:
 
 def _plan(cfg: PrepareConfig) -> Plan:
     corpus, source = CORPORA.get(cfg.dataset, INPUT), None
-    if cfg.input and not corpus.sha256:  # a corpus that is one file may come from --input itself
+    if cfg.input:
         corpus = dataclasses.replace(INPUT, tokenizer=corpus.tokenizer)
     spec = cfg.tokenizer or corpus.tokenizer
     parse_spec(spec)
@@ -209,13 +208,10 @@ def _plan(cfg: PrepareConfig) -> Plan:
     if cfg.input:
         path = _input(cfg)
         source = TextFiles(path, recipe["val_fraction"])
-        if source.sha256 != corpus.sha256:
-            recipe["input_sha256"] = source.sha256
-            if not corpus.sha256:
-                own = cfg.dataset if cfg.dataset not in CORPORA else path.resolve().stem
-                own = re.sub(r"[^\w.-]+", "_", own).strip("._") or "input"
-                name = f"{own}-{slug}"
-            name += f"-{source.sha256[:8]}"
+        recipe["input_sha256"] = source.sha256
+        own = cfg.dataset if cfg.dataset not in CORPORA else path.resolve().stem
+        own = re.sub(r"[^\w.-]+", "_", own).strip("._") or "input"
+        name = f"{own}-{slug}-{source.sha256[:8]}"
     return Plan(cfg, corpus, recipe, name, source)
 
 
@@ -332,7 +328,7 @@ def _download(partial: Path, plan: Plan, network: bool) -> tuple[Tokenizer, Any,
     _need_room(partial, plan.corpus.name, needed, "choose fewer --shards or another --data_dir")
     entries: Shards = {"train": [], "val": []}
     for s in shards:
-        path = fetch(s.url, partial / s.file, sha256=s.sha256, size=s.bytes)
+        path = s.fetch(partial)
         entries["val" if "_val_" in s.file else "train"].append(token_files.TokenFile(path).entry())
     return tokenizer, {"url": shards[0].url.rsplit("/", 1)[0]}, entries
 

@@ -176,7 +176,7 @@ def test_shakespeare_is_downloaded_once(shakespeare, settings, as_gpt2, tmp_path
         ensure(cfg)
     good, folder = shakespeare.files["/input.txt"], tmp_path / "data" / "shakespeare_char"
     shakespeare.files["/input.txt"] = b"something else\n" * 100
-    with pytest.raises(UserError, match="sha256.*own text works without network: --input=FILE"):
+    with pytest.raises(UserError, match="its hash is.*works without network: --input=FILE"):
         prepare(cfg)
     assert shakespeare.asked == ["/input.txt"] and not folder.exists()
     shakespeare.files["/input.txt"] = good
@@ -212,12 +212,12 @@ def hub(server, monkeypatch, as_gpt2):
     monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
 
     def publish(repo, revision, files, commit=COMMIT):
-        index = [{"type": "file", "path": "README.md", "size": 5}]
+        index = [{"type": "directory", "path": "other"}]
         for path, data in files.items():
             lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
             index.append({"type": "file", "path": path, "lfs": lfs})
-            server.files[f"/datasets/{repo}/resolve/{commit}/{path}"] = data
-        api, folder = f"/api/datasets/{repo}", os.path.dirname(path)
+            server.files[f"/{repo}/resolve/{commit}/{path}"] = data
+        api, folder = f"/api/{repo}", os.path.dirname(path)
         server.files[f"{api}/revision/{revision}"] = json.dumps({"sha": commit}).encode()
         server.index = f"{api}/tree/{commit}/{folder}".rstrip("/")
         server.files[server.index] = json.dumps(index).encode()
@@ -276,7 +276,7 @@ def test_openwebtext(hub, openwebtext, tmp_path, capsys):
 @pytest.mark.parametrize("how", ["network", "disk", "interrupt"])
 def test_openwebtext_goes_on_where_it_stopped(hub, openwebtext, tmp_path, monkeypatch, capsys, how):
     whole, calls = prepare(openwebtext(data_dir=str(tmp_path / "whole"))), itertools.count()
-    url = f"/datasets/{OWT[0]}/resolve/{COMMIT}/plain_text/train/0002.parquet"
+    url = f"/{OWT[0]}/resolve/{COMMIT}/plain_text/train/0002.parquet"
     with monkeypatch.context() as patch:
         if how == "network":
             patch.delitem(hub.files, url)
@@ -341,7 +341,7 @@ def fineweb(hub):
 
 
 def shard_url(name):
-    return f"/datasets/{corpora.FINEWEB_REPO}/resolve/{COMMIT}/{name}"
+    return f"/{corpora.FINEWEB_REPO}/resolve/{COMMIT}/{name}"
 
 
 def shards_asked(hub):
@@ -378,7 +378,7 @@ def test_fineweb_goes_on_after_a_failure(fineweb, settings, tmp_path, monkeypatc
     assert not shards_asked(fineweb)
     good = fineweb.files[url]
     fineweb.files[url] = good[:-2] + b"\0\0"
-    with pytest.raises(UserError, match="fineweb_train_000002.bin: sha256"):
+    with pytest.raises(UserError, match="fineweb_train_000002.bin: its hash is"):
         prepare(cfg)
     assert not (tmp_path / "data" / "fineweb10B-2shards").exists()
     fineweb.files[url] = good
@@ -393,6 +393,6 @@ def test_an_odd_index_is_refused(fineweb, settings, answer):
     with pytest.raises(UserError, match="not the expected list of files") as e:
         prepare(settings(dataset="fineweb10B"))
     assert "\n" not in str(e.value)
-    fineweb.files[f"/api/datasets/{corpora.FINEWEB_REPO}/revision/main"] = answer
+    fineweb.files[f"/api/{corpora.FINEWEB_REPO}/revision/main"] = answer
     with pytest.raises(UserError, match="revision/main: does not name a commit"):
         prepare(settings(dataset="fineweb10B"))

@@ -60,7 +60,7 @@ def test_a_part_is_taken_if_it_is_of_this_file(url, tmp_path, part, size):
 
 
 def test_a_wrong_checksum_keeps_nothing(url, tmp_path):
-    with pytest.raises(UserError, match=f"sha256 is {SHA[:16]}.*expected 0000.*; --input") as e:
+    with pytest.raises(UserError, match=f"hash is {SHA[:16]}.*expected 0000.*; --input") as e:
         fetch(url, tmp_path / "file.bin", sha256="0" * 64, hint="--input works")
     assert names(tmp_path) == [] and "\n" not in str(e.value)
 
