@@ -67,6 +67,13 @@ def _define(name: str, takes: Callable[[Tensor], bool]) -> tuple[OpOverload, OpO
             return tensors_only(*load().backward(dy, weight, z, bias))
         return torch.ops.fastgpt.bias_gelu_backward(dy @ weight, z, bias, True)
 
+    def fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+        z = x.new_empty(x.shape[0], weight.shape[1])
+        return z, torch.empty_like(z)
+
+    def fake_backward(dy: Tensor, weight: Tensor, z: Tensor, bias: Tensor | None) -> Any:
+        return tensors_only(torch.empty_like(z), None if bias is None else torch.empty_like(bias))
+
     def load() -> Any:
         return importlib.import_module(f"fastgpt_kernels.mlp_{name}")
 
@@ -74,18 +81,9 @@ def _define(name: str, takes: Callable[[Tensor], bool]) -> tuple[OpOverload, OpO
         return matmul_flops(x, weight, 1)
 
     return (
-        define_op(f"mlp_{name}", forward, _fake_forward, flops=flops),
-        define_op(f"mlp_{name}_backward", backward, _fake_backward, flops=flops),
+        define_op(f"mlp_{name}", forward, fake_forward, flops=flops),
+        define_op(f"mlp_{name}_backward", backward, fake_backward, flops=flops),
     )
-
-
-def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-    z = x.new_empty(x.shape[0], weight.shape[1])
-    return z, torch.empty_like(z)
-
-
-def _fake_backward(dy: Tensor, weight: Tensor, z: Tensor, bias: Tensor | None) -> Any:
-    return tensors_only(torch.empty_like(z), None if bias is None else torch.empty_like(bias))
 
 
 def _hopper_takes(x: Tensor) -> bool:
@@ -98,10 +96,8 @@ def _cublaslt_takes(x: Tensor) -> bool:
     return reason is None and not x.is_meta and x.shape[0] > 0
 
 
-_OPS = {
-    "hopper": _define("hopper", _hopper_takes),
-    "cublaslt": _define("cublaslt", _cublaslt_takes),
-}
+_TAKES = {"hopper": _hopper_takes, "cublaslt": _cublaslt_takes}
+_OPS = {name: _define(name, takes) for name, takes in _TAKES.items()}
 
 
 class _FusedMLP(torch.autograd.Function):
@@ -159,20 +155,16 @@ def mlp(
 
 
 def hopper_mlp(x: Tensor, *weights: Any, **options: Any) -> Tensor:
-    """Returns `mlp` of the same arguments, by the kernels for Hopper where they apply.
+    """Returns `mlp` of the same arguments, on sm_90 by kernels in Gluon where they apply.
 
-    They apply to x in bf16 and fp16, on sm_90, with fp32 weights whose dimensions are multiples of
-    8, GELU by tanh, and at least as many rows as a tile has.
+    Like cuBLASLt's epilogues they apply to x in bf16 and fp16, fp32 weights whose dimensions are
+    multiples of 8, and GELU by tanh; besides to at least as many rows as a tile has.
     """
     return _fused_mlp("hopper", x, *weights, **options)
 
 
 def cublaslt_mlp(x: Tensor, *weights: Any, **options: Any) -> Tensor:
-    """Returns `mlp` of the same arguments, by cuBLASLt's epilogues where they apply.
-
-    They apply to x in bf16 and fp16, on NVIDIA GPUs, with fp32 weights whose dimensions are
-    multiples of 8, and GELU by tanh.
-    """
+    """Returns `mlp` of the same arguments, on NVIDIA GPUs by cuBLASLt's epilogues."""
     return _fused_mlp("cublaslt", x, *weights, **options)
 
 
