@@ -1,4 +1,4 @@
-"""Dropout masks by Philox, the same bits in kernels and in plain PyTorch, and their seeds.
+"""Dropout masks by Philox, with the same bits in kernels and in plain PyTorch, and their seeds.
 
 An entry is dropped if its 16 random bits are below t = round(p 65536), else it is divided by
 1 - t / 65536. The bits depend on the seed and the entry's place alone. They come from Philox 4x32
@@ -15,7 +15,7 @@ from fastgpt_kernels.launch import tl, triton
 
 
 def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """Returns a seed as one int64 on a device; None draws it there, without a wait for a GPU."""
+    """Returns a seed as one int64 on a device, drawn there for None without a wait for a GPU."""
     if isinstance(seed, Tensor):
         return seed
     if seed is None:
@@ -31,10 +31,10 @@ def dropout_threshold(dropout_p: float) -> tuple[int, float]:
 
 @triton.jit
 def keep_attention(seed, head, row, column, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[ROWS, COLUMNS] of `attention_dropout_mask` from (row, column), multiples of 16 and 32, on.
+    """Returns `attention_dropout_mask` [ROWS, COLUMNS] from (row, column), multiples of 16 and 32.
 
     The eight entries of a call belong to one thread in the accumulator layout of NVIDIA's matrix
-    instructions, so a mask is computed where it is used: about ten instructions per entry on sm_90.
+    instructions. A mask takes about ten instructions per entry on sm_90.
     """
     columns = column // 4 + tl.arange(0, COLUMNS // 4)
     rows = row // 2 + tl.arange(0, ROWS // 2)
@@ -56,8 +56,8 @@ def attention_dropout_bits(seed: Tensor, heads: int, T: int) -> Tensor:
     """Returns (heads, T, T) int64 in [0, 65536), the bits that decide on dropping an entry.
 
     Entry (row, column) of a head has counter (8 * (column // 32) + column % 8, 8 * (row // 16) +
-    row % 8, head, 0): of the four words number column // 8 % 4, of that the low half if
-    row // 8 % 2 == 0, else the high one.
+    row % 8, head, 0) and word column // 8 % 4, of which it takes the low half if row // 8 is even,
+    else the high half.
     """
     device = seed.device
     groups_m, groups_n = -(-T // 16), -(-T // 32)
@@ -75,9 +75,9 @@ def attention_dropout_bits(seed: Tensor, heads: int, T: int) -> Tensor:
 
 @triton.jit
 def keep_norm(seed, rows, column, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[ROWS, COLUMNS] of `norm_dropout_mask` at rows [ROWS, 1], from a multiple of 8 columns on.
+    """Returns `norm_dropout_mask` [ROWS, COLUMNS] at rows [ROWS, 1], from a multiple of 8 columns.
 
-    The eight entries of a call are neighbours, which one thread has in 16-bit tiles.
+    The eight entries of a call are neighbours, which belong to one thread in 16-bit tiles.
     """
     groups = column // 8 + tl.arange(0, COLUMNS // 8)[None, :]
     a, b, c, d = tl.philox(seed, groups, rows, 0, 1, n_rounds=7)
@@ -88,8 +88,8 @@ def keep_norm(seed, rows, column, threshold, ROWS: tl.constexpr, COLUMNS: tl.con
 def norm_dropout_mask(seed: Tensor, M: int, C: int, dropout_p: float) -> Tensor:
     """Returns (M, C) bool, True where `add_layer_norm` keeps an entry of x, seen as M rows.
 
-    Entry (row, column) has counter (column // 8, row, 0, 1): the low or, if column is odd, the high
-    half of word column // 2 % 4.
+    Entry (row, column) has counter (column // 8, row, 0, 1) and word column // 2 % 4, of which it
+    takes the low half if column is even, else the high half.
     """
     device = seed.device
     columns, rows = torch.arange(-(-C // 8), device=device), torch.arange(M, device=device)
@@ -101,7 +101,7 @@ def norm_dropout_mask(seed: Tensor, M: int, C: int, dropout_p: float) -> Tensor:
 
 def _philox(seed: Tensor, *counter: Tensor) -> tuple[Tensor, ...]:
     """Returns the four 32-bit words, as int64."""
-    # 32-bit arithmetic in int64: products wrap modulo 2**64, which leaves both halves right.
+    # 32-bit arithmetic in int64. Products wrap modulo 2**64, which leaves both halves right.
     low, words = 0xFFFFFFFF, list(counter)
     key = seed.view(()) & low, (seed.view(()) >> 32) & low
     for i in range(7):

@@ -169,6 +169,14 @@ def row_view(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
+def rows_and_stride(x: Tensor | None) -> tuple[Tensor | None, int]:
+    """Returns `row_view` of x and the distance of its rows, or (None, 0)."""
+    if x is None:
+        return None, 0
+    rows = row_view(x)
+    return rows, rows.stride(0)
+
+
 def contiguous(x: Tensor | None) -> Tensor | None:
     """Returns x contiguous, or None."""
     return None if x is None else x.contiguous()

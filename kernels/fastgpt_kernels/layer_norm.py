@@ -1,4 +1,4 @@
-"""Layer normalisation, alone or behind the residual addition and dropout (Ba et al., 2016).
+"""Layer normalisation, alone or after the residual addition and dropout (Ba et al., 2016).
 
     s = residual + Z (x + x_bias)      add_layer_norm only; rounded to x's dtype once, and returned
     y = (s - mean) rstd weight + bias             rstd = 1 / sqrt(var(s) + eps), var over 1/C
@@ -6,8 +6,8 @@
     dx = Z ds,  dweight, dbias, dx_bias = sums over rows of dy xhat, dy, dx     g = dy weight
 
 x, residual, y, s (..., C) in one dtype, vectors (C,) in any, statistics fp32. Z is the branch's
-dropout, all ones without. Bytes per element in 16 bits: forward 4, with the addition 8; backward 6,
-with the addition 8, with dropout 10.
+dropout mask, all ones without. Bytes per element in 16 bits: forward 4, with the addition 8;
+backward 6, with the addition 8, with dropout 10.
 """
 # Tuples of tiles grow, which their types do not allow.
 # mypy: disable-error-code=assignment
@@ -23,11 +23,11 @@ from torch import Tensor
 from fastgpt_kernels import launch, reference
 from fastgpt_kernels.checks import check_dropout, check_tensor, refuse_interpreted_bf16
 from fastgpt_kernels.dropout import dropout_threshold, keep_norm, seed_tensor
-from fastgpt_kernels.launch import Config, Table, contiguous, lookup, row_view, tl, triton
+from fastgpt_kernels.launch import Config, Table, contiguous, lookup, rows_and_stride, tl, triton
 from fastgpt_kernels.library import define_op, tensors_only
 from fastgpt_kernels.registry import ExampleInputs, OpSpec, Random, Sizes, implementations, traffic
 
-MAX_WIDTH = 8192  # a row, and in the backward pass dweight and dbias, have to fit in registers
+MAX_WIDTH = 8192  # a row, and in the backward dweight and dbias, must fit in registers
 
 # --- Launch configs ---------------------------------------------------------------------------
 
@@ -68,14 +68,13 @@ BACKWARD_X_BIAS: Table = {
 # --- Kernels ----------------------------------------------------------------------------------
 
 # A row stays in registers while its statistics are computed, so that every tensor is read once. The
-# backward's programs walk the rows with dweight and dbias in registers. Rows are cut into tiles of
-# which C is nearly a multiple. A warp has a row to itself while its registers hold one, and then no
-# thread waits for another.
+# backward's programs loop over rows with dweight and dbias in registers. Rows are cut into tiles of
+# which C is nearly a multiple. If a warp has a row to itself, no thread waits for another.
 
 
 @triton.jit
 def _within(row_mask, columns, i: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr):
-    """The mask of tile i, whose columns are `columns` + i TILE: only the last can reach past C."""
+    """Returns the mask of tile i at `columns` + i TILE. Only the last tile can reach past C."""
     mask = row_mask
     if (i + 1) * TILE > C:
         mask = mask & (columns + i * TILE < C)
@@ -84,7 +83,7 @@ def _within(row_mask, columns, i: tl.constexpr, C: tl.constexpr, TILE: tl.conste
 
 @triton.jit
 def _load_rows(ptr, stride, rows, row_mask, columns, C: tl.constexpr, TILE: tl.constexpr):
-    """Rows (ROWS, 1) as a tuple of tiles [ROWS, TILE], 0 where masked; offsets are int64."""
+    """Loads `rows` [ROWS, 1] as a tuple of tiles [ROWS, TILE], 0 where masked."""
     ptrs = ptr + rows.to(tl.int64) * stride + columns
     tiles = ()
     for i in tl.static_range((C + TILE - 1) // TILE):
@@ -123,7 +122,7 @@ def layer_norm_fwd_kernel(
         tiles = ()
         total = tl.zeros((ROWS, TILE), tl.float32)
         for i in tl.static_range(TILES):
-            s = loaded[i].to(tl.float32)
+            s = loaded[i].to(tl.float32)  # [ROWS, TILE]
             if x_bias_ptr is not None:
                 own = columns + i * TILE
                 s += tl.load(x_bias_ptr + own, mask=own < C, other=0.0).to(tl.float32)
@@ -133,7 +132,7 @@ def layer_norm_fwd_kernel(
                 rounded = (s + residuals[i].to(tl.float32)).to(sum_ptr.dtype.element_ty)
                 mask = _within(row_mask, columns, i, C, TILE)
                 tl.store(sum_ptr + out + i * TILE, rounded, mask=mask)
-                s = rounded.to(tl.float32)  # the statistics are those of what others see
+                s = rounded.to(tl.float32)  # the statistics are those of the returned sum
             total += s
             tiles = tiles + (s,)
         mean = tl.sum(total, axis=1, keep_dims=True) / C
@@ -160,22 +159,22 @@ def layer_norm_fwd_kernel(
 def layer_norm_bwd_kernel(
     dy_ptr,  # (M, C), rows dy_stride apart
     d_sum_ptr,  # (M, C), rows d_sum_stride apart: gradient of residual_out, or None
-    s_ptr,  # (M, C), rows s_stride apart: what was normalised
+    s_ptr,  # (M, C), rows s_stride apart: the input of the normalisation
     weight_ptr,  # (C,)
     seed_ptr,  # of the forward
     stats_ptr,  # (2, M) fp32: means, rstds
     dx_ptr,  # (M, C) contiguous
-    d_residual_ptr,  # (M, C) contiguous, with dropout; else None: it is dx
+    d_residual_ptr,  # (M, C) contiguous, or None without dropout, when it is dx
     partials_ptr,  # (1 to 3, programs, C) fp32: partial sums of dweight, dbias, dx_bias
     dy_stride, d_sum_stride, s_stride, M, threshold, scale,
     C: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,  # as in the forward
-    BIAS: tl.constexpr, X_BIAS: tl.constexpr,  # there is such a bias
-    STAGES: tl.constexpr,  # of rows: this many less one are on their way to shared memory
+    BIAS: tl.constexpr, X_BIAS: tl.constexpr,  # True with such a bias
+    STAGES: tl.constexpr,  # STAGES - 1 tiles of rows are copied ahead to shared memory
 ):  # fmt: skip
     TILES: tl.constexpr = (C + TILE - 1) // TILE
     columns = tl.arange(0, TILE)[None, :]
     weights = ()
-    dweight = ()  # of each row of a tile: the rows meet after the loop
+    dweight = ()  # [ROWS, TILE] each: rows of a tile are added up after the loop
     dbias = ()
     dx_bias = ()
     if seed_ptr is not None:
@@ -206,7 +205,7 @@ def layer_norm_bwd_kernel(
         for i in tl.static_range(TILES):
             gradient = dy[i].to(tl.float32)
             xhat = (s[i].to(tl.float32) - mean) * rstd
-            g = gradient * weights[i]  # 0 in the columns past C, which keeps them out of both means
+            g = gradient * weights[i]  # 0 in columns past C, so both means exclude them
             total_g += g
             total_gx += g * xhat
             xhats = xhats + (xhat,)
@@ -269,21 +268,20 @@ def _forward(
     """
     refuse_interpreted_bf16("layer_norm", x, weight, bias, x_bias)
     C = x.shape[-1]
-    rows = row_view(x)
-    M = rows.shape[0]
+    M = x.numel() // C
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     residual_out = None if residual is None else torch.empty_like(y)
     stats = torch.empty((2, M), dtype=torch.float32, device=x.device)
     if M > 0:
-        residuals = None if residual is None else row_view(residual)
+        rows, stride = rows_and_stride(x)
+        residuals, residual_stride = rows_and_stride(residual)
         config = lookup(FORWARD, launch.arch_of(x), C)
         TILE, ROWS = _tile(config, C)
         STEPS = config.blocks["STEPS"]
         with launch.on_device(x):
             layer_norm_fwd_kernel[(triton.cdiv(M, ROWS * STEPS),)](
                 rows, residuals, weight.contiguous(), contiguous(bias), contiguous(x_bias), seed, y,
-                residual_out, stats, rows.stride(0),
-                0 if residuals is None else residuals.stride(0), M, eps,
+                residual_out, stats, stride, residual_stride, M, eps,
                 *dropout_threshold(dropout_p), C, TILE, ROWS, STEPS, **config.options,
             )  # fmt: skip
     return tensors_only(y, residual_out, stats)
@@ -296,19 +294,17 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Launches the backward kernel; returns (dx, d_residual, dweight, dbias, dx_bias).
 
-    d_residual is empty without dropout, when it is dx, and so are the gradients of biases that are
-    not there. dy is None if only residual_out was used.
+    d_residual is empty without dropout, when it equals dx, and the gradients of absent biases are
+    empty. dy is None if only residual_out was used.
     """
     C = s.shape[-1]
-    rows, dy_rows = row_view(s), row_view(torch.zeros_like(s) if dy is None else dy)
-    M = rows.shape[0]
+    M = s.numel() // C
     ds = torch.empty(s.shape, dtype=s.dtype, device=s.device)
     d_residual = None if seed is None else torch.empty_like(ds)
-    residuals = None if d_residual_out is None else row_view(d_residual_out)
     arch = launch.arch_of(s)
     config = lookup(BACKWARD if x_bias is None else BACKWARD_X_BIAS, arch, C)
     TILE, ROWS = _tile(config, C)
-    # Dropout's mask takes the registers that copies ahead would.
+    # Dropout's mask takes the registers that copying ahead would.
     stages = config.num_stages if seed is None else 1
     wanted = launch.multiprocessors(s) * config.blocks["PROGRAMS_PER_SM"]
     programs = min(triton.cdiv(M, ROWS), wanted)
@@ -316,15 +312,17 @@ def _backward(
     count = sum(t is not None for t in parameters)
     partials = torch.empty((count, programs, C), dtype=torch.float32, device=s.device)
     registers = {}
-    if arch == "sm_100":  # where ptxas stops at 128, and spills, if it may
+    if arch == "sm_100":  # where ptxas otherwise takes at most 128 registers and spills
         threads = 32 * config.num_warps * config.blocks["PROGRAMS_PER_SM"]
         registers = {"maxnreg": min(65536 // threads // 8 * 8, 255)}
     if M > 0:
+        rows, stride = rows_and_stride(s)
+        dy_rows, dy_stride = rows_and_stride(torch.zeros_like(s) if dy is None else dy)
+        d_sums, d_sum_stride = rows_and_stride(d_residual_out)
         with launch.on_device(s):
             layer_norm_bwd_kernel[(programs,)](
-                dy_rows, residuals, rows, weight.contiguous(), seed, stats, ds, d_residual,
-                partials, dy_rows.stride(0), 0 if residuals is None else residuals.stride(0),
-                rows.stride(0), M, *dropout_threshold(dropout_p), C, TILE, ROWS,
+                dy_rows, d_sums, rows, weight.contiguous(), seed, stats, ds, d_residual, partials,
+                dy_stride, d_sum_stride, stride, M, *dropout_threshold(dropout_p), C, TILE, ROWS,
                 bias is not None, x_bias is not None, stages, **config.options, **registers,
             )  # fmt: skip
     sums = iter(partials)
@@ -390,9 +388,10 @@ def _check(
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Normalises the last dimension of x (..., C), then scales by weight and shifts by bias (C,).
 
-    y has x's shape and dtype (bf16, fp16, fp32), contiguous; statistics are fp32. weight and bias
-    may be in another dtype than x, such as fp32 masters; their gradients come in their own dtype.
-    C is 1 to 8192. Raises TypeError or ValueError for arguments that do not fit.
+    y has x's shape and dtype (bf16, fp16, fp32) and is contiguous. C is 1 to 8192. weight and bias
+    may have another dtype than x, such as fp32 masters, and their gradients have theirs.
+
+    Raises TypeError or ValueError for arguments that do not fit.
     """
     _check("layer_norm", x, None, weight, bias=bias)
     if not launch.use_kernel(x):
@@ -407,12 +406,10 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns (y, residual_out): residual_out = residual + dropout(x + x_bias), y its layer_norm.
 
-    One pass; residual_out is rounded once. x and residual (..., C) are of one dtype, which both
-    results have. x_bias (C,) in any dtype is the bias of the linear layer that x comes from: its
-    gradient is summed up where dx is written. dropout_p and seed are as in `attention`; the mask
-    depends on seed, row and column alone, as specified by `dropout.norm_dropout_mask`. The
-    backward pass adds the gradients of y and residual_out in the same kernel. Without dropout, x
-    and residual get the same tensor as their gradient. All else is as in `layer_norm`.
+    x and residual (..., C) and both results have one dtype; residual_out is rounded once. x_bias
+    (C,) of any dtype is the bias of the linear layer before, whose gradient is summed as dx is
+    written. dropout_p and seed are those of `attention`. The mask depends on seed, row and column
+    alone (`dropout.norm_dropout_mask`). All else is as in `layer_norm`.
     """
     op = "add_layer_norm"
     _check(op, x, residual, weight, bias=bias, x_bias=x_bias)
@@ -431,14 +428,14 @@ def _too_wide(s: Sizes, dtype: torch.dtype, arch: str) -> str | None:
 
 
 def _examples(s: Sizes, random: Random, streams: int) -> ExampleInputs:
-    """Returns `streams` inputs of the activations' size, the weight, and the model's bias."""
+    """Returns a call with `streams` activations, the weight, and the bias if the model has one."""
     shapes = [(s.tokens, s.n_embd)] * streams + [(s.n_embd,)] * (1 + s.bias)
     inputs = [random(*shape) for shape in shapes]
     return ExampleInputs(inputs, fp32_inputs=range(streams, len(inputs)))
 
 
 def _add_layer_norm_inputs(s: Sizes, random: Random) -> list[ExampleInputs]:
-    """Returns training's, with the branch's bias and dropout, evaluation's, and a prompt's."""
+    """Returns the calls of training, with the branch's bias and dropout, and of evaluation."""
     plain = training = _examples(s, random, 2)
     found = []
     if s.bias:

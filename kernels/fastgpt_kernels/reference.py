@@ -1,8 +1,8 @@
-"""Every op of this package in plain PyTorch, on any device and in any dtype.
+"""Reference of every op in plain PyTorch, on any device and in any dtype.
 
-These functions are the specification: in float64 they are the oracle of the tests. They are also
-the eager implementation, and what the public ops run on a CPU tensor. Results have the dtype of the
-input, and autograd gives the gradients. Without a seed PyTorch's generator draws the dropout masks.
+These functions are the specification, and in float64 the oracle of the tests. They are also the
+eager implementation, which the public ops run on a CPU tensor. Results have the dtype of the input,
+and autograd gives the gradients. Without a seed PyTorch's generator draws the dropout masks.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns (layer_norm(residual_out), residual_out): residual_out = residual + Z (x + x_bias).
 
-    Z is 0 where `norm_dropout_mask` of the seed says, else 1 / (1 - p). Without a seed PyTorch's
-    generator draws it.
+    Z is 1 / (1 - p) where `norm_dropout_mask` of the seed is True, else 0.
     """
     branch = x if x_bias is None else x + x_bias.to(x.dtype)
     if dropout_p and seed is None:
@@ -93,9 +92,9 @@ def cross_entropy(
 ) -> Tensor:
     """Returns loss_i = log(sum_j exp(z_ij)) - z_i,targets[i] over the columns j < vocab_size.
 
-    logits (..., V), targets (...) int64; float32 or float64, () for reduction "mean" (over the rows
-    whose target is not `ignore_index`, -1 unless given; PyTorch's is -100) and "sum", for "none"
-    like targets, with 0 for ignored rows.
+    logits (..., V), targets (...) int64. The loss is float32 or float64: () for "sum" and for
+    "mean", over the rows whose target is not `ignore_index`; like targets for "none", with 0 for
+    ignored rows.
     """
     z = logits[..., :vocab_size]
     dtype = z.dtype if z.dtype == torch.float64 else torch.float32
@@ -118,7 +117,7 @@ def linear_cross_entropy(
     """Returns cross_entropy of the logits x @ weight.T: x (..., C), weight (V, C).
 
     The matmul takes weight in x's dtype, rounded here or by the caller, without rows of padding.
-    `main_grad` (V, C) fp32 takes the gradient in weight's place. `chunk_tokens` changes nothing.
+    `main_grad` (V, C) fp32 takes the weight's gradient. `chunk_tokens` changes nothing.
     """
     if main_grad is not None:
         weight = AddsTo.apply(weight, main_grad)
@@ -129,21 +128,21 @@ def linear_cross_entropy(
 
 
 class AddsTo(torch.autograd.Function):
-    """x as it is; its gradient is added to `total`, and x has none."""
+    """Identity of x whose gradient is added to `total` instead of being returned."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, total: Tensor) -> Tensor:
-        ctx.total = total  # not saved: autograd would refuse what is changed
+        ctx.total = total  # autograd refuses changed saved tensors
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:  # type: ignore[override]
-        ctx.total.add_(gradient)  # specifications are not compiled
+        ctx.total.add_(gradient)  # references are not compiled
         return None, None
 
 
 class SumsForBias(torch.autograd.Function):
-    """The identity of qkv; the bias in it gets the gradient summed over all rows."""
+    """Identity of qkv. The bias in it gets the gradient summed over all rows."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, bias: Tensor) -> Tensor:
@@ -168,9 +167,8 @@ def attention(
     """Returns (Z * softmax(scale * q k^T)) v of every head (Vaswani et al., 2017); any head dim.
 
     qkv (B, T, 3*C) with q, k, v of head h at columns h*D, C + h*D, 2*C + h*D, D = C / n_head; y
-    (B, T, C). Causal: row i sees columns <= i. Z is 0 where `attention_dropout_mask` of the seed
-    says, else 1 / (1 - p). Without a seed PyTorch's generator draws it. bias (3*C,) is in qkv
-    already: it only gets a gradient.
+    (B, T, C). Causal: row i sees columns <= i. Z is 1 / (1 - p) where `attention_dropout_mask` of
+    the seed is True, else 0. bias (3*C,) is already in qkv and only gets a gradient.
     """
     if bias is not None:
         qkv = SumsForBias.apply(qkv, bias)
