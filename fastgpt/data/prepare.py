@@ -32,21 +32,9 @@ from fastgpt.data import token_files
 from fastgpt.data.corpora import CORPORA, INPUT, Corpus, Part, Source, TextFiles
 from fastgpt.data.progress import progress
 from fastgpt.data.token_files import DATASET_JSON, Dataset, TokenWriter, has_tokens, open_dataset
-from fastgpt.data.tokenizer import (
-    GPT2_VOCAB,
-    Tokenizer,
-    load_tokenizer,
-    make_tokenizer,
-    parse_spec,
-)
+from fastgpt.data.tokenizer import GPT2_VOCAB, Tokenizer, load_tokenizer, make_tokenizer, parse_spec
 from fastgpt.errors import UserError, one_line, read_bytes, read_text, reading
-from fastgpt.storage.atomic import (
-    explain_os_error,
-    recover_folder,
-    remove,
-    replace_folder,
-    write_text,
-)
+from fastgpt.storage import atomic
 
 JOB_CHARS = 1 << 20
 # A text of which this many characters in a row hold no safe place (say, one endless word) is cut
@@ -60,7 +48,7 @@ Shards = dict[str, list[dict[str, Any]]]  # by split, as `dataset.json` lists th
 
 @dataclass(frozen=True)
 class Plan:
-    """A dataset to be made or found: equal `recipe` (JSON) means equal data."""
+    """A dataset to be made or found. Plans with an equal `recipe` (JSON) have equal data."""
 
     cfg: PrepareConfig
     corpus: Corpus
@@ -107,9 +95,8 @@ def check_data(cfg: PrepareConfig) -> None:
 def with_tokenizer(dataset: Dataset, cfg: CorpusConfig) -> Dataset:
     """Returns the dataset with the tokenizer of its ids, if its folder has none.
 
-    That is the one that --tokenizer and --vocab_file name; else GPT-2's, if it is on this machine
-    and the ids say so, as nanoGPT assumes it for all folders without a vocabulary of their own.
-    Raises UserError if the named one cannot have made these ids.
+    That is the one that --tokenizer and --vocab_file name. Else it is GPT-2's, if that is on this
+    machine and the ids say so. Raises UserError if the named one cannot have made these ids.
     """
     cache, own = _cache(cfg), dataset.tokenizer
     named = cfg.tokenizer or ("gpt2" if cfg.vocab_file else "")
@@ -276,7 +263,7 @@ def _make(plan: Plan, *, network: bool) -> Path:
     folder, _ = _locate(plan)
     try:
         with _lock(plan.cfg, folder):
-            recover_folder(folder)
+            atomic.recover_folder(folder)
             folder, there = _locate(plan)  # another process may have made it meanwhile
             if not there or plan.cfg.overwrite or not _whole(folder):
                 partial = folder.with_name(f".{folder.name}.partial")
@@ -285,7 +272,7 @@ def _make(plan: Plan, *, network: bool) -> Path:
                 listed = {entry["file"] for entries in shards.values() for entry in entries}
                 for path in partial.iterdir():
                     if path.name not in listed:
-                        remove(path)
+                        atomic.remove(path)
                 tokenizer.save(partial)
                 info = {
                     "format": token_files.FORMAT,
@@ -296,19 +283,19 @@ def _make(plan: Plan, *, network: bool) -> Path:
                     "vocab_size": tokenizer.vocab_size,
                     "splits": shards,
                 }
-                write_text(partial / DATASET_JSON, json.dumps(info, indent=1) + "\n")
-                replace_folder(partial, folder)
+                atomic.write_text(partial / DATASET_JSON, json.dumps(info, indent=1) + "\n")
+                atomic.replace_folder(partial, folder)
     except OSError as e:
-        raise explain_os_error(e, folder) from e
+        raise atomic.explain_os_error(e, folder) from e
     return folder
 
 
-def _need_room(folder: Path, name: str, needed: int, hint: str) -> str:
+def _need_room(folder: Path, name: str, needed: float, hint: str = "") -> str:
     """Returns the bytes needed and free in words. Raises UserError if they are not free."""
     free = shutil.disk_usage(folder).free
     room = f"{needed / 1e9:.1f} GB more in {folder.parent}, {free / 1e9:.1f} GB are free"
     if needed > free:
-        raise UserError(f"{name} needs {room}: {hint}")
+        raise UserError(f"{name} needs {room}: choose {hint}another --data_dir")
     return room
 
 
@@ -325,7 +312,7 @@ def _download(partial: Path, plan: Plan, network: bool) -> tuple[Tokenizer, Any,
                 with contextlib.suppress(OSError):  # it is there, or no links on this file system
                     os.link(sibling / s.file, partial / s.file)
     needed = sum(s.bytes for s in shards if not (partial / s.file).exists())
-    _need_room(partial, plan.corpus.name, needed, "choose fewer --shards or another --data_dir")
+    _need_room(partial, plan.corpus.name, needed, "fewer --shards or ")
     entries: Shards = {"train": [], "val": []}
     for s in shards:
         path = s.fetch(partial)
@@ -338,15 +325,12 @@ def _tokenize(partial: Path, plan: Plan, network: bool) -> tuple[Tokenizer, Any,
 
     If it fails, finished parts stay; without any, the folder is removed.
     """
-    source: Source | None = plan.source
-    if source is None:
-        assert plan.corpus.text is not None
-        source = plan.corpus.text(_cache(plan.cfg), plan.recipe["val_fraction"])
-    elif plan.source and (skipped := plan.source.skipped):
-        print(f"skipped {len(skipped)} files that are no text:")
-        for name, why in itertools.islice(skipped.items(), 20):
-            print(one_line(f"  {name}: {why}"))
-        print("  ...\n" if len(skipped) > 20 else "", end="", flush=True)
+    fraction, open_text = plan.recipe["val_fraction"], plan.corpus.text
+    source: Source = plan.source or open_text(_cache(plan.cfg), fraction)  # type: ignore[misc]
+    if plan.source and plan.source.skipped:
+        skipped = [one_line(f"  {name}: {why}") for name, why in plan.source.skipped.items()]
+        more = ["  ..."] * (len(skipped) > 20)
+        print(f"skipped {len(skipped)} files that are no text:", *skipped[:20], *more, sep="\n")
     spec, parts = plan.recipe["tokenizer"], len(source.sizes)
     if spec == "char" and parts > 1:
         raise UserError(f"--tokenizer=char: {plan.corpus.name} is too large: choose byte or bpe:N")
@@ -362,15 +346,18 @@ def _tokenize(partial: Path, plan: Plan, network: bool) -> tuple[Tokenizer, Any,
         n_chars, sizes, name = source.n_chars, source.sizes, plan.corpus.name
         with progress("tokenizing", n_chars, n_chars * done // parts, "characters") as advance:
             for part in range(done, parts):
-                room = _room_for(partial, name, sizes, part, shards) if parts > 1 else ""
-                if room and part == done:
+                # GPT-2's tokens take 0.75 bytes per byte of parquet; others are measured.
+                written = sum(entry["bytes"] for entry in shards["train"] + shards["val"])
+                rate = written / sum(sizes[:part]) if part else 0.75
+                room = _need_room(partial, name, sizes[part] + rate * sum(sizes[part:]))
+                if parts > 1 and part == done:
                     rest = f"{sum(sizes[done:]) / 1e9:.1f} GB to download"
                     print(f"{name}: {done} of {parts} files are done, {rest}; needs {room}")
                 documents, threads = source.documents(part), plan.cfg.workers or cores()
                 _write_shards(partial, documents, tokenizer, threads, shards, advance)
                 if part + 1 < parts:
                     record = {**about, "done": part + 1, "splits": shards}
-                    write_text(partial / PARTS_JSON, json.dumps(record))
+                    atomic.write_text(partial / PARTS_JSON, json.dumps(record))
         for split, entries in shards.items():
             if not entries:
                 wrong = f"too little text for a {split} split"
@@ -391,17 +378,6 @@ def _finished_parts(partial: Path, about: dict[str, Any]) -> tuple[int, Shards]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return 0, {"train": [], "val": []}
-
-
-def _room_for(folder: Path, name: str, sizes: list[int], part: int, shards: Shards) -> str:
-    """Returns `_need_room` of the download of a part and of the tokens from that part on.
-
-    GPT-2's tokens take 0.75 bytes per byte of parquet; other tokenizers are measured on part 0.
-    """
-    written = sum(entry["bytes"] for entries in shards.values() for entry in entries)
-    rate = written / sum(sizes[:part]) if part else 0.75
-    needed = sizes[part] + int(rate * sum(sizes[part:]))
-    return _need_room(folder, name, needed, "choose another --data_dir")
 
 
 def _write_shards(
