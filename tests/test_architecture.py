@@ -1,4 +1,4 @@
-"""Imports run one way, from the command line down; what breaks that is named by file and line."""
+"""Imports run one way, from the command line down."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LEVELS += ("api", "doctor", "cli", "__main__", "__init__")
 
 
 def imports(source: Path, root: Path) -> Iterator[tuple[int, str]]:
-    """(line, module) of every import of a file, those inside functions too."""
+    """Yields (line, module) of every import of a file, those inside functions too."""
     for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -29,7 +29,7 @@ def imports(source: Path, root: Path) -> Iterator[tuple[int, str]]:
 
 
 def found(folder: Path, root: Path) -> Iterator[tuple[str, str, str]]:
-    """(place, importing module, imported module) of all files in a folder below `root`."""
+    """Yields (place, importing module, imported module) of all files in a folder."""
     for path in sorted(folder.rglob("*.py")):
         module = ".".join(path.relative_to(root).with_suffix("").parts)
         for line, name in imports(path, root):
@@ -37,7 +37,7 @@ def found(folder: Path, root: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def wing(module: str) -> str:
-    """train for fastgpt.train.trainer; fastgpt_kernels for all of that package."""
+    """Returns train for fastgpt.train.trainer, and fastgpt_kernels for all of that package."""
     top, *rest = module.split(".")
     return rest[0] if top == "fastgpt" and rest else top
 
@@ -55,8 +55,8 @@ def may(importer: str, imported: str) -> bool:
 
 
 def upward(root: Path) -> list[str]:
-    ours = ("fastgpt", "fastgpt_kernels")
-    arrows = [a for a in found(root / "fastgpt", root) if a[2].split(".")[0] in ours]
+    own = ("fastgpt", "fastgpt_kernels")
+    arrows = [a for a in found(root / "fastgpt", root) if a[2].split(".")[0] in own]
     # The kernels' table of exports, from which flags are made, imports nothing itself.
     table = [a for a in arrows if wing(a[1]) == "config" and a[2] == "fastgpt_kernels"]
     return [
@@ -78,7 +78,7 @@ def circles(root: Path) -> list[str]:
 
 
 def forbidden(root: Path) -> list[str]:
-    """Imports of torch.distributed outside train/, of fastgpt in kernels/, of bench in either."""
+    """Returns imports of torch.distributed outside train/, fastgpt in kernels/, bench in either."""
     out = []
     for place, a, b in found(root / "fastgpt", root):
         distributed = f"{b}.".startswith("torch.distributed.") and wing(a) != "train"
@@ -88,16 +88,9 @@ def forbidden(root: Path) -> list[str]:
     return out + [place for place, _, b in kernels if b.split(".")[0] in ("fastgpt", "bench")]
 
 
-def test_imports_run_downwards_only():
-    assert upward(ROOT) == []
-
-
-def test_no_circles():
-    assert circles(ROOT) == []
-
-
-def test_nothing_imports_what_it_must_not_know():
-    assert forbidden(ROOT) == []
+@pytest.mark.parametrize("rule", [upward, circles, forbidden])
+def test_imports(rule):
+    assert rule(ROOT) == []
 
 
 def test_few_doors():

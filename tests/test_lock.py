@@ -38,11 +38,8 @@ def test_all_requirements_are_locked_in_range():
     extras = project["project"]["optional-dependencies"]
     wanted = project["project"]["dependencies"] + extras["test"]
     wanted += project["build-system"]["requires"]
-    wanted += [
-        line
-        for line in (ROOT / "constraints.txt").read_text().splitlines()
-        if not line.startswith("#")
-    ]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    wanted += [line for line in lines if not line.startswith("#")]
     versions = locked()
     for requirement in map(Requirement, wanted):
         found = versions[requirement.name]

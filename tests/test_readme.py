@@ -130,15 +130,12 @@ def test_the_table_names_real_commands():
     rows = re.findall(r"^\| `(python [^`]*)` \| `(fastgpt [^`]*)` \|", README, re.M)
     assert len(rows) == 5
     ran = [c.replace("X", "runs/deeper") for c in commands() + commands("network")]
-    for _, ours in rows:
-        words = ours.split()[:3]
-        assert any(r.split()[: len(words)] == words or words[1] in r for r in ran), ours
+    for _, command in rows:
+        words = command.split()[:3]
+        assert any(r.split()[: len(words)] == words or words[1] in r for r in ran), command
 
 
-def test_every_preset_is_named():
+def test_presets_are_named_and_links_lead_somewhere():
     assert all(f"`{name}`" in README for name in PRESETS)
-
-
-def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)", README):
         assert target.startswith("http") or (ROOT / target).exists(), target

@@ -31,8 +31,6 @@ dtype compile"""
 def test_nanogpt_flags_are_taken_verbatim():
     assert set(NANOGPT_TRAIN.split()) <= set(settings.leaves(Config))
     assert set(NANOGPT_SAMPLE.split()) <= set(settings.leaves(SampleConfig))
-    c = flags("--device=cpu", "--compile=False", "--eval_iters=20", "--block_size=64")
-    assert (c.system.device, c.system.compile, c.log.eval_iters) == ("cpu", False, 20)
 
 
 @pytest.mark.parametrize(
@@ -87,11 +85,8 @@ def test_bad_value_is_refused_in_one_line(name, text):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--n_laye=3"], "--n_laye: no such setting; did you mean --n_layer?"),
-        (["--learningrate=3"], "did you mean --learning_rate?"),
         (["--zzzzzz=3"], "--zzzzzz: no such setting; --help lists them all"),
-        (["--n_layer"], "--n_layer: no value given; write --n_layer=VALUE"),
-        (["--n_layer", "--n_head=2"], "--n_layer: no value given"),
+        (["--n_layer", "--n_head=2"], "--n_layer: no value given; write --n_layer=VALUE"),
         (["--n_embd=770", "--n_head=12"], "must divide n_embd=770; the nearest that does is 11"),
         (["--n_embd=7", "--n_head=6"], "--n_head=6: must divide n_embd=7; the nearest that does"),
         (["--min_lr=1", "--learning_rate=0.1"], "--min_lr=1: must not exceed learning_rate=0.1"),
@@ -101,6 +96,7 @@ def test_bad_flags(args, message):
     with pytest.raises(UserError) as e:
         settings.check(flags(*args))
     assert message in str(e.value)
+    settings.check(flags("--min_lr=1", "--learning_rate=0.1", "--decay_lr=False"))
 
 
 def test_a_flag_replaces_settings_that_would_hide_it():
@@ -115,11 +111,6 @@ def test_a_flag_replaces_settings_that_would_hide_it():
     assert changed.optim.batch_size == 3 and not changed.optim.auto_batch_size
     text = settings.change(PRESETS["laptop"](), {"input": "t.txt", "batch_size": "auto"}, "")
     assert text.data.dataset == "python_stdlib" and text.optim.auto_batch_size
-
-
-def test_a_learning_rate_may_stay_below_min_lr_if_it_does_not_decay():
-    settings.check(flags("--min_lr=0.1", "--learning_rate=0.1"))
-    settings.check(flags("--min_lr=1", "--learning_rate=0.1", "--decay_lr=False"))
 
 
 @pytest.mark.parametrize("name", settings.REMOVED)

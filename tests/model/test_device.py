@@ -89,42 +89,43 @@ def test_the_peak_is_found_once(monkeypatch):
     assert Machine.of("cpu", peak_tflops=2).peak.flops == 2e12 and len(asked) == 1
 
 
-# TFLOP/s by data sheets; or by the chip: streaming multiprocessors x dense bf16 kFLOPs of one in a
-# clock x boost clock in GHz.
-SHEETS = {
-    "NVIDIA GB200": 2500.0,
-    "NVIDIA B200": 2250.0,
-    "NVIDIA GH200 480GB": 989.4,
-    "NVIDIA H200": 989.4,
-    "NVIDIA H200 NVL": 835.5,
-    "NVIDIA H100 NVL": 835.5,
-    "NVIDIA H100 PCIe": 756.0,
-    "NVIDIA H100 80GB HBM3": 132 * 4.096 * 1.83,
-    "NVIDIA A100-SXM4-40GB": 108 * 2.048 * 1.41,
-    "NVIDIA A100-SXM4-80GB": 108 * 2.048 * 1.41,
-    "NVIDIA A100-PCIE-40GB": 108 * 2.048 * 1.41,
-    "NVIDIA A100 80GB PCIe": 108 * 2.048 * 1.41,
-    "NVIDIA A30": 56 * 2.048 * 1.44,
-    "NVIDIA L40S": 362.05,
-    "NVIDIA L40": 142 * 0.512 * 2.49,
-    "NVIDIA L4": 58 * 1.024 * 2.04,
-    "NVIDIA A40": 84 * 1.024 * 1.74,
-    "NVIDIA A10": 72 * 1.024 * 1.695,
-    "NVIDIA RTX 6000 Ada Generation": 142 * 1.024 * 2.505,
-    "NVIDIA RTX A6000": 84 * 1.024 * 1.8,
-    "NVIDIA GeForce RTX 5090": 170 * 0.512 * 2.407,
-    "NVIDIA GeForce RTX 4090": 128 * 0.512 * 2.52,
-    "NVIDIA GeForce RTX 4080": 76 * 0.512 * 2.505,
-    "NVIDIA GeForce RTX 3090 Ti": 84 * 0.512 * 1.86,
-    "NVIDIA GeForce RTX 3090": 82 * 0.512 * 1.695,
-}
+# TFLOP/s by the chip: streaming multiprocessors x dense bf16 kFLOPs of one in a clock x boost clock
+# in GHz; where no such figures are known, by the data sheet.
+A100, SHEETS = (
+    108 * 2.048 * 1.41,
+    {
+        "NVIDIA GB200": 2500.0,
+        "NVIDIA B200": 2250.0,
+        "NVIDIA GH200 480GB": 989.4,
+        "NVIDIA H200": 989.4,
+        "NVIDIA H200 NVL": 835.5,
+        "NVIDIA H100 NVL": 835.5,
+        "NVIDIA H100 PCIe": 756.0,
+        "NVIDIA H100 80GB HBM3": 132 * 4.096 * 1.83,
+        "NVIDIA A30": 56 * 2.048 * 1.44,
+        "NVIDIA L40S": 362.05,
+        "NVIDIA L40": 142 * 0.512 * 2.49,
+        "NVIDIA L4": 58 * 1.024 * 2.04,
+        "NVIDIA A40": 84 * 1.024 * 1.74,
+        "NVIDIA A10": 72 * 1.024 * 1.695,
+        "NVIDIA RTX 6000 Ada Generation": 142 * 1.024 * 2.505,
+        "NVIDIA RTX A6000": 84 * 1.024 * 1.8,
+        "NVIDIA GeForce RTX 5090": 170 * 0.512 * 2.407,
+        "NVIDIA GeForce RTX 4090": 128 * 0.512 * 2.52,
+        "NVIDIA GeForce RTX 4080": 76 * 0.512 * 2.505,
+        "NVIDIA GeForce RTX 3090 Ti": 84 * 0.512 * 1.86,
+        "NVIDIA GeForce RTX 3090": 82 * 0.512 * 1.695,
+    },
+)
+SHEETS |= {f"NVIDIA A100-{n}": A100 for n in ("SXM4-40GB", "SXM4-80GB", "PCIE-40GB")}
+SHEETS["NVIDIA A100 80GB PCIe"] = A100
 
 
-@pytest.mark.parametrize(("name", "tflops"), SHEETS.items())
-def test_a_sheet_agrees_with_its_chip(name, tflops):
-    peak = table_peak(name)
-    assert peak is not None and peak.source
-    assert peak.flops == pytest.approx(tflops * 1e12, rel=4e-3)
+def test_a_sheet_agrees_with_its_chip():
+    for name, tflops in SHEETS.items():
+        peak = table_peak(name)
+        assert peak is not None and peak.source
+        assert peak.flops == pytest.approx(tflops * 1e12, rel=4e-3), name
 
 
 SLICES = ("A100-SXM4-40GB MIG 1g.5gb", "H100 80GB HBM3 MIG 3g.40gb", "H200 MIG 1g.18gb", "A40-48Q")
@@ -132,15 +133,14 @@ OTHERS = ("H800 PCIe", "A100-SXM-64GB", "A10G", "L4 of the future", "GeForce RTX
 OTHERS += ("GeForce RTX 4090 Laptop GPU", "GeForce RTX 4090 D")
 
 
-@pytest.mark.parametrize(
-    "name", [*(f"NVIDIA {n}" for n in SLICES + OTHERS), "Tesla T4", "AMD Instinct MI300X", ""]
-)
-def test_a_device_that_only_sounds_alike_is_measured(name, monkeypatch):
+def test_a_device_that_only_sounds_alike_is_measured(monkeypatch):
     """A slice of a GPU has a fraction of its peak, so MFU by the whole one's is far too low."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     monkeypatch.setattr(device, "measured_peak", lambda *_: Peak(1e12, "measured"))
-    assert device.device_peak(CUDA, torch.bfloat16) == Peak(1e12, "measured")
-    assert device.device_peak(CUDA, torch.bfloat16, 12.5) == Peak(12.5e12, "--peak_tflops")
+    names = [f"NVIDIA {n}" for n in SLICES + OTHERS]
+    for name in (*names, "Tesla T4", "AMD Instinct MI300X", ""):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, n=name: n)
+        assert device.device_peak(CUDA, torch.bfloat16) == Peak(1e12, "measured"), name
+        assert device.device_peak(CUDA, torch.bfloat16, 12.5).flops == 12.5e12
 
 
 def test_a_measured_peak_counts_two_operations_per_multiplication(monkeypatch, tmp_path):
