@@ -1,4 +1,4 @@
-"""The Python interface: `fastgpt.fit`, `fastgpt.load`, `fastgpt.generate`."""
+"""Python interface: `fastgpt.fit`, `fastgpt.load`, `fastgpt.generate`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def fit(config: Config | str | None = None, /, **changes: Any) -> Path:
              None: the preset that fits this machine
     changes  settings by the names of their flags, as values: `max_iters=500, compile=False`
 
-    Logs to stdout. An interrupt ends the step, saves, and returns as well. Raises UserError, whose
-    text is one line, for settings that the command line would refuse.
+    Logs to stdout. An interrupt ends the step, saves, and returns as well. Raises UserError for
+    settings that the command line would refuse.
     """
     name = "python"
     if config is None:
@@ -49,8 +49,8 @@ def load(
                 gpt2, gpt2-medium, ..., which are downloaded once
     checkpoint  of a run: best, latest, or a folder's name under checkpoints/
 
-    `model(ids)` of int64 ids (B, T) gives logits (B, T, V). Raises UserError for what cannot be
-    read.
+    `model(ids)` of int64 ids (B, T) gives logits (B, T, V). Raises UserError for a folder that
+    cannot be read.
     """
     path, name = Path(folder), str(folder)
     if name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") and not path.exists():

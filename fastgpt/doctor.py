@@ -1,4 +1,4 @@
-"""`fastgpt doctor`: one screen about the machine, and the ops that will run on it and why."""
+"""Report of `fastgpt doctor`: the machine, and the implementation of each op with its reason."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ from fastgpt.train.main import as_trained, vocab_size
 
 
 def _gpus() -> str:
+    """Returns a line per GPU."""
     if not torch.cuda.is_available():
         none = "none that PyTorch sees: training runs on the CPU, on eager PyTorch"
         return "\n".join(filter(None, (none, unseen_gpu())))
     lines = []
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
-        memory = f"{p.total_memory / 2**30:.0f} GiB"
-        arch = f"sm_{p.major}{p.minor}"
+        memory, arch = f"{p.total_memory / 2**30:.0f} GiB", f"sm_{p.major}{p.minor}"
         lines.append(f"cuda:{i} {p.name}, {memory}, {arch}, {p.multi_processor_count} SMs")
     return "\n".join(lines)
 
 
 def _data_folders() -> str:
+    """Returns a line per folder of token files."""
     lines = []
     for folder in sorted(Path("data").glob("[!.]*/")):
         try:
@@ -45,9 +46,9 @@ def _data_folders() -> str:
 
 
 def doctor(config: Config, name: str) -> None:
-    """Prints the screen; ops, precision and peak are those of `fastgpt train` with this config.
+    """Prints the report. Ops, precision and peak are those of `fastgpt train` with this config.
 
-    Raises UserError if this machine cannot do what the config asks for.
+    Raises UserError if this machine lacks something that the config asks for.
     """
     s = config.system
     machine = Machine.of(s.device, s.dtype, s.compile, s.peak_tflops)

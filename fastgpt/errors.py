@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,49 +21,30 @@ _LONGEST = 1000
 
 
 def one_line(text: str) -> str:
-    """Returns `text` with characters that are not printable escaped, and shortened if long."""
+    """Returns `text`, shortened if long, with characters that are not printable escaped."""
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST - 300]} ... {text[-300:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class UserError(Exception):
-    """A mistake of the user's, or a file that cannot be used.
+    """Mistake of the user, or a file that cannot be used.
 
     The message is one line: the given value, the wanted one, and advice. The command line prints
     it to stderr without a traceback and exits with `code`. Nothing may be half-written by then.
     """
 
-    code = 2
-
-    def __init__(self, message: str):
+    def __init__(self, message: str, code: int = 2):
         super().__init__(one_line(message))
-
-
-class BadWeights(UserError):
-    """Weights that are not finite numbers, in intact files."""
-
-    code = 1
+        self.code = code
 
 
 class SharedError(UserError):
-    """A UserError that all ranks raise together; rank 0 prints it."""
-
-
-class Finished(SharedError):
-    """A run that has nothing left to do."""
-
-    code = 0
-
-
-class RanksDiffer(SharedError):
-    """Settings, data or versions that are not the same on all ranks."""
-
-    code = 1
+    """UserError that all ranks raise together. Rank 0 prints it."""
 
 
 class RankError(UserError):
-    """A UserError of one rank only, which names it; every rank prints its own."""
+    """UserError of one rank only, which it names. Every rank prints its own."""
 
 
 # Exceptions that damaged or hostile content raises in readers.
@@ -132,14 +114,10 @@ def explained(e: BaseException) -> str | None:
             return f"standard output, or a file: {e.strerror or str(e) or type(e).__name__}"
         why = e.strerror or type(e).__name__
         return f"{' -> '.join(names)}: {why}; a file or folder that can be used is wanted"
-    # PyTorch's words for the same, as RuntimeError or torch.OutOfMemoryError.
-    words = [
-        "DefaultCPUAllocator", "not enough memory", "out of memory", "can't allocate memory",
-        "can't start new thread",  # Python's: the stack has no room
-    ]  # fmt: skip
-    if isinstance(e, MemoryError) or (
-        isinstance(e, RuntimeError) and any(w in str(e) for w in words)
-    ):
+    # RuntimeErrors of PyTorch, and one of Python, whose new thread's stack has no room.
+    words = "DefaultCPUAllocator|not enough memory|out of memory|t allocate memory|t start new thread"
+    known = isinstance(e, RuntimeError) and re.search(words, str(e))
+    if known or isinstance(e, MemoryError):
         why = f" ({str(e).strip().splitlines()[0][:200]})" if str(e) else ""
         return f"out of memory{why}; a smaller model or --batch_size needs less"
     if isinstance(e, UnicodeEncodeError):

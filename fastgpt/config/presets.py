@@ -1,4 +1,4 @@
-"""Named runs: `fastgpt train NAME` starts from one of these lists of flags."""
+"""Presets: `fastgpt train NAME` starts from one of these lists of flags."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastgpt.errors import UserError
 
 @dataclass(frozen=True)
 class Preset:
-    """A named line about a run, and its flags. Calling it makes its config."""
+    """Flags of a run under a name, with a line about it. Calling it makes its config."""
 
     name: str
     about: str

@@ -1,8 +1,7 @@
-"""Schema of all settings: one tree of frozen dataclasses, with a default and a help text for each.
+"""Schema of all settings: a tree of frozen dataclasses, with a default and a help text for each.
 
-Flags are flat (`--n_layer=4`) and have nanoGPT's names and meanings; the tree only groups them.
-`settings.py` reads flags and files and checks every value once, against its type and its `Range`
-here, so that the rest of the code trusts it.
+Flags are flat (`--n_layer=4`) and have nanoGPT's names and meanings. The tree only groups them.
+`settings.py` checks every value once against its type and its `Range`.
 """
 
 # Annotations are not postponed: settings.py reads the fields' types.

@@ -24,7 +24,7 @@ from fastgpt.data.corpora import text_of_file
 from fastgpt.data.prepare import ensure
 from fastgpt.data.progress import progress
 from fastgpt.data.token_files import TokenFile, is_token_file, open_dataset
-from fastgpt.errors import BadWeights, UserError, read_text, reading
+from fastgpt.errors import UserError, read_text, reading
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT
 from fastgpt.storage import run_dir as run
@@ -45,7 +45,7 @@ def evaluate(config: EvalConfig) -> int:
     plain = {k: v if math.isfinite(v) else None for k, v in figures.items()}
     print(json.dumps({"task": task, **plain, **ran_on}, allow_nan=False))
     if plain != figures:
-        raise BadWeights(f"{source.origin}: its loss is not a finite number")
+        raise UserError(f"{source.origin}: its loss is not a finite number", code=1)
     return 0
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from fastgpt.config import settings
 from fastgpt.config.schema import Config
-from fastgpt.errors import Finished, UserError, read_bytes
+from fastgpt.errors import SharedError, UserError, read_bytes
 from fastgpt.storage import atomic, checkpoint
 from fastgpt.storage.atomic import Held, explain_os_error, fsync_dir, remove, sealed, unsealed
 
@@ -142,7 +142,7 @@ def continuation(config: Config) -> dict[str, str]:
     """Returns flags for --init_from=auto: those that resume the run in --out_dir, or begin it anew.
 
     A run without a checkpoint is begun anew. Raises UserError if another run stands there, and
-    Finished if this one has all its steps.
+    SharedError with code 0 if this one has all its steps.
     """
     if not config.run.out_dir:
         raise UserError("--init_from=auto: which run? name its folder with --out_dir")
@@ -161,7 +161,7 @@ def continuation(config: Config) -> dict[str, str]:
             )
     saved = checkpoint.names(run_dir)
     if saved and int(saved[0][5:]) >= config.run.max_iters:
-        raise Finished(f"{run_dir}: finished at step {int(saved[0][5:])}")
+        raise SharedError(f"{run_dir}: finished at step {int(saved[0][5:])}", code=0)
     return {"init_from": "resume"} if saved else {"overwrite": "True"}
 
 

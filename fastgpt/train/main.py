@@ -26,7 +26,7 @@ from fastgpt.data.corpora import CORPORA
 from fastgpt.data.prepare import check_data, ensure, with_tokenizer
 from fastgpt.data.token_files import Dataset, open_dataset
 from fastgpt.data.tokenizer import GPT2_VOCAB, parse_spec
-from fastgpt.errors import RanksDiffer, UserError
+from fastgpt.errors import SharedError, UserError
 from fastgpt.inference.generate import BatchGenerator, Sampling, on_screen
 from fastgpt.model.build import build
 from fastgpt.model.device import Machine, unseen_gpu
@@ -149,7 +149,7 @@ _PER_RANK = {"out_dir", "data_dir", "input", "vocab_file", "weights", "workers",
 
 
 def _require_equal_ranks(config: Config, dataset: Dataset, machine: Machine, ranks: Ranks) -> None:
-    """Raises RanksDiffer on all ranks if a rank's settings, data or versions are not rank 0's."""
+    """Raises SharedError on all ranks if a rank's settings, data or versions are not rank 0's."""
     mine = settings.to_dict(config) | machine.settings
     mine = {k: v for k, v in mine.items() if k not in _PER_RANK}
     mine |= {"fastgpt": __version__, "torch": torch.__version__}
@@ -158,9 +158,10 @@ def _require_equal_ranks(config: Config, dataset: Dataset, machine: Machine, ran
     for rank, other in enumerate(others, 1):
         for key, value in first.items():
             if other.get(key) != value:
-                raise RanksDiffer(
+                raise SharedError(
                     f"rank {rank} has {key}={other.get(key)}, rank 0 has {key}={value}: start all "
-                    "ranks with the same flags, data and versions"
+                    "ranks with the same flags, data and versions",
+                    code=1,
                 )
 
 

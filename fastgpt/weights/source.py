@@ -16,7 +16,7 @@ from torch import Tensor
 from fastgpt.config import settings
 from fastgpt.config.schema import Config, ExportConfig, SourceConfig
 from fastgpt.data.tokenizer import JSON_NAME, Tokenizer, load_tokenizer
-from fastgpt.errors import BadWeights, UserError, reading
+from fastgpt.errors import UserError, reading
 from fastgpt.model.build import build
 from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
@@ -50,11 +50,12 @@ class Source:
         return [name for name, t in self.tensors.items() if not bool(torch.isfinite(t).all())]
 
     def check_finite(self) -> None:
-        """Raises BadWeights if a tensor holds a NaN or an infinity."""
+        """Raises UserError if a tensor holds a NaN or an infinity."""
         if bad := self.not_finite():
-            raise BadWeights(
+            raise UserError(
                 f"{self.origin}: {len(bad)} of {len(self.tensors)} tensors hold NaN or infinity, "
-                f"{bad[0]} first: nothing can be computed with these weights"
+                f"{bad[0]} first: nothing can be computed with these weights",
+                code=1,
             )
 
     def need_tokenizer(self) -> Tokenizer:

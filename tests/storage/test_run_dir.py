@@ -12,7 +12,7 @@ import pytest
 
 from fastgpt.config import settings
 from fastgpt.config.schema import Config
-from fastgpt.errors import Finished, UserError
+from fastgpt.errors import SharedError, UserError
 from fastgpt.storage import checkpoint
 from fastgpt.storage import run_dir as run
 from fastgpt.storage.atomic import unsealed
@@ -149,7 +149,7 @@ def test_one_command_for_a_run_and_its_continuation():
         with pytest.raises(UserError, match=f"another run stands there, with {name}="):
             run.continuation(settings.replace(config, **{name: value}))
     assert run.continuation(settings.replace(config, init_from="gpt2", n_layer=3)) == wanted
-    with pytest.raises(Finished, match="out: finished at step 7"):
+    with pytest.raises(SharedError, match="out: finished at step 7"):
         run.continuation(settings.replace(config, max_iters=7))
     with pytest.raises(UserError, match="which run. name its folder with --out_dir"):
         run.continuation(Config())
