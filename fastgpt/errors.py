@@ -115,7 +115,7 @@ def explained(e: BaseException) -> str | None:
         why = e.strerror or type(e).__name__
         return f"{' -> '.join(names)}: {why}; a file or folder that can be used is wanted"
     # RuntimeErrors of PyTorch, and one of Python, whose new thread's stack has no room.
-    words = "DefaultCPUAllocator|not enough memory|out of memory|t allocate memory|t start new thread"
+    words = "CPUAllocator|not enough memory|out of memory|t allocate memory|t start new thread"
     known = isinstance(e, RuntimeError) and re.search(words, str(e))
     if known or isinstance(e, MemoryError):
         why = f" ({str(e).strip().splitlines()[0][:200]})" if str(e) else ""
