@@ -1,4 +1,4 @@
-"""Where there is no GPU the kernels are loaded for Triton's interpreter, once for all tests.
+"""Loading of the kernels for Triton's interpreter, once for all tests, if there is no GPU.
 
 `triton.jit` decides when a kernel is defined, so the variable must be set before the first import
 of triton by any test. It is taken away again at once: only tests/kernels turns the interpreter on

@@ -72,7 +72,7 @@ def _child(
 
 
 class _Rank:
-    """What torchrun wants of a subprocess.Popen, forked: importing torch takes most of a test."""
+    """Process with the methods of subprocess.Popen that torchrun uses, forked to import nothing."""
 
     def __init__(self, command: Sequence[str], environment: dict[str, str]):
         fork = multiprocessing.get_context("fork")
@@ -154,7 +154,7 @@ def fastgpt(
     limits: dict[int, int] | None = None,
     environment: dict[str, str] | None = None,
 ) -> str:
-    """Run a command to its end; its output. Fails the test where the exit code is another."""
+    """Runs a command to its end and returns its output. Fails the test for another exit code."""
     command = Command(cwd, *args, limits=limits, environment=environment)
     got = command.wait()
     assert got == code, f"exit code {got}, expected {code}; said:\n{command.output}"

@@ -38,7 +38,7 @@ def write_text(folder: Path, n_lines: int = 400) -> Path:
 
 
 def records(run_dir: Path, kind: str = "train") -> list[dict]:
-    """metrics.jsonl without what depends on the clock."""
+    """Returns the records of metrics.jsonl without times."""
     clock = ("time_ms", "tokens_per_second", "mfu", "mfu_causal", "mfu_6n")
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     found = [r for r in map(json.loads, lines) if r["kind"] == kind]
@@ -55,7 +55,7 @@ def tensor_files(run_dir: Path) -> dict[str, bytes]:
 
 
 def seal(folder: Path) -> None:
-    """Writes the manifest of a checkpoint's changed files anew, as whoever means harm would."""
+    """Writes the manifest of a checkpoint's changed files anew, as an attacker would."""
     paths = [p for p in folder.iterdir() if p.name != "manifest.json"]
     files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in paths}
     (folder / "manifest.json").write_text(sealed(json.dumps({"files": files})))

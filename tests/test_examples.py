@@ -36,7 +36,7 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """As tests run side by side."""
+    """Limits PyTorch to one thread, since tests run side by side."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,1 +1,1 @@
-"""What a trained model gives: text, losses, scores."""
+"""Output of a trained model: text, losses, scores."""

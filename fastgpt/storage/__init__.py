@@ -1,1 +1,1 @@
-"""What stays: run folders, checkpoints, files that are whole or absent."""
+"""Storage: run folders, checkpoints, files that are whole or absent."""

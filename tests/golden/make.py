@@ -77,7 +77,7 @@ def help_of(command: str) -> str:
 
 
 def log_lines() -> str:
-    """Log lines and sample of a short run with dropout, without what depends on the clock."""
+    """Returns log lines and sample of a short run with dropout, without times."""
     flags = (
         "--n_layer=2",
         "--dropout=0.1",
@@ -95,7 +95,7 @@ def log_lines() -> str:
 
 
 def resumed(name: str) -> dict[str, Any]:
-    """What becomes of a run folder of runs/: its next steps, a sample, its loss, final norms."""
+    """Resumes a run folder of runs/. Returns its next steps, a sample, its loss, final norms."""
     with workplace() as here:
         shutil.copytree(HERE / "runs" / name, here / name)
         fastgpt("prepare", *DATA)

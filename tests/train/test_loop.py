@@ -57,7 +57,7 @@ def test_second_interrupt_ends_at_once():
 
 
 def test_an_ignored_hangup_stays_ignored():
-    """As under nohup."""
+    """nohup ignores it."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopRequest() as stop:

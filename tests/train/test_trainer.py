@@ -190,17 +190,17 @@ def copies_follow(model: GPT) -> bool:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_weight_copies_change_no_bit(dtype, optimizer, monkeypatch):
     settings = {"dtype": dtype, "accumulation": 2, "optimizer": optimizer}
-    ours = make_trainer(**settings)
+    copied = make_trainer(**settings)
     monkeypatch.setattr(GPT, "make_weight_copies", lambda model: None)
     plain = make_trainer(**settings)
-    assert len(ours.model.weight_copies) == 8 and not plain.model.weight_copies
+    assert len(copied.model.weight_copies) == 8 and not plain.model.weight_copies
     for step in range(4):
-        a, b = (t.step(step, batch(step)) for t in (ours, plain))
+        a, b = (t.step(step, batch(step)) for t in (copied, plain))
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-        assert copies_follow(ours.model)
-    assert torch.equal(ours.losses(batch(9)), plain.losses(batch(9)))
-    assert same(ours.model.state_dict(), plain.model.state_dict())
-    assert all(p.dtype == torch.float32 for p in weights(ours))
+        assert copies_follow(copied.model)
+    assert torch.equal(copied.losses(batch(9)), plain.losses(batch(9)))
+    assert same(copied.model.state_dict(), plain.model.state_dict())
+    assert all(p.dtype == torch.float32 for p in weights(copied))
 
 
 def test_what_has_a_copy():
@@ -243,26 +243,26 @@ def test_main_grads_train_as_without_them(kernels, optimizer, main_grads, monkey
             pytest.skip("the kernels run for real here")
         interpreted(monkeypatch)
         settings |= {"dtype": "float16", "shape": ModelShape(2, 2, 64, 16, 50, bias=True)}
-    ours = make_trainer(**settings)
+    added = make_trainer(**settings)
     main_grads(False)
     plain = make_trainer(**settings)
-    kept = {n: p.grad for n, p in ours.model.named_parameters() if p.grad is not None}
+    kept = {n: p.grad for n, p in added.model.named_parameters() if p.grad is not None}
     assert len(kept) == 8 + (kernels == "triton")  # the head's is with its kernel
     assert all(p.grad is None for p in plain.model.parameters())
     if kernels == "triton":  # whose scale starts where gradients overflow
-        for t in (ours, plain):
+        for t in (added, plain):
             t.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    ours.warm_up(0, batch()[:4])
+    added.warm_up(0, batch()[:4])
     for step in range(2 if kernels == "triton" else 4):  # interpreted: a minute
-        (loss, norm), (wanted, its_norm) = (t.step(step, batch(step)) for t in (ours, plain))
+        (loss, norm), (wanted, its_norm) = (t.step(step, batch(step)) for t in (added, plain))
         torch.testing.assert_close(loss, wanted, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(norm, its_norm, rtol=1e-2, atol=1e-3)
-        parameters = ours.model.named_parameters()
+        parameters = added.model.named_parameters()
         assert all(n not in kept or (p.grad is kept[n] and not p.grad.any()) for n, p in parameters)
-    found, wanted = (t.diagnose(4, batch(4))["gradient_norms"] for t in (ours, plain))
+    found, wanted = (t.diagnose(4, batch(4))["gradient_norms"] for t in (added, plain))
     for name, norm in wanted.items():
         assert float(found[name]) == pytest.approx(float(norm), rel=3e-2, abs=1e-4), name
-    assert ours.model.state_dict().keys() == plain.model.state_dict().keys()
+    assert added.model.state_dict().keys() == plain.model.state_dict().keys()
 
 
 def test_of_one_micro_batch_there_is_nothing_to_add(main_grads):
