@@ -12,7 +12,8 @@ These functions, and PyTorch with them, are loaded when they are first used.
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0"
+from fastgpt_kernels import __version__ as __version__
+
 __all__ = ["UserError", "fit", "generate", "load"]
 
 if TYPE_CHECKING:

@@ -61,19 +61,18 @@ def in_val(name: str, val_fraction: float) -> bool:
 
 
 class NotText(ValueError):
-    """Error for a file that is no text; the message is the reason."""
+    """Error for a file that is no text, with the reason as its message."""
 
 
 class TextFiles:
     """A text file, or the text files in a folder and below, in the order of their names.
 
-    A file named alone must be text; it is one document, whose last `val_fraction` of characters
-    are the val split and which no end-of-text token follows, all as nanoGPT does it. In a folder,
-    links, hidden entries and files that are no text are skipped (`skipped` says why). There, a hash
-    of its path puts a document as a whole into one split; if that comes out far from `val_fraction`
-    (few or very uneven files), the split is by characters over all documents.
+    A single file is one document without an end-of-text token. Its last `val_fraction` of
+    characters is the val split, as in nanoGPT. In a folder, a hash of its path puts each document
+    into one split. If that comes out far from `val_fraction` (few or very uneven files), the split
+    is by characters over all documents. `skipped` names files that are no text, with the reason.
 
-    `sha256` of a file is that of its bytes; of a folder, that of its `sha256  path` lines.
+    sha256  the sum of a file's bytes, or of a folder's `sha256  path` lines
     """
 
     def __init__(
@@ -119,10 +118,10 @@ class TextFiles:
             if text or not self.single:
                 yield split, text
         if total.hexdigest() != self.sha256:
-            raise UserError(f"{self.root} changed while it was read: run the command again")
+            raise UserError(f"{self.root} changed while it was read; run the command again")
 
     def _texts(self, total: Any, seen: Counter[str], advance: Callable) -> Iterator[Part]:
-        """Yields (name, text) in parts, (name, None) after a file; adds to the sum and counts."""
+        """Yields (name, text) in parts and (name, None) after a file. Adds to sum and counts."""
         single = [(self.root, self.root.name)]
         for path, name in single if self.single else walk(self.root, self._suffix, self._skip):
             if name in self.skipped:
@@ -153,7 +152,7 @@ def walk(
 ) -> Iterator[tuple[Path, str]]:
     """Yields (path, name below the first folder) of the files ending in `suffix`, by name.
 
-    Left out are links, special files, and what is hidden, in `skip`, or has no Unicode name.
+    Links, special files, hidden names, names in `skip`, and names not in Unicode are left out.
     """
     with reading(folder, "cannot be read"):
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -169,9 +168,9 @@ def walk(
 
 
 def text_of_file(path: Path) -> Iterator[str]:
-    """Yields the text of a file in parts: UTF-8, or what a mark or a Python file declares.
+    """Yields the text of a file in parts, in UTF-8 or the encoding that the file declares.
 
-    Raises NotText for other encodings, and for NUL characters, which no text holds.
+    Raises NotText for other encodings and for NUL characters, which no text holds.
     """
     at, chunk = 0, b""
     try:
@@ -199,7 +198,7 @@ def text_of_file(path: Path) -> Iterator[str]:
 
 
 def _declared_encoding(f: BufferedReader, path: Path) -> str:
-    """Returns UTF-16 if the file has its byte order mark, what PEP 263 says of Python, or UTF-8."""
+    """Returns UTF-16 after its byte order mark, a Python file's encoding by PEP 263, or UTF-8."""
     if f.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         return "utf-16"
     encoding = "utf-8"
@@ -212,7 +211,7 @@ def _declared_encoding(f: BufferedReader, path: Path) -> str:
 
 # --- named corpora --------------------------------------------------------------------------------
 
-# Not language but tables, and tests, which are as much text again as the library itself.
+# Tables, which are no language, and tests, which are as long as the library itself.
 _STDLIB_SKIP = frozenset(
     ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings")
     + ("pydoc_data", "ensurepip", "_bundled")
@@ -229,9 +228,10 @@ OPENWEBTEXT_REPO = "datasets/Skylion007/openwebtext"
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus and its defaults: `text(cache, val_fraction)` opens it, maybe after a download.
+    """A corpus and its defaults.
 
-    A corpus without `text` is downloaded as tokens: `shards(n)` lists its files.
+    text    opens it, given a cache folder and val_fraction, maybe after a download
+    shards  lists the files of a corpus that is downloaded as tokens, given their number
     """
 
     name: str
@@ -258,9 +258,9 @@ def shakespeare(cache: Path, val_fraction: float) -> Source:
 
 
 class OpenWebText:
-    """OpenWebText (9 billion tokens) in the hub's parquet files, of which one is on disk at a time.
+    """OpenWebText, 9 billion GPT-2 tokens, in parquet files of which one is on disk at a time.
 
-    A hash of its place puts a document into one split.
+    A hash of file and row puts each document into one split.
     """
 
     def __init__(self, cache: Path, val_fraction: float):
@@ -311,7 +311,7 @@ def fineweb_shards(n: int) -> list[Remote]:
 
 _NAMED = (
     Corpus("python_stdlib", "byte", 0.05, network=False, text=python_stdlib),
-    # Both as nanoGPT prepares them.
+    # These two are as in nanoGPT.
     Corpus("shakespeare_char", "char", 0.1, text=shakespeare),
     Corpus("shakespeare", "gpt2", 0.1, text=shakespeare),
     Corpus("openwebtext", "gpt2", 0.0005, text=OpenWebText),  # 24 GB of download

@@ -1,4 +1,4 @@
-"""Downloads that resume, are bounded and verified, and either are there whole or not at all."""
+"""Downloads that resume, are bounded and verified, and appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _CHUNK = 1 << 20
 TIMEOUT_S = 30.0
 TRIES = 4
 PAUSE_S = 1.0  # before the second try; doubled each time
-WINDOW_S = 30.0  # in each, this many bytes per second must come
-MIN_RATE = 1000
-LIMIT = 64 << 20  # bytes of what is of unknown size, such as an index
+WINDOW_S = 30.0
+MIN_RATE = 1000  # bytes per second, the least in each window
+LIMIT = 64 << 20  # bytes of a file of unknown size, such as an index
 
 
 class _Failed(Exception):
-    """Error of a connection; `code` is the server's answer if it gave one."""
+    """Error of a connection, with the server's status in `code`, or 0."""
 
     def __init__(self, e: Exception | str):
         self.code = e.code if isinstance(e, urllib.error.HTTPError) else 0
@@ -86,9 +86,9 @@ def fetch(url: str, path: Path, *, sha256: str, size: int = 0, hint: str = "") -
 
     The sum is sha256, or git's sha1, which the hub gives for small files.
 
-    Bytes gather in `path` + ".part"; a download that was cut off goes on from there, now or in a
-    later run. No more than `size` bytes are taken (0: unknown, LIMIT). Raises UserError, ending in
-    `hint`, without network, on a wrong checksum, or a full disk.
+    Bytes gather in `path` + ".part", from which a later call goes on. At most `size` bytes are
+    taken (0: LIMIT). Raises UserError, ending in `hint`, without network, for a wrong sum, and on
+    a full disk.
     """
     if path.is_file() and _sum(path, sha256) == sha256:
         return path
@@ -126,7 +126,7 @@ def get(url: str, hint: str = "") -> bytes:
 
 
 def _download(url: str, part: Path, size: int, hint: str) -> None:
-    """Brings `part` to its full length, trying again from where the connection broke."""
+    """Brings `part` to its full length, and tries again where the connection broke."""
     for attempt in range(TRIES):
         time.sleep(PAUSE_S * (2**attempt // 2))
         have = part.stat().st_size if part.exists() else 0
@@ -146,7 +146,7 @@ def _download(url: str, part: Path, size: int, hint: str) -> None:
 
 
 def _append(url: str, part: Path, have: int, size: int) -> bool:
-    """Adds to `part` what one connection brings. Returns True once the file is complete."""
+    """Adds one connection's bytes to `part`. Returns True once the file is complete."""
     with _open(url, have) as reply:
         content_range = reply.headers.get("Content-Range", "")
         resumed = reply.status == 206 and content_range.startswith(f"bytes {have}-")
@@ -161,7 +161,7 @@ def _append(url: str, part: Path, have: int, size: int) -> bool:
 
 
 def _open(url: str, have: int = 0) -> http.client.HTTPResponse:
-    """Returns the server's reply, from byte `have` on if it can."""
+    """Returns the server's reply, from byte `have` on if the server can."""
     try:
         headers = {"User-Agent": "fastgpt"} | ({"Range": f"bytes={have}-"} if have else {})
         request = urllib.request.Request(url, headers=headers)

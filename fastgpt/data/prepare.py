@@ -1,9 +1,9 @@
-"""Preparation of data: finds or makes the dataset folder that a configuration asks for.
+"""Preparation of the dataset folder that a configuration asks for.
 
 A dataset is made in a hidden folder beside its place (`.NAME.partial`) and renamed as a whole, so
-a folder under its name is complete. One process at a time makes a dataset; others wait for it and
-then find it. Threads tokenize jobs of about 1 MB (tiktoken lets go of Python's lock meanwhile),
-which are written in reading order: the files do not depend on the number of threads.
+a folder under its name is complete. One process at a time makes a dataset, and others wait for it.
+Threads tokenize jobs of about 1 MB, which are written in reading order, so the files do not depend
+on the number of threads.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from fastgpt.errors import UserError, one_line, read_bytes, read_text, reading
 from fastgpt.storage import atomic
 
 JOB_CHARS = 1 << 20
-# A text of which this many characters in a row hold no safe place (say, one endless word) is cut
-# anywhere, so that memory stays bounded. Only there may BPE tokens differ from those of the whole.
+# To bound memory, this many characters without a safe place (one endless word) are cut anywhere.
+# Only there may BPE tokens differ from those of the whole text.
 FORCED_CHARS = 32 << 20
-PARTS_JSON = "parts.json"  # in a folder that is being made: its finished parts
-BPE_TRAIN_CHARS = 256 << 20  # text that a `bpe:N` vocabulary is trained on at most, evenly spread
+PARTS_JSON = "parts.json"  # lists the finished parts of a folder that is being made
+BPE_TRAIN_CHARS = 256 << 20  # most text, evenly spread, that a `bpe:N` vocabulary is trained on
 
 Shards = dict[str, list[dict[str, Any]]]  # by split, as `dataset.json` lists them
 
@@ -84,7 +84,7 @@ def ensure(cfg: PrepareConfig) -> Path:
 
 
 def check_data(cfg: PrepareConfig) -> None:
-    """Raises the UserErrors of `ensure` that can be known at once: data that is not there."""
+    """Raises those UserErrors of `ensure` that need no reading of the data."""
     if cfg.input:
         _input(cfg)
         parse_spec(cfg.tokenizer or INPUT.tokenizer)
@@ -104,7 +104,7 @@ def with_tokenizer(dataset: Dataset, cfg: CorpusConfig) -> Dataset:
         corpus = CORPORA.get(cfg.dataset) if not cfg.input else None
         likely = 40_000 <= dataset.max_id < GPT2_VOCAB  # as in GPT-2's alone
         if own is None and (likely or (corpus and corpus.tokenizer == "gpt2")):
-            with contextlib.suppress(UserError):  # without its merges one can train all the same
+            with contextlib.suppress(UserError):  # training needs no tokenizer
                 own = make_tokenizer("gpt2", cache=cache)
         return dataclasses.replace(dataset, tokenizer=own)
     kind, _ = parse_spec(named)
@@ -203,7 +203,7 @@ def _plan(cfg: PrepareConfig) -> Plan:
 
 
 def _locate(plan: Plan) -> tuple[Path, bool]:
-    """Returns (folder of this recipe, True if it is there); its second name if one is taken."""
+    """Returns (folder of this recipe, True if it is there), by a second name if one is taken."""
     text = json.dumps(plan.recipe, sort_keys=True)
     suffix = hashlib.sha256(text.encode()).hexdigest()[:8]
     for name in (plan.name, f"{plan.name}-{suffix}"):
@@ -234,7 +234,7 @@ def _there(plan: Plan) -> Path | None:
 
 
 def _whole(folder: Path) -> bool:
-    """Returns True if the dataset can be opened; else prints the reason."""
+    """Returns True if the dataset can be opened, else prints the reason."""
     try:
         return bool(open_dataset(folder))
     except UserError as e:
@@ -438,21 +438,19 @@ def _pieces(documents: Iterator[Part], advance: Callable[[int], object]) -> Iter
             yield split, None
 
 
-# A safe place: after a character that is not whitespace, before one that is. GPT-2's pretokenizer,
+# A safe place lies between a character that is not whitespace and one that is. The pretokenizer
 #     '(?:[sdmt]|ll|ve|re) | ?\p{L}+ | ?\p{N}+ | ?[^\s\p{L}\p{N}]+ | \s+(?!\S) | \s+
-# is applied left to right, and merges happen only inside its matches. No alternative matches across
-# such a place: those that hold non-whitespace have whitespace only as their first character, the
-# others hold nothing else. So a match ends there. To the left, the only look-ahead, (?!\S), is
-# asked at the end of a run of whitespace; to the right, matching starts afresh. Hence
-# tokens(text) = tokens(left) + tokens(right). Python's \S excludes all that tiktoken calls \s.
+# is applied left to right, and merges happen inside its matches. A match ends at a safe place,
+# since alternatives with non-whitespace have whitespace only at their beginning. The look-ahead
+# (?!\S) is asked only after whitespace. So tokens(text) = tokens(left) + tokens(right).
+# Python's \S excludes all that tiktoken calls \s.
 _SAFE = re.compile(r"(?s).*\S(?=[\t-\r ])")
 
 
 def cut(texts: Iterable[str], size: int, forced: int) -> Iterator[str]:
     """Cuts parts of one document into pieces of about `size` characters, at safe places.
 
-    The tokens of the pieces, one after the other, are those of the whole. Holds at most
-    `forced` characters and one part.
+    The pieces have the tokens of the whole. At most `forced` characters and one part are held.
     """
     held, wanted = "", size
     for text in texts:
@@ -464,7 +462,7 @@ def cut(texts: Iterable[str], size: int, forced: int) -> Iterator[str]:
         if at:
             yield held[:at]
             held = held[at:]
-        # Without a place, look again only when there is twice as much: linear time on odd texts.
+        # Without a place, look again only when there is twice as much, for linear time.
         wanted = len(held) + size if at else min(2 * len(held), forced)
     if held:
         yield held

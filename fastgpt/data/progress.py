@@ -1,4 +1,4 @@
-"""Progress on stderr: a line that is redrawn on a terminal, a line every ten seconds in a pipe."""
+"""Progress on stderr, as a line redrawn on a terminal or a line every ten seconds in a pipe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _clock = time.monotonic
 
 
 class Every:
-    """A timer: `due()` is true at most once in so many seconds, and not in the first."""
+    """A timer. `due()` is true at most once per interval, and not in the first one."""
 
     def __init__(self, seconds: float = 10.0) -> None:
         self._seconds, self._last = seconds, _clock()
@@ -27,7 +27,7 @@ class Every:
 
 @contextlib.contextmanager
 def progress(what: str, total: int | None, done: int = 0, unit: str = "B") -> Iterator[Callable]:
-    """Yields `advance(n)`. `total` in `unit`s (None: unknown), `done` of which are there."""
+    """Yields `advance(n)`, which counts n more of `total` units (None: unknown)."""
     begin, end = ("\r\x1b[K", "") if sys.stderr.isatty() else ("", "\n")
     every, began, at_first = Every(10.0 if end else 0.2), _clock(), done
     lock = threading.Lock()  # files are checked by several threads

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from fastgpt_kernels.linear_cross_entropy import linear_cross_entropy
     from fastgpt_kernels.mlp import mlp
 
+__version__ = "0.2.0"
+
 
 @dataclass(frozen=True)
 class Op:

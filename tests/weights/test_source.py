@@ -131,17 +131,6 @@ def test_bad_requests(command, message, home: Path):
     assert not (home / "nothing").exists() and not (home / "x").exists()
 
 
-@pytest.mark.slow
-def test_a_larger_vocabulary_than_the_data_s(home: Path):
-    """As nanoGPT trains GPT-2 with 50,304; resuming keeps it."""
-    args = (*runs.TINY, *DATA, "--out_dir=wide", "--vocab_size=300", "--max_iters=2")
-    fastgpt(home, "train", *args)
-    fastgpt(home, "train", "--init_from=resume", "--out_dir=wide", "--max_iters=3")
-    saved = load(home / "wide")
-    assert saved.state["model"]["vocab_size"] == 300 and saved.state["step"] == 3
-    assert saved.model["transformer.wte.weight"].shape == (384, 32)
-
-
 def test_a_folder_that_is_being_exported_to_is_left_alone(home: Path):
     """Kills and full disks during an export are among the chaos tests."""
     (home / ".tmp-busy").mkdir()
