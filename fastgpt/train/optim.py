@@ -17,11 +17,10 @@ from fastgpt.train.muon import Muon
 
 
 def learning_rate(step: int, c: OptimConfig) -> float:
-    """Returns the learning rate of a step: linear warm-up, then decay until lr_decay_iters.
+    """Returns the learning rate of a step: warm-up, then nanoGPT's cosine, or wsd.
 
-    cosine  decays to min_lr, as nanoGPT does
-    wsd     stays at learning_rate and decays linearly to 0 in the last lr_decay_fraction
-            (warm-up, stable, decay: Hu et al. 2024, https://arxiv.org/abs/2404.06395)
+    wsd is constant and decays linearly to 0 in the last lr_decay_fraction (warm-up, stable, decay:
+    Hu et al. 2024, https://arxiv.org/abs/2404.06395).
     """
     if not c.decay_lr:
         return c.learning_rate
@@ -100,10 +99,9 @@ def gradient_norms(model: nn.Module) -> list[Tensor]:
 def divide_or_skip(
     optimizer: torch.optim.Optimizer, model: nn.Module, divisor: Tensor | None, skip: Tensor
 ) -> bool:
-    """Lets the next update divide its gradients, or happen not at all; scalars on the device.
+    """Lets a fused optimizer divide its gradients or skip its next update, and returns True.
 
-    A fused optimizer does both, since it reads every gradient anyway. For others (on mps) the
-    gradients are divided here, and the result is False: the caller has to look at `skip`.
+    For others (on mps) the gradients are divided here, and the caller looks at `skip`.
     """
     fused: Any = optimizer
     if getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -161,22 +159,13 @@ MAX_ADDENDS = 100  # Inductor adds up to about this many scalars in one kernel.
 
 @torch.no_grad()
 def clip_and_check_finite(
-    norms: Sequence[Tensor],
-    loss: Tensor,
-    skipped: Tensor,
-    max_norm: float,
-    of_loss_alone: bool,
+    norms: Sequence[Tensor], loss: Tensor, skipped: Tensor, max_norm: float, of_loss_alone: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Returns the norm of all gradients, their divisor for clipping, and 1 to skip the update.
 
-    All are fp32 scalars on the device, and nothing waits for them.
-
-    norms          of each parameter's gradient
-    skipped        counts in place the updates skipped since the first loss or norm that is not
-                   finite; from then on all are
-    max_norm       of the gradients after the division, as in torch.nn.utils.clip_grads_with_norm_;
-                   with 0 the divisor is None
-    of_loss_alone  ignores an infinite norm, by which loss scaling finds its scale
+    All are fp32 scalars on the device. From the first loss or norm that is not finite on, every
+    update is skipped and counted in `skipped`. `of_loss_alone` accepts an infinite norm, by which
+    loss scaling finds its scale. The divisor is None if max_norm is 0.
     """
     if torch.compiler.is_compiling() and len(norms) <= MAX_ADDENDS:
         norm = torch.sqrt(sum((x * x for x in norms), torch.zeros_like(loss)))
