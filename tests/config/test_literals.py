@@ -49,7 +49,6 @@ def test_a_file_of_assignments(tmp_path: Path):
         ("batch_size = batch_size = 3", "is no assignment"),
         ("n_layer, n_head = 1, 2", "is no assignment"),
         ("batch_size = __import__('os').getpid()", "is no literal"),
-        ("batch_size = len('x')", "is no literal"),
         ("out_dir = open('/etc/passwd').read()", "is no literal"),
         ("batch_size = undefined * 2", "undefined is not assigned above"),
         ("batch_size = [1]", "is no literal"),
@@ -59,9 +58,7 @@ def test_a_file_of_assignments(tmp_path: Path):
         ("out_dir = 'x' * 10**9", "is no literal"),
         ("batch_size = 2 ** 62 * 4", "a number that large"),
         ("n_layr = 3", "did you mean n_layer?"),
-        ("n_layer = 0", "n_layer=0: wanted a whole number >= 1"),
         ("n_layer = 2.5", "n_layer=2.5: wanted a whole number"),
-        ("out_dir = 3", "out_dir=3: wanted text"),
     ],
 )
 def test_whatever_else_is_named_by_its_line(line: str, message: str, tmp_path: Path):
