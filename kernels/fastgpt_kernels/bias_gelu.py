@@ -24,10 +24,10 @@ from fastgpt_kernels.registry import ExampleInputs, OpSpec, Random, Sizes, imple
 
 # --- Launch configs ---------------------------------------------------------------------------
 
-# Key: the width C, though one config serves all. A tile is ROWS x BLOCK_C, or more rows of fewer
-# columns if C is narrower. A forward program computes one tile. A backward program loops over a
-# column of tiles, and PROGRAMS_PER_SM of these fit an SM together. 16 elements per thread, 8 of a
-# row, are one 128-bit access in 16 bits. 256 columns divide 4C of every GPT-2.
+# Key: the width C, though one config serves all. A tile is ROWS x BLOCK_C. A program computes one
+# of them forward, and loops over a column of them backward, where PROGRAMS_PER_SM fit an SM
+# together. 8 elements of a row per thread are one 128-bit access in 16 bits. 256 divides 4C of
+# every GPT-2.
 # Both measured 2026-11-26, H200: 96 and 157 µs at 3072.
 FORWARD: Table = {"default": {1 << 31: Config({"ROWS": 8, "BLOCK_C": 256}, num_warps=4)}}
 BACKWARD: Table = {
@@ -147,13 +147,6 @@ def form_of(tanh: bool, x: Tensor) -> str:
     return "tanh" if tanh else "erf"
 
 
-def _tile(config: Config, C: int) -> tuple[int, int]:
-    """Returns (ROWS, BLOCK_C), with as many elements in fewer columns for a narrow C."""
-    rows, columns = config.blocks["ROWS"], config.blocks["BLOCK_C"]
-    narrow = min(columns, triton.next_power_of_2(C))
-    return rows * columns // narrow, narrow
-
-
 def _forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     """Launches the forward kernel; returns y."""
     refuse_interpreted_bf16("bias_gelu", x, bias)
@@ -164,12 +157,11 @@ def _forward(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     C = x.shape[-1]
     M = x.numel() // C
     config = lookup(FORWARD, launch.arch_of(x), C)
-    ROWS, BLOCK_C = _tile(config, C)
+    grid = triton.cdiv(M, config.blocks["ROWS"]) * triton.cdiv(C, config.blocks["BLOCK_C"])
     with launch.on_device(x):
-        bias_gelu_fwd_kernel[(triton.cdiv(M, ROWS) * triton.cdiv(C, BLOCK_C),)](
-            rows, launch.contiguous(bias), y, stride, M,
-            C, ROWS, BLOCK_C, form_of(tanh, x), **config.options,
-        )  # fmt: skip
+        bias_gelu_fwd_kernel[(grid,)](
+            rows, launch.contiguous(bias), y, stride, M, C, FORM=form_of(tanh, x), **config.kwargs()
+        )
     return y
 
 
@@ -182,7 +174,7 @@ def _backward(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[T
     C = x.shape[-1]
     M = x.numel() // C
     config = lookup(BACKWARD, launch.arch_of(x), C)
-    ROWS, BLOCK_C = _tile(config, C)
+    ROWS, BLOCK_C = config.blocks["ROWS"], config.blocks["BLOCK_C"]
     column_blocks = triton.cdiv(C, BLOCK_C)
     wanted = launch.multiprocessors(x) * config.blocks["PROGRAMS_PER_SM"] // column_blocks
     programs = max(1, min(triton.cdiv(M, ROWS), wanted))

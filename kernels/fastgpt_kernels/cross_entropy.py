@@ -273,7 +273,10 @@ def check_arguments(
     op: str, x: Tensor, n_cols: int, targets: Tensor, ignore_index: int, reduction: str,
     vocab_size: int | None,
 ) -> int:  # fmt: skip
-    """Checks the arguments that both losses share; returns vocab_size, by default n_cols."""
+    """Checks the arguments that both losses share; returns vocab_size, by default n_cols.
+
+    Values of targets are checked on a CPU only, since a GPU would have to wait.
+    """
     check_tensor(op, "targets", targets, shape=x.shape[:-1], dtypes=(torch.int64,), like=x)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
@@ -282,19 +285,23 @@ def check_arguments(
     vocab_size = n_cols if vocab_size is None else vocab_size
     if not 1 <= vocab_size <= n_cols:
         raise ValueError(f"{op}: vocab_size must be in [1, {n_cols}], got {vocab_size}")
+    if targets.is_cpu and not (launch.use_kernel(x) or torch.compiler.is_compiling()):
+        bad = targets[((targets < 0) | (targets >= vocab_size)) & (targets != ignore_index)]
+        if len(bad):
+            wanted = f"in [0, {vocab_size}) or ignore_index={ignore_index}"
+            raise ValueError(f"{op}: targets must be {wanted}, got {bad[0].item()}")
     return vocab_size
 
 
-def check_targets(op: str, targets: Tensor, ignore_index: int, vocab_size: int) -> None:
-    """Raises ValueError for a target that is no class, on a CPU only, since a GPU would wait."""
-    if not targets.is_cpu or torch.compiler.is_compiling():
-        return
-    bad = targets[((targets < 0) | (targets >= vocab_size)) & (targets != ignore_index)]
-    if len(bad):
-        raise ValueError(
-            f"{op}: targets must be in [0, {vocab_size}) or ignore_index={ignore_index}, "
-            f"got {bad[0].item()}"
-        )
+def reduced(losses: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """Returns the sum or mean of the losses (M,), or the losses in the shape of targets."""
+    if reduction == "none":
+        return losses.view(targets.shape)
+    if reduction == "sum":
+        return losses.sum()
+    # The mean over no rows is NaN, as in PyTorch, and its gradient 0.
+    count = targets.ne(ignore_index).sum(dtype=torch.float32)
+    return torch.where(count > 0, losses.sum() / count.clamp(min=1), torch.nan)
 
 
 def cross_entropy(
@@ -323,16 +330,11 @@ def cross_entropy(
         "cross_entropy", logits, logits.shape[-1], targets, ignore_index, reduction, vocab_size
     )
     if not launch.use_kernel(logits):
-        check_targets("cross_entropy", targets, ignore_index, vocab_size)
         return reference.cross_entropy(logits, targets, ignore_index, reduction, vocab_size)
     refuse_interpreted_bf16("cross_entropy", logits)
-    shape = targets.shape
-    logits, targets = logits.reshape(targets.numel(), logits.shape[-1]), targets.reshape(-1)
-    losses = _op(logits, targets, ignore_index, vocab_size)
-    if reduction == "none":
-        return losses.view(shape)
-    total = losses.sum()
-    return total if reduction == "sum" else total / targets.ne(ignore_index).sum()
+    rows = logits.reshape(targets.numel(), logits.shape[-1])
+    losses = _op(rows, targets.reshape(-1), ignore_index, vocab_size)
+    return reduced(losses, targets, ignore_index, reduction)
 
 
 def with_targets(s: Sizes, *inputs: Tensor) -> ExampleInputs:

@@ -31,11 +31,10 @@ MAX_WIDTH = 8192  # a row, and in the backward dweight and dbias, must fit in re
 
 # --- Launch configs ---------------------------------------------------------------------------
 
-# Key: the width C. A tile is ROWS x TILE, or more rows of fewer columns if C is narrower. 8 columns
-# per thread are one 128-bit access in 16 bits. Up to 2048 columns a warp has a row of the
-# forward to itself, and a program is one warp that computes STEPS tiles of rows. In the backward a
-# warp has a row up to 1024 columns. PROGRAMS_PER_SM of its programs fit an SM together, and no more
-# start, since each has the same rows.
+# Key: the width C. A tile is ROWS x TILE. 8 columns per thread are one 128-bit access in 16 bits.
+# Up to 2048 columns a warp has a row of the forward to itself, and a program is one warp that
+# computes STEPS tiles. In the backward a warp has a row up to 1024 columns. PROGRAMS_PER_SM of
+# its programs fit an SM together, and no more start, since each has the same number of rows.
 FORWARD: Table = {
     "default": {
         2048: Config({"TILE": 256, "ROWS": 1, "STEPS": 4}, 1),  # measured 2026-11-26, H200: 50 µs
@@ -251,13 +250,6 @@ def layer_norm_bwd_kernel(
 # --- Launchers --------------------------------------------------------------------------------
 
 
-def _tile(config: Config, C: int) -> tuple[int, int]:
-    """Returns (TILE, ROWS), with as many elements in more rows for a narrow C."""
-    columns, rows = config.blocks["TILE"], config.blocks["ROWS"]
-    narrow = min(columns, max(8, triton.next_power_of_2(C)))
-    return narrow, rows * columns // narrow
-
-
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None,
     x_bias: Tensor | None, eps: float, dropout_p: float, seed: Tensor | None,
@@ -276,13 +268,12 @@ def _forward(
         rows, stride = rows_and_stride(x)
         residuals, residual_stride = rows_and_stride(residual)
         config = lookup(FORWARD, launch.arch_of(x), C)
-        TILE, ROWS = _tile(config, C)
-        STEPS = config.blocks["STEPS"]
+        rows_per_program = config.blocks["ROWS"] * config.blocks["STEPS"]
         with launch.on_device(x):
-            layer_norm_fwd_kernel[(triton.cdiv(M, ROWS * STEPS),)](
+            layer_norm_fwd_kernel[(triton.cdiv(M, rows_per_program),)](
                 rows, residuals, weight.contiguous(), contiguous(bias), contiguous(x_bias), seed, y,
                 residual_out, stats, stride, residual_stride, M, eps,
-                *dropout_threshold(dropout_p), C, TILE, ROWS, STEPS, **config.options,
+                *dropout_threshold(dropout_p), C, **config.kwargs(),
             )  # fmt: skip
     return tensors_only(y, residual_out, stats)
 
@@ -303,7 +294,7 @@ def _backward(
     d_residual = None if seed is None else torch.empty_like(ds)
     arch = launch.arch_of(s)
     config = lookup(BACKWARD if x_bias is None else BACKWARD_X_BIAS, arch, C)
-    TILE, ROWS = _tile(config, C)
+    TILE, ROWS = config.blocks["TILE"], config.blocks["ROWS"]
     # Dropout's mask takes the registers that copying ahead would.
     stages = config.num_stages if seed is None else 1
     wanted = launch.multiprocessors(s) * config.blocks["PROGRAMS_PER_SM"]

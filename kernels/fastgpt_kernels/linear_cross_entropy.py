@@ -22,9 +22,9 @@ from fastgpt_kernels.checks import check_int, check_tensor, refuse_interpreted_b
 from fastgpt_kernels.cross_entropy import (
     KERNELS,
     check_arguments,
-    check_targets,
     cross_entropy,
     launch_cross_entropy,
+    reduced,
     with_targets,
 )
 from fastgpt_kernels.library import define_op, matmul_flops
@@ -184,28 +184,21 @@ def linear_cross_entropy(
     vocab_size = check_arguments(op, x, len(weight), targets, ignore_index, reduction, vocab_size)
     check_int(op, "chunk_tokens", chunk_tokens, least=1, optional=True)
     if not launch.use_kernel(x):
-        check_targets(op, targets, ignore_index, vocab_size)
         return reference.linear_cross_entropy(
             x, weight, targets, ignore_index, reduction, vocab_size,
             weight_bf16=weight_bf16, main_grad=main_grad,
         )  # fmt: skip
     refuse_interpreted_bf16(op, x)
-    shape, graded = targets.shape, torch.is_grad_enabled()
+    graded = torch.is_grad_enabled()
     if reduction == "none" and graded and (x.requires_grad or weight.requires_grad):
         logits = linear(x, weight, None, weight_bf16)
         return cross_entropy(logits, targets, ignore_index, reduction, vocab_size)
-    x, targets = x.reshape(targets.numel(), x.shape[-1]), targets.reshape(-1)
     losses, _, _ = _op(
-        x, weight, targets, weight_bf16, main_grad, ignore_index, vocab_size, chunk_tokens,
+        x.reshape(targets.numel(), x.shape[-1]), weight, targets.reshape(-1), weight_bf16,
+        main_grad, ignore_index, vocab_size, chunk_tokens,
         graded and x.requires_grad, graded and weight.requires_grad,
     )  # fmt: skip
-    if reduction == "none":
-        return losses.view(shape)
-    if reduction == "sum":
-        return losses.sum()
-    # The mean over no rows is NaN, as in PyTorch, and its gradient 0.
-    count = targets.ne(ignore_index).sum(dtype=torch.float32)
-    return torch.where(count > 0, losses.sum() / count.clamp(min=1), torch.nan)
+    return reduced(losses, targets, ignore_index, reduction)
 
 
 def _example_inputs(s: Sizes, random: Random) -> list[ExampleInputs]:
