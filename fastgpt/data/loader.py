@@ -1,8 +1,8 @@
-"""The tokens of step s: a pure function of (seed, s), read ahead while the device computes.
+"""Batches of tokens, pure functions of seed and step, read ahead while the device computes.
 
-Neither restarts, nor the number of GPUs, nor NumPy's version change them: random numbers and orders
+Restarts, the number of GPUs and NumPy's version do not change them, since random numbers and orders
 are functions of keys. Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-SC 2011) makes words from a key and a counter; NumPy promises these, not its distributions.
+SC 2011) makes words from a key and a counter. NumPy promises these, but not its distributions.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import torch
 
 from fastgpt.data.token_files import TokenSplit
 
-# The second half of Philox's key: one number per use, so that no two uses share words.
+# The second half of Philox's key differs per use, so that no two uses share words.
 _STARTS, _OFFSETS, _ORDER, _EVAL = 1, 2, 3, 4
 
 
 class Batches:
-    """The training batches of a split: `rows_per_step` windows of `block_size` + 1 tokens.
+    """Training batches of a split, of `rows_per_step` windows of `block_size` + 1 tokens.
 
     "random" draws windows with replacement from all positions, as nanoGPT does. "epochs" cuts the
     shards into windows that lie end to end (a window's last target is the next one's first input)
@@ -91,7 +91,7 @@ def eval_batches(
 
 
 def _random_starts(split: TokenSplit, n: int, block_size: int, *key: int) -> np.ndarray:
-    """Returns (n,) int64 positions, drawn with replacement from all where a window may start."""
+    """Returns (n,) int64 positions, drawn with replacement from all starts of windows."""
     index = below(random_words(n, *key), split.n_starts(block_size))
     return split.positions(index, block_size)
 
@@ -109,12 +109,12 @@ def random_words(n: int, *key: int) -> np.ndarray:
 
 
 def below(words: np.ndarray, n: int | np.ndarray) -> np.ndarray:
-    """Returns int64 numbers in 0 .. n-1: the high 64 bits of uint64 word * n (n < 2**63).
+    """Returns int64 numbers in 0 .. n-1, the high 64 bits of uint64 word * n (n < 2**63).
 
-    Lemire, "Fast random integer generation in an interval", 2019, without the rejection: no
-    number is likelier than another by more than a factor 1 + n / 2**64.
+    As in Lemire, "Fast random integer generation in an interval", 2019, but without the rejection.
+    No number is likelier than another by more than a factor of 1 + n / 2**64.
     """
-    products = words.astype(object) * np.asarray(n).astype(object)  # Python's integers: 128 bits
+    products = words.astype(object) * np.asarray(n).astype(object)  # 128 bits, as Python's integers
     return (products >> 64).astype(np.int64)
 
 
@@ -140,18 +140,18 @@ def shuffled(places: np.ndarray, n: int, *key: int) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """Returns SplitMix64's finalizer of x (Steele, Lea, Flood, 2014): all bits mix."""
+    """Returns SplitMix64's finalizer of x, which mixes all bits (Steele, Lea, Flood, 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 class Prefetcher:
-    """A reader of batches ahead: `get(step)` for start_step, start_step + 1, ... in order.
+    """Reader of batches ahead, of which `get(step)` returns start_step, start_step + 1, and so on.
 
-    `row_slice` picks this rank's rows. A thread keeps `depth` batches ready (on CUDA 2 by default);
-    with 0 (on a CPU) `get` reads on the spot, which takes a small batch no longer. To CUDA the
-    thread copies int64 on a stream of its own; the training stream then has no cast to launch.
+    `row_slice` picks this rank's rows. A thread keeps `depth` batches ready (on CUDA 2 by default).
+    With 0, the default on a CPU, `get` reads at once. To CUDA the thread copies int64 on a stream
+    of its own, so the training stream has no cast to launch.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class Prefetcher:
         if self._depth:
             self._pool = ThreadPoolExecutor(1, "prefetch")
             if self._stream:
-                # Set per thread; without it, pinning memory would wake the first GPU.
+                # Without a thread's own device, pinning memory would wake the first GPU.
                 self._pool.submit(torch.cuda.set_device, self.device)
             for step in range(start_step, start_step + self._depth + 1):  # one more is being read
                 self._ahead.append(self._pool.submit(self._read, step))
@@ -201,7 +201,7 @@ class Prefetcher:
         return tokens
 
     def close(self) -> None:
-        """Ends the thread. May be called at any time, more than once."""
+        """Ends the thread. Further calls have no effect."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 

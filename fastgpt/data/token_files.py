@@ -1,9 +1,10 @@
-"""Token files, and folders of them: the format, writing, checking, and reading windows of tokens.
+"""Token files and folders of them, with their format, writing, checking and reading.
 
-A headered file (as llm.c and modded-nanogpt write them): 256 int32, the first three magic, version
-and number of tokens; then the ids. Version 1 has uint16 ids; version 2, fastgpt's own, uint32.
-nanoGPT's files are uint16 ids without a header. They cannot be mixed up: as uint16 the magic begins
-with id 55,432, past GPT-2's vocabulary. All numbers are little-endian.
+A file of llm.c and modded-nanogpt begins with 256 int32, the first three of which are the magic
+number, the version and the number of tokens. The ids follow, as uint16 in version 1 and as uint32
+in version 2, which only fastgpt writes. A file of nanoGPT is uint16 ids without a header. As
+uint16 the magic number begins with id 55,432, past GPT-2's vocabulary, so the two kinds cannot be
+confused. All numbers are little-endian.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ class Scan:
 
 
 class TokenFile:
-    """An open file of token ids: `file[a:b]` reads them, `count` is their number.
+    """An open file of `count` token ids, of which `file[a:b]` reads some.
 
-    They are read, not mapped: a mapped file that is cut off ends the process by SIGBUS. Raises
-    UserError that names the file if its length is not what it says, or once it has changed.
+    The ids are read, since a mapped file that is cut off ends the process by SIGBUS. Raises
+    UserError if the file's length is not what its header says, or once the file has changed.
     """
 
     def __init__(self, path: Path):
@@ -91,7 +92,7 @@ class TokenFile:
         return np.frombuffer(data, self.dtype)
 
     def check_unchanged(self) -> None:
-        """Raises UserError if the file is not what was opened, by its size and time of change."""
+        """Raises UserError if size or time of change are not those of the opened file."""
         with reading(self.path, "cannot be read"):
             now = self._status(os.stat(self.path))
         if now != self.status:
@@ -101,7 +102,7 @@ class TokenFile:
             )
 
     def scan(self, advance: Callable[[int], object] = lambda n: None) -> Scan:
-        """Reads the whole file: sha256 of its bytes, the largest of its ids."""
+        """Reads the whole file. Returns the sha256 of its bytes and the largest id."""
         with reading(self.path, "cannot be read"):
             self._file.seek(0)
             digest, max_id = hashlib.sha256(self._file.read(self.offset)), 0
@@ -127,7 +128,7 @@ def header(count: int, dtype: np.dtype) -> bytes:
 
 
 def is_token_file(path: Path) -> bool:
-    """Returns True for a file of ids: with the header, or named *.bin as nanoGPT's are."""
+    """Returns True for a file of ids, which has the header or a name like nanoGPT's, *.bin."""
     if path.suffix == ".bin":
         return True
     with reading(path, "cannot be read"), open_regular(path) as f:
@@ -135,7 +136,7 @@ def is_token_file(path: Path) -> bool:
 
 
 class TokenWriter:
-    """A stream of ids into `<prefix>_000000.bin`, ... of at most SHARD_TOKENS each.
+    """A stream of ids into files of at most SHARD_TOKENS each, `<prefix>_000000.bin` and so on.
 
     `shards` lists the files on disk as `dataset.json` does; new ones are appended to it. Use it as
     a context manager, which finishes the last file.
@@ -179,14 +180,14 @@ class TokenWriter:
         if self._file is not None and kind is None:
             self._finish(self._file)
         elif self._file is not None:
-            with contextlib.suppress(OSError):  # a full disk says so again
+            with contextlib.suppress(OSError):  # a full disk fails again
                 self._file.close()
 
 
 def scan_all(files: list[TokenFile], folder: Path) -> list[Scan]:
     """Scans the files in `folder`, except those whose size and mtime are as remembered.
 
-    Remembered in `.fastgpt_scan.json` there or, if the folder is read-only, in the user's cache.
+    `.fastgpt_scan.json` in the folder, or in the user's cache if that is read-only, remembers them.
     """
     known = load_scans(folder)
 
@@ -205,7 +206,7 @@ def scan_all(files: list[TokenFile], folder: Path) -> list[Scan]:
 
 def _scan_paths(folder: Path) -> tuple[Path, Path]:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    if not cache.is_absolute():  # no home folder; XDG's rule for its variable
+    if not cache.is_absolute():  # without a home folder, and by XDG's rule for its variable
         cache = Path(os.devnull)
     key = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
     return folder / ".fastgpt_scan.json", cache / "fastgpt" / "scans" / f"{key}.json"
@@ -228,9 +229,9 @@ def save_scans(folder: Path, scans: dict[str, Scan]) -> None:
 
 
 class TokenSplit:
-    """The shards of one split as one sequence of token positions, in which windows are found.
+    """Shards of one split as one sequence of token positions.
 
-    A window is `block_size + 1` consecutive tokens and never crosses from one shard to the next.
+    A window is `block_size + 1` consecutive tokens of one shard.
     """
 
     def __init__(self, name: str, shards: list[TokenFile]):
@@ -247,7 +248,7 @@ class TokenSplit:
         return np.cumsum(np.maximum(self._ends - self._first - block_size, 0))
 
     def n_starts(self, block_size: int) -> int:
-        """Returns at how many positions a window of block_size + 1 tokens may start."""
+        """Returns the number of positions where a window of block_size + 1 tokens may start."""
         return int(self._start_ends(block_size)[-1])
 
     def positions(self, index: np.ndarray, block_size: int) -> np.ndarray:
@@ -257,7 +258,7 @@ class TokenSplit:
         return self._first[shard] + index - np.append(0, ends)[shard]
 
     def check_unchanged(self) -> None:
-        """Raises UserError if a file changed since it was opened; asked before each evaluation."""
+        """Raises UserError if a file has changed since it was opened."""
         for file in self.shards:
             file.check_unchanged()
 
@@ -272,7 +273,7 @@ class TokenSplit:
             )
 
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Returns (n, length) tokens, of the files' dtype, from the n positions `starts` on."""
+        """Returns (n, length) tokens from the n positions `starts` on, in the files' dtype."""
         shard = np.searchsorted(self._ends[:-1], starts, side="right")
         if (starts < 0).any() or (starts + length > self._ends[shard]).any():
             raise IndexError(f"windows of {length} tokens do not fit at all of these positions")
@@ -284,10 +285,10 @@ class TokenSplit:
 
 @dataclass(frozen=True)
 class Dataset:
-    """An opened, checked folder of token files.
+    """Opened and checked folder of token files.
 
-    `fingerprint` is a hash of the contents of all files, whatever their folder is called.
-    `vocab_size` counts ids without padding; `max_id` is the largest that occurs.
+    `fingerprint` is a hash of the contents of all files. `vocab_size` counts ids without padding,
+    and `max_id` is the largest id that occurs.
     """
 
     folder: Path
@@ -299,7 +300,7 @@ class Dataset:
     max_id: int = 0
 
     def describe(self) -> str:
-        """Returns one line for people."""
+        """Returns a line with the folder, its numbers of tokens and files, and its vocabulary."""
         n_files = len(self.train.shards + self.val.shards)
         kind = self.tokenizer.name if self.tokenizer else "no tokenizer"
         tokens = f"{len(self.train):,} train and {len(self.val):,} val tokens in {n_files} files"
@@ -307,20 +308,20 @@ class Dataset:
 
 
 def has_tokens(folder: Path) -> bool:
-    """Returns True if `folder` looks like a dataset (it may still be broken)."""
+    """Returns True if `folder` looks like a dataset, even a broken one."""
     if not folder.is_dir():
         return False
     return any(p.name == DATASET_JSON or _SPLIT_NAME.fullmatch(p.name) for p in folder.iterdir())
 
 
 def open_dataset(folder: Path) -> Dataset:
-    """Opens `folder` and checks it: lengths, both splits, every id below the vocabulary's size.
+    """Opens `folder` and checks lengths, splits, and every id against the vocabulary.
 
-    Three kinds are read: what `fastgpt prepare` writes (`dataset.json` beside headered files),
-    nanoGPT's `train.bin` and `val.bin` (with or without `meta.pkl`), and the headered shards of
-    llm.c and modded-nanogpt (`*_train_*.bin`, `*_val_*.bin`). Each file is read whole once, and
-    again when its size or time of change differs; prepared data must then have the sha256 of
-    `dataset.json`. Raises UserError, which names the file, if it cannot be trained on.
+    It reads what `fastgpt prepare` writes (`dataset.json` beside headered files), nanoGPT's
+    `train.bin` and `val.bin` (and `meta.pkl`), and the headered shards of llm.c and modded-nanogpt
+    (`*_train_*.bin`, `*_val_*.bin`). Each file is read whole once, and again when its size or time
+    of change differs. Prepared data must have the sha256 of `dataset.json`. Raises UserError,
+    which names the file, if the folder cannot be trained on.
     """
     folder = Path(folder)
     if not folder.is_dir():

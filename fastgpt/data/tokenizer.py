@@ -1,8 +1,7 @@
-"""Tokenizers: bytes, characters, GPT-2's BPE, or a BPE trained on your text.
+"""Tokenizers of bytes, characters, GPT-2's BPE, or a BPE trained on the user's text.
 
-A tokenizer saves itself as `tokenizer.json`, plus `tokenizer.tiktoken` (one `base64 rank` line per
-token) if it has merges, so that a dataset or run folder decodes without network. nanoGPT's
-`meta.pkl` is read as a character tokenizer.
+A tokenizer saves itself as `tokenizer.json`, and its merges as `tokenizer.tiktoken` (a line
+`base64 rank` per token). nanoGPT's `meta.pkl` is read as a character tokenizer.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ _GPT2_FIRST = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 
 class Tokenizer(ABC):
-    """A map of text to ids in 0 .. vocab_size - 1; `eot` ends a document (None: has none)."""
+    """Map of text to ids in 0 .. vocab_size - 1. The id `eot`, or None, ends a document."""
 
     name: str
     vocab_size: int
@@ -68,7 +67,7 @@ class Tokenizer(ABC):
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
     def encode(self, text: str) -> np.ndarray:
-        """Returns (n,) ids of `dtype`. What looks like a special token is encoded as plain text."""
+        """Returns (n,) ids of `dtype`. Special tokens in the text are encoded as plain text."""
         return self._encode(text).astype(self.dtype, copy=False)
 
     def decode_bytes(self, ids: Iterable[int] | np.ndarray) -> bytes:
@@ -80,12 +79,12 @@ class Tokenizer(ABC):
         return self._decode(array)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """Returns the text of `ids`; bytes that are no UTF-8 (half a character) become U+FFFD."""
+        """Returns the text of `ids`. Bytes that are no UTF-8 (half a character) become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Returns the hex sha256 of all that decides which ids a text gets."""
+        """Returns the hex sha256 of everything that determines the ids of a text."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
@@ -99,7 +98,7 @@ class Tokenizer(ABC):
 
 
 class ByteTokenizer(Tokenizer):
-    """One id per byte of UTF-8. Byte 0, which no text file holds, ends a document."""
+    """Ids of the bytes of UTF-8. Byte 0, which no text file holds, ends a document."""
 
     name = "byte"
     vocab_size = 256
@@ -113,7 +112,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-    """One id per character, in code point order, as nanoGPT's shakespeare_char has it."""
+    """Ids of characters in code point order, as in nanoGPT's shakespeare_char."""
 
     name = "char"
 
@@ -140,14 +139,14 @@ class CharTokenizer(Tokenizer):
         return {**super().to_json(), "chars": "".join(self.chars)}
 
 
-# What the regular expression engine of tiktoken calls \s (Unicode White_Space).
+# Characters that tiktoken's regular expressions call \s (Unicode White_Space).
 _SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _LONG = 4096
 _LONG_RUN = re.compile(f"[{_SPACE}]{{{_LONG},}}")
 
 
 def _split_long_runs(text: str) -> list[str]:
-    """Splits off runs of thousands of whitespace characters; the tokens stay the same.
+    """Splits off runs of thousands of whitespace characters, which leaves the tokens the same.
 
     tiktoken's regular expressions overflow their stack on a run of about a million. A run of n
     before other text always splits into n - 1, which is one match, and the last one.
@@ -174,7 +173,7 @@ class BPETokenizer(Tokenizer):
 
     @property
     def _tiktoken(self) -> tiktoken.Encoding:
-        """Returns this thread's own; threads that share one queue for its regex's memory."""
+        """Returns this thread's own encoding, since threads that share one wait for its regex."""
         if not hasattr(self._of_thread, "encoding"):
             self._of_thread.encoding = tiktoken.Encoding(
                 self.name,
@@ -185,7 +184,7 @@ class BPETokenizer(Tokenizer):
         return self._of_thread.encoding
 
     def _encode(self, text: str) -> np.ndarray:
-        # To a buffer, not to a list of Python ints: 1.6x faster, and the GIL is free all along.
+        # Encoding to a buffer is 1.6 times faster than to Python ints, and does not hold the GIL.
         encode = self._tiktoken.encode_to_numpy
         parts = [encode(part, disallowed_special=()) for part in _split_long_runs(text)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -222,7 +221,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def parse_spec(spec: str) -> tuple[str, int]:
-    """Returns ('byte' | 'char' | 'gpt2' | 'bpe', N); N is 0 but for `bpe:N`."""
+    """Returns ('byte' | 'char' | 'gpt2' | 'bpe', N), where N is 0 but for `bpe:N`."""
     if (match := re.fullmatch(r"byte|char|gpt2|bpe(?::([0-9]{1,9}))?", spec)) is None:
         known = "byte, char, gpt2, or bpe:N with N the vocabulary's size"
         raise UserError(f"--tokenizer={spec}: choose {known}")
@@ -241,10 +240,9 @@ def make_tokenizer(
 ) -> Tokenizer:
     """Returns the tokenizer that `spec` names.
 
-    `texts` is read for `char` (its characters) and `bpe:N` (to train; pieces that `prepare.cut`
-    makes of a text give the counts of the whole). `vocab_file` is a rank file for `gpt2`,
-    or for `bpe`, which takes any. Without it, GPT-2's ranks are looked for in `cache`, then in
-    tiktoken's own cache, then, with `download`, on the network, to be kept in `cache`.
+    `char` and `bpe:N` are made from `texts`, which may be pieces of `prepare.cut`. `vocab_file` is
+    a rank file for `gpt2`, or any for `bpe`. Without it, GPT-2's ranks are looked for in `cache`,
+    then in tiktoken's cache, then, with `download`, on the network, and kept in `cache`.
     """
     kind, size = parse_spec(spec)
     if vocab_file and kind not in ("gpt2", "bpe"):
@@ -267,11 +265,11 @@ def make_tokenizer(
     return BPETokenizer(spec, train_ranks(parts, size))
 
 
-# --- ranks: the merges of a BPE vocabulary --------------------------------------------------------
+# --- ranks of a BPE vocabulary --------------------------------------------------------------------
 
 
 def _gpt2_ranks(vocab_file: str, cache: Path | None, download: bool) -> dict[bytes, int]:
-    """Returns GPT-2's 50,256 ranks, verified, from where `make_tokenizer` says."""
+    """Returns GPT-2's 50,256 ranks, verified, from the places that `make_tokenizer` names."""
     own = cache / GPT2_NAME if cache else None
     files = [path for path in (own, _tiktoken_cache(GPT2_URL)) if path and path.is_file()]
     first = [_tiktoken_cache(_GPT2_FIRST + name) for name in ("vocab.bpe", "encoder.json")]
@@ -302,10 +300,10 @@ def _tiktoken_cache(url: str) -> Path:
 
 
 def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
-    """Trains size - 257 merges on `texts`; the last id is left for end-of-text.
+    """Trains size - 257 merges on `texts` and leaves the last id for end-of-text.
 
-    Ties between equally frequent pairs go to the smaller pair of ids, so the result depends on
-    the texts alone. Raises UserError when rustbpe is not installed or the texts hold too few pairs.
+    The smaller of two equally frequent pairs of ids is merged first, so the result depends on the
+    texts alone. Raises UserError when rustbpe is not installed or the texts hold too few pairs.
     """
     try:
         import rustbpe
@@ -313,7 +311,7 @@ def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
         need = "needs rustbpe: pip install 'rustbpe>=0.1' (the extra [bpe])"
         raise UserError(f"--tokenizer=bpe:{size} {need}") from None
     trainer = rustbpe.Tokenizer()
-    # Two merges may spell the same token; tiktoken knows the first only. So train some to spare.
+    # Two merges may spell the same token, of which tiktoken knows the first. So train some more.
     wanted = size - 1 + 256
     with _merges_shown(wanted - 256):
         # A small buffer keeps the progress of reading and of counting together.
@@ -378,9 +376,9 @@ def read_ranks(path: Path | str) -> dict[bytes, int]:
 
 
 # --- nanoGPT's meta.pkl ---------------------------------------------------------------------------
-# A pickle is a program. Before it runs, each of its instructions is looked at, and only those that
-# make dicts, lists, strings and plain numbers are let through: no globals, no calls, no persistent
-# ids, nothing nested or repeated that could cost much memory. The unpickler refuses globals too.
+# A pickle is a program. Before it runs, each of its instructions is checked, and only those that
+# make dicts, lists, strings and plain numbers pass. Globals, calls, persistent ids and memo slots
+# that could cost much memory do not. The unpickler refuses globals, too.
 
 _META_BYTES = 16 << 20  # a vocabulary of all Unicode characters takes 11 MB
 _PLAIN = frozenset(
@@ -398,7 +396,7 @@ class _NoGlobals(pickle.Unpickler):
 
 
 def read_meta_pkl(path: Path) -> tuple[int, Tokenizer | None]:
-    """Returns (vocab_size, tokenizer if `itos` is one). Raises UserError unless it is plain."""
+    """Returns (vocab_size, tokenizer or None). Raises UserError unless the pickle is plain."""
     with reading(path, "cannot be read"):
         data = read_bytes(path, limit=_META_BYTES)
     try:

@@ -1,1 +1,1 @@
-"""Models read from elsewhere and written for elsewhere: Hugging Face, nanoGPT, the hub."""
+"""Models of other programs, read and written."""

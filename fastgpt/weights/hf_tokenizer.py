@@ -30,7 +30,7 @@ from fastgpt.data.tokenizer import (
 from fastgpt.errors import UserError, read_text, reading
 from fastgpt.storage.atomic import write_text
 
-OWN = "fastgpt"  # a folder of its own: both formats call a file tokenizer.json
+OWN = "fastgpt"  # a folder of its own, since both formats call a file tokenizer.json
 _DAMAGED = "is damaged, or not GPT-2's kind"
 
 
@@ -39,14 +39,14 @@ class NoTokenizer(UserError):
 
 
 def byte_characters() -> list[str]:
-    """Returns a character for each byte: itself if it is printable, else one from U+0100 on."""
+    """Returns a character for each byte, itself if it is printable, else one from U+0100 on."""
     shown = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [b for b in range(256) if b not in shown]
     return [chr(b) if b in shown else chr(256 + others.index(b)) for b in range(256)]
 
 
 def split_token(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
-    """Returns the tokens that a token is merged from last: byte-pair encoding by lower ranks."""
+    """Returns the tokens that a token is merged from last, by byte-pair encoding of lower ranks."""
     limit, parts = ranks[token], [bytes([b]) for b in token]
     while len(parts) > 2:
         pairs = [ranks.get(a + b, limit) for a, b in zip(parts, parts[1:], strict=False)]
@@ -58,10 +58,10 @@ def split_token(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
 
 
 def vocabulary(tokenizer: Tokenizer) -> tuple[dict[str, int], list[str]] | None:
-    """Returns (vocab.json, the merges) of a tokenizer; None if it is no byte-level BPE.
+    """Returns (vocab.json, the merges) of a tokenizer, or None if it is no byte-level BPE.
 
-    Bytes are one without merges, and so are characters that are one byte each. Byte 0, which ends
-    documents and is in no text, is spelled as end-of-text.
+    Bytes, and characters of one byte each, are a BPE without merges. Byte 0, which ends documents
+    and is in no text, is spelled as end-of-text.
     """
     characters, merges = byte_characters(), []
 
@@ -78,17 +78,16 @@ def vocabulary(tokenizer: Tokenizer) -> tuple[dict[str, int], list[str]] | None:
     for token in sorted((t for t in ranks if len(t) > 1), key=ranks.__getitem__):
         parts = split_token(token, ranks)
         if len(parts) != 2:
-            return None  # a vocabulary of another kind, not made by merging
+            return None  # not made by merging
         merges.append(" ".join(map(spell, parts)))
     vocab = {spell(token): rank for token, rank in ranks.items()}
     return vocab | {EOT_TEXT: tokenizer.eot}, merges
 
 
 def write(folder: Path, tokenizer: Tokenizer, max_length: int | None = None) -> list[str]:
-    """Writes the tokenizer into `folder`: in fastgpt's form, and in Hugging Face's if there is one.
+    """Writes the tokenizer into `folder`, in fastgpt's form and, if it has one, Hugging Face's.
 
-    Returns the names of the files for Hugging Face, none if there is no form for this tokenizer.
-    `max_length` is the most tokens that the model takes.
+    Returns the names of the files for Hugging Face. `max_length` is the model's block_size.
     """
     (folder / OWN).mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder / OWN)

@@ -1,9 +1,9 @@
-"""Hugging Face's GPT-2 folders, read and written: config.json and model.safetensors.
+"""Hugging Face's GPT-2 folders of config.json and model.safetensors, read and written.
 
-Each tensor's name, shape and dtype must be those of the GPT-2 that config.json describes before any
-is loaded. In these files the weights of linear layers are transposed (OpenAI's "Conv1D", in x out),
-there always are biases, the vocabulary is not padded, and the output layer is the embedding. Files
-from before 2020 name tensors without "transformer." and hold attention masks.
+Names, shapes and dtypes of all tensors are compared with config.json before any is loaded. In these
+files the weights of linear layers are transposed (OpenAI's "Conv1D", in x out). There always are
+biases, the vocabulary is not padded, and the output layer is the embedding. Files from before 2020
+name tensors without "transformer." and hold attention masks.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _LAYER = re.compile(r"transformer\.h\.(\d{1,9})\.")
 _MASK = re.compile(r"\.attn\.(bias|masked_bias)$")
 _FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
-Kind = tuple[str, tuple[int, ...]]  # dtype, in safetensors' words, and shape of a tensor
+Kind = tuple[str, tuple[int, ...]]  # a tensor's dtype, as safetensors names it, and shape
 
 
 @dataclass
 class Weights:
-    """A whole, checked model: fastgpt's tensors in fp32, the vocabulary padded."""
+    """Whole and checked model in fastgpt's tensors, in fp32 and with a padded vocabulary."""
 
     shape: ModelShape
     tensors: dict[str, Tensor]
@@ -59,11 +59,11 @@ def shape_of_size(name: str) -> ModelShape:
     return ModelShape(*SIZES[name], block_size=1024, vocab_size=50257, bias=True, gelu="tanh")
 
 
-# --- checks, of every file of weights -------------------------------------------------------------
+# --- checks of all files of weights ---------------------------------------------------------------
 
 
 def expected(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Returns fastgpt's parameter names with their shapes, the vocabulary not padded."""
+    """Returns fastgpt's parameter names with their shapes, without padding of the vocabulary."""
     C = shape.n_embd
     out: dict[str, tuple[int, ...]] = {_WTE: (shape.vocab_size, C)}
     out["transformer.wpe.weight"] = shape.block_size, C
@@ -78,7 +78,7 @@ def expected(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 
 def kinds(tensors: Mapping[str, Any]) -> dict[str, Kind]:
-    """Returns dtypes and shapes; an object that is no tensor has the shape ()."""
+    """Returns dtypes and shapes. An object that is no tensor has the shape ()."""
     return {
         name: (_FLOATS.get(t.dtype, str(t.dtype).removeprefix("torch.")), tuple(t.shape))
         if isinstance(t, Tensor)
@@ -92,7 +92,7 @@ def check(
 ) -> None:
     """Raises UserError for a tensor that is missing, unknown, or of another shape or dtype.
 
-    The output layer may be stored too; `tie` then compares it with the embedding.
+    The output layer may be stored, too. Then `tie` compares it with the embedding.
     """
     if _HEAD in found:
         wanted = {**wanted, _HEAD: wanted[_WTE]}
@@ -111,7 +111,7 @@ def check(
 
 
 def check_layers(path: Path, names: Iterable[str], shape: ModelShape) -> None:
-    """Raises UserError if there are fewer layers than `shape` says, before all are listed."""
+    """Raises UserError if there are fewer layers than in `shape`, before all are listed."""
     layers = {m[1] for name in names if (m := _LAYER.match(name))}
     if len(layers) < shape.n_layer:
         raise UserError(f"{path}: has {len(layers)} layers, n_layer says {shape.n_layer}")
@@ -123,7 +123,7 @@ def pad_vocabulary(weight: Tensor, shape: ModelShape) -> Tensor:
 
 
 def tie(path: Path, tensors: dict[str, Tensor], shape: ModelShape) -> None:
-    """Removes the output layer, which must equal the embedding if it is there; pads the latter."""
+    """Removes the output layer, which must equal the embedding, and pads the embedding."""
     wte, head = tensors[_WTE], tensors.pop(_HEAD, None)
     if head is not None and not torch.equal(head, wte):
         raise UserError(
@@ -139,8 +139,8 @@ def tie(path: Path, tensors: dict[str, Tensor], shape: ModelShape) -> None:
 def read(path: Path, size: str | None = None) -> Weights:
     """Reads a folder, or a safetensors file with or without a config.json beside it.
 
-    `size` names one of SIZES that it must have; a file without config.json needs it. Raises
-    UserError, one line that names the file, and for a bad tensor its name and both shapes.
+    `size` names one of SIZES, which the model must have and a file without config.json needs.
+    Raises UserError, for a bad tensor with its name and both shapes.
     """
     if not path.exists():
         raise UserError(f"--weights={path}: there is no such file or folder")
@@ -182,14 +182,14 @@ def read(path: Path, size: str | None = None) -> Weights:
 
 
 def _turned(name: str, tensor: Tensor) -> Tensor:
-    """Transposes the weight of a linear layer, on its way in or out."""
+    """Returns the transpose of a linear layer's weight, for reading and for writing."""
     return (tensor.t() if _TRANSPOSED.search(name) else tensor).contiguous()
 
 
 def read_config(path: Path) -> tuple[ModelShape, bool]:
     """Returns (shape, True unless fastgpt's model had no biases) of a config.json.
 
-    The shape always has biases, as the tensors have. Raises UserError for what is no such GPT-2.
+    The shape always has biases, as the tensors have. Raises UserError for other models.
     """
     with reading(path, "is not JSON"):
         config = json.loads(read_text(path, limit=1 << 20))
@@ -217,7 +217,7 @@ def read_config(path: Path) -> tuple[ModelShape, bool]:
 
 
 def _files(path: Path) -> list[Path]:
-    """Returns the safetensors files of a model: one, or the parts that an index lists."""
+    """Returns a model's safetensors file, or the parts that an index lists."""
     if path.is_file() or (path / WEIGHTS).is_file():
         return [path if path.is_file() else path / WEIGHTS]
     index = path / f"{WEIGHTS}.index.json"
@@ -240,7 +240,7 @@ def write(
 ) -> None:
     """Writes config.json, generation_config.json and model.safetensors into `folder`.
 
-    `tensors` are fastgpt's; biases that the model does not have are written as zeros. `eot` is both
+    `tensors` are fastgpt's. Biases that the model does not have are written as zeros. `eot` is both
     begin and end of text.
     """
     sizes = expected(replace(shape, bias=True))

@@ -1,10 +1,10 @@
-"""nanoGPT's ckpt.pt, read without trusting it, and made into a run that goes on here.
+"""nanoGPT's ckpt.pt, read without trust and made into a run that can be resumed.
 
 A .pt file is a zip of a pickle, which is a program, and of the tensors' bytes. Before any of it is
-run, the zip must be a plain one and the pickle may name nothing but what tensors are made of. Then
-PyTorch's own restricted unpickler (weights_only) reads it.
+run, the zip must be a plain one, and the pickle may name only parts of tensors. Then PyTorch's
+restricted unpickler (weights_only) reads it.
 
-nanoGPT counts as fastgpt does: iter_num is the number of updates done, and batch_size times
+As in fastgpt, iter_num is the number of updates done, and batch_size times
 gradient_accumulation_steps is the batch of all GPUs.
 """
 
@@ -49,7 +49,7 @@ _GLOBALS = {
 _CALLS_BY_STACK = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
 _MAX_PICKLE = 64 << 20
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-# What depends on the machine or the account rather than on the run.
+# Settings of the machine or the account rather than of the run.
 _NOT_TAKEN = {"device", "dtype", "compile", "backend", "init_from", "out_dir", "eval_only"}
 _NOT_TAKEN |= {"wandb_log", "data_dir"}
 
@@ -70,7 +70,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _refusal(path: Path) -> str | None:
-    """Returns None if the file is a plain zip whose pickle names only parts of tensors."""
+    """Returns why the file is no plain zip whose pickle names only parts of tensors, or None."""
     with open_regular(path) as f:
         if f.read(4) != b"PK\x03\x04":
             return (
@@ -122,10 +122,10 @@ def model_of(
 def optimizer_of(
     path: Path, data: Mapping[str, Any], shape: ModelShape, order: Iterable[str]
 ) -> dict[str, Tensor]:
-    """Returns AdamW's state under fastgpt's names; empty if the checkpoint has none.
+    """Returns AdamW's state under fastgpt's names, or {} if the checkpoint has none.
 
-    `order` lists the parameters as the model does. AdamW numbers them by groups: first matrices
-    and embeddings, which decay, then the rest.
+    `order` lists the parameters as the model does. AdamW numbers them by groups. Matrices and
+    embeddings, which decay, are the first.
     """
     saved = data.get("optimizer")
     if not isinstance(saved, dict) or not saved.get("state"):
@@ -154,7 +154,7 @@ def optimizer_of(
 
 
 def config_of(path: Path, data: Mapping[str, Any], shape: ModelShape) -> Config:
-    """Returns the run's settings as far as fastgpt has them; the rest are defaults."""
+    """Returns the run's settings that fastgpt has, and defaults for the rest."""
     table, saved = settings.leaves(Config), data.get("config")
     given = dict(saved) if isinstance(saved, dict) else {}
     given = {k: v for k, v in given.items() if k in table and k not in _NOT_TAKEN} | vars(shape)
@@ -167,7 +167,7 @@ def find_tokenizer(config: Config, vocab_size: int) -> Tokenizer | None:
     for folder in (Path(config.data.dataset), Path(config.data.data_dir) / config.data.dataset):
         if has_tokens(folder) and (tokenizer := open_dataset(folder).tokenizer) is not None:
             return tokenizer
-    with contextlib.suppress(UserError):  # without its merges the run is still whole
+    with contextlib.suppress(UserError):  # the run is whole without it
         if GPT2_VOCAB <= vocab_size <= GPT2_VOCAB + 128:
             return make_tokenizer("gpt2", cache=Path(config.data.data_dir) / ".cache")
     return None

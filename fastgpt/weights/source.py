@@ -1,4 +1,4 @@
-"""Weights that a command works on: a run's checkpoint, OpenAI's GPT-2, or any folder."""
+"""Models that commands work on, of a run's checkpoint, OpenAI's GPT-2, or any folder."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from fastgpt.weights import hf_tokenizer, hub, hugging_face
 
 @dataclass
 class Source:
-    """A model's parts on the CPU, in fp32, before a device and a precision are chosen for it.
+    """Parts of a model on the CPU, in fp32, before a device and a precision are chosen.
 
-    `about` is one line for people: the origin, and the loss if that is known. `folder` is that of
-    the weights if they are not of a run.
+    about   a line to print, with the origin and, if known, the loss
+    folder  the folder of weights that are not of a run
     """
 
     shape: ModelShape
