@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,8 @@ from fastgpt.errors import RankError, SharedError, UserError
 from fastgpt.model.device import DTYPES, Machine, resolve_device
 from fastgpt.model.gpt import GPT
 from fastgpt_kernels.progress import describe_error
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -117,6 +119,14 @@ class Ranks:
         for rank, text in enumerate(self.gather(str(error) if error else None)):
             if text is not None:
                 raise SharedError(f"rank {rank}: {text}" if rank else text) from error
+
+    def from_first(self, function: Callable[[], T]) -> T:
+        """Calls the function on rank 0 alone. Returns its result, or raises its error, on all."""
+        result: Any = None
+        with self.raise_on_all_ranks():
+            if self.first:
+                result = function()
+        return self.gather(result)[0]
 
     def silent(self) -> list[int]:
         """Returns the ranks that do not answer within two seconds after a failed exchange."""

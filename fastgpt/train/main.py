@@ -95,11 +95,8 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
     if config.system.cuda_graph is True and wrong:
         raise UserError(f"--cuda_graph=True: {wrong}; leave the flag out")
     # 1. Data, weights to start from, and the model.
-    with ranks.raise_on_all_ranks():
-        if ranks.first:
-            metrics.check_trackers(config.log)
-        folder = ensure(PrepareConfig.of(config.data)) if ranks.first else Path()
-    folder = ranks.gather(folder)[0]
+    ranks.from_first(lambda: metrics.check_trackers(config.log))
+    folder = ranks.from_first(lambda: ensure(PrepareConfig.of(config.data)))
     with ranks.raise_on_all_ranks():
         dataset = with_tokenizer(open_dataset(folder), config.data)
         config, weights = _start_from(config, dataset)
@@ -118,23 +115,20 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
     trainer = Trainer(model, config, machine, ranks, batch_size)
     with ExitStack() as stack:
         # 3. The run's folder and its checkpoint.
-        run_dir = Path()
-        with ranks.raise_on_all_ranks():
-            if ranks.first and resuming:
-                run_dir = stack.enter_context(run.resumed(r.out_dir))
-            elif ranks.first:
-                run_dir = stack.enter_context(run.begin(r.out_dir, name, r.overwrite))
-        run_dir = ranks.gather(run_dir)[0]
+        held = run.resumed(r.out_dir) if resuming else run.begin(r.out_dir, name, r.overwrite)
+        run_dir = ranks.from_first(lambda: stack.enter_context(held))
         with ranks.raise_on_all_ranks():
             start = resume.load(trainer, dataset, run_dir) if resuming else Progress()
             if start.step >= r.max_iters and not config.log.eval_only:
                 at = f"already at step {start.step} of --max_iters={r.max_iters}"
                 raise UserError(f"{run_dir}: {at}; give more to go on")
-        with ranks.raise_on_all_ranks():
-            if ranks.first:
-                run.save_config(run_dir, trainer.resolved)
-                if dataset.tokenizer is not None:
-                    dataset.tokenizer.save(run_dir)
+
+        def describe_run() -> None:
+            run.save_config(run_dir, trainer.resolved)
+            if dataset.tokenizer is not None:
+                dataset.tokenizer.save(run_dir)
+
+        ranks.from_first(describe_run)
         # 4. Introduction, loop, summary.
         _print_introduction(trainer, dataset.describe(), run_dir, changed)
         loop = Loop(trainer, dataset, run_dir, start)

@@ -50,9 +50,7 @@ def save(
     groups: dict[str, Any] = {"model": weights, "optimizer": moments}
     if trainer.layout == "fsdp":  # the file is the same, but no rank has to hold all tensors
         shards = checkpoint.shards(run_dir)
-        with ranks.raise_on_all_ranks():
-            if ranks.first:
-                shutil.rmtree(shards, ignore_errors=True)
+        ranks.from_first(lambda: shutil.rmtree(shards, ignore_errors=True))
         groups = {k: distributed.write_shards(v, shards / k) for k, v in groups.items()}
     else:
         groups = {k: distributed.whole_on_first(v, ranks) for k, v in groups.items()}
@@ -67,12 +65,13 @@ def save(
         "scaler": trainer.scaler.state_dict(),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
     }
-    with ranks.raise_on_all_ranks():
-        if ranks.first:
-            keep = trainer.config.log.keep_checkpoints
-            step = progress.step
-            checkpoint.save(run_dir, step, **groups, state=document, best=best, keep=keep)
-            run.settle(run_dir)
+    keep, step = trainer.config.log.keep_checkpoints, progress.step
+
+    def write() -> None:
+        checkpoint.save(run_dir, step, **groups, state=document, best=best, keep=keep)
+        run.settle(run_dir)
+
+    ranks.from_first(write)
     return checkpoint.root(run_dir) / checkpoint.name_of(progress.step)
 
 
