@@ -65,8 +65,9 @@ class Loop:
             row_slice=self.ranks.rows(c.optim.rows),
         )
         stack.callback(self.prefetcher.close)
-        log = Metrics(self.run_dir, trainer.resolved, at.step, self.ranks.first, at.metrics)
-        self.metrics = stack.enter_context(log)
+        first = self.ranks.first
+        self.metrics = Metrics(self.run_dir, trainer.resolved, at.step, first, at.metrics)
+        stack.callback(self.metrics.close)
         self.stop = stack.enter_context(StopRequest())
         # Garbage collection would delay single steps. It runs at evaluations instead, without the
         # modules and the model, which stay.

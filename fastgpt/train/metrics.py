@@ -74,7 +74,7 @@ def count(n: float) -> str:
 
 
 class Metrics:
-    """Log of a run, as a context that closes its files.
+    """Log of a run.
 
     `keeps` is False for all ranks but the first, which write nothing.
     """
@@ -99,17 +99,14 @@ class Metrics:
                     "checkpoint was saved: changed, or damaged"
                 )
             write_text(self.path, text)
-        self._file: IO[str] = open(self.path, "a")  # noqa: SIM115 - closed in __exit__
+        self._file: IO[str] = open(self.path, "a")  # noqa: SIM115 - closed in close
         log = config.log
         asked: dict[Any, bool] = {_Wandb: log.wandb_log, _TensorBoard: log.tensorboard}
         self._trackers = [kind(run_dir, config) for kind, on in asked.items() if on and keeps]
         self._config, self._start, self._seconds = config, start_step, 0.0
         self._every, self._ten_minutes = Every(), Every(600)
 
-    def __enter__(self) -> Metrics:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
+    def close(self) -> None:
         self._file.close()
         for tracker in self._trackers:
             tracker.close()

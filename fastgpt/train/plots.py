@@ -130,8 +130,6 @@ def time_axis(hours: float) -> tuple[str, float]:
 
 def smooth(values: list[float]) -> list[float]:
     """Returns running means over a twentieth of the curve."""
-    width, out, total = max(1, len(values) // 20), [], 0.0
-    for i, value in enumerate(values):
-        total += value - (values[i - width] if i >= width else 0.0)
-        out.append(total / min(i + 1, width))
-    return out
+    sums, ends = np.cumsum([0.0, *values]), np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - max(1, len(values) // 20))
+    return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()

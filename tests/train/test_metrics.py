@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from collections import defaultdict
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -36,9 +37,8 @@ SMALL = replace(
 )  # 100 tokens per step
 
 
-def log(run_dir: Path, start: int = 0, **changes) -> metrics.Metrics:
-    seal = changes.pop("seal", None)
-    return metrics.Metrics(run_dir, replace(SMALL, **changes), start, seal=seal)
+def log(run_dir: Path, start: int = 0, keeps: bool = True, seal: dict | None = None, **changes):
+    return closing(metrics.Metrics(run_dir, replace(SMALL, **changes), start, keeps, seal))
 
 
 def test_lines_are_nanogpts(tmp_path: Path, capsys):
@@ -78,7 +78,7 @@ def test_the_first_rank_alone_keeps_the_log(tmp_path: Path, monkeypatch):
         synced.clear()
         m.seal()
         assert synced == [m._file.fileno()]
-    with metrics.Metrics(tmp_path / "other", SMALL, keeps=False) as m:
+    with log(tmp_path / "other", keeps=False) as m:
         m.train(0, 100, 0.5, RECORD)
         m.seal()
     assert len(synced) == 1 and not (tmp_path / "other").exists()
