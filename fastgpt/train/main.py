@@ -53,9 +53,9 @@ def train(config: Config, name: str) -> tuple[int, Path]:
     device = local_device(system.device)
     machine = Machine.of(device, system.dtype, system.compile, system.peak_tflops)
     if system.device == "auto" and machine.device.type == "cpu" and (said := unseen_gpu()):
-        print(f"{said}; going on on the CPU", flush=True)
+        print(f"{said}; using the CPU", flush=True)
     if system.max_autotune and not machine.compile:
-        raise UserError("--max_autotune=True: is torch.compile's; give --compile=True with it")
+        raise UserError("--max_autotune=True: needs torch.compile; pass --compile=True too")
     # A closed terminal, pipe or full disk behind stdout or stderr ends no run.
     out, err = (cast(TextIO, _LastingStream(stream)) for stream in (sys.stdout, sys.stderr))
     with ExitStack() as stack:

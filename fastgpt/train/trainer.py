@@ -207,7 +207,7 @@ class Trainer:
             except errors as e:
                 failed = f"torch.compile failed ({describe_error(e)})"
                 if last:
-                    raise UserError(f"{failed}; --compile=False goes without") from e
+                    raise UserError(f"{failed}; pass --compile=False") from e
                 self._zero_grad()
                 print(f"{failed}: compiling anew in {use_private_compile_cache()}", flush=True)
         self._skipped.zero_()

@@ -179,6 +179,6 @@ def test_training_explains_an_unseen_gpu_and_goes_on(smi, monkeypatch, capsys):
     smi("NVIDIA H100, 535.104.05")
     monkeypatch.setattr(main, "_train", lambda _, name, machine, ranks: machine.device.type)
     assert main.train(replace(laptop(), peak_tflops=1.0), "laptop") == "cpu"
-    assert "check CUDA_VISIBLE_DEVICES; going on on the CPU\n" in capsys.readouterr().out
+    assert "check CUDA_VISIBLE_DEVICES; using the CPU\n" in capsys.readouterr().out
     main.train(replace(laptop(), device="cpu", peak_tflops=1.0), "laptop")
-    assert "going on" not in capsys.readouterr().out
+    assert "using" not in capsys.readouterr().out
