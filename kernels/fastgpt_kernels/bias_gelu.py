@@ -216,10 +216,9 @@ _op = define_op(
 def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Tensor:
     """Returns gelu(x + bias): x (..., C) in bf16, fp16 or fp32, bias (C,) in any of them or None.
 
-    approximate is "tanh" (GPT-2's) or "none" (by erf, also called "erf"), as in
-    `torch.nn.functional.gelu`. The result has x's shape and dtype and is contiguous. The bias's
-    gradient has the bias's dtype. The linear layer before goes without its bias:
-    `bias_gelu(F.linear(x, weight), bias)`.
+    approximate is "tanh" (GPT-2's) or "none" (by erf), as in `torch.nn.functional.gelu`. The result
+    has x's shape and dtype and is contiguous. The bias's gradient has the bias's dtype. The linear
+    layer before goes without its bias: `bias_gelu(F.linear(x, weight), bias)`.
 
     Raises TypeError or ValueError for arguments that do not fit.
     """
@@ -227,9 +226,8 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") 
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"bias_gelu: x must have shape (..., C) with C >= 1, got {tuple(x.shape)}")
     check_tensor("bias_gelu", "bias", bias, shape=x.shape[-1:], like=x, optional=True)
-    if approximate not in ("tanh", "none", "erf"):
-        wanted = "'tanh', 'none' or 'erf' (the same)"
-        raise ValueError(f"bias_gelu: approximate must be {wanted}, got {approximate!r}")
+    if approximate not in ("tanh", "none"):
+        raise ValueError(f"bias_gelu: approximate must be 'tanh' or 'none', got {approximate!r}")
     if not launch.use_kernel(x):
         return reference.bias_gelu(x, bias, approximate)
     return _op(x, bias, approximate == "tanh")

@@ -56,11 +56,11 @@ def add_layer_norm(
 def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Tensor:
     """Returns gelu(z), z = x + bias: x (..., C), bias (C,) or None (Hendrycks and Gimpel, 2016).
 
-    approximate="none" or "erf" is z/2 (1 + erf(z / sqrt 2)), "tanh" is
+    approximate="none" is z/2 (1 + erf(z / sqrt 2)), "tanh" is
     z/2 (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))).
     """
     z = x if bias is None else x + bias.to(x.dtype)
-    return F.gelu(z, approximate="none" if approximate == "erf" else approximate)
+    return F.gelu(z, approximate=approximate)
 
 
 def mlp(
