@@ -26,7 +26,7 @@ from .conftest import texts_of, tokens, tree
 
 
 def contents(source):
-    """[(split, text, ends)] of all documents, or parts of them that are in one split."""
+    """Returns [(split, text, ends)] of all documents, or of their parts in one split."""
     found = []
     for (split, end), parts in itertools.groupby(
         source.documents(), key=lambda part: (part[0], part[1] is None)
@@ -47,7 +47,7 @@ CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 @hyp(max_examples=200, deadline=None)
 @given(st.lists(st.text(CHARACTERS, min_size=1), min_size=1), st.floats(0, 0.99), st.integers(1, 7))
 def test_the_last_characters_are_the_val_split(texts, fraction, chunk):
-    """As nanoGPT does it; of one file or several, read in chunks that end within a character."""
+    """Splits one file or several, read in chunks that end within a character."""
     with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpora, "_CHUNK", chunk)
         folder = tree(Path(root), {f"{i:09d}": text for i, text in enumerate(texts)})
@@ -161,7 +161,7 @@ PLAY = "First Citizen:\nBefore we proceed any further, hear me speak.\n\n" * 50
 
 @pytest.fixture
 def shakespeare(server, monkeypatch):
-    """A small text in the place of tiny shakespeare."""
+    """Serves a small text in the place of tiny shakespeare."""
     server.files["/input.txt"] = PLAY.encode()
     monkeypatch.setattr(corpora, "SHAKESPEARE_URL", f"{server.url}/input.txt")
     sha256 = hashlib.sha256(PLAY.encode()).hexdigest()
@@ -206,7 +206,7 @@ COMMIT = "c0ffee" * 6 + "abcd"
 
 @pytest.fixture
 def hub(server, monkeypatch, as_gpt2):
-    """A hub on this machine: a function that publishes files of a dataset at a revision."""
+    """Serves a hub, with a method that publishes the files of a repository at a revision."""
     server.files["/ranks"] = as_gpt2.read_bytes()
     monkeypatch.setattr(tokenizer, "GPT2_URL", f"{server.url}/ranks")
     monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
@@ -232,7 +232,7 @@ PAGES = [[f"page {i} of file {k}\n" for i in range(300)] + [None, ""] for k in r
 
 @pytest.fixture
 def openwebtext(hub, settings, as_gpt2, monkeypatch):
-    """Four parquet files of 300 pages, and the settings that prepare them."""
+    """Publishes four parquet files of 300 pages. Returns the settings that prepare them."""
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs pip install pyarrow")
     import pyarrow
 
@@ -304,7 +304,7 @@ def test_openwebtext_goes_on_where_it_stopped(hub, openwebtext, tmp_path, monkey
 
 
 def test_openwebtext_is_another_one(hub, openwebtext, monkeypatch):
-    """Files that changed on the hub are not mixed with those from before; other oddities."""
+    """Tests that files of two versions are not mixed, and that odd ones are refused."""
     good = dict(hub.files)
     hub.files.pop(next(path for path in good if path.endswith("0001.parquet")))
     with pytest.raises(UserError, match="0001.parquet"):
@@ -331,7 +331,7 @@ FINEWEB = (corpora.FINEWEB_REPO, "main")
 
 @pytest.fixture
 def fineweb(hub):
-    """Six shards of FineWeb."""
+    """Publishes six shards of FineWeb."""
     files = {}
     for i, name in enumerate(["val_000000", *(f"train_{i:06d}" for i in range(1, 6))]):
         ids = np.arange(200, dtype="<u2") + i

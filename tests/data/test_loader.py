@@ -15,7 +15,7 @@ from fastgpt.errors import UserError
 
 
 def split_of(folder, *lengths) -> TokenSplit:
-    """A split whose token at position i is i."""
+    """Returns a split whose token at position i is i."""
     at, files = 0, []
     for k, n in enumerate(lengths):
         path = folder / f"x_train_{k:06d}.bin"
@@ -118,7 +118,6 @@ def test_every_number_once(n, seed, epoch):
 
 
 def test_orders_are_the_promised_ones():
-    """And all of three numbers occur."""
     assert len({tuple(shuffled(np.arange(3), 3, key).tolist()) for key in range(200)}) == 6
     n = 10**13 + 7  # takes no memory
     assert shuffled(np.arange(n - 1, n), n, 3).tolist() == [3951720760461]
@@ -168,7 +167,7 @@ def test_steps_come_in_order_and_keep_their_values(depth):
 @pytest.mark.cuda
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_steps_on_the_device(depth):
-    """With kernels of changing length queued between, so that memory would be reused too early."""
+    """Queues kernels of changing length, so that memory would be reused too early."""
     busy = torch.randn(2000, 2000, device="cuda")
     want, got = [], []
     with closing(Prefetcher(Fake(), "cuda", depth=depth)) as p:

@@ -39,7 +39,7 @@ def text(tmp_path):
 
 @pytest.fixture
 def stdlib(tmp_path, monkeypatch):
-    """A small standard library."""
+    """Makes a small standard library."""
     root = tmp_path / "lib"
     names = (f"{folder}/m{i}.py" for folder in ("pkg", "test") for i in range(60))
     files: dict = {name: f"# {name}\n" * 10 for name in names}
@@ -70,7 +70,7 @@ def test_tokens_of_pieces_are_the_tokens_of_the_whole(ranks, parts, size, chunk)
 
 
 def test_every_whitespace_of_the_pretokenizer_is_whitespace_to_python():
-    """The cutter asks Python; what only the pretokenizer calls space would be unsafe."""
+    """Tests the assumption of the cutter, which asks Python."""
     every = "".join(map(chr, [*range(0xD800), *range(0xE000, sys.maxunicode + 1)]))
     assert all(char.isspace() for char in regex.findall(r"\s", every))
 
@@ -108,7 +108,6 @@ class Texts:
 
 
 def test_files_hold_the_documents_tokens(tmp_path, monkeypatch, ranks):
-    """Whatever the number of threads."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)  # hundreds of tiny files; no power cut here
     monkeypatch.setattr(module, "JOB_CHARS", 500)
     monkeypatch.setattr(token_files, "SHARD_TOKENS", 700)
@@ -204,7 +203,6 @@ def test_other_content_gets_another_folder(settings, text):
 
 
 def test_a_corpus_gives_its_tokenizer_to_an_input(settings, text, as_gpt2):
-    """As in `fastgpt train shakespeare_char --input=FILE`."""
     for name, tokenizer in (("shakespeare_char", "char"), ("openwebtext", "gpt2")):
         vocab_file = str(as_gpt2) if tokenizer == "gpt2" else ""
         ds = open_dataset(prepare(settings(dataset=name, input=str(text), vocab_file=vocab_file)))
@@ -309,7 +307,6 @@ prepare(PrepareConfig(input=sys.argv[1], data_dir=sys.argv[2], tokenizer="byte")
 
 
 def test_memory_is_bounded_in_a_process_of_its_own(tmp_path):
-    """Peak resident memory grows by less than the text does."""
     code = """
 import resource, sys
 from fastgpt.config.schema import PrepareConfig
@@ -331,7 +328,7 @@ for path in sys.argv[2:]:
 
 
 def foreign(tmp_path, max_id):
-    """A folder of nanoGPT's, with ids up to the given one and no vocabulary."""
+    """Opens a folder like nanoGPT's, with ids up to the given one and no vocabulary."""
     ids = np.array([*range(40), max_id] * 5, np.uint16).tobytes()
     return open_dataset(tree(tmp_path / f"ids{max_id}", {"train.bin": ids, "val.bin": ids}))
 
@@ -359,7 +356,6 @@ def test_the_tokenizer_that_is_named_goes_with_foreign_ids(settings, tmp_path, a
 
 
 def test_gpt2_s_is_taken_where_the_ids_say_so(settings, as_gpt2, tmp_path):
-    """Found in the data folder's cache, as on a machine that has prepared data before."""
     many, few, plain = foreign(tmp_path, 50_000), foreign(tmp_path, 900), settings(dataset="x")
     assert with_tokenizer(many, plain).tokenizer is None, "it is not here yet"
     tree(tmp_path / "data" / ".cache", {"gpt2.tiktoken": as_gpt2.read_bytes()})

@@ -92,7 +92,7 @@ def test_broken_files_are_named(tmp_path, data, says):
 
 
 def test_a_file_that_changes_while_it_is_open(tmp_path):
-    """A mapped one would end the process by SIGBUS; this one says so, whatever is read of it."""
+    """Tests that a UserError tells it, where a mapped file would end the process by SIGBUS."""
     path = tmp_path / "train.bin"
     np.arange(100_000, dtype=np.uint16).tofile(path)
     ids = TokenFile(path)
@@ -117,7 +117,7 @@ def test_a_file_that_changes_while_it_is_open(tmp_path):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Names of the files that are really read."""
+    """Returns the names of the files that are really read."""
     names, scan = [], TokenFile.scan
     monkeypatch.setattr(TokenFile, "scan", lambda f, *a: names.append(f.path.name) or scan(f, *a))
     return names
@@ -150,7 +150,7 @@ def test_files_are_read_again_only_when_they_change(tmp_path, counted):
 
 
 def raw(folder, train=range(1000), val=range(100)):
-    """As nanoGPT makes one."""
+    """Makes a folder like nanoGPT's."""
     folder.mkdir()
     np.array(train, "<u2").tofile(folder / "train.bin")
     np.array(val, "<u2").tofile(folder / "val.bin")
@@ -166,7 +166,7 @@ def shards(folder, *lengths, name="fineweb"):
 
 
 def made(tmp_path, settings):
-    """A folder that `prepare` made."""
+    """Returns a folder that `prepare` made."""
     folder = tree(tmp_path / "in", {"text.txt": "one two three\n" * 400})
     return prepare(settings(input=str(folder), tokenizer="char"))
 

@@ -133,10 +133,10 @@ def test_gpt2_is_found_in_the_caches_or_downloaded(as_gpt2, server, tmp_path, mo
     cache = tmp_path / "cache"
     with pytest.raises(UserError, match="fastgpt prepare.*--vocab_file=FILE"):
         make_tokenizer("gpt2", cache=cache)
-    theirs = hashlib.sha1(module.GPT2_URL.encode()).hexdigest()
-    tree(tmp_path / "tt", {theirs: data})
+    cached = hashlib.sha1(module.GPT2_URL.encode()).hexdigest()
+    tree(tmp_path / "tt", {cached: data})
     assert make_tokenizer("gpt2", cache=cache).name == "gpt2" and not server.asked
-    (tmp_path / "tt" / theirs).unlink()
+    (tmp_path / "tt" / cached).unlink()
     for _ in range(2):
         assert make_tokenizer("gpt2", cache=cache, download=True).name == "gpt2"
     assert server.asked == ["/ranks"] and (cache / "gpt2.tiktoken").read_bytes() == data
@@ -232,7 +232,7 @@ FILES = [
 
 @pytest.mark.parametrize("number", range(len(RANKS) + len(FILES)))
 def test_damaged_files_are_named(as_gpt2, tmp_path, number):
-    """Every damage of a folder; of its ranks by themselves too, which have no sha256."""
+    """Damages a folder, and its ranks by themselves, which have no sha256."""
     folder = tmp_path / "t"
     make_tokenizer("gpt2", vocab_file=str(as_gpt2)).save(folder)
     (ranks_of(RANKS[number]) if number < len(RANKS) else FILES[number - len(RANKS)])(folder)

@@ -1,4 +1,4 @@
-"""Vocabularies as Hugging Face's GPT-2 tokenizer has them: the same ids for any text, both ways."""
+"""Tokenizers of Hugging Face's GPT-2 folders, which have the same ids in both directions."""
 
 from __future__ import annotations
 
@@ -61,16 +61,16 @@ def test_many_languages_have_the_same_ids_there(kind: str, bpe: BPETokenizer, tm
     tokenizer = tokenizer_of(kind, bpe)
     assert "vocab.json" in write(tmp_path, tokenizer, max_length=77)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert len(theirs) == tokenizer.vocab_size and theirs.model_max_length == 77
-    assert theirs.eos_token_id == theirs.bos_token_id == tokenizer.eot
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert len(reference) == tokenizer.vocab_size and reference.model_max_length == 77
+    assert reference.eos_token_id == reference.bos_token_id == tokenizer.eot
     odd = [LANGUAGES, TEXT, "  two  blanks", "a<|b"]
     lines = ["It's 12,345 o'clock.\n"] if kind == "char" else [*LANGUAGES.split("\n"), *odd]
     for line in lines:
-        ids = theirs(line)["input_ids"]
-        assert ids == tokenizer.encode(line).tolist() and theirs.decode(ids) == line, line
+        ids = reference(line)["input_ids"]
+        assert ids == tokenizer.encode(line).tolist() and reference.decode(ids) == line, line
     # Read back by fastgpt: from its own files, as downloads have them, as transformers 5 saves it.
-    theirs.save_pretrained(saved := tmp_path / "saved")
+    reference.save_pretrained(saved := tmp_path / "saved")
     assert not (saved / "vocab.json").exists() or transformers.__version__ < "5"
     for folder, removed in ((tmp_path, None), (tmp_path, tmp_path / "fastgpt"), (saved, None)):
         if removed:

@@ -30,14 +30,14 @@ SHAPES = [
 ]
 
 
-def assert_same_logits(ours: GPT, theirs) -> None:
-    """At every T up to block_size, to fp32 rounding: 1e-5 of the largest logit."""
-    for T in range(1, ours.shape.block_size + 1):
+def assert_same_logits(model: GPT, reference) -> None:
+    """Compares at every T up to block_size, to 1e-5 of the largest logit."""
+    for T in range(1, model.shape.block_size + 1):
         ids = torch.randint(
-            ours.shape.vocab_size, (2, T), generator=torch.Generator().manual_seed(T)
+            model.shape.vocab_size, (2, T), generator=torch.Generator().manual_seed(T)
         )
         with torch.no_grad():
-            a, b = ours(ids), theirs(ids).logits
+            a, b = model(ids), reference(ids).logits
         error, largest = (a - b).abs().max().item(), b.abs().max().item()
         assert error <= 1e-5 * largest, f"T={T}: {error:.2e}, largest logit {largest:.2f}"
 
@@ -46,11 +46,13 @@ def assert_same_logits(ours: GPT, theirs) -> None:
 def test_export_is_what_transformers_loads(shape: ModelShape, tmp_path: Path):
     model = random_model(shape, 0.2)
     write(tmp_path, shape, model.state_dict(), eot=3)
-    theirs, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    reference, info = transformers.GPT2LMHeadModel.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    assert theirs.config.vocab_size == shape.vocab_size, "the padding stays here"
-    assert theirs.generation_config.eos_token_id == theirs.config.eos_token_id == 3
-    assert_same_logits(model, theirs.eval())
+    assert reference.config.vocab_size == shape.vocab_size, "the padding stays here"
+    assert reference.generation_config.eos_token_id == reference.config.eos_token_id == 3
+    assert_same_logits(model, reference.eval())
     back = read(tmp_path)
     assert back.shape == shape
     for name, tensor in model.state_dict().items():
@@ -66,17 +68,17 @@ def test_what_transformers_saves_is_read(shape: ModelShape, tmp_path: Path):
         n_positions=shape.block_size, vocab_size=shape.vocab_size,
         activation_function="gelu_new" if shape.gelu == "tanh" else "gelu",
     )  # fmt: skip
-    theirs = transformers.GPT2LMHeadModel(config).eval()
+    reference = transformers.GPT2LMHeadModel(config).eval()
     with torch.no_grad():
-        for p in theirs.parameters():
+        for p in reference.parameters():
             p.normal_(0.0, 0.2)
-    theirs.save_pretrained(tmp_path / "whole")
-    theirs.save_pretrained(tmp_path / "parts", max_shard_size="2KB")
+    reference.save_pretrained(tmp_path / "whole")
+    reference.save_pretrained(tmp_path / "parts", max_shard_size="2KB")
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
     for folder in ("parts", "whole"):
         weights = read(tmp_path / folder)
         assert weights.shape == shape
-        assert_same_logits(model_with(shape, weights.tensors), theirs)
+        assert_same_logits(model_with(shape, weights.tensors), reference)
     write(tmp_path / "again", shape, weights.tensors)
     first, second = (load_file(tmp_path / f / "model.safetensors") for f in ("whole", "again"))
     assert first.keys() == second.keys()
@@ -100,7 +102,7 @@ def change(folder: Path, tensors) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_openai_s_own_names_masks_and_half_precision(folder: Path, dtype):
-    """As on the hub: no "transformer.", attention masks among the tensors, the head stored too."""
+    """Reads names without "transformer.", attention masks, and a stored output layer."""
     before = read(folder).tensors
     stored = {k: v.to(dtype) for k, v in load_file(folder / "model.safetensors").items()}
     hub = {k.removeprefix("transformer."): v for k, v in stored.items()}
@@ -197,7 +199,7 @@ def test_files_that_are_missing(folder: Path):
 
 
 def test_openai_s_sizes():
-    """All parameters, positions too, as OpenAI counts (the paper's 117M was a slip)."""
+    """Counts all parameters, with the positions, as OpenAI does."""
     millions = {"gpt2": 124, "gpt2-medium": 355, "gpt2-large": 774, "gpt2-xl": 1558}
     for size, want in millions.items():
         shapes = expected(hugging_face.shape_of_size(size)).values()
@@ -205,7 +207,7 @@ def test_openai_s_sizes():
 
 
 def test_a_hugging_face_model_trained_on_gets_its_biases_back(tmp_path: Path):
-    """Marked as without biases, but a bias is no longer zero: then it counts."""
+    """Tests that a bias that is no longer zero counts, though the model is marked as without."""
     shape = replace(SHAPE, bias=False)
     write(tmp_path, shape, random_model(shape).state_dict())
     assert not read(tmp_path).shape.bias

@@ -1,4 +1,4 @@
-"""nanoGPT's checkpoints: a run goes on as it would have there; hostile files run nothing."""
+"""nanoGPT's checkpoints, whose runs go on as in nanoGPT, and hostile files."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Reference:
         self.optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95))
 
     def step(self, step: int, tokens: torch.Tensor) -> float:
-        """One update on (rows, T + 1) tokens; the loss before it."""
+        """Updates on (rows, T + 1) tokens. Returns the loss before it."""
         config = OptimConfig(learning_rate=3e-2, min_lr=1e-3, warmup_iters=3, lr_decay_iters=20)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
@@ -81,7 +81,7 @@ class Reference:
         return loss.item()
 
     def checkpoint(self, step: int, compiled: bool = False) -> dict:
-        """What its train.py saves: the output layer a second time, the loss as a tensor."""
+        """Returns what train.py saves, with a second output layer and the loss as a tensor."""
         model = torch.nn.Module().state_dict()  # an OrderedDict with metadata, as a module's is
         model.update({k: v.detach() for k, v in self.p.items()})
         model["lm_head.weight"] = model["transformer.wte.weight"]
@@ -99,7 +99,7 @@ class Reference:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """nanoGPT's data folder: headerless ids below 65, a vocabulary of characters."""
+    """Makes nanoGPT's data folder of headerless ids below 65, with a vocabulary of characters."""
     folder = tmp_path / "data" / "letters"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -152,7 +152,7 @@ def save(folder: Path, **changes) -> Path:
 
 
 def test_masks_and_no_optimizer(tmp_path: Path):
-    """Older versions keep causal masks among the weights; a checkpoint may be weights only."""
+    """Reads causal masks of older versions, and a checkpoint of weights only."""
     model = changed(**{"transformer.h.0.attn.bias": torch.ones(1, 1, 12, 12)})
     save(tmp_path, model=model, optimizer=None, config=None, iter_num=7)
     said = fastgpt(tmp_path, "import", "ckpt.pt", "--out_dir=run", "--gelu=tanh")
@@ -161,7 +161,7 @@ def test_masks_and_no_optimizer(tmp_path: Path):
 
 
 def hostile(kind: str, folder: Path) -> Path:
-    """A checkpoint that would write a file if any of it were run."""
+    """Returns a checkpoint that would write a file if any of it were run."""
     path = folder / "ckpt.pt"
     evil = Reduce(os.system, (f"touch {folder / 'ran'}",))
     bad = pickle.dumps(evil, protocol=2)

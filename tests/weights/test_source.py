@@ -1,4 +1,4 @@
-"""Weights from elsewhere: finetuning from them, and a model's way out and back in by commands."""
+"""Commands that finetune weights of other programs, and that export and read a model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHAPE = ModelShape(1, 2, 16, 32, 256, True, "tanh")
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A text, and a small model as a Hugging Face folder."""
+    """Makes a text, and a small model as a Hugging Face folder."""
     folder = tmp_path_factory.mktemp("home")
     runs.write_text(folder)
     hugging_face.write(folder / "weights", SHAPE, GPT(SHAPE).init_weights(3).state_dict())
@@ -43,7 +43,7 @@ FEW = ("--max_iters=2", "--eval_iters=1", "--gradient_accumulation_steps=2", "--
 
 
 def test_finetuning_begins_with_the_given_weights_and_resumes(home: Path):
-    """A learning rate of next to nothing leaves them; shape, biases and GELU are theirs."""
+    """Trains at a learning rate of nearly 0, which leaves the weights as they are."""
     finetune = ("finetune_shakespeare", "--weights=weights", "--block_size=20", *DATA, *FEW)
     still = ("--learning_rate=1e-12", "--weight_decay=0")
     said = fastgpt(home, "train", *finetune, *still, "--out_dir=tuned")
@@ -64,34 +64,34 @@ def test_finetuning_begins_with_the_given_weights_and_resumes(home: Path):
 
 
 def test_a_run_goes_out_and_comes_back(home: Path):
-    """train -> export -> transformers, sample and eval of the folder, and export of that again."""
+    """Trains, exports, loads, samples and evaluates the folder, and exports it again."""
     transformers = pytest.importorskip("transformers")
     fastgpt(home, "train", *runs.TINY, *DATA, "--out_dir=out", "--bias=True", "--gelu=erf")
     said = fastgpt(home, "export", "--out_dir=out", "--to", "folder", "--checkpoint=latest")
     assert "exported to folder" in said and "vocab.json, merges.txt" in said
     saved = load(home / "out")
     model = model_with(ModelShape(**saved.state["model"]), saved.model)
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(home / "folder").eval()
+    reference = transformers.GPT2LMHeadModel.from_pretrained(home / "folder").eval()
     ids = torch.arange(32).view(2, 16)
     with torch.no_grad():
-        torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
-    # `pipeline`, as everyone calls it: the likeliest continuation is ours, character by character.
+        torch.testing.assert_close(model(ids), reference(ids).logits, rtol=1e-5, atol=1e-5)
+    # The likeliest continuation is the same, character by character.
     tokenizer = transformers.AutoTokenizer.from_pretrained(home / "folder")
     assert tokenizer.model_max_length == 16
-    pipeline = transformers.pipeline("text-generation", model=theirs, tokenizer=tokenizer)
+    pipeline = transformers.pipeline("text-generation", model=reference, tokenizer=tokenizer)
     greedy = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False}
     (got,) = pipeline("a cat", **greedy)
-    ours = ByteTokenizer()
-    prompt = ours.encode("a cat").tolist()
+    byte = ByteTokenizer()
+    prompt = byte.encode("a cat").tolist()
     batch = BatchGenerator(model, 1, len(prompt) + 8, Sampling(temperature=0))
-    assert got["generated_text"] == ours.decode(i for (i,) in batch.stream([prompt], 8, [0]))
+    assert got["generated_text"] == byte.decode(i for (i,) in batch.stream([prompt], 8, [0]))
     fastgpt(home, "export", "--weights=folder", "--to=folder2")
     first, second = ((home / f / "model.safetensors").read_bytes() for f in ("folder", "folder2"))
     assert first == second
     args = ("--num_samples=1", "--max_new_tokens=20", "--start=a cat", "--device=cpu")
     a = fastgpt(home, "sample", "--out_dir=out", "--checkpoint=latest", *args)
     b = fastgpt(home, "sample", "--weights=folder", *args)
-    for part in (theirs, tokenizer):
+    for part in (reference, tokenizer):
         part.save_pretrained(home / "saved")
     c = fastgpt(home, "sample", "--weights=saved", *args)
     assert a.split("\n")[1] == b.split("\n")[1] == c.split("\n")[1]
@@ -132,7 +132,6 @@ def test_bad_requests(command, message, home: Path):
 
 
 def test_a_folder_that_is_being_exported_to_is_left_alone(home: Path):
-    """Kills and full disks during an export are among the chaos tests."""
     (home / ".tmp-busy").mkdir()
     with atomic.lock(home / ".tmp-busy", "busy"):
         said = fastgpt(home, "export", "--weights=weights", "--to=busy", code=2)
@@ -141,7 +140,7 @@ def test_a_folder_that_is_being_exported_to_is_left_alone(home: Path):
 
 @pytest.mark.slow
 def test_a_tokenizer_that_changed_is_named(home: Path):
-    """Another than the weights'; a run's own after a flipped byte, which a resume writes anew."""
+    """Takes another tokenizer than the weights', then flips a byte of a run's own."""
     data = ("--weights=weights", "--block_size=20", *DATA, "--tokenizer=char")
     said = fastgpt(home, "train", "laptop", *data, *FEW, "--out_dir=flip")
     assert "warning: these weights know the ids of byte, the data in data/text-char-" in said
