@@ -1,8 +1,8 @@
-"""What one layer of the captured training graph is made of, forward and backward.
+"""Nodes of one layer in the captured training graph, forward and backward.
 
-It guards the fusions: an added cast, copy or unfused op is a node that the table below lacks. The
-graph is captured on a CPU as torch.compile does it, with the Triton kernels as custom ops that
-never run. Views move no data and are left out. Say in the commit why a count changes.
+They guard the fusions, since an added cast, copy or unfused op is a node that the table below
+lacks. The graph is captured on a CPU as torch.compile does it, with the Triton kernels as custom
+ops that never run. Views move no data and are left out. A commit that changes a count says why.
 """
 
 import json
@@ -49,7 +49,7 @@ for mlp, ops in MLPS.items():
 
 
 def count(variant: Variant, n_layer: int) -> dict[str, Counter[str]]:
-    """Nodes by name of both graphs of a small model; Triton's interpreter refuses bf16."""
+    """Returns the nodes of both graphs of a small model by name, in fp16 for the interpreter."""
     import torch
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.aot_autograd import make_boxed_func
@@ -91,7 +91,7 @@ def count(variant: Variant, n_layer: int) -> dict[str, Counter[str]]:
 
 
 def name_of(node) -> str:
-    """The name of a node that computes or moves something; empty for others."""
+    """Returns the name of a node that computes or moves data, or an empty one."""
     if node.op != "call_function" or getattr(node.target, "is_view", False):
         return ""
     target = node.target
@@ -112,7 +112,7 @@ def empty_like(node):
 
 @pytest.fixture(scope="module")
 def layers() -> list[dict[str, dict[str, int]]]:
-    """Nodes of a layer of each variant, found by this file in a process that interprets Triton."""
+    """Returns the nodes of a layer of each variant, from a process that interprets Triton."""
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copyreg
-import importlib
 import os
 import re
 import subprocess
@@ -23,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 from unittest import mock
 
@@ -79,11 +79,6 @@ class Launch:
         return f"{self.arch} {self.op}, {self.preset}: {self.source.fn.__name__}({text})"
 
 
-def _kernel(module: str, name: str) -> Any:
-    """Returns a kernel, which is sent to a worker by its name."""
-    return getattr(importlib.import_module(module), name)
-
-
 @contextmanager
 def recording(arch: str) -> Iterator[list[Launch]]:
     """Appends each new kind of launch on meta tensors to a list, without compiling it.
@@ -93,7 +88,8 @@ def recording(arch: str) -> Iterator[list[Launch]]:
     found, kernels, target = list[Launch](), list[Any](), GPUTarget("cuda", int(arch[3:]), 32)
 
     def compile_later(source: Any, target: GPUTarget, options: Mapping[str, Any]) -> Any:
-        copyreg.pickle(type(source.fn), lambda fn: (_kernel, (fn.module, fn.__name__)))
+        # A launch is sent to a worker with its kernel's name.
+        copyreg.pickle(type(source.fn), lambda fn: (resolve_name, (f"{fn.module}:{fn.__name__}",)))
         found.append(Launch(source, target, options))
         kernels.append(source.fn)
         return mock.Mock()  # a compiled kernel that launches nothing

@@ -191,7 +191,7 @@ def cross_entropy_kernel(
                 _store_gradient(
                     out_row_ptr, tiles, first, lanes, n_cols, peak, factor, TILES, BLOCK, TILES
                 )
-            # The target's probability less 1, stored after all threads have stored theirs.
+            # The target's probability less 1, stored after the threads' stores.
             gradient = (_exponential(at_target, peak) - total) * factor
             tl.debug_barrier()
             gradient = gradient.to(gradient_ptr.dtype.element_ty)
@@ -347,7 +347,7 @@ def with_targets(s: Sizes, *inputs: Tensor) -> ExampleInputs:
 
 
 def _cost(s: Sizes, itemsize: int) -> dict[str, Cost]:
-    """Each tensor moved once, as by linear_cross_entropy; the op itself reads the logits twice."""
+    """Returns the cost with each tensor moved once, though the op reads the logits twice."""
     return {"both": Cost(0, 2.0 * s.tokens * s.padded_vocab_size * itemsize)}
 
 

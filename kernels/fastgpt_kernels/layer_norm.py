@@ -379,8 +379,8 @@ def _check(
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Normalises the last dimension of x (..., C), then scales by weight and shifts by bias (C,).
 
-    y has x's shape and dtype (bf16, fp16, fp32) and is contiguous. C is 1 to 8192. weight and bias
-    may have another dtype than x, such as fp32 masters, and their gradients have theirs.
+    y has x's shape and dtype (bf16, fp16, fp32) and is contiguous. C is 1 to 8192. weight, bias and
+    their gradients may have another dtype, such as fp32.
 
     Raises TypeError or ValueError for arguments that do not fit.
     """

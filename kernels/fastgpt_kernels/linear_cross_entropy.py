@@ -45,8 +45,8 @@ def chunk_rows(
 ) -> int:  # fmt: skip
     """Returns the rows of a chunk: `chunk_tokens`, or near-equal chunks of at most `most_bytes`.
 
-    n chunks cost 8 (n - 1) V C bytes to sum dW in memory and 2 n reads of W, so there are as few as
-    memory allows: mostly one. 65,536 rows of 50,304 bf16 logits are 6.6 GB.
+    There are as few as memory allows, since n chunks cost 8 (n - 1) V C bytes to sum dW in memory.
+    65,536 rows of 50,304 bf16 logits are 6.6 GB.
     """
     if chunk_tokens is not None:
         return min(chunk_tokens, n_rows)
@@ -214,7 +214,7 @@ def _example_inputs(s: Sizes, random: Random) -> list[ExampleInputs]:
 
 
 def _cost(s: Sizes, itemsize: int) -> dict[str, Cost]:
-    """Three matmuls. The logits are written, read, overwritten by dz, and read twice."""
+    """Returns the cost of three matmuls and of five passes over the logits."""
     logits = 1.0 * s.tokens * s.padded_vocab_size
     return {"both": Cost(6 * logits * s.n_embd, 5 * logits * itemsize)}
 

@@ -36,13 +36,13 @@ class Worker:
 
     def spawn(self) -> None:
         """Starts the process without waiting for its imports: `ready` does. Raises TaskFailed."""
-        self._connection, theirs = Pipe()
-        with theirs:
+        self._connection, its_end = Pipe()
+        with its_end:
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", __file__, str(theirs.fileno())],
+                    [sys.executable, "-P", __file__, str(its_end.fileno())],
                     stdin=subprocess.PIPE, stdout=self._output, stderr=self._output,
-                    pass_fds=[theirs.fileno()],
+                    pass_fds=[its_end.fileno()],
                     start_new_session=True,  # Ctrl+C is the owner's, which then kills it
                 )  # fmt: skip
             except OSError as e:

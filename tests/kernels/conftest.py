@@ -14,7 +14,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 from fastgpt_kernels import launch
 from tests.kernels import helpers
 
-# The same examples in every run: a failure is the change's, never the draw's.
+# The same examples in every run.
 settings.register_profile("kernels", derandomize=True, deadline=None)
 settings.load_profile("kernels")
 
@@ -24,7 +24,7 @@ DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * HAS_CUDA
 
 @pytest.fixture(autouse=True)
 def run_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPU tensors go to the interpreted kernel here, not to the reference."""
+    """Runs interpreted kernels instead of the reference on CPU tensors."""
     if not HAS_CUDA:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setattr(launch, "INTERPRETED", True)
@@ -35,13 +35,13 @@ def run_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What launchers allocate is full of NaN, so that an output left unwritten fails the test."""
+    """Fills allocated tensors with NaN, so that an unwritten output fails the test."""
     helpers.poison_empty(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
-    """The same random inputs in every run, whatever the order of the tests."""
+    """Seeds each test, so that its random inputs do not depend on the order of tests."""
     with torch.random.fork_rng():
         torch.manual_seed(1234)
         yield
@@ -49,7 +49,7 @@ def seeded() -> Iterator[None]:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of cross_entropy for small rows: one tile, four in registers, walked twice."""
+    """Sets cross_entropy's tiles for small rows: one tile, four in registers, walked twice."""
     table = {
         64: launch.Config({"BLOCK": 64, "TILES": 1}, num_warps=1),
         256: launch.Config({"BLOCK": 64, "TILES": 4}, num_warps=1),

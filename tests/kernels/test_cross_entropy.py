@@ -140,7 +140,7 @@ def test_ignored_rows_may_hold_anything(
 @small_tiles
 @pytest.mark.parametrize("n_rows", [0, 3])
 def test_no_row_counts(n_rows: int, device: torch.device) -> None:
-    """As in PyTorch, the mean over nothing is NaN and its gradient zero."""
+    """The mean over nothing is NaN and its gradient zero, as in PyTorch."""
     logits = torch.randn(n_rows, 130, device=device)
     targets = torch.full((n_rows,), -1, device=device)
     for reduction in REDUCTIONS:
@@ -188,7 +188,7 @@ def test_any_strides(layout: str, device: torch.device) -> None:
 def test_the_gradient_may_take_the_place_of_the_logits(
     dtype: torch.dtype, device: torch.device
 ) -> None:
-    """As in linear_cross_entropy: in rows of a slice, whose surroundings are not touched."""
+    """linear_cross_entropy needs that, in rows of a slice whose surroundings are not touched."""
     x, targets = problem(3, 150, dtype, device)
     scale = torch.randn(3, device=device)
     loss, gradient = run(x, targets, "none", vocab_size=140, dloss=scale)

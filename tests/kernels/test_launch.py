@@ -1,4 +1,4 @@
-"""What launchers share: use of kernels, architectures, launch configs, and row views."""
+"""Use of kernels, architectures, launch configs, and row views."""
 
 import sys
 

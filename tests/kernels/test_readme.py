@@ -20,7 +20,7 @@ def test_every_op_of_the_model_has_an_example() -> None:
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: text.split("(")[0].split()[-1])
 def test_example_runs(example: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a user without a GPU would run it: on the reference; with a GPU on the kernels."""
+    """Runs on the reference without a GPU, and on the kernels with one, as for a user."""
     monkeypatch.setattr("fastgpt_kernels.launch.INTERPRETED", False)
     exec(compile(SETUP + example, "kernels/README.md", "exec"), {})
     assert example.strip().count("\n") <= 6, "an example is five lines or so"

@@ -1,4 +1,4 @@
-"""Where Triton does not exist (macOS) or is broken: every op runs its reference."""
+"""Without Triton (macOS), or with a broken one, every op runs its reference."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-# What `import triton` finds: nothing, or a package that fails.
+# `import triton` finds nothing, or a package that fails.
 MISSING = {"absent": "ModuleNotFoundError", "broken": "ImportError"}
 PROGRAM = """
 import json, sys, warnings
