@@ -256,14 +256,14 @@ def _compare(args: list[str]) -> int:
 
 def _prepare(args: list[str]) -> int:
     positional, flags = settings.split_flags(args)
-    if len(positional) > 1:
-        raise UserError(f"{' '.join(positional)}: one corpus is wanted")
-    if positional and "dataset" in flags:
-        raise UserError(f"{positional[0]} and --dataset={flags['dataset']}: one corpus is wanted")
-    if not (positional or "dataset" in flags or "input" in flags):
+    named = [*positional, *filter(None, [flags.get("dataset")])]
+    if len(named) > 1:
+        raise UserError(f"{' '.join(named)}: one corpus is wanted")
+    if not (named or "input" in flags):
         raise UserError("prepare: which corpus? name one, or a text with --input=PATH")
-    dataset = positional[0] if positional else schema.PrepareConfig.dataset
-    config = settings.apply_flags(schema.PrepareConfig(dataset=dataset), flags)
+    if named:
+        flags["dataset"] = named[0]
+    config = settings.apply_flags(schema.PrepareConfig(), flags)
     from fastgpt.data.prepare import prepare
 
     prepare(config)

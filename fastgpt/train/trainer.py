@@ -119,7 +119,9 @@ class Trainer:
 
         # 2. Forward and backward of all micro-batches. Every rank gets the mean loss, so that all
         # skip the same updates: an infinite loss may have finite gradients.
-        loss = self.ranks.mean(self._backward(step, tokens))
+        loss = self._backward(step, tokens)
+        if self.layout:
+            self.ranks.mean(loss)
 
         # 3. Clipping by the norm of all gradients, and the check that loss and norm are finite.
         self.scaler.unscale_(self.optimizer)
@@ -142,7 +144,8 @@ class Trainer:
         losses: list[Tensor] = []
         micro_step, micro_batches = self.graph or self.micro_step, tokens.split(self.micro_batch)
         for i, micro_batch in enumerate(micro_batches, 1):
-            distributed.reduce_gradients(self.wrapped, i == len(micro_batches))
+            if self.layout:
+                distributed.reduce_gradients(self.wrapped, i == len(micro_batches))
             losses.append(micro_step(micro_batch))
         return sum(losses[1:], losses[0])
 
