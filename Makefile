@@ -1,8 +1,7 @@
 # make train   install into .venv and train (no GPU, no network data needed)
 # make test    install what the tests need and run them, but for the slow ones
 # make slow    run the slow ones: many sizes, many processes, whole commands
-# make chaos   3,000 kills, faults and damaged files, and a table of what held
-# make soak    a long run that is killed again and again, against one that is not: ten minutes
+# make chaos   3,000 kills, signals, faults and damaged files, and a table of what held
 # make lint    ruff and mypy
 # make gate    compile every kernel for GPUs that need not be here and check its machine code
 # make bench   measure all that fits into BUDGET seconds on this GPU
@@ -35,7 +34,7 @@ HASHED := $(PIP) --require-hashes --only-binary :all: -r $(LOCK)
 HASHED += && $(PIP) --no-deps --no-index --no-build-isolation -e .
 NEEDS  := pyproject.toml constraints.txt $(if $(LOCKED),$(LOCK))
 
-.PHONY: train test slow chaos soak lint gate bench install lock clean
+.PHONY: train test slow chaos lint gate bench install lock clean
 
 train: $(VENV)/.installed
 	$(BIN)/fastgpt train $(ARGS)
@@ -48,9 +47,6 @@ slow: $(VENV)/.installed-test
 
 chaos: $(VENV)/.installed-test
 	CHAOS=$${CHAOS:-3000} $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/chaos $(PYTEST_ARGS)
-
-soak: $(VENV)/.installed-test
-	PYTHONPATH=.:kernels $(BIN)/python -m tests.chaos.soak $(SOAK_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -1,52 +1,87 @@
-"""How many tries there are, and the table of what held.
+"""Number of tries, how a single one is repeated, and the table of what held.
 
-CHAOS=3000 asks for so many in all (`make chaos`); without it there are few, for every change.
+CHAOS=3000 asks for 3,000 tries in all (`make chaos`); without it there are few. CHAOS_TRY=k makes
+try k alone of each kind. A try depends on nothing but its kind and its number.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import itertools
 import os
+import random
+import re
+import shutil
+import signal
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
 
 import pytest
+import torch
 
-TRIES = int(os.environ.get("CHAOS", "240"))
+TRIES, ONLY = int(os.environ.get("CHAOS", "120")), os.environ.get("CHAOS_TRY")
 CHUNK = 40
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)
 BEGAN = time.monotonic()
+Try = Callable[[str, int], AbstractContextManager[tuple[random.Random, Path]]]
 
 
-def chunks(share: float) -> list[tuple[int, int]]:
-    """(seed, tries) of the parts that a share of all tries is run in, for several processes."""
-    total = max(1, round(TRIES * share))
-    sizes = [min(CHUNK, total - at) for at in range(0, total, CHUNK)]
-    return list(enumerate(sizes))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "chaos" in item.path.parts:
-            item.add_marker(pytest.mark.chaos)
+def cases(share: float, *kinds: Iterable) -> list:
+    """Returns test parameters (kind..., range of tries) that share all tries among processes."""
+    combined = [*itertools.product(*kinds)]
+    total = max(1, round(TRIES * share / len(combined)))
+    tries = range(total) if ONLY is None else range(int(ONLY), int(ONLY) + 1)
+    parts = [tries[at : at + CHUNK] for at in range(0, len(tries), CHUNK)]
+    out = []
+    for kind, part in itertools.product(combined, parts):
+        names = [getattr(k, "__name__", getattr(k, "name", str(k))) for k in kind]
+        out.append(pytest.param(*kind, part, id="-".join([*names, str(part[0])])))
+    return out
 
 
 @pytest.fixture
-def held(record_property) -> Callable[[str], None]:
-    """Count one try, of what is named, that held."""
-    return lambda what: record_property("held", what)
+def one_try(request, record_property, tmp_path: Path) -> Try:
+    """Context of one try: its random numbers, and a copy of the folder tmp_path/template."""
+
+    @contextlib.contextmanager
+    def context(what: str, k: int) -> Iterator[tuple[random.Random, Path]]:
+        case = re.sub(r"\d+\]$", f"{k}]", request.node.nodeid)
+        home, began = tmp_path / "try", time.monotonic()
+        template = tmp_path / "template"
+        shutil.copytree(template, home, symlinks=True) if template.exists() else home.mkdir()
+        try:
+            yield random.Random(case.partition("::")[2]), home
+        except BaseException as e:
+            e.add_note(f"repeat it: CHAOS_TRY={k} python -m pytest -n 0 {case!r}; files: {home}")
+            raise
+        shutil.rmtree(home)
+        record_property("held", (what, time.monotonic() - began))
+
+    # Children are forked: what they need is loaded before, and runs in one thread.
+    for module in ("torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        importlib.import_module(module)
+    torch.set_num_threads(1)
+    return context
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    held: Counter[str] = Counter()
+    held: dict[str, list[float]] = defaultdict(list)
     for reports in terminalreporter.stats.values():
         for report in reports:
             if getattr(report, "when", "") == "call":
-                held.update(what for name, what in report.user_properties if name == "held")
+                for name, value in report.user_properties:
+                    if name == "held":
+                        held[value[0]].append(value[1])
     failed = [r.nodeid for r in terminalreporter.stats.get("failed", []) if "chaos" in r.nodeid]
     if not held:
         return
-    terminalreporter.section("what was tried, and held")
-    for what, count in sorted(held.items()):
-        terminalreporter.write_line(f"{count:6,}  {what}")
-    took = f"{time.monotonic() - BEGAN:.0f} s"
-    terminalreporter.write_line(f"{sum(held.values()):6,}  in all, {took}; failures: {len(failed)}")
+    terminalreporter.section("what was tried, held, and took per try")
+    for what, seconds in sorted(held.items()):
+        mean = 1000 * sum(seconds) / len(seconds)
+        terminalreporter.write_line(f"{len(seconds):6,}  {mean:6.0f} ms  {what}")
+    count, took = sum(map(len, held.values())), time.monotonic() - BEGAN
+    terminalreporter.write_line(f"{count:6,} in all, {took:.0f} s; failures: {len(failed)}")

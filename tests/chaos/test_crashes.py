@@ -1,191 +1,240 @@
-"""A kill, an EIO or a full disk at any change of a file: what is there after is old or new, whole.
+"""Kills, signals, EIO and full disks: the result of each is the old state or the new one, whole.
 
-Each job is done in a forked process whose n-th rename, removal, folder or open for writing is its
-last, or fails. After that the folder must hold the old state or the new one, whole, and the same
-job must work when it is asked for again.
+Each command runs in a forked process whose n-th rename, removal, folder or open for writing fails
+or is its last, or which gets a signal at a random moment. Then the same command must work.
 """
 
 from __future__ import annotations
 
 import errno
+import importlib
+import json
 import os
-import random
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
-from fastgpt.config.schema import Config, ExportConfig, ImportConfig, PrepareConfig
-from fastgpt.config.settings import replace, to_dict
-from fastgpt.data.prepare import prepare
+from fastgpt import cli
 from fastgpt.data.token_files import open_dataset
 from fastgpt.data.tokenizer import ByteTokenizer
-from fastgpt.errors import UserError
+from fastgpt.model import build
+from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.storage import checkpoint
 from fastgpt.storage import run_dir as run
 from fastgpt.weights import hf_tokenizer, hugging_face
-from fastgpt.weights.nanogpt import import_checkpoint
-from fastgpt.weights.source import export
+from fastgpt_kernels import cache
+from fastgpt_kernels.registry import model_specs
 from tests import runs
-from tests.chaos.conftest import chunks
-from tests.faults import KILLED, REFUSED, in_child, kill
+from tests.chaos.conftest import SIGNALS, Try, cases
+from tests.chaos.test_fuzz import make_run
+from tests.faults import KILLED, at_change, changes_in, fork, in_child, kill, wait
 from tests.weights.test_nanogpt import Reference
 
 SHAPE = ModelShape(1, 2, 8, 8, 256, False)
 
 
-def fail(code: int) -> Callable[[], None]:
-    def fault() -> None:
-        raise OSError(code, os.strerror(code))
-
-    return fault
+FAULTS = {name: Mock(side_effect=OSError(getattr(errno, name), name)) for name in ("EIO", "ENOSPC")}
+FAULTS["kill"] = kill
 
 
-FAULTS = {"kill": kill, "EIO": fail(errno.EIO), "ENOSPC": fail(errno.ENOSPC)}
+class Command:
+    """Command of `fastgpt`: its files, its arguments, and what holds after it was cut off."""
+
+    args: tuple[str, ...] = ()
+    prepare = check = after = lambda self: None
+
+    def do(self) -> None:
+        cli.main(self.args)
 
 
-def save(folder: Path, step: int, keep: int = 3) -> None:
-    w = {"w": torch.full((2, 2), float(step))}
-    state = {"format": checkpoint.FORMAT, "config": to_dict(Config()), "val_loss": 1.0}
-    checkpoint.save(folder, step, w, w, state, best=True, keep=keep)
+class Prepare(Command):
+    """fastgpt prepare"""
 
+    args = ("prepare", "--input=text.txt", "--tokenizer=byte")
 
-class Overwrite:
-    """A new run in the place of an old one."""
+    def prepare(self) -> None:
+        runs.write_text(Path())
 
-    def prepare(self, home: Path) -> None:
-        run.save_config(home / "out", Config())
-        (home / "out" / "metrics.jsonl").write_text("old\n")
-        save(home / "out", 7)
-
-    def do(self, home: Path) -> None:
-        with run.begin(str(home / "out"), "x", True) as folder:
-            run.save_config(folder, replace(Config(), n_layer=3))
-            (folder / "metrics.jsonl").write_text("new\n")
-            save(folder, 2)
-            run.settle(folder)
-
-    def check(self, home: Path) -> None:
-        folder = run.find(str(home / "out"))
-        step = checkpoint.load(folder, warn=pytest.fail).state["step"]
-        layers = run.load_config(folder, say=lambda line: None).model.n_layer
-        assert (step, layers) in ((7, 12), (2, 3))
-        log = (folder / "metrics.jsonl").read_text()
-        assert log == ("old\n" if step == 7 else "new\n")
-
-
-class Save:
-    """A checkpoint more, of which one is kept."""
-
-    def prepare(self, home: Path) -> None:
-        run.save_config(home / "out", Config())
-        for step in (1, 2):
-            save(home / "out", step)
-
-    def do(self, home: Path) -> None:
-        with run.resumed(str(home / "out")) as folder:
-            save(folder, 3, keep=1)
-
-    def check(self, home: Path) -> None:
-        saved = checkpoint.load(home / "out", warn=pytest.fail)
-        assert saved.state["step"] in (2, 3)
-        assert saved.model["w"].eq(saved.state["step"]).all()
-
-
-class Export:
-    """A Hugging Face folder."""
-
-    def prepare(self, home: Path) -> None:
-        weights = GPT(SHAPE).init_weights(0).state_dict()
-        hugging_face.write(home / "weights", SHAPE, weights)
-        hf_tokenizer.write(home / "weights", ByteTokenizer())
-
-    def do(self, home: Path) -> None:
-        source = {"init_from": "weights", "weights": str(home / "weights")}
-        export(replace(ExportConfig(), to=str(home / "to"), **source))
-
-    def check(self, home: Path) -> None:
-        if (home / "to").exists():
-            assert hugging_face.read(home / "to").shape == SHAPE
-            assert isinstance(hf_tokenizer.read(home / "to"), ByteTokenizer)
-            shutil.rmtree(home / "to")
-
-    def after(self, home: Path) -> None:
-        assert not list(home.glob(".tmp-*")), "the next export sweeps"
-
-
-class Import:
-    """A run from a checkpoint of nanoGPT's."""
-
-    def prepare(self, home: Path) -> None:
-        torch.save(Reference(bias=False).checkpoint(3), home / "ckpt.pt")
-
-    def do(self, home: Path) -> None:
-        options = ImportConfig(out_dir=str(home / "out"), data_dir=str(home / "data"))
-        import_checkpoint(str(home / "ckpt.pt"), options)
-
-    def check(self, home: Path) -> None:
-        if checkpoint.names(home / "out"):
-            assert checkpoint.load(home / "out", warn=pytest.fail).state["step"] == 3
-            shutil.rmtree(home / "out")
-
-
-class Prepare:
-    """Token files from a text."""
-
-    def prepare(self, home: Path) -> None:
-        runs.write_text(home)
-
-    def do(self, home: Path) -> None:
-        prepare(PrepareConfig(input=str(home / "text.txt"), data_dir=str(home / "data")))
-
-    def check(self, home: Path) -> None:
-        for folder in (home / "data").glob("text-*"):
+    def check(self) -> None:
+        for folder in Path("data").glob("text-*"):
             dataset = open_dataset(folder)
-            starts = np.array([0])
-            ids = [dataset.train.gather(starts, len(dataset.train))]
-            ids.append(dataset.val.gather(starts, len(dataset.val)))
-            text = np.concatenate(ids, axis=1).astype(np.uint8).tobytes()
-            assert text == (home / "text.txt").read_bytes()
+            splits = [s.gather(np.array([0]), len(s)) for s in (dataset.train, dataset.val)]
+            text = np.concatenate(splits, axis=1).astype(np.uint8).tobytes()
+            assert text == Path("text.txt").read_bytes()
 
 
-JOBS = (Overwrite, Save, Export, Import, Prepare)
-CASES = [
-    pytest.param(job, name, seed, tries, id=f"{job.__name__}-{name}-{seed}")
-    for job in JOBS
-    for name in FAULTS
-    for seed, tries in chunks(0.4 / len(JOBS) / len(FAULTS))
-]
+class Export(Command):
+    """fastgpt export"""
+
+    args = ("export", "--init_from=weights", "--weights=weights", "--to=to")
+
+    def prepare(self) -> None:
+        hugging_face.write(Path("weights"), SHAPE, GPT(SHAPE).init_weights(0).state_dict())
+        hf_tokenizer.write(Path("weights"), ByteTokenizer())
+
+    def check(self) -> None:
+        if Path("to").exists():
+            found, want = (hugging_face.read(Path(name)).tensors for name in ("to", "weights"))
+            assert all(torch.equal(found[name], t) for name, t in want.items())
+            assert isinstance(hf_tokenizer.read(Path("to")), ByteTokenizer)
+            shutil.rmtree("to")
+
+    def after(self) -> None:
+        assert Path("to").exists() and not list(Path().glob(".tmp-*"))
+
+
+class Import(Command):
+    """fastgpt import"""
+
+    args = ("import", "ckpt.pt", "--out_dir=out")
+
+    def prepare(self) -> None:
+        torch.save(Reference(bias=False).checkpoint(3), "ckpt.pt")
+
+    def check(self) -> None:
+        if checkpoint.names(Path("out")):
+            assert checkpoint.load(Path("out"), warn=pytest.fail).state["step"] == 3
+            shutil.rmtree("out")
+
+
+class Overwrite(Export):
+    """fastgpt train --init_from=weights --overwrite=True"""
+
+    args = ("train", *runs.SMALL, "--input=text.txt", "--out_dir=out", "--overwrite=True")
+    args += ("--init_from=weights", "--weights=weights", "--max_iters=2", "--eval_interval=1")
+    args += ("--keep_checkpoints=1",)
+
+    def prepare(self) -> None:
+        super().prepare()
+        make_run(Path("out"))
+        Prepare().prepare()
+        assert wait(fork(Prepare().do)) == 0
+
+    def check(self) -> None:
+        """Checks that the run is the old one or the new one, by checkpoint, settings and log."""
+        folder = run.find("out")
+        shape = checkpoint.load(folder, warn=pytest.fail).state.get("model")
+        layers = run.load_config(folder, say=lambda line: None).model.n_layer
+        logged = {record["val_loss"] == 2.5 for record in runs.records(folder, "eval")}
+        assert (shape, layers, logged) in ((None, 12, {True}), (vars(SHAPE), 1, {False}))
+
+    def after(self) -> None:
+        """Checks that nothing of the run that was cut off is left."""
+        assert len(runs.records(Path("out"), "eval")) == 3
+        assert checkpoint.names(Path("out"))[0] == checkpoint.name_of(2)
+        left = [p.name for p in (*Path("out").iterdir(), *Path("out/checkpoints").iterdir())]
+        assert not [name for name in left if name[0] == "." and name != ".lock"]
+
+
+class Compare(Command):
+    """fastgpt compare"""
+
+    args = ("compare", "a", "b")
+
+    def prepare(self) -> None:
+        for name in "ab":
+            make_run(Path(name))
+        assert wait(fork(self.do)) == 0
+        Path("compare.png").rename("want.png")
+
+    def check(self) -> None:
+        picture = Path("compare.png")
+        assert not picture.exists() or picture.read_bytes() == Path("want.png").read_bytes()
+
+
+class Tune(Command):
+    """fastgpt tune"""
+
+    args = ("tune", "laptop", "--compile=True")
+
+    def do(self) -> None:
+        """Runs it on a GPU that is said to be there, with times that are said to be measured."""
+        os.environ["XDG_CACHE_HOME"] = os.path.abspath("cache")
+        tune = importlib.import_module("fastgpt_kernels.tune")
+        machine = Machine(torch.device("cuda", 0), "bfloat16", True)
+        build.Machine.of = lambda *args: machine  # type: ignore[assignment]
+        tune.arch_on, tune.failures = lambda device: "sm_90", lambda checks: {}
+        tune.in_child = lambda checks, compile: {c.implementation: [1.0] * 9 for c in checks}
+        cache.environment = lambda device: "an H100"  # type: ignore[assignment]
+        super().do()
+
+    def check(self) -> None:
+        if (kept := Path("cache/fastgpt/tune.json")).exists():
+            for entry in json.loads(kept.read_text())["an H100"].values():
+                assert entry.keys() == {"implementation", "reason"}
+
+    def after(self) -> None:
+        kept = json.loads(Path("cache/fastgpt/tune.json").read_text())["an H100"]
+        assert len(kept) == len(model_specs())
+
+
+WRITERS = (Prepare, Export, Import, Overwrite)
+COMMANDS = (*WRITERS, Tune, Compare)
+
+
+def finish(task: Command) -> None:
+    """Checks what a command that was cut off has left, and runs it again."""
+    task.check()
+    code = wait(fork(task.do, "said"))
+    assert code == 0, f"exit code {code} when asked for again: {Path('said').read_text()[-900:]}"
+    task.after()
+    task.check()
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch) -> Callable:
+    """Returns a job whose files are made, the number of its changes, and its seconds."""
+
+    def make(job):
+        task = job()
+        (tmp_path / "template").mkdir()
+        monkeypatch.chdir(tmp_path / "template")
+        task.prepare()
+        shutil.copytree(tmp_path / "template", tmp_path / "first", symlinks=True)
+        monkeypatch.chdir(tmp_path / "first")
+        began = time.monotonic()
+        return task, changes_in(task.do, "said"), time.monotonic() - began
+
+    return make
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("job", "name", "seed", "tries"), CASES)
-def test_a_fault_at_any_change(job, name: str, seed: int, tries: int, tmp_path: Path, held):
-    torch.set_num_threads(1)  # children are forked
-    task, rng = job(), random.Random(f"{job.__name__} {name} {seed}")
-    template = tmp_path / "template"
-    template.mkdir()
-    task.prepare(template)
-    most = 60
-    for k in range(tries):
-        home = tmp_path / f"{k}"
-        shutil.copytree(template, home)
-        n = rng.randint(1, most)
-        code = in_child(lambda home=home: task.do(home), n, FAULTS[name])
-        if code == 0:
-            most = min(most, n + 5)  # it has fewer changes than that
-        assert code in (0, KILLED, REFUSED), f"{name} at change {n}: exit code {code}"
-        try:
-            task.check(home)
-            task.do(home)
-            task.check(home)
-            if hasattr(task, "after"):
-                task.after(home)
-        except (UserError, OSError) as e:
-            raise AssertionError(f"{name} at change {n}: {e}") from e
-        shutil.rmtree(home)
-        held(f"{name} at a change of a file: {job.__doc__.rstrip('.').lower()}")
+@pytest.mark.parametrize(("job", "fault", "tries"), cases(0.3, WRITERS, FAULTS))
+def test_a_fault_at_any_change(job, fault: str, tries, one_try: Try, start, monkeypatch):
+    task, changes, _ = start(job)
+    for k in tries:
+        with one_try(f"{fault} at a change of a file: {job.__doc__}", k) as (rng, home):
+            monkeypatch.chdir(home)
+            code = in_child(task.do, rng.randint(1, changes + 1), FAULTS[fault])
+            assert code in (0, 2, KILLED), f"exit code {code}"
+            finish(task)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("job", "tries"), cases(0.08, COMMANDS))
+def test_a_signal_at_any_moment(job, tries, one_try: Try, start, monkeypatch):
+    """Before a change of a file, or after a share of the command's usual time."""
+    task, changes, seconds = start(job)
+    for k in tries:
+        with one_try(f"a signal at any moment: {job.__doc__}", k) as (rng, home):
+            monkeypatch.chdir(home)
+            number, n = rng.choice(SIGNALS), rng.choice((0, rng.randint(1, changes)))
+
+            def cut_off(number=number, n=n) -> None:
+                at_change(n, lambda: os.kill(os.getpid(), number))
+                task.do()
+
+            pid = fork(cut_off, "said")
+            if not n:
+                time.sleep(rng.random() * seconds)
+                os.kill(pid, number)
+            code = wait(pid)
+            assert code in (0, -number, 128 + number), f"{number.name}: exit code {code}"
+            finish(task)

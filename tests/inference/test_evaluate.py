@@ -104,10 +104,8 @@ def test_a_text_and_its_token_files_have_the_same_loss(home: Path):
     (home / "text").write_bytes(text)
     (home / "plain.bin").write_bytes(ids.tobytes())
     (home / "headed.bin").write_bytes(header(len(ids), ids.dtype) + ids.tobytes())
-    got, *others = (
-        evaluate(home, "--weights=weights", f"--input={name}")
-        for name in ("text", "plain.bin", "headed.bin")
-    )
+    names = ("text", "plain.bin", "headed.bin")
+    got, *others = (evaluate(home, "--weights=weights", f"--input={name}") for name in names)
     assert [got, got] == others and got["tokens"] == len(text) - 1 and got["stride"] == 32
     assert got["loss"] == pytest.approx(math.log(256), abs=0.05)
     of_run = evaluate(home, "--out_dir=out", "--input=text.txt")
@@ -134,14 +132,9 @@ def test_weights_that_are_not_finite(home: Path):
 def test_hellaswag(home: Path):
     """Untrained, all tokens are about as likely: the shortest ending is always chosen."""
     rng, words = np.random.default_rng(0), ["cat", "dog", "mat", "sea", "run"]
-    lines = [
-        {
-            "ctx": "A cat",
-            "endings": [" ".join(rng.choice(words, k + 1)) for k in range(4)],
-            "label": int(rng.integers(4)),
-        }
-        for _ in range(10)
-    ]
+    lines: list[dict] = [{"ctx": "A cat", "label": k} for k in rng.integers(0, 4, 10).tolist()]
+    for line in lines:
+        line["endings"] = [" ".join(rng.choice(words, k + 1)) for k in range(4)]
     (home / "hellaswag.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     args = ("--weights=weights", "--task=hellaswag", "--input=hellaswag.jsonl")
     got = evaluate(home, *args)

@@ -24,11 +24,6 @@ def in_tmp(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def make(folder: Path) -> Path:
-    run.save_config(folder, Config())
-    return folder
-
-
 def test_two_runs_in_one_second_get_two_folders(monkeypatch):
     monkeypatch.setattr(run.time, "strftime", lambda form: "2026-01-01_000000")
     name = "a name/with: things"
@@ -41,11 +36,10 @@ def test_newest_is_the_one_that_saved_last():
     with pytest.raises(UserError, match="no run with a checkpoint under runs/ yet"):
         run.newest()
     for name, when in (("z", 100), ("a", 200)):
-        latest = make(Path("runs") / name) / "checkpoints" / "latest"
-        latest.parent.mkdir()
-        latest.touch()
-        os.utime(latest, (when, when))
-    make(Path("runs") / "failed-at-once")
+        run.save_config(Path("runs", name), Config())
+        save(Path("runs", name), 1)
+        os.utime(f"runs/{name}/checkpoints/latest", (when, when))
+    run.save_config(Path("runs/failed-at-once"), Config())
     assert run.newest() == run.find("") == run.find("runs/a") == Path("runs/a")
     with pytest.raises(UserError, match="--out_dir=there: no run there"):
         run.find("there")
@@ -53,7 +47,7 @@ def test_newest_is_the_one_that_saved_last():
 
 def old_run(folder: Path) -> dict[str, bytes]:
     """A run with a checkpoint and a file of the user's; what its files hold."""
-    make(folder)
+    run.save_config(folder, Config())
     (folder / "metrics.jsonl").write_text("old\n")
     (folder / "nonfinite" / "step_00000003").mkdir(parents=True)
     (folder / "nonfinite" / "step_00000003" / "report.json").write_text("{}")
@@ -121,16 +115,14 @@ def test_a_run_is_not_overwritten_unasked():
     with pytest.raises(UserError, match="--out_dir=out: a run stands there; go on with"):
         run.check_free("out", False)
     run.check_free("out", True)
-    assert not (Path("out") / ".lock").exists()
-    asked = pytest.raises(UserError, match="--out_dir=out: a run stands there; go on with")
-    with asked, run.begin("out", "x", False):
-        pass
-    assert contents(Path("out")) == before
+    assert not Path("out/.lock").exists()
     with run.begin("new", "x", False) as folder:
         new_run(folder, saves=False)
-    said = pytest.raises(UserError, match="without a checkpoint to go on from; start anew with")
-    with said, run.begin("new", "x", False):
-        pass
+    for name, why in (("out", "; go on with"), ("new", ", without a checkpoint to go on from;")):
+        refused = pytest.raises(UserError, match=f"--out_dir={name}: a run stands there{why}")
+        with refused, run.begin(name, "x", False):
+            pass
+    assert contents(Path("out")) == before
 
 
 def test_one_command_for_a_run_and_its_continuation():
@@ -183,14 +175,14 @@ def test_every_crash_of_an_overwrite_leaves_one_of_the_two_runs():
     for _ in each_kill(overwrite, "template"):
         assert run.find("out") == Path("out")
         found.append({k: v for k, v in contents(Path("out")).items() if ".tmp" not in k})
-        # Whatever happened, the same command works now.
-        with run.begin("out", "x", True):
+        with run.begin("out", "x", True):  # the same command works now
             pass
-    own = ("run.json", "checkpoints/latest")  # a new id; and written after the checkpoint
     n, first = len(found), found.count(before)
     assert n > 20 and 0 < first < n and found[:first] == [before] * first
-    new = [{k: v for k, v in x.items() if k not in own} for x in found[first:]]
-    assert new == new[-1:] * (n - first)
+    for files in found:  # a new id, and a file that is written after the checkpoint
+        del files["run.json"]
+        files.pop("checkpoints/latest", None)
+    assert found[first:] == found[-1:] * (n - first)
 
 
 def test_every_crash_of_putting_the_old_run_back_is_mended():
@@ -256,10 +248,9 @@ def test_config_comes_back_and_repeats_in_a_new_folder():
 
 def test_a_config_that_is_not_what_the_run_wrote_is_named():
     """A flipped byte or an edit: said, and the run's own settings count; so for each bit."""
-    folder = make(Path("out"))
-    path = folder / "config.toml"
-    good, said = path.read_bytes(), []
-    want = run.load_config(folder)
+    folder, path, said = Path("out"), Path("out/config.toml"), []
+    run.save_config(folder, Config())
+    good, want = path.read_bytes(), run.load_config(folder)
     at = good.index(b"learning_rate = 0.0006") + len(b"learning_rate = 0.000")
     path.write_bytes(good[:at] + b"7" + good[at + 1 :])
     assert run.load_config(folder, said.append) == want

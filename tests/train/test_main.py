@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -97,53 +96,6 @@ def test_resumed_is_bit_for_bit_the_straight_run(flags, tmp_path: Path, text: st
     assert runs.tensor_files(a) == runs.tensor_files(b)
     # The evaluation at 25 is the only thing that the straight run does not have.
     assert [r for r in runs.records(b, "eval") if r["step"] != 25] == runs.records(a, "eval")
-
-
-@pytest.mark.slow
-def test_killed_ten_times_and_resumed_is_the_straight_run(tmp_path: Path, text: str):
-    """SIGKILL at ten random moments, evaluations and saves among them; saves come every 2 steps."""
-    start = ("train", *TINY, text, "--eval_interval=2", "--eval_iters=1", "--max_iters=150")
-    start += ("--sample_tokens=0",)
-    fastgpt(tmp_path, *start, "--out_dir=a")
-    a, b, rng, kills = tmp_path / "a", tmp_path / "b", random.Random(time.time_ns()), 0
-    command = Command(tmp_path, *start, "--out_dir=b")
-    while True:
-        try:  # some way into this process's own steps, then a random moment more
-            wait_for_records(command, b, 4, timeout=60)
-        except TimeoutError:
-            assert command.process.exitcode == 0, command.output
-        time.sleep(rng.random() * 0.05)
-        if kills < 10:
-            command.kill()
-        if command.wait() == 0:
-            break
-        kills += 1
-        command = Command(tmp_path, *start, "--out_dir=b", "--init_from=auto")
-    assert kills == 10, "the run ended before it was killed ten times"
-    for kind in ("train", "eval"):
-        assert runs.records(a, kind) == runs.records(b, kind)
-    assert runs.tensor_files(a) == runs.tensor_files(b)
-
-
-def test_killed_in_the_middle_of_a_save(tmp_path: Path, text: str):
-    """Kills aimed at the moment when the temporary folder of a save is there."""
-    often = ("--eval_interval=1", "--eval_iters=1", "--max_iters=3000", "--keep_checkpoints=2")
-    out, hit = tmp_path / "out", 0
-    args = ["train", *TINY, text, *often, "--out_dir=out"]
-    for _ in range(12):
-        command = Command(tmp_path, *args)
-        wait_for_records(command, out, 7)
-        command.wait_until(lambda: any((out / "checkpoints").glob(".tmp-*")), timeout=30)
-        command.kill()
-        command.wait()
-        hit += any((out / "checkpoints").glob(".tmp-*"))
-        step = checkpoint.load(out).state["step"]
-        args = ["train", "--init_from=resume", "--out_dir=out"]
-        if hit >= 3:
-            break
-    assert step > 0 and hit >= 3, "no kill fell into a save"
-    assert "resuming from" in resume(tmp_path, "--out_dir=out", f"--max_iters={step + 2}")
-    assert not list((out / "checkpoints").glob(".*"))
 
 
 @pytest.mark.quick("15-*")
