@@ -67,7 +67,7 @@ def hub_files(
     with reading(url, "is not the expected list of files"):
         for entry in json.loads(get(url, hint)):
             if entry["type"] == "file":
-                lfs, name = entry.get("lfs", entry), entry["path"].rpartition("/")[2]
+                lfs, name = entry.get("lfs") or entry, entry["path"].rpartition("/")[2]
                 where = f"{base}/{quote(entry['path'])}"
                 files[name] = Remote(name, where, int(lfs["size"]), str(lfs["oid"]))
     return commit, files

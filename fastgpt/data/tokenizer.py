@@ -312,12 +312,10 @@ def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
         raise UserError(f"--tokenizer=bpe:{size} {need}") from None
     trainer = rustbpe.Tokenizer()
     # Two merges may spell the same token, of which tiktoken knows the first. So train some more.
-    wanted = size - 1 + 256
-    with _merges_shown(wanted - 256):
-        # A small buffer keeps the progress of reading and of counting together.
-        trainer.train_from_iterator(
-            iter(texts), wanted, buffer_size=2 * (os.cpu_count() or 4), pattern=GPT2_PATTERN
-        )
+    # A small buffer keeps counting, which takes the longest, in step with the progress of reading.
+    buffer = 4 * (os.cpu_count() or 4)
+    with _merges_shown():
+        trainer.train_from_iterator(iter(texts), size + 255, buffer, pattern=GPT2_PATTERN)
     tokens = dict.fromkeys(bytes(token) for token, _ in trainer.get_mergeable_ranks())
     if (most := len(tokens) + 1) < size:
         wrong = f"--tokenizer=bpe:{size}: this text has pairs for a vocabulary of {most} only"
@@ -326,16 +324,17 @@ def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
 
 
 @contextlib.contextmanager
-def _merges_shown(total: int) -> Iterator[None]:
+def _merges_shown() -> Iterator[None]:
     """Shows the progress of merging, which rustbpe logs at each per cent."""
     logger, done, advance = logging.getLogger("rustbpe"), 0, None
 
     def show(record: logging.LogRecord) -> bool:
         nonlocal done, advance
-        if match := re.search(r"\((\d+)/\d+ merges\)", record.getMessage()):
+        if match := re.search(r"\((\d+)/(\d+) merges\)", record.getMessage()):
+            count, total = map(int, match.groups())
             advance = advance or stack.enter_context(progress("merging", total, unit="merges"))
-            advance(int(match[1]) - done)
-            done = int(match[1])
+            advance(count - done)
+            done = count
         return record.levelno > logging.INFO
 
     logger.setLevel(logging.INFO)

@@ -30,14 +30,7 @@ from fastgpt.errors import UserError, open_regular, reading
 from fastgpt.model.gpt import ModelShape
 from fastgpt.storage import checkpoint
 from fastgpt.storage import run_dir as run
-from fastgpt.weights.hugging_face import (
-    check,
-    check_layers,
-    expected,
-    kinds,
-    pad_vocabulary,
-    tie,
-)
+from fastgpt.weights.hugging_face import check, check_layers, expected, kinds, pad_vocabulary, tie
 
 _STORAGES = ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
 _GLOBALS = {

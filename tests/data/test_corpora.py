@@ -212,7 +212,7 @@ def hub(server, monkeypatch, as_gpt2):
     monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
 
     def publish(repo, revision, files, commit=COMMIT):
-        index = [{"type": "directory", "path": "other"}]
+        index: list[dict] = [{"type": "directory", "path": "other"}]
         for path, data in files.items():
             lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
             index.append({"type": "file", "path": path, "lfs": lfs})

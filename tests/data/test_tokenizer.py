@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import sys
 
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import settings as hyp
 from hypothesis import strategies as st
 
+from fastgpt.data import progress
 from fastgpt.data import tokenizer as module
 from fastgpt.data.tokenizer import (
     BPETokenizer,
@@ -168,11 +170,13 @@ print(dump_ranks(train_ranks(texts, 330)))
     assert first == second and first, err
 
 
-def test_training_makes_exactly_the_size(ranks, monkeypatch):
+def test_training_makes_exactly_the_size(ranks, monkeypatch, capsys):
+    monkeypatch.setattr(progress.Every, "due", lambda self: True)
     for size in (257, 300):
         tok = make_tokenizer(f"bpe:{size}", texts=[TEXT * 20])
         assert (tok.vocab_size, tok.eot, tok.name) == (size, size - 1, f"bpe:{size}")
         assert module.parse_ranks(tok.rank_file, "x") == module.train_ranks([TEXT * 20], size)
+    assert re.search(r"^merging: \d+ merges of 299 merges, \d+ %, ", capsys.readouterr().err, re.M)
     with pytest.raises(UserError, match=r"bpe:5000: this text .* say --tokenizer=bpe:\d+ or less"):
         make_tokenizer("bpe:5000", texts=["ab ab"])
     monkeypatch.setitem(sys.modules, "rustbpe", None)
