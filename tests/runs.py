@@ -8,6 +8,11 @@ from pathlib import Path
 
 from fastgpt.storage.atomic import sealed, sha256_file
 
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 # A second or less of training: every part is there, all is small.
 TINY = ("laptop", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=4")
 TINY += ("--dropout=0.1", "--eval_iters=2", "--log_interval=1", "--eval_interval=10")

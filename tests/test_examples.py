@@ -20,18 +20,9 @@ from tests import runs
 
 FIT = api.fit  # the fixture's makes everything small
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SMALL = {
-    "n_layer": 1,
-    "n_head": 2,
-    "n_embd": 16,
-    "block_size": 16,
-    "batch_size": 2,
-    "gradient_accumulation_steps": 1,
-    "eval_iters": 1,
-    "peak_tflops": 1.0,
-    "device": "cpu",
-    "compile": False,
-}
+SMALL: dict = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 2}
+SMALL |= {"gradient_accumulation_steps": 1, "eval_iters": 1, "peak_tflops": 1.0}
+SMALL |= {"device": "cpu", "compile": False}
 
 
 @pytest.fixture(autouse=True)

@@ -25,20 +25,16 @@ from safetensors.torch import load_file
 
 from fastgpt import cli
 from fastgpt.config.presets import PRESETS
-from tests.runs import latest, records
+from tests.runs import latest, records, words
 
 HERE = Path(__file__).parent
-COMMANDS = (
-    "",
-    *["train", "sample", "eval", "export", "import", "prepare", "compare", "doctor", "tune"],
-)
-
+COMMANDS = ("", *cli.COMMANDS)
 RUNS = ("plain", "muon", "old")
 
 DATA = ("--input=text.txt", "--tokenizer=char")
-SMALL: tuple[str, ...] = ("--device=cpu", "--dtype=float32", "--compile=False", "--kernels=eager")
-SMALL += ("--peak_tflops=1", "--sample_tokens=0", "--eval_iters=2", "--log_interval=1")
-SMALL += ("--n_layer=1", "--n_head=2", "--block_size=16", "--batch_size=4")
+SMALL = words("""--device=cpu --dtype=float32 --compile=False --kernels=eager --peak_tflops=1
+--eval_iters=2 --sample_tokens=0 --log_interval=1 --n_layer=1 --n_head=2 --block_size=16
+--batch_size=4""")
 RUN = (*DATA, *SMALL, "--n_embd=8", "--warmup_iters=2")
 
 
@@ -78,13 +74,7 @@ def help_of(command: str) -> str:
 
 def log_lines() -> str:
     """Returns log lines and sample of a short run with dropout, without times."""
-    flags = (
-        "--n_layer=2",
-        "--dropout=0.1",
-        "--eval_interval=4",
-        "--max_iters=8",
-        "--lr_decay_iters=2000",
-    )
+    flags = words("--n_layer=2 --dropout=0.1 --eval_interval=4 --max_iters=8 --lr_decay_iters=2000")
     with workplace():
         said = fastgpt("train", "laptop", *RUN, *flags, "--sample_tokens=40", "--out_dir=run")
     said = re.sub(r"time \S+ms, mfu \S+%", "time *ms, mfu *%", said)
@@ -115,17 +105,10 @@ def resumed(name: str) -> dict[str, Any]:
 
 def one_step(preset: str) -> dict[str, Any]:
     """Loss, gradient norm, and tensors after one step of a preset with all sizes made small."""
-    flags: tuple[str, ...] = (
-        *DATA,
-        *SMALL,
-        "--n_embd=32",
-        "--gradient_accumulation_steps=2",
-        "--max_iters=1",
-    )
-    flags += ("--init_from=scratch", "--warmup_iters=0", "--out_dir=run")
-    flags += ("--always_save_checkpoint=True", "--target_val_loss=0")
+    flags = words("""--n_embd=32 --gradient_accumulation_steps=2 --max_iters=1 --init_from=scratch
+    --warmup_iters=0 --out_dir=run --always_save_checkpoint=True --target_val_loss=0""")
     with workplace() as here:
-        fastgpt("train", preset, *flags)
+        fastgpt("train", preset, *DATA, *SMALL, *flags)
         step = records(here / "run")[0]
         return {k: step[k] for k in ("loss", "grad_norm", "lr")} | {
             "tensors": tensors(here / "run")
