@@ -323,7 +323,7 @@ def _download(partial: Path, plan: Plan, network: bool) -> tuple[Tokenizer, Any,
 def _tokenize(partial: Path, plan: Plan, network: bool) -> tuple[Tokenizer, Any, Shards]:
     """Writes the text's tokens into `partial`, after the parts that an earlier call finished.
 
-    If it fails, finished parts stay; without any, the folder is removed.
+    If it fails, finished parts stay. Without any, the folder is removed.
     """
     fraction, open_text = plan.recipe["val_fraction"], plan.corpus.text
     source: Source = plan.source or open_text(_cache(plan.cfg), fraction)  # type: ignore[misc]
@@ -351,8 +351,8 @@ def _tokenize(partial: Path, plan: Plan, network: bool) -> tuple[Tokenizer, Any,
                 rate = written / sum(sizes[:part]) if part else 0.75
                 room = _need_room(partial, name, sizes[part] + rate * sum(sizes[part:]))
                 if parts > 1 and part == done:
-                    rest = f"{sum(sizes[done:]) / 1e9:.1f} GB to download"
-                    print(f"{name}: {done} of {parts} files are done, {rest}; needs {room}")
+                    rest = f"{sum(sizes[done:]) / 1e9:.1f} GB to download; needs {room}"
+                    print(f"{name}: {done} of {parts} files are done,", rest, flush=True)
                 documents, threads = source.documents(part), plan.cfg.workers or cores()
                 _write_shards(partial, documents, tokenizer, threads, shards, advance)
                 if part + 1 < parts:

@@ -35,18 +35,6 @@ def batches(split, **changes):
 
 
 @pytest.mark.parametrize("sampling", ["random", "epochs"])
-def test_windows_are_consecutive_tokens_of_one_shard(split, sampling):
-    b = batches(split, sampling=sampling)
-    ends = np.cumsum([500, 40, 9, 333])
-    for step in range(60):
-        starts, tokens = b.starts(step), b.tokens(step)
-        assert tokens.shape == (6, 9) and tokens.dtype == np.int64 and starts.dtype == np.int64
-        assert (tokens == starts[:, None] + np.arange(9)).all()
-        shard = np.searchsorted(ends, tokens, side="right")
-        assert (shard == shard[:, :1]).all()
-
-
-@pytest.mark.parametrize("sampling", ["random", "epochs"])
 def test_a_step_depends_on_seed_and_step_alone(split, sampling):
     b = batches(split, sampling=sampling)
     want = [b.tokens(step) for step in range(40)]
@@ -191,14 +179,3 @@ def test_reads_ahead_but_not_far():
             time.sleep(0.01)
         time.sleep(0.05)
         assert fake.asked == [0, 1, 2, 3, 4]  # one taken, three waiting, one in hand
-
-
-def test_close_ends_the_thread_whatever_it_does():
-    for taken in (0, 1, 3):
-        p = Prefetcher(Fake(delay=0.01), "cpu", depth=2)
-        for step in range(taken):
-            p.get(step)
-        p.close()
-        p.close()
-        with pytest.raises(RuntimeError, match="shutdown"):
-            p.get(taken)
