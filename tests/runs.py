@@ -14,12 +14,13 @@ def words(text: str) -> tuple[str, ...]:
 
 
 # A second or less of training: every part is there, all is small.
-TINY = ("laptop", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=4")
-TINY += ("--dropout=0.1", "--eval_iters=2", "--log_interval=1", "--eval_interval=10")
-TINY += ("--max_iters=20", "--sample_tokens=20", "--peak_tflops=1", "--device=cpu")
+TINY = words("""laptop --n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4
+--dropout=0.1 --eval_iters=2 --log_interval=1 --eval_interval=10 --max_iters=20 --sample_tokens=20
+--peak_tflops=1 --device=cpu""")
 # A fifth of a second in a forked process that has loaded PyTorch.
-SMALL = (*TINY, "--n_layer=1", "--n_embd=16", "--block_size=8", "--batch_size=2")
-SMALL = (*SMALL, "--eval_iters=1", "--eval_interval=2", "--max_iters=6", "--sample_tokens=0")
+SMALL = words("""--n_layer=1 --n_embd=16 --block_size=8 --batch_size=2 --eval_iters=1
+--eval_interval=2 --max_iters=6 --sample_tokens=0""")
+SMALL = (*TINY, *SMALL)
 
 
 def write_text(folder: Path, n_lines: int = 400) -> Path:
