@@ -38,6 +38,8 @@ def test_all_requirements_are_locked_in_range():
     extras = project["project"]["optional-dependencies"]
     wanted = project["project"]["dependencies"] + extras["test"]
     wanted += project["build-system"]["requires"]
+    kernels = tomllib.loads((ROOT / "kernels" / "pyproject.toml").read_text())["project"]
+    assert set(kernels["dependencies"]) < set(wanted), "the kernels alone need the same versions"
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     wanted += [line for line in lines if not line.startswith("#")]
     versions = locked()
