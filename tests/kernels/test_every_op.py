@@ -35,13 +35,9 @@ def shared(op: str) -> str:
 
 def run(function: Callable[..., Any], inputs: ExampleInputs, dtype: torch.dtype) -> list[Tensor]:
     """Returns results and gradients of the sum of squares, with the inputs in `dtype`."""
-    leaves = [
-        None if x is None else x.to(torch.float32 if i in inputs.fp32_inputs else dtype)
-        for i, x in enumerate(inputs.inputs)
-    ]
-    leaves = [None if x is None else x.detach().clone().requires_grad_() for x in leaves]
-    out = inputs.call(function, leaves)
-    outs = list(out) if isinstance(out, tuple) else [out]
+    inputs = inputs.rounded(dtype)
+    leaves = inputs.leaves()
+    outs = inputs.outputs(function, leaves)
     wanted = [x for x in leaves if x is not None]
     gradients = torch.autograd.grad(sum(y.float().square().sum() for y in outs), wanted)
     return [t.detach() for t in (*outs, *gradients)]
@@ -120,9 +116,8 @@ def test_dtypes(op: str, device: torch.device) -> None:
 @pytest.mark.parametrize("constant", [True, False])
 def test_second_derivatives_raise(op: str, constant: bool, device: torch.device) -> None:
     inputs = example(op, device)
-    leaves = [None if x is None else x.clone().requires_grad_() for x in inputs.inputs]
-    out = inputs.call(getattr(fastgpt_kernels, op), leaves)
-    y = out[0] if isinstance(out, tuple) else out
+    leaves = inputs.leaves()
+    y, *_ = inputs.outputs(getattr(fastgpt_kernels, op), leaves)
     with pytest.raises(RuntimeError, match=rf"^{shared(op)}: has no second derivative"):
         torch.autograd.grad(y.sum() if constant else y.square().sum(), leaves[0], create_graph=True)
 
@@ -134,8 +129,7 @@ def test_transforms_of_functions(op: str, device: torch.device) -> None:
     first, *rest = inputs.inputs
 
     def call(x: Tensor) -> Tensor:
-        out = inputs.call(function, [x, *rest])
-        return out[0] if isinstance(out, tuple) else out
+        return inputs.outputs(function, [x, *rest])[0]
 
     with pytest.raises(RuntimeError, match=f"^{shared(op)}: torch.func does not work here"):
         torch.func.grad(lambda x: call(x).sum())(first)
