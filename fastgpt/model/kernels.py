@@ -5,15 +5,16 @@
     others   as the op's spec lists them: attention has PyTorch's cudnn and flash
 
 With `--kernels=auto` a GPU gets the implementation that `fastgpt tune` found to be the fastest
-there, else Triton. An op runs eager if its shapes, the versions or the GPU are unsupported, or if
-it fails its check against the reference on this GPU (`fastgpt_kernels/self_check.py`).
+there, else the op's default (attention on sm_90: hopper), else Triton. An op runs eager if its
+shapes, the versions or the GPU are unsupported. An implementation that fails its check against the
+reference on this GPU (`fastgpt_kernels/self_check.py`) gives way to Triton, and that to eager.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from fastgpt_kernels import versions
 from fastgpt_kernels.launch import arch_on
 from fastgpt_kernels.library import tag_compile_caches
 from fastgpt_kernels.progress import EVERY_S, progress
-from fastgpt_kernels.registry import OpSpec, Sizes, model_specs
+from fastgpt_kernels.registry import OpSpec, Sizes, model_specs, spec
 
 CHECKED_ON = ("cuda",)  # types of devices; Triton's interpreter is not worth the time
 
@@ -58,7 +59,7 @@ class Kernels:
 
     def __init__(self, functions: Mapping[str, Callable[..., Any]], selected: Sequence[Selected]):
         self.selected = tuple(selected)
-        self._triton = {s.op for s in selected if s.implementation == "triton"}
+        self._triton = {s.op for s in selected if s.implementation in ("triton", "hopper")}
         for name, function in functions.items():
             setattr(self, name, function)
 
@@ -135,27 +136,34 @@ def _wanted(
 def _checked(
     selected: Sequence[Selected], device: torch.device, dtype: torch.dtype, sizes: Sizes
 ) -> list[Selected]:
-    """Returns the same with eager for each op that fails its check. Raises UserError for flags."""
+    """Returns the same with an op's standard kernels, else eager, for each op that fails its check.
+
+    Raises UserError for flags.
+    """
     from fastgpt_kernels.self_check import Check, failures
 
-    checks = {
-        s: Check.of(s.op, s.implementation, device, dtype, sizes)
-        for s in selected
-        if s.implementation != "eager"
-    }
-    with progress("checking kernels") as elapsed:
-        wrong = failures([*checks.values()])
-    if elapsed() > EVERY_S:
-        print(f"checked {len(checks)} kernels in {elapsed():.1f}s", flush=True)
+    def checks() -> dict[Selected, Check]:
+        chosen = [s for s in selected if s.implementation != "eager"]
+        return {s: Check.of(s.op, s.implementation, device, dtype, sizes) for s in chosen}
 
-    def result(s: Selected) -> Selected:
-        reason = wrong.get(checks[s]) if s in checks else None
-        if reason and s.reason.startswith("--"):
+    failed: dict[str, list[str]] = {}  # what failed, by op
+
+    def fall_back(s: Selected, reason: str) -> Selected:
+        if s.reason.startswith("--"):
             raise UserError(f"{s.reason}: {reason}")
-        why = f"{s.implementation}: {reason}"
-        return replace(s, implementation="eager", reason=why) if reason else s
+        failed.setdefault(s.op, []).append(f"{s.implementation}: {reason}")
+        standard = spec(s.op).standard
+        name = "eager" if s.implementation == standard else standard
+        return Selected(s.op, name, "; ".join(failed[s.op]))
 
-    return [result(s) for s in selected]
+    count = len(checks())
+    with progress("checking kernels") as elapsed:
+        while wrong := failures([*checks().values()]):
+            reasons = {s: wrong[c] for s, c in checks().items() if c in wrong}
+            selected = [fall_back(s, reasons[s]) if s in reasons else s for s in selected]
+    if elapsed() > EVERY_S:
+        print(f"checked {count} kernels in {elapsed():.1f}s", flush=True)
+    return [*selected]
 
 
 @functools.cache

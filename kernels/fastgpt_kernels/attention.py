@@ -13,7 +13,6 @@ rate, all ones without. Products take qkv's dtype and sum in fp32; softmax is fp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -90,13 +89,19 @@ ROWS: Table = {"default": {64: Config({"BLOCK_T": 64}, 4), 128: Config({"BLOCK_T
 
 # Bytes that the heads of one group read: a third of the L2 of an H200 or A100 (50 and 40 MB).
 L2_BUDGET = 16 << 20
+# Bytes of dq's fp32 sums that stay in an L2 of 50 MB, in Hopper's backward kernels.
+DQ_BUDGET = 36 << 20
+# False goes back to the backward kernel for Hopper with a tile of keys to a program (measured).
+HOPPER_BY_HEAD = True
 # Every tile size divides it: if it divides T too, no load or store needs a row mask.
 EVEN_T = 128
 LOG2_E = 1.4426950408889634
 
 # --- Kernels: shared --------------------------------------------------------------------------
 
-PAIR_ROWS = tl.constexpr(EVEN_T)  # a kernel reads no other globals
+# A kernel reads no other globals.
+PAIR_ROWS = tl.constexpr(EVEN_T)
+PRECISION = tl.constexpr("ieee")  # of products of fp32
 
 
 @triton.jit
@@ -121,38 +126,36 @@ def head_offset(batch_head, n_head, stride_batch, HEAD: tl.constexpr):
 
 
 @triton.jit
-def _inside(rows, columns, T, CHECK_T: tl.constexpr, CHECK_HEAD: tl.constexpr):
-    """Mask of a tile's elements before T (if CHECK_T) and before CHECK_HEAD (unless 0), or None."""
-    if CHECK_T and CHECK_HEAD:
-        return (rows < T)[:, None] & (columns < CHECK_HEAD)[None, :]
+def _inside(rows, columns, T, CHECK_T: tl.constexpr, HEAD: tl.constexpr):
+    """Returns the mask of a tile's elements before T (if CHECK_T) and before HEAD, or None."""
+    if CHECK_T and columns.shape[0] != HEAD:
+        return (rows < T)[:, None] & (columns < HEAD)[None, :]
     elif CHECK_T:
         return (rows < T)[:, None]
-    elif CHECK_HEAD:
-        return (columns < CHECK_HEAD)[None, :]
+    elif columns.shape[0] != HEAD:
+        return (columns < HEAD)[None, :]
 
 
 @triton.jit
 def load_tile(
-    pointers, rows, columns, T, CHECK_T: tl.constexpr, CHECK_HEAD: tl.constexpr,
+    pointers, rows, columns, T, CHECK_T: tl.constexpr, HEAD: tl.constexpr,
     EVICT_FIRST: tl.constexpr = False,
 ):  # fmt: skip
-    """A tile, with zeros outside. EVICT_FIRST: no other program reads it, so the L2 may drop it."""
+    """Returns a tile, zero outside. EVICT_FIRST: the L2 may drop it, no other program reads it."""
     policy: tl.constexpr = "evict_first" if EVICT_FIRST else ""
-    if CHECK_T or CHECK_HEAD:
-        mask = _inside(rows, columns, T, CHECK_T, CHECK_HEAD)
-        return tl.load(pointers, mask=mask, other=0.0, eviction_policy=policy)
-    else:
-        return tl.load(pointers, eviction_policy=policy)
+    mask = _inside(rows, columns, T, CHECK_T, HEAD)
+    other: tl.constexpr = None if mask is None else 0.0
+    return tl.load(pointers, mask=mask, other=other, eviction_policy=policy)
 
 
 @triton.jit
 def store_tile(
-    pointers, tile, rows, columns, T, CHECK_T: tl.constexpr, CHECK_HEAD: tl.constexpr,
+    pointers, tile, rows, columns, T, CHECK_T: tl.constexpr, HEAD: tl.constexpr,
     EVICT_FIRST: tl.constexpr = False,
 ):  # fmt: skip
-    """Counterpart of `load_tile`, rounding to the dtype stored."""
+    """Stores a tile, rounded to the dtype in memory."""
     policy: tl.constexpr = "evict_first" if EVICT_FIRST else ""
-    mask = _inside(rows, columns, T, CHECK_T, CHECK_HEAD)
+    mask = _inside(rows, columns, T, CHECK_T, HEAD)
     tl.store(pointers, tile.to(pointers.dtype.element_ty), mask=mask, eviction_policy=policy)
 
 
@@ -171,10 +174,9 @@ def _attend(
     acc, row_sum, row_max, q, k_base, C, stride_t, rows, columns, lo, hi, T,
     scale_log2, seed, batch_head, row, threshold,
     HEAD: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr,
-    CHECK_T: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHECK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Folds keys [lo, hi) into acc [M, D], row_sum and row_max [M]; MASK: not all are visible."""
-    CHECK_HEAD: tl.constexpr = HEAD if columns.shape[0] != HEAD else 0
     offsets = tl.arange(0, BLOCK_N)[:, None] * stride_t + columns[None, :]
     k_base += lo.to(tl.int64) * stride_t
     # The ragged end is one or two tiles: fewer stages there spare registers (128 x 64, 4 warps).
@@ -182,7 +184,7 @@ def _attend(
     for n in tl.range(lo, hi, BLOCK_N, num_stages=stages):
         n = tl.multiple_of(n, BLOCK_N)
         keys = n + tl.arange(0, BLOCK_N)
-        k = load_tile(k_base + offsets, keys, columns, T, CHECK_T, CHECK_HEAD)  # [N, D]
+        k = load_tile(k_base + offsets, keys, columns, T, CHECK_T, HEAD)  # [N, D]
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]
         if MASK:
             visible = rows[:, None] >= keys[None, :] if CAUSAL else (keys < T)[None, :]
@@ -195,7 +197,7 @@ def _attend(
         if DROPOUT:  # after the sum: softmax is normalised over all keys, dropped or not
             keep = keep_attention(seed, batch_head, row, n, threshold, BLOCK_M, BLOCK_N)
             p = tl.where(keep, p, 0.0)
-        v = load_tile(k_base + C + offsets, keys, columns, T, CHECK_T, CHECK_HEAD)  # [N, D]
+        v = load_tile(k_base + C + offsets, keys, columns, T, CHECK_T, HEAD)  # [N, D]
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
         k_base += BLOCK_N * stride_t
     return acc, row_sum, row_max
@@ -210,7 +212,7 @@ def attention_fwd_kernel(
     stride_b, stride_t, T, n_head, head_count, group,
     scale_log2, keep_scale, threshold,
     HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tile_count = tl.cdiv(T, BLOCK_M)
     rank, batch_head = locate(tile_count, head_count, group)
@@ -219,12 +221,11 @@ def attention_fwd_kernel(
     C = n_head * HEAD
     rows = row + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, HEAD_PAD)
-    CHECK_HEAD: tl.constexpr = HEAD if HEAD_PAD != HEAD else 0
 
     q_base = qkv + head_offset(batch_head, n_head, stride_b, HEAD)
     q_offsets = tl.arange(0, BLOCK_M)[:, None] * stride_t + columns[None, :]
     q_pointers = q_base + row.to(tl.int64) * stride_t + q_offsets
-    q = load_tile(q_pointers, rows, columns, T, not EVEN, CHECK_HEAD)  # [M, D]
+    q = load_tile(q_pointers, rows, columns, T, not EVEN, HEAD)  # [M, D]
     seed = tl.load(seed_pointer) if DROPOUT else 0
 
     acc = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
@@ -237,14 +238,14 @@ def attention_fwd_kernel(
         acc, row_sum, row_max = _attend(
             acc, row_sum, row_max, q, q_base + C, C, stride_t, rows, columns, full * 0, full, T,
             scale_log2, seed, batch_head, row, threshold,
-            HEAD, CAUSAL, DROPOUT, False, False, PRECISION, BLOCK_M, BLOCK_N,
+            HEAD, CAUSAL, DROPOUT, False, False, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     if CAUSAL or not EVEN:
         end = min(row + BLOCK_M, T) if CAUSAL else T
         acc, row_sum, row_max = _attend(
             acc, row_sum, row_max, q, q_base + C, C, stride_t, rows, columns, full, end, T,
             scale_log2, seed, batch_head, row, threshold,
-            HEAD, CAUSAL, DROPOUT, True, not EVEN, PRECISION, BLOCK_M, BLOCK_N,
+            HEAD, CAUSAL, DROPOUT, True, not EVEN, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
     lse_pointers = lse + batch_head.to(tl.int64) * T + rows
@@ -252,7 +253,7 @@ def attention_fwd_kernel(
     acc = acc * (keep_scale / row_sum)[:, None]
     y_base = y + head_offset(batch_head, n_head, T.to(tl.int64) * C, HEAD) + row.to(tl.int64) * C
     y_pointers = y_base + tl.arange(0, BLOCK_M)[:, None] * C + columns[None, :]
-    store_tile(y_pointers, acc, rows, columns, T, not EVEN, CHECK_HEAD)
+    store_tile(y_pointers, acc, rows, columns, T, not EVEN, HEAD)
 
 
 # --- Kernels: backward ------------------------------------------------------------------------
@@ -283,7 +284,6 @@ def attention_bwd_preprocess_kernel(
     HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Lays delta beside lse, a pair per row, so that one copy fetches both."""
-    CHECK_HEAD: tl.constexpr = HEAD if HEAD_PAD != HEAD else 0
     row = tl.program_id(1) * BLOCK_T
     batch_head = tl.program_id(0)
     C = n_head * HEAD
@@ -293,10 +293,8 @@ def attention_bwd_preprocess_kernel(
     start = row.to(tl.int64)
     y_base = y + head_offset(batch_head, n_head, T.to(tl.int64) * C, HEAD) + start * C
     grad_base = grad_y + head_offset(batch_head, n_head, stride_gb, HEAD) + start * stride_gt
-    out = load_tile(y_base + local * C + columns[None, :], rows, columns, T, True, CHECK_HEAD)
-    grad = load_tile(
-        grad_base + local * stride_gt + columns[None, :], rows, columns, T, True, CHECK_HEAD
-    )
+    out = load_tile(y_base + local * C + columns[None, :], rows, columns, T, True, HEAD)
+    grad = load_tile(grad_base + local * stride_gt + columns[None, :], rows, columns, T, True, HEAD)
     dot = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)  # [T]
     head_row = batch_head.to(tl.int64) * T
     row_lse = tl.load(lse + head_row + rows, mask=rows < T, other=float("inf"))
@@ -338,11 +336,10 @@ def _walk_rows(
     dk, dv, k, v, q_base, grad_base, lse_delta, stride_t, stride_gt,
     lo, hi, key, T, scale_log2, keep_scale, seed, batch_head, threshold,
     HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-    MASK: tl.constexpr, CHECK_T: tl.constexpr, PRECISION: tl.constexpr,
-    WGMMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASK: tl.constexpr, CHECK_T: tl.constexpr, WGMMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Adds what rows [lo, hi) give to dk and dv [N, D] of the keys from `key` on."""
-    CHECK_HEAD: tl.constexpr = HEAD if HEAD_PAD != HEAD else 0
     columns = tl.arange(0, HEAD_PAD)
     local = tl.arange(0, BLOCK_M)
     keys = key + tl.arange(0, BLOCK_N)
@@ -353,7 +350,7 @@ def _walk_rows(
     for m in range(lo, hi, BLOCK_M):
         m = tl.multiple_of(m, BLOCK_M)
         rows = m + local
-        q = load_tile(q_base + q_offsets, rows, columns, T, CHECK_T, CHECK_HEAD)  # [M, D]
+        q = load_tile(q_base + q_offsets, rows, columns, T, CHECK_T, HEAD)  # [M, D]
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [N, M]
         # One copy for both; Triton 3.6 would copy either again for each of a thread's rows.
         pairs = tl.load(lse_delta + tl.multiple_of(2 * m, 2 * BLOCK_M) + tl.arange(0, 2 * BLOCK_M))
@@ -362,7 +359,7 @@ def _walk_rows(
         if MASK:
             visible = rows[None, :] - keys[:, None] >= 0 if CAUSAL else (keys < T)[:, None]
             p = tl.where(visible, p, 0.0)
-        grad = load_tile(grad_base + grad_offsets, rows, columns, T, CHECK_T, CHECK_HEAD)  # [M, D]
+        grad = load_tile(grad_base + grad_offsets, rows, columns, T, CHECK_T, HEAD)  # [M, D]
         dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)  # [N, M]
         if DROPOUT:
             keep = keep_attention(seed, batch_head, m, key, threshold, BLOCK_M, BLOCK_N)
@@ -391,10 +388,9 @@ def attention_bwd_dkv_kernel(
     stride_b, stride_t, stride_gb, stride_gt, T, n_head, head_count, group,
     scale, scale_log2, keep_scale, threshold,
     HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, WGMMA: tl.constexpr,
+    EVEN: tl.constexpr, WGMMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    CHECK_HEAD: tl.constexpr = HEAD if HEAD_PAD != HEAD else 0
     tile_count = tl.cdiv(T, BLOCK_N)
     rank, batch_head = locate(tile_count, head_count, group)
     key = tl.multiple_of(rank * BLOCK_N, BLOCK_N)  # the first keys are seen by the most rows
@@ -407,8 +403,8 @@ def attention_bwd_dkv_kernel(
     q_base = qkv + head_offset(batch_head, n_head, stride_b, HEAD)
     grad_base = grad_y + head_offset(batch_head, n_head, stride_gb, HEAD)
     k_pointers = q_base + C + start * stride_t + local * stride_t + columns[None, :]
-    k = load_tile(k_pointers, keys, columns, T, not EVEN, CHECK_HEAD, True)  # [N, D]
-    v = load_tile(k_pointers + C, keys, columns, T, not EVEN, CHECK_HEAD, True)  # [N, D]
+    k = load_tile(k_pointers, keys, columns, T, not EVEN, HEAD, True)  # [N, D]
+    v = load_tile(k_pointers + C, keys, columns, T, not EVEN, HEAD, True)  # [N, D]
     seed = tl.load(seed_pointer) if DROPOUT else 0
     lse_delta = _pairs_of_head(lse_delta, batch_head, T)
 
@@ -421,21 +417,21 @@ def attention_bwd_dkv_kernel(
         dk, dv = _walk_rows(
             dk, dv, k, v, q_base, grad_base, lse_delta, stride_t, stride_gt,
             lo, diagonal_end, key, T, scale_log2, keep_scale, seed, batch_head, threshold,
-            HEAD, HEAD_PAD, CAUSAL, DROPOUT, True, not EVEN, PRECISION, WGMMA, BLOCK_M, BLOCK_N,
+            HEAD, HEAD_PAD, CAUSAL, DROPOUT, True, not EVEN, WGMMA, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         lo = diagonal_end
     # Keys past T need no mask: their dk and dv are not stored.
     dk, dv = _walk_rows(
         dk, dv, k, v, q_base, grad_base, lse_delta, stride_t, stride_gt,
         lo, T, key, T, scale_log2, keep_scale, seed, batch_head, threshold,
-        HEAD, HEAD_PAD, CAUSAL, DROPOUT, not CAUSAL and not EVEN, not EVEN, PRECISION, WGMMA,
+        HEAD, HEAD_PAD, CAUSAL, DROPOUT, not CAUSAL and not EVEN, not EVEN, WGMMA,
         BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
     out_base = dqkv + head_offset(batch_head, n_head, T.to(tl.int64) * (3 * C), HEAD)
     dk_pointers = out_base + C + start * (3 * C) + local * (3 * C) + columns[None, :]
-    store_tile(dk_pointers, dk * scale, keys, columns, T, not EVEN, CHECK_HEAD, True)
-    store_tile(dk_pointers + C, dv * keep_scale, keys, columns, T, not EVEN, CHECK_HEAD, True)
+    store_tile(dk_pointers, dk * scale, keys, columns, T, not EVEN, HEAD, True)
+    store_tile(dk_pointers + C, dv * keep_scale, keys, columns, T, not EVEN, HEAD, True)
 
 
 @triton.jit
@@ -443,17 +439,16 @@ def _walk_keys(
     dq, q, grad, row_lse, row_delta, k_base, C, stride_t, rows, columns, lo, hi, T,
     scale_log2, keep_scale, seed, batch_head, row, threshold,
     HEAD: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr,
-    CHECK_T: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHECK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Adds what keys [lo, hi) give to dq [M, D]."""
-    CHECK_HEAD: tl.constexpr = HEAD if columns.shape[0] != HEAD else 0
     offsets = tl.arange(0, BLOCK_N)[:, None] * stride_t + columns[None, :]
     k_base += lo.to(tl.int64) * stride_t
     for n in range(lo, hi, BLOCK_N):
         n = tl.multiple_of(n, BLOCK_N)
         keys = n + tl.arange(0, BLOCK_N)
-        k = load_tile(k_base + offsets, keys, columns, T, CHECK_T, CHECK_HEAD)  # [N, D]
-        v = load_tile(k_base + C + offsets, keys, columns, T, CHECK_T, CHECK_HEAD)  # [N, D]
+        k = load_tile(k_base + offsets, keys, columns, T, CHECK_T, HEAD)  # [N, D]
+        v = load_tile(k_base + C + offsets, keys, columns, T, CHECK_T, HEAD)  # [N, D]
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]
         p = tl.exp2(scores * scale_log2 - row_lse[:, None])
         if MASK:
@@ -479,9 +474,8 @@ def attention_bwd_dq_kernel(
     stride_b, stride_t, stride_gb, stride_gt, T, n_head, head_count, group,
     scale, scale_log2, keep_scale, threshold,
     HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    CHECK_HEAD: tl.constexpr = HEAD if HEAD_PAD != HEAD else 0
     tile_count = tl.cdiv(T, BLOCK_M)
     rank, batch_head = locate(tile_count, head_count, group)
     row = tl.multiple_of((tile_count - 1 - rank) * BLOCK_M, BLOCK_M)
@@ -493,10 +487,10 @@ def attention_bwd_dq_kernel(
 
     q_base = qkv + head_offset(batch_head, n_head, stride_b, HEAD)
     q_pointers = q_base + start * stride_t + local * stride_t + columns[None, :]
-    q = load_tile(q_pointers, rows, columns, T, not EVEN, CHECK_HEAD)  # [M, D]
+    q = load_tile(q_pointers, rows, columns, T, not EVEN, HEAD)  # [M, D]
     grad_base = grad_y + head_offset(batch_head, n_head, stride_gb, HEAD) + start * stride_gt
     grad_pointers = grad_base + local * stride_gt + columns[None, :]
-    grad = load_tile(grad_pointers, rows, columns, T, not EVEN, CHECK_HEAD)  # [M, D]
+    grad = load_tile(grad_pointers, rows, columns, T, not EVEN, HEAD)  # [M, D]
     lse_delta = _pairs_of_head(lse_delta, batch_head, T)
     pairs = tl.load(lse_delta + 2 * row + tl.arange(0, 2 * BLOCK_M))
     row_lse, row_delta = tl.split(pairs.reshape(BLOCK_M, 2))
@@ -510,21 +504,24 @@ def attention_bwd_dq_kernel(
         dq = _walk_keys(
             dq, q, grad, row_lse, row_delta, q_base + C, C, stride_t, rows, columns, full * 0, full,
             T, scale_log2, keep_scale, seed, batch_head, row, threshold,
-            HEAD, CAUSAL, DROPOUT, False, False, PRECISION, BLOCK_M, BLOCK_N,
+            HEAD, CAUSAL, DROPOUT, False, False, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     if CAUSAL or not EVEN:
         end = min(row + BLOCK_M, T) if CAUSAL else T
         dq = _walk_keys(
             dq, q, grad, row_lse, row_delta, q_base + C, C, stride_t, rows, columns, full, end, T,
             scale_log2, keep_scale, seed, batch_head, row, threshold,
-            HEAD, CAUSAL, DROPOUT, True, not EVEN, PRECISION, BLOCK_M, BLOCK_N,
+            HEAD, CAUSAL, DROPOUT, True, not EVEN, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     out_base = dqkv + head_offset(batch_head, n_head, T.to(tl.int64) * (3 * C), HEAD)
     dq_pointers = out_base + start * (3 * C) + local * (3 * C) + columns[None, :]
-    store_tile(dq_pointers, dq * scale, rows, columns, T, not EVEN, CHECK_HEAD)
+    store_tile(dq_pointers, dq * scale, rows, columns, T, not EVEN, HEAD)
 
 
 # --- Launchers --------------------------------------------------------------------------------
+
+# Where `hopper` is true the kernels of attention_hopper.py take the calls that they can. A call
+# imports it, since Gluon takes a second and refuses to be interpreted.
 
 
 def _config(name: str, x: Tensor, head_dim: int, dropout: bool) -> Config:
@@ -538,7 +535,7 @@ def _heads_per_group(bytes_per_head: int) -> int:
 
 
 def _addressable(x: Tensor) -> Tensor:
-    """Returns x (B, T, columns) if kernels can address it, else a contiguous copy.
+    """Returns x (B, T, columns), or a contiguous copy if kernels cannot address it.
 
     They need a unit last stride, and 32 bits for offsets within a tile.
     """
@@ -548,9 +545,13 @@ def _addressable(x: Tensor) -> Tensor:
 
 def forward(
     qkv: Tensor, bias: Tensor | None, n_head: int, causal: bool, dropout_p: float,
-    seed: Tensor | None, scale: float,
+    seed: Tensor | None, scale: float, hopper: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launches the forward kernel; returns y and lse. `bias` is for the backward pass."""
+    if hopper and _hopper_applies(qkv, n_head, causal, dropout_p):
+        from fastgpt_kernels import attention_hopper
+
+        return attention_hopper.forward(qkv, n_head, causal, scale)
     refuse_interpreted_bf16("attention", qkv)
     qkv = _addressable(qkv)
     batch, T, width = qkv.shape
@@ -569,22 +570,30 @@ def forward(
             _heads_per_group(2 * T * head_dim * qkv.element_size()),
             scale * LOG2_E, keep_scale, threshold,
             HEAD=head_dim, HEAD_PAD=triton.next_power_of_2(head_dim), CAUSAL=causal,
-            DROPOUT=threshold > 0, EVEN=T % EVEN_T == 0, PRECISION="ieee", **config.kwargs(),
+            DROPOUT=threshold > 0, EVEN=T % EVEN_T == 0, **config.kwargs(),
         )  # fmt: skip
     return y, lse
 
 
 def backward(
     grad_y: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, seed: Tensor | None, n_head: int,
-    causal: bool, dropout_p: float, scale: float, biased: bool,
+    causal: bool, dropout_p: float, scale: float, hopper: bool, biased: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Launches both passes; returns dqkv and, if `biased`, its fp32 sum over all rows, else ()."""
-    qkv, grad_y = _addressable(qkv), _addressable(grad_y)
+    """Launches the backward kernels; returns dqkv and, if `biased`, its fp32 sum over all rows."""
     batch, T, width = qkv.shape
     head_dim, head_count = width // (3 * n_head), batch * n_head
+    if hopper and _hopper_applies(qkv, n_head, causal, dropout_p):
+        by_head = heads_per_program(head_count, T, head_dim, causal) > 0
+        # Otherwise dq is summed in any order.
+        if by_head or not torch.are_deterministic_algorithms_enabled():
+            from fastgpt_kernels import attention_hopper
+
+            given = grad_y, qkv, y, lse, n_head, causal, scale, by_head
+            return _with_row_sums(attention_hopper.backward(*given), biased)
+    qkv, grad_y = _addressable(qkv), _addressable(grad_y)
     dqkv = torch.empty((batch, T, width), dtype=qkv.dtype, device=qkv.device)
     if dqkv.numel() == 0:
-        return with_row_sums(dqkv, biased)
+        return _with_row_sums(dqkv, biased)
     threshold, keep_scale = dropout_threshold(dropout_p)
     dropout = threshold > 0
     rows = lookup(ROWS, launch.arch_of(qkv), head_dim)
@@ -593,60 +602,29 @@ def backward(
     strides = (qkv.stride(0), qkv.stride(1), grad_y.stride(0), grad_y.stride(1))
     group = _heads_per_group(4 * T * head_dim * qkv.element_size())
     arguments = (
+        qkv, grad_y, lse_delta, dqkv, lse if seed is None else seed,
         *strides, T, n_head, head_count, group, scale, scale * LOG2_E, keep_scale, threshold,
     )  # fmt: skip
     head = {"HEAD": head_dim, "HEAD_PAD": triton.next_power_of_2(head_dim)}
-    flags = dict(head, CAUSAL=causal, DROPOUT=dropout, EVEN=T % EVEN_T == 0, PRECISION="ieee")
+    flags = dict(head, CAUSAL=causal, DROPOUT=dropout, EVEN=T % EVEN_T == 0)
     wgmma = launch.arch_of(qkv) == "sm_90" and qkv.dtype != torch.float32
-    seed_or_any = lse if seed is None else seed
+    dkv, dq = (_config(name, qkv, head_dim, dropout) for name in ("DKV", "DQ"))
     with launch.on_device(qkv):
         attention_bwd_preprocess_kernel[(head_count, padded // rows.blocks["BLOCK_T"])](
             y, grad_y, lse, lse_delta, *strides[2:], T, n_head, **head, **rows.kwargs()
         )
-        config = _config("DKV", qkv, head_dim, dropout)
-        attention_bwd_dkv_kernel[(triton.cdiv(T, config.blocks["BLOCK_N"]) * head_count,)](
-            qkv, grad_y, lse_delta, dqkv, seed_or_any, *arguments, **flags, WGMMA=wgmma,
-            **config.kwargs(),
-        )  # fmt: skip
-        config = _config("DQ", qkv, head_dim, dropout)
-        attention_bwd_dq_kernel[(triton.cdiv(T, config.blocks["BLOCK_M"]) * head_count,)](
-            qkv, grad_y, lse_delta, dqkv, seed_or_any, *arguments, **flags, **config.kwargs()
+        attention_bwd_dkv_kernel[(triton.cdiv(T, dkv.blocks["BLOCK_N"]) * head_count,)](
+            *arguments, **flags, WGMMA=wgmma, **dkv.kwargs()
         )
-    return with_row_sums(dqkv, biased)
+        attention_bwd_dq_kernel[(triton.cdiv(T, dq.blocks["BLOCK_M"]) * head_count,)](
+            *arguments, **flags, **dq.kwargs()
+        )
+    return _with_row_sums(dqkv, biased)
 
 
-def with_row_sums(dqkv: Tensor, biased: bool) -> tuple[Tensor, Tensor]:
+def _with_row_sums(dqkv: Tensor, biased: bool) -> tuple[Tensor, Tensor]:
     """Returns dqkv and its fp32 sum over all rows (3*C,), or an empty tensor."""
     return tensors_only(dqkv, dqkv.sum((0, 1), dtype=torch.float32) if biased else None)  # type: ignore[return-value]
-
-
-# Attention's second implementation is in attention_hopper.py, which is imported where a call needs
-# it: Gluon refuses where kernels are interpreted, and costs a second.
-
-
-def _hopper_forward(
-    qkv: Tensor, bias: Tensor | None, n_head: int, causal: bool, dropout_p: float,
-    seed: Tensor | None, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if not _hopper_applies(qkv, n_head, causal, dropout_p):
-        return forward(qkv, bias, n_head, causal, dropout_p, seed, scale)
-    from fastgpt_kernels import attention_hopper
-
-    return attention_hopper.forward(qkv, n_head, causal, scale)
-
-
-def _hopper_backward(
-    grad_y: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, seed: Tensor | None, n_head: int,
-    causal: bool, dropout_p: float, scale: float, biased: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    applies = _hopper_applies(qkv, n_head, causal, dropout_p)
-    # dq's addends arrive in any order there.
-    if torch.are_deterministic_algorithms_enabled() or not applies:
-        return backward(grad_y, qkv, y, lse, seed, n_head, causal, dropout_p, scale, biased)
-    from fastgpt_kernels import attention_hopper
-
-    dqkv = attention_hopper.backward(grad_y, qkv, y, lse, n_head, causal, scale)
-    return with_row_sums(dqkv, biased)
 
 
 def _hopper_applies(qkv: Tensor, n_head: int, causal: bool, dropout_p: float) -> bool:
@@ -658,47 +636,54 @@ def _hopper_applies(qkv: Tensor, n_head: int, causal: bool, dropout_p: float) ->
     return causal or sizes.head_dim == 64
 
 
+def heads_per_program(heads: int, T: int, head_dim: int, causal: bool) -> int:
+    """Returns the heads of a program in Hopper's backward pass by head: 1, 2 for more, 0 if none.
+
+    All SMs of an H200 need a head, and the L2 cache has to hold dq's sums of as many heads.
+    """
+    sms = launch.SMS["sm_90"]
+    fits = 4 * T * head_dim * sms <= DQ_BUDGET
+    applies = HOPPER_BY_HEAD and causal and head_dim == 64 and fits and heads >= sms
+    return min(2, triton.cdiv(heads, sms)) if applies else 0
+
+
 # --- Registration -----------------------------------------------------------------------------
 
 
-def _define(
-    name: str, forward: Callable[..., Any], backward: Callable[..., Any]
-) -> torch._ops.OpOverload:
-    """Registers an implementation's launchers; returns its op, whose results are y and lse."""
-
-    def fake(qkv, bias, n_head, *_):
-        batch, T, width = qkv.shape
-        lse = qkv.new_empty((batch * n_head, T), dtype=torch.float32)
-        return qkv.new_empty((batch, T, width // 3)), lse
-
-    def fake_backward(grad_y, qkv, *rest):
-        sums = qkv.new_empty(qkv.shape[2], dtype=torch.float32) if rest[-1] else None
-        return tensors_only(qkv.new_empty(qkv.shape), sums)
-
-    def setup_context(ctx, inputs, output):
-        qkv, bias, n_head, causal, dropout_p, seed, scale = inputs
-        ctx.save_for_backward(qkv, *output, seed)
-        ctx.mark_non_differentiable(output[1])
-        ctx.options = n_head, causal, dropout_p, scale, bias is not None
-
-    def gradients(ctx, grad_y, _):
-        return backward_op(grad_y, *ctx.saved_tensors, *ctx.options)
-
-    def flops(qkv, products):
-        """Causal counts in full, as torch counts its own."""
-        return products * 2 * qkv[0] * qkv[1] ** 2 * (qkv[2] // 3)
-
-    backward_op = define_op(
-        f"{name}_backward", backward, fake_backward, flops=lambda dy, qkv, *_, **__: flops(qkv, 5)
-    )
-    return define_op(
-        name, forward, fake, setup_context=setup_context, backward=gradients,
-        flops=lambda qkv, *_, **__: flops(qkv, 2),
-    )  # fmt: skip
+def _fake(qkv, bias, n_head, *_):
+    batch, T, width = qkv.shape
+    lse = qkv.new_empty((batch * n_head, T), dtype=torch.float32)
+    return qkv.new_empty((batch, T, width // 3)), lse
 
 
-_op = _define("attention", forward, backward)
-_hopper_op = _define("attention_hopper", _hopper_forward, _hopper_backward)
+def _fake_backward(grad_y, qkv, *rest):
+    sums = qkv.new_empty(qkv.shape[2], dtype=torch.float32) if rest[-1] else None
+    return tensors_only(qkv.new_empty(qkv.shape), sums)
+
+
+def _setup_context(ctx, inputs, output):
+    qkv, bias, n_head, causal, dropout_p, seed, scale, hopper = inputs
+    ctx.save_for_backward(qkv, *output, seed)
+    ctx.mark_non_differentiable(output[1])
+    ctx.options = n_head, causal, dropout_p, scale, hopper, bias is not None
+
+
+def _gradients(ctx, grad_y, _):
+    return _backward_op(grad_y, *ctx.saved_tensors, *ctx.options)
+
+
+def _flops(qkv, products):
+    """Returns FLOPs that count causal attention in full, as torch counts its own."""
+    return products * 2 * qkv[0] * qkv[1] ** 2 * (qkv[2] // 3)
+
+
+_backward_op = define_op(
+    "attention_backward", backward, _fake_backward, flops=lambda dy, qkv, *_, **__: _flops(qkv, 5)
+)
+_op = define_op(
+    "attention", forward, _fake, setup_context=_setup_context, backward=_gradients,
+    flops=lambda qkv, *_, **__: _flops(qkv, 2),
+)  # fmt: skip
 
 # --- Public functions -------------------------------------------------------------------------
 
@@ -733,22 +718,22 @@ def attention(
 
     Raises TypeError/ValueError naming the argument, what it got and what it wants.
     """
-    return _attention(_op, qkv, n_head, causal, dropout_p, seed, scale, bias)
+    return _attention(False, qkv, n_head, causal, dropout_p, seed, scale, bias)
 
 
 def hopper_attention(qkv: Tensor, n_head: int, **options: Any) -> Tensor:
     """Returns `attention`, with its options, by the kernels for Hopper where they apply.
 
     They apply to bf16 and fp16 with head dim 64 or 128 and without dropout, on sm_90, with a Triton
-    that they are known to compile with, but not to full attention of head dim 128. The last bits of
-    dq differ from run to run, so `torch.use_deterministic_algorithms` leaves the backward pass to
-    the others.
+    that they are known to compile with, but not to full attention of head dim 128. Where not every
+    program of the backward pass takes whole heads (`heads_per_program`), the last bits of dq differ
+    between runs, and `torch.use_deterministic_algorithms` leaves that pass to the others.
     """
-    return _attention(_hopper_op, qkv, n_head, **options)
+    return _attention(True, qkv, n_head, **options)
 
 
 def _attention(
-    op, qkv, n_head, causal=True, dropout_p=0.0, seed=None, scale=None, bias=None
+    hopper, qkv, n_head, causal=True, dropout_p=0.0, seed=None, scale=None, bias=None
 ) -> Tensor:
     _check(qkv, n_head, causal, dropout_p, seed, scale, bias)
     if not launch.use_kernel(qkv):
@@ -758,7 +743,7 @@ def _attention(
     if scale is None:
         scale = 1.0 / math.sqrt(qkv.shape[2] // (3 * n_head))
     seed = seed_tensor(seed, qkv.device) if dropout_p > 0 else None
-    return op(qkv, bias, n_head, causal, dropout_p, seed, scale)[0]
+    return _op(qkv, bias, n_head, causal, dropout_p, seed, scale, hopper)[0]
 
 
 def _check(qkv, n_head, causal, dropout_p, seed, scale, bias) -> None:
@@ -849,10 +834,14 @@ def _cost(s: Sizes, itemsize: int) -> dict[str, Cost]:
     return {"forward": Cost(2 * product, 4 * moved), "backward": Cost(5 * product, 8 * moved)}
 
 
+def _hopper_variant(s: Sizes) -> int:
+    return heads_per_program(s.batch_size * s.n_head, s.block_size, s.head_dim, True)
+
+
 _other = partial(Implementation, follows_seed=False)
 _KERNELS = [
     "fwd", "bwd_preprocess", "bwd_dkv", "bwd_dq", "hopper_fwd", "hopper_bwd_preprocess",
-    "hopper_bwd", "hopper_bwd_postprocess",
+    "hopper_bwd", "hopper_bwd_postprocess", "hopper_bwd_head",
 ]  # fmt: skip
 SPECS = {
     "attention": OpSpec(
@@ -866,5 +855,6 @@ SPECS = {
         _example_inputs, _cost,
         kernels=tuple(f"attention_{kernel}_kernel" for kernel in _KERNELS),
         category="attention", few_tokens=512, calls_per_step=12,
+        variant=_hopper_variant, preferred={"sm_90": "hopper"},
     )
 }  # fmt: skip

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language import _core
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # --- Triton 3.6 to 3.9 ------------------------------------------------------------------------
@@ -41,6 +42,25 @@ def reduce_add(tensor_desc: Any, coord: Any, src: Any, _semantic: Any = None) ->
     coord = _semantic._convert_to_ir_values(coord, require_i64=False)
     kind = _core.ir.DESCRIPTOR_REDUCE_KIND.ADD
     _semantic.builder.create_async_tma_reduce(kind, tensor_desc.handle, coord, src.handle)
+
+
+# --- Handing over shared memory ---------------------------------------------------------------
+
+
+@gluon.jit
+def mbarriers(n: gl.constexpr, arrivals: gl.constexpr):
+    """Returns n mbarriers, each of which ends a phase after so many arrivals."""
+    made = gl.allocate_shared_memory(gl.int64, [n, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(n):
+        mbarrier.init(made.index(i), count=arrivals)
+    return made
+
+
+@gluon.jit
+def arrive_all(bar):
+    """Arrives at an mbarrier once all warps of the partition have come here."""
+    barrier()
+    mbarrier.arrive(bar)
 
 
 # --- Tensors as TMA addresses them ------------------------------------------------------------

@@ -203,6 +203,9 @@ class OpSpec:
     label            the name within that category, in traces
     calls_per_step   the number of calls in a training step of GPT-2 124M with 12 layers
     few_tokens       the number of tokens in the self-check
+    variant          sizes -> a value that tells calls apart which launch other kernels, so that the
+                     self-check launches the run's
+    preferred        the default implementation by architecture, where it is not `standard`
     """
 
     name: str
@@ -214,6 +217,8 @@ class OpSpec:
     label: str = ""
     calls_per_step: int = 0
     few_tokens: int = 4096
+    variant: Callable[[Sizes], Any] = lambda sizes: None
+    preferred: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def reference(self) -> Callable[..., Any]:
@@ -244,7 +249,12 @@ class OpSpec:
         reason = reason or versions.untested()
         if not reason and self.standard == "eager":
             reason = "no other is measured to be faster"
-        return ("eager", reason) if reason else ("triton", "fused kernels")
+        if reason:
+            return "eager", reason
+        name = self.preferred.get(arch, "triton")
+        if name == "triton" or self.unsupported_reason(name, arch, dtype, sizes):
+            return "triton", "fused kernels"
+        return name, f"fused kernels for {arch}"
 
 
 def spec(name: str) -> OpSpec:

@@ -71,28 +71,31 @@ class Check:
         implementation draws its own mask.
         """
         op, device, dtype = spec(self.op), torch.device(self.device), getattr(torch, self.dtype)
-        sizes = self.sizes if timed else few_rows(self.sizes, op.few_tokens)
+        sizes = self.sizes if timed else few_rows(self.sizes, op.few_tokens, op.variant)
         found = op.example_inputs(sizes, normal(device))
         if not timed and not op.implementations[self.implementation].follows_seed:
             found = [example.without_dropout() for example in found]
         return [example.rounded(dtype) for example in found]
 
 
-def few_rows(sizes: Sizes, tokens: int) -> Sizes:
+def few_rows(
+    sizes: Sizes, tokens: int, variant: Callable[[Sizes], Any] = lambda sizes: None
+) -> Sizes:
     """Returns the same model on about `tokens` tokens, for which the same kernels are compiled.
 
     A sequence has two tiles and the rest of the run's. The number of tokens is a multiple of
-    ALIGNMENT if the run's is.
+    ALIGNMENT if the run's is. There are as few sequences as have the run's `variant`, or all.
     """
     B, T = sizes.batch_size, sizes.block_size
     length = T if T < 3 * TILE else 2 * TILE + T % TILE
 
-    def aligned(rows: int) -> bool:
-        return rows * length % ALIGNMENT == 0
+    def alike(few: Sizes) -> bool:
+        aligned = few.tokens % ALIGNMENT == 0
+        return aligned == (B * length % ALIGNMENT == 0) and variant(few) == variant(sizes)
 
     least = min(B, max(1, tokens // length))
-    rows = next(b for b in range(least, B + 1) if aligned(b) == aligned(B))
-    return replace(sizes, batch_size=rows, block_size=length)
+    found = [replace(sizes, batch_size=b, block_size=length) for b in range(least, B + 1)]
+    return next(filter(alike, found), found[-1])
 
 
 # --- One check, in a child process ---------------------------------------------------------------

@@ -365,7 +365,7 @@ def test_flops_are_counted_as_for_sdpa(causal: bool) -> None:
     with torch.device("meta"):
         qkv = torch.randn(2, 48, 3 * 64, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
-        y, _ = registered("attention")(qkv, None, 2, causal, 0.0, None, 1.0)
+        y, _ = registered("attention")(qkv, None, 2, causal, 0.0, None, 1.0, False)
         y.sum().backward()
     product = 2 * (2 * 2) * 48 * 48 * 32  # multiply-adds of one T x T x D product, every head
     assert counter.get_total_flops() == (2 + 5) * product

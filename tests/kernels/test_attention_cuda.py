@@ -44,8 +44,8 @@ def passes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns y, lse and dqkv of the launchers; causal."""
     seed = torch.tensor([2024], device=CUDA) if dropout_p else None
-    y, lse = MODULE.forward(qkv, None, n_head, True, dropout_p, seed, 0.125)
-    rest = seed, n_head, True, dropout_p, 0.125, False
+    y, lse = MODULE.forward(qkv, None, n_head, True, dropout_p, seed, 0.125, False)
+    rest = seed, n_head, True, dropout_p, 0.125, False, False
     return y, lse, MODULE.backward(grad_y, qkv, y, lse, *rest)[0]
 
 
@@ -113,10 +113,11 @@ def test_memory() -> None:
     batch, T, n_head, head_dim = 32, 1024, 12, 64
     qkv = random_qkv(batch, T, n_head, head_dim, torch.bfloat16, CUDA)
     rows, tokens = batch * n_head * T * 4, batch * T * n_head * head_dim
-    y, lse = MODULE.forward(qkv, None, n_head, True, 0.0, None, 0.125)
-    rest = None, n_head, True, 0.0, 0.125, False
+    given = qkv, None, n_head, True, 0.0, None, 0.125, False
+    y, lse = MODULE.forward(*given)
+    rest = None, n_head, True, 0.0, 0.125, False, False
     for run, wanted in (
-        (lambda: MODULE.forward(qkv, None, n_head, True, 0.0, None, 0.125), tokens * 2 + rows),
+        (lambda: MODULE.forward(*given), tokens * 2 + rows),
         (lambda: MODULE.backward(y, qkv, y, lse, *rest), tokens * 3 * 2 + 2 * rows),
     ):
         run()

@@ -109,6 +109,31 @@ def test_only_the_op_that_fails_its_check_falls_back(gpu):
         selected(KernelOptions(ops={"bias_gelu": "triton"}), device=GPU)
 
 
+def test_attention_on_hopper_and_what_it_falls_back_to(gpu, monkeypatch):
+    """By default hopper where it applies, then triton, then eager; a flag has no fallback."""
+    gpu()
+    auto = KernelOptions()
+    take = lambda options=auto, **more: selected(options, device=GPU, **more)["attention"]  # noqa: E731
+    bf16, half = torch.bfloat16, torch.float16
+    assert take(dtype=bf16) == Selected("attention", "hopper", "fused kernels for sm_90")
+    assert select(GPU, half).uses_triton("attention"), "it sums the bias's gradient"
+    assert take(KernelOptions("triton"), dtype=bf16).implementation == "triton"
+    fused = Selected("attention", "triton", "fused kernels")
+    assert take() == take(sizes=Sizes(dropout=0.1), dtype=bf16) == fused
+    off = "is off by 0.1 here"
+    wrong = {"hopper"}
+    monkeypatch.setattr(
+        self_check, "failures", lambda checks: {c: off for c in checks if c.implementation in wrong}
+    )
+    assert take(dtype=bf16) == Selected("attention", "triton", f"hopper: {off}")
+    with pytest.raises(UserError, match=f"--op.attention=hopper: {off}"):
+        take(KernelOptions(ops={"attention": "hopper"}), dtype=bf16)
+    wrong.add("triton")
+    assert take(dtype=bf16) == Selected("attention", "eager", f"hopper: {off}; triton: {off}")
+    gpu("sm_80")
+    assert take(dtype=bf16) == fused
+
+
 @pytest.mark.parametrize("arch", ["sm_75", "gfx942", "sm_87", "sm_103"])
 def test_a_gpu_without_compiled_kernels_runs_eager(arch, gpu):
     """A new one unless the user asks otherwise, an old one or AMD's always."""
@@ -137,7 +162,8 @@ def test_a_tuned_result_counts_where_no_flag_overrides_it(gpu):
     gpu(tuned={"attention": ("hopper", reason)}, arch="sm_80")
     assert selected(device=GPU)["attention"].implementation == "triton", "it cannot run there"
     gpu(tuned={"attention": ("cudnn", reason)}, failing=["attention"])
-    assert selected(device=GPU)["attention"].reason == "cudnn: is off by 0.1 here"
+    off = "is off by 0.1 here"
+    assert selected(device=GPU)["attention"].reason == f"cudnn: {off}; triton: {off}"
 
 
 def test_tuning_without_a_gpu_is_said_in_one_line(capsys):

@@ -32,7 +32,7 @@ class Problem:
     n_head: int = 1
     dtype: torch.dtype = torch.bfloat16
     spread: float = 1.0  # of the inputs' values
-    programs: int = 2  # of the forward pass: with one, q's ring goes round
+    programs: int = 2  # of persistent kernels: with one, rings go round and heads follow each other
 
     @functools.cached_property
     def inputs(self) -> tuple[Tensor, Tensor]:
@@ -80,12 +80,32 @@ def run_forward(p: Problem, seed: int, module: Any = attention_hopper, strict: b
 def run_backward(p: Problem, seed: int, module: Any = attention_hopper, strict: bool = True) -> str:
     """The same of a backward pass, given exact results of the forward pass."""
     qkv, grad = p.inputs
-    y, lse, dqkv = p.truth
+    y, lse, _ = p.truth
     with emulated(seed=seed, strict=strict):
         got = module.backward(
-            grad, qkv, y.to(p.dtype), lse.float(), p.n_head, p.causal, p.head_dim**-0.5
+            grad, qkv, y.to(p.dtype), lse.float(), p.n_head, p.causal, p.head_dim**-0.5, False
         )
-    parts = zip(("dq", "dk", "dv"), got.chunk(3, -1), dqkv.chunk(3, -1), strict=True)
+    return _compare_gradient(p, got)
+
+
+def by_head(p: Problem, seed: int, module: Any = attention_hopper, strict: bool = True) -> Tensor:
+    """dqkv of an emulated backward pass with a head to a program, given exact results forward."""
+    qkv, grad = p.inputs
+    y, lse, _ = p.truth
+    sms = mock.patch.object(module, "multiprocessors", lambda x: p.programs)
+    with emulated(seed=seed, strict=strict), sms:
+        return module.backward(
+            grad, qkv, y.to(p.dtype), lse.float(), p.n_head, True, 0.125, by_head=True
+        )
+
+
+def run_by_head(p: Problem, seed: int, module: Any = attention_hopper, strict: bool = True) -> str:
+    """What is wrong with the values of `by_head`."""
+    return _compare_gradient(p, by_head(p, seed, module, strict))
+
+
+def _compare_gradient(p: Problem, dqkv: Tensor) -> str:
+    parts = zip(("dq", "dk", "dv"), dqkv.chunk(3, -1), p.truth[2].chunk(3, -1), strict=True)
     return _compare(p, {name: (a, b) for name, a, b in parts})
 
 
@@ -121,12 +141,21 @@ BACKWARD = [
     Problem(130, batch=2, dtype=torch.float16),
     Problem(1),
 ]
+# One program has several heads, or a head has one tile, or the programs share the heads unevenly.
+BY_HEAD = [
+    Problem(512, n_head=2, programs=1),
+    Problem(300, n_head=3),
+    Problem(384, batch=2, programs=1, dtype=torch.float16),
+    Problem(77, batch=2, spread=2.0, programs=1),
+    Problem(1),
+]
 
 
 def main(seeds: int = 1000) -> int:
     """The first problem of each pass, over many seeds."""
     failures = 0
-    for run, problem in ((run_forward, FORWARD[0]), (run_backward, BACKWARD[0])):
+    firsts = (run_forward, FORWARD[0]), (run_backward, BACKWARD[0]), (run_by_head, BY_HEAD[0])
+    for run, problem in firsts:
         for seed in range(seeds):
             try:
                 wrong = run(problem, seed)

@@ -7,8 +7,8 @@ Within, `kernel[grid](...)` of a Gluon kernel calls the very function under `@gl
 it sees, `gl`, `tma`, `mbarrier`, wgmma's functions and `reduce_add` are replaced. A partition of
 `warp_specialize` is a task. One task runs at a time; at every primitive a scheduler seeded by
 `seed` picks who goes on: a task, or an asynchronous operation that was issued before (a TMA copy
-lands, a wgmma or a TMA store reads its operands). Nothing but what waits for an operation forces
-it, so it comes as late or as early as the rules allow.
+lands, a wgmma or a TMA store reads its operands, a store reaches memory). Nothing but what waits
+for an operation forces it, so it comes as late or as early as the rules allow.
 
 Two nets catch what is wrong, and the second needs no luck:
 
@@ -17,7 +17,8 @@ Two nets catch what is wrong, and the second needs no luck:
   with products are rounded once on some CTAs, as FMA does. Whoever calls compares the results.
 - order: vector clocks (Mattern 1989) say which accesses to a box of shared memory come after which.
   Two that nothing orders are an error that names both lines, whichever order this seed ran them in;
-  so are accesses of threads and then of wgmma or TMA with no proxy fence between.
+  so are accesses of threads and then of wgmma or TMA with no proxy fence between, and what TMA does
+  to a block in global memory that it stored before and that was not awaited in full.
 
 A deadlock is reported with who waits for what.
 
@@ -90,7 +91,8 @@ def _store(pointer: Pointer, value: Any, mask: Any = None) -> None:
 
 
 def _allocate(dtype: Any, shape: Sequence[int], layout: Any = None, value: Any = None) -> Any:
-    frame = sys._getframe(1)
+    frame: Any = sys._getframe(1)
+    frame = frame.f_back if frame.f_code.co_name == "mbarriers" else frame
     name = linecache.getline(frame.f_code.co_filename, frame.f_lineno).split("=")[0].strip()
     if isinstance(layout, hopper.mbarrier.MBarrierLayout):
         made = Barriers(Barrier(f"{name}[{i}]") for i in range(shape[0]))
@@ -139,6 +141,12 @@ def _fma(x: Tensor, y: Any, z: Any) -> Tensor:
 
 
 def _inline_asm(asm: str, constraints: str, args: Sequence[Tensor], **_: Any) -> Tensor:
+    if asm.startswith("cp.async.bulk.wait_group 0; fence.proxy.async;"):
+        _store_wait(0)
+        task = Cta.now.running
+        task.unlanded = task.wait_for(task.unlanded, 0, "TMA stores to be in memory")
+        _fence()
+        return Tensor(torch.zeros(()))
     if not asm.startswith("tanh.approx.f32 $0, $1;"):
         raise KernelError(f"{where()}: unknown assembly: {asm}")
     u = raw(args[0])
@@ -241,6 +249,7 @@ def _copy_in(
     if Cta.now.strict and not barrier.fenced:
         raise KernelError(f"{where()}: no fence_async_shared after the init of {barrier.name}")
     inside, part = tiles.window(coord, result)
+    _order_global(tiles, inside)
 
     def land(op: Operation) -> None:
         result.touch(op, op.text, writes=True, asynchronous=True)
@@ -259,12 +268,32 @@ def _copy_out(
 ) -> None:
     _pause()
     inside, part = tiles.window(coord, src)
+    _order_global(tiles, inside, kind)
 
-    def act(op: Operation) -> None:
+    def read(op: Operation) -> torch.Tensor:
         src.touch(op, op.text, writes=False, asynchronous=True)
-        write(tiles.data[inside], tiles.view(src.proxy)[part])
+        return tiles.view(src.proxy)[part].clone()
 
-    Cta.now.running.stores.append(Operation(kind, act))
+    op = Operation(kind, read)
+    landing = Operation("landing", lambda _: write(tiles.data[inside], op.value), op)
+    tiles.writes.append((inside, landing, kind))
+    Cta.now.running.stores.append(op)
+    Cta.now.running.unlanded.append(landing)
+
+
+def _order_global(tiles: Tiles, inside: tuple[slice, ...], kind: str = "TMA load") -> None:
+    """Raises KernelError if a block was stored before by TMA, and may not be in memory yet.
+
+    Additions have no order among themselves.
+    """
+    for box, op, before in tiles.writes:
+        apart = any(
+            a.stop <= b.start or b.stop <= a.start for a, b in zip(box, inside, strict=True)
+        )
+        if apart or op.cta is not Cta.now or kind == before == "TMA reduce":
+            continue
+        if Cta.now.strict and not known(Cta.now.running.clock, op.agent, 1):
+            raise KernelError(f"{where()}: {kind} before the {before} to {inside} has landed")
 
 
 def _reduce_add(tiles: Tiles, coord: Any, src: Shared) -> None:

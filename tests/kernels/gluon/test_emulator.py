@@ -9,7 +9,7 @@ import torch
 from fastgpt_kernels import attention_hopper
 from tests.kernels.gluon import planted, small
 from tests.kernels.gluon.emulator import emulated
-from tests.kernels.gluon.planted import BACKWARD, FORWARD, Bug, instead, without
+from tests.kernels.gluon.planted import Bug, instead, without
 from tests.kernels.gluon.values import KernelError, Pointer, Scalar, Tensor
 
 SEEDS = 20
@@ -69,15 +69,17 @@ def test_a_deadlock_tells_who_waits_for_what() -> None:
     assert "(now in phase 1, 1 of 1 arrivals and 0 bytes to come)" in text
 
 
-# In turn a dozen of each list, so that every kind is there; `python -m ...planted` has all of them.
-SOME = [
-    (section, run, problem, bug) for section, run, problem, bugs in planted.ALL for bug in bugs[::3]
-]
+ATTENTION = [
+    pytest.param(
+        section, run, problem, bug,
+        id=f"{section}, {bug.name.split(chr(10))[0]}", marks=[pytest.mark.slow] * (i % 4 > 0),
+    )
+    for section, run, problem, bugs in planted.ALL
+    for i, bug in enumerate(bugs)
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("section", "run", "problem", "bug"), SOME, ids=[bug.name.split("\n")[0] for *_, bug in SOME]
-)
+@pytest.mark.parametrize(("section", "run", "problem", "bug"), ATTENTION)
 def test_bugs_of_attention(section: str, run: Any, problem: Any, bug: Bug) -> None:
     with planted.planted(attention_hopper, bug, section) as buggy:
         assert bug.found_as in (said := planted.found(run, problem, buggy, 1)) != "", said
@@ -85,7 +87,7 @@ def test_bugs_of_attention(section: str, run: Any, problem: Any, bug: Bug) -> No
 
 def test_planted_bugs_are_in_the_kernels() -> None:
     """None of the list has become stale: each text is in its kernel's file, once."""
-    assert len(FORWARD) + len(BACKWARD) >= 38
+    assert sum(len(bugs) for *_, bugs in planted.ALL) >= 79
     for section, _, _, bugs in planted.ALL:
         for bug in bugs:
             planted.edited(attention_hopper, bug, section)

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from fastgpt_kernels import attention, attention_hopper, reference
+from fastgpt_kernels import attention, attention_hopper, launch, reference
 from fastgpt_kernels.attention_hopper import batches_together
 from fastgpt_kernels.hopper import addressable, blocks, names_of
 from fastgpt_kernels.registry import Sizes, spec
-from tests.kernels.gluon import cases
-from tests.kernels.gluon.cases import Problem, run_backward, run_forward
+from fastgpt_kernels.self_check import few_rows
+from tests.kernels.gluon import cases, machine, values
+from tests.kernels.gluon.cases import Problem, by_head, run_backward, run_by_head, run_forward
 from tests.kernels.gluon.emulator import emulated
 from tests.kernels.helpers import module_of, registered
 from tests.kernels.test_attention import BOTH, check_attention, random_qkv
@@ -35,6 +36,48 @@ def test_forward_holds(problem: Problem) -> None:
 def test_backward_holds(problem: Problem) -> None:
     for seed in range(SEEDS):
         assert run_backward(problem, seed) == "", f"seed {seed}"
+
+
+@pytest.mark.parametrize("seeds", [range(2), pytest.param(range(2, 104), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("problem", cases.BY_HEAD, ids=name)
+def test_backward_by_head_holds(problem: Problem, seeds: range) -> None:
+    for seed in seeds:
+        assert run_by_head(problem, seed) == "", f"seed {seed}"
+
+
+@pytest.mark.parametrize("seeds", [3, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("contract", [True, False], ids=["FMA", "no FMA"])
+def test_backward_by_head_is_the_same_to_the_bit(
+    contract: bool, seeds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under every schedule and with any number of programs, given the compiler's FMAs."""
+    drawn = type("Tensor", (values.Tensor,), {})  # what the emulator draws has no effect
+    monkeypatch.setattr(machine, "Tensor", drawn)
+    monkeypatch.setattr(values.Tensor, "contract", contract)
+    wanted = by_head(Problem(300, n_head=3), 0)
+    for seed in range(1, seeds):
+        problem = Problem(300, n_head=3, programs=1 + seed % 3)
+        assert torch.equal(by_head(problem, seed), wanted), f"seed {seed}"
+
+
+def test_which_backward_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By head: a head for each SM, dq's sums in the L2, causal, head dim 64, not switched off."""
+    heads = MODULE.heads_per_program
+    assert heads(132, 1024, 64, True) == 1 and heads(384, 1117, 64, True) == 2
+    others = (131, 1024, 64, True), (384, 1118, 64, True), (384, 512, 128, True)
+    assert not any(heads(*sizes) for sizes in (*others, (384, 512, 64, False)))
+    monkeypatch.setattr(MODULE, "HOPPER_BY_HEAD", False)
+    assert heads(384, 1024, 64, True) == 0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows"), [(Sizes(32, 1024), 12), (Sizes(10, 1024), 2), (Sizes(32, 2048), 2)]
+)
+def test_the_self_check_launches_what_the_run_does(sizes: Sizes, rows: int) -> None:
+    """GPT-2's run has two heads for many programs, and so has its check."""
+    op = spec("attention")
+    few = few_rows(sizes, op.few_tokens, op.variant)
+    assert few.batch_size == rows and op.variant(few) == op.variant(sizes)
 
 
 def test_batches_in_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,14 +112,27 @@ def test_the_op_is_as_accurate_as_pytorch(causal: bool, as_on_hopper: None) -> N
     check_attention(qkv, 2, function=hopper_attention, causal=causal, scale=0.2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_op_by_head(
+    dtype: torch.dtype, as_on_hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With enough heads for all SMs, of which there are two here, also if deterministic."""
+    monkeypatch.setattr(launch, "SMS", {"sm_90": 2})
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    launched, run = [], attention_hopper.backward
+    monkeypatch.setattr(attention_hopper, "backward", lambda *a: launched.append(a[-1]) or run(*a))
+    check_attention(random_qkv(1, 140, 3, 64, dtype, CPU), 3, function=hopper_attention)
+    assert launched == [True]
+
+
 def test_the_registered_op(as_on_hopper: None) -> None:
     qkv = random_qkv(1, 3, 1, 64, torch.float16, CPU).requires_grad_()
     checks = ("test_schema", "test_faketensor")
-    arguments = (qkv, torch.zeros(192), 1, True, 0.0, None, 0.125)
-    torch.library.opcheck(registered("attention_hopper"), arguments, test_utils=checks)
-    y, lse = registered("attention_hopper")(*arguments)
-    rest = (qkv.detach(), y.detach(), lse.detach(), None, 1, True, 0.0, 0.125, True)
-    gradient = registered("attention_hopper_backward")
+    arguments = (qkv, torch.zeros(192), 1, True, 0.0, None, 0.125, True)
+    torch.library.opcheck(registered("attention"), arguments, test_utils=checks)
+    y, lse = registered("attention")(*arguments)
+    rest = (qkv.detach(), y.detach(), lse.detach(), None, 1, True, 0.0, 0.125, True, True)
+    gradient = registered("attention_backward")
     torch.library.opcheck(gradient, (torch.ones_like(y), *rest), test_utils=checks)
 
 

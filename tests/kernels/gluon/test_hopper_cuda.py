@@ -40,9 +40,24 @@ def test_long_and_many() -> None:
     check(random_qkv(32, 512, 12, 64, torch.bfloat16, CUDA), 12, causal=True)
 
 
+@HALF
+@pytest.mark.parametrize("T", [1024, 1000, 385, 128, 1])
+def test_backward_by_head(T: int, dtype: torch.dtype) -> None:
+    """fp64 error, and 20 runs that are the same to the bit; two heads to some programs."""
+    n_head, batch = 12, 12
+    assert MODULE.heads_per_program(batch * n_head, T, 64, True) == 2
+    qkv = random_qkv(batch, T, n_head, 64, dtype, CUDA)
+    check(qkv, n_head, causal=True)
+    qkv.requires_grad_()
+    grad = torch.randn(batch, T, n_head * 64, device=CUDA).to(dtype)
+    y = hopper_attention(qkv, n_head)
+    runs = [torch.autograd.grad(y, qkv, grad, retain_graph=True)[0] for _ in range(20)]
+    assert all(torch.equal(run, runs[0]) for run in runs)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_a_thousand_runs_are_alike(head_dim: int) -> None:
-    """y, dk and dv to the bit; dq up to the order of fp32 additions."""
+    """y, dk and dv to the bit; dq, of fewer heads than SMs, up to the order of fp32 additions."""
     C = 6 * head_dim
     qkv = random_qkv(16, 1000, 6, head_dim, torch.bfloat16, CUDA).requires_grad_()
     grad = torch.randn(16, 1000, C, device=CUDA, dtype=torch.bfloat16)

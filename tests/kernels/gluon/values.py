@@ -159,6 +159,7 @@ class Tiles:
         base = descriptor.base
         self.data = base.as_strided(descriptor.shape, descriptor.strides, base.storage_offset())
         self.block, self.layout, self.dtype = descriptor.block_shape, descriptor.layout, base.dtype
+        self.writes = list[tuple[Any, Any, str]]()  # by TMA: (slices, operation, kind)
         self.bytes = torch.Size(self.block).numel() * base.element_size()
         if max(self.block) > 256:
             raise KernelError(f"a TMA box has at most 256 elements a side, not {self.block}")
