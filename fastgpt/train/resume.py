@@ -103,7 +103,8 @@ def load(trainer: Trainer, dataset: Dataset, run_dir: Path) -> Progress:
                 "or start a new run"
             )
     optimizer = {} if r.reset_optimizer else saved.optimizer
-    if not (optimizer or r.reset_optimizer or "imported_from" in document):
+    fresh = r.reset_optimizer or progress.step == 0 or "imported_from" in document
+    if not (optimizer or fresh):
         raise UserError(
             f"{saved.folder}: has no optimizer state; --reset_optimizer=True goes on with fresh "
             "moments"

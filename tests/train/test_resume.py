@@ -99,6 +99,9 @@ def test_optimizer_tensors_are_checked(tmp_path: Path):
     resume.save(a, Progress(1), dataset(), tmp_path / "empty", best=True)
     with pytest.raises(UserError, match="has no optimizer state; --reset_optimizer=True"):
         resume.load(trainer(1), dataset(), tmp_path / "empty")
+    (tmp_path / "at 0").mkdir()
+    resume.save(a, Progress(0), dataset(), tmp_path / "at 0", best=True)
+    assert resume.load(trainer(1), dataset(), tmp_path / "at 0").step == 0, "before any update"
     b = trainer(1, reset_optimizer=True)
     resume.load(b, dataset(), tmp_path)
     assert not b.optimizer.state and torch.equal(*(t.model.transformer.wte.weight for t in (a, b)))
