@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old content or the new one, never a mixture."""
+"""Atomic files and folders: a reader sees the old content or the new one, never a mixture."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def sha256_file(path: Path) -> str:
 
 
 def sealed(text: str) -> str:
-    """Returns `text` with its own sha256 as a last line, so that any change of it shows."""
+    """Returns `text` with its own sha256 as a last line, by which `unsealed` notices any change."""
     return f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n"
 
 
 def unsealed(data: bytes) -> str | None:
-    """Returns the text that `sealed` was given, or None if a byte of it has changed."""
+    """Returns the text that `sealed` got, or None if a byte of it has changed."""
     body, _, digest = data.removesuffix(b"\n").rpartition(b"\n")
     return body.decode() if hashlib.sha256(body).hexdigest().encode() == digest else None
 
 
 def fsync_dir(path: Path) -> None:
-    """Makes renames and new entries inside the folder survive a power cut."""
+    """Syncs a folder, so that renames and new files in it survive a power cut."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -48,7 +48,7 @@ def _old(folder: Path) -> Path:
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Renames `new` to `folder`; the old one is removed once the new one has its name."""
+    """Renames `new` to `folder`, and then removes the old one."""
     fsync_dir(new)
     if folder.exists():
         shutil.rmtree(_old(folder), ignore_errors=True)
@@ -59,7 +59,7 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def recover_folder(folder: Path) -> None:
-    """Ends a `replace_folder` that a kill interrupted."""
+    """Completes or undoes a `replace_folder` that a kill interrupted."""
     old = _old(folder)
     if old.exists() and not folder.exists():
         os.rename(old, folder)
@@ -93,7 +93,7 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO]:
 
 
 def umask() -> int:
-    """Returns the bits that new files' modes lack. The system tells them only when they are set."""
+    """Returns the mode bits that new files lack. The system tells them only as they are set."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
@@ -108,21 +108,22 @@ def remove(path: Path) -> None:
 
 
 def sweep(folder: Path, *patterns: str) -> None:
-    """Removes leftovers of killed writers from `folder`, which this process has for itself."""
+    """Removes leftovers of killed writers from `folder`, whose lock this process holds."""
     for path in [path for pattern in patterns for path in folder.glob(pattern)]:
         with contextlib.suppress(OSError):
             remove(path)
 
 
 class Held(UserError):
-    """The message that another process has a file or folder for itself."""
+    """Message that another process holds a lock."""
 
 
 @contextlib.contextmanager
 def lock(path: Path, busy: str) -> Iterator[None]:
-    """Holds a file, made if need be, or a folder; the system releases it however the process ends.
+    """Holds the lock of a folder, or of a file, which is made if need be.
 
-    Raises Held with the text `busy` if another process holds it.
+    The system releases it however the process ends. Raises Held with the text `busy` if another
+    process has it.
     """
     kind = os.O_DIRECTORY if path.is_dir() else os.O_RDWR | os.O_CREAT | os.O_NONBLOCK
     try:
@@ -130,11 +131,10 @@ def lock(path: Path, busy: str) -> Iterator[None]:
     except OSError as e:
         raise explain_os_error(e, path) from e
     try:
-        with contextlib.suppress(BlockingIOError):
+        try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            busy = ""
-        if busy:
-            raise Held(busy)
+        except BlockingIOError:
+            raise Held(busy) from None
         yield
     finally:
         os.close(fd)
@@ -149,18 +149,17 @@ def write_text(path: Path, text: str) -> None:
 def explain_os_error(e: Exception, path: Path) -> Exception:
     """Returns a UserError with advice on a failed write to `path`, or the error itself.
 
-    `e` is an OSError, or safetensors's own, which has the system's as text: "... (os error 28)".
+    `e` is an OSError, or a SafetensorError with the system's as text: "... (os error 28)".
     """
     if not isinstance(e, OSError):
         code = re.search(r"os error (\d+)", str(e))
         e = OSError(int(code[1]) if code else errno.EIO, str(e))
-    other = "name another folder (--out_dir for runs, --data_dir for data)"
+    why, advice = os.strerror(e.errno or 0), ""
     if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return UserError(f"cannot write {path}: no space left; free some disk or {other}")
-    if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        folder = Path(path) if Path(path).is_dir() else Path(path).parent
-        why = os.strerror(e.errno)
-        return UserError(f"cannot write {path}: {why}; make {folder} writable or {other}")
-    if e.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-        return UserError(f"cannot write {path}: {os.strerror(e.errno)}; name another folder")
-    return e
+        why, advice = "no space left", "free some disk or "
+    elif e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        advice = f"make {path if path.is_dir() else path.parent} writable or "
+    elif e.errno not in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        return e
+    advice += "name another folder (--out_dir for runs, --data_dir for data)"
+    return UserError(f"cannot write {path}: {why}; {advice}")

@@ -1,4 +1,4 @@
-"""Checkpoints: folders that are there whole or not at all, and that show any change of a byte.
+"""Checkpoints: folders that are whole or absent, and in which any changed byte is noticed.
 
 RUN/checkpoints/
     step_00000250/
@@ -25,17 +25,8 @@ from safetensors import SafetensorError
 
 from fastgpt.config import settings
 from fastgpt.errors import UserError, read_bytes, reading
-from fastgpt.storage.atomic import (
-    explain_os_error,
-    recover_folder,
-    replace_folder,
-    sealed,
-    sha256_file,
-    sweep,
-    umask,
-    unsealed,
-    write_text,
-)
+from fastgpt.storage import atomic
+from fastgpt.storage.atomic import sha256_file, write_text
 
 if TYPE_CHECKING:  # arguments are checked before PyTorch is loaded, and that needs names only
     from torch import Tensor
@@ -60,7 +51,7 @@ def root(run_dir: Path) -> Path:
 
 
 def shards(run_dir: Path) -> Path:
-    """Returns the folder in which ranks put their parts of a checkpoint before these become one."""
+    """Returns the folder of the ranks' shards of a checkpoint, before they become one file."""
     return root(run_dir) / ".shards"
 
 
@@ -77,12 +68,11 @@ def names(run_dir: Path) -> list[str]:
 
 def pointer(run_dir: Path, which: str) -> str | None:
     """Returns the checkpoint that `latest` or `best` names, or None if it names none."""
-    try:
+    with contextlib.suppress(OSError, UserError):  # not there, or no file that can be read
         data = read_bytes(root(run_dir) / which, limit=100)
-    except (OSError, UserError):  # not there, or no file that can be read
-        return None
-    name = data.decode("ascii", "replace").removesuffix("\n")
-    return name if _NAME.fullmatch(name) and (root(run_dir) / name).is_dir() else None
+        name = data.decode("ascii", "replace").removesuffix("\n")
+        return name if name in names(run_dir) else None
+    return None
 
 
 # --- saving ---------------------------------------------------------------------------------------
@@ -94,8 +84,8 @@ def write_folder(
     """Writes {name}.safetensors and {name}.json files and their manifest as one atomic folder.
 
     Tensors that several ranks wrote come as the path of their file, which is moved here.
-    A folder that is already there is replaced. On any error `target` stays as it was and nothing
-    is left behind. Raises UserError if the disk is full or not writable.
+    A folder that is already there is replaced. Raises UserError if the disk is full or not
+    writable. After any error `target` is as it was, and no other file is left.
     """
     from safetensors.torch import save_file
 
@@ -112,15 +102,16 @@ def write_folder(
             text = json.dumps(document, indent=1, sort_keys=True, allow_nan=True)
             (tmp / f"{name}.json").write_text(text + "\n")
         for path in sorted(tmp.iterdir()):
-            path.chmod(0o666 & ~umask())  # safetensors writes for the owner alone
+            path.chmod(0o666 & ~atomic.umask())  # safetensors writes for the owner alone
             with open(path, "rb") as f:
                 os.fsync(f.fileno())
             files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         manifest = {"format": FORMAT, "files": files}
-        write_text(tmp / _MANIFEST, sealed(json.dumps(manifest, indent=1, sort_keys=True)))
-        replace_folder(tmp, target)
+        text = json.dumps(manifest, indent=1, sort_keys=True)
+        write_text(tmp / _MANIFEST, atomic.sealed(text))
+        atomic.replace_folder(tmp, target)
     except (OSError, SafetensorError) as e:
-        raise explain_os_error(e, target) from e
+        raise atomic.explain_os_error(e, target) from e
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
 
@@ -135,15 +126,14 @@ def save(
     best: bool,
     keep: int,
 ) -> Path:
-    """Saves a checkpoint, moves `best` (if it is one) and `latest`, removes the oldest ones.
+    """Saves a checkpoint, moves `best` (if it is one) and `latest`, and removes others.
 
-    The newest `keep` and the best one stay. Those past `step` were abandoned by a resume.
+    The newest `keep` and the best one stay. A resume has abandoned those past `step`.
     """
     folder = root(run_dir)
     target = folder / name_of(step)
     _recover(folder)
-    # Leftovers of killed saves: the run's lock says that no other process is writing here.
-    sweep(folder, ".tmp-*", ".old-*", ".*.tmp")
+    atomic.sweep(folder, ".tmp-*", ".old-*", ".*.tmp")
     tensors = {"model": model, "optimizer": optimizer}
     write_folder(target, tensors, {"state": {**state, "step": step}})
     shutil.rmtree(shards(run_dir), ignore_errors=True)  # of this save, or of one that was killed
@@ -154,17 +144,17 @@ def save(
     stay = {*alive[:keep], pointer(run_dir, "best"), target.name}
     for name in names(run_dir):
         if name not in stay:
-            # First out of sight by one rename, so that a kill never leaves half of a checkpoint.
+            # Renamed first, so that a kill never leaves half of a checkpoint.
             os.replace(folder / name, folder / f".old-{name}")
             shutil.rmtree(folder / f".old-{name}", ignore_errors=True)
     return target
 
 
 def _recover(folder: Path) -> None:
-    """Ends replacements of a checkpoint by one of the same step that kills interrupted."""
+    """Completes or undoes replacements by a checkpoint of the same step that kills interrupted."""
     for old in folder.glob(".step_*.old"):
         with contextlib.suppress(OSError):  # the folder may belong to another user
-            recover_folder(folder / old.name[1:-4])
+            atomic.recover_folder(folder / old.name[1:-4])
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -175,7 +165,7 @@ def fault(folder: Path) -> str | None:
     manifest = folder / _MANIFEST
     try:
         with reading(manifest, "is damaged"):
-            body = unsealed(read_bytes(manifest))
+            body = atomic.unsealed(read_bytes(manifest))
             if body is None:
                 raise UserError(f"{manifest}: sha256 does not match")
             files = json.loads(body)["files"].items()
@@ -200,8 +190,8 @@ def fault(folder: Path) -> str | None:
 def load(run_dir: Path, which: str = "latest", warn: Callable[[str], None] = print) -> Checkpoint:
     """Returns the checkpoint `which`: latest, best, or a folder's name under checkpoints/.
 
-    A damaged one is named through `warn` and the newest good one is used in its place; a folder
-    asked for by name has no substitute. Raises UserError if nothing usable is left.
+    A damaged one is named through `warn`, and the newest good one is used in its place, but not in
+    that of a named folder. Raises UserError if no usable one is left.
     """
     folder = root(run_dir)
     _recover(folder)

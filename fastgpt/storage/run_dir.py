@@ -1,9 +1,9 @@
 """Run folders: found, made, locked, described, and never overwritten unasked.
 
 A new run takes the place of an old one with its first checkpoint. Until then the old run lies whole
-in RUN/.replaced, and every end of the new one puts it back, at the latest the next command on the
-folder. So that a kill at any moment can be told apart, it goes there and back by way of
-RUN/.replaced.part: what lies in that has to go back, and nothing of a new run was written yet.
+in RUN/.replaced. The end of the new one, or the next command on the folder, puts it back. It goes
+there and back by way of RUN/.replaced.part. While that exists the new run has written nothing, so
+its files go back whenever a kill came.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RUNS = Path("runs")
 IDENTITY = "run.json"
 _ASIDE, _MOVING = _OLD = ".replaced", ".replaced.part"
 _LOCK = ".lock"
-# Files of a run; the last ones tell that it is a run. Versions up to 0.1 also wrote plan.json.
+# Files of a run. The last ones tell that it is a run. Versions up to 0.1 also wrote plan.json.
 _OWN: tuple[str, ...] = ("wandb", "tensorboard", "nonfinite", "checkpoints", "tokenizer.tiktoken")
 _OWN += ("tokenizer.json", "loss.png", "metrics.jsonl", "plan.json", "config.toml", IDENTITY)
 
@@ -55,11 +55,11 @@ def find(out_dir: str, flag: str = "--out_dir=") -> Path:
         raise UserError(f"{flag}{out_dir}: no run there (no config.toml); {advice}")
     if any((run_dir / m).exists() for m in _OLD):
         with contextlib.suppress(Held), lock(run_dir):
-            _bring_back(run_dir)
+            settle(run_dir)
     return run_dir
 
 
-# --- its description ------------------------------------------------------------------------------
+# --- description ----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Identity:
 
 
 def identity(run_dir: Path) -> Identity | None:
-    """Returns the contents of run.json; None if there is none, or if it is damaged."""
+    """Returns the contents of run.json, or None if it is absent or damaged."""
     try:
         saved = json.loads(unsealed(read_bytes(run_dir / IDENTITY, limit=1 << 20)) or "")
         return Identity(str(saved["id"]), str(saved["config"]))
@@ -91,46 +91,43 @@ def load_config(run_dir: Path, say: Callable[[str], None] = print) -> Config:
             changed = settings.differences(settings.load_toml(path), config)
         except UserError as e:
             say(f"{e}; the settings are those that the run wrote")
-        else:
-            if changed:
-                what = ", ".join(f"{name} {now} (was {then})" for name, now, then in changed)
-                flags = " ".join(f"--{name}={now}" for name, now, _ in changed)
-                say(
-                    f"{path}: is not what the run wrote: {what}; the run's own settings count, "
-                    f"which training changes by {flags}"
-                )
+            changed = []
+        if changed:
+            what = ", ".join(f"{name} {now} (was {then})" for name, now, then in changed)
+            flags = " ".join(f"--{name}={now}" for name, now, _ in changed)
+            say(
+                f"{path}: is not what the run wrote: {what}; the run's own settings count, which "
+                f"training changes by {flags}"
+            )
+        return settings.replace(config, out_dir=str(run_dir))
+    if (run_dir / IDENTITY).exists():
+        say(f"{run_dir / IDENTITY}: is damaged; the settings are those of {path}")
+    if path.exists():
+        config = settings.load_toml(path)
+    elif checkpoint.names(run_dir):
+        state = checkpoint.load(run_dir, warn=say).state
+        config = settings.from_dict(state.get("config", {}), f"{run_dir}: ")
     else:
-        if (run_dir / IDENTITY).exists():
-            say(f"{run_dir / IDENTITY}: is damaged; the settings are those of {path}")
-        if path.exists():
-            config = settings.load_toml(path)
-        elif checkpoint.names(run_dir):
-            state = checkpoint.load(run_dir, warn=say).state
-            config = settings.from_dict(state.get("config", {}), f"{run_dir}: ")
-        else:
-            raise UserError(f"{run_dir}: its settings are lost: no config.toml, no checkpoint")
+        raise UserError(f"{run_dir}: its settings are lost: no config.toml, no checkpoint")
     return settings.replace(config, out_dir=str(run_dir))
 
 
-def save_config(run_dir: Path, config: Config) -> Identity:
-    """Writes config.toml so that `fastgpt train RUN/config.toml` repeats the run in a new folder.
+def save_config(run_dir: Path, config: Config) -> None:
+    """Writes run.json, and config.toml so that `fastgpt train RUN/config.toml` repeats the run.
 
     A run that is there keeps its id.
     """
-    before, init_from = identity(run_dir), config.run.init_from
-    if init_from == "resume":  # what it began from is in the file that is about to be replaced
-        init_from = "scratch"
+    before, start = identity(run_dir), config.run.init_from
+    if start == "resume":  # the file that is about to be replaced tells how the run began
+        start = "scratch"
         if before or (run_dir / "config.toml").is_file():
-            init_from = load_config(run_dir, say=lambda line: None).run.init_from
-    config = settings.replace(
-        config, out_dir="", overwrite=False, init_from=init_from, checkpoint="latest",
-        reset_optimizer=False,
-    )  # fmt: skip
+            start = load_config(run_dir, say=lambda line: None).run.init_from
+    config = settings.replace(config, out_dir="", overwrite=False, init_from=start)
+    config = settings.replace(config, checkpoint="latest", reset_optimizer=False)
     own = Identity(before.id if before else secrets.token_hex(8), settings.to_toml(config))
     text = json.dumps({"format": 1, **vars(own)}, indent=1)
     atomic.write_text(run_dir / IDENTITY, sealed(text))
     atomic.write_text(run_dir / "config.toml", own.config)
-    return own
 
 
 # Settings that a run resolves, and those of this host.
@@ -139,7 +136,7 @@ _RESOLVED |= {"lr_decay_iters", "data_dir", "vocab_file", "workers"}
 
 
 def continuation(config: Config) -> dict[str, str]:
-    """Returns flags for --init_from=auto: those that resume the run in --out_dir, or begin it anew.
+    """Returns the flags by which --init_from=auto resumes the run in --out_dir, or begins it.
 
     A run without a checkpoint is begun anew. Raises UserError if another run stands there, and
     SharedError with code 0 if this one has all its steps.
@@ -150,7 +147,7 @@ def continuation(config: Config) -> dict[str, str]:
     if not _has_state(run_dir) and identity(run_dir) is None:
         return {}
     stored = load_config(find(config.run.out_dir), say=lambda line: None)
-    # Weights to start from have the model's shape.
+    # Weights to start from decide the model's shape.
     sections = ("data", "optim") + ("model",) * (config.run.init_from == "scratch")
     own = {n for n, leaf in settings.leaves(Config).items() if leaf.section in sections}
     for name, was, now in settings.differences(stored, config):
@@ -165,16 +162,16 @@ def continuation(config: Config) -> dict[str, str]:
     return {"init_from": "resume"} if saved else {"overwrite": "True"}
 
 
-# --- a folder of one's own ------------------------------------------------------------------------
+# --- beginning and resuming -----------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def begin(out_dir: str, name: str, overwrite: bool) -> Iterator[Path]:
     """Holds the folder of a new run, --out_dir or runs/<time>-<name>, while the block runs.
 
-    Raises UserError if a run or other files stand there already; with `overwrite` the old run is
-    moved aside, whole, and is back if the block ends before the new run has a checkpoint. A run
-    that ends in an error without having done anything leaves nothing behind.
+    Raises UserError if a run or other files stand there already. With `overwrite` the old run is
+    moved aside, and is back if the block ends before the new run has a checkpoint. A run that ends
+    in an error before its first log line leaves no file.
     """
     run_dir = Path(out_dir) if out_dir else RUNS
     with contextlib.ExitStack() as stack:
@@ -185,9 +182,7 @@ def begin(out_dir: str, name: str, overwrite: bool) -> Iterator[Path]:
                 run_dir = _create_numbered(name)
                 made.insert(0, run_dir)
             check_free(out_dir, overwrite)
-            stack.enter_context(lock(run_dir))
-            _bring_back(run_dir)
-            atomic.sweep(run_dir, ".*.tmp")
+            stack.enter_context(_held(run_dir))
             check_free(out_dir, overwrite)
             if _is_barren(run_dir):
                 _remove(run_dir)
@@ -198,10 +193,10 @@ def begin(out_dir: str, name: str, overwrite: bool) -> Iterator[Path]:
         try:
             yield run_dir
         except BaseException:
-            if not _bring_back(run_dir) and (_is_barren(run_dir) or not _present(run_dir)):
+            if not settle(run_dir) and (_is_barren(run_dir) or not _present(run_dir)):
                 _remove(run_dir, made)
             raise
-        if _bring_back(run_dir):
+        if settle(run_dir):
             print(f"{run_dir}: no checkpoint was saved: the run that stood there is back")
 
 
@@ -209,10 +204,17 @@ def begin(out_dir: str, name: str, overwrite: bool) -> Iterator[Path]:
 def resumed(out_dir: str) -> Iterator[Path]:
     """Holds the run that --out_dir names (or the newest one) while the block runs."""
     run_dir = find(out_dir)
-    with lock(run_dir):
-        _bring_back(run_dir)
-        atomic.sweep(run_dir, ".*.tmp")
+    with _held(run_dir):
         yield run_dir
+
+
+@contextlib.contextmanager
+def _held(run_dir: Path) -> Iterator[None]:
+    """Holds a run's lock, and first completes or undoes what a killed process has left."""
+    with lock(run_dir):
+        settle(run_dir)
+        atomic.sweep(run_dir, ".*.tmp")
+        yield
 
 
 def lock(run_dir: Path) -> contextlib.AbstractContextManager[None]:
@@ -231,30 +233,25 @@ def check_free(out_dir: str, overwrite: bool) -> None:
         if not all(leftover.fullmatch(p.name) for p in run_dir.iterdir()):
             raise UserError(f"{here}: is not empty and not a run; name another folder")
     elif not overwrite and not _is_barren(run_dir):
-        how = (
-            "; go on with --init_from=resume," if whole else ", without a checkpoint to go on from;"
-        )
-        anew = "start anew with --overwrite=True, or name another folder"
-        raise UserError(f"{here}: a run stands there{how} {anew}")
-
-
-def settle(run_dir: Path) -> None:
-    """Removes the old run whose place the new one takes with its first checkpoint."""
-    _bring_back(run_dir)
+        how = ", without a checkpoint to go on from; "
+        if whole:
+            how = "; go on with --init_from=resume, "
+        how += "start anew with --overwrite=True, or name another folder"
+        raise UserError(f"{here}: a run stands there{how}")
 
 
 def _has_state(run_dir: Path) -> bool:
-    """Tells if the folder holds a checkpoint, or a run that was put aside."""
+    """Returns whether the folder holds a checkpoint, or a run that was put aside."""
     return any((run_dir / m).exists() for m in _OLD) or bool(checkpoint.names(run_dir))
 
 
 def _present(run_dir: Path) -> list[str]:
-    """Returns the names of what a run itself put into the folder."""
+    """Returns the names of the files and folders that a run itself wrote."""
     return [name for name in _OWN if os.path.lexists(run_dir / name)]
 
 
 def _is_barren(run_dir: Path) -> bool:
-    """Tells if a run did nothing yet: it was killed, or failed, before its first log line."""
+    """Returns whether a run was killed, or failed, before its first log line."""
     if _has_state(run_dir) or (run_dir / "nonfinite").exists() or identity(run_dir) is None:
         return False
     log = run_dir / "metrics.jsonl"
@@ -271,10 +268,10 @@ def _move_aside(run_dir: Path) -> None:
     fsync_dir(run_dir)
 
 
-def _bring_back(run_dir: Path) -> bool:
-    """Ends an overwrite: as the new run if that has a checkpoint, else as the old one (True)."""
+def settle(run_dir: Path) -> bool:
+    """Ends an overwrite. Keeps the new run if it has a checkpoint, else the old one (True)."""
     aside, moving = run_dir / _ASIDE, run_dir / _MOVING
-    if aside.exists():  # whole: everything else is the new run's
+    if aside.exists():  # whole, so all other files are the new run's
         if checkpoint.names(run_dir):
             shutil.rmtree(aside)
             return False
