@@ -92,9 +92,8 @@ def test_encodings(tmp_path, monkeypatch, chunk, name, data, want):
     if isinstance(want, str):
         assert "".join(text_of_file(path)) == want
         return
-    with pytest.raises(UserError, match=f"a.* is no UTF-8 text \\(.*{want}\\): convert") as e:
+    with pytest.raises(UserError, match=f"a.* is no UTF-8 text \\(.*{want}\\): convert"):
         TextFiles(path, 0.1)
-    assert "\n" not in str(e.value)
 
 
 # --- folders
@@ -193,9 +192,8 @@ def test_without_network_there_is_one_clear_line(name, settings, server, monkeyp
     monkeypatch.setattr(corpora, "SHAKESPEARE_URL", "http://127.0.0.1:9/x")
     monkeypatch.setattr(tokenizer, "GPT2_URL", "http://127.0.0.1:9/x")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match="--input=FILE") as e:
+    with pytest.raises(UserError, match="--input=FILE"):
         prepare(settings(dataset=name))
-    assert "\n" not in str(e.value)
     assert not [p for p in (tmp_path / "data").iterdir() if not p.name.startswith(".")]
 
 
@@ -390,9 +388,8 @@ def test_fineweb_goes_on_after_a_failure(fineweb, settings, tmp_path, monkeypatc
 @pytest.mark.parametrize("answer", [b"", b"{}", b"[1]", b'[{"path": "x"}]', b"<", b"[" * 100_000])
 def test_an_odd_index_is_refused(fineweb, settings, answer):
     fineweb.files[fineweb.index] = answer
-    with pytest.raises(UserError, match="not the expected list of files") as e:
+    with pytest.raises(UserError, match="not the expected list of files"):
         prepare(settings(dataset="fineweb10B"))
-    assert "\n" not in str(e.value)
     fineweb.files[f"/api/{corpora.FINEWEB_REPO}/revision/main"] = answer
     with pytest.raises(UserError, match="revision/main: does not name a commit"):
         prepare(settings(dataset="fineweb10B"))

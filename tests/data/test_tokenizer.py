@@ -87,7 +87,7 @@ def test_unknown_characters_are_named(char):
 def test_bad_specs(spec, says):
     with pytest.raises(UserError) as e:
         make_tokenizer(spec, texts=["text"])
-    assert says in str(e.value) and "\n" not in str(e.value)
+    assert says in str(e.value)
 
 
 # --- long whitespace, at which tiktoken's regular expressions overflow
@@ -240,13 +240,11 @@ def test_damaged_files_are_named(as_gpt2, tmp_path, number):
     folder = tmp_path / "t"
     make_tokenizer("gpt2", vocab_file=str(as_gpt2)).save(folder)
     (ranks_of(RANKS[number]) if number < len(RANKS) else FILES[number - len(RANKS)])(folder)
-    with pytest.raises(UserError, match="tokenizer\\.") as e:
+    with pytest.raises(UserError, match="tokenizer\\."):
         load_tokenizer(folder)
-    assert "\n" not in str(e.value)
     if number < len(RANKS):
-        with pytest.raises(UserError, match="tokenizer.tiktoken") as e:
+        with pytest.raises(UserError, match="tokenizer.tiktoken"):
             make_tokenizer("bpe", vocab_file=str(folder / "tokenizer.tiktoken"))
-        assert "\n" not in str(e.value)
 
 
 # --- nanoGPT's meta.pkl
@@ -321,6 +319,6 @@ def test_anything_else_is_refused_and_nothing_runs(meta, tmp_path, kind):
     marker = tmp_path / "ran"
     with pytest.raises(UserError, match=r"meta\.pkl") as e:
         meta(hostile(marker)[kind])
-    assert not marker.exists() and "\n" not in str(e.value) and len(str(e.value)) < 500
+    assert not marker.exists() and len(str(e.value)) < 500
     pickle.loads(hostile(marker)["system"])
     assert marker.exists(), "it would have been noticed"

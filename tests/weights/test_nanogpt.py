@@ -208,7 +208,7 @@ def test_hostile_files_are_refused_and_nothing_is_run(kind: str, message: str, t
     with pytest.raises(UserError) as e:
         load(path)
     assert message in str(e.value) and "nothing in it was run" in str(e.value)
-    assert "\n" not in str(e.value) and not (tmp_path / "ran").exists()
+    assert not (tmp_path / "ran").exists()
     pickle.loads(pickle.dumps(Reduce(os.system, (f"touch {tmp_path / 'ran'}",))))
     assert (tmp_path / "ran").exists(), "it would have been noticed"
 
