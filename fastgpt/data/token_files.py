@@ -142,11 +142,9 @@ class TokenWriter:
     a context manager, which finishes the last file.
     """
 
-    def __init__(
-        self, folder: Path, prefix: str, dtype: np.dtype, shards: list[dict[str, Any]] | None = None
-    ):
-        self.folder, self.prefix, self.dtype = folder, prefix, np.dtype(dtype).newbyteorder("<")
-        self.shards = [] if shards is None else shards
+    def __init__(self, folder: Path, prefix: str, dtype: np.dtype, shards: list[dict[str, Any]]):
+        self.folder, self.prefix, self.shards = folder, prefix, shards
+        self.dtype = np.dtype(dtype).newbyteorder("<")
         self._file: BufferedWriter | None = None
         self._count = 0
 

@@ -40,7 +40,7 @@ def test_what_is_written_is_read(tmp_path, monkeypatch, dtype, version, n):
     monkeypatch.setattr(token_files, "SHARD_TOKENS", 10)
     monkeypatch.setattr(token_files, "_CHUNK", 8)
     ids, advanced = np.arange(35, dtype=dtype) * (1 if version == 1 else 100_000), []
-    with TokenWriter(tmp_path, "t_train", dtype) as writer:
+    with TokenWriter(tmp_path, "t_train", dtype, []) as writer:
         for part in np.array_split(ids, n):
             writer.write(part)
     assert [s["tokens"] for s in writer.shards] == [10, 10, 10, 5]
