@@ -281,9 +281,9 @@ def _doctor(args: list[str]) -> int:
 def _tune(args: list[str]) -> int:
     config, _ = _training(args)
     from fastgpt.model.build import tune
-    from fastgpt.train.main import as_trained, vocab_size
+    from fastgpt.train.main import as_trained
 
-    return tune(as_trained(config), vocab_size(config))
+    return tune(as_trained(config))
 
 
 # Each command's function, and the config that its --help lists.

@@ -18,7 +18,7 @@ from fastgpt.errors import UserError
 from fastgpt.model.build import select_kernels
 from fastgpt.model.device import Machine, unseen_gpu
 from fastgpt.storage import run_dir as run
-from fastgpt.train.main import as_trained, vocab_size
+from fastgpt.train.main import as_trained
 
 
 def _gpus() -> str:
@@ -50,9 +50,9 @@ def doctor(config: Config, name: str) -> None:
 
     Raises UserError if this machine lacks something that the config asks for.
     """
-    s = config.system
+    s, config = config.system, as_trained(config)
     machine = Machine.of(s.device, s.dtype, s.compile, s.peak_tflops)
-    kernels = select_kernels(as_trained(config), vocab_size(config), machine)
+    kernels = select_kernels(config, config.model.vocab_size, machine)
     try:
         runs = f"newest: {run.newest()}"
     except UserError as e:

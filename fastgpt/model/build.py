@@ -32,7 +32,7 @@ def select_kernels(config: Config, vocab_size: int, machine: Machine) -> Kernels
     return select(machine.device, machine.torch_dtype, sizes, options, machine.compile)
 
 
-def tune(config: Config, vocab_size: int) -> int:
+def tune(config: Config) -> int:
     """Measures which implementation of each op is the fastest on this GPU, for `fastgpt tune`.
 
     Returns the exit code: 0 without a GPU too, so that a script may tune wherever it runs.
@@ -45,7 +45,7 @@ def tune(config: Config, vocab_size: int) -> int:
     from fastgpt_kernels.tune import tune_model
 
     set_precision(config, machine)
-    sizes = sizes_of(config, vocab_size)
+    sizes = sizes_of(config, config.model.vocab_size)
     tune_model(machine.device, machine.torch_dtype, sizes, machine.compile)
     return 0
 

@@ -39,10 +39,8 @@ class Machine:
     ) -> Machine:
         """Resolves the settings. Raises UserError if this machine cannot do as they ask."""
         found = resolve_device(device)
-        on_gpu = found.type == "cuda"
-        return cls(
-            found, _dtype(dtype, found), on_gpu if compile == "auto" else bool(compile), peak_tflops
-        )
+        compiled = found.type == "cuda" if compile == "auto" else bool(compile)
+        return cls(found, _dtype(dtype, found), compiled, peak_tflops)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -50,8 +48,12 @@ class Machine:
 
     @cached_property
     def peak(self) -> Peak:
-        """Peak for MFU, measured at the first use if no table has the device."""
-        return device_peak(self.device, self.torch_dtype, self.peak_tflops)
+        """Peak for MFU: the user's figure, the table's, or one measured at the first use."""
+        if self.peak_tflops:
+            return Peak(self.peak_tflops * 1e12, "--peak_tflops")
+        on_gpu = self.device.type == "cuda"
+        known = table_peak(torch.cuda.get_device_name(self.device)) if on_gpu else None
+        return known or measured_peak(self.device, self.torch_dtype)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -155,14 +157,6 @@ def table_peak(device_name: str) -> Peak | None:
         if re.fullmatch(f"(NVIDIA )?({pattern})", device_name):
             return Peak(tflops * 1e12, source)
     return None
-
-
-def device_peak(device: torch.device, dtype: torch.dtype, override_tflops: float = 0.0) -> Peak:
-    """Returns the peak for a run: the user's figure, else the table's, else one measured here."""
-    if override_tflops:
-        return Peak(override_tflops * 1e12, "--peak_tflops")
-    known = table_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    return known or measured_peak(device, dtype)
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> Peak:

@@ -241,36 +241,33 @@ def _print_introduction(
     print(f"run {place}", flush=True)
 
 
-def vocab_size(config: Config) -> int:
-    """Returns the vocabulary's size of the prepared data, or else that of its tokenizer."""
-    data = config.data
-    with contextlib.suppress(UserError):
-        if config.model.vocab_size or not data.input:
-            folder = Path(data.data_dir, data.dataset)
-            return config.model.vocab_size or open_dataset(folder).vocab_size
+def as_trained(config: Config) -> Config:
+    """Returns the config with the shape of its weights and the vocabulary of its data or tokenizer.
+
+    It reads neither weights nor texts.
+    """
+    start, path, data = config.run.init_from, Path(config.run.weights), config.data
+    if start in SIZES or start == "weights":
+        beside = (path if path.is_dir() else path.parent) / "config.json"
+        shape = shape_of_size(start) if start in SIZES else read_config(beside)[0]
+        block_size = min(config.model.block_size, shape.block_size)
+        return settings.replace(config, **{**vars(shape), "block_size": block_size})
+    if config.model.vocab_size:
+        return config
     own = CORPORA[data.dataset].tokenizer if data.dataset in CORPORA else "gpt2"
     kind, size = parse_spec(data.tokenizer or own)
-    return size or {"byte": 256, "char": 65}.get(kind, GPT2_VOCAB)
-
-
-def as_trained(config: Config) -> Config:
-    """Returns the config with the shape of the weights it starts from, if that is known."""
-    start, path = config.run.init_from, Path(config.run.weights)
-    if start in SIZES:
-        size = shape_of_size(start)
-    elif start == "weights":
-        size, _ = read_config((path if path.is_dir() else path.parent) / "config.json")
-    else:
-        return config
-    block_size = min(config.model.block_size, size.block_size)
-    return settings.replace(config, **{**vars(size), "block_size": block_size})
+    vocabulary = size or {"byte": 256, "char": 65}.get(kind, GPT2_VOCAB)
+    with contextlib.suppress(UserError):
+        if not data.input:
+            vocabulary = open_dataset(Path(data.data_dir, data.dataset)).vocab_size
+    return settings.replace(config, vocab_size=vocabulary)
 
 
 def _dry_run(config: Config, name: str, machine: Machine, ranks: Ranks) -> None:
     """Prints the introduction of a run, its tokens and disk space, and on a GPU its time."""
     changed, config = _changes(config, name), as_trained(config)
-    vocabulary = vocab_size(config)
-    model, batch_size = build(config, vocabulary, machine), config.optim.batch_size
+    model = build(config, config.model.vocab_size, machine)
+    batch_size = config.optim.batch_size
     if config.optim.auto_batch_size and machine.device.type == "cuda":
         batch_size = memory.fastest_batch_size(model, config, machine, ranks)
     trainer = Trainer(model, config, machine, ranks, batch_size)

@@ -127,8 +127,8 @@ def test_a_device_that_only_sounds_alike_is_measured(monkeypatch):
     names = [f"NVIDIA {n}" for n in SLICES + OTHERS]
     for name in (*names, "Tesla T4", "AMD Instinct MI300X", ""):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, n=name: n)
-        assert device.device_peak(CUDA, torch.bfloat16) == Peak(1e12, "measured"), name
-        assert device.device_peak(CUDA, torch.bfloat16, 12.5).flops == 12.5e12
+        assert Machine(CUDA).peak == Peak(1e12, "measured"), name
+        assert Machine(CUDA, peak_tflops=12.5).peak.flops == 12.5e12
 
 
 def test_a_measured_peak_counts_two_operations_per_multiplication(monkeypatch, tmp_path):
