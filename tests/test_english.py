@@ -22,12 +22,12 @@ def docstrings() -> Iterator[tuple[str, ast.AST, str]]:
 def test_docstrings_begin_with_a_verb_or_a_noun():
     found = [(place, NO_VERB.match(text)) for place, _, text in docstrings()]
     bad = [place for place, match in found if match]
-    assert len(bad) <= 0.03 * len(found), bad
+    assert len(bad) <= 0.02 * len(found), bad
 
 
 def test_docstrings_of_modules_are_short():
     modules = [(place, text) for place, node, text in docstrings() if isinstance(node, ast.Module)]
-    assert len([place for place, text in modules if text.count("\n") >= 10]) <= 4
+    assert len([place for place, text in modules if text.count("\n") >= 10]) <= 5
 
 
 def test_the_subject_has_a_name():
