@@ -1,48 +1,52 @@
-"""python -m bench all --budget SECONDS: what is most worth knowing, in that time, and decisions.
+"""python -m bench all --budget SECONDS: the measurements that some minutes of a GPU are worth.
 
-The parts run in order of worth, each in a process of its own and with a share of the time that is
-left. They write results as they get them: one that is cut at its time keeps what it has, one that
-fails is reported, and the rest goes on. `all.log` has everything that they print. At the end stands
-what follows from the results: which implementation to make a default, and where the time goes.
+Each part runs in its own process. A small budget goes to the most valuable parts. One that fails or
+is cut at its time keeps its results so far, and the next one starts. Rules turn rows into decisions
+on defaults. `all.log` has the output, `power.csv` the GPU's power, clock and temperature.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import torch
 
-from bench import results, setup
+from bench import results, setup, stats
 from bench.results import ROOT, Row
+from fastgpt_kernels.registry import model_specs, specs
 
 CLOSING_S = 5.0  # kept back for the decisions
 WORTH_MS = 0.3  # per step: less does not make an implementation the default
+# µs per call at gpt2's sizes on an H200, which an implementation has to save
+NEEDED_US = {
+    "attention hopper backward": 100, "mlp hopper forward": 32, "mlp hopper backward": 60,
+    "mlp cublaslt forward": 47, "mlp cublaslt backward": 80,
+}  # fmt: skip
+STANDARD = {"eager", "triton", "flash", "cudnn"}  # other implementations have to prove themselves
+POWER = "--query-gpu=timestamp,power.draw,clocks.sm,temperature.gpu"
+OVERRUN = 2.0  # times a part's seconds, after which it is cut
 clock = time.monotonic
 
 
-@dataclass(frozen=True)
-class Part:
-    """A command.
-
-    least  seconds without which it has nothing to show: it does not begin with less
-    wants  its share of the time, against what the others want
-    rule   (its rows) -> what follows from them, a sentence each
-    """
+class Part(NamedTuple):
+    """Command that needs `least` seconds and takes `wants`. A worth of 1 is the most valuable."""
 
     name: str
-    command: Sequence[str]
+    worth: int
     least: float
     wants: float
     rule: Callable[[Sequence[Row]], list[str]]
+    command: str
 
 
 def keep_what_pays(rows: Sequence[Row]) -> list[str]:
@@ -52,15 +56,32 @@ def keep_what_pays(rows: Sequence[Row]) -> list[str]:
         text = f"{row['key']}: {row['median_ms']:.2f} ms, {100 * row['mfu']:.1f} % MFU"
         ms, low, high = row.get("difference_ms", (0.0, 0.0, 0.0))
         if "=" in row["variant"] and ms <= -WORTH_MS and high is not None and high < 0:
-            text += f"; make it the default: it saves {-ms:.2f} ms [{-high:.2f}, {-low:.2f}]"
+            text += f"; take it: it saves {-ms:.2f} ms [{-high:.2f}, {-low:.2f}]"
         found.append(text)
     return found
 
 
 def proven_faster(rows: Sequence[Row]) -> list[str]:
-    """Returns what is proven to be faster than fastgpt's kernels."""
-    faster = [r for r in rows if r.get("ratio", {}).get("verdict") == "faster"]
-    return [f"{r['key']}: {results.ratio_text(r)} than {r['ratio']['to']}" for r in faster]
+    """Returns what saves `NEEDED_US` or fails to, other bits, and all that is proven faster."""
+    found = []
+    for row in (r for r in rows if "ratio" in r):
+        needed = NEEDED_US.get(f"{row['op']} {row['provider']} {row['pass']}")
+        text = f"{row['key']}: {stats.describe(row['ratio'])} than {row['ratio']['to']}"
+        if needed is not None:
+            saved = 1e3 * row["median_ms"] * (1 / row["ratio"]["ratio"] - 1)
+            enough = saved >= needed and row["ratio"]["verdict"] == "faster"
+            verdict = "take it" if enough else "leave it off"
+            if not row.get("same_bits", True):
+                verdict = "other bits in a repeat, a race: leave it off"
+            text += f"; saves {saved:.0f} of the {needed} µs needed: {verdict}"
+        if needed is not None or row["ratio"]["verdict"] == "faster":
+            found.append(text)
+    return found
+
+
+def better_configs(rows: Sequence[Row]) -> list[str]:
+    """Returns the entries of the faster launch configs."""
+    return [row["entry"] for row in rows if "entry" in row]
 
 
 def largest_gaps(rows: Sequence[Row]) -> list[str]:
@@ -70,37 +91,71 @@ def largest_gaps(rows: Sequence[Row]) -> list[str]:
     return [text.format(**r) for several in drawn for r in several]
 
 
+def levers(gpu: bool) -> str:
+    """Returns --swap for each implementation that has to prove itself, and for one of each op."""
+    names = {op.name: sorted(op.implementations.keys() - STANDARD) for op in model_specs() if gpu}
+    single = [f"op.{op}={name}" for op, some in names.items() for name in some]
+    together = ",".join(f"op.{op}={some[-1]}" for op, some in names.items() if some)
+    return " ".join(f"--swap={lever}" for lever in sorted({*single, together} - {""}))
+
+
 def parts(gpu: bool, peer_path: str) -> list[Part]:
-    """Returns what runs, the most worth knowing first."""
-    preset, small = ("gpt2", ()) if gpu else ("laptop", ("--n_layer=1", "--batch_size=4"))
-    turns = ("--rounds=10", "--turn-seconds=0.5") if gpu else ("--rounds=6", "--turn-seconds=0.02")
-    step = ("step", preset, *small, *turns)
-    long = ("--sustained",) if gpu else ("--seconds=0.5",)
-    peer = (f"--peer-path={peer_path}",) if peer_path else ()
+    """Returns the parts in the order in which they run."""
+    size, n, turns = "gpt2", 20, "--rounds=10 --turn-seconds=0.5"
+    if not gpu:
+        size, n, turns = "laptop --n_layer=1 --batch_size=4", 6, "--rounds=6 --turn-seconds=0.02"
+    fast, peer = f"step {size} {turns} --variants={'kernels+compile' if gpu else 'eager'}", ""
+    if peer_path:
+        path = Path(peer_path).expanduser().resolve()
+        peer = f",peer{'+compile' * gpu} {shlex.quote(f'--peer-path={path}')}"
+    others = "layer_norm add_layer_norm bias_gelu linear_cross_entropy cross_entropy"
+    sweep = "kernels layer_norm add_layer_norm cross_entropy attention --sweep --rounds=10"
+    names = "|".join(kernel for op in specs() for kernel in op.kernels)
+    ncu = f"ncu --clock-control=none --set=full --launch-count=40 '--kernel-name=regex:^({names})$'"
+    found = [
+        Part("mlp", 3, 15, 60, proven_faster, f"kernels mlp --rounds={n}"),
+        Part(
+            "attention", 2, 15, 35, proven_faster, f"kernels attention --rounds={n} --repeats={n}"
+        ),
+        Part("step", 1, 30, 90, keep_what_pays, f"{fast}{',compile' * gpu}{peer} {levers(gpu)}"),
+        Part("micro-batch 64", 6, 15, 20, keep_what_pays, f"{fast} --batch_size=64"),
+        Part("waterfall", 4, 15, 30, largest_gaps, f"waterfall {size} --seconds={n / 4}"),
+        Part("sustained", 5, 20, 35, largest_gaps, f"waterfall {size} --sustained"),
+        Part("configs", 7, 15, 30, better_configs, sweep),
+        Part("kernels", 8, 15, 60, proven_faster, f"kernels {others} --rounds={n}"),
+        Part(
+            "ncu",
+            9,
+            30,
+            120,
+            lambda rows: [],
+            f"{ncu} {sys.executable} -m bench kernels --rounds=6",
+        ),
+    ]
     return [
-        Part("step", (*step, *peer), 30, 120, keep_what_pays),
-        Part("swap", (*step, "--swap=each"), 30, 120, keep_what_pays),
-        Part("waterfall", ("waterfall", preset, *small, *long), 20, 60, largest_gaps),
-        Part("kernels", ("kernels", f"--rounds={20 if gpu else 6}"), 15, 90, proven_faster),
+        p for p in found if gpu or p.name in ("mlp", "attention", "step", "waterfall", "kernels")
     ]
 
 
-def allot(waiting: Sequence[Part], left: float) -> float:
-    """Returns the seconds for the first of the parts that wait; 0 if they are too few for it."""
-    part = waiting[0]
-    if left < part.least:
-        return 0.0
-    # Up to twice what it wants, since not all take what they get.
-    fair = part.wants * min(2.0, left / sum(p.wants for p in waiting))
-    return left if len(waiting) == 1 else min(left, max(part.least, fair))
+def affordable(known: Sequence[Part], seconds: float) -> list[Part]:
+    """Returns the most valuable parts that the time is enough for."""
+    chosen: list[Part] = []
+    for part in sorted(known, key=lambda p: p.worth):
+        fits = sum(p.wants for p in chosen) + part.wants <= seconds
+        if chosen and not fits:
+            break
+        chosen += [part] * (fits or part.least <= seconds)
+    return chosen
 
 
-def run(command: Sequence[str], seconds: float, log: IO[str]) -> int | None:
-    """Returns the exit code of a bench command, or None if it was stopped at its time."""
-    path = os.pathsep.join([str(ROOT), *sys.path])
+def run(part: Part, out: Path, seconds: float, log: IO[str]) -> int | None:
+    """Returns the exit code of a part, or None if it was stopped at its time."""
+    environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "PYTHONUNBUFFERED": "1"}
+    command = [*shlex.split(part.command), f"--out={out}"]
+    if command[0] != "ncu":
+        command = [sys.executable, "-m", "bench", *command]
     process = subprocess.Popen(
-        [sys.executable, "-m", "bench", *command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-        env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+        command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=os.environ | environment,
         start_new_session=True,  # so that its workers end with it
     )  # fmt: skip
     try:
@@ -119,30 +174,43 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--peer-path", default="", help="a nanoGPT checkout to compare with")
     args, _ = parser.parse(argv)
     end, out = clock() + args.budget - CLOSING_S, args.out.resolve()
-    peer = str(Path(args.peer_path).expanduser().resolve()) if args.peer_path else ""
-    chosen = parts(torch.cuda.is_available(), peer)
+    known = parts(torch.cuda.is_available(), args.peer_path)
+    chosen = affordable(known, end - clock())
     result = results.Result("all", argv, {"budget_s": args.budget})
-    log_path, failed = result.save(out).parent / "all.log", False
-    with log_path.open("w") as log:
-        for i, part in enumerate(chosen):
-            left, before = end - clock(), set(results.files(out))
-            seconds, started = allot(chosen[i:], left), clock()
+    folder, failed = result.save(out).parent, False
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context((folder / "all.log").open("w"))
+        if shutil.which("nvidia-smi"):
+            query = [
+                "nvidia-smi",
+                POWER,
+                "--format=csv",
+                "-lms",
+                "100",
+                "-f",
+                f"{folder}/power.csv",
+            ]
+            stack.callback(subprocess.Popen(query).kill)
+        for part in known:
             row: Row = {"key": part.name, "problem": "", "decisions": []}
-            if seconds:
-                code = run([*part.command, f"--out={out}"], seconds, log)
-                ended = {None: "stopped at its time; what it had is kept", 0: "done"}
-                row["outcome"] = ended.get(code, f"exit code {code}: see {log_path.name}")
+            before, started = set(out.glob("**/*.json")), clock()
+            later = sum(p.least for p in chosen if known.index(p) > known.index(part))
+            seconds = min(OVERRUN * part.wants, end - started - later)
+            if part in chosen and seconds >= part.least:
+                code = run(part, out, seconds, log)
+                ended = {None: "stopped at its time; its results so far are kept", 0: "done"}
+                row["outcome"] = ended.get(code, f"exit code {code}: see all.log")
                 row["samples_ms"] = [1e3 * (clock() - started)]
                 failed |= bool(code)  # None: cut at its time
             else:
-                row["problem"] = row["outcome"] = (
-                    f"not run: it takes {part.least:g} s, {left:.0f} were left"
-                )
-            for path in set(results.files(out)) - before:
+                row["problem"] = row["outcome"] = f"not run within {args.budget:g} s"
+            for path in set(out.glob("**/*.json")) - before:
                 row["decisions"] += part.rule(results.load(path)["rows"])
             result.rows.append(row)
             result.save(out)
             print(f"{part.name}: {row['outcome']}")
             print("".join(f"  {line}\n" for line in row["decisions"]), end="", flush=True)
+    said = [line for row in result.rows for line in row["decisions"]]
+    print("decisions:", *(line for line in said if "take it" in line), sep="\n  ")
     result.end(out)
     return 1 if failed else 0

@@ -3,46 +3,38 @@
     python -m bench curves laptop --steps 200 --seeds 3
     python -m bench curves laptop --variants adamw,muon --target first --rates 5e-3,1e-2,2e-2
 
-Whole runs of `fastgpt.fit`, one per variant and seed, each in a process of its own. Variants share
-each seed: its first weights and batches. `fastgpt compare` draws them and says which is better.
-By default eager fp32 is held against 16 bits and, on a GPU, against the fast path.
-
---target is a validation loss, or "first": the one at which the first variant ends on that seed.
-What each takes to get there is compared pair by pair. --rates tunes each one's learning rate
-before, on a seed that does not count afterwards. A variant may bring settings of its own, as in
-muon:lr_schedule=wsd. Runs stay in --keep, and are not done again. Flags of `fastgpt train` work.
+Each variant and seed is a whole run, in its own process. Variants share a seed's first weights and
+batches. --target is a validation loss, or "first", the last loss of the first variant on that seed.
+--rates tunes each variant's learning rate on a seed that does not count afterwards. A variant may
+have settings, as in muon:lr_schedule=wsd. Finished runs stay in --keep and are not repeated.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import fastgpt
 from bench import power, results, setup
 from bench.results import Row
 from bench.setup import at_least
 from bench.stats import paired
+from bench.variants import EAGER
 from fastgpt.config import settings
 from fastgpt.config.presets import PRESETS
 from fastgpt.config.schema import CompareConfig, Config
 from fastgpt.errors import UserError
 from fastgpt.train.compare import ONE_PAIR, compare
 from fastgpt.train.plots import Curves
+from fastgpt_kernels.worker import TaskFailed, Worker
 
-# A program for a run's process: what `fastgpt.fit` gets comes as JSON.
-FIT = "import json, sys, fastgpt; p, a = json.loads(sys.argv[1]); fastgpt.fit(p, **a)"
-EAGER = {"kernels": "eager", "compile": False}
+LIMIT_S = 86_400.0  # for one run
 KNOWN: dict[str, dict[str, Any]] = {
     "fp32": EAGER | {"dtype": "float32"},
     "bf16": EAGER | {"dtype": "bfloat16"},
@@ -52,30 +44,20 @@ KNOWN: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Run:
-    """A finished run, with the energy of all of it, evaluations and saves included."""
-
-    folder: str
-    curve: list[list[float]]  # steps, seconds of training, validation loss
-    joules: float | None
-
-    def reached(self, target: float) -> list[float] | None:
-        """Returns the first point of the curve at or below a loss, or None."""
-        return next((p for p in self.curve if p[0] and p[2] <= target), None)
-
-
 class Runs:
-    """All runs of the command: they share a preset, settings, and the folder that keeps them."""
+    """Runs of a preset with shared settings, and the folder that keeps them.
 
-    def __init__(self, preset: str, shared: dict[str, Any], keep: Path, limit_s: float):
+    A curve has points of [steps, seconds of training, validation loss].
+    """
+
+    def __init__(self, preset: str, shared: dict[str, Any], keep: Path):
         digest = hashlib.sha256(json.dumps([preset, shared], sort_keys=True).encode()).hexdigest()
-        self.preset, self.shared, self.limit_s = preset, shared, limit_s
+        self.preset, self.shared = preset, shared
         self.folder, self.gpu = keep.resolve() / digest[:8], power.open_gpu()[0]
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def run(self, name: str, own: dict[str, Any], seed: int) -> Run:
-        """Returns a variant's run, from the folder if it is there. Raises RuntimeError."""
+    def run(self, name: str, own: dict[str, Any], seed: int) -> Row:
+        """Returns a variant's run, from the folder if it is kept. Raises TaskFailed."""
         asked = self.shared | own | {"seed": seed}
         if "learning_rate" in own:
             name = f"{name}-{own['learning_rate']:g}"
@@ -85,26 +67,23 @@ class Runs:
         done = folder / "joules.json"  # written last
         if not done.exists():
             asked |= {"out_dir": str(folder), "overwrite": True}
-            joules = self._fit(asked, folder.with_suffix(".log"))
-            done.write_text(json.dumps(joules))
+            worker = Worker(fit, self.preset, quiet=True)
+            try:
+                with power.metered(self.gpu) as energy:
+                    worker.ask(asked, timeout=LIMIT_S)
+            finally:
+                worker.close()
+            done.write_text(json.dumps(energy["joules"]))
         curves = Curves.of(folder)
         curve = [[e["step"], 3600 * curves.hours(e["step"]), e["val_loss"]] for e in curves.evals]
-        return Run(str(folder), curve, json.loads(done.read_text()))
+        return {"folder": str(folder), "curve": curve, "joules": json.loads(done.read_text())}
 
-    def _fit(self, asked: dict[str, Any], log: Path) -> float | None:
-        """Trains in a process of its own. Returns the joules; raises RuntimeError."""
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-        environment |= {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", FIT, json.dumps([self.preset, asked])]
-        options: Any = {"env": environment, "timeout": self.limit_s}
-        with log.open("w") as out, power.Meter(self.gpu) as meter:
-            try:
-                subprocess.run(command, check=True, **options, stdout=out, stderr=out)
-            except subprocess.TimeoutExpired:
-                raise RuntimeError(f"took over {self.limit_s:g} s") from None
-            except subprocess.CalledProcessError:
-                raise RuntimeError(log.read_text().strip().splitlines()[-1]) from None
-        return meter.joules
+
+def fit(preset: str, asked: dict[str, Any]) -> None:
+    """Trains in the process of a run, on one thread of a CPU."""
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    fastgpt.fit(preset, **asked)
 
 
 def variants_of(names: str) -> dict[str, dict[str, Any]]:
@@ -121,9 +100,9 @@ def variants_of(names: str) -> dict[str, dict[str, Any]]:
 
 
 def tune(runs: Runs, name: str, own: dict[str, Any], rates: Sequence[float], seed: int) -> Row:
-    """Returns the learning rates tried on a seed, and the one whose run ends lowest."""
+    """Returns the learning rates tried on a seed, and the one with the lowest last loss."""
     found = {rate: runs.run(name, own | {"learning_rate": rate}, seed) for rate in rates}
-    tried = {rate: run.curve[-1][2] for rate, run in found.items()}
+    tried = {rate: run["curve"][-1][2] for rate, run in found.items()}
     best = min(tried, key=lambda rate: tried[rate])
     edge = ", at the edge of what was tried" if best in (min(rates), max(rates)) else ""
     losses = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in tried.items())
@@ -131,26 +110,27 @@ def tune(runs: Runs, name: str, own: dict[str, Any], rates: Sequence[float], see
     return {"tried": [[*pair] for pair in tried.items()], "taken": best}
 
 
-def row_of(name: str, done: Sequence[Run], targets: Sequence[float], problem: str) -> Row:
-    """Returns a variant's row: its runs by seed, and what they took to the target or to the end."""
-    row: Row = {"key": name, "variant": name, "runs": [dataclasses.asdict(run) for run in done]}
-    ends = [run.curve[-1] for run in done]
-    points = [run.reached(t) for run, t in zip(done, targets, strict=False)] if targets else ends
-    arrived = [p for p in points if p is not None]
-    if len(arrived) < len(points) and not problem:
-        best = min(p[2] for run in done for p in run.curve)
+def row_of(name: str, done: Sequence[Row], targets: Sequence[float], problem: str) -> Row:
+    """Returns a variant's row: its runs by seed, with steps and seconds to the target or end."""
+    row: Row = {"key": name, "variant": name, "runs": [*done]}
+    ends = [run["curve"][-1] for run in done]
+    both = zip(done, targets or [math.inf] * len(done), strict=False)
+    after = [[p for p in run["curve"] if p[0] and p[2] <= target] for run, target in both]
+    arrived = [points[0] for points in after if points] if targets else ends
+    if len(arrived) < len(done) and not problem:
+        best = min(p[2] for run in done for p in run["curve"])
         problem = f"the best loss is {best:.3f}, the target {max(targets):.3f}"
     if problem:
         return row | {"problem": problem}
     row |= {"steps": [p[0] for p in arrived], "seconds": [p[1] for p in arrived], "problem": ""}
-    if all(run.joules for run in done):  # of a run the share of its steps
-        both = zip(done, arrived, ends, strict=True)
-        row["joules"] = [(run.joules or 0) * p[0] / end[0] for run, p, end in both]
+    if all(run["joules"] for run in done):  # a run's joules, by the share of its steps
+        shares = [p[0] / end[0] for p, end in zip(arrived, ends, strict=True)]
+        row["joules"] = [run["joules"] * x for run, x in zip(done, shares, strict=True)]
     return row | results.timed([1e3 * s for s in row["seconds"]])
 
 
 def compare_pairs(row: Row, first: Row) -> None:
-    """Adds and prints how a row differs from the first one, seed by seed."""
+    """Adds and prints the differences of a row from the first one, seed by seed."""
     print(f"{row['variant']} against {first['variant']}, seed by seed:")
     pairs = {"last loss": [[run["curve"][-1][2] for run in r["runs"]] for r in (row, first)]}
     for key in ("steps", "seconds", "joules"):  # by their ratios
@@ -177,7 +157,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--target", default="", help="a validation loss, or: first")
     parser.add_argument("--rates", default="", help="learning rates to try")
     parser.add_argument("--keep", type=Path, default=Path("out/curves"), help="folder of the runs")
-    parser.add_argument("--limit-seconds", type=float, default=1800.0, help="for one run")
     args, flags = parser.parse(argv)
     if args.preset not in PRESETS:
         raise settings.unknown_key(args.preset, list(PRESETS), "", "preset")
@@ -194,8 +173,8 @@ def main(argv: list[str]) -> int:
     shared |= {key: given[key] for key in flags}
     kept = {"target": args.target, "seeds": args.seeds, "flags": flags, "rates": {}}
     result = results.Result("curves", argv, kept)
-    runs, first_seed = Runs(args.preset, shared, args.keep, args.limit_seconds), given["seed"]
-    done, failed = {name: list[Run]() for name in variants}, dict.fromkeys(variants, "")
+    runs, first_seed = Runs(args.preset, shared, args.keep), given["seed"]
+    done, failed = {name: list[Row]() for name in variants}, dict.fromkeys(variants, "")
     for seed in (None, *range(first_seed, first_seed + args.seeds)):
         for name, own in variants.items():
             try:
@@ -204,13 +183,15 @@ def main(argv: list[str]) -> int:
                     own["learning_rate"] = kept["rates"][name]["taken"]
                 elif seed is not None and not failed[name]:
                     done[name].append(runs.run(name, own, seed))
-                    print(f"  {name}, seed {seed}: {done[name][-1].curve[-1][2]:.4f}", flush=True)
-            except RuntimeError as e:
+                    print(
+                        f"  {name}, seed {seed}: {done[name][-1]['curve'][-1][2]:.4f}", flush=True
+                    )
+            except TaskFailed as e:
                 failed[name] = str(e)
-    lead = [run.curve[-1][2] for run in next(iter(done.values()))]
+    lead = [run["curve"][-1][2] for run in next(iter(done.values()))]
     targets = lead if args.target == "first" else target * args.seeds
     result.rows[:] = [row_of(name, done[name], targets, failed[name]) for name in variants]
-    if folders := [run.folder for found in done.values() for run in found]:
+    if folders := [run["folder"] for found in done.values() for run in found]:
         compare(folders, CompareConfig(to=str(result.save(args.out).with_suffix(".png"))))
     for row in result.rows:
         if row["problem"]:

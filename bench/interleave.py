@@ -1,4 +1,4 @@
-"""Calls timed by device events, interleaved and from a cold L2, and the device's roofs."""
+"""Timing of calls by device events, interleaved and from a cold L2, and the device's roofs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Call = Callable[[], object]
 
 
 def mark(device: torch.device) -> Any:
-    """Returns a moment among the device's work: an event, on a CPU the time."""
+    """Returns an event recorded on the device, or the time on a CPU."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -35,9 +35,8 @@ def interleave(
 ) -> list[list[float]]:
     """Returns the milliseconds of `rounds` calls of each kind, in an order shuffled each round.
 
-    Each of `makes` returns the call to be timed, before the clock starts. Before each call the L2
-    is overwritten and the GPU kept busy, so that launches are queued before the clock starts: the
-    device is timed, not Python. On a CPU it is wall-clock time.
+    Each of `makes` returns the timed call and runs untimed. Before a call the L2 is overwritten and
+    the GPU kept busy until launches are queued, so that the device is timed, not Python.
     """
     cuda, order = device.type == "cuda", random.Random(0)
     flush = torch.empty(L2_FLUSH_BYTES if cuda else 0, dtype=torch.int8, device=device)
@@ -62,7 +61,7 @@ def interleave(
 
 
 def roofs(device: torch.device, dtype: torch.dtype, copied: int) -> tuple[float, float]:
-    """Returns FLOP/s of matmuls, and bytes/s, reads plus writes, of copies of so many bytes."""
+    """Returns FLOP/s of matmuls, and bytes/s of copies, reads and writes, of `copied` bytes."""
     source = torch.randn(copied // 4, device=device)
     target = torch.empty_like(source)
     (times,) = interleave([lambda: lambda: target.copy_(source)], device, rounds=10)

@@ -4,43 +4,43 @@
     python -m bench kernels attention --sweep
 
 All get the same random inputs at a preset's sizes (--preset gpt2, and flags of `fastgpt train`).
-An implementation has to be right first: its error against the reference in more bits is at most
-twice eager PyTorch's. Then its passes are timed by device events from a cold L2, interleaved.
---sweep tries launch configs beside those of the op's tables, wrong ones left out, and prints the
-entries to paste. It needs a GPU; TRITON_INTERPRET=1 shows on a CPU that it works.
+An implementation is timed if its error against the reference in fp32 or fp64 is at most twice that
+of eager PyTorch. Passes are timed by device events from a cold L2, interleaved. --sweep times other
+launch configs than those of the op's tables, on a GPU or with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from bench import baselines, results, setup
-from bench.interleave import Call, interleave, roofs
+from bench import baselines, power, results, setup, stats
+from bench.baselines import Baseline, Function
+from bench.interleave import Call, interleave, mark, ms_between, roofs
 from bench.results import Row
 from bench.stats import MIN_ROUNDS, ratio_of_medians
 from fastgpt.model.build import sizes_of
+from fastgpt.model.device import synchronize
 from fastgpt_kernels.launch import Config, arch_on
 from fastgpt_kernels.registry import ExampleInputs, OpSpec, Sizes, differentiate, normal, specs
 
-OWN = "triton"  # other times are compared with this one's, or with eager's where it cannot run
-ALONE = ", kernel alone"  # beside it, the time with the copies that PyTorch makes around it
-SWEEP_GAIN = 0.02  # by so much a config has to be faster, in a second measurement
-Function = Callable[..., Any]
-Table = dict[str, dict[int, Config]]
+OWN = "triton"  # others are compared with it, or with eager where it cannot run
+ALONE = ", kernel alone"  # without the copies that its layout needs
+SWEEP_GAIN = 0.02  # a config has to be faster by this, twice
 
 
 @dataclass(frozen=True)
 class Case:
-    """An op at one size, with the inputs of a run's call; `x` is the first of them."""
+    """Inputs of one call of an op in a run; `x` is the first."""
 
     op: OpSpec
     sizes: Sizes
@@ -52,9 +52,8 @@ class Case:
     def of(cls, op: OpSpec, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Case:
         """Returns the op's first example, in the dtypes of a run."""
         e = op.example_inputs(sizes, normal(device))[0]
-        low = [
-            x if x is None or i in e.fp32_inputs else x.to(dtype) for i, x in enumerate(e.inputs)
-        ]
+        wide = [x is None or i in e.fp32_inputs for i, x in enumerate(e.inputs)]
+        low = [x if w else x.to(dtype) for x, w in zip(e.inputs, wide, strict=True)]
         return cls(op, sizes, device, replace(e, inputs=low), low[0])
 
     @property
@@ -64,15 +63,15 @@ class Case:
         return " ".join([*shapes, str(self.x.dtype).removeprefix("torch.")])
 
     def functions(self) -> tuple[dict[str, Function], dict[str, str]]:
-        """Returns who computes the op here, eager PyTorch first, and why others do not."""
+        """Returns the op's implementations and baselines here, and why others cannot run."""
         known, here = self.op.implementations, (arch_on(self.device), self.x.dtype, self.sizes)
         reasons = {name: self.op.unsupported_reason(name, *here) for name in ("eager", *known)}
         found = {name: known[name].function for name, reason in reasons.items() if not reason}
         others, missing = baselines.of(self.op, self.device.type == "cuda")
         return found | others, {name: r for name, r in reasons.items() if r} | missing
 
-    def judge(self, functions: Mapping[str, Function]) -> dict[str, Row]:
-        """Returns the errors of each, and its problem if it fails or errs over twice eager's."""
+    def judge(self, functions: Mapping[str, Function], repeats: int = 1) -> dict[str, Row]:
+        """Returns each one's errors, and its problem if it fails or errs over twice eager's."""
         wide = torch.float64 if self.x.dtype == torch.float32 else torch.float32
         exact = [None if x is None else x.to(wide) for x in self.example.inputs]
         truth = differentiate(self.op.reference, replace(self.example, inputs=exact))
@@ -80,7 +79,8 @@ class Case:
         allowed = [3 * unit] * len(truth)  # if eager itself fails, rounding alone
         for name, function in functions.items():
             try:
-                pairs = zip(differentiate(function, self.example), truth, strict=True)
+                first, *others = (differentiate(function, self.example) for _ in range(repeats))
+                pairs = zip(first, truth, strict=True)
                 off = [((x - t).norm() / t.norm()).item() for x, t in pairs]
             except Exception as error:  # another library's failure is that row's result
                 found[name] = {"problem": f"{type(error).__name__}: {error}".split("\n")[0]}
@@ -89,19 +89,24 @@ class Case:
             right = all(e <= most for e, most in zip(off, allowed, strict=True))  # NaN is not
             problem = "wrong: relative errors " + ", ".join(f"{e:.1e}" for e in off)
             found[name] = {"problem": "" if right else problem, "errors": off}
+            for more in others:
+                same = all(map(torch.equal, first, more))
+                found[name]["same_bits"] = same and found[name].get("same_bits", True)
         return found
 
-    def calls(self, function: Function, kind: str, own: Sequence[Any] = ()) -> Callable[[], Call]:
-        """Returns a maker of calls of a pass (forward, backward or both); it runs before the clock.
+    def alone(self, baseline: Baseline) -> Case:
+        """Returns the case of a baseline's kernel, whose inputs have its layout already."""
+        assert baseline.layout
+        inputs = self.example.call(baseline.layout, self.example.inputs)
+        return replace(self, example=replace(self.example, inputs=inputs, keywords=()))
 
-        own  the inputs of a kernel alone, in the layout that it likes
-        """
-        given = own or self.example.inputs
-        leaves = [None if x is None else x.detach().requires_grad_() for x in given]
+    def calls(self, function: Function, kind: str) -> Callable[[], Call]:
+        """Returns a maker of calls of a pass: forward, backward or both. It runs untimed."""
+        leaves = [None if x is None else x.detach().requires_grad_() for x in self.example.inputs]
         wanted = [x for x in leaves if x is not None]
 
         def outputs() -> list[Tensor]:
-            y = function(*leaves) if own else self.example.call(function, leaves)
+            y = self.example.call(function, leaves)
             return list(y) if isinstance(y, tuple) else [y]
 
         dys = [torch.ones_like(y) if not y.ndim else torch.randn_like(y) for y in outputs()]
@@ -114,32 +119,37 @@ class Case:
         return make
 
 
-def measure(case: Case, rounds: int, roof: Mapping[str, float]) -> list[Row]:
-    """Returns one row per function and pass, fastest first."""
+def measure(case: Case, rounds: int, roof: Mapping[str, float], repeats: int = 1) -> list[Row]:
+    """Returns one row per function and pass."""
     functions, skipped = case.functions()
-    rows, judged = list[Row](), case.judge(functions)
-    sound: dict[str, tuple[Function, Sequence[Any]]] = {}
-    sound |= {n: (f, ()) for n, f in functions.items() if not judged[n]["problem"]}
-    if case.op.name == "attention":
-        for name in sound.keys() & baselines.SDPA.keys():
-            sound[name + ALONE] = baselines.alone(name, case.x, case.sizes.n_head)
+    rows, judged = list[Row](), case.judge(functions, repeats)
+    sound = {n: (case, f) for n, f in functions.items() if not judged[n]["problem"]}
+    for name, (_, function) in [*sound.items()]:
+        other = baselines.SDPA.get(name, function)
+        if isinstance(other, Baseline) and other.layout:
+            sound[name + ALONE] = case.alone(other), other.kernel
             judged[name + ALONE] = judged[name]
     for kind, cost in case.op.cost(case.sizes, case.x.element_size()).items():
         unit, work = ("TFLOP/s", cost.flops / 1e12) if cost.flops else ("GB/s", cost.bytes / 1e9)
-        makes = {name: case.calls(f, kind, own) for name, (f, own) in sound.items()}
+        makes = {name: c.calls(f, kind) for name, (c, f) in sound.items()}
         timed = interleave([*makes.values()], case.device, rounds)
         times = {name: results.timed(t) for name, t in zip(makes, timed, strict=True)}
         base = OWN if OWN in times else "eager"
+        used = load(makes[base], case.device) if base in times else {}
         for name, row in [*judged.items(), *((n, {"problem": why}) for n, why in skipped.items())]:
             row = {"op": case.op.name, "size": case.label, "pass": kind, "provider": name, **row}
             row["key"] = " | ".join(row[k] for k in ("op", "size", "pass", "provider"))
             if name in times:
                 rate = work / (times[name]["median_ms"] * 1e-3)
-                row |= times[name] | {"rate": rate, "unit": unit}
-                row["share_of_roof"] = rate / roof[unit]
+                row |= times[name] | {
+                    "rate": rate,
+                    "unit": unit,
+                    "share_of_roof": rate / roof[unit],
+                }
+                row |= used if name == base else {}
                 if name != base and base in times:
                     samples = [times[n]["samples_ms"] for n in (name, base)]
-                    row["ratio"] = results.ratio(base, ratio_of_medians(*samples))
+                    row["ratio"] = {"to": base, **ratio_of_medians(*samples)}
                 if name + ALONE in times:
                     row["copies_ms"] = row["median_ms"] - times[name + ALONE]["median_ms"]
             rows.append(row)
@@ -147,15 +157,17 @@ def measure(case: Case, rounds: int, roof: Mapping[str, float]) -> list[Row]:
 
 
 def show(rows: Sequence[Row]) -> None:
-    """Prints the rows of one case, fastest first, then why others have no time."""
+    """Prints the rows of one case, fastest first, then the problems of others."""
     base = next((row["ratio"]["to"] for row in rows if "ratio" in row), OWN)
     columns: dict[str, Callable[[Row], str]] = {
         "ms": lambda r: f"{r['median_ms']:.4f} [{r['q1_ms']:.4f}, {r['q3_ms']:.4f}]",
         "rate": lambda r: f"{r['rate']:.4g} {r['unit']}",
         "of the roof": lambda r: f"{r['share_of_roof']:.0%}",
         "error": lambda r: f"{max(r['errors']):.1e}",
+        "W": lambda r: f"{r['watts']:.0f}",
+        "MHz": lambda r: f"{r['clock_mhz']:.0f}",
         "copies, ms": lambda r: f"{r['copies_ms']:.4f}",
-        f"time / {base}'s": results.ratio_text,
+        f"time / {base}'s": lambda r: stats.describe(r["ratio"]),
     }
     for kind in dict.fromkeys(row["pass"] for row in rows):
         print(f"\n{rows[0]['op']} {kind}, {rows[0]['size']}")
@@ -168,7 +180,7 @@ def show(rows: Sequence[Row]) -> None:
 
 
 class Spied(dict):
-    """Entries of a table that note which keys are looked up."""
+    """Entries of a table that note the keys of lookups."""
 
     used: tuple[int, ...] = ()
 
@@ -177,40 +189,14 @@ class Spied(dict):
         return super().__getitem__(key)
 
 
-def tables() -> dict[str, Table]:
-    """Returns the tables of launch configs in loaded modules, each once, by their place."""
-    found: dict[int, tuple[str, Table]] = {}
-    for place, module in [m for m in sys.modules.items() if m[0].startswith("fastgpt_kernels.")]:
-        for name, value in vars(module).items():
-            inner = [*value.values()] if isinstance(value, dict) else []
-            configs = [c for e in inner for c in (e.values() if isinstance(e, dict) else [None])]
-            if configs and all(isinstance(c, Config) for c in configs):
-                found.setdefault(id(value), (f"{place}.{name}", value))
-    return dict(found.values())
-
-
-@contextlib.contextmanager
-def replaced(table: Table, arch: str, found: dict[int, Config]) -> Iterator[None]:
-    """Has a table return other entries on an architecture."""
-    before = dict(table)
-    table[arch] = found
-    yield
-    table.clear()
-    table.update(before)
-
-
-def lookups(run: Call, arch: str) -> list[tuple[str, Table, Spied]]:
-    """Returns the tables that a call looks up, and their entries, which note the keys."""
-    spies = [(n, t, Spied(t.get(arch) or t.get("default", {}))) for n, t in tables().items()]
-    with contextlib.ExitStack() as stack:
-        for _, table, spy in spies:
-            stack.enter_context(replaced(table, arch, spy))
-        run()
-    return [found for found in spies if found[2].used]
+def is_table(value: Any) -> bool:
+    """Returns True for a table of launch configs, by architecture and key."""
+    inner = value.values() if isinstance(value, dict) else ()
+    return any(isinstance(c, Config) for e in inner if isinstance(e, dict) for c in e.values())
 
 
 def neighbours(config: Config) -> Iterator[Config]:
-    """Yields configs that differ in one number: a tile, the warps or the stages."""
+    """Yields configs with one other number: a tile, the warps or the stages."""
     for name, size in config.blocks.items():
         for other in (2 * size, size // 2) if size > 1 else ():  # 0 and 1 are switches
             yield replace(config, blocks={**config.blocks, name: other})
@@ -221,33 +207,54 @@ def neighbours(config: Config) -> Iterator[Config]:
 
 
 def sweep(case: Case, rounds: int) -> Iterator[Row]:
-    """Yields a row for each config tried; prints the entries to paste into the tables."""
+    """Yields a row per config of the op's tables. Prints the entries to paste into them."""
     arch, functions = arch_on(case.device), {"eager": case.op.reference, OWN: case.op.triton}
-    run = case.calls(case.op.triton, "both")
-    for place, table, spy in lookups(lambda: run()(), arch):
+    run, module = case.calls(case.op.triton, "both"), sys.modules[case.op.triton.__module__]
+    for place, table in [(n, v) for n, v in vars(module).items() if is_table(v)]:
+        spy = Spied(table.get(arch) or table.get("default", {}))
+        with patch.dict(table, {arch: spy}):
+            run()()
+        if not spy.used:
+            continue
         key, start = spy.used[0], spy[spy.used[0]]
         configs = [start, *neighbours(start)]
 
-        def under(config: Config, call: Call, table: Table = table, key: int = key) -> Any:
-            with replaced(table, arch, {key: config}):
+        def under(config: Config, call: Call, table: Any = table, key: int = key) -> Any:
+            with patch.dict(table, {arch: {key: config}}):
                 return call()
 
         def make(config: Config, under: Callable[..., Any] = under) -> Callable[[], Call]:
             return lambda: lambda: under(config, lambda: run()())
 
-        judge = lambda: case.judge(functions)[OWN]["problem"]  # noqa: E731
-        judged = [under(config, judge) for config in configs]
-        sound = [config for config, problem in zip(configs, judged, strict=True) if not problem]
+        errors = {repr(c): under(c, lambda: case.judge(functions)[OWN]) for c in configs}
+        sound = [c for c in configs if not errors[repr(c)]["problem"]]
         timed = interleave([make(config) for config in sound], case.device, rounds)
         times = {repr(config): t for config, t in zip(sound, timed, strict=True)}
-        for config, problem in zip(configs, judged, strict=True):
-            row = {"key": f"{place} {key} {config}", "problem": problem}
-            yield row if problem else row | results.timed(times[repr(config)])
         best = min(sound, key=lambda config: statistics.median(times[repr(config)]))
         r = ratio_of_medians(*interleave([make(best), make(start)], case.device, rounds))
-        kept = best if r.verdict == "faster" and r.ratio < 1 - SWEEP_GAIN else start
-        print(f"{place}[{arch!r}], {len(sound)} configs; time of the best / the table's: {r}")
-        print(f"    {key}: {kept},  # {case.op.name} {case.label}", flush=True)
+        said = stats.describe(r)
+        better = r["verdict"] == "faster" and r["ratio"] < 1 - SWEEP_GAIN
+        entry = f"{key}: {best if better else start},  # {case.op.name} {case.label}"
+        place = f"{module.__name__}.{place}[{arch!r}]"
+        print(f"{place}, {len(sound)} configs, best / table: {said}\n    {entry}", flush=True)
+        for config in configs:
+            row = {"key": f"{place} {key} {config}", **errors[repr(config)]}
+            row |= {"entry": f"{place}: {entry}; {said}"} if better and config is best else {}
+            yield row if row["problem"] else row | results.timed(times[repr(config)])
+
+
+def load(make: Callable[[], Call], device: torch.device, seconds: float = 0.5) -> Row:
+    """Returns power and clock under calls back to back, or {} if NVML reads no GPU."""
+    if (gpu := power.open_gpu()[0]) is None:
+        return {}
+    end, before = time.monotonic() + seconds, mark(device)
+    with power.metered(gpu) as energy:
+        while time.monotonic() < end:
+            make()()
+        after = mark(device)
+        synchronize(device)
+    watts = 1e3 * energy["joules"] / ms_between(before, after)
+    return {"watts": watts, "clock_mhz": energy["clock_mhz"]}
 
 
 def main(argv: list[str]) -> int:
@@ -256,6 +263,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("ops", nargs="*", help=f"of {', '.join(known)}; default: all")
     parser.add_argument("--preset", default="gpt2")
     parser.add_argument("--rounds", type=setup.at_least(MIN_ROUNDS), default=30)
+    parser.add_argument("--repeats", type=setup.at_least(1), default=1, help="runs of equal bits")
     parser.add_argument("--sweep", action="store_true", help="search launch configs")
     args, flags = parser.parse(argv)
     if unknown := [op for op in args.ops if op not in known]:
@@ -270,11 +278,12 @@ def main(argv: list[str]) -> int:
     for name in args.ops or known:
         torch.manual_seed(0)
         case = Case.of(known[name], sizes, device, dtype)
-        for row in sweep(case, args.rounds) if args.sweep else measure(case, args.rounds, roof):
+        found = [] if args.sweep else measure(case, args.rounds, roof, args.repeats)
+        for row in sweep(case, args.rounds) if args.sweep else found:
             result.rows.append(row)
             result.save(args.out)
-        if not args.sweep:
-            show([row for row in result.rows if row["op"] == name])
+        if found:
+            show(found)
         gc.collect()
         torch._dynamo.reset()  # or the recompile limit ends the next op's compiling
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Result files: their content (bench/README.md has the schema), provenance, and tables of rows."""
+"""Result files, their provenance, and tables of their rows; bench/README.md has the schema."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +18,31 @@ import numpy as np
 import torch
 
 from bench import power
-from bench.stats import Ratio
+from fastgpt.errors import UserError
 from fastgpt.storage.atomic import write_text
+from fastgpt_kernels.launch import HAS_TRITON
 
 SCHEMA = 1
 NOT_YET = "the run was cut short before this was measured"
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]  # of a checkout, or site-packages
 FOLDER = ROOT / "bench/results"
-PACKAGES = ("fastgpt", "kernels/fastgpt_kernels", "bench")
+PACKAGES = ("fastgpt", "kernels/fastgpt_kernels", "fastgpt_kernels", "bench")
 Row = dict[str, Any]
 
 
 class Result:
-    """A result in the making, saved after every part: the file is valid at any time.
-
-    Until `end`, `complete` is false in it: a run that was cut short says so.
-    """
+    """A result file that is valid after every `save`; `complete` is false in it until `end`."""
 
     def __init__(self, name: str, argv: Sequence[str], settings: dict[str, Any]):
         self.rows: list[Row] = []
         self._gpu, self._path = power.open_gpu()[0], Path()
+        before = self._gpu.state() if self._gpu else {}
         self.data: dict[str, Any] = {
-            "schema": SCHEMA,
-            "name": name,
-            "command": command(name, argv),
+            "schema": SCHEMA, "name": name, "command": command(name, argv),
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "environment": environment(),
-            "gpu_before": self._gpu.state() if self._gpu else {},
-            "gpu_after": {},
-            "settings": settings,
-            "rows": self.rows,
-            "problems": [],
-            "complete": False,
-        }
+            "environment": environment(), "gpu_before": before, "gpu_after": {},
+            "settings": settings, "rows": self.rows, "problems": [], "complete": False,
+        }  # fmt: skip
 
     def save(self, folder: Path) -> Path:
         """Writes `<folder>/<gpu>/<date>-<commit>-<name>.json`, and returns the path."""
@@ -64,14 +57,14 @@ class Result:
         return self._path
 
     def end(self, folder: Path, also: str = "") -> int:
-        """Saves for the last time and says where. Returns 1 if any row has a problem, else 0."""
+        """Saves for the last time and prints the path. Returns 1 if a row has a problem, else 0."""
         self.data["complete"] = True
         print(f"written: {self.save(folder)}{also}")
         return 1 if any(row["problem"] for row in self.rows) else 0
 
 
 def sources(root: Path = ROOT) -> str:
-    """Returns one hash of every module that a result may have measured."""
+    """Returns one hash of all modules that a result depends on."""
     found = hashlib.sha256()
     for path in sorted(p for package in PACKAGES for p in (root / package).rglob("*.py")):
         if not path.name.startswith("test_"):  # pytest's modules measure for themselves
@@ -82,25 +75,13 @@ def sources(root: Path = ROOT) -> str:
 
 def commit(folder: Path = ROOT) -> str:
     """Returns the commit checked out in a folder, with "-dirty" if tracked files differ."""
-
-    def git(*args: str) -> str:
-        command = ["git", "-C", str(folder), *args]
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=10"]
+    command += ["--exclude=*"]  # no tags
+    try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
         return done.stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short=10", "HEAD") + "-dirty" * bool(changed)
     except (OSError, subprocess.SubprocessError):  # provenance must not stop a measurement
         return "unknown"
-
-
-def version(module: str) -> str:
-    """Returns an installed module's version, or "not installed"."""
-    try:
-        return str(__import__(module).__version__)
-    except ImportError:
-        return "not installed"
 
 
 def environment() -> dict[str, Any]:
@@ -108,72 +89,55 @@ def environment() -> dict[str, Any]:
     gpu = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name(0) if gpu else f"CPU {platform.machine()}",
-        "gpu": gpu,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda or "none",
-        "triton": version("triton"),
-        "cpu_threads": torch.get_num_threads(),
-        "commit": commit(),
-        "sources": sources(),
-    }
+        "gpu": gpu, "python": platform.python_version(), "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none", "cudnn": torch.backends.cudnn.version(),
+        "triton": metadata.version("triton") if HAS_TRITON else "none",
+        "cpu_threads": torch.get_num_threads(), "commit": commit(), "sources": sources(),
+    }  # fmt: skip
 
 
 def command(name: str, argv: Sequence[str]) -> str:
-    """Returns the command to repeat a run, without the places of results and checkout."""
+    """Returns the command that repeats a run, without the folders of results and checkout."""
     text = shlex.join(["python", "-m", "bench", name, *argv])
     return re.sub(r" --out[ =]('[^']*'|\S+)", "", text).replace(f"{ROOT}/", "")
 
 
 def timed(samples: Sequence[float]) -> Row:
-    """Returns a row's samples in ms, their median and quartiles."""
+    """Returns a row's samples in ms, with their median and quartiles."""
     q1, median, q3 = np.quantile(samples, (0.25, 0.5, 0.75)).tolist()
     return {"samples_ms": [*samples], "median_ms": median, "q1_ms": q1, "q3_ms": q3}
 
 
-def ratio(to: str, r: Ratio) -> Row:
-    """Returns a row's `ratio`: its time over that of `to`; too few rounds have no interval."""
-    return {"to": to, "ratio": r.ratio, "low": r.low, "high": r.high, "verdict": r.verdict}
-
-
-def ratio_text(row: Row) -> str:
-    """Returns a row's ratio in words; empty if it has none."""
-    r = row.get("ratio")
-    return str(Ratio(r["ratio"], r["low"], r["high"])) if r else ""
-
-
 def slug(text: str) -> str:
-    """Returns a name for files: "NVIDIA H200" becomes "nvidia-h200"."""
+    """Returns "nvidia-h200" for "NVIDIA H200", a name for files."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def check(data: Any, where: str) -> None:
-    """Raises ValueError if `data` is not a result of this schema."""
+    """Raises UserError if `data` is not a result of this schema."""
     if not isinstance(data, dict) or data.get("schema") != SCHEMA or "rows" not in data:
-        raise ValueError(f"{where}: no result of schema {SCHEMA}")
+        raise UserError(f"{where}: no result of schema {SCHEMA}")
     if len({row.get("key") for row in data["rows"]} - {None}) < len(data["rows"]):
-        raise ValueError(f"{where}: every row needs a key of its own")
+        raise UserError(f"{where}: every row needs a key of its own")
     for row in data["rows"]:
         if bool(row.get("samples_ms")) == bool(row.get("problem")):
-            raise ValueError(f"{where}: {row['key']}: a row has either samples_ms or a problem")
+            raise UserError(f"{where}: {row['key']}: a row has either samples_ms or a problem")
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads and checks one file. Raises ValueError naming the file."""
-    data = json.loads(path.read_text())
+    """Returns the checked content of a result file. Raises UserError."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: {e}") from None
     check(data, str(path))
     return data
-
-
-def files(folder: Path = FOLDER) -> list[Path]:
-    """Returns the result files below a folder, oldest first."""
-    return sorted(folder.glob("**/*.json"), key=lambda p: p.name)
 
 
 def columns(rows: Sequence[Row], name: str, cells: Mapping[str, Callable[[Row], str]]) -> str:
     """Returns a table of the rows that have a time, fastest first, without empty columns.
 
-    cells  by the column's head; of a row that lacks what a cell needs it is empty
+    cells  by the column's head; a row that lacks a key has an empty cell
     """
 
     def text(cell: Callable[[Row], str], row: Row) -> str:

@@ -1,4 +1,4 @@
-"""The measured run: a preset and flags of `fastgpt train`; without a GPU, at a small size."""
+"""Configs of measured runs, and the arguments that the commands share."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from fastgpt.model.device import Machine, resolve_device
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.train import metrics
 
-# Sizes of vocabularies by data set; all others are made of GPT-2's tokens.
+# Vocabulary sizes by data set; all others have GPT-2's tokens.
 VOCABULARIES = {"python_stdlib": 256, "shakespeare_char": 65}
-# Without a GPU presets are measured at this size, unless flags say otherwise; laptop is for CPUs.
+# On a CPU all presets but laptop have this size, unless flags say otherwise.
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "batch_size": 4}
 
 
@@ -31,11 +31,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, name: str, doc: str | None):
         form, prog = argparse.RawDescriptionHelpFormatter, f"python -m bench {name}"
         super().__init__(prog=prog, description=doc, formatter_class=form)
-        out = results.FOLDER if torch.cuda.is_available() else Path("out/bench")
+        kept = torch.cuda.is_available() and (results.ROOT / ".git").exists()
+        out = results.FOLDER if kept else Path("out/bench")
         self.add_argument("--out", type=Path, default=out, help="folder of the results")
 
     def parse(self, argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
-        """Returns the benchmark's own arguments, and the flags of `fastgpt train` among them."""
+        """Returns the benchmark's arguments, and the flags of `fastgpt train`. Raises UserError."""
         args, rest = self.parse_known_args(argv)
         positional, flags = settings.split_flags(rest)
         if positional:
@@ -43,17 +44,18 @@ class Parser(argparse.ArgumentParser):
         settings.apply_flags(Config(), flags)
         if not torch.cuda.is_available():
             torch.set_num_threads(1)  # on shared cores waiting threads cost more than they give
-            print("no GPU: small sizes on one thread show that this runs, and nothing about speed")
+            print("no GPU: small sizes on one thread, which say nothing about speed")
         return args, flags
 
     def add_sustained(self) -> None:
         """Adds --sustained[=SECONDS]; 0 without it."""
-        about = "load the GPU before timing until its clock has settled, at most 20 s or so long"
-        self.add_argument("--sustained", type=float, nargs="?", const=20.0, default=0.0, help=about)
+        about = "load the device before timing until its clock has settled, for SECONDS at most"
+        most = 20.0 if torch.cuda.is_available() else 0.5
+        self.add_argument("--sustained", type=float, nargs="?", const=most, default=0.0, help=about)
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Returns an argument's type for argparse: whole numbers from `least` on."""
+    """Returns a type for argparse: whole numbers from `least` on."""
 
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -66,8 +68,7 @@ def at_least(least: int) -> Callable[[str], int]:
 def configure(preset: str, flags: dict[str, str], whole: bool = False) -> tuple[Config, int]:
     """Returns the config of measured steps and the size of its vocabulary. Raises UserError.
 
-    A step has one micro-batch unless the flags say otherwise, or `whole`. The learning rate is at
-    its peak from the first step on, so that a few steps already show whether a variant learns.
+    A step has one micro-batch unless `whole` or a flag says otherwise.
     """
     if preset not in PRESETS:
         raise settings.unknown_key(preset, list(PRESETS), "", "preset")
@@ -82,7 +83,7 @@ def configure(preset: str, flags: dict[str, str], whole: bool = False) -> tuple[
 
 
 def with_values(config: Config, values: dict[str, Any]) -> Config:
-    """Returns a copy with other settings by flat name; unknown names are left out."""
+    """Returns a copy with other settings by flat name, without unknown names."""
     known = settings.leaves(Config)
     return settings.replace(config, **{k: v for k, v in values.items() if k in known})
 
@@ -105,6 +106,6 @@ _machine = functools.cache(Machine.of)
 
 
 def flops_per_token(config: Config, vocab_size: int) -> dict[str, float]:
-    """Returns the three counts, of a model without memory: nothing is drawn or stored."""
+    """Returns the three counts of a model on the meta device."""
     with torch.device("meta"):
         return metrics.flops_per_token(GPT(ModelShape.of(config.model, vocab_size)))

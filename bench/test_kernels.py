@@ -1,8 +1,4 @@
-"""Kernels for pytest-benchmark: pytest bench --benchmark-only, --benchmark-compare.
-
-Every round waits for the device, so a time here has the launch in it: tens of microseconds on small
-sizes. `python -m bench kernels` times the device alone, interleaved, and beside baselines.
-"""
+"""Kernels for pytest-benchmark. Unlike those of bench kernels its times include the launch."""
 
 from __future__ import annotations
 
@@ -34,9 +30,5 @@ def test_kernel(benchmark: Any, run: str, who: str) -> None:
     assert judged[who]["problem"] == "", "a wrong result gets no time"
     make = case.calls(functions[who], kind)
     benchmark.group = f"{op.name} {kind}, {case.label}"
-
-    def timed(call: Any) -> None:
-        call()
-        synchronize(machine.device)
-
+    timed = lambda call: (call(), synchronize(machine.device))  # noqa: E731
     benchmark.pedantic(timed, setup=lambda: ((make(),), {}), rounds=20, warmup_rounds=3)

@@ -1,8 +1,8 @@
-"""Traced training steps as rows: which kernel, of which shape, how often, how long, and its bound.
+"""Rows of a traced training step: kernel, shape, launches, time and lower bound.
 
 On a GPU the pieces of work are kernels, each with the host's ops around its launch. On a CPU they
-are the ops, each without the time of those inside it. A piece belongs to a part of the step by the
-names around it: the first rule that fits any of them counts.
+are the ops, each without the time of the ops inside it. The first rule that matches a name around a
+piece decides its part of the step.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from fastgpt_kernels.registry import Cost, OpSpec, Sizes, spec, specs
+from fastgpt_kernels.registry import Cost, Sizes, spec, specs
 
 STEP = "bench.step"  # the scope around each traced step
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -28,15 +28,19 @@ ITEMSIZES = {"c10::BFloat16": 2, "c10::Half": 2, "double": 8, "long int": 8, "bo
 LINEAR, ATTENTION, HEAD = "linear layers", "attention", "head and loss"
 MEMORY, OPTIMIZER, MUON = "memory-bound ops", "optimizer and casts", "Muon"
 OTHER, GAPS = "other", "gaps: launch, data, host"
-PARTS = (LINEAR, ATTENTION, HEAD, MEMORY, OPTIMIZER, MUON, OTHER)
-# fastgpt's own ops by what a trace calls them: kernels, registered ops and autograd functions. Of
-# ops that share kernels the last counts: add_layer_norm, and cross_entropy without matmuls.
+# In the order of the picture, with Okabe and Ito's colours, which colour-blind people tell apart
+PARTS = {
+    LINEAR: "#0072b2", ATTENTION: "#d55e00", HEAD: "#cc79a7", MEMORY: "#e69f00",
+    OPTIMIZER: "#009e73", MUON: "#004d38", OTHER: "#000000",
+}  # fmt: skip
+# fastgpt's ops by the names in a trace: kernels, registered ops and autograd functions. Of ops that
+# share kernels the last counts: add_layer_norm, and cross_entropy without matmuls.
 OWN = {
     name: op
     for op in specs()
     for name in (*op.kernels, *(f"fastgpt::{op.name}{e}" for e in ("", "_backward", "Backward")))
 }
-# Ops of a CPU that only describe memory or call others: their time is the host's.
+# A CPU's ops that only describe memory or call others, whose time is the host's
 HOST = re.compile(
     r"^aten::(as_strided|t|transpose|view|view_as|_unsafe_view|permute|(un)?squeeze|expand|slice"
     r"|select|split|split_with_sizes|narrow|unbind|detach_?|resize_|item|_local_scalar_dense|to"
@@ -53,9 +57,7 @@ RULES = {
     r"|gemm|gemv|nvjet|xmma|cutlass|cublas|splitK|triton_tem_fused.*mm",
     MEMORY: r"layer_?norm|LayerNorm|GammaBeta|RowwiseMoments|[gG]elu|GELU|[eE]mbedding|RadixSort"
     r"|compute_grad_weight|[dD]ropout|bernoulli|Memcpy|Memset|CatArray|direct_copy|FillFunctor"
-    r"|elementwise|reduce_kernel|triton_(poi|red|per|mix|for)_fused|cpp_fused|^aten::(index_\w+"
-    r"|copy_|clone|cat|stack|fill_|zeros?_?(like)?|add|sub|mul|div|sum|mean|where|neg|r?sqrt|pow"
-    r"|tanh|exp|abs|ne|eq|lt|ge|gt|isfinite|clamp|reciprocal|slice_backward|bitwise_\w+)_?$",
+    r"|elementwise|reduce_kernel|triton_(poi|red|per|mix|for)_fused|cpp_fused|^aten::",
 }
 NOISE = r"^void |<.*|\(anonymous namespace\)::|at::native::|(?<=.)\(.*"  # of a kernel's name
 CATEGORIES = {"linear": LINEAR, "attention": ATTENTION, "head": HEAD, "memory": MEMORY}
@@ -63,11 +65,11 @@ CATEGORIES = {"linear": LINEAR, "attention": ATTENTION, "head": HEAD, "memory": 
 
 @dataclass
 class Row:
-    """All pieces of one kernel, pass and shape, per step; a bound of 0 is not known."""
+    """Pieces of one kernel, pass and shape, per step. A bound of 0 is unknown."""
 
     part: str
     kernel: str
-    kind: str  # forward, backward (of matmuls dX or dW), or update
+    kind: str  # forward, backward, dX or dW of a matmul, or update
     shape: str
     launches: float = 0.0
     ms: float = 0.0
@@ -75,9 +77,8 @@ class Row:
     bound: str = ""  # matmul peak, or memory
 
 
-@dataclass(frozen=True)
-class Context:
-    """The sizes that shapes in a trace mean, and the rates per second that bounds are made of."""
+class Context(NamedTuple):
+    """Sizes of the traced model, and the rates per second that bounds are made of."""
 
     sizes: Sizes
     n_layer: int
@@ -88,7 +89,7 @@ class Context:
 
 
 def rows_of(events: Sequence[dict[str, Any]], c: Context) -> tuple[list[Row], float]:
-    """Returns the rows, and the ms of a traced step on the host; steps are marked `STEP`."""
+    """Returns the rows, and the ms of a traced step, a scope named `STEP`, on the host."""
     steps = [(e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == STEP]
     engine = [(e["ts"], e["ts"] + e["dur"]) for e in events if e["name"].startswith(ENGINE)]
     updates = [(max((b for a, b in engine if s[0] <= a < s[1]), default=s[1]), s[1]) for s in steps]
@@ -115,10 +116,13 @@ def rows_of(events: Sequence[dict[str, Any]], c: Context) -> tuple[list[Row], fl
         row.ms += us / 1e3 / len(steps)
         own = [OWN[n] for n in names if n in OWN] + [spec("attention")] * (part == ATTENTION)
         if own and not gemm:
-            key = own[-1].name, backward
-            costs[key] = cost_of(own[-1], backward, c)
+            key, passes = (own[-1].name, backward), own[-1].cost(c.sizes, c.itemsize)
+            one = passes.get("backward" if backward else "forward", passes.get("both", Cost()))
+            n = own[-1].calls_per_step  # of 12 layers
+            calls = c.micro_batches * (n * c.n_layer / 12 if n > 1 else 1)
+            costs[key] = [calls * one.flops, calls * one.bytes]
         elif id(source) not in counted and (kernel or us > source.get("dur", math.inf) / 2):
-            counted.add(id(source))  # a second kernel of the same op has no bound of its own
+            counted.add(id(source))  # a second kernel of the same op adds no bound
             costs[key][0] += 2.0 * math.prod(gemm) / len(steps) * (source["name"] in GEMMS)
             costs[key][1] += moved(source) / len(steps)
         members[key][id(row)] = row
@@ -131,18 +135,8 @@ def rows_of(events: Sequence[dict[str, Any]], c: Context) -> tuple[list[Row], fl
     return [*rows.values()], sum(b - a for a, b in steps) / 1e3 / len(steps)
 
 
-def cost_of(own: OpSpec, backward: bool, c: Context) -> list[float]:
-    """Returns FLOPs and bytes per step of one pass of an op."""
-    costs = own.cost(c.sizes, c.itemsize)
-    one = costs.get("backward" if backward else "forward") or costs.get("both", Cost())
-    calls = own.calls_per_step * c.n_layer / 12 if own.calls_per_step > 1 else 1
-    return [calls * c.micro_batches * one.flops, calls * c.micro_batches * one.bytes]
-
-
-def part_of(
-    names: Sequence[str], shapes: Sequence[Sequence[int]], after: bool, c: Context, host: bool
-) -> str:
-    """Returns the part of the step; `after`: between the last gradient and the end of the step."""
+def part_of(names: Sequence[str], shapes: Any, after: bool, c: Context, host: bool) -> str:
+    """Returns the part of a piece's step. `after` the last gradient all is the optimizer's."""
     text = "\n".join(names)
     if not names or "Memcpy HtoD" in names[-1] or (host and HOST.search(names[-1])):
         return GAPS
@@ -153,43 +147,39 @@ def part_of(
     if CAST.search(text) and math.prod(shapes[0][:-1]) != c.sizes.tokens:
         return OPTIMIZER  # weights, in 16 bits
     part = next((part for part, rule in RULES.items() if re.search(rule, text, re.M)), OTHER)
-    s = c.sizes  # a size that only the vocabulary has marks the head's matmuls
+    s = c.sizes  # the vocabulary's size marks the head's matmuls
     vocabulary = {s.vocab_size, s.padded_vocab_size} - {s.n_embd, 3 * s.n_embd, 4 * s.n_embd}
     return HEAD if part == LINEAR and vocabulary & {*shapes[-1]} - {s.tokens} else part
 
 
 def pieces(events: Sequence[dict[str, Any]]) -> Iterator[tuple[float, float, list[dict], str]]:
-    """Yields each piece's µs, its launch time, the ops around it and its kernel ("" on a CPU)."""
+    """Yields each piece's µs, launch time, ops around it, and kernel ("" on a CPU)."""
     on_device = [e for e in events if e.get("cat") in ON_DEVICE]
-    launches: dict[int, tuple[float, list[dict]]] = {}
-    for op, around, own in host_ops(events):
-        if op["cat"] in LAUNCHES:
-            launches[op.get("args", {}).get("correlation", -1)] = op["ts"], around
-        elif not on_device and own > 0 and op["name"] != STEP:
-            yield own, op["ts"], [*around, op], ""
-    for e in on_device:
-        ts, around = launches.get(e.get("args", {}).get("correlation", -1), (e["ts"], []))
-        yield e["dur"], ts, around, e["name"]
-
-
-def host_ops(events: Sequence[dict[str, Any]]) -> list[tuple[dict, list[dict], float]]:
-    """Returns each of the host's events, those around it outermost first, and its own µs."""
-    stacks, found, own = defaultdict[Any, list](list), [], dict[int, float]()
     on_host = (e for e in events if e.get("cat") in ("cpu_op", "user_annotation", *LAUNCHES))
-    for e in sorted(on_host, key=lambda e: (e["ts"], -e["dur"])):
-        stack = stacks[e["tid"]]
-        while stack and stack[-1]["ts"] + stack[-1]["dur"] <= e["ts"]:
+    stacks, own, ops = defaultdict[Any, list](list), dict[int, float](), list[list[dict]]()
+    launches: dict[int, list[dict]] = {}
+    for op in sorted(on_host, key=lambda e: (e["ts"], -e["dur"])):
+        stack = stacks[op["tid"]]  # the outermost op first
+        while stack and stack[-1]["ts"] + stack[-1]["dur"] <= op["ts"]:
             stack.pop()
         if stack:
-            own[id(stack[-1])] -= e["dur"]
-        own[id(e)] = e["dur"]
-        found.append((e, [*stack]))
-        stack.append(e)
-    return [(e, around, own[id(e)]) for e, around in found]
+            own[id(stack[-1])] -= op["dur"]
+        own[id(op)] = op["dur"]
+        stack.append(op)
+        ops.append([*stack])
+        if op["cat"] in LAUNCHES:
+            launches[op.get("args", {}).get("correlation", -1)] = ops[-1]
+    for around in ops if not on_device else ():
+        op = around[-1]
+        if own[id(op)] > 0 and op["name"] != STEP:
+            yield own[id(op)], op["ts"], around, ""
+    for e in on_device:
+        *around, launch = launches.get(e.get("args", {}).get("correlation", -1), [e])
+        yield e["dur"], launch["ts"], around, e["name"]
 
 
 def inputs_of(op: dict[str, Any]) -> list[tuple[tuple[int, ...], int]]:
-    """Returns shape and bytes per element of an op's inputs, if it is one with a trace of them."""
+    """Returns shape and bytes per element of the inputs that a trace shows of an op."""
     if not op["name"].startswith(("aten::", "triton_", "mkldnn", "fastgpt::mlp")):
         return []
     args, found = op.get("args", {}), []
@@ -200,16 +190,16 @@ def inputs_of(op: dict[str, Any]) -> list[tuple[tuple[int, ...], int]]:
 
 
 def moved(op: dict[str, Any]) -> float:
-    """Returns a lower bound on the bytes that an op moves: each of its inputs once."""
+    """Returns a lower bound of the bytes that an op moves: each input once."""
     if re.search("embedding|index|gather|scatter", op["name"]):
-        return 0.0  # it reads some rows only
+        return 0.0  # only some rows are read
     total = float(sum(math.prod(shape) * itemsize for shape, itemsize in inputs_of(op)))
     # AdamW reads weights, gradients and two moments, and writes all but the gradients.
     return total * 28 / 16 if op["name"] == "aten::_fused_adamw_" else total
 
 
 def gemm_of(stack: Sequence[dict[str, Any]]) -> tuple[int, ...]:
-    """Returns M, N, K (and the batch) of the innermost matmul around a piece; () without one."""
+    """Returns M, N, K and the batch of the innermost matmul around a piece, or ()."""
     for op in reversed(stack):
         if op["name"] in GEMMS and (inputs := inputs_of(op)):
             (a, _), (b, _) = inputs[GEMMS[op["name"]] :][:2]

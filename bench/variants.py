@@ -1,7 +1,6 @@
-"""Ways to compute the same training step, each behind one face: `warm_up` and `step`.
+"""Variants of the training step, each an object with `warm_up` and `step`.
 
-fastgpt's own go through `Trainer`, with the model and kernels that `fastgpt train` would take. A
-peer, nanoGPT's model.py, gets its users' loop: its optimizer, autocast, clipping, torch.compile.
+fastgpt's variants run its `Trainer`. The peer is nanoGPT's model.py in the loop of its train.py.
 """
 
 from __future__ import annotations
@@ -9,9 +8,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +19,10 @@ from fastgpt.config import settings
 from fastgpt.config.schema import Config
 from fastgpt.errors import UserError
 from fastgpt.model.build import build as build_model
-from fastgpt.model.build import sizes_of
 from fastgpt.model.device import DTYPES, synchronize
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.train import optim
 from fastgpt.train.trainer import Trainer
-from fastgpt_kernels.launch import arch_on
-from fastgpt_kernels.registry import model_specs
 
 EAGER = {"kernels": "eager", "compile": False}
 KERNELS = {"kernels": "triton", "compile": False}
@@ -35,29 +30,17 @@ COMPILED = {"kernels": "eager", "compile": True}
 FAST = {"kernels": "triton", "compile": True}
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One way to train.
-
-    settings  by flat name, over the run's own
-    peer      folder of nanoGPT's model.py, which is trained in place of fastgpt's model
-    root      another checkout, whose fastgpt and kernels are measured; empty: this one
-    """
+class Variant(NamedTuple):
+    """Settings by flat name, of fastgpt in another checkout `root`, or of a peer's model.py."""
 
     name: str
     settings: Mapping[str, Any]
     peer: str = ""
     root: str = ""
 
-    def swapped(self, assignments: Sequence[str], name: str) -> Variant:
-        """Returns it with other settings, from ["op.attention=hopper", ...]. Raises UserError."""
-        flags = dict(a.partition("=")[::2] for a in assignments)
-        found = settings.to_dict(settings.apply_flags(Config(), flags))
-        return replace(self, name=name, settings={**self.settings, **{k: found[k] for k in flags}})
-
 
 def choose(names: str, peer: str, gpu: bool) -> list[Variant]:
-    """Returns the variants asked for, or those that can run; `peer` is a nanoGPT checkout or "".
+    """Returns the variants of these names, or all that run, with a nanoGPT checkout as the peer.
 
     Raises UserError.
     """
@@ -78,27 +61,20 @@ def choose(names: str, peer: str, gpu: bool) -> list[Variant]:
     return [known[name] for name in names.split(",")]
 
 
-def swaps(texts: Sequence[str], gpu: bool, config: Config, vocab_size: int) -> list[Variant]:
-    """Returns the fast path, and it with settings swapped as each text says. Raises UserError.
-
-    Assignments in a text are separated by commas. "each" swaps one op at a time, for every other
-    implementation that can run here.
-    """
+def swaps(texts: Sequence[str], gpu: bool) -> list[Variant]:
+    """Returns the fast path, and a variant per text of assignments. Raises UserError."""
     base = Variant("kernels+compile", FAST) if gpu else Variant("eager", EAGER)
-    machine, sizes, wanted = setup.machine(config), sizes_of(config, vocab_size), list[str]()
-    here = arch_on(machine.device), machine.torch_dtype, sizes
+    variants = [base]
     for text in texts:
-        if text != "each":
-            wanted.append(text)
-            continue
-        for op in model_specs():
-            able = [n for n in op.implementations if not op.unsupported_reason(n, *here)]
-            wanted += [f"op.{op.name}={n}" for n in able if n != (op.standard if gpu else "eager")]
-    return [base, *(base.swapped(text.split(","), text) for text in wanted)]
+        flags = dict(a.partition("=")[::2] for a in text.split(","))
+        values = settings.to_dict(settings.apply_flags(Config(), flags))
+        own = {key: values[key] for key in flags}
+        variants.append(Variant(text, {**base.settings, **own}))
+    return variants
 
 
 class Own:
-    """fastgpt's trainer. `graphed`: steps replay a CUDA graph, whose memory no allocator counts."""
+    """Step of fastgpt's trainer. `graphed` if it replays a CUDA graph."""
 
     def __init__(self, variant: Variant, config: Config, vocab_size: int):
         machine = setup.machine(config)
@@ -115,16 +91,17 @@ class Own:
 
 
 class Peer:
-    """nanoGPT's model, with fastgpt's first weights, in the loop that its own users run."""
+    """Step of nanoGPT's model from fastgpt's first weights."""
 
     def __init__(self, variant: Variant, config: Config, vocab_size: int):
+        if config.system.dtype == "float16":
+            raise UserError("the peer has no gradient scaler for float16: use bfloat16")
         self.config, self.device = config, torch.device(config.system.device)
         self.model = _nanogpt(Path(variant.peer), config, vocab_size).to(self.device).train()
-        o, half = config.optim, config.system.dtype == "float16"
+        o = config.optim
         self.optimizer = self.model.configure_optimizers(
             o.weight_decay, o.learning_rate, (o.beta1, o.beta2), self.device.type
         )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self.forward = torch.compile(self.model) if config.system.compile else self.model
         self.ops, self.graphed = ["its own model and optimizer, autocast"], False
 
@@ -133,11 +110,11 @@ class Peer:
         total = torch.zeros((), device=self.device)
         dtype, exact = DTYPES[self.config.system.dtype], self.config.system.dtype == "float32"
         for micro_batch in micro_batches:
-            # Its targets are viewed, not reshaped: they have to be contiguous, as its loader's are.
+            # It views targets, which have to be contiguous as its loader's are.
             idx, targets = micro_batch[:, :-1].contiguous(), micro_batch[:, 1:].contiguous()
             with torch.autocast(self.device.type, None if exact else dtype, enabled=not exact):
                 loss = self.forward(idx, targets)[1] / len(micro_batches)
-            self.scaler.scale(loss).backward()
+            loss.backward()
             total += loss.detach()
         return total
 
@@ -149,11 +126,9 @@ class Peer:
     def step(self, step: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
         optim.set_learning_rate(self.optimizer, optim.learning_rate(step, self.config.optim))
         loss = self._backward(tokens)
-        self.scaler.unscale_(self.optimizer)
         clip = self.config.optim.grad_clip or float("inf")
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, grad_norm
 
@@ -164,7 +139,7 @@ def _nanogpt(folder: Path, config: Config, vocab_size: int) -> Any:
     module = importlib.util.module_from_spec(found)
     sys.modules[found.name] = module  # dataclasses look their module up
     found.loader.exec_module(module)
-    # Its train.py takes 50304 for GPT-2's vocabulary and a data set's own otherwise.
+    # Its train.py takes 50304 for GPT-2's vocabulary.
     rows = 50304 if vocab_size == 50257 else vocab_size
     same = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
     sizes = {name: getattr(config.model, name) for name in same}
@@ -183,6 +158,6 @@ def build(variant: Variant, config: Config, vocab_size: int) -> Own | Peer:
     """Returns the variant's model and optimizer on the config's device. Raises UserError."""
     config = setup.with_values(config, dict(variant.settings))
     exact = config.system.dtype == "float32" and not config.system.tf32
-    torch.set_float32_matmul_precision("highest" if exact else "high")  # the peer's too
+    torch.set_float32_matmul_precision("highest" if exact else "high")
     torch.manual_seed(config.run.seed)
     return (Peer if variant.peer else Own)(variant, config, vocab_size)

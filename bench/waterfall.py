@@ -1,18 +1,17 @@
 """python -m bench waterfall [PRESET]: where every millisecond of a training step goes.
 
     python -m bench waterfall gpt2 --sustained --markdown
+    python -m bench waterfall --redraw=FILE.json
 
-The step is the trainer's own, on random tokens, as `fastgpt train` runs it (its flags work here),
-without a CUDA graph. It is timed, then traced. The picture goes from the peak down to the measured
-step: each rung adds what a part takes beyond its FLOPs (6N + 12LCT per token in all; causal kernels
-skip half of attention's) at the matmul peak measured here. The table adds up to the step: kernels,
-their lower bounds and gaps. --markdown prints the ten largest.
+The trainer's step, without a CUDA graph, is timed and traced on random tokens. The picture goes
+from the peak down to the measured step. Each rung adds a part's time beyond that of its FLOPs at
+the measured matmul peak, 6N + 12LCT per token in all. The table of kernels, lower bounds and gaps
+adds up to the step. --markdown prints the ten largest gaps.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import tempfile
 from collections.abc import Sequence
@@ -27,45 +26,18 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from bench import results, setup, step, trace
 from bench.interleave import roofs
 from bench.processes import Measured, Seat
-from bench.trace import (
-    ATTENTION,
-    GAPS,
-    HEAD,
-    LINEAR,
-    MEMORY,
-    MUON,
-    OPTIMIZER,
-    OTHER,
-    PARTS,
-    Context,
-    Row,
-)  # fmt: skip
+from bench.trace import ATTENTION, GAPS, HEAD, LINEAR, MEMORY, PARTS, Context, Row
 from bench.variants import Variant
 from fastgpt.config import settings
 from fastgpt.config.schema import Config
+from fastgpt.errors import UserError
 from fastgpt.model.build import sizes_of
 
 TURNS = 3  # before the trace, and as many after it
 MAX_RESIDUAL, SHOWN = 0.01, 30
 HEADER = "kernel", "part", "pass", "shape", "launches", "µs", "ms", "bound ms", "bound", "gap ms"
-# Colour-blind safe (Okabe and Ito's), one hue per part; ideal and measured in neutral ink.
-COLOURS = {
-    "matmul peak": "#7f8c9b", LINEAR: "#0072b2", ATTENTION: "#d55e00", HEAD: "#cc79a7",
-    MEMORY: "#e69f00", OPTIMIZER: "#009e73", MUON: "#004d38", OTHER: "#000000", GAPS: "#56b4e9",
-    "residual": "#b0b0b0",
-}  # fmt: skip
+COLOURS = PARTS | {"matmul peak": "#7f8c9b", GAPS: "#56b4e9", "residual": "#b0b0b0"}
 INK, SOFT, GOOD = "#1b2733", "#66727f", "#2e7d4f"
-
-
-def context(config: Config, vocab_size: int) -> Context:
-    """Returns the sizes of the run, and the rates measured here."""
-    machine, sizes = setup.machine(config), sizes_of(config, vocab_size)
-    element = torch.finfo(machine.torch_dtype).bits // 8
-    # A copy as large as the activations: small ones stay in caches, where others are faster too.
-    copied = max(1 << 20, min(1 << 30, sizes.tokens * sizes.n_embd * element))
-    rates = roofs(machine.device, machine.torch_dtype, copied)
-    many = config.optim.gradient_accumulation_steps
-    return Context(sizes, config.model.n_layer, many, element, *rates)
 
 
 def traced(seat: Seat, count: int) -> list[dict[str, Any]]:
@@ -85,10 +57,7 @@ def traced(seat: Seat, count: int) -> list[dict[str, Any]]:
 def rungs_of(
     rows: Sequence[Row], idle_ms: float, step_ms: float, ideal_ms: float, flops: float, c: Context
 ) -> list[dict[str, Any]]:
-    """Returns the rungs from the ideal step down, which add up to `step_ms`, the residual included.
-
-    flops  6N + 12LCT of all tokens, which take `ideal_ms` at 100 % MFU
-    """
+    """Returns the rungs, which add up to `step_ms`. `flops` take `ideal_ms` at 100 % MFU."""
     tokens, C = c.sizes.tokens * c.micro_batches, c.sizes.n_embd
     credits = {
         LINEAR: 72.0 * c.n_layer * C * C * tokens,
@@ -101,9 +70,8 @@ def rungs_of(
     def add(name: str, ms: float, **more: Any) -> None:
         before = found[-1]["mfu_after"] if found else 100.0
         after = 100 * ideal_ms / (sum(r["ms"] for r in found) + ms)
-        found.append(
-            {"name": name, "ms": ms, "mfu_points": before - after, "mfu_after": after, **more}
-        )
+        mfu = {"mfu_points": before - after, "mfu_after": after}
+        found.append({"name": name, "ms": ms, **mfu, **more})
 
     add("100 % of the peak", ideal_ms)
     if abs(lost := flops / c.matmul_flops * 1e3 - ideal_ms) > 1e-3 * ideal_ms:
@@ -122,44 +90,47 @@ def rungs_of(
 def budget(rows: Sequence[Row], idle_ms: float, step_ms: float) -> list[list[str]]:
     """Returns the lines of a table that adds up to the step, kernels first."""
 
-    def line(name: str, ms: float, bound_ms: float, *more: str, bound: str = "") -> list[str]:
-        numbers = f"{ms:.3f}", f"{bound_ms:.3f}", bound, f"{ms - bound_ms:.3f}"
-        return [name, *(more or [""] * 5), *numbers]
+    def total(name: str, ms: float, some: Sequence[Row] = ()) -> Row:
+        ms += sum(r.ms for r in some)
+        return Row("", name, "", "", ms=ms, bound_ms=sum(r.bound_ms for r in some))
 
+    idle, more, kernels = total("idle", idle_ms), rows[SHOWN:], total("all kernels", 0.0, rows)
+    gap = total("not explained", step_ms - idle_ms - kernels.ms)
+    step = total("step", step_ms - kernels.ms, rows)
     lines = []
-    for r in rows[:SHOWN]:
-        each = f"{r.launches:.0f}", f"{1e3 * r.ms / r.launches:.1f}"
-        lines.append(
-            line(r.kernel, r.ms, r.bound_ms, r.part, r.kind, r.shape, *each, bound=r.bound)
-        )
-    for name, some in ((f"{len(rows[SHOWN:])} more", rows[SHOWN:]), ("all kernels", rows)):
-        lines.append(line(name, sum(r.ms for r in some), sum(r.bound_ms for r in some)))
-    lines.append(line("idle", idle_ms, 0.0))
-    lines.append(line("not explained", step_ms - idle_ms - sum(r.ms for r in rows), 0.0))
-    return [*lines, line("step", step_ms, sum(r.bound_ms for r in rows))]
+    for r in (*rows[:SHOWN], total(f"{len(more)} more", 0.0, more), kernels, idle, gap, step):
+        each = [f"{r.launches:.0f}", f"{1e3 * r.ms / r.launches:.1f}"] if r.launches else ["", ""]
+        numbers = f"{r.ms:.3f}", f"{r.bound_ms:.3f}", r.bound, f"{r.ms - r.bound_ms:.3f}"
+        lines.append([r.kernel, r.part, r.kind, r.shape, *each, *numbers])
+    return lines
 
 
 def problems_of(rows: Sequence[Row], residual_ms: float, step_ms: float) -> list[str]:
-    """Returns sentences on bounds above the measured time, and on a step that is not explained."""
-    wrong = [r for r in rows if r.bound_ms > r.ms > 1e-3 * step_ms]
+    """Returns sentences on bounds above the measured time and on time that is not explained."""
     text = "error in the bound of {0.kernel} {0.shape}: {0.bound_ms:.3f} ms, it took {0.ms:.3f}"
-    found = [text.format(r) for r in wrong]
+    found = [text.format(r) for r in rows if r.bound_ms > r.ms > 1e-3 * step_ms]
     if abs(residual_ms) > MAX_RESIDUAL * step_ms:
         found.append(f"kernels and gaps miss the measured step by {residual_ms / step_ms:+.1%}")
     return found
 
 
 def measure(args: argparse.Namespace, config: Config, vocab_size: int) -> results.Row:
-    """Times and traces the step. Returns the result's row; its "waterfall" has rungs and budget."""
+    """Times and traces the step. Returns a row of `step` with a waterfall: rungs and budget."""
     seat = Seat(Variant("as trained", {"cuda_graph": False}), settings.to_dict(config), vocab_size)
-    measured, c = Measured(seat.variant, seat.build()), context(config, vocab_size)
+    measured, machine = Measured(seat.variant, seat.build()), setup.machine(config)
+    sizes, itemsize = sizes_of(config, vocab_size), machine.torch_dtype.itemsize
+    # A copy as large as the activations, since small ones stay in caches
+    copied = max(1 << 20, min(1 << 30, sizes.tokens * sizes.n_embd * itemsize))
+    micro_batches = config.optim.gradient_accumulation_steps
+    rates = roofs(machine.device, machine.torch_dtype, copied)
+    c = Context(sizes, config.model.n_layer, micro_batches, itemsize, *rates)
     count = max(2, round(args.seconds / 2 / TURNS * 1e3 / seat.turn(1, 0.0)["ms"]))
     measured.turns = [seat.turn(count, args.sustained) for _ in range(TURNS)]
     rows, traced_ms = trace.rows_of(traced(seat, args.traced_steps), c)
     measured.turns += [seat.turn(count, args.sustained) for _ in range(TURNS)]
     (row,) = step.rows_of([measured], args.preset, config, vocab_size)
-    step_ms, peak = row["median_ms"], setup.machine(config).peak
-    # The profiler slows launching, not a GPU's kernels; on a CPU it slows every op alike.
+    step_ms, peak = row["median_ms"], machine.peak
+    # The profiler slows a CPU's ops alike, and not a GPU's kernels.
     for r in rows if seat.device.type == "cpu" else ():
         r.ms *= step_ms / traced_ms
     idle_ms = max(0.0, step_ms - sum(r.ms for r in rows))
@@ -170,6 +141,7 @@ def measure(args: argparse.Namespace, config: Config, vocab_size: int) -> result
         "format": "fastgpt-waterfall", "version": 2, "device": seat.device.type, "peak": str(peak),
         "step_ms": step_ms, "idle_ms": idle_ms, "matmul_flops": c.matmul_flops,
         "copy_bytes": c.copy_bytes, "rungs": rungs, "budget": [asdict(r) for r in rows],
+        "millions": setup.flops_per_token(config, vocab_size)["mfu_6n"] / 6e6,
     }  # fmt: skip
     return row
 
@@ -177,40 +149,36 @@ def measure(args: argparse.Namespace, config: Config, vocab_size: int) -> result
 # --- the picture ---------------------------------------------------------------------------------
 
 
-def draw(data: dict[str, Any], millions: float, path: Path) -> None:
-    """Writes PNG and SVG of a waterfall's result beside `path`; `millions` of parameters."""
+def draw(data: dict[str, Any], path: Path) -> None:
+    """Writes PNG and SVG of a waterfall's result beside `path`. Raises UserError for another."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    (row,), where = data["rows"], data["environment"]
-    drawn, mfu = row["waterfall"], 100 * row["mfu"]
-    footer = f"100 % is {drawn['peak']}\n{where['device']} · {row['tokens']:,} tokens per step, "
-    footer += (
-        f"{data['settings']['state']} · torch {where['torch']} · {data['date'][:10]} · commit "
-    )
-    footer += f"{where['commit']} · {data['command']}"
-    title = f"{row['preset']}, {millions:.3g}M parameters, on {where['device']}"
-    line = f"{drawn['step_ms']:.4g} ms per step, {mfu:.1f} % MFU: where {100 - mfu:.1f} points go"
-    rungs = [r for r in drawn["rungs"] if abs(r["ms"]) >= 5e-4 * drawn["step_ms"]]
+    if data["name"] != "waterfall":
+        raise UserError(f"{path}: a result of {data['name']}, not of waterfall")
+    (row,), where, state = data["rows"], data["environment"], data["settings"]["state"]
+    drawn, mfu, step_ms = row["waterfall"], 100 * row["mfu"], row["waterfall"]["step_ms"]
+    title = f"{row['preset']}, {drawn['millions']:.3g}M parameters, on {where['device']}"
+    line = f"{step_ms:.4g} ms per step, {mfu:.1f} % MFU: where {100 - mfu:.1f} points go"
+    line += " · a CPU picture, which shows no GPU's speed" * (drawn["device"] == "cpu")
+    run = where["device"], f"{row['tokens']:,} tokens per step, {state}", f"torch {where['torch']}"
+    source = data["date"][:10], f"commit {where['commit']}", data["command"]
+    footer = f"100 % is {drawn['peak']}\n{' · '.join([*run, *source])}"
+    rungs = [r for r in drawn["rungs"] if abs(r["ms"]) >= 5e-4 * step_ms]
     with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "DejaVu Sans"}):
         height = 2.2 + 0.56 * (len(rungs) + 1)
         figure = Figure(figsize=(12, height), facecolor="white")
-        axes = figure.add_axes((0.17, 0.72 / height, 0.68, 1 - 2.02 / height))
-        bars(axes, rungs, drawn["step_ms"], mfu)
+        bars(figure.add_axes((0.17, 0.72 / height, 0.68, 1 - 2.02 / height)), rungs, step_ms, mfu)
         left: Any = {"x": 0.015, "va": "center", "color": SOFT}
         figure.text(y=1 - 0.36 / height, s=title, size=17, weight="bold", **left | {"color": INK})
         figure.text(y=1 - 0.72 / height, s=line, size=12, **left)
         figure.text(y=0.2 / height, s=footer, size=8.5, **left)
-        if drawn["device"] == "cpu":
-            box: Any = {"boxstyle": "round,pad=0.4", "fc": "#b3541e", "ec": "none"}
-            white: Any = {"size": 11, "weight": "bold", "color": "white", "bbox": box}
-            figure.text(0.9, 1 - 0.36 / height, "CPU picture", va="center", **white)
         for kind in ("png", "svg"):
             figure.savefig(path.with_suffix(f".{kind}"), dpi=130)
 
 
 def bars(axes: Any, rungs: Sequence[dict[str, Any]], step_ms: float, mfu: float) -> None:
-    """Draws one line per rung, top down; each bar starts where the one above ended."""
+    """Draws a line per rung, top down. Each bar starts where the one above ended."""
     width = max(step_ms, *accumulate(r["ms"] for r in rungs))
     left: Any = {"transform": axes.get_yaxis_transform(), "va": "center", "color": INK}
 
@@ -223,22 +191,20 @@ def bars(axes: Any, rungs: Sequence[dict[str, Any]], step_ms: float, mfu: float)
     for row, r in enumerate(rungs):
         ms, bound = r["ms"], r.get("bound_ms", 0.0)
         end, colour = at + ms, COLOURS.get(r["name"], GOOD)
-        if ms < 0:  # a gain: back towards the left, outlined
-            axes.barh(row, ms, left=at, height=0.62, color="white", edgecolor=colour, hatch="//")
-        else:  # pale as far as the bound reaches beyond what stands above already
-            pale = min(ms, max(0.0, bound - r.get("credit_ms", 0.0)))
-            axes.barh(row, pale, left=at, height=0.62, color=colour, alpha=0.35, lw=0)
-            axes.barh(row, ms - pale, left=at + pale, height=0.62, color=colour, lw=0)
+        pale = min(ms, max(0.0, bound - r.get("credit_ms", 0.0)))  # beyond the FLOPs above
+        axes.barh(row, pale, left=at, height=0.62, color=colour, alpha=0.35, lw=0)
+        axes.barh(row, ms - pale, left=at + pale, height=0.62, color=colour, lw=0)
         axes.plot([end, end], [row + 0.31, row + 0.69], color="#9aa5b1", lw=1)
         label = f"{ms:+.3g} ms   {-r['mfu_points']:+.1f} pt" if row else f"{ms:.3g} ms"
         line(row, r["name"], max(at, end), label, r["mfu_after"])
-        if bound and r.get("takes_ms"):
-            axes.text(1.1, row, f"{bound / r['takes_ms']:.0%}", size=10, **left)
+        if bound and (takes := r.get("takes_ms")):
+            share = f"{bound / takes:.0%}" if bound <= takes else "error"
+            axes.text(1.1, row, share, size=10, **left)
         at = end
     last = len(rungs)
     axes.barh(last, step_ms, color=INK, height=0.62)
     line(last, "measured step", step_ms, f"{step_ms:.4g} ms", mfu, "bold")
-    legend = "solid: still to win · pale: the least that this part costs on this device, its bound"
+    legend = "solid: above the lower bound · pale: the lower bound on this device"
     for x, text in ((0.0, legend), (1.0, "MFU so far"), (1.1, "bound / time")):
         axes.text(x, -0.85, text, size=9, **left | {"color": SOFT})
     axes.set(xlim=(0, width * 1.24), ylim=(last + 0.6, -0.6), yticks=[], axisbelow=True)
@@ -256,7 +222,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--traced-steps", type=setup.at_least(1), default=3)
     parser.add_sustained()
     parser.add_argument("--markdown", action="store_true", help="print the ten largest gaps")
+    parser.add_argument("--redraw", type=Path, help="draw this result again, without measuring")
     args, flags = parser.parse(argv)
+    if args.redraw:
+        draw(data := results.load(args.redraw), args.redraw)
+        print(*data["problems"], f"drawn: {args.redraw.with_suffix('.png')} and .svg", sep="\n")
+        return 0
     state = "sustained" if args.sustained else "short"
     result = results.Result("waterfall", argv, {"flags": flags, "state": state})
     config, vocab_size = setup.configure(args.preset, flags, whole=True)
@@ -271,10 +242,8 @@ def main(argv: list[str]) -> int:
     lines = budget(rows, drawn["idle_ms"], drawn["step_ms"])
     print(results.table(HEADER, lines))
     result.data["problems"] = problems_of(rows, drawn["rungs"][-1]["ms"], drawn["step_ms"])
-    print("\n".join(result.data["problems"]), end="\n" * bool(result.data["problems"]))
+    print(*result.data["problems"], sep="\n")
     if args.markdown:
         print(results.table(HEADER, lines[:10], markdown=True))
-    if importlib.util.find_spec("matplotlib") is None:
-        return result.end(args.out, "; no picture: matplotlib is not installed")
-    draw(result.data, setup.flops_per_token(config, vocab_size)["mfu_6n"] / 6e6, path)
+    draw(result.data, path)
     return result.end(args.out, ", .png and .svg")

@@ -1,32 +1,34 @@
-"""Races and curves: rates chosen, targets met or missed, pairs compared, runs that are kept."""
+"""Races and curves: chosen rates, targets met or missed, compared pairs, and kept runs."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import curves, results
+from bench import curves
 from bench.__main__ import main
-from bench.curves import Run, Runs
+from bench.curves import Runs, row_of
+from bench.results import Row
+from fastgpt_kernels.worker import TaskFailed
+from tests.bench.test_results import load_only
 from tests.runs import TINY, write_text
 
 
-def made(losses: list[float], ms: float = 10.0, joules: float | None = None) -> Run:
-    """A run with these validation losses, one every 20 steps."""
-    return Run("", [[i * 20, i * 20 * ms / 1e3, x] for i, x in enumerate(losses)], joules)
+def made(losses: list[float], ms: float = 10.0, joules: float | None = None) -> Row:
+    curve = [[i * 20, i * 20 * ms / 1e3, x] for i, x in enumerate(losses)]
+    return {"folder": "", "curve": curve, "joules": joules}
 
 
 @pytest.fixture
 def races(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Muon halves AdamW's last part of the loss in dearer steps; 2e-3 is the best rate of both."""
+    """Runs in which 2e-3 is the best rate, and Muon ends lower than AdamW in slower steps."""
     done: list[str] = []
 
-    def run(self: Runs, name: str, own: dict[str, Any], seed: int) -> Run:
+    def run(self: Runs, name: str, own: dict[str, Any], seed: int) -> Row:
         rate = own.get("learning_rate", 2e-3)
         done.append(f"{own['optimizer']} {rate:g} {seed}")
         if rate > 1:
-            raise RuntimeError("ValueError: it broke")
+            raise TaskFailed("ValueError: it broke")
         luck = 0.01 * (seed % 3) + abs(rate - 2e-3)
         if own["optimizer"] == "muon":
             return made([4.0, 2.4, 2.15, 2.0 + luck], 12.0, 1200.0)
@@ -45,11 +47,10 @@ def test_a_race_to_the_firsts_last_loss(tmp_path: Path, races: list[str], capsys
     assert "adamw: learning rate 0.002 (" in said
     assert races[:6] == [f"{o} {r} 1340" for o in ("adamw", "muon") for r in (0.001, 0.002, 0.004)]
     assert races[6:] == [f"{o} 0.002 {s}" for s in (1337, 1338, 1339) for o in ("adamw", "muon")]
-    (path,) = results.files(tmp_path / "out")
-    adamw, muon = results.load(path)["rows"]
+    adamw, muon = load_only(tmp_path / "out", "curves")["rows"]
     assert adamw["steps"] == [60, 60, 60] and muon["steps"] == [40, 40, 40]
     assert muon["samples_ms"] == pytest.approx([480.0] * 3)
-    assert muon["joules"] == pytest.approx([800.0] * 3), "of a run's 1,200 J two thirds"
+    assert muon["joules"] == pytest.approx([800.0] * 3), "two thirds of a run's 1,200 J"
     assert muon["paired last loss"] == pytest.approx([-0.2] * 3)
     assert "last loss: -0.2000 [-0.2000, -0.2000], lower" in said
     assert "steps: 0.667 times [0.667 times, 0.667 times], lower" in said
@@ -63,13 +64,8 @@ def test_too_few_seeds_and_failures(tmp_path: Path, races: list[str], capsys: An
     assert "muon: the best loss is 2.020, the target 0.100" in said
     assert curves.main([*argv, "adamw,muon:learning_rate=9"]) == 1
     assert capsys.readouterr().out.count("it broke") == 1
-
-
-def test_arrival() -> None:
-    found = made([4.0, 2.5, 2.3, 2.4])
-    assert found.reached(2.4) == [40, 0.4, 2.3], "before the end, which is higher"
-    assert found.reached(2.2) is None
-    assert found.reached(9.0) == [20, 0.2, 2.5], "after the first step at least"
+    for target, step in ((2.4, 40), (9.0, 20)):  # the first evaluation after step 0 that is low
+        assert row_of("a", [made([4.0, 2.5, 2.3, 2.4])], [target], "")["steps"] == [step]
 
 
 @pytest.mark.slow
@@ -79,12 +75,9 @@ def test_real_runs_are_kept(tmp_path: Path, capsys: Any) -> None:
     argv += [*flags, f"--input={write_text(tmp_path)}", "--tokenizer=byte"]
     argv += [f"--data_dir={tmp_path}/data", "--variants=adamw,muon", "--steps=20", "--eval_iters=1"]
     assert main(argv) == 0
-    (path,) = results.files(tmp_path / "out")
-    assert path.with_suffix(".png").stat().st_size > 5000
-    for row in results.load(path)["rows"]:
+    assert next(tmp_path.glob("out/*/*.png")).stat().st_size > 5000
+    for row in load_only(tmp_path / "out", "curves")["rows"]:
         (run,) = row["runs"]
         assert [p[0] for p in run["curve"]] == [*range(0, 21, 2)] and row["samples_ms"][0] > 0
-    kept = sorted((tmp_path / "keep").glob("*/*/joules.json"))
-    times = [p.stat().st_mtime for p in kept]
-    assert main(argv) == 0 and [p.stat().st_mtime for p in kept] == times, "none is done again"
-    assert json.loads(kept[0].read_text()) is None
+    kept = {p: p.stat().st_mtime for p in tmp_path.glob("keep/*/*/joules.json")}
+    assert main(argv) == 0 and {p: p.stat().st_mtime for p in kept} == kept, "none is done again"
