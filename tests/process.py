@@ -99,7 +99,7 @@ class _Rank:
 
 
 class Command:
-    """A `fastgpt` command in a process of its own, stdout and stderr together in a file.
+    """Process of a `fastgpt` command, with stdout and stderr together in a file.
 
     `program` is "torchrun" for that command, which then forks its ranks, or "torchrun, new
     interpreters" to have it start them as it does. `err` is a file for stderr alone.
@@ -131,7 +131,7 @@ class Command:
             os.kill(self.process.pid, number)
 
     def wait(self, timeout: float = 400.0) -> int:
-        """The exit code (negative: the signal that ended it)."""
+        """Returns the exit code (negative: the signal that ended it)."""
         self.process.join(timeout)
         if self.process.exitcode is None:
             self.process.kill()

@@ -1,4 +1,4 @@
-"""Small texts, small runs, and what two runs have to have in common."""
+"""Texts and small runs, and readers of the files in which two runs have to be equal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALL = (*TINY, *SMALL)
 
 
 def write_text(folder: Path, n_lines: int = 400) -> Path:
-    """A text file of random lines, the same every time."""
+    """Writes a text file of random lines, the same every time. Returns its path."""
     rng = random.Random(0)
     words = ("cat", "sat", "on", "a", "mat", "and", "saw", "one", "dog", "run", "to", "sea")
     lines = (" ".join(rng.choices(words, k=8)).capitalize() + "." for _ in range(n_lines))

@@ -1,7 +1,7 @@
-"""`fastgpt eval`: the loss on every token of a file, and HellaSwag.
+"""Evaluation for `fastgpt eval`: the loss on every token of a file, and HellaSwag.
 
-The loss is not sampled: a window slides over the file so that each token but the first is predicted
-once, with at least block_size - stride tokens before it if the file has that many.
+A window slides over the file so that each token but the first is predicted once, with at least
+block_size - stride tokens before it if the file has that many.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fastgpt.weights.source import Source, open_source
 
 
 def evaluate(config: EvalConfig) -> int:
-    """Prints the figures for people, and one line of JSON last. Returns the exit code."""
+    """Prints the figures as text, and last as one line of JSON. Returns the exit code."""
     machine = Machine.of(config.device, config.dtype)
     source = open_source(config)
     task, ran_on = config.task, {"device": str(machine.device), "dtype": machine.dtype}
@@ -41,7 +41,7 @@ def evaluate(config: EvalConfig) -> int:
         source.check_finite()
     print(source.about)
     figures = (hellaswag if task == "hellaswag" else loss)(config, source, machine)
-    # JSON has no NaN and no infinity.
+    # JSON has neither NaN nor infinity.
     plain = {k: v if math.isfinite(v) else None for k, v in figures.items()}
     print(json.dumps({"task": task, **plain, **ran_on}, allow_nan=False))
     if plain != figures:
@@ -83,11 +83,11 @@ def windows(n: int, block_size: int, stride: int) -> Iterator[tuple[int, int, in
     """Yields windows over n tokens that score each of positions 1 .. n - 1 exactly once.
 
     (start, length, count): of `length` inputs from `start` on, the last `count` targets are scored.
-    The last window is moved back so that it too is full, if the file is long enough.
+    The last window is moved back so that it is full too, if the file is long enough.
     """
-    done = 1  # positions below it are scored; the first token has nothing before it
+    done = 1  # positions below it are scored, but the first token, which has none before it
     while done < n:
-        # The first window scores all it holds, each later one what `stride` brings.
+        # The first window scores all its targets, each later one `stride` of them.
         end = min(n, done + (block_size if done == 1 else stride))
         start = max(0, end - 1 - block_size)
         yield start, end - 1 - start, end - done
@@ -122,7 +122,7 @@ def total_loss(
 
 
 def _tokens(config: EvalConfig, source: Source) -> tuple[list[str], list[np.ndarray | TokenFile]]:
-    """Returns names and ids (n,) of token files or of a text; the model knows all ids.
+    """Returns names and ids (n,) of token files or of a text, all of which the model knows.
 
     Raises UserError for a file that is neither.
     """
@@ -157,7 +157,7 @@ def _tokens(config: EvalConfig, source: Source) -> tuple[list[str], list[np.ndar
 
 @dataclass(frozen=True)
 class Question:
-    """A beginning, four endings as token ids, and the number of the right one."""
+    """Question of a beginning and four endings as token ids, with the right ending's number."""
 
     context: list[int]
     endings: list[list[int]]
@@ -167,7 +167,7 @@ class Question:
 def read_hellaswag(path: Path, source: Source, limit: int) -> list[Question]:
     """Reads JSON lines with ctx, endings and label (val split of Zellers et al. 2019).
 
-    An ending is scored as the tokens of one blank and its text, as for GPT-2.
+    An ending becomes the tokens of one blank and its text, as for GPT-2.
     """
     questions: list[Question] = []
     with reading(f"--input={path}", "is not UTF-8 text"):
@@ -191,15 +191,15 @@ def read_hellaswag(path: Path, source: Source, limit: int) -> list[Question]:
 
 @torch.no_grad()
 def ending_losses(model: GPT, questions: list[Question]) -> tuple[Tensor, Tensor]:
-    """Returns the cross entropy of every ending given its beginning: (sums, means), (B, 4) each."""
+    """Returns sums and means (B, 4) of the endings' cross entropy, given their beginning."""
     device, room = next(model.parameters()).device, model.shape.block_size
-    # The last ending token is a target only; a long beginning loses its first tokens.
+    # The last ending token is a target only. A long beginning loses its first tokens.
     rows = [(q.context + e)[-room - 1 :] for q in questions for e in q.endings]
-    lengths = [len(e) for q in questions for e in q.endings]
     ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
-    scored = torch.zeros(len(rows), ids.shape[1] - 1, dtype=torch.bool, device=device)
-    for r, (row, n) in enumerate(zip(rows, lengths, strict=True)):
-        scored[r, max(0, len(row) - 1 - n) : len(row) - 1] = True
+    lengths = torch.tensor([len(e) for q in questions for e in q.endings], device=device)
+    ends = torch.tensor([len(row) - 1 for row in rows], device=device)
+    at = torch.arange(ids.shape[1] - 1, device=device)
+    scored = (at < ends[:, None]) & (at >= (ends - lengths)[:, None])
     logits = model(ids[:, :-1]).float()
     losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     sums = (losses.view(scored.shape) * scored).sum(1)
@@ -207,15 +207,15 @@ def ending_losses(model: GPT, questions: list[Question]) -> tuple[Tensor, Tensor
 
 
 def hellaswag(config: EvalConfig, source: Source, machine: Machine) -> dict[str, float]:
-    """Returns shares of right answers: by the least loss (acc), by the least mean (acc_norm)."""
+    """Returns the shares of right answers by the least sum (acc) and mean (acc_norm) of losses."""
     questions = read_hellaswag(Path(config.input), source, config.limit)
     model, right, n = source.model(machine), torch.zeros(2), len(questions)
     with progress("evaluating", n, unit="questions") as advance:
         for first in range(0, n, config.batch_size):
             part = questions[first : first + config.batch_size]
             labels = torch.tensor([q.label for q in part])
-            for k, losses in enumerate(ending_losses(model, part)):
-                right[k] += (losses.argmin(1).cpu() == labels).sum()
+            chosen = torch.stack(ending_losses(model, part)).argmin(-1).cpu()
+            right += (chosen == labels).sum(1)
             advance(len(part))
     acc, acc_norm = (right / n).tolist()
     print(f"{n:,} questions of {config.input}\nacc {acc:.4f}, acc_norm {acc_norm:.4f}")

@@ -1,8 +1,8 @@
-"""`fastgpt sample`: text from a trained model, many rows at a time, from a static cache.
+"""Text from a trained model for `fastgpt sample`, many rows at a time, from a static cache.
 
 While a text fits block_size, a token costs one pass over the weights, on a GPU one CUDA graph. A
-longer text goes on from its last block_size tokens, as in nanoGPT. GPT-2's positions are absolute:
-every key and value changes as the window moves, so each token costs a pass over the whole window.
+longer text goes on from its last block_size tokens, as in nanoGPT. GPT-2's positions are absolute,
+so every key and value changes as the window moves, and a token costs a pass over the window.
 """
 
 from __future__ import annotations
@@ -36,17 +36,13 @@ Tokens = Sequence[int]
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of how a token is drawn from its logits.
+    """Settings by which a token is drawn from its logits: Holtzman et al. 2020, Keskar et al. 2019.
 
-    temperature         the logits are divided by it; 0: the likeliest token, no drawing
-    top_k               only the k likeliest tokens (0: all)
-    top_p               only the smallest set that holds this probability (Holtzman et al. 2020)
-    repetition_penalty  positive logits of tokens that are already in the text are divided by it,
-                        negative ones multiplied (Keskar et al. 2019); 1: off
+    The penalty divides positive logits of tokens that the text has already and multiplies others.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
+    temperature: float = 1.0  # 0: the likeliest token
+    top_k: int = 0  # 0: all tokens
     top_p: float = 1.0
     repetition_penalty: float = 1.0
 
@@ -54,11 +50,11 @@ class Sampling:
 def draw(logits: Tensor, uniform: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
     """Draws next tokens (B,) from logits (B, V) and numbers (B,) uniform in [0, 1).
 
-    seen (B, V) bool: which tokens a row holds; needed for a repetition penalty. The draw is the
-    inverse of the distribution function, so one number per token decides, on any device.
+    seen (B, V) bool marks the tokens of a row, for a repetition penalty. The draw inverts the
+    distribution function, so one number per token decides, on any device.
     """
     logits = logits.float()
-    # Beyond these bounds quotients and products leave fp32's range. The result is the limit's.
+    # Beyond these bounds quotients and products leave fp32's range. The result is their limit.
     temperature, top_p, penalty = (
         min(max(x, 1e-15), 1e15)
         for x in (sampling.temperature, sampling.top_p, sampling.repetition_penalty)
@@ -95,10 +91,10 @@ def uniforms(seeds: Sequence[int], n: int) -> Tensor:
 
 
 class BatchGenerator:
-    """Continuation of `batch_size` prompts at a time, each of its own length; can be used again.
+    """Generator of texts for `batch_size` prompts at a time, each of its own length.
 
-    model       its weights as they are now; dropout is off whatever its mode
-    longest     the longest text, prompt included, that will be asked for
+    model       read with its present weights, without dropout in any mode
+    longest     most tokens of a text, prompt included
     compiled    torch.compile the step that makes a token
 
     The same seed gives the same text if the logits agree. On a GPU a step is one CUDA graph, unless
@@ -118,7 +114,7 @@ class BatchGenerator:
             self.norms += [block.ln_1, block.ln_2]
             layers = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
             self.linears.append([self._cast(layer) for layer in layers])
-        # All that a step reads and writes keeps its address, so that a graph can be replayed.
+        # Tensors that a step reads and writes keep their addresses, for the graph's replays.
         self.device = device = self.wte.device
         self.max_len = min(longest, shape.block_size)
         size = (shape.n_layer, 2, batch_size, shape.n_head, self.max_len, shape.head_dim)
@@ -138,7 +134,7 @@ class BatchGenerator:
         return layer.weight.detach().to(self.dtype), bias
 
     def _hidden(self, x: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """Turns embeddings (..., C) into the final norm's output; attend(layer, qkv) gives y."""
+        """Returns the final norm's output for embeddings (..., C); attend(layer, qkv) gives y."""
         x, (first, *norms) = x.to(self.dtype), [*self.norms, self.final_norm]
         approximate = "none" if self.shape.gelu == "erf" else "tanh"
         y = self.kernels.layer_norm(x, first.weight, first.bias)
@@ -153,9 +149,9 @@ class BatchGenerator:
 
     @torch.no_grad()
     def prefill(self, texts: Sequence[Tokens]) -> Tensor:
-        """Fills the cache with the last block_size tokens of every row's text; logits (B, V).
+        """Fills the cache with the last block_size tokens of every text. Returns logits (B, V).
 
-        Texts are padded on the right, which causal attention never looks at.
+        Texts are padded on the right, where causal attention never looks.
         """
         ends = [torch.tensor(list(text[-self.shape.block_size :])) for text in texts]
         ids = pad_sequence(ends, batch_first=True).to(self.device)
@@ -171,7 +167,7 @@ class BatchGenerator:
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        """Extends row b, of less than max_len tokens, by tokens[b]; logits (B, V)."""
+        """Extends row b, of less than max_len tokens, by tokens[b]. Returns logits (B, V)."""
         B, H, D, at = self.batch_size, self.shape.n_head, self.shape.head_dim, self.positions
         seen = torch.arange(self.max_len, device=self.device) <= at.view(B, 1, 1, 1)
 
@@ -190,17 +186,17 @@ class BatchGenerator:
     def stream(
         self, prompts: Sequence[Tokens], n: int, seeds: Sequence[int], stop: int | None = None
     ) -> Iterator[list[int | None]]:
-        """Yields the next token of every prompt until all have ended; None if one has ended.
+        """Yields the next token of every prompt, None for ended ones, until all have ended.
 
         A text ends before the token `stop`, after n tokens, or once its row is in `ended`.
         """
-        idle, lengths = self.batch_size - len(prompts), [len(p) for p in prompts]
-        if idle < 0 or len(seeds) != len(prompts) or min(lengths) < 1:
+        rows, lengths = self.batch_size, [len(p) for p in prompts]
+        if len(prompts) > rows or len(seeds) != len(prompts) or min(lengths) < 1:
             given = f"{len(seeds)} seeds and prompts of {lengths} tokens"
-            raise ValueError(f"{given}: wanted at most {self.batch_size}, each of at least 1")
-        if max(lengths) + n > self.longest:
-            given = f"texts of {max(lengths) + n} tokens"
-            raise ValueError(f"{given}: wanted at most {self.longest}")
+            raise ValueError(f"{given}: wanted at most {rows}, each of at least 1")
+        if (most := max(lengths) + n) > self.longest:
+            raise ValueError(f"texts of {most} tokens: wanted at most {self.longest}")
+        idle = rows - len(prompts)
         texts = [list(p) for p in prompts] + [[0] for _ in range(idle)]
         numbers = uniforms([*seeds] + [0] * idle, n).to(self.device)
         self.ended = set(range(len(prompts), self.batch_size))
@@ -218,10 +214,9 @@ class BatchGenerator:
                 self._draw(self._step())
             tokens = self.tokens.tolist()
             self.ended |= {row for row, token in enumerate(tokens) if token == stop}
-            if len(self.ended) == self.batch_size:
+            if len(self.ended) == rows:
                 return
-            shown = enumerate(tokens[: len(prompts)])
-            yield [None if row in self.ended else token for row, token in shown]
+            yield [None if row in self.ended else tokens[row] for row in range(len(prompts))]
             for text, token in zip(texts, tokens, strict=True):
                 text.append(token)
 
@@ -254,18 +249,15 @@ def prompts_of(start: str, source: Source) -> list[list[int]]:
             texts = [read_text(name)]
     if kind == "LINES" and name and not (texts := list(filter(None, texts[0].splitlines()))):
         raise UserError(f"--start={start}: has no lines")
-    prompts = [source.encode(text, "--start").tolist() for text in texts]
-    if eot is not None:
-        prompts = [
-            [eot] if t == "<|endoftext|>" else p for t, p in zip(texts, prompts, strict=True)
-        ]
+    special = {} if eot is None else {"<|endoftext|>": [eot]}
+    prompts = [special.get(t) or source.encode(t, "--start").tolist() for t in texts]
     if not all(prompts):
         raise UserError("--start: is empty; give some text to go on from")
     return prompts
 
 
 def on_screen(text: str) -> str:
-    """Returns a model's text, its control characters escaped if stdout is a terminal."""
+    """Returns a model's text, with control characters escaped if stdout is a terminal."""
     if not sys.stdout.isatty():
         return text
     escape = lambda match: match[0].encode("unicode_escape").decode()  # noqa: E731
@@ -273,10 +265,10 @@ def on_screen(text: str) -> str:
 
 
 class TextStream:
-    """Text of tokens as they come: whole characters only, and nothing from a stop string on.
+    """Decoder of tokens as they come, into whole characters before the first stop string.
 
     `feed` holds back the possible beginning of a character or of a stop string, and returns True
-    once a stop string came. `take` returns what is new, the first time with the prompt.
+    once a stop string came. `take` returns the new text, the first time with the prompt.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Tokens, stop_strings: Sequence[str]):
@@ -305,9 +297,9 @@ class TextStream:
 
 
 def sample(config: SampleConfig) -> int:
-    """Prints num_samples texts per prompt, each batch's first as it is made. Returns the exit code.
+    """Prints num_samples texts per prompt, and returns the exit code.
 
-    Texts go to stdout, the rest to stderr.
+    Texts go to stdout, other lines to stderr. The first text of a batch is printed as it is made.
     """
     machine = Machine.of(config.device, config.dtype, config.compile)
     source = open_source(config)

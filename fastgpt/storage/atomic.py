@@ -141,7 +141,7 @@ def lock(path: Path, busy: str) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Atomically replaces `path` by `text` (UTF-8)."""
+    """Replaces the content of `path` by `text` (UTF-8), atomically."""
     with atomic_file(path) as f:
         f.write(text.encode())
 

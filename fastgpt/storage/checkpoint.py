@@ -38,7 +38,7 @@ _MANIFEST = "manifest.json"
 
 @dataclass
 class Checkpoint:
-    """A verified checkpoint in memory, tensors on the CPU."""
+    """Checkpoint in memory, verified, with tensors on the CPU."""
 
     folder: Path
     state: dict[str, Any]

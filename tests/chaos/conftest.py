@@ -45,7 +45,7 @@ def cases(share: float, *kinds: Iterable) -> list:
 
 @pytest.fixture
 def one_try(request, record_property, tmp_path: Path) -> Try:
-    """Context of one try: its random numbers, and a copy of the folder tmp_path/template."""
+    """Returns a context of one try, with its random numbers and a copy of tmp_path/template."""
 
     @contextlib.contextmanager
     def context(what: str, k: int) -> Iterator[tuple[random.Random, Path]]:

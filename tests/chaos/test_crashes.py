@@ -220,7 +220,7 @@ def test_a_fault_at_any_change(job, fault: str, tries, one_try: Try, start, monk
 @pytest.mark.slow
 @pytest.mark.parametrize(("job", "tries"), cases(0.08, COMMANDS))
 def test_a_signal_at_any_moment(job, tries, one_try: Try, start, monkeypatch):
-    """Before a change of a file, or after a share of the command's usual time."""
+    """Sends it before a change of a file, or after a share of the command's usual time."""
     task, changes, seconds = start(job)
     for k in tries:
         with one_try(f"a signal at any moment: {job.__doc__}", k) as (rng, home):

@@ -192,7 +192,7 @@ def change(path: Path, rng: random.Random) -> None:
 
 @contextlib.contextmanager
 def in_time(seconds: int) -> Iterator[None]:
-    """Context in which nothing may take longer, or wait for another process."""
+    """Raises TimeoutError in the block if it takes longer, or waits for another process."""
 
     def late(*_: object) -> None:
         raise TimeoutError(f"not done after {seconds} s")

@@ -1,4 +1,4 @@
-"""Training runs with ranks that differ, sealed edits, lost outputs and hangups.
+"""Training runs with ranks that differ, sealed edits, lost outputs and signals.
 
 Each try runs whole `fastgpt` commands in forked processes. A run that goes on equals the
 undisturbed one to the bit, and everything else is refused in one line.
@@ -47,7 +47,7 @@ def start(*args: str, before: Callable[[], object] = int, said: str = "said") ->
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> tuple[Path, int, float]:
-    """A text, its tokens and the run `want`, that run's changes of files, and its seconds."""
+    """Returns a folder with a text and the run `want`, the run's changes of files, its seconds."""
     folder = tmp_path_factory.mktemp("undisturbed")
     with contextlib.chdir(folder):
         runs.write_text(Path())
@@ -88,7 +88,7 @@ reduce_dtype=bfloat16 dist_timeout=50.0 backend=x op.attention=flash"""
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "tries"), cases(0.03, ["two ranks"]))
 def test_ranks_that_differ(what: str, tries, one_try: Try, changes: int, monkeypatch):
-    """Both exit with 1, name rank, key and both values in one line, and write nothing."""
+    """Checks that both exit with 1, name rank, key and values in one line, and write nothing."""
     monkeypatch.setattr(cli, "WAIT_FOR_RANK_0", 1.0)
     for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
         monkeypatch.setenv(name, "")  # and taken away after the test
@@ -175,7 +175,7 @@ _READERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("reader", "tries"), cases(0.1, _READERS))
 def test_edits_that_were_sealed(reader: str, tries, one_try: Try, changes: int, monkeypatch):
-    """A checkpoint or run.json whose sums are right is read, or refused in one line."""
+    """Reads a checkpoint or run.json whose sums are right, or is refused in one line."""
     for k in tries:
         with one_try(f"an edit that was sealed: fastgpt {reader}", k) as (rng, home):
             monkeypatch.chdir(home)
@@ -239,7 +239,7 @@ KINDS = ("full disk", "closed pipe", "closed terminal", "closed session")
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "tries"), cases(0.06, KINDS))
 def test_lost_outputs(kind: str, tries, one_try: Try, changes: int, monkeypatch):
-    """The run goes on and saves all; after the SIGHUP of a session it saves, and resumes."""
+    """Trains to the end, or after the SIGHUP of a session saves and is resumed."""
     for k in tries:
         with one_try(f"lost output: {kind}", k) as (rng, home):
             monkeypatch.chdir(home)
@@ -265,7 +265,7 @@ def assert_saved(code: int, number: signal.Signals) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "tries"), cases(0.04, SIGNALS))
 def test_runs_ended_again_and_again(number, tries, one_try: Try, changes, undisturbed, monkeypatch):
-    """Up to three signals at any moment, each followed by the same command, as by Slurm."""
+    """Sends up to three signals, and starts the same command after each, as Slurm does."""
     for k in tries:
         with one_try(f"{number.name} again and again: fastgpt train", k) as (rng, home):
             monkeypatch.chdir(home)

@@ -1,4 +1,4 @@
-"""One small run and two folders of weights for both commands."""
+"""Folder with one small run and two folders of weights, for both commands."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def shape(bias: bool = True, gelu: str = "tanh", n_head: int = 2) -> ModelShape:
 
 @pytest.fixture(scope="package")
 def home(tmp_path_factory) -> Path:
-    """out/ is a run on characters, weights/ is untrained, lively/ makes control characters."""
+    """Makes out/, a run on characters, weights/, untrained, and lively/ with control characters."""
     folder = tmp_path_factory.mktemp("home")
     path = runs.write_text(folder)
     fastgpt(folder, "train", *runs.TINY, f"--input={path}", "--tokenizer=char", "--out_dir=out")

@@ -1,4 +1,4 @@
-"""The loss over a whole file, token by token, and HellaSwag's scores."""
+"""Tests of the loss over a whole file, token by token, and of HellaSwag's scores."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_every_token_is_scored_once_with_enough_before_it(n: int, block_size: in
 
 
 def per_token(model: GPT, tokens: np.ndarray, block_size: int, stride: int) -> float:
-    """One forward pass a token."""
+    """Computes the loss by one forward pass per token."""
     total, T = 0.0, block_size
     for t in range(1, len(tokens)):
         # Position t is scored by the window that ends at or after it.
@@ -63,7 +63,7 @@ def test_the_sum_is_that_of_each_token_by_itself():
 
 
 def test_endings_are_scored_given_their_beginning():
-    """Against one forward pass an ending; a long beginning loses its first tokens."""
+    """Compares with one forward pass per ending; a long beginning loses its first tokens."""
     model = random_model(shape())
     rng = np.random.default_rng(0)
     text = lambda n: rng.integers(0, 50, n).tolist()  # noqa: E731
@@ -83,7 +83,7 @@ def test_endings_are_scored_given_their_beginning():
 
 
 def evaluate(home: Path, *args: str) -> dict:
-    """The JSON line of a run of the command."""
+    """Returns the JSON line of the command."""
     said = fastgpt(home, "eval", "--device=cpu", *args)
     return json.loads(said.splitlines()[-1])
 
@@ -98,7 +98,7 @@ def test_a_run_on_its_own_validation_data(home: Path):
 
 
 def test_a_text_and_its_token_files_have_the_same_loss(home: Path):
-    """An untrained model knows nothing: log 256."""
+    """Expects log 256 of an untrained model."""
     text = ("The cat sat on the mat; größer.\n" * 30).encode()
     ids = np.frombuffer(text, np.uint8).astype(np.uint16)
     (home / "text").write_bytes(text)
@@ -130,7 +130,7 @@ def test_weights_that_are_not_finite(home: Path):
 
 
 def test_hellaswag(home: Path):
-    """Untrained, all tokens are about as likely: the shortest ending is always chosen."""
+    """Expects the shortest endings of an untrained model, to which all tokens are as likely."""
     rng, words = np.random.default_rng(0), ["cat", "dog", "mat", "sea", "run"]
     lines: list[dict] = [{"ctx": "A cat", "label": k} for k in rng.integers(0, 4, 10).tolist()]
     for line in lines:

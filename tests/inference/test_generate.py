@@ -61,7 +61,7 @@ def test_cuts(cut, want):
 
 
 def test_tokens_come_as_often_as_their_probability_says():
-    """And no draw leaves what was kept, not even for the largest number below 1."""
+    """Draws only tokens that were kept, even for the largest number below 1."""
     shares = draws(LOGITS, n=20_000).bincount() / 20_000
     torch.testing.assert_close(shares, LOGITS.exp(), rtol=0, atol=0.015)
     n = (draws(LOGITS[:2], n=20_000, temperature=0.5) == 0).sum().item()
@@ -77,7 +77,7 @@ def test_tokens_come_as_often_as_their_probability_says():
 @pytest.mark.parametrize("penalty", [1.5, 1e300])
 @pytest.mark.parametrize("logits", [[2.0, 1.5], [-1.0, -1.2]])
 def test_repetition_penalty_makes_seen_tokens_unlikelier(logits, penalty):
-    """As CTRL defines it: positive logits shrink, negative ones grow more negative."""
+    """Expects CTRL's definition: positive logits shrink, negative ones grow more negative."""
     for r, want in ((penalty, [1, 0]), (1 / penalty, [0, 1])):
         for seen, token in zip(([[True, False]], [[False, True]]), want, strict=True):
             sampling = Sampling(temperature=1e-300, repetition_penalty=r)
@@ -98,7 +98,7 @@ def alone(model: GPT, prompt, n: int, sampling: Sampling, seed: int) -> list[int
 
 
 def plain(model: GPT, prompt: list[int], n: int, sampling: Sampling, seed: int) -> list[int]:
-    """Text without a cache: the whole of the last block_size tokens for every token."""
+    """Returns a text made without a cache, by a pass over the last block_size tokens per token."""
     ids, numbers = list(prompt), uniforms([seed], n)
     for i in range(n):
         with torch.no_grad():
@@ -226,7 +226,7 @@ def test_many_prompts_at_a_time(home: Path):
 
 
 class Letters(ByteTokenizer):
-    """Two letters per token, to have stop strings begin in the middle of one."""
+    """Tokenizer of two letters per token, in the middle of which a stop string may begin."""
 
     def _decode(self, ids):
         return b"".join(b"%c%c" % (i, i + 1) for i in ids.tolist())
@@ -234,7 +234,7 @@ class Letters(ByteTokenizer):
 
 @pytest.mark.parametrize("stops", [[], ["dcdc"], ["d"], ["xdc", "cxd"], ["efe"]])
 def test_what_is_shown_as_it_comes(stops: list[str]):
-    """Never more than what comes before the first stop string, and all of that at the end."""
+    """Shows never more than comes before the first stop string, and all of that at the end."""
     ids = [97, 99, 99, 99, 120, 99, 101, 101]
     whole = "".join(chr(i) + chr(i + 1) for i in ids)
     want = min((whole[: whole.index(s)] for s in stops if s in whole), key=len, default=whole)

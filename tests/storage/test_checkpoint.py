@@ -114,7 +114,7 @@ def test_damage_anywhere_is_named_and_the_one_before_is_used(name, tmp_path: Pat
     ids=str,
 )
 def test_a_state_that_no_save_writes_is_refused(changes, message, tmp_path: Path):
-    """In an intact file: sums show damage only."""
+    """Checks intact files too, since sums show damage only."""
     folder = save(tmp_path, 7)
     state = json.loads((folder / "state.json").read_text()) | changes
     (folder / "state.json").write_text(json.dumps(state))
@@ -159,7 +159,7 @@ def test_nothing_usable_is_an_error(tmp_path: Path):
 
 
 def test_a_save_cut_off_anywhere_loses_nothing(tmp_path: Path):
-    """Before every change of a file: the old or the new checkpoint loads, and saving goes on."""
+    """Kills before every change of a file; the old or the new one loads, and saving goes on."""
     found = []
     for n in range(1, 99):
         run_dir = tmp_path / f"{n}"
@@ -177,7 +177,7 @@ def test_a_save_cut_off_anywhere_loses_nothing(tmp_path: Path):
 
 
 def test_a_kill_while_a_checkpoint_is_saved_again_keeps_it(tmp_path: Path):
-    """Between the two renames neither name is there; the next reader finds the old one."""
+    """Stops between the two renames, when neither name is there."""
     folder = save(tmp_path, 5)
     for again in (lambda: load(tmp_path), lambda: save(tmp_path, 6)):
         folder.rename(folder.with_name(f".{folder.name}.old"))

@@ -46,7 +46,7 @@ def test_newest_is_the_one_that_saved_last():
 
 
 def old_run(folder: Path) -> dict[str, bytes]:
-    """A run with a checkpoint and a file of the user's; what its files hold."""
+    """Makes a run with a checkpoint and a file of the user. Returns the contents of its files."""
     run.save_config(folder, Config())
     (folder / "metrics.jsonl").write_text("old\n")
     (folder / "nonfinite" / "step_00000003").mkdir(parents=True)
@@ -71,7 +71,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def new_run(folder: Path, *, saves: bool) -> None:
-    """What training does in a folder that it has begun."""
+    """Writes the files of training in a folder that it has begun."""
     run.save_config(folder, settings.replace(Config(), n_layer=3))
     (folder / "metrics.jsonl").write_text("new\n")
     if saves:
@@ -97,7 +97,7 @@ def overwrite() -> None:
 
 
 def half_overwritten(folder: str) -> dict[str, bytes]:
-    """A run whose overwrite was killed before its first checkpoint; the old run's files."""
+    """Makes a run whose overwrite was killed early. Returns the contents of the old run's files."""
     before = old_run(Path("out"))
     with pytest.raises(SystemExit), run.begin("out", "x", True) as out:
         new_run(out, saves=False)
@@ -107,7 +107,7 @@ def half_overwritten(folder: str) -> dict[str, bytes]:
 
 
 def test_a_run_is_not_overwritten_unasked():
-    """A place is looked at before PyTorch is loaded: the same answers, and nothing is made."""
+    """Gets the same answers from check_free, which makes nothing, and from begin."""
     run.check_free("", False)
     run.check_free("new/deep", False)
     assert not Path("new").exists()
@@ -126,7 +126,7 @@ def test_a_run_is_not_overwritten_unasked():
 
 
 def test_one_command_for_a_run_and_its_continuation():
-    """Of a folder of other files, the beginning of a run says what is wrong."""
+    """Leaves the error about a folder of other files to the beginning of a run."""
     config = settings.replace(Config(), out_dir="out", vocab_size=0)
     begun = {"overwrite": "True"}
     for make_ready, wanted in (
@@ -170,7 +170,7 @@ def test_an_overwrite_takes_effect_with_the_first_checkpoint(capsys):
 
 
 def test_every_crash_of_an_overwrite_leaves_one_of_the_two_runs():
-    """The next command finds the old run or the new one."""
+    """Finds the old run or the new one by the next command."""
     before, found = old_run(Path("template")), []
     for _ in each_kill(overwrite, "template"):
         assert run.find("out") == Path("out")
@@ -216,7 +216,7 @@ def test_a_start_that_fails_or_is_killed_can_be_repeated():
 
 @pytest.mark.parametrize("name", ["config.toml", "thesis.tex"])
 def test_a_folder_of_other_things_is_not_touched(name: str):
-    """Another program's config.toml is no run either."""
+    """Takes another program's config.toml for no run either."""
     Path("other").mkdir()
     (Path("other") / name).write_text("baseURL = 'x'\n")
     for out_dir, overwrite, message in (
@@ -247,7 +247,7 @@ def test_config_comes_back_and_repeats_in_a_new_folder():
 
 
 def test_a_config_that_is_not_what_the_run_wrote_is_named():
-    """A flipped byte or an edit: said, and the run's own settings count; so for each bit."""
+    """Names a flipped bit or an edit; the run's own settings count."""
     folder, path, said = Path("out"), Path("out/config.toml"), []
     run.save_config(folder, Config())
     good, want = path.read_bytes(), run.load_config(folder)
@@ -271,7 +271,7 @@ def test_a_config_that_is_not_what_the_run_wrote_is_named():
 
 
 def test_what_goes_on_is_whole_and_held(monkeypatch):
-    """A run that another process put aside, and left so, between the look and the lock."""
+    """Mends a run that another process has put aside between `find` and the lock."""
     before = half_overwritten("half")
     (Path("half") / ".config.toml.x.tmp").touch()
     monkeypatch.setattr(run, "find", Path)
