@@ -37,7 +37,7 @@ def run(python: Path | str, *args: str, cwd: Path = Path("/"), **environment: st
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("project", "packages"),
-    [("kernels", {"fastgpt_kernels"}), (".", {"fastgpt", "fastgpt_kernels"})],
+    [("kernels", {"fastgpt_kernels"}), (".", {"fastgpt", "fastgpt_kernels", "bench"})],
 )
 def test_a_wheel_in_an_empty_environment(project: str, packages: set[str], tmp_path: Path):
     pytest.importorskip("hatchling", reason="needs pip install hatchling")
@@ -61,3 +61,4 @@ def test_a_wheel_in_an_empty_environment(project: str, packages: set[str], tmp_p
         assert said == f"{version} {project == '.'}\n"
     if project == ".":
         assert run(python, "-m", "fastgpt", "version") == f"fastgpt {version}\n"
+        assert "waterfall" in run(python, "-m", "bench", "--help")
