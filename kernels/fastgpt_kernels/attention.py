@@ -41,7 +41,6 @@ from fastgpt_kernels.registry import (
     Sizes,
     gluon_unsupported,
     implementations,
-    triton_unsupported,
 )
 
 HEAD_DIMS = (32, 64, 80, 96, 128)  # 80 and 96 are worked on as 128 wide, with zeros not loaded
@@ -123,6 +122,13 @@ def head_offset(batch_head, n_head, stride_batch, HEAD: tl.constexpr):
     """Offset in elements (int64) of position 0 of a head in a (B, T, n * H * HEAD) tensor."""
     batch = batch_head // n_head
     return batch.to(tl.int64) * stride_batch + (batch_head % n_head) * HEAD
+
+
+@triton.jit
+def tile_pointers(base, row, stride, ROWS: tl.constexpr, HEAD_PAD: tl.constexpr):
+    """Returns the addresses [ROWS, HEAD_PAD] of rows from `row` on, for the base of a head."""
+    offsets = tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, HEAD_PAD)[None, :]
+    return base + row.to(tl.int64) * stride + offsets
 
 
 @triton.jit
@@ -216,44 +222,37 @@ def attention_fwd_kernel(
 ):  # fmt: skip
     tile_count = tl.cdiv(T, BLOCK_M)
     rank, batch_head = locate(tile_count, head_count, group)
-    row = (tile_count - 1 - rank) * BLOCK_M  # the last rows see the most keys
-    row = tl.multiple_of(row, BLOCK_M)
+    # The last rows see the most keys.
+    row = tl.multiple_of((tile_count - 1 - rank) * BLOCK_M, BLOCK_M)
     C = n_head * HEAD
     rows = row + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, HEAD_PAD)
 
     q_base = qkv + head_offset(batch_head, n_head, stride_b, HEAD)
-    q_offsets = tl.arange(0, BLOCK_M)[:, None] * stride_t + columns[None, :]
-    q_pointers = q_base + row.to(tl.int64) * stride_t + q_offsets
-    q = load_tile(q_pointers, rows, columns, T, not EVEN, HEAD)  # [M, D]
+    pointers = tile_pointers(q_base, row, stride_t, BLOCK_M, HEAD_PAD)
+    q = load_tile(pointers, rows, columns, T, not EVEN, HEAD)  # [M, D]
     seed = tl.load(seed_pointer) if DROPOUT else 0
 
     acc = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    full = row // BLOCK_N * BLOCK_N if CAUSAL else T // BLOCK_N * BLOCK_N
-    if not CAUSAL and not EVEN and DROPOUT:  # in two loops ptxas serialises wgmma (Triton 3.9)
-        full = row * 0
-    else:
+    # In two loops ptxas serialises wgmma of full attention with dropout (Triton 3.9).
+    FIRST: tl.constexpr = 1 if not CAUSAL and not EVEN and DROPOUT else 0
+    full = (row * 0 if FIRST else row if CAUSAL else T) // BLOCK_N * BLOCK_N
+    end = min(row + BLOCK_M, T) if CAUSAL else T
+    for MASK in tl.static_range(FIRST, 2 if CAUSAL or not EVEN else 1):
         acc, row_sum, row_max = _attend(
-            acc, row_sum, row_max, q, q_base + C, C, stride_t, rows, columns, full * 0, full, T,
-            scale_log2, seed, batch_head, row, threshold,
-            HEAD, CAUSAL, DROPOUT, False, False, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    if CAUSAL or not EVEN:
-        end = min(row + BLOCK_M, T) if CAUSAL else T
-        acc, row_sum, row_max = _attend(
-            acc, row_sum, row_max, q, q_base + C, C, stride_t, rows, columns, full, end, T,
-            scale_log2, seed, batch_head, row, threshold,
-            HEAD, CAUSAL, DROPOUT, True, not EVEN, BLOCK_M, BLOCK_N,
+            acc, row_sum, row_max, q, q_base + C, C, stride_t, rows, columns,
+            full * MASK, end if MASK else full, T, scale_log2, seed, batch_head, row, threshold,
+            HEAD, CAUSAL, DROPOUT, MASK, MASK and not EVEN, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
     lse_pointers = lse + batch_head.to(tl.int64) * T + rows
     tl.store(lse_pointers, row_max + tl.log2(row_sum), mask=rows < T)
     acc = acc * (keep_scale / row_sum)[:, None]
-    y_base = y + head_offset(batch_head, n_head, T.to(tl.int64) * C, HEAD) + row.to(tl.int64) * C
-    y_pointers = y_base + tl.arange(0, BLOCK_M)[:, None] * C + columns[None, :]
-    store_tile(y_pointers, acc, rows, columns, T, not EVEN, HEAD)
+    y_base = y + head_offset(batch_head, n_head, T.to(tl.int64) * C, HEAD)
+    pointers = tile_pointers(y_base, row, C, BLOCK_M, HEAD_PAD)
+    store_tile(pointers, acc, rows, columns, T, not EVEN, HEAD)
 
 
 # --- Kernels: backward ------------------------------------------------------------------------
@@ -289,12 +288,12 @@ def attention_bwd_preprocess_kernel(
     C = n_head * HEAD
     rows = row + tl.arange(0, BLOCK_T)
     columns = tl.arange(0, HEAD_PAD)
-    local = tl.arange(0, BLOCK_T)[:, None]
-    start = row.to(tl.int64)
-    y_base = y + head_offset(batch_head, n_head, T.to(tl.int64) * C, HEAD) + start * C
-    grad_base = grad_y + head_offset(batch_head, n_head, stride_gb, HEAD) + start * stride_gt
-    out = load_tile(y_base + local * C + columns[None, :], rows, columns, T, True, HEAD)
-    grad = load_tile(grad_base + local * stride_gt + columns[None, :], rows, columns, T, True, HEAD)
+    y_base = y + head_offset(batch_head, n_head, T.to(tl.int64) * C, HEAD)
+    pointers = tile_pointers(y_base, row, C, BLOCK_T, HEAD_PAD)
+    out = load_tile(pointers, rows, columns, T, True, HEAD)
+    grad_base = grad_y + head_offset(batch_head, n_head, stride_gb, HEAD)
+    pointers = tile_pointers(grad_base, row, stride_gt, BLOCK_T, HEAD_PAD)
+    grad = load_tile(pointers, rows, columns, T, True, HEAD)
     dot = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)  # [T]
     head_row = batch_head.to(tl.int64) * T
     row_lse = tl.load(lse + head_row + rows, mask=rows < T, other=float("inf"))
@@ -397,41 +396,33 @@ def attention_bwd_dkv_kernel(
     C = n_head * HEAD
     keys = key + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, HEAD_PAD)
-    local = tl.arange(0, BLOCK_N)[:, None]
-    start = key.to(tl.int64)
 
     q_base = qkv + head_offset(batch_head, n_head, stride_b, HEAD)
     grad_base = grad_y + head_offset(batch_head, n_head, stride_gb, HEAD)
-    k_pointers = q_base + C + start * stride_t + local * stride_t + columns[None, :]
-    k = load_tile(k_pointers, keys, columns, T, not EVEN, HEAD, True)  # [N, D]
-    v = load_tile(k_pointers + C, keys, columns, T, not EVEN, HEAD, True)  # [N, D]
+    pointers = tile_pointers(q_base + C, key, stride_t, BLOCK_N, HEAD_PAD)
+    k = load_tile(pointers, keys, columns, T, not EVEN, HEAD, True)  # [N, D]
+    v = load_tile(pointers + C, keys, columns, T, not EVEN, HEAD, True)  # [N, D]
     seed = tl.load(seed_pointer) if DROPOUT else 0
     lse_delta = _pairs_of_head(lse_delta, batch_head, T)
 
     dk = tl.zeros([BLOCK_N, HEAD_PAD], tl.float32)
     dv = tl.zeros([BLOCK_N, HEAD_PAD], tl.float32)
-    lo = key * 0
-    if CAUSAL:  # rows on the diagonal, from the tile with row = key to the one past the last key
-        lo = key // BLOCK_M * BLOCK_M
-        diagonal_end = min(tl.cdiv(key + BLOCK_N, BLOCK_M) * BLOCK_M, T)
+    # Rows on the diagonal, from the tile with row = key to that past the last key, and the others.
+    # Keys past T need no mask: their dk and dv are not stored.
+    first = key // BLOCK_M * BLOCK_M if CAUSAL else key * 0
+    diagonal_end = min(tl.cdiv(key + BLOCK_N, BLOCK_M) * BLOCK_M, T) if CAUSAL else first
+    for REST in tl.static_range(0 if CAUSAL else 1, 2):
         dk, dv = _walk_rows(
             dk, dv, k, v, q_base, grad_base, lse_delta, stride_t, stride_gt,
-            lo, diagonal_end, key, T, scale_log2, keep_scale, seed, batch_head, threshold,
-            HEAD, HEAD_PAD, CAUSAL, DROPOUT, True, not EVEN, WGMMA, BLOCK_M, BLOCK_N,
+            diagonal_end if REST else first, T if REST else diagonal_end,
+            key, T, scale_log2, keep_scale, seed, batch_head, threshold, HEAD, HEAD_PAD, CAUSAL,
+            DROPOUT, not EVEN and not CAUSAL if REST else True, not EVEN, WGMMA, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        lo = diagonal_end
-    # Keys past T need no mask: their dk and dv are not stored.
-    dk, dv = _walk_rows(
-        dk, dv, k, v, q_base, grad_base, lse_delta, stride_t, stride_gt,
-        lo, T, key, T, scale_log2, keep_scale, seed, batch_head, threshold,
-        HEAD, HEAD_PAD, CAUSAL, DROPOUT, not CAUSAL and not EVEN, not EVEN, WGMMA,
-        BLOCK_M, BLOCK_N,
-    )  # fmt: skip
 
     out_base = dqkv + head_offset(batch_head, n_head, T.to(tl.int64) * (3 * C), HEAD)
-    dk_pointers = out_base + C + start * (3 * C) + local * (3 * C) + columns[None, :]
-    store_tile(dk_pointers, dk * scale, keys, columns, T, not EVEN, HEAD, True)
-    store_tile(dk_pointers + C, dv * keep_scale, keys, columns, T, not EVEN, HEAD, True)
+    pointers = tile_pointers(out_base + C, key, 3 * C, BLOCK_N, HEAD_PAD)
+    store_tile(pointers, dk * scale, keys, columns, T, not EVEN, HEAD, True)
+    store_tile(pointers + C, dv * keep_scale, keys, columns, T, not EVEN, HEAD, True)
 
 
 @triton.jit
@@ -466,11 +457,7 @@ def _walk_keys(
 
 @triton.jit(do_not_specialize=["T", "n_head", "head_count", "group", "threshold"])
 def attention_bwd_dq_kernel(
-    qkv,  # (B, T, 3 * C), strides (stride_b, stride_t, 1)
-    grad_y,  # (B, T, C), strides (stride_gb, stride_gt, 1)
-    lse_delta,  # (B * H, T up to a multiple of EVEN_T, 2) fp32
-    dqkv,  # (B, T, 3 * C) contiguous, out: its q columns
-    seed_pointer,  # one int64; read only with DROPOUT
+    qkv, grad_y, lse_delta, dqkv, seed_pointer,  # as above; out: dqkv's q columns
     stride_b, stride_t, stride_gb, stride_gt, T, n_head, head_count, group,
     scale, scale_log2, keep_scale, threshold,
     HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
@@ -482,40 +469,32 @@ def attention_bwd_dq_kernel(
     C = n_head * HEAD
     rows = row + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, HEAD_PAD)
-    local = tl.arange(0, BLOCK_M)[:, None]
-    start = row.to(tl.int64)
 
     q_base = qkv + head_offset(batch_head, n_head, stride_b, HEAD)
-    q_pointers = q_base + start * stride_t + local * stride_t + columns[None, :]
-    q = load_tile(q_pointers, rows, columns, T, not EVEN, HEAD)  # [M, D]
-    grad_base = grad_y + head_offset(batch_head, n_head, stride_gb, HEAD) + start * stride_gt
-    grad_pointers = grad_base + local * stride_gt + columns[None, :]
-    grad = load_tile(grad_pointers, rows, columns, T, not EVEN, HEAD)  # [M, D]
+    pointers = tile_pointers(q_base, row, stride_t, BLOCK_M, HEAD_PAD)
+    q = load_tile(pointers, rows, columns, T, not EVEN, HEAD)  # [M, D]
+    grad_base = grad_y + head_offset(batch_head, n_head, stride_gb, HEAD)
+    pointers = tile_pointers(grad_base, row, stride_gt, BLOCK_M, HEAD_PAD)
+    grad = load_tile(pointers, rows, columns, T, not EVEN, HEAD)  # [M, D]
     lse_delta = _pairs_of_head(lse_delta, batch_head, T)
     pairs = tl.load(lse_delta + 2 * row + tl.arange(0, 2 * BLOCK_M))
     row_lse, row_delta = tl.split(pairs.reshape(BLOCK_M, 2))
     seed = tl.load(seed_pointer) if DROPOUT else 0
 
     dq = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
-    full = row // BLOCK_N * BLOCK_N if CAUSAL else T // BLOCK_N * BLOCK_N
-    if not CAUSAL and not EVEN and DROPOUT:  # as in the forward kernel
-        full = row * 0
-    else:
+    FIRST: tl.constexpr = 1 if not CAUSAL and not EVEN and DROPOUT else 0  # as forward
+    full = (row * 0 if FIRST else row if CAUSAL else T) // BLOCK_N * BLOCK_N
+    end = min(row + BLOCK_M, T) if CAUSAL else T
+    for MASK in tl.static_range(FIRST, 2 if CAUSAL or not EVEN else 1):
         dq = _walk_keys(
-            dq, q, grad, row_lse, row_delta, q_base + C, C, stride_t, rows, columns, full * 0, full,
-            T, scale_log2, keep_scale, seed, batch_head, row, threshold,
-            HEAD, CAUSAL, DROPOUT, False, False, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    if CAUSAL or not EVEN:
-        end = min(row + BLOCK_M, T) if CAUSAL else T
-        dq = _walk_keys(
-            dq, q, grad, row_lse, row_delta, q_base + C, C, stride_t, rows, columns, full, end, T,
+            dq, q, grad, row_lse, row_delta, q_base + C, C, stride_t, rows, columns,
+            full * MASK, end if MASK else full, T,
             scale_log2, keep_scale, seed, batch_head, row, threshold,
-            HEAD, CAUSAL, DROPOUT, True, not EVEN, BLOCK_M, BLOCK_N,
+            HEAD, CAUSAL, DROPOUT, MASK, MASK and not EVEN, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     out_base = dqkv + head_offset(batch_head, n_head, T.to(tl.int64) * (3 * C), HEAD)
-    dq_pointers = out_base + start * (3 * C) + local * (3 * C) + columns[None, :]
-    store_tile(dq_pointers, dq * scale, rows, columns, T, not EVEN, HEAD)
+    pointers = tile_pointers(out_base, row, 3 * C, BLOCK_M, HEAD_PAD)
+    store_tile(pointers, dq * scale, rows, columns, T, not EVEN, HEAD)
 
 
 # --- Launchers --------------------------------------------------------------------------------
@@ -528,10 +507,6 @@ def _config(name: str, x: Tensor, head_dim: int, dropout: bool) -> Config:
     """Returns the config of "FORWARD", "DKV" or "DQ"; dropout and fp32 have tables of their own."""
     table = FP32 if x.dtype == torch.float32 else globals()[f"{name}{'_DROPOUT' * dropout}"]
     return lookup(table, launch.arch_of(x), head_dim)
-
-
-def _heads_per_group(bytes_per_head: int) -> int:
-    return max(1, L2_BUDGET // bytes_per_head)
 
 
 def _addressable(x: Tensor) -> Tensor:
@@ -567,7 +542,7 @@ def forward(
         attention_fwd_kernel[grid](
             qkv, y, lse, lse if seed is None else seed,
             qkv.stride(0), qkv.stride(1), T, n_head, batch * n_head,
-            _heads_per_group(2 * T * head_dim * qkv.element_size()),
+            max(1, L2_BUDGET // (2 * T * head_dim * qkv.element_size())),
             scale * LOG2_E, keep_scale, threshold,
             HEAD=head_dim, HEAD_PAD=triton.next_power_of_2(head_dim), CAUSAL=causal,
             DROPOUT=threshold > 0, EVEN=T % EVEN_T == 0, **config.kwargs(),
@@ -583,7 +558,7 @@ def backward(
     batch, T, width = qkv.shape
     head_dim, head_count = width // (3 * n_head), batch * n_head
     if hopper and _hopper_applies(qkv, n_head, causal, dropout_p):
-        by_head = heads_per_program(head_count, T, head_dim, causal) > 0
+        by_head = heads_per_program(Sizes(batch, T, n_head, width // 3), causal) > 0
         # Otherwise dq is summed in any order.
         if by_head or not torch.are_deterministic_algorithms_enabled():
             from fastgpt_kernels import attention_hopper
@@ -600,7 +575,7 @@ def backward(
     padded = triton.cdiv(T, EVEN_T) * EVEN_T
     lse_delta = torch.empty((head_count, padded, 2), dtype=torch.float32, device=qkv.device)
     strides = (qkv.stride(0), qkv.stride(1), grad_y.stride(0), grad_y.stride(1))
-    group = _heads_per_group(4 * T * head_dim * qkv.element_size())
+    group = max(1, L2_BUDGET // (4 * T * head_dim * qkv.element_size()))
     arguments = (
         qkv, grad_y, lse_delta, dqkv, lse if seed is None else seed,
         *strides, T, n_head, head_count, group, scale, scale * LOG2_E, keep_scale, threshold,
@@ -636,14 +611,14 @@ def _hopper_applies(qkv: Tensor, n_head: int, causal: bool, dropout_p: float) ->
     return causal or sizes.head_dim == 64
 
 
-def heads_per_program(heads: int, T: int, head_dim: int, causal: bool) -> int:
+def heads_per_program(s: Sizes, causal: bool = True) -> int:
     """Returns the heads of a program in Hopper's backward pass by head: 1, 2 for more, 0 if none.
 
     All SMs of an H200 need a head, and the L2 cache has to hold dq's sums of as many heads.
     """
-    sms = launch.SMS["sm_90"]
-    fits = 4 * T * head_dim * sms <= DQ_BUDGET
-    applies = HOPPER_BY_HEAD and causal and head_dim == 64 and fits and heads >= sms
+    heads, sms = s.batch_size * s.n_head, launch.SMS["sm_90"]
+    fits = 4 * s.block_size * s.head_dim * sms <= DQ_BUDGET
+    applies = HOPPER_BY_HEAD and causal and s.head_dim == 64 and fits and heads >= sms
     return min(2, triton.cdiv(heads, sms)) if applies else 0
 
 
@@ -651,9 +626,8 @@ def heads_per_program(heads: int, T: int, head_dim: int, causal: bool) -> int:
 
 
 def _fake(qkv, bias, n_head, *_):
-    batch, T, width = qkv.shape
-    lse = qkv.new_empty((batch * n_head, T), dtype=torch.float32)
-    return qkv.new_empty((batch, T, width // 3)), lse
+    (batch, T, width), fp32 = qkv.shape, torch.float32
+    return qkv.new_empty((batch, T, width // 3)), qkv.new_empty((batch * n_head, T), dtype=fp32)
 
 
 def _fake_backward(grad_y, qkv, *rest):
@@ -689,15 +663,9 @@ _op = define_op(
 
 
 def attention(
-    qkv: Tensor,
-    n_head: int,
-    *,
-    causal: bool = True,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    scale: float | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
+    qkv: Tensor, n_head: int, *, causal: bool = True, dropout_p: float = 0.0,
+    seed: int | Tensor | None = None, scale: float | None = None, bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Returns multi-head self-attention of packed q, k and v (Vaswani et al., 2017): y (B, T, C).
 
     qkv        (B, T, 3*C) in bf16, fp16 or fp32, straight from the projection; read in place when
@@ -756,15 +724,16 @@ def _check(qkv, n_head, causal, dropout_p, seed, scale, bias) -> None:
         check_tensor(op, "bias", bias, shape=(width,), dtypes=dtypes, like=qkv)
     if T < 1:
         raise ValueError(f"{op}: qkv must have at least one position, got {tuple(qkv.shape)}")
+    head_dim = width // (3 * n_head)
     if width % (3 * n_head):
         raise ValueError(
             f"{op}: n_head must divide qkv's last dimension into 3 * n_head equal parts, "
             f"got n_head={n_head} and {width} columns"
         )
-    if width // (3 * n_head) not in HEAD_DIMS:
+    if head_dim not in HEAD_DIMS:
         raise ValueError(
             f"{op}: head dim must be one of {', '.join(map(str, HEAD_DIMS))}, "
-            f"got {width // (3 * n_head)} ({width} columns of qkv / 3 / n_head={n_head})"
+            f"got {head_dim} ({width} columns of qkv / 3 / n_head={n_head})"
         )
     if not isinstance(causal, bool):
         raise TypeError(f"{op}: causal must be a bool, got {type(causal).__name__}")
@@ -785,11 +754,8 @@ def _sdpa(backend: SDPBackend, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _unsupported(s: Sizes, dtype: torch.dtype, arch: str) -> str | None:
-    if reason := triton_unsupported(s, dtype, arch):
-        return reason
-    if s.head_dim in HEAD_DIMS:
-        return None
-    return f"head dim {s.head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
+    known = ", ".join(map(str, HEAD_DIMS))
+    return None if s.head_dim in HEAD_DIMS else f"head dim {s.head_dim} is none of {known}"
 
 
 def hopper_unsupported(s: Sizes, dtype: torch.dtype, arch: str) -> str | None:
@@ -834,10 +800,6 @@ def _cost(s: Sizes, itemsize: int) -> dict[str, Cost]:
     return {"forward": Cost(2 * product, 4 * moved), "backward": Cost(5 * product, 8 * moved)}
 
 
-def _hopper_variant(s: Sizes) -> int:
-    return heads_per_program(s.batch_size * s.n_head, s.block_size, s.head_dim, True)
-
-
 _other = partial(Implementation, follows_seed=False)
 _KERNELS = [
     "fwd", "bwd_preprocess", "bwd_dkv", "bwd_dq", "hopper_fwd", "hopper_bwd_preprocess",
@@ -855,6 +817,6 @@ SPECS = {
         _example_inputs, _cost,
         kernels=tuple(f"attention_{kernel}_kernel" for kernel in _KERNELS),
         category="attention", few_tokens=512, calls_per_step=12,
-        variant=_hopper_variant, preferred={"sm_90": "hopper"},
+        variant=heads_per_program, preferred={"sm_90": "hopper"},
     )
 }  # fmt: skip

@@ -63,11 +63,11 @@ def test_backward_by_head_is_the_same_to_the_bit(
 def test_which_backward_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """By head: a head for each SM, dq's sums in the L2, causal, head dim 64, not switched off."""
     heads = MODULE.heads_per_program
-    assert heads(132, 1024, 64, True) == 1 and heads(384, 1117, 64, True) == 2
-    others = (131, 1024, 64, True), (384, 1118, 64, True), (384, 512, 128, True)
-    assert not any(heads(*sizes) for sizes in (*others, (384, 512, 64, False)))
+    assert heads(Sizes(11, 1024)) == 1 and heads(Sizes(32, 1117)) == 2
+    others = Sizes(10, 1024), Sizes(32, 1118), Sizes(32, 512, n_head=6)
+    assert not any(map(heads, others)) and not heads(Sizes(32, 512), causal=False)
     monkeypatch.setattr(MODULE, "HOPPER_BY_HEAD", False)
-    assert heads(384, 1024, 64, True) == 0
+    assert heads(Sizes(32, 1024)) == 0
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_long_and_many() -> None:
 def test_backward_by_head(T: int, dtype: torch.dtype) -> None:
     """fp64 error, and 20 runs that are the same to the bit; two heads to some programs."""
     n_head, batch = 12, 12
-    assert MODULE.heads_per_program(batch * n_head, T, 64, True) == 2
+    assert MODULE.heads_per_program(Sizes(batch, T, n_head)) == 2
     qkv = random_qkv(batch, T, n_head, 64, dtype, CUDA)
     check(qkv, n_head, causal=True)
     qkv.requires_grad_()
