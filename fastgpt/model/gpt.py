@@ -113,8 +113,9 @@ class Attention(nn.Module):
             bias = None if bias is None else bias.detach()
         dropout_p = self.dropout if self.training else 0.0
         y = self.kernels.attention(self.c_attn(x, bias), self.n_head, dropout_p=dropout_p, **given)
-        bias, left = _split_bias(self.c_proj, self.kernels)
-        return self.c_proj(y, bias), left
+        if self.kernels.uses_triton("add_layer_norm"):
+            return self.c_proj(y, None), self.c_proj.bias
+        return self.c_proj(y, self.c_proj.bias), None
 
 
 class MLP(nn.Module):
@@ -128,21 +129,14 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns the same as `Attention.forward`."""
         fc, proj = self.c_fc, self.c_proj
-        bias, left = _split_bias(proj, self.kernels)
+        fused = self.kernels.uses_triton("add_layer_norm")  # it adds c_proj's bias
         y = self.kernels.mlp(
-            x, fc.weight, fc.bias, proj.weight, bias, self.approximate,
+            x, fc.weight, fc.bias, proj.weight, None if fused else proj.bias, self.approximate,
             weights_bf16=(fc.weight_bf16, proj.weight_bf16),
             main_grads=(fc.main_grad, proj.main_grad),
             bias_gelu=self.kernels.bias_gelu,
         )  # fmt: skip
-        return y, left
-
-
-def _split_bias(c_proj: Linear, kernels: Kernels) -> tuple[Tensor | None, Tensor | None]:
-    """Returns c_proj's bias for its matmul, and for `add_layer_norm`: one of them is None."""
-    if kernels.uses_triton("add_layer_norm"):
-        return None, c_proj.bias
-    return c_proj.bias, None
+        return y, proj.bias if fused else None
 
 
 class Block(nn.Module):
@@ -171,13 +165,12 @@ class Block(nn.Module):
         self, y: Tensor, bias: Tensor | None, x: Tensor, norm: LayerNorm, seed: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Drops out of the branch y, adds it to the stream x, and normalises."""
+        weights = norm.weight, norm.bias
         if not self.kernels.uses_triton("add_layer_norm"):
             y = F.dropout(y, self.dropout, self.training)
-            return self.kernels.add_layer_norm(y, x, norm.weight, norm.bias)
+            return self.kernels.add_layer_norm(y, x, *weights)
         p = self.dropout if self.training else 0.0
-        return self.kernels.add_layer_norm(
-            y, x, norm.weight, norm.bias, bias, dropout_p=p, seed=seed
-        )
+        return self.kernels.add_layer_norm(y, x, *weights, bias, dropout_p=p, seed=seed)
 
 
 class Transformer(nn.Module):

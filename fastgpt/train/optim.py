@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +16,7 @@ from fastgpt.train.muon import Muon
 
 
 def learning_rate(step: int, c: OptimConfig) -> float:
-    """Returns the learning rate of a step: warm-up, then nanoGPT's cosine, or wsd.
-
-    wsd is constant and decays linearly to 0 in the last lr_decay_fraction (warm-up, stable, decay:
-    Hu et al. 2024, https://arxiv.org/abs/2404.06395).
-    """
+    """Returns the learning rate of a step: nanoGPT's cosine, or wsd (arxiv.org/abs/2404.06395)."""
     if not c.decay_lr:
         return c.learning_rate
     if step < c.warmup_iters:
@@ -57,7 +52,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Returns AdamW, or Muon with AdamW; matrices and embeddings decay, vectors do not.
 
-    AdamW is fused on GPUs and CPUs, for `divide_or_skip`. scatter and compile are for Muon: how its
+    AdamW is fused on GPUs and CPUs, for `Trainer._clip`. scatter and compile are for Muon: how its
     matrices are spread over the ranks, and whether torch.compile makes its kernels.
     """
     device = next(model.parameters()).device
@@ -93,23 +88,6 @@ def gradient_norms(model: nn.Module) -> list[Tensor]:
     if hasattr(grads[0], "full_tensor"):
         return [whole(torch.nn.utils.get_total_norm(grads))]
     return [*torch._foreach_norm(grads)]
-
-
-@torch.no_grad()
-def divide_or_skip(
-    optimizer: torch.optim.Optimizer, model: nn.Module, divisor: Tensor | None, skip: Tensor
-) -> bool:
-    """Lets a fused optimizer divide its gradients or skip its next update, and returns True.
-
-    For others (on mps) the gradients are divided here, and the caller looks at `skip`.
-    """
-    fused: Any = optimizer
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
-        fused.grad_scale, fused.found_inf = divisor, skip
-        return True
-    if divisor is not None:
-        torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], divisor)
-    return False
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

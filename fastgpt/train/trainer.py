@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -162,13 +162,17 @@ class Trainer:
         return self.forward(tokens[:, :-1], tokens[:, 1:])
 
     def _clip(self, loss: Tensor) -> Tensor:
-        """Tells the optimizer by what to divide the gradients, or to skip. Returns their norm."""
-        norms, max_norm = optim.gradient_norms(self.model), self.config.optim.grad_clip
-        norm, divisor, skip = self._clip_and_check(
-            norms, loss, self._skipped, max_norm, of_loss_alone=self.scaler.is_enabled()
-        )
-        if not optim.divide_or_skip(self.optimizer, self.model, divisor, skip):
-            self.check()
+        """Lets the optimizer divide the gradients or skip its update. Returns their norm."""
+        max_norm, scaled = self.config.optim.grad_clip, self.scaler.is_enabled()
+        norms, fused = optim.gradient_norms(self.model), cast(Any, self.optimizer)
+        norm, divisor, skip = self._clip_and_check(norms, loss, self._skipped, max_norm, scaled)
+        if getattr(fused, "_step_supports_amp_scaling", False):  # it reads every gradient anyway
+            fused.grad_scale, fused.found_inf = divisor, skip
+            return norm
+        self.check()  # on mps
+        if divisor is not None:
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            torch._foreach_div_(grads, divisor)
         return norm
 
     def _zero_grad(self) -> None:
