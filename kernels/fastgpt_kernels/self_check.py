@@ -112,17 +112,25 @@ def run(check: Check) -> str | None:
 def disagreement(
     op: OpSpec, function: Callable[..., Any], examples: Iterable[ExampleInputs]
 ) -> str | None:
-    """Returns how a function differs from the op's reference in fp32, or None."""
+    """Returns how a function differs from the op's reference in fp32, or None.
+
+    Where algorithms have to be deterministic, it must not differ between two runs either.
+    """
+    deterministic = torch.are_deterministic_algorithms_enabled()
     for example in examples:
         exact = [None if x is None else x.float() for x in example.inputs]
         with torch.enable_grad():
             want = differentiate(op.reference, replace(example, inputs=exact))
             try:
-                off = _error(differentiate(function, example), want)
+                got = differentiate(function, example)
+                off = _error(got, want)
+                again = differentiate(function, example) if deterministic else got
             except Exception as e:
                 return f"does not run here ({describe_error(e)})"
         if not off <= max(TOLERANCE.get(x.dtype, 1e-4) for x in example.inputs if x is not None):
             return f"is off by {off:.2g} here"
+        if not all(map(torch.equal, got, again)):
+            return "differs from run to run here"
     return None
 
 

@@ -64,6 +64,18 @@ def test_gradients_that_are_one_per_cent_off_are_seen(op):
     assert "is off by 0.0" in problem(op, function=broken)
 
 
+def test_bits_that_differ_from_run_to_run_are_seen_if_they_must_not(monkeypatch):
+    factors = itertools.cycle([1.0, 1.0 + 2**-20])
+
+    def unsteady(*args, **kwargs):
+        return spec("bias_gelu").reference(*args, **kwargs) * next(factors)
+
+    assert problem("bias_gelu", function=unsteady) is None
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert problem("bias_gelu", function=unsteady) == "differs from run to run here"
+    assert problem("bias_gelu") is None
+
+
 def test_a_wrong_dropout_mask_is_seen():
     """Triton follows the specified mask; PyTorch's, which draw their own, are held without."""
 
