@@ -51,7 +51,8 @@ def save(
     if trainer.layout == "fsdp":  # the file is the same, but no rank has to hold all tensors
         shards = checkpoint.shards(run_dir)
         ranks.from_first(lambda: shutil.rmtree(shards, ignore_errors=True))
-        groups = {k: distributed.write_shards(v, shards / k) for k, v in groups.items()}
+        for k in [k for k in groups if groups[k]]:  # before the first update there are no moments
+            groups[k] = distributed.write_shards(groups[k], shards / k)
     else:
         groups = {k: distributed.whole_on_first(v, ranks) for k, v in groups.items()}
     document = vars(progress) | {
