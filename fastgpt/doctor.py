@@ -54,7 +54,7 @@ def doctor(config: Config, name: str) -> None:
     machine = Machine.of(s.device, s.dtype, s.compile, s.peak_tflops)
     kernels = select_kernels(config, config.model.vocab_size, machine)
     try:
-        runs = f"newest: {run.newest()}"
+        runs = f"newest: {run.find('')}"
     except UserError as e:
         runs = str(e)
     triton = [*distributions(name="triton")]

@@ -180,8 +180,6 @@ def fault(folder: Path) -> str | None:
                 return f"{path}: sha256 does not match"
     except UserError as e:
         return str(e)
-    except FileNotFoundError as e:
-        return f"{e.filename}: missing"
     except OSError as e:
         return f"{e.filename}: {e.strerror}"
     return None

@@ -34,19 +34,14 @@ _OWN: tuple[str, ...] = ("wandb", "tensorboard", "nonfinite", "checkpoints", "to
 _OWN += ("tokenizer.json", "loss.png", "metrics.jsonl", "plan.json", "config.toml", IDENTITY)
 
 
-def newest() -> Path:
-    """Returns the run under runs/ that saved last. Raises UserError if none has."""
-    found = list(RUNS.glob("*/checkpoints/latest"))
-    if not found:
+def find(out_dir: str, flag: str = "--out_dir=") -> Path:
+    """Returns the run that --out_dir names, whole, or the one under runs/ that saved last."""
+    if not out_dir:
+        saved = [(p.stat().st_mtime_ns, p.parts, p) for p in RUNS.glob("*/checkpoints/latest")]
+        if saved:
+            return max(saved)[2].parent.parent
         advice = "start one with: fastgpt train, or name --out_dir"
         raise UserError(f"no run with a checkpoint under {RUNS}/ yet; {advice}")
-    return max(found, key=lambda p: (p.stat().st_mtime_ns, p.parts)).parent.parent
-
-
-def find(out_dir: str, flag: str = "--out_dir=") -> Path:
-    """Returns the run that --out_dir names, whole, or the newest one."""
-    if not out_dir:
-        return newest()
     run_dir = Path(out_dir)
     if not (_has_state(run_dir) or any((run_dir / m).exists() for m in ("config.toml", IDENTITY))):
         advice = "fastgpt train makes one"
