@@ -23,7 +23,9 @@ import torch
 
 from bench import results, setup, stats
 from bench.results import ROOT, Row
-from fastgpt_kernels.registry import model_specs, specs
+from fastgpt.model.device import resolve_device
+from fastgpt_kernels.launch import arch_on
+from fastgpt_kernels.registry import Sizes, model_specs, specs
 
 CLOSING_S = 5.0  # kept back for the decisions
 WORTH_MS = 0.3  # per step: less does not make an implementation the default
@@ -32,8 +34,8 @@ NEEDED_US = {
     "attention hopper backward": 100, "mlp hopper forward": 32, "mlp hopper backward": 60,
     "mlp cublaslt forward": 47, "mlp cublaslt backward": 80,
 }  # fmt: skip
-STANDARD = {"eager", "triton", "flash", "cudnn"}  # other implementations have to prove themselves
 POWER = "--query-gpu=timestamp,power.draw,clocks.sm,temperature.gpu"
+ON_A_CPU = "mlp", "attention", "step", "waterfall", "kernels"
 OVERRUN = 2.0  # times a part's seconds, after which it is cut
 clock = time.monotonic
 
@@ -91,16 +93,21 @@ def largest_gaps(rows: Sequence[Row]) -> list[str]:
     return [text.format(**r) for several in drawn for r in several]
 
 
-def levers(gpu: bool) -> str:
-    """Returns --swap for each implementation that has to prove itself, and for one of each op."""
-    names = {op.name: sorted(op.implementations.keys() - STANDARD) for op in model_specs() if gpu}
-    single = [f"op.{op}={name}" for op, some in names.items() for name in some]
-    together = ",".join(f"op.{op}={some[-1]}" for op, some in names.items() if some)
-    return " ".join(f"--swap={lever}" for lever in sorted({*single, together} - {""}))
+def levers(arch: str) -> str:
+    """Returns --swap for each implementation that is no default, and for the newest together."""
+    single, newest = [], dict[str, str]()
+    for op in model_specs():
+        for name in sorted(op.implementations.keys() - {"eager", "flash", "cudnn"}):
+            reason = op.unsupported_reason(name, arch, torch.bfloat16, Sizes())
+            if not reason and name != op.preferred.get(arch, op.standard):
+                single.append(f"op.{op.name}={name}")
+                newest |= {op.name: single[-1]} if name != "triton" else {}
+    return " ".join(f"--swap={x}" for x in sorted({*single, ",".join(newest.values())} - {""}))
 
 
 def parts(gpu: bool, peer_path: str) -> list[Part]:
     """Returns the parts in the order in which they run."""
+    arch = arch_on(resolve_device("auto"))
     size, n, turns = "gpt2", 20, "--rounds=10 --turn-seconds=0.5"
     if not gpu:
         size, n, turns = "laptop --n_layer=1 --batch_size=4", 6, "--rounds=6 --turn-seconds=0.02"
@@ -112,29 +119,20 @@ def parts(gpu: bool, peer_path: str) -> list[Part]:
     sweep = "kernels layer_norm add_layer_norm cross_entropy attention --sweep --rounds=10"
     names = "|".join(kernel for op in specs() for kernel in op.kernels)
     ncu = f"ncu --clock-control=none --set=full --launch-count=40 '--kernel-name=regex:^({names})$'"
+    ncu += f" {sys.executable} -m bench kernels --rounds=6"
+    alone = f"kernels attention --rounds={n} --repeats={n}"
     found = [
         Part("mlp", 3, 15, 60, proven_faster, f"kernels mlp --rounds={n}"),
-        Part(
-            "attention", 2, 15, 35, proven_faster, f"kernels attention --rounds={n} --repeats={n}"
-        ),
-        Part("step", 1, 30, 90, keep_what_pays, f"{fast}{',compile' * gpu}{peer} {levers(gpu)}"),
+        Part("attention", 2, 15, 35, proven_faster, alone),
+        Part("step", 1, 30, 90, keep_what_pays, f"{fast}{',compile' * gpu}{peer} {levers(arch)}"),
         Part("micro-batch 64", 6, 15, 20, keep_what_pays, f"{fast} --batch_size=64"),
         Part("waterfall", 4, 15, 30, largest_gaps, f"waterfall {size} --seconds={n / 4}"),
         Part("sustained", 5, 20, 35, largest_gaps, f"waterfall {size} --sustained"),
-        Part("configs", 7, 15, 30, better_configs, sweep),
+        Part("configs", 7, 15, 55, better_configs, sweep),
         Part("kernels", 8, 15, 60, proven_faster, f"kernels {others} --rounds={n}"),
-        Part(
-            "ncu",
-            9,
-            30,
-            120,
-            lambda rows: [],
-            f"{ncu} {sys.executable} -m bench kernels --rounds=6",
-        ),
+        Part("ncu", 9, 30, 120, lambda rows: [], ncu),
     ]
-    return [
-        p for p in found if gpu or p.name in ("mlp", "attention", "step", "waterfall", "kernels")
-    ]
+    return found if gpu else [p for p in found if p.name in ON_A_CPU]
 
 
 def affordable(known: Sequence[Part], seconds: float) -> list[Part]:

@@ -47,6 +47,7 @@ class Case:
     device: torch.device
     example: ExampleInputs
     x: Tensor
+    autotune: bool = False
 
     @classmethod
     def of(cls, op: OpSpec, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Case:
@@ -67,7 +68,7 @@ class Case:
         known, here = self.op.implementations, (arch_on(self.device), self.x.dtype, self.sizes)
         reasons = {name: self.op.unsupported_reason(name, *here) for name in ("eager", *known)}
         found = {name: known[name].function for name, reason in reasons.items() if not reason}
-        others, missing = baselines.of(self.op, self.device.type == "cuda")
+        others, missing = baselines.of(self.op, self.device.type == "cuda", self.autotune)
         return found | others, {name: r for name, r in reasons.items() if r} | missing
 
     def judge(self, functions: Mapping[str, Function], repeats: int = 1) -> dict[str, Row]:
@@ -141,12 +142,8 @@ def measure(case: Case, rounds: int, roof: Mapping[str, float], repeats: int = 1
             row["key"] = " | ".join(row[k] for k in ("op", "size", "pass", "provider"))
             if name in times:
                 rate = work / (times[name]["median_ms"] * 1e-3)
-                row |= times[name] | {
-                    "rate": rate,
-                    "unit": unit,
-                    "share_of_roof": rate / roof[unit],
-                }
-                row |= used if name == base else {}
+                row |= times[name] | {"rate": rate, "unit": unit}
+                row |= {"share_of_roof": rate / roof[unit], **(used if name == base else {})}
                 if name != base and base in times:
                     samples = [times[n]["samples_ms"] for n in (name, base)]
                     row["ratio"] = {"to": base, **ratio_of_medians(*samples)}
@@ -263,7 +260,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("ops", nargs="*", help=f"of {', '.join(known)}; default: all")
     parser.add_argument("--preset", default="gpt2")
     parser.add_argument("--rounds", type=setup.at_least(MIN_ROUNDS), default=30)
-    parser.add_argument("--repeats", type=setup.at_least(1), default=1, help="runs of equal bits")
+    parser.add_argument("--repeats", type=setup.at_least(1), default=1, help="runs with equal bits")
+    slow = "also time max-autotuned matmuls, which compile for minutes"
+    parser.add_argument("--autotune", action="store_true", help=slow)
     parser.add_argument("--sweep", action="store_true", help="search launch configs")
     args, flags = parser.parse(argv)
     if unknown := [op for op in args.ops if op not in known]:
@@ -277,7 +276,7 @@ def main(argv: list[str]) -> int:
     print(" · ".join(f"{value:,.1f} {unit}" for unit, value in roof.items()), flush=True)
     for name in args.ops or known:
         torch.manual_seed(0)
-        case = Case.of(known[name], sizes, device, dtype)
+        case = replace(Case.of(known[name], sizes, device, dtype), autotune=args.autotune)
         found = [] if args.sweep else measure(case, args.rounds, roof, args.repeats)
         for row in sweep(case, args.rounds) if args.sweep else found:
             result.rows.append(row)

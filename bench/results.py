@@ -129,7 +129,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as e:
-        raise UserError(f"{path}: {e}") from None
+        raise UserError(f"{path}: {getattr(e, 'strerror', None) or e}") from None
     check(data, str(path))
     return data
 

@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         args, rest = self.parse_known_args(argv)
         positional, flags = settings.split_flags(rest)
         if positional:
-            raise UserError(f"{positional[0]}: not understood here")
+            raise UserError(f"{positional[0]}: unexpected argument")
         settings.apply_flags(Config(), flags)
         if not torch.cuda.is_available():
             torch.set_num_threads(1)  # on shared cores waiting threads cost more than they give

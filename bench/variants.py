@@ -25,9 +25,9 @@ from fastgpt.train import optim
 from fastgpt.train.trainer import Trainer
 
 EAGER = {"kernels": "eager", "compile": False}
-KERNELS = {"kernels": "triton", "compile": False}
+KERNELS = {"kernels": "auto", "compile": False}
 COMPILED = {"kernels": "eager", "compile": True}
-FAST = {"kernels": "triton", "compile": True}
+FAST = {"kernels": "auto", "compile": True}
 
 
 class Variant(NamedTuple):
@@ -40,10 +40,7 @@ class Variant(NamedTuple):
 
 
 def choose(names: str, peer: str, gpu: bool) -> list[Variant]:
-    """Returns the variants of these names, or all that run, with a nanoGPT checkout as the peer.
-
-    Raises UserError.
-    """
+    """Returns the variants of these names, or all, with a nanoGPT checkout. Raises UserError."""
     folder = Path(peer).expanduser().resolve()
     if peer and not (folder / "model.py").is_file():
         raise UserError(f"--peer-path={peer}: there is no model.py in it")
@@ -56,6 +53,8 @@ def choose(names: str, peer: str, gpu: bool) -> list[Variant]:
     for name in names.split(","):
         if name not in known:
             raise UserError(f"--variants: no {name!r}; there are {', '.join(known)}")
+        if name.startswith("kernels") and not gpu:
+            raise UserError(f"--variants: {name} needs a GPU")
         if name.startswith("peer") and not peer:
             raise UserError(f"--variants: {name} needs --peer-path")
     return [known[name] for name in names.split(",")]

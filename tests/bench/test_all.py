@@ -92,12 +92,7 @@ def test_no_default_without_proof() -> None:
     for us, ratio, same, said in (
         (450.0, 0.75, True, "saves 150 of the 100 µs needed: take it"),
         (550.0, 0.9, True, "saves 61 of the 100 µs needed: leave it off"),
-        (
-            450.0,
-            0.95,
-            True,
-            "no difference than triton; saves 24 of the 100 µs needed: leave it off",
-        ),
+        (450.0, 0.95, True, "than triton; saves 24 of the 100 µs needed: leave it off"),
         (450.0, 0.75, False, "other bits in a repeat, a race: leave it off"),
     ):
         found = kernel("attention", "hopper", "backward", us, ratio) | {"same_bits": same}
@@ -107,7 +102,8 @@ def test_no_default_without_proof() -> None:
 def test_parts_name_what_exists(tmp_path: Path) -> None:
     known = {f"{op.name} {n}" for op in everything.specs() for n in op.implementations}
     assert {" ".join(key.split()[:2]) for key in everything.NEEDED_US} <= known
-    assert "--swap=op.mlp=hopper" in everything.levers(True) and not everything.levers(False)
+    new = {"--swap=op.mlp=hopper", "--swap=op.attention=triton"}
+    assert new <= {*everything.levers("sm_90").split()} and not everything.levers("cpu")
     with (tmp_path / "log").open("w") as log:
         part = Part("", 1, 0, 0, everything.largest_gaps, "nothing")
         assert everything.run(part, tmp_path, 60, log) == 2

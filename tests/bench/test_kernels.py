@@ -168,7 +168,7 @@ def test_baselines_are_right_and_copies_are_separated(
 ) -> None:
     baseline = BASELINES[op][name]
     case = Case.of(spec(op), SMALL, CPU, torch.bfloat16)
-    monkeypatch.setattr(baselines, "of", lambda op, gpu: ({"it": baseline}, {}))
+    monkeypatch.setattr(baselines, "of", lambda *_: ({"it": baseline}, {}))
     rows = {r["provider"]: r for r in kernels.measure(case, 6, ROOFS)}
     assert not rows["it"]["problem"] and rows["it"]["median_ms"] > 0
     assert (f"it{ALONE}" in rows) == (baseline.layout is not None)
@@ -182,7 +182,7 @@ def test_a_wrong_baseline_gets_no_time(fakes: None, monkeypatch: pytest.MonkeyPa
     case = Case.of(spec("attention"), SMALL, CPU, torch.bfloat16)
     del sys.modules["flash_attn_interface"]
     found = {name: BASELINES["attention"][f"{name}, packed"] for name in ("cuDNN", "FA3", "FA4")}
-    monkeypatch.setattr(baselines, "of", lambda op, gpu: (found, {}))
+    monkeypatch.setattr(baselines, "of", lambda *_: (found, {}))
     rows = {r["provider"]: r for r in kernels.measure(case, 6, ROOFS) if r["pass"] == "backward"}
     assert rows["cuDNN"]["problem"].startswith("wrong: ") and "median_ms" not in rows["cuDNN"]
     assert rows["FA3"]["problem"].startswith("ModuleNotFoundError: ") and "ratio" in rows["FA4"]
@@ -191,11 +191,13 @@ def test_a_wrong_baseline_gets_no_time(fakes: None, monkeypatch: pytest.MonkeyPa
 
 def test_versions_and_power(monkeypatch: pytest.MonkeyPatch) -> None:
     error = metadata.PackageNotFoundError
-    monkeypatch.setattr(metadata, "version", Mock(side_effect=["1.2", error, "1.2", "1.3"]))
-    found, skipped = baselines.of(spec("layer_norm"), gpu=True)
+    monkeypatch.setattr(metadata, "version", Mock(side_effect=["1.2", error, "1.2", "1.2", "1.3"]))
+    found, skipped = baselines.of(spec("layer_norm"), gpu=True, autotune=False)
     assert [*found] == [f"torch.compile {torch.__version__}", "QuACK 1.2"]
     assert skipped == {"Liger": "liger-kernel is not installed"}
-    assert baselines.of(spec("mlp"), gpu=False)[1]["max-autotune 1.3"] == "needs a GPU"
+    found, skipped = baselines.of(spec("mlp"), gpu=True, autotune=False)
+    assert "max-autotune 1.3" not in found and "--autotune" in skipped["max-autotune"]
+    assert "max-autotune 1.3" in baselines.of(spec("mlp"), gpu=True, autotune=True)[0]
     assert AUTOTUNED.keys() <= {*torch._inductor.list_options()}
     gpu = SimpleNamespace(joules=Mock(side_effect=[5.0, 11.0]), clock=lambda: (1605, 0))
     monkeypatch.setattr(power, "open_gpu", lambda: (gpu, None))

@@ -79,28 +79,19 @@ class FakeNvml:
         return call
 
 
-@pytest.fixture
-def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
-    fake, properties = FakeNvml(), SimpleNamespace(uuid="0-1")
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: fake)
+def test_energy_clock_and_throttling(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml, properties = FakeNvml(), SimpleNamespace(uuid="0-1")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: nvml)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    return fake
-
-
-def test_energy_clock_and_throttling(nvml: FakeNvml) -> None:
     gpu, _ = power.open_gpu()
-    assert gpu is not None
-    with power.metered(gpu) as found:
-        pass
-    assert found == {"joules": 20.0, "clock_mhz": 1605.0, "throttled": ["power limit"]}
-    assert gpu.state() == {
+    assert gpu is not None and gpu.state() == {
         "driver_version": "580.159", "clocks.sm": "1605 MHz", "power.draw": "685.33 W",
         "power.limit": "700.00 W", "temperature.gpu": "55", "throttling": "0x0000000000000005",
     }  # fmt: skip
-
-
-def test_without_nvml_there_is_a_reason(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    with power.metered(gpu) as found:
+        pass
+    assert found == {"joules": 20.0, "clock_mhz": 1605.0, "throttled": ["power limit"]}
     nvml.missing = "nvmlDeviceGetTotalEnergyConsumption"  # before Volta
     assert power.open_gpu() == (None, f"NVML: {nvml.missing} failed with code 3")
     monkeypatch.setattr(ctypes, "CDLL", Mock(side_effect=OSError))

@@ -28,7 +28,6 @@ from fastgpt.model.gpt import GPT as Own, ModelShape
 
 class GPT(Own):
     def __init__(self, c):
-        print("nanoGPT's model talks")
         sizes = c.n_layer, c.n_head, c.n_embd, c.block_size, c.vocab_size, c.bias
         super().__init__(ModelShape(*sizes))
 
@@ -42,9 +41,8 @@ class GPT(Own):
 
 def turn(ms: float, joules: float | None = None) -> dict[str, Any]:
     """Returns the answer of a variant's process."""
-    throttled = ["power limit"] * bool(joules)
-    energy = {"joules": joules, "clock_mhz": joules and 1600.0, "throttled": throttled}
-    return {"ms": ms, "peak_bytes": 2**30, **energy}
+    clock = {"clock_mhz": joules and 1600.0, "throttled": ["power limit"] * bool(joules)}
+    return {"ms": ms, "peak_bytes": 2**30, "joules": joules, **clock}
 
 
 def fake_measure(ms: dict[str, float], joules: float | None = None) -> Any:
@@ -69,7 +67,7 @@ def test_real_steps_are_interleaved(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.py").write_text(FAKE_PEER.replace("FACTOR", factor))
         wanted.append(Variant(name, EAGER, str(tmp_path / name)))
-    wanted.append(Variant("no GPU", FAST))
+    wanted.append(Variant("no GPU", {"kernels": "triton"}))
     seen = list[list[int]]()
     for found in processes.measure(wanted, *setup.configure("gpt2", FLAGS), 2, 0.01):
         seen.append([len(m.turns) for m in found])
@@ -129,16 +127,14 @@ def test_numbers_of_a_row(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None
     assert "sustained, with a settled clock" in said and "mJ/token" in said and "1600" in said
     monkeypatch.setattr(processes, "measure", fake_measure(variant_ms))
     assert step.main([*args[:3], *TINY]) == 0
-    assert "short;" in (said := capsys.readouterr().out) and "no energy and clock: " in said
+    said = capsys.readouterr().out
+    assert "short;" in said and "J/step" not in said and "no energy and clock: " in said
 
 
 def test_swapped_settings() -> None:
+    flash, more = {"op.attention": "flash"}, {"compile": False, "tf32": True}
     found = [v.settings for v in swaps(["op.attention=flash", "compile=False,tf32=True"], True)]
-    assert found == [
-        FAST,
-        FAST | {"op.attention": "flash"},
-        FAST | {"compile": False, "tf32": True},
-    ]
+    assert found == [FAST, FAST | flash, FAST | more]
 
 
 @pytest.mark.parametrize(
@@ -148,6 +144,7 @@ def test_swapped_settings() -> None:
         ("step --n_layr=2", "did you mean --n_layer"),
         ("step --variants=fast", "no 'fast'"),
         ("step --variants=peer", "needs --peer-path"),
+        ("step --variants=kernels", "kernels needs a GPU"),
         ("step --peer-path=/nowhere", "--peer-path=/nowhere: there is no model.py in it"),
         ("step --rounds=3", "at least 6, got 3"),
         ("kernels atention", "no op 'atention'"),

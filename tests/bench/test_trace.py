@@ -95,7 +95,7 @@ NAMES = {  # of a kernel, without the ops around it
 }
 
 
-def test_names_and_shapes() -> None:
+def test_parts_by_names_and_shapes() -> None:
     for part, names in NAMES.items():
         found = {part_of([name], [()], False, CONTEXT, host=False) for name in names.split()}
         assert found == {part}
@@ -105,10 +105,7 @@ def test_names_and_shapes() -> None:
         (["aten::_to_copy", "elementwise"], (V, C), OPTIMIZER),
     ):  # fmt: skip
         assert part_of(names, [shape], False, CONTEXT, host=False) == part
-
-
-def test_the_last_gradient_and_an_ops_own_kernels_decide() -> None:
-    scope = "Optimizer.step#Muon.step"
+    scope = "Optimizer.step#Muon.step"  # after the last gradient
     for names, part in (([scope, "aten::mm"], MUON), ([scope, "adamw", "x"], OPTIMIZER)):
         assert part_of(names, [()], True, CONTEXT, host=False) == part
     assert part_of(["aten::mul_"], [()], True, CONTEXT, host=True) == OPTIMIZER

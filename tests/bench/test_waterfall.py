@@ -63,12 +63,9 @@ def test_the_budget_adds_up_and_wrong_bounds_are_reported() -> None:
     assert missed == "kernels and gaps miss the measured step by +1.5%"
 
 
-ARGS = ["laptop", "--n_layer=2", "--block_size=32", "--batch_size=4", "--device=cpu"]
-
-
 def test_command_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = [*ARGS, "--seconds=0.5", "--traced-steps=4", "--markdown", f"--out={tmp_path}"]
-    assert waterfall.main(argv) == 0
+    argv = "laptop --n_layer=2 --block_size=32 --batch_size=4 --device=cpu --seconds=0.5 --markdown"
+    assert waterfall.main([*argv.split(), "--traced-steps=4", f"--out={tmp_path}"]) == 0
     out = capsys.readouterr().out
     assert "all kernels" in out and "| kernel" in out and "time ratio" in out
     drawn = load_only(tmp_path, "waterfall")["rows"][0]["waterfall"]
