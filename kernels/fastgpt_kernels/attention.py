@@ -7,7 +7,7 @@ For every batch entry and head, with q, k, v (T, D) its columns of qkv (B, T, 3*
     dS = P (dP - delta)      dk = scale dS^T q      dq = scale dS k
 
 q of head h is at columns h*D, k at C + h*D, v at 2*C + h*D. Z is the dropout mask over its keep
-rate, all ones without. Products take qkv's dtype and sum in fp32; softmax is fp32.
+rate, all ones without. Matmuls take qkv's dtype and sum in fp32. Softmax is fp32.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _tile(m: int, n: int, warps: int, stages: int = 1) -> Config:
 
 # Key: the head dim. Measured 2026-11-26 on an H200, Triton 3.6, 384 causal heads of 1,024 x 64 in
 # bf16 (bench/results/nvidia-h200/20261126-kernels.csv): on sm_90 and head dim 64 without dropout,
-# FORWARD 174 us, DKV 342 us (64 x 128 tiles with 8 warps: 401), DQ 227 us. No other row is
+# FORWARD 174 µs, DKV 342 µs (64 x 128 tiles with 8 warps: 401), DQ 227 µs. No other row is
 # measured: they are the largest tiles that spill no registers with Triton 3.6, 3.7 and 3.9.
 # "default" fits 99 KB of shared memory.
 FORWARD: Table = {
@@ -80,7 +80,7 @@ DQ: Table = {
     "sm_100": {64: _tile(128, 64, 8, 2), 128: _tile(128, 64, 8, 2)},
 }
 DQ_DROPOUT = DQ | {"default": {64: _tile(128, 32, 8, 2), 128: _tile(128, 32, 8, 2)}}
-# True fp32 products do not run on tensor cores: Triton loads whole rows of both operands into
+# True fp32 matmuls do not run on tensor cores: Triton loads whole rows of both operands into
 # registers. At 64 nothing spills; at 128 the backward kernels do, by a few hundred bytes a thread.
 FP32: Table = {"default": {64: _tile(32, 32, 8), 128: _tile(16, 32, 8)}}
 # The preprocessing of the backward pass, bound by memory.
@@ -100,15 +100,15 @@ LOG2_E = 1.4426950408889634
 
 # A kernel reads no other globals.
 PAIR_ROWS = tl.constexpr(EVEN_T)
-PRECISION = tl.constexpr("ieee")  # of products of fp32
+PRECISION = tl.constexpr("ieee")  # of fp32 matmuls
 
 
 @triton.jit
 def locate(tile_count, head_count, group):
-    """Program id -> (rank of its tile in its head, longest first; batch * n_head + head).
+    """Returns (rank of this program's tile in its head, longest first; batch * n_head + head).
 
-    `group` heads go together, few enough that what they read stays in the L2 cache. In a group
-    comes first the longest tile of every head, so that the grid's last wave has short programs.
+    `group` heads go together, few enough that what they read stays in the L2 cache. A group begins
+    with the longest tile of every head, so that the grid's last wave has short programs.
     """
     pid = tl.program_id(0)
     first = pid // (group * tile_count) * group
@@ -119,7 +119,7 @@ def locate(tile_count, head_count, group):
 
 @triton.jit
 def head_offset(batch_head, n_head, stride_batch, HEAD: tl.constexpr):
-    """Offset in elements (int64) of position 0 of a head in a (B, T, n * H * HEAD) tensor."""
+    """Returns the offset (int64) of a head's position 0 in a (B, T, n * H * HEAD) tensor."""
     batch = batch_head // n_head
     return batch.to(tl.int64) * stride_batch + (batch_head % n_head) * HEAD
 
@@ -172,7 +172,7 @@ def store_tile(
 # before exp2. A first loop has the keys that every row sees, and a second one those of the diagonal
 # and the ragged end. Addresses are a scalar that moves and offsets that do not, as whole moving
 # pointers spilled. On sm_90, D = 64, two programs share an SM: one's exponentials overlap the
-# other's products.
+# other's matmuls.
 
 
 @triton.jit
@@ -182,7 +182,7 @@ def _attend(
     HEAD: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr,
     CHECK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Folds keys [lo, hi) into acc [M, D], row_sum and row_max [M]; MASK: not all are visible."""
+    """Folds keys [lo, hi) into acc [M, D], row_sum and row_max [M]. MASK: not all are visible."""
     offsets = tl.arange(0, BLOCK_N)[:, None] * stride_t + columns[None, :]
     k_base += lo.to(tl.int64) * stride_t
     # The ragged end is one or two tiles: fewer stages there spare registers (128 x 64, 4 warps).
@@ -260,15 +260,15 @@ def attention_fwd_kernel(
 # Every sum has a fixed order, so gradients are the same to the bit in every run. The first pass
 # owns BLOCK_N keys and walks the rows: scores are transposed, so that P^T and dS^T, fresh in
 # registers, are the left operands of dv and dk. The second one owns BLOCK_M rows and walks the
-# keys for dq. Seven products in all; with one pass there are five, but adding dq's parts up in
-# memory cost more: 722 us for 602 (H200, the calls above). Registers of the first pass (16 bits,
+# keys for dq. Seven matmuls in all. One pass has five, but adding up dq in
+# memory cost more: 722 µs for 602 (H200, the calls above). Registers of the first pass (16 bits,
 # D = 64, 64 rows x 64 keys, 4 warps): dk and dv 32 a thread each, scores and dP 32 each, lse and
 # delta 16 each, 16-bit operands made of P and dS 16 each. Dropout takes some 30 more.
 
 
 @triton.jit
 def _pairs_of_head(lse_delta, batch_head, T):
-    """The address of the (lse, delta) of a head's rows."""
+    """Returns the address of the (lse, delta) of a head's rows."""
     offset = batch_head.to(tl.int64) * (tl.cdiv(T, PAIR_ROWS) * (2 * PAIR_ROWS))
     return lse_delta + tl.multiple_of(offset, 2 * PAIR_ROWS)
 
@@ -303,9 +303,9 @@ def attention_bwd_preprocess_kernel(
 
 @triton.jit
 def _operand(x, WGMMA: tl.constexpr):
-    """x, 16 bits wide, in registers before the product that reads it begins.
+    """Returns x, 16 bits wide, in registers before the matmul that reads it begins.
 
-    LLVM would compute it between the wgmma instructions of that product, which ptxas mends by
+    LLVM would compute it between the wgmma instructions of that matmul, which ptxas mends by
     starting anew before each, or by waiting after each.
     """
     if WGMMA:
@@ -317,8 +317,8 @@ def _operand(x, WGMMA: tl.constexpr):
 
 
 @triton.jit
-def _end_products(WGMMA: tl.constexpr):
-    """Waits for all products in flight; at the end of a loop's body.
+def _end_matmuls(WGMMA: tl.constexpr):
+    """Waits for all matmuls in flight, at the end of a loop's body.
 
     Sums that are in flight over the back edge are copied there, as ptxas sees it, and then it waits
     after every wgmma instruction of the kernel (C7515).
@@ -373,7 +373,7 @@ def _walk_rows(
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
         q_base += BLOCK_M * stride_t
         grad_base += BLOCK_M * stride_gt
-        _end_products(WGMMA)
+        _end_matmuls(WGMMA)
     return dk, dv
 
 
@@ -794,7 +794,7 @@ def _example_inputs(s: Sizes, random: Random) -> list[ExampleInputs]:
 
 
 def _cost(s: Sizes, itemsize: int) -> dict[str, Cost]:
-    """Two products of T x T x D per head forward, five backward, of which causal needs half."""
+    """Counts half of two matmuls of T x T x D per head forward and five backward, as if causal."""
     product = 1.0 * s.batch_size * s.block_size**2 * s.n_embd
     moved = 1.0 * s.tokens * s.n_embd * itemsize
     return {"forward": Cost(2 * product, 4 * moved), "backward": Cost(5 * product, 8 * moved)}

@@ -1,4 +1,4 @@
-"""Attention for Hopper (sm_90) in Gluon: the formulas of attention.py, softmax under the matmuls.
+"""Attention for Hopper (sm_90) in Gluon, by the formulas of attention.py.
 
     forward, a tile of q     S = q k^T     P = exp2(c S - max)     y = P v / rowsum(P)
     backward, a tile of k    S^T = k q^T   P^T = exp2(c S^T - lse)   dP^T = v dy^T
@@ -94,14 +94,14 @@ def steps_per_loop(head_dim: Any) -> int:
 # - Masked scores are -inf and the maximum starts at a finite floor. If a maximum could be that of
 #   masked scores alone, s * c - max would not be 0 or -inf but whatever the rounding of s * c left:
 #   contracted to one FMA, the product is not the rounded one.
-# - ptxas moves all exponentials below the wait for the second product. A store of the row sums to
+# - ptxas moves all exponentials below the wait for the second matmul. A store of the row sums to
 #   memory that nobody reads, before that wait, holds them where they are.
-# - Two steps in a loop's body: with one, p's 32 registers move to where the product reads them.
+# - Two steps in a loop's body: with one, p's 32 registers move to where the matmul reads them.
 
 
 @gluon.jit
 def _fold(s, row_max, row_sum, scale_log2):
-    """Scores [M, N] into the running softmax: (p, maximum, sum, by what to scale what was)."""
+    """Folds scores [M, N] into the softmax; returns p, maximum, sum, and the factor of old sums."""
     new_max = gl.maximum(row_max, gl.max(s, 1) * scale_log2)
     p = gl.exp2(s * scale_log2 - gl.expand_dims(new_max, 1))
     decay = gl.exp2(row_max - new_max)
@@ -113,7 +113,7 @@ def _step(
     q, memory, order, zero, o, p, row_max, row_sum, count, scale_log2,
     STAGES: gl.constexpr, ACC: gl.constexpr, LEFT: gl.constexpr,
 ):  # fmt: skip
-    """p of key tile `count` meets its values, while the next tile's scores become the next p."""
+    """Multiplies p of key tile `count` by its values, while the next scores become the next p."""
     _, k_s, v_s, _, _, k_full, k_empty, v_full, v_empty = memory
     k_slot = (count + 1) % STAGES
     v_slot = count % STAGES
@@ -202,7 +202,7 @@ def _fwd_consumer(
             lse_rows = lse + batch_head.to(gl.int64) * T + rows
             gl.store(lse_rows, row_max + gl.log2(row_sum), mask=rows < T)
             o = o * gl.expand_dims(gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, ACC)), 1)
-            q.store(o.to(q.dtype))  # its last reader was the last product of scores
+            q.store(o.to(q.dtype))  # its last reader was the last matmul of scores
             fence_async_shared()
             barrier()
             store(y_tiles, [batch_head // n_head, row, batch_head % n_head * HEAD], q)
@@ -302,6 +302,20 @@ def attention_hopper_fwd_kernel(
 # have stored dS of a tile) before dq, and for `ds_empty` (both have dq) before the next dS.
 
 
+@gluon.jit
+def _rows_of_head(T, n_head, HEAD: gl.constexpr, LAYOUT: gl.constexpr):
+    """Returns (batch, head, first column, rows, rows in 64 bits, columns, mask) of a program.
+
+    It has a tile of rows [TILE, HEAD] of a head.
+    """
+    batch_head = gl.program_id(0)
+    rows = gl.program_id(1) * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(1, LAYOUT))
+    columns = gl.expand_dims(gl.arange(0, HEAD, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    row = gl.expand_dims(rows, 1).to(gl.int64)
+    batch = (batch_head // n_head).to(gl.int64)
+    return batch, batch_head.to(gl.int64), batch_head % n_head * HEAD, rows, row, columns, row < T
+
+
 @gluon.jit(do_not_specialize=["T", "n_head", "padded"])
 def attention_hopper_bwd_preprocess_kernel(
     y,  # (B, T, C) contiguous
@@ -311,26 +325,17 @@ def attention_hopper_bwd_preprocess_kernel(
     dq_sum,  # (B * H, T, HEAD) fp32, out: zeros; or None
     stride_b, stride_t, T, n_head, padded, HEAD: gl.constexpr,
 ):  # fmt: skip
-    """A program has the rows of a tile of a head."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD, HEAD // 8], [4, 1], [1, 0])
-    batch_head = gl.program_id(1)
-    batch = (batch_head // n_head).to(gl.int64)
+    batch, head, column, rows, row, across, inside = _rows_of_head(T, n_head, HEAD, LAYOUT)
     C = n_head * HEAD
-    column = batch_head % n_head * HEAD
-    rows = gl.program_id(0) * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(1, LAYOUT))
-    columns = gl.arange(0, HEAD, layout=gl.SliceLayout(0, LAYOUT))
-    inside = gl.expand_dims(rows, 1) < T
-    row = gl.expand_dims(rows, 1).to(gl.int64)
-    across = gl.expand_dims(columns, 0)
     out = gl.load(y + batch * T * C + column + row * C + across, mask=inside, other=0.0)
     grad = gl.load(
         grad_y + batch * stride_b + column + row * stride_t + across, mask=inside, other=0.0
     )
     delta = gl.sum(out.to(gl.float32) * grad.to(gl.float32), 1)
-    head = batch_head.to(gl.int64)
     row_lse = gl.load(lse + head * T + rows, mask=rows < T, other=float("inf"))
     gl.store(stats + head * padded + rows, row_lse)
-    gl.store(stats + (gl.num_programs(1) + head) * padded + rows, delta)
+    gl.store(stats + (gl.num_programs(0) + head) * padded + rows, delta)
     if dq_sum is not None:
         zero = gl.zeros([TILE, HEAD], gl.float32, layout=LAYOUT)
         gl.store(dq_sum + head * T * HEAD + row * HEAD + across, zero, mask=inside)
@@ -342,19 +347,11 @@ def attention_hopper_bwd_postprocess_kernel(
     dqkv,  # (B, T, 3 * C) contiguous, out: its q columns
     T, n_head, scale, HEAD: gl.constexpr,
 ):  # fmt: skip
-    """A program has the rows of a tile of a head."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD, HEAD // 8], [4, 1], [1, 0])
-    batch_head = gl.program_id(1)
-    batch = (batch_head // n_head).to(gl.int64)
+    batch, head, column, _rows, row, across, inside = _rows_of_head(T, n_head, HEAD, LAYOUT)
     C3 = 3 * n_head * HEAD
-    rows = gl.program_id(0) * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(1, LAYOUT))
-    columns = gl.arange(0, HEAD, layout=gl.SliceLayout(0, LAYOUT))
-    inside = gl.expand_dims(rows, 1) < T
-    row = gl.expand_dims(rows, 1).to(gl.int64)
-    across = gl.expand_dims(columns, 0)
-    head = dq_sum + batch_head.to(gl.int64) * T * HEAD
-    dq = gl.load(head + row * HEAD + across, mask=inside, other=0.0)
-    out = dqkv + batch * T * C3 + batch_head % n_head * HEAD + row * C3 + across
+    dq = gl.load(dq_sum + head * T * HEAD + row * HEAD + across, mask=inside, other=0.0)
+    out = dqkv + batch * T * C3 + column + row * C3 + across
     gl.store(out, (dq * scale).to(dqkv.dtype.element_ty), mask=inside)
 
 
@@ -441,7 +438,7 @@ def _scores(
 
 @gluon.jit
 def _begin_dq(k_s, ds_s, slot, ROW: gl.constexpr, COLUMN: gl.constexpr):
-    """Begins the product of both consumers' dS and keys: dq [64, 64] from (ROW, COLUMN) on."""
+    """Begins the matmul of both consumers' dS and keys; returns dq [64, 64] from (ROW, COLUMN)."""
     DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     dq = gl.zeros([64, 64], gl.float32, layout=DQ)
     for i in gl.static_range(2):
@@ -486,7 +483,7 @@ def _walk_rows(
                 fence_async_shared()
                 arrive_all(ds_full)
             dv, dk = warpgroup_mma_wait(0, deps=[dv_sum, dk_sum])
-        arrive_all(empty.index(slot))  # its products are there
+        arrive_all(empty.index(slot))  # its matmuls are done
         mbarrier.wait(ds_full, count & 1)
         dq = warpgroup_mma_wait(0, deps=[_begin_dq(k_s, ds_s, 0, HALF_ROW, HALF_COLUMN)])
         tma.store_wait(pendings=0)  # the tile before has left dq_s
@@ -587,7 +584,7 @@ def attention_hopper_bwd_kernel(
     CAUSAL: gl.constexpr, HEAD: gl.constexpr, ROWS: gl.constexpr, PART: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """First the first keys of each head, which the most rows see, then the next."""
+    """Computes dk and dv of a tile of keys, and adds to dq; the first keys of all heads first."""
     operands, ds_s, dq_s = _bwd_memory(q_tiles, HEAD, ROWS, STAGES, 1)
     ds_full = mbarriers(1, 2).index(0)
     ds_empty = mbarriers(1, 2).index(0)
@@ -676,7 +673,7 @@ def _head_tile(
             dk = warpgroup_mma_wait(0, deps=[dk_sum])
         else:
             dv, dk = warpgroup_mma_wait(0, deps=[dv_sum, dk_sum])
-    arrive_all(empty.index(slot))  # its products are there
+    arrive_all(empty.index(slot))  # its matmuls are done
     return dk, dv
 
 
@@ -892,7 +889,7 @@ def backward(
             heads = (part.stop - first) * n_head
             x, g, out = qkv[part], grad_y[part], dqkv[part]
             sums_of_part, pairs = dq_sum[:heads], stats[: 2 * heads]
-            attention_hopper_bwd_preprocess_kernel[(tiles, heads)](
+            attention_hopper_bwd_preprocess_kernel[(heads, tiles)](
                 y[part], g, lse[first * n_head : part.stop * n_head], pairs,
                 None if by_head else sums_of_part,
                 g.stride(0), g.stride(1), T, n_head, padded, HEAD=head_dim, **options(4),
@@ -911,7 +908,7 @@ def backward(
                 *tensors, T, n_head, heads, scale * LOG2_E,
                 CAUSAL=causal, HEAD=head_dim, **config.kwargs(),
             )  # fmt: skip
-            attention_hopper_bwd_postprocess_kernel[(tiles, heads)](
+            attention_hopper_bwd_postprocess_kernel[(heads, tiles)](
                 sums_of_part, out, T, n_head, scale, HEAD=head_dim, **options(4),
             )  # fmt: skip
     return dqkv

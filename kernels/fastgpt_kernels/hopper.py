@@ -1,4 +1,4 @@
-"""What the Gluon kernels for Hopper share: names in Triton 3.6 to 3.9, and tensors for TMA.
+"""Helpers of the Gluon kernels for Hopper: names in Triton 3.6 to 3.9, mbarriers, TMA.
 
 Gluon refuses to be imported under Triton's interpreter, so ops import this where a call needs it.
 """
@@ -20,8 +20,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 
 def names_of(gl: Any, core: Any, tma: Any) -> tuple[Any, Any, Any]:
-    """Returns what is `barrier`, `tma.async_load` and `tma.async_store` in 3.9, named otherwise in
-    3.6. The threads of a partition wait for each other at a barrier.
+    """Returns `barrier`, `tma.async_load` and `tma.async_store` of 3.9, also under 3.6's names.
+
+    The threads of a partition wait for each other at a barrier.
     """
     return (
         getattr(gl, "barrier", None) or core.thread_barrier,

@@ -91,7 +91,7 @@ DS_FENCE = "                fence_async_shared()\n"
 DQ_LEFT = "        tma.store_wait(pendings=0)  # the tile before has left dq_s\n"
 DQ_BEGIN = "        dq = warpgroup_mma_wait(0, deps=[_begin"
 FREE_DS = "        arrive_all(ds_empty)\n"
-FREE_Q = "        arrive_all(empty.index(slot))  # its products are there\n"
+FREE_Q = "        arrive_all(empty.index(slot))  # its matmuls are done\n"
 OUT = "    store(out_tiles, [batch, row, column], tile)\n"
 PARTS = "        for i in gl.static_range(ROWS // PART):\n            q,"
 BACKWARD = [
@@ -165,7 +165,7 @@ BY_HEAD = [
     instead("GROUP, True, False, PART", "GROUP, False, False, PART", "the last tile has no mask"),
     instead("(dq * scale)", "(dq * 1.0)", "dq is not scaled", "off by"),
     instead("out_s.index(i * 2 + 1))", "out_s.index(i * 2))", "dk for dq", "off by"),
-    instead("    arrive_all(empty.index(slot))  # its products are there\n", "", "", "deadlock"),
+    instead("    arrive_all(empty.index(slot))  # its matmuls are done\n", "", "", "deadlock"),
 ]
 # fmt: on
 

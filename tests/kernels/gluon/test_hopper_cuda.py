@@ -35,9 +35,10 @@ def test_accuracy(T: int, head_dim: int, causal: bool, dtype: torch.dtype) -> No
 
 
 def test_long_and_many() -> None:
-    """More row tiles than programs, and more heads than dq's sum has room for."""
+    """More row tiles than programs, more heads than dq's sum has room for, or than 65,535."""
     check(random_qkv(1, 8192, 2, 64, torch.bfloat16, CUDA), 2, causal=True)
     check(random_qkv(32, 512, 12, 64, torch.bfloat16, CUDA), 12, causal=True)
+    check(random_qkv(5500, 2, 12, 64, torch.bfloat16, CUDA), 12, causal=True)
 
 
 @HALF
