@@ -11,6 +11,7 @@ import codecs
 import contextlib
 import functools
 import hashlib
+import io
 import itertools
 import os
 import sys
@@ -60,7 +61,7 @@ def in_val(name: str, val_fraction: float) -> bool:
     return word < val_fraction * 2**64
 
 
-class NotText(ValueError):
+class NotText(Exception):
     """Error for a file that is no text, with the reason as its message."""
 
 
@@ -172,29 +173,19 @@ def text_of_file(path: Path) -> Iterator[str]:
 
     Raises NotText for other encodings and for NUL characters, which no text holds.
     """
-    at, chunk = 0, b""
-    try:
-        with open_regular(path) as f:
-            encoding = _declared_encoding(f, path)
-            "".encode(encoding)  # LookupError: an encoding, but not of text
-            decoder = codecs.getincrementaldecoder(encoding)()
-            while True:
-                at, chunk = at + len(chunk), f.read(_CHUNK)
-                text = decoder.decode(chunk, final=not chunk)
-                if encoding not in ("utf-8", "utf-16"):
-                    text.encode()  # UnicodeError: half a character
+    with reading(path, "is no text"), open_regular(path) as f:
+        try:
+            decoded = io.TextIOWrapper(f, _declared_encoding(f, path), newline="")
+            while text := decoded.read(_CHUNK):
+                text.encode()  # UnicodeError: half a character, which some encodings allow
                 if "\0" in text:
                     raise NotText("it holds a NUL character")
                 yield text
-                if not chunk:
-                    return
-    except UnicodeDecodeError as e:
-        begin = at + len(chunk) - len(e.object)  # the decoder may have kept bytes of the last chunk
-        raise NotText(f"{e.reason} at offset {begin + e.start:,}") from None
-    except (UnicodeError, LookupError) as e:
-        raise NotText(str(e)) from None
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from None
+        except UnicodeDecodeError as e:
+            begin = f.tell() - len(e.object)
+            raise NotText(f"{e.reason} at offset {begin + e.start:,}") from None
+        except (UnicodeError, LookupError) as e:
+            raise NotText(str(e)) from None
 
 
 def _declared_encoding(f: BufferedReader, path: Path) -> str:

@@ -32,9 +32,7 @@ class _Failed(Exception):
 
     def __init__(self, e: Exception | str):
         self.code = e.code if isinstance(e, urllib.error.HTTPError) else 0
-        reason = getattr(e, "reason", e)
-        text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
-        super().__init__(f"HTTP {self.code} {text}" if self.code else text.strip("<>"))
+        super().__init__(str(e).strip("<>") or type(e).__name__)
 
 
 class Remote(NamedTuple):

@@ -98,27 +98,23 @@ def with_tokenizer(dataset: Dataset, cfg: CorpusConfig) -> Dataset:
     That is the one that --tokenizer and --vocab_file name. Else it is GPT-2's, if that is on this
     machine and the ids say so. Raises UserError if the named one cannot have made these ids.
     """
-    cache, own = _cache(cfg), dataset.tokenizer
-    named = cfg.tokenizer or ("gpt2" if cfg.vocab_file else "")
+    own, named = dataset.tokenizer, cfg.tokenizer or ("gpt2" if cfg.vocab_file else "")
     if not named:
         corpus = CORPORA.get(cfg.dataset) if not cfg.input else None
         likely = 40_000 <= dataset.max_id < GPT2_VOCAB  # as in GPT-2's alone
         if own is None and (likely or (corpus and corpus.tokenizer == "gpt2")):
             with contextlib.suppress(UserError):  # training needs no tokenizer
-                own = make_tokenizer("gpt2", cache=cache)
+                own = make_tokenizer("gpt2", cache=_cache(cfg))
         return dataclasses.replace(dataset, tokenizer=own)
     kind, _ = parse_spec(named)
     wrong = f"--tokenizer={named}: {dataset.folder} holds ids"
-    if own is not None and own.name.partition(":")[0] != kind:
-        raise UserError(f"{wrong} of {own.name}")
-    if own is not None and not cfg.vocab_file:
-        return dataset
-    if kind == "char" or (kind == "bpe" and not cfg.vocab_file):
-        how = "name its ranks with --vocab_file" if kind == "bpe" else "it is made from text"
-        raise UserError(f"{wrong} without text: {how}")
-    tokenizer = make_tokenizer(named, vocab_file=cfg.vocab_file, cache=cache)
-    if own is not None and own.fingerprint != tokenizer.fingerprint:
-        raise UserError(f"{wrong} of {own.name} with another vocabulary")
+    if own is None and kind in ("char", "bpe") and not cfg.vocab_file:
+        raise UserError(f"{wrong} and no text to make it from: --vocab_file can name a BPE's ranks")
+    tokenizer = own
+    if tokenizer is None or cfg.vocab_file:
+        tokenizer = make_tokenizer(named, cfg.vocab_file, cache=_cache(cfg))
+    if own and (own.name.partition(":")[0] != kind or own.fingerprint != tokenizer.fingerprint):
+        raise UserError(f"{wrong} of {own.name} or of another vocabulary")
     if dataset.max_id >= tokenizer.vocab_size:
         most = f"up to {dataset.max_id:,}, this tokenizer has {tokenizer.vocab_size:,}"
         raise UserError(f"{wrong} {most}: it is not the one of these ids")

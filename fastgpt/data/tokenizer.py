@@ -44,8 +44,8 @@ GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 GPT2_VOCAB = 50_257
 GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
 GPT2_NAME = "gpt2.tiktoken"
-# The same vocabulary in GPT-2's first file format, as tiktoken.get_encoding("gpt2") keeps it.
-_GPT2_FIRST = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+# The same vocabulary in the two files that tiktoken.get_encoding("gpt2") keeps in its cache.
+_TIKTOKEN_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 
 class Tokenizer(ABC):
@@ -242,7 +242,7 @@ def make_tokenizer(
 
     `char` and `bpe:N` are made from `texts`, which may be pieces of `prepare.cut`. `vocab_file` is
     a rank file for `gpt2`, or any for `bpe`. Without it, GPT-2's ranks are looked for in `cache`,
-    then in tiktoken's cache, then, with `download`, on the network, and kept in `cache`.
+    then where tiktoken's "gpt2" keeps it, then, with `download`, on the network.
     """
     kind, size = parse_spec(spec)
     if vocab_file and kind not in ("gpt2", "bpe"):
@@ -270,18 +270,14 @@ def make_tokenizer(
 
 def _gpt2_ranks(vocab_file: str, cache: Path | None, download: bool) -> dict[bytes, int]:
     """Returns GPT-2's 50,256 ranks, verified, from the places that `make_tokenizer` names."""
-    own = cache / GPT2_NAME if cache else None
-    files = [path for path in (own, _tiktoken_cache(GPT2_URL)) if path and path.is_file()]
-    first = [_tiktoken_cache(_GPT2_FIRST + name) for name in ("vocab.bpe", "encoder.json")]
-    if vocab_file or files:
-        path = Path(vocab_file or files[0])
+    path = Path(vocab_file or (cache or Path()) / GPT2_NAME)
+    if vocab_file or path.is_file():
         ranks = read_ranks(path)
-    elif all(path.is_file() for path in first):
-        path, ranks = first[0], tiktoken.get_encoding("gpt2")._mergeable_ranks
-    elif own and download:
+    elif all(_tiktoken_has(name) for name in ("vocab.bpe", "encoder.json")):
+        ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
+    elif cache and download:
         hint = f"download it elsewhere and pass --vocab_file={GPT2_NAME}"
-        path = fetch(GPT2_URL, own, sha256=GPT2_SHA256, hint=hint)
-        ranks = read_ranks(path)
+        ranks = read_ranks(fetch(GPT2_URL, path, sha256=GPT2_SHA256, hint=hint))
     else:
         raise UserError(
             "GPT-2's vocabulary is not on this machine: run `fastgpt prepare` once, or pass "
@@ -293,10 +289,10 @@ def _gpt2_ranks(vocab_file: str, cache: Path | None, download: bool) -> dict[byt
     return ranks
 
 
-def _tiktoken_cache(url: str) -> Path:
+def _tiktoken_has(name: str) -> bool:
     folder = os.path.join(tempfile.gettempdir(), "data-gym-cache")
     folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", folder))
-    return Path(folder) / hashlib.sha1(url.encode()).hexdigest()
+    return Path(folder, hashlib.sha1((_TIKTOKEN_URL + name).encode()).hexdigest()).is_file()
 
 
 def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from fastgpt.config.schema import EvalConfig, PrepareConfig
-from fastgpt.data.corpora import text_of_file
+from fastgpt.data.corpora import NotText, text_of_file
 from fastgpt.data.prepare import ensure
 from fastgpt.data.progress import progress
 from fastgpt.data.token_files import TokenFile, is_token_file, open_dataset
@@ -129,7 +129,8 @@ def _tokens(config: EvalConfig, source: Source) -> tuple[list[str], list[np.ndar
     path, known = Path(config.input), source.shape.vocab_size
     mismatch = f"the model knows {known:,}: made with another tokenizer"
     if config.input and not is_token_file(path):
-        with reading(path, "is neither UTF-8 text nor a token file (headered, or named *.bin)"):
+        wrong = "is neither UTF-8 text nor a token file (headered, or named *.bin)"
+        with reading(path, wrong, NotText):
             text = "".join(text_of_file(path))
         if not text:
             raise UserError(f"--input={path}: is empty")

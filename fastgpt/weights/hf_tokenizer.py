@@ -137,20 +137,14 @@ def need(folder: Path) -> Tokenizer:
         raise NoTokenizer(f"{folder}: has no tokenizer, so there is no text; wanted {wanted}")
     byte_of = {character: b for b, character in enumerate(byte_characters())}
     with reading(path, _DAMAGED):
-        eot = vocab.pop(EOT_TEXT, None)
-        in_order = sorted(vocab, key=vocab.__getitem__)
+        in_order = sorted(vocab.keys() - {EOT_TEXT}, key=vocab.__getitem__)
         ranks = {bytes(byte_of[c] for c in text): vocab[text] for text in in_order}
         # A merge is "a b", or ["a", "b"] since version 0.20 of tokenizers.
         merged = ["".join(m.split(" ") if isinstance(m, str) else m) for m in merges]
-    if (eot, merged) == (0, []) and ranks == {bytes([b]): b for b in range(1, 256)}:
-        return ByteTokenizer()
-    chars = [token.decode("ascii", "replace") for token in ranks]
-    if (
-        chars
-        and (eot, merged) == (None, [])
-        and ranks == {c.encode(): i for i, c in enumerate(chars)}
-    ):
-        return CharTokenizer(chars)
+    eot, chars = vocab.get(EOT_TEXT), [chr(token[0]) for token in ranks if len(token) == 1]
+    for tokenizer in (ByteTokenizer(), CharTokenizer(chars)):
+        if (vocab, merged) == vocabulary(tokenizer) != ({}, []):
+            return tokenizer
     if eot != len(ranks) or not ranks or in_order[256:] != merged:
         wrong = "its ids are not those of 256 bytes, of the merges in their order, and of the end"
         raise NoTokenizer(f"{path}: {wrong} of text, so there is no text")

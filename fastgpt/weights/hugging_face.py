@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,6 @@ WEIGHTS = "model.safetensors"
 _WTE, _HEAD = "transformer.wte.weight", "lm_head.weight"
 _GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh", "gelu": "erf"}
 _TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
-_LAYER = re.compile(r"transformer\.h\.(\d{1,9})\.")
 _MASK = re.compile(r"\.attn\.(bias|masked_bias)$")
 _FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -110,13 +109,6 @@ def check(
         raise UserError(f"{path}: {name} is no part of a GPT-2 of {n_layer} layers")
 
 
-def check_layers(path: Path, names: Iterable[str], shape: ModelShape) -> None:
-    """Raises UserError if there are fewer layers than in `shape`, before all are listed."""
-    layers = {m[1] for name in names if (m := _LAYER.match(name))}
-    if len(layers) < shape.n_layer:
-        raise UserError(f"{path}: has {len(layers)} layers, n_layer says {shape.n_layer}")
-
-
 def pad_vocabulary(weight: Tensor, shape: ModelShape) -> Tensor:
     """Pads (vocab_size, C) to (padded_vocab_size, C) with rows of zeros."""
     return F.pad(weight, (0, 0, 0, shape.padded_vocab_size - weight.shape[0]))
@@ -155,6 +147,9 @@ def read(path: Path, size: str | None = None) -> Weights:
             f"the size with --init_from={'|'.join(SIZES)}"
         )
     shape = said if size is None else shape_of_size(size)
+    for key, want in vars(shape).items():
+        if (got := getattr(said, key)) != want:
+            raise UserError(f"{folder}: config.json says {key} {got}, {size} has {want}")
     files = _files(path)
     parts: dict[str, Any] = {}
     for file in files:
@@ -165,14 +160,10 @@ def read(path: Path, size: str | None = None) -> Weights:
             parts |= {name: stored.get_slice(name) for name in names}
     own = ("transformer.", "lm_head.")
     parts = {k if k.startswith(own) else f"transformer.{k}": part for k, part in parts.items()}
-    check_layers(files[0], parts, shape)
     sizes = expected(shape).items()
     sizes_there = {name: size[::-1] if _TRANSPOSED.search(name) else size for name, size in sizes}
     found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
     check(files[0], found, sizes_there, shape.n_layer)
-    for key, want in vars(shape).items():
-        if (got := getattr(said, key)) != want:
-            raise UserError(f"{folder}: config.json says {key} {got}, wanted {want}")
     tensors = {name: _turned(name, part[:].float()) for name, part in parts.items()}
     tie(path, tensors, shape)
     if not had_bias and not any(t.any() for n, t in tensors.items() if n.endswith(".bias")):
@@ -205,14 +196,13 @@ def read_config(path: Path) -> tuple[ModelShape, bool]:
         known = ", ".join(_GELU)
         raise UserError(f"{path}: activation_function is {activation}, can be {known}")
     only = {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "add_cross_attention": False}
-    only["scale_attn_by_inverse_layer_idx"] = False
+    only |= {"scale_attn_by_inverse_layer_idx": False, "n_inner": None}
     if config.get("n_inner") is not None:
         only["n_inner"] = 4 * sizes["n_embd"]
     for key, want in only.items():
         if config.get(key, want) != want:
             raise UserError(f"{path}: {key} is {config[key]}, only {want} can be read")
-    gelu = _GELU[activation]
-    shape = ModelShape(**sizes, bias=True, gelu=gelu)
+    shape = ModelShape(**sizes, bias=True, gelu=_GELU[activation])
     return shape, config.get("fastgpt_bias", True) is not False
 
 
@@ -256,14 +246,14 @@ def write(
         (folder / WEIGHTS).chmod(0o666 & ~umask())
     except SafetensorError as e:
         raise explain_os_error(e, folder / WEIGHTS) from e
+    generation = {"bos_token_id": eot, "eos_token_id": eot}
     config = {key: getattr(shape, key) for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
     config |= {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_inner": None}
     config |= {"n_positions": shape.block_size, "n_ctx": shape.block_size}
     config |= {"activation_function": "gelu_new" if shape.gelu == "tanh" else "gelu"}
     config |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
     config |= {"layer_norm_epsilon": 1e-5, "initializer_range": 0.02, "torch_dtype": "float32"}
-    config |= {"tie_word_embeddings": True, "bos_token_id": eot, "eos_token_id": eot}
-    config |= {"fastgpt_bias": shape.bias}
-    generation = {"bos_token_id": eot, "eos_token_id": eot, "_from_model_config": True}
+    config |= {"tie_word_embeddings": True, "fastgpt_bias": shape.bias, **generation}
+    generation |= {"_from_model_config": True}
     for name, values in {"generation_config": generation, "config": config}.items():
         write_text(folder / f"{name}.json", json.dumps(values, indent=2) + "\n")

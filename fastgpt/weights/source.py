@@ -112,7 +112,6 @@ def open_source(config: SourceConfig) -> Source:
         about = f"{saved.folder}: step {saved.state['step']}, "
         about += f"val loss {saved.state['val_loss']:.4f}"
         shape = ModelShape(**saved.state["model"])
-        hugging_face.check_layers(saved.folder, saved.model, shape)
         sizes = hugging_face.expected(shape)
         sizes["transformer.wte.weight"] = (shape.padded_vocab_size, shape.n_embd)
     path = saved.folder / "model.safetensors"
@@ -147,10 +146,6 @@ def export(config: ExportConfig) -> int:
     written = [hugging_face.WEIGHTS, "config.json", "generation_config.json", *files]
     print(f"{source.about}\nexported to {folder}: {', '.join(written)}")
     if not files:
-        kind = "no tokenizer is known"
-        if tokenizer:
-            kind = f"the {tokenizer.name} tokenizer has none"
-            if tokenizer.name == "char":
-                kind += ", as its alphabet has characters of several bytes"
+        kind = f"{tokenizer.name} is no byte-level BPE" if tokenizer else "no tokenizer is known"
         print(f"without tokenizer files for Hugging Face: {kind}")
     return 0

@@ -290,7 +290,7 @@ def test_openwebtext_goes_on_where_it_stopped(hub, openwebtext, tmp_path, monkey
                 write(writer, ids)
 
             patch.setattr(module.TokenWriter, "write", interrupted)
-        says = {"network": "HTTP 404", "disk": "openwebtext needs 0.0 GB more"}.get(how)
+        says = {"network": "HTTP Error 404", "disk": "openwebtext needs 0.0 GB more"}.get(how)
         with pytest.raises((UserError, KeyboardInterrupt), match=says):
             prepare(openwebtext())
     hub.asked.clear()

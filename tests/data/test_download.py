@@ -70,7 +70,7 @@ def test_busy_servers_are_asked_again(server, url, tmp_path):
     fetch(url, tmp_path / "file.bin", sha256=SHA)
     assert len(server.asked) == 4
     for call in (lambda: fetch(url, tmp_path / "other", sha256=SHA), lambda: get(url)):
-        with pytest.raises(UserError, match="HTTP 404"):
+        with pytest.raises(UserError, match="HTTP Error 404"):
             call()
     assert len(server.asked) == 6 and names(tmp_path) == ["file.bin"] and get(url) == DATA
 

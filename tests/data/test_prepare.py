@@ -340,8 +340,8 @@ def test_the_tokenizer_that_is_named_goes_with_foreign_ids(settings, tmp_path, a
         assert with_tokenizer(dataset, cfg).tokenizer.vocab_size == len(ranks) + 1
     assert with_tokenizer(dataset, settings(dataset="x")).tokenizer is None
     for spec, message in (
-        ("char", "--tokenizer=char: .* holds ids without text: it is made from"),
-        ("bpe:300", "holds ids without text: name its ranks with --vocab_file"),
+        ("char", "--tokenizer=char: .* holds ids and no text to make it from"),
+        ("bpe:300", "holds ids and no text to make it from: --vocab_file can name"),
         ("byte", "holds ids up to 510, this tokenizer has 256: it is not the one"),
         ("nope", "--tokenizer=nope: choose byte, char"),
     ):

@@ -5,8 +5,10 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -135,10 +137,12 @@ def test_gpt2_is_found_in_the_caches_or_downloaded(as_gpt2, server, tmp_path, mo
     cache = tmp_path / "cache"
     with pytest.raises(UserError, match="fastgpt prepare.*--vocab_file=FILE"):
         make_tokenizer("gpt2", cache=cache)
-    cached = hashlib.sha1(module.GPT2_URL.encode()).hexdigest()
-    tree(tmp_path / "tt", {cached: data})
+    urls = (module._TIKTOKEN_URL + name for name in ("vocab.bpe", "encoder.json"))
+    tree(tmp_path / "tt", {hashlib.sha1(url.encode()).hexdigest(): b"" for url in urls})
+    known = types.SimpleNamespace(_mergeable_ranks=module.parse_ranks(data, ""))
+    monkeypatch.setattr(module.tiktoken, "get_encoding", lambda name: known)
     assert make_tokenizer("gpt2", cache=cache).name == "gpt2" and not server.asked
-    (tmp_path / "tt" / cached).unlink()
+    shutil.rmtree(tmp_path / "tt")
     for _ in range(2):
         assert make_tokenizer("gpt2", cache=cache, download=True).name == "gpt2"
     assert server.asked == ["/ranks"] and (cache / "gpt2.tiktoken").read_bytes() == data

@@ -189,18 +189,18 @@ def hostile(kind: str, folder: Path) -> Path:
     return path
 
 
+MORE = ("second pickle", "other root", "same name twice", "compressed")
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
         ("value", "its pickle asks for posix.system, which is no part of a tensor"),
         ("protocol 4", "its pickle asks for STACK_GLOBAL"),
         ("replaced", "its pickle asks for posix.system"),
-        ("legacy", "not in the zip format"),
-        ("bare pickle", "not in the zip format"),
-        ("second pickle", "one pickle, data.pkl, is wanted"),
-        ("other root", "one pickle, data.pkl, is wanted"),
-        ("same name twice", "two entries have the same name"),
-        ("compressed", "its entries are compressed"),
+        ("legacy", "not in torch.save's zip format"),
+        ("bare pickle", "not in torch.save's zip format"),
+        *((kind, "its zip is not torch.save's: one data.pkl, and nothing") for kind in MORE),
     ],
 )
 def test_hostile_files_are_refused_and_nothing_is_run(kind: str, message: str, tmp_path: Path):

@@ -118,7 +118,7 @@ def test_a_run_goes_out_and_comes_back(home: Path):
         ),
         (
             ["train", "laptop", "--init_from=gpt2-xl", "--weights=weights", *DATA],
-            "model.safetensors: has 1 layers, n_layer says 48",
+            "weights: config.json says n_layer 1, gpt2-xl has 48",
         ),
         (["train", "laptop", "--vocab_size=100", *DATA], "--vocab_size=100: the data in data/"),
         (["import"], "import: one checkpoint is wanted, 0 given"),
