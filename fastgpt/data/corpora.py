@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fastgpt.data import download
 from fastgpt.data.download import Remote
@@ -32,24 +32,7 @@ from fastgpt.errors import UserError, open_regular, reading
 BY_INPUT = "your own text works without network: --input=FILE"
 _CHUNK = 1 << 20
 
-Part = tuple[str, str | None]
-
-
-class Source(Protocol):
-    """Text to tokenize, in parts that can be read one by one.
-
-    identity  JSON with a sha256; equal sums mean equal documents
-    n_chars   characters of all parts, maybe an estimate
-    sizes     bytes to download for each part
-    """
-
-    identity: dict[str, Any]
-    n_chars: int
-    sizes: list[int]
-
-    def documents(self, part: int = 0) -> Iterator[Part]:
-        """Yields (split, text) in a fixed order, and (split, None) for an end-of-text token."""
-        ...
+Part = tuple[str, str | None]  # (split, text), or (split, None) for an end-of-text token
 
 
 # --- text files -----------------------------------------------------------------------------------
@@ -73,7 +56,10 @@ class TextFiles:
     into one split. If that comes out far from `val_fraction` (few or very uneven files), the split
     is by characters over all documents. `skipped` names files that are no text, with the reason.
 
-    sha256  the sum of a file's bytes, or of a folder's `sha256  path` lines
+    sha256    the sum of a file's bytes, or of a folder's `sha256  path` lines
+    identity  JSON with a sha256; equal sums mean equal documents
+    n_chars   characters of all parts, which are read one by one
+    sizes     bytes to download for each part
     """
 
     def __init__(
@@ -251,7 +237,7 @@ def shakespeare(cache: Path, val_fraction: float) -> Source:
 class OpenWebText:
     """OpenWebText, 9 billion GPT-2 tokens, in parquet files of which one is on disk at a time.
 
-    A hash of file and row puts each document into one split.
+    A hash of file and row puts each document into one split. `n_chars` is an estimate.
     """
 
     def __init__(self, cache: Path, val_fraction: float):
@@ -290,6 +276,9 @@ class OpenWebText:
                     if text:
                         yield from ((split, text), (split, None))
         path.unlink()
+
+
+Source = TextFiles | OpenWebText
 
 
 def fineweb_shards(n: int) -> list[Remote]:

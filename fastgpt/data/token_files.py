@@ -70,11 +70,9 @@ class TokenFile:
                 raise UserError(f"{path}: has format version {version}; 1 and 2 can be read")
             self.offset, self.dtype = HEADER_BYTES, DTYPES[version]
         want = self.offset + self.count * self.dtype.itemsize
-        if size == 0 or (self.count == 0 and size == want):
-            raise UserError(f"{path}: is empty; {_AGAIN}")
-        if size != want or self.count < 0:
+        if size != want or self.count < 1:
             wrong = f"{self.count:,} tokens take {want:,} bytes, it has {size:,}"
-            raise UserError(f"{path}: is cut off or no token file: {wrong}; {_AGAIN}")
+            raise UserError(f"{path}: is empty, cut off or no token file: {wrong}; {_AGAIN}")
 
     @staticmethod
     def _status(status: os.stat_result) -> tuple[int, int, int]:
@@ -96,10 +94,8 @@ class TokenFile:
         with reading(self.path, "cannot be read"):
             now = self._status(os.stat(self.path))
         if now != self.status:
-            raise UserError(
-                f"{self.path}: changed while it was read ({self.status[0]:,} bytes, now "
-                f"{now[0]:,}); {_AGAIN}, and go on from the last checkpoint"
-            )
+            go_on = "and go on from the last checkpoint"
+            raise UserError(f"{self.path}: changed while it was read; {_AGAIN}, {go_on}")
 
     def scan(self, advance: Callable[[int], object] = lambda n: None) -> Scan:
         """Reads the whole file. Returns the sha256 of its bytes and the largest id."""
@@ -264,11 +260,9 @@ class TokenSplit:
         """Raises UserError when no window of this block size fits into any shard."""
         if self.n_starts(block_size) == 0:
             longest = max(file.count for file in self.shards)
-            raise UserError(
-                f"the {self.name} split in {self.shards[0].path.parent} is too short for "
-                f"block_size={block_size}: its longest file has {longest:,} tokens; use more text "
-                f"or --block_size={longest - 1}"
-            )
+            wrong = f"is too short for block_size={block_size}: its longest file has {longest:,}"
+            split = f"the {self.name} split in {self.shards[0].path.parent}"
+            raise UserError(f"{split} {wrong} tokens; use more text or --block_size={longest - 1}")
 
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Returns (n, length) tokens from the n positions `starts` on, in the files' dtype."""
@@ -335,15 +329,11 @@ def open_dataset(folder: Path) -> Dataset:
     splits: dict[str, list[TokenFile]] = {"train": [], "val": []}
     for file, found, (split, _, entry) in zip(files, scan_all(files, folder), listing, strict=True):
         if entry and (entry["tokens"], entry["sha256"]) != (file.count, found.sha256):
-            raise UserError(
-                f"{file.path}: is damaged, its sha256 is {found.sha256[:16]}..., {DATASET_JSON} "
-                f"says {entry['sha256'][:16]}...; prepare the data again"
-            )
+            wrong = f"its sha256 or length is not the one in {DATASET_JSON}"
+            raise UserError(f"{file.path}: is damaged, {wrong}; {_AGAIN}")
         if found.max_id >= vocab_size:
-            raise UserError(
-                f"{file.path}: holds token id {found.max_id:,}, the vocabulary has {vocab_size:,} "
-                "(ids from 0): not made with this vocabulary, or damaged; prepare the data again"
-            )
+            wrong = f"{found.max_id:,}, the vocabulary has {vocab_size:,}"
+            raise UserError(f"{file.path}: holds token id {wrong}: another's, or damaged; {_AGAIN}")
         digest.update(f"{split} {found.sha256}\n".encode())
         max_id = max(max_id, found.max_id)
         splits[split].append(file)
@@ -362,7 +352,7 @@ def _read_json(folder: Path) -> dict[str, Any] | None:
         for entry in info["splits"]["train"] + info["splits"]["val"]:
             if Path(entry["file"]).name != entry["file"]:
                 raise ValueError("file")
-            int(entry["tokens"]), entry["sha256"][:16].encode()
+            int(entry["tokens"]), str(entry["sha256"])
         if type(info["vocab_size"]) is not int or not 1 <= info["vocab_size"] < 1 << 32:
             raise ValueError("vocab_size")
         info["tokenizer"]["fingerprint"]
@@ -383,10 +373,8 @@ def _listing(
         names = [name for s, name, _ in found if s == split]
         if not names:
             others = ", ".join(name for _, name, _ in found) or "none"
-            raise UserError(
-                f"{folder} has no {split} split: expected {split}.bin or files named "
-                f"*_{split}_*.bin, found {others}; run `fastgpt prepare {folder.name}`"
-            )
+            wanted = f"expected {split}.bin or files named *_{split}_*.bin, found {others}"
+            raise UserError(f"{folder} has no {split} split: {wanted}; {_AGAIN}")
         if len(names) > 1 and any(name.endswith(f"{split}.bin") for name in names):
             raise UserError(f"{folder} has more than one {split} set ({', '.join(names[:3])})")
     return found

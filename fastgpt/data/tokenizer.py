@@ -56,7 +56,8 @@ class Tokenizer(ABC):
     eot: int | None = None
 
     @abstractmethod
-    def _encode(self, text: str) -> np.ndarray: ...
+    def encode(self, text: str) -> np.ndarray:
+        """Returns (n,) ids of `dtype`. Special tokens in the text are encoded as plain text."""
 
     @abstractmethod
     def _decode(self, ids: np.ndarray) -> bytes: ...
@@ -65,10 +66,6 @@ class Tokenizer(ABC):
     def dtype(self) -> np.dtype:
         """Returns uint16 if every id fits, else uint32."""
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
-
-    def encode(self, text: str) -> np.ndarray:
-        """Returns (n,) ids of `dtype`. Special tokens in the text are encoded as plain text."""
-        return self._encode(text).astype(self.dtype, copy=False)
 
     def decode_bytes(self, ids: Iterable[int] | np.ndarray) -> bytes:
         """Returns the bytes of `ids`. Raises ValueError for an id outside the vocabulary."""
@@ -104,8 +101,8 @@ class ByteTokenizer(Tokenizer):
     vocab_size = 256
     eot = 0
 
-    def _encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode(), np.uint8)
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8).astype(self.dtype)
 
     def _decode(self, ids: np.ndarray) -> bytes:
         return ids.astype(np.uint8).tobytes()
@@ -122,7 +119,7 @@ class CharTokenizer(Tokenizer):
         self._table = np.full(max(map(ord, self.chars), default=0) + 1, -1, np.int32)
         self._table[[ord(c) for c in self.chars]] = np.arange(self.vocab_size)
 
-    def _encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str) -> np.ndarray:
         points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         ids = self._table[np.minimum(points, len(self._table) - 1)]
         unknown = (ids < 0) | (points >= len(self._table))
@@ -130,7 +127,7 @@ class CharTokenizer(Tokenizer):
             char = chr(points[unknown.argmax()])
             wrong = f"character {char!r} (U+{ord(char):04X}) is not among the {self.vocab_size}"
             raise UserError(f"{wrong} of this vocabulary; leave it out or use --tokenizer=byte")
-        return ids
+        return ids.astype(self.dtype)
 
     def _decode(self, ids: np.ndarray) -> bytes:
         return "".join([self.chars[i] for i in ids]).encode()
@@ -183,11 +180,11 @@ class BPETokenizer(Tokenizer):
             )
         return self._of_thread.encoding
 
-    def _encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str) -> np.ndarray:
         # Encoding to a buffer is 1.6 times faster than to Python ints, and does not hold the GIL.
         encode = self._tiktoken.encode_to_numpy
         parts = [encode(part, disallowed_special=()) for part in _split_long_runs(text)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return np.concatenate(parts).astype(self.dtype)
 
     def _decode(self, ids: np.ndarray) -> bytes:
         return self._tiktoken.decode_bytes(ids.tolist())

@@ -47,7 +47,7 @@ _NOT_TAKEN = {"device", "dtype", "compile", "backend", "init_from", "out_dir", "
 _NOT_TAKEN |= {"wandb_log", "data_dir"}
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path) -> Any:
     """Returns the contents of torch.save's file, tensors on the CPU.
 
     Raises UserError, and runs nothing, if the file is hostile.
@@ -56,10 +56,7 @@ def load(path: Path) -> dict[str, Any]:
     with reading(path, "is damaged or refused, nothing in it was run", *others):
         if why := _refusal(path):
             raise UserError(f"{path}: is refused, nothing in it was run: {why}")
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
-        raise UserError(f"{path}: is no checkpoint of nanoGPT's train.py: it has no 'model'")
-    return data
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _refusal(path: Path) -> str | None:
@@ -84,14 +81,26 @@ def _refusal(path: Path) -> str | None:
     return None
 
 
+def read(
+    path: Path, gelu: str
+) -> tuple[ModelShape, dict[str, Tensor], dict[str, Tensor], Config, int, float]:
+    """Returns (shape, tensors, optimizer's state, config, step, best loss) of a checkpoint."""
+    data = load(path)
+    with reading(path, "is damaged, or no checkpoint of nanoGPT's train.py", RuntimeError):
+        shape, tensors = model_of(path, data, gelu)
+        optimizer = optimizer_of(path, data, shape, tensors)
+        step, best = data.get("iter_num", 0), float(data.get("best_val_loss", "inf"))
+        if type(step) is not int or not 0 <= step < 1 << 53:
+            raise UserError(f"{path}: iter_num is {step!r}, wanted a whole number >= 0")
+        return shape, tensors, optimizer, config_of(path, data, shape), step, best
+
+
 def model_of(
     path: Path, data: Mapping[str, Any], gelu: str
 ) -> tuple[ModelShape, dict[str, Tensor]]:
     """Returns (shape, tensors in fp32 with the vocabulary padded, in nanoGPT's order)."""
-    args = data.get("model_args")
-    args = args if isinstance(args, dict) else {}
     names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-    sizes: dict[str, Any] = {name: args.get(name) for name in names}
+    sizes: dict[str, Any] = {name: data["model_args"].get(name) for name in names}
     settings.check_model(sizes, f"{path}: model_args: ")
     stored = {str(k).removeprefix("_orig_mod."): v for k, v in data["model"].items()}
     # Versions without flash attention keep causal masks as buffers.
@@ -113,21 +122,18 @@ def optimizer_of(
     embeddings, which decay, are the first.
     """
     saved = data.get("optimizer")
-    if not isinstance(saved, dict) or not saved.get("state"):
+    if not saved or not saved["state"]:
         return {}
-    sizes, groups, state = expected(shape), saved.get("param_groups"), saved["state"]
+    sizes, state = expected(shape), saved["state"]
     names = sorted(order, key=lambda name: len(sizes[name]) < 2)
-    numbers = [n for g in groups or [] if isinstance(g, dict) for n in g.get("params", [])]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
     if len(numbers) != len(names) or set(state) != set(numbers):
-        raise UserError(
-            f"{path}: its optimizer has {len(numbers)} parameters and state for {len(state)}, the "
-            f"model has {len(names)}"
-        )
+        found = f"{len(numbers)} parameters and state for {len(state)}"
+        raise UserError(f"{path}: its optimizer has {found}, the model has {len(names)}")
     out: dict[str, Tensor] = {}
     for number, name in zip(numbers, names, strict=True):
-        entry = state[number] if isinstance(state[number], dict) else {}
-        with reading(path, f"its optimizer's step of {name} is not a number"):
-            out[f"step.{name}"] = torch.tensor(float(entry.get("step", 0)))
+        entry = state[number]
+        out[f"step.{name}"] = torch.tensor(float(entry["step"]))
         wanted = {f"optimizer's {key} of {name}": sizes[name] for key in _MOMENTS}
         moments = {f"optimizer's {key} of {name}": entry[key] for key in _MOMENTS if key in entry}
         check(path, kinds(moments), wanted, shape.n_layer)
@@ -140,9 +146,8 @@ def optimizer_of(
 
 def config_of(path: Path, data: Mapping[str, Any], shape: ModelShape) -> Config:
     """Returns the run's settings that fastgpt has, and defaults for the rest."""
-    table, saved = settings.leaves(Config), data.get("config")
-    given = dict(saved) if isinstance(saved, dict) else {}
-    given = {k: v for k, v in given.items() if k in table and k not in _NOT_TAKEN} | vars(shape)
+    table, saved = settings.leaves(Config), data.get("config") or {}
+    given = {k: v for k, v in saved.items() if k in table and k not in _NOT_TAKEN} | vars(shape)
     values = {k: settings.check_value(table[k], v, f"{path}: ") for k, v in given.items()}
     return settings.replace(Config(), **values)
 
@@ -161,17 +166,9 @@ def find_tokenizer(config: Config, vocab_size: int) -> Tokenizer | None:
 def import_checkpoint(source: str, options: ImportConfig) -> int:
     """Makes a run of CKPT.pt for `fastgpt import`. Returns the exit code."""
     path = Path(source)
-    data = load(path)
-    shape, tensors = model_of(path, data, options.gelu)
-    optimizer = optimizer_of(path, data, shape, tensors)
-    config = config_of(path, data, shape)
+    shape, tensors, optimizer, config, step, best = read(path, options.gelu)
     dataset = options.dataset or config.data.dataset
     config = settings.replace(config, dataset=dataset, data_dir=options.data_dir)
-    step = data.get("iter_num", 0)
-    if type(step) is not int or not 0 <= step < 1 << 53:
-        raise UserError(f"{path}: iter_num is {step!r}, wanted a whole number >= 0")
-    with reading(path, "best_val_loss is not a number"):
-        best = float(data.get("best_val_loss", "inf"))
     tokenizer = find_tokenizer(config, shape.vocab_size)
     state = {"format": checkpoint.FORMAT, "model": vars(shape), "config": settings.to_dict(config)}
     state |= {"last_eval": -1, "val_loss": best, "best_val_loss": best, "scaler": {}}

@@ -87,11 +87,7 @@ def make_nanogpt(home: Path) -> None:
 
 
 def read_nanogpt(home: Path) -> None:
-    path = home / "ckpt.pt"
-    data = nanogpt.load(path)
-    shape, tensors = nanogpt.model_of(path, data, "erf")
-    nanogpt.optimizer_of(path, data, shape, tensors)
-    nanogpt.config_of(path, data, shape)
+    nanogpt.read(home / "ckpt.pt", "erf")
 
 
 def make_configs(home: Path) -> None:

@@ -194,12 +194,10 @@ def test_other_content_gets_another_folder(settings, text):
     for changes in ({"tokenizer": "char"}, {"val_fraction": 0.2}, {"dataset": "mine"}):
         folders.append(prepare(settings(input=str(text), **changes)))
     assert len(set(folders)) == 5 and folders[4].name.startswith("mine-byte-")
-    contents = [tokens(f) for f in folders]
     moved = text.parent / "elsewhere" / text.name
     moved.parent.mkdir()
     moved.write_text(WORDS)
     assert ensure(settings(input=str(moved))) == folders[0], "only its name counts"
-    assert [tokens(f) for f in folders] == contents
 
 
 def test_a_corpus_gives_its_tokenizer_to_an_input(settings, text, as_gpt2):
@@ -262,20 +260,10 @@ def test_bad_settings(settings, stdlib, kind, tmp_path, monkeypatch):
     assert not list(Path(cfg.data_dir).glob(".*.partial")), "half-written"
 
 
-def test_folders_that_cannot_be_written(settings, text, tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise PermissionError(13, "Permission denied")
-
-    cfg, data = settings(input=str(text)), tmp_path / "data"
-    data.write_text("x")
-    with pytest.raises(UserError, match="cannot write.*name another folder"):
-        prepare(cfg)
-    data.unlink()
-    ready = prepare(cfg)
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    assert ensure(cfg) == ready == prepare(cfg)
-    with pytest.raises(UserError, match="cannot write.*--data_dir"):
-        ensure(dataclasses.replace(cfg, tokenizer="char"))
+def test_folders_that_cannot_be_written(settings, text, tmp_path):
+    (tmp_path / "data").write_text("x")
+    with pytest.raises(UserError, match="cannot write.*name another folder.*--data_dir"):
+        prepare(settings(input=str(text)))
 
 
 # --- several at once

@@ -50,7 +50,6 @@ def test_what_is_written_is_read(tmp_path, monkeypatch, dtype, version, n):
     for file, shard in zip(files, writer.shards, strict=True):
         data = file.path.read_bytes()
         assert data == headered(file.count, file[:], version)
-        assert data[: token_files.HEADER_BYTES] == header(file.count, file.dtype)
         assert (shard["bytes"], shard["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
         assert file.scan(advanced.append).max_id == shard["max_id"] == file[:].max()
     assert sum(advanced) == ids.nbytes
@@ -71,7 +70,7 @@ def test_headered_and_raw_are_told_apart(tmp_path):
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (b"", "is empty"),
+        (b"", "is empty.* 0 tokens"),
         (headered(0, u16()), "is empty"),
         (bytes(2001), "1,000 tokens take 2,000 bytes, it has 2,001;"),
         (headered(1000, u16(*range(999))), "1,000 tokens take 3,024 bytes, it has 3,022"),
@@ -104,7 +103,7 @@ def test_a_file_that_changes_while_it_is_open(tmp_path):
     assert ids[:500].tolist() == [*range(500)]
     with pytest.raises(UserError, match="train.bin: was cut off while it was read"):
         ids[90_000:90_010]
-    with pytest.raises(UserError, match=r"changed while it was read \(200,000 bytes, now 1,000\)"):
+    with pytest.raises(UserError, match=r"train.bin: changed while it was read"):
         ids.check_unchanged()
     path.unlink()
     with pytest.raises(UserError, match="train.bin: cannot be read: No such file"):
@@ -193,10 +192,10 @@ def test_headered_shards(tmp_path, name):
     assert (len(ds.train), len(ds.val)) == (500, 50)
     got = ds.train.gather(np.array([0, 290, 300, 490]), 10)
     assert got.tolist() == [list(range(s, s + 10)) for s in (0, 290, 300, 490)]
-    folder = shards(tmp_path / "llm.c", 300, name=name)  # without numbers
+    os.remove(ds.folder / f"{name}_train_000002.bin")  # llm.c's have no numbers
     for old, new in (("train_000001", "train"), ("val_0", "val")):
-        os.rename(folder / f"{name}_{old}.bin", folder / f"{name}_{new}.bin")
-    assert len(open_dataset(folder).train) == 300
+        os.rename(ds.folder / f"{name}_{old}.bin", ds.folder / f"{name}_{new}.bin")
+    assert len(open_dataset(ds.folder).train) == 300
 
 
 def test_windows_never_cross_from_shard_to_shard(tmp_path):
@@ -214,7 +213,6 @@ def test_windows_never_cross_from_shard_to_shard(tmp_path):
     for starts, length in (([-1], 2), ([27], 6), ([62], 1), ([25], 10)):
         with pytest.raises(IndexError):
             split.gather(np.array(starts), length)
-    split.require(29)
     says = "train split in .*d is too short for block_size=30: .* 30 tokens; .*--block_size=29"
     with pytest.raises(UserError, match=says):
         split.require(30)
@@ -270,7 +268,7 @@ RAW = [
     (shutil.rmtree, r"no dataset folder .*d: run `fastgpt prepare d`"),
     (lambda d: [p.unlink() for p in d.iterdir()], "no train split.*found none"),
     (remove("val.bin"), r"no val split: expected val.bin or files named \*_val_\*.bin, fou"),
-    (remove("train.bin"), r"no train split: .*found val.bin; run `fastgpt prepare d`$"),
+    (remove("train.bin"), r"no train split: .*found val.bin; prepare"),
     (put("val.bin", u16(5, 50257).tobytes()), "val.bin: holds token id 50,257, the .* has 50,257"),
     (put("x_train_000001.bin", bytes(90)), "more than one train set"),
     (put("meta.pkl", b"cos\nsystem\n."), "meta.pkl is refused"),
@@ -279,7 +277,7 @@ RAW = [
 ]
 MADE = [
     (remove(TRAIN), f"{TRAIN}: cannot be read: No such file"),
-    (put(TRAIN, header(9, np.dtype("<u2"))), f"{TRAIN}: is cut off"),
+    (put(TRAIN, header(9, np.dtype("<u2"))), f"{TRAIN}: is empty, cut off"),
     (change_byte, f"{TRAIN}: is damaged, its sha256"),
     *((put(JSON, data), f"{JSON}: is damaged") for data in (b"[]", b"\xff", b"[" * 100_000)),
     (edit("tokenizer", value=1), "damaged"),
@@ -287,7 +285,6 @@ MADE = [
     (edit("version", value=2), "fastgpt-dataset 1"),
     (edit("splits", "val", value=[]), "no val split"),
     (edit("splits", "val", 0, "file", value="../../etc/passwd"), "damaged"),
-    (edit("splits", "val", 0, "file", value="x" * 9000), "File name too long"),
     (lambda d: CharTokenizer("xyz").save(d), "not the tokenizer"),
 ]
 

@@ -191,28 +191,12 @@ def test_training_makes_exactly_the_size(ranks, monkeypatch, capsys):
 # --- damaged files
 
 
-def ranks_of(change):
-    """Applies `change` to the lines of a folder's ranks."""
-
-    def damage(folder):
-        path = folder / "tokenizer.tiktoken"
-        path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
-
-    return damage
-
-
 def edit(key, value):
     def damage(folder):
         path = folder / "tokenizer.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
 
     return damage
-
-
-def swap(lines):
-    """Exchanges the tokens of two ranks: well-formed, but another vocabulary."""
-    (a, i), (b, j) = lines[300].split(), lines[301].split()
-    return [*lines[:300], b + b" " + i + b"\n", a + b" " + j + b"\n", *lines[302:]]
 
 
 RANKS = [
@@ -231,24 +215,25 @@ FILES = [
     lambda d: (d / "tokenizer.json").write_text("[" * 100_000),
     lambda d: os.truncate(d / "tokenizer.json", 50),
     lambda d: os.truncate(d / "tokenizer.tiktoken", 3000),
-    ranks_of(swap),
     edit("version", 2),
     edit("vocab_size", 513),
-    edit("eot", 0),
+    edit("ranks_sha256", "0" * 64),
 ]
 
 
-@pytest.mark.parametrize("number", range(len(RANKS) + len(FILES)))
-def test_damaged_files_are_named(as_gpt2, tmp_path, number):
-    """Damages a folder, and its ranks by themselves, which have no sha256."""
-    folder = tmp_path / "t"
-    make_tokenizer("gpt2", vocab_file=str(as_gpt2)).save(folder)
-    (ranks_of(RANKS[number]) if number < len(RANKS) else FILES[number - len(RANKS)])(folder)
+@pytest.mark.parametrize("change", RANKS)
+def test_damaged_ranks_are_named(ranks, change):
+    lines = dump_ranks(ranks).splitlines(keepends=True)
+    with pytest.raises(UserError, match="^some.tiktoken: "):
+        module.parse_ranks(b"".join(change(lines)), "some.tiktoken")
+
+
+@pytest.mark.parametrize("damage", FILES)
+def test_damaged_files_are_named(as_gpt2, tmp_path, damage):
+    make_tokenizer("gpt2", vocab_file=str(as_gpt2)).save(tmp_path / "t")
+    damage(tmp_path / "t")
     with pytest.raises(UserError, match="tokenizer\\."):
-        load_tokenizer(folder)
-    if number < len(RANKS):
-        with pytest.raises(UserError, match="tokenizer.tiktoken"):
-            make_tokenizer("bpe", vocab_file=str(folder / "tokenizer.tiktoken"))
+        load_tokenizer(tmp_path / "t")
 
 
 # --- nanoGPT's meta.pkl
