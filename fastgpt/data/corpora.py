@@ -255,7 +255,7 @@ class OpenWebText:
         if not self._shards:
             raise UserError(f"{OPENWEBTEXT_REPO} has no parquet files at {commit}; {BY_INPUT}")
         self.sizes = [shard.bytes for shard in self._shards]
-        self.n_chars = int(1.65 * sum(self.sizes))
+        self.n_chars, self.skipped = int(1.65 * sum(self.sizes)), dict[str, str]()
         sums = "".join(f"{shard.sha256}  {shard.file}\n" for shard in self._shards)
         self.identity: dict[str, Any] = {
             "sha256": hashlib.sha256(sums.encode()).hexdigest(),

@@ -54,7 +54,6 @@ class Plan:
     corpus: Corpus
     recipe: dict[str, Any]
     name: str  # of its folder, if that is free
-    source: TextFiles | None  # of --input, looked through
 
 
 def prepare(cfg: PrepareConfig) -> Path:
@@ -167,7 +166,7 @@ def _refuse(cfg: PrepareConfig, flags: Iterable[str], why: str) -> None:
 
 
 def _plan(cfg: PrepareConfig) -> Plan:
-    corpus, source = CORPORA.get(cfg.dataset, INPUT), None
+    corpus = CORPORA.get(cfg.dataset, INPUT)
     if cfg.input:
         corpus = dataclasses.replace(INPUT, tokenizer=corpus.tokenizer)
     spec = cfg.tokenizer or corpus.tokenizer
@@ -191,11 +190,12 @@ def _plan(cfg: PrepareConfig) -> Plan:
     if cfg.input:
         path = _input(cfg)
         source = TextFiles(path, recipe["val_fraction"])
+        corpus = dataclasses.replace(corpus, text=lambda *_: source)
         recipe["input_sha256"] = source.sha256
         own = cfg.dataset if cfg.dataset not in CORPORA else path.resolve().stem
         own = re.sub(r"[^\w.-]+", "_", own).strip("._") or "input"
         name = f"{own}-{slug}-{source.sha256[:8]}"
-    return Plan(cfg, corpus, recipe, name, source)
+    return Plan(cfg, corpus, recipe, name)
 
 
 def _locate(plan: Plan) -> tuple[Path, bool]:
@@ -217,7 +217,7 @@ def _there(plan: Plan) -> Path | None:
     cfg, (folder, there) = plan.cfg, _locate(plan)
     if there:
         return folder
-    if plan.corpus.network and plan.source is None:
+    if plan.corpus.network:
         flags = ("tokenizer", "vocab_file", "val_fraction", "shards", "data_dir")
         given = {flag: getattr(cfg, flag) for flag in flags}
         changed = [f"--{k}={v}" for k, v in given.items() if v != getattr(PrepareConfig, k)]
@@ -321,10 +321,9 @@ def _tokenize(partial: Path, plan: Plan, network: bool) -> tuple[Tokenizer, Any,
 
     If it fails, finished parts stay. Without any, the folder is removed.
     """
-    fraction, open_text = plan.recipe["val_fraction"], plan.corpus.text
-    source: Source = plan.source or open_text(_cache(plan.cfg), fraction)  # type: ignore[misc]
-    if plan.source and plan.source.skipped:
-        skipped = [one_line(f"  {name}: {why}") for name, why in plan.source.skipped.items()]
+    assert plan.corpus.text is not None
+    source = plan.corpus.text(_cache(plan.cfg), plan.recipe["val_fraction"])
+    if skipped := [one_line(f"  {name}: {why}") for name, why in source.skipped.items()]:
         more = ["  ..."] * (len(skipped) > 20)
         print(f"skipped {len(skipped)} files that are no text:", *skipped[:20], *more, sep="\n")
     spec, parts = plan.recipe["tokenizer"], len(source.sizes)

@@ -195,8 +195,8 @@ def read_config(path: Path) -> tuple[ModelShape, bool]:
     if activation not in _GELU:
         known = ", ".join(_GELU)
         raise UserError(f"{path}: activation_function is {activation}, can be {known}")
-    only = {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "add_cross_attention": False}
-    only |= {"scale_attn_by_inverse_layer_idx": False, "n_inner": None}
+    only: dict[str, Any] = {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True}
+    only |= {"add_cross_attention": False, "scale_attn_by_inverse_layer_idx": False}
     if config.get("n_inner") is not None:
         only["n_inner"] = 4 * sizes["n_embd"]
     for key, want in only.items():
