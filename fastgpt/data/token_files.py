@@ -350,13 +350,11 @@ def _read_json(folder: Path) -> dict[str, Any] | None:
         if (info["format"], info["version"]) != (FORMAT, VERSION):
             raise ValueError(f"this fastgpt reads {FORMAT} {VERSION}")
         for entry in info["splits"]["train"] + info["splits"]["val"]:
-            if Path(entry["file"]).name != entry["file"]:
-                raise ValueError("file")
-            int(entry["tokens"]), str(entry["sha256"])
+            if Path(entry["file"]).name != entry["file"] or not {"tokens", "sha256"} <= {*entry}:
+                raise ValueError("splits")
         if type(info["vocab_size"]) is not int or not 1 <= info["vocab_size"] < 1 << 32:
             raise ValueError("vocab_size")
-        info["tokenizer"]["fingerprint"]
-        return info
+        return {**info, "fingerprint": info["tokenizer"]["fingerprint"]}
 
 
 def _listing(
@@ -384,7 +382,7 @@ def _vocabulary(folder: Path, info: dict[str, Any] | None) -> tuple[int, Tokeniz
     """Returns (size, tokenizer) of the folder, or GPT-2's size as nanoGPT assumes it."""
     if (folder / JSON_NAME).exists():
         tokenizer = load_tokenizer(folder)
-        if info and info["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
+        if info and info["fingerprint"] != tokenizer.fingerprint:
             raise UserError(f"{folder / JSON_NAME} is not the tokenizer of these files: {_AGAIN}")
         return tokenizer.vocab_size, tokenizer
     if info:

@@ -18,7 +18,6 @@ import os
 import pickle
 import pickletools
 import re
-import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -44,8 +43,6 @@ GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 GPT2_VOCAB = 50_257
 GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
 GPT2_NAME = "gpt2.tiktoken"
-# The same vocabulary in the two files that tiktoken.get_encoding("gpt2") keeps in its cache.
-_TIKTOKEN_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 
 class Tokenizer(ABC):
@@ -238,8 +235,8 @@ def make_tokenizer(
     """Returns the tokenizer that `spec` names.
 
     `char` and `bpe:N` are made from `texts`, which may be pieces of `prepare.cut`. `vocab_file` is
-    a rank file for `gpt2`, or any for `bpe`. Without it, GPT-2's ranks are looked for in `cache`,
-    then where tiktoken's "gpt2" keeps it, then, with `download`, on the network.
+    a rank file for `gpt2`, or any for `bpe`. Without it, GPT-2's ranks come from `cache`, or, with
+    `download`, from the network.
     """
     kind, size = parse_spec(spec)
     if vocab_file and kind not in ("gpt2", "bpe"):
@@ -270,8 +267,6 @@ def _gpt2_ranks(vocab_file: str, cache: Path | None, download: bool) -> dict[byt
     path = Path(vocab_file or (cache or Path()) / GPT2_NAME)
     if vocab_file or path.is_file():
         ranks = read_ranks(path)
-    elif all(_tiktoken_has(name) for name in ("vocab.bpe", "encoder.json")):
-        ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
     elif cache and download:
         hint = f"download it elsewhere and pass --vocab_file={GPT2_NAME}"
         ranks = read_ranks(fetch(GPT2_URL, path, sha256=GPT2_SHA256, hint=hint))
@@ -284,12 +279,6 @@ def _gpt2_ranks(vocab_file: str, cache: Path | None, download: bool) -> dict[byt
         hint = "a vocabulary of your own goes with --tokenizer=bpe"
         raise UserError(f"{path} is not GPT-2's vocabulary, by its sha256; {hint}")
     return ranks
-
-
-def _tiktoken_has(name: str) -> bool:
-    folder = os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", folder))
-    return Path(folder, hashlib.sha1((_TIKTOKEN_URL + name).encode()).hexdigest()).is_file()
 
 
 def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:

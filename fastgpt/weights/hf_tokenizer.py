@@ -7,7 +7,6 @@ merges list which two tokens make each further one, in the order of their ids. A
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -27,15 +26,15 @@ from fastgpt.data.tokenizer import (
     load_tokenizer,
     parse_ranks,
 )
-from fastgpt.errors import UserError, read_text, reading
+from fastgpt.errors import read_text, reading
 from fastgpt.storage.atomic import write_text
 
 OWN = "fastgpt"  # a folder of its own, since both formats call a file tokenizer.json
+WANTED = (
+    "fastgpt/tokenizer.json, vocab.json with merges.txt, or tokenizer.json, of bytes, of ASCII "
+    "characters, or of byte-level BPE that ends with end-of-text, as GPT-2's does"
+)
 _DAMAGED = "is damaged, or not GPT-2's kind"
-
-
-class NoTokenizer(UserError):
-    """A folder without a tokenizer that fastgpt can read."""
 
 
 def byte_characters() -> list[str]:
@@ -110,17 +109,11 @@ def write(folder: Path, tokenizer: Tokenizer, max_length: int | None = None) -> 
 
 
 def read(folder: Path) -> Tokenizer | None:
-    """Returns `need`, or None if there is no such tokenizer. Raises UserError for damaged files."""
-    with contextlib.suppress(NoTokenizer):
-        return need(folder)
-    return None
-
-
-def need(folder: Path) -> Tokenizer:
     """Returns the tokenizer of a folder: fastgpt's own, else that of Hugging Face's files.
 
-    transformers 5 writes tokenizer.json alone. Raises NoTokenizer without any of these files, or
-    if they are no byte-level BPE that ends with end-of-text, no bytes and no ASCII characters.
+    transformers 5 writes tokenizer.json alone. Returns None without any of these files, or if they
+    are no byte-level BPE that ends with end-of-text, no bytes and no ASCII characters. Raises
+    UserError for damaged files.
     """
     path, merges_file = folder / "vocab.json", folder / "merges.txt"
     if (folder / OWN / JSON_NAME).is_file():
@@ -131,10 +124,17 @@ def need(folder: Path) -> Tokenizer:
             merges = [line for line in lines if line and not line.startswith("#version")]
     elif (path := folder / JSON_NAME).is_file():
         with reading(path, _DAMAGED):
-            vocab, merges = _parts(path, json.loads(read_text(path)))
+            data = json.loads(read_text(path))
+            model, split = data["model"], data["pre_tokenizer"] or {}
+            added = {token["content"]: token["id"] for token in data["added_tokens"]}
+            kind = model.get("type", "BPE"), model.get("end_of_word_suffix") or ""
+            kind += split.get("type"), split.get("add_prefix_space"), split.get("use_regex", True)
+            others = added.keys() - {EOT_TEXT} or data.get("normalizer")
+            if others or kind != ("BPE", "", "ByteLevel", False, True):
+                return None
+            vocab, merges = model["vocab"] | added, model["merges"]
     else:
-        wanted = f"{OWN}/{JSON_NAME}, vocab.json with merges.txt, or {JSON_NAME}"
-        raise NoTokenizer(f"{folder}: has no tokenizer, so there is no text; wanted {wanted}")
+        return None
     byte_of = {character: b for b, character in enumerate(byte_characters())}
     with reading(path, _DAMAGED):
         in_order = sorted(vocab.keys() - {EOT_TEXT}, key=vocab.__getitem__)
@@ -146,29 +146,8 @@ def need(folder: Path) -> Tokenizer:
         if (vocab, merged) == vocabulary(tokenizer) != ({}, []):
             return tokenizer
     if eot != len(ranks) or not ranks or in_order[256:] != merged:
-        wrong = "its ids are not those of 256 bytes, of the merges in their order, and of the end"
-        raise NoTokenizer(f"{path}: {wrong} of text, so there is no text")
-    data = dump_ranks(ranks)
-    parse_ranks(data, path)
+        return None
+    with reading(path, _DAMAGED):
+        parse_ranks(data := dump_ranks(ranks), path)
     gpt2 = len(ranks) + 1 == GPT2_VOCAB and hashlib.sha256(data).hexdigest() == GPT2_SHA256
     return BPETokenizer("gpt2" if gpt2 else f"bpe:{len(ranks) + 1}", ranks)
-
-
-def _parts(path: Path, data: dict[str, Any]) -> tuple[dict[str, int], list[Any]]:
-    """Returns (vocabulary, merges) of a tokenizer.json. Raises NoTokenizer for other kinds."""
-    model, split = data["model"], data["pre_tokenizer"] or {}
-    others = [token["content"] for token in data["added_tokens"] if token["content"] != EOT_TEXT]
-    for what, got, want in (
-        ("model", model.get("type", "BPE"), "BPE"),
-        ("pre-tokenizer", split.get("type"), "ByteLevel"),
-        ("add_prefix_space", split.get("add_prefix_space"), False),
-        ("use_regex", split.get("use_regex", True), True),
-        ("normalizer", data.get("normalizer"), None),
-        ("suffix of words", model.get("end_of_word_suffix") or "", ""),
-        ("added token", (others or [EOT_TEXT])[0], EOT_TEXT),
-    ):
-        if got != want:
-            wrong = f"its {what} is {got!r}, only {want!r} can be read"
-            raise NoTokenizer(f"{path}: {wrong}, as in GPT-2, so there is no text")
-    added = {token["content"]: token["id"] for token in data["added_tokens"]}
-    return model["vocab"] | added, model["merges"]

@@ -30,8 +30,7 @@ from fastgpt.weights import hf_tokenizer, hub, hugging_face
 class Source:
     """Parts of a model on the CPU, in fp32, before a device and a precision are chosen.
 
-    about   a line to print, with the origin and, if known, the loss
-    folder  the folder of weights that are not of a run
+    about  a line to print, with the origin and, if known, the loss
     """
 
     shape: ModelShape
@@ -39,7 +38,6 @@ class Source:
     tokenizer: Tokenizer | None
     about: str
     run_dir: Path | None = None
-    folder: Path = Path()
 
     @property
     def origin(self) -> str:
@@ -63,7 +61,8 @@ class Source:
         if self.tokenizer is not None:
             return self.tokenizer
         if self.run_dir is None:
-            return hf_tokenizer.need(self.folder)  # says why there is none
+            wrong = f"{self.origin}: has no tokenizer that can be read, so there is no text"
+            raise UserError(f"{wrong}; wanted {hf_tokenizer.WANTED}")
         raise UserError(
             f"{self.run_dir}: its data has no tokenizer, so there is no text; if it is known, "
             f"name it: fastgpt train --init_from=resume --out_dir={self.run_dir} "
@@ -99,7 +98,7 @@ def open_source(config: SourceConfig) -> Source:
     if config.init_from != "resume":
         found = pretrained(config.init_from, config.weights)
         tokenizer, about = hf_tokenizer.read(found.folder), f"{found.source}: {found.shape}"
-        return Source(found.shape, found.tensors, tokenizer, about, folder=found.folder)
+        return Source(found.shape, found.tensors, tokenizer, about)
     run_dir = run.find(config.out_dir)
     saved = checkpoint.load(run_dir, config.checkpoint, warn=partial(print, file=sys.stderr))
     tokenizer = load_tokenizer(run_dir) if (run_dir / JSON_NAME).exists() else None

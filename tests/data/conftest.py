@@ -34,7 +34,6 @@ Größe, naïve façade, 世界、こんにちは。 Привет, мир! 🙂�
 def settings(tmp_path, monkeypatch):
     """Returns settings for a fresh data folder; nothing is remembered outside of it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
     base = PrepareConfig(data_dir=str(tmp_path / "data"), workers=1)
     return lambda **changes: replace(base, **changes)
 

@@ -18,7 +18,7 @@ from fastgpt.data.tokenizer import (
     train_ranks,
 )
 from fastgpt.errors import UserError
-from fastgpt.weights.hf_tokenizer import byte_characters, need, read, write
+from fastgpt.weights.hf_tokenizer import byte_characters, read, write
 from tests.data.conftest import TEXT
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -95,43 +95,40 @@ def edited(folder: Path, change: dict) -> None:
 def test_both_spellings_of_merges(tmp_path: Path):
     for merges in (["Ġ t", "h e"], [["Ġ", "t"], ["h", "e"]]):
         edited(tmp_path, {"model": {"merges": merges}})
-        tokenizer = need(tmp_path)
+        tokenizer = read(tmp_path)
         assert (tokenizer.name, tokenizer.encode("the t").tolist()) == ("bpe:259", [116, 257, 256])
 
 
-ADDED = [{"content": "<|endoftext|>", "id": 258}, {"content": "<pad>", "id": 259}]
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"type": "Unigram"}},
+        {"model": {"end_of_word_suffix": "</w>"}},
+        {"model": {"merges": []}},
+        {"pre_tokenizer": {"type": "Metaspace"}},
+        {"pre_tokenizer": None},
+        {"pre_tokenizer": {"add_prefix_space": True}},
+        {"pre_tokenizer": {"use_regex": False}},
+        {"normalizer": {"type": "NFC"}},
+        {"added_tokens": [{"content": "<pad>", "id": 259}]},
+    ],
+)
+def test_other_kinds_are_not_read(change, tmp_path: Path):
+    edited(tmp_path, change)
+    assert read(tmp_path) is None
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"model": {"type": "Unigram"}}, "its model is 'Unigram', only 'BPE' can be read, as in"),
-        ({"pre_tokenizer": {"type": "Metaspace"}}, "its pre-tokenizer is 'Metaspace', only 'Byte"),
-        ({"pre_tokenizer": None}, "its pre-tokenizer is None"),
-        ({"pre_tokenizer": {"add_prefix_space": True}}, "its add_prefix_space is True"),
-        ({"pre_tokenizer": {"use_regex": False}}, "its use_regex is False"),
-        ({"normalizer": {"type": "NFC"}}, "its normalizer is {'type': 'NFC'}, only None"),
-        ({"model": {"end_of_word_suffix": "</w>"}}, "its suffix of words is '</w>'"),
-        ({"added_tokens": ADDED}, "its added token is '<pad>', only '<|endoftext|>' can be"),
-        ({"model": {"merges": []}}, "its ids are not those of 256 bytes, of the merges in"),
-        ({"model": {"merges": 5}}, "is damaged, or not GPT-2's kind"),
-        ({"model": {"vocab": {"東": 0}}}, "is damaged, or not GPT-2's kind"),
-        ({"added_tokens": [5]}, "is damaged, or not GPT-2's kind"),
-    ],
+    "change", [{"model": {"merges": 5}}, {"model": {"vocab": {"東": 0}}}, {"added_tokens": [5]}]
 )
-def test_other_kinds_are_refused(change, says: str, tmp_path: Path):
+def test_damaged_files_are_named(change, tmp_path: Path):
     edited(tmp_path, change)
-    with pytest.raises(UserError) as e:
-        need(tmp_path)
-    assert str(e.value).startswith(f"{tmp_path}/tokenizer.json: {says}") and "\n" not in str(
-        e.value
-    )
+    with pytest.raises(UserError, match="tokenizer.json: is damaged, or not GPT-2's kind"):
+        read(tmp_path)
 
 
 def test_a_vocabulary_of_another_kind_is_none(bpe: BPETokenizer, tmp_path: Path):
     assert read(tmp_path) is None
-    with pytest.raises(UserError, match="wanted fastgpt/tokenizer.json, vocab.json with merges"):
-        need(tmp_path)
     assert write(tmp_path, CharTokenizer("aß")) == [], "characters of several bytes have no form"
     assert {p.name for p in tmp_path.iterdir()} == {"fastgpt"}
     write(tmp_path, bpe)

@@ -32,6 +32,7 @@ def home(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("home")
     runs.write_text(folder)
     hugging_face.write(folder / "weights", SHAPE, GPT(SHAPE).init_weights(3).state_dict())
+    shutil.copytree(folder / "weights", folder / "mute")
     hf_tokenizer.write(folder / "weights", ByteTokenizer())
     (folder / "bare").mkdir()
     shutil.copy(folder / "weights" / "model.safetensors", folder / "bare")
@@ -112,6 +113,7 @@ def test_a_run_goes_out_and_comes_back(home: Path):
         (["export", "--out_dir=none", "--to=x"], "--out_dir=none: no run there"),
         (["sample", "--out_dir=bare"], "weights of another program are read with --weights=bare"),
         (["sample", "--weights=bare"], "bare: has no config.json, so the model's size is unknown"),
+        (["sample", "--weights=mute"], "mute: has no tokenizer that can be read, so there is no"),
         (
             ["train", "laptop", "--weights=weights", *DATA],
             "--block_size=64: weights has 32 positions; pass --block_size=32 or less",
