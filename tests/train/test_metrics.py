@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import sys
-import types
-from collections import defaultdict
 from contextlib import closing
-from functools import partial
 from pathlib import Path
+from unittest.mock import MagicMock, call
 
 import pytest
 import torch
@@ -154,26 +152,10 @@ def test_durations_and_counts():
         assert metrics.count(n) == text
 
 
-class FakeWandb(types.ModuleType):
-    """Stand-in for wandb, which remembers its calls."""
-
-    def __init__(self):
-        super().__init__("wandb")
-        self.errors: dict[str, Exception] = {}
-        self.told: dict[str, list] = defaultdict(list)
-        for name in ("login", "init", "define_metric", "log", "finish"):
-            setattr(self, name, partial(self._call, name))
-
-    def _call(self, name: str, /, *args, **kwargs) -> FakeWandb:
-        if name in self.errors:
-            raise self.errors[name]
-        self.told[name].append((*args, kwargs))
-        return self
-
-
 @pytest.fixture
-def wandb(monkeypatch) -> FakeWandb:
-    fake = FakeWandb()
+def wandb(monkeypatch) -> MagicMock:
+    fake = MagicMock()
+    fake.init.return_value = fake
     monkeypatch.setitem(sys.modules, "wandb", fake)
     return fake
 
@@ -191,18 +173,19 @@ def home(tmp_path: Path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_a_whole_run_is_one_run_there_too(home: Path, wandb: FakeWandb):
+def test_a_whole_run_is_one_run_there_too(home: Path, wandb: MagicMock):
     """Names and units; resuming goes on with the same one."""
     options = ("--input=text.txt", "--wandb_log=True", "--wandb_project=p", "--out_dir=out")
     assert train(*options) == 0
     with pytest.raises(SystemExit):
         main(["train", "--init_from=resume", "--out_dir=out", "--max_iters=3"])
-    (first,), (second,) = wandb.told["init"]
+    first, second = (c.kwargs for c in wandb.init.call_args_list)
     assert first["id"] == second["id"] == run.identity(Path("out")).id
     assert first["resume"] == "allow" and (first["project"], first["name"]) == ("p", "out")
-    assert wandb.told["define_metric"][0] == ("*", {"step_metric": "iter"})
-    assert len(wandb.told["finish"]) == 2
-    logged, told = metrics.read(Path("out/metrics.jsonl")), [x for x, _ in wandb.told["log"]]
+    wandb.define_metric.assert_called_with("*", step_metric="iter")
+    assert wandb.finish.call_count == 2
+    logged = metrics.read(Path("out/metrics.jsonl"))
+    told = [c.args[0] for c in wandb.log.mock_calls]
     assert len(told) == len(logged)
     evaluation, step = logged[:2]
     losses = {"train/loss": evaluation["train_loss"], "val/loss": evaluation["val_loss"]}
@@ -213,11 +196,12 @@ def test_a_whole_run_is_one_run_there_too(home: Path, wandb: FakeWandb):
 
 
 @pytest.mark.parametrize("which", ["login", "init"])
-def test_no_login_leaves_the_old_run_as_it_was(home: Path, wandb: FakeWandb, which, capsys):
+def test_no_login_leaves_the_old_run_as_it_was(home: Path, wandb: MagicMock, which, capsys):
     assert train("--input=text.txt", "--out_dir=out") == 0
     before = runs.tensor_files(home / "out")
     listed = sorted(str(p) for p in (home / "out").rglob("*"))
-    wandb.errors[which] = RuntimeError("api_key not configured (no-tty)\nmore")
+    function = getattr(wandb, which)
+    function.side_effect = RuntimeError("api_key not configured (no-tty)\nmore")
     capsys.readouterr()
     options = ("--input=text.txt", "--wandb_log=True")
     assert train(*options, "--out_dir=out", "--overwrite=True") == 2
@@ -228,12 +212,12 @@ def test_no_login_leaves_the_old_run_as_it_was(home: Path, wandb: FakeWandb, whi
     assert sorted(str(p) for p in (home / "out").rglob("*")) == listed
     # In a new folder nothing is left, and the same command goes on once the login works.
     assert train(*options, "--out_dir=new") == 2 and not (home / "new").exists()
-    del wandb.errors[which]
+    function.side_effect = None
     assert train(*options, "--out_dir=new") == 0 and checkpoint.names(home / "new")
 
 
-def test_a_tracker_that_fails_later_is_said_once(tmp_path: Path, wandb: FakeWandb, capsys):
-    wandb.errors["log"] = RuntimeError("no route")
+def test_a_tracker_that_fails_later_is_said_once(tmp_path: Path, wandb: MagicMock, capsys):
+    wandb.log.side_effect = RuntimeError("no route")
     with log(tmp_path, wandb_log=True) as m:
         m.evaluation(0, 0, 1.0, 2.0)
         m.evaluation(1, 0, 1.0, 2.0)
@@ -242,24 +226,13 @@ def test_a_tracker_that_fails_later_is_said_once(tmp_path: Path, wandb: FakeWand
 
 
 def test_tensorboard_gets_the_same_names(tmp_path: Path, monkeypatch):
-    added: list[tuple] = []
-
-    class Writer:
-        def __init__(self, folder: str):
-            assert folder == str(tmp_path / "tensorboard")
-
-        def add_scalar(self, *what) -> None:
-            added.append(what)
-
-        def close(self) -> None:
-            added.append(("closed",))
-
-    module = types.ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = Writer  # type: ignore[attr-defined]
+    module = MagicMock()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     with log(tmp_path, tensorboard=True) as m:
         m.evaluation(4, 0, 1.0, 2.0)
-    assert added == [("train/loss", 1.0, 4), ("val/loss", 2.0, 4), ("closed",)]
+    made = call.SummaryWriter(str(tmp_path / "tensorboard"))
+    added = made.add_scalar("train/loss", 1.0, 4), made.add_scalar("val/loss", 2.0, 4)
+    assert module.mock_calls == [made, *added, made.close()]
 
 
 @pytest.mark.parametrize(
