@@ -15,7 +15,6 @@ from fastgpt.config.presets import laptop
 from fastgpt.config.settings import replace as replace_settings
 from fastgpt.errors import UserError
 from fastgpt.model import build, kernels
-from fastgpt.model.device import Machine
 from fastgpt.model.gpt import GPT, ModelShape
 from fastgpt.model.kernels import KernelOptions, Kernels, Selected, describe, select
 from fastgpt_kernels import OPS, launch, self_check, versions
@@ -199,18 +198,6 @@ def test_untested_versions_run_eager_unless_asked_and_warn_once(gpu, monkeypatch
 
 
 # --- Checks are of the model's calls -------------------------------------------------------------
-
-
-def test_a_model_is_made_for_the_sizes_of_its_config(monkeypatch):
-    asked = []
-    monkeypatch.setattr(build, "select", lambda *a: asked.append(a) or select(*a))
-    config = replace_settings(
-        laptop(), dropout=0.1, bias=True, gelu="erf", batch_size=5, kernels="eager"
-    )
-    build.build(config, 61, Machine(CPU, "bfloat16"))
-    sizes = Sizes(5, 64, 4, 128, 61, 128, 0.1, bias=True, gelu="erf")
-    options = KernelOptions("eager", vars(config.op))
-    assert asked == [(CPU, torch.bfloat16, sizes, options, False)]
 
 
 def watched(op, seen):
