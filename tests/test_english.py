@@ -27,7 +27,7 @@ def test_docstrings_begin_with_a_verb_or_a_noun():
 
 def test_docstrings_of_modules_are_short():
     modules = [(place, text) for place, node, text in docstrings() if isinstance(node, ast.Module)]
-    assert len([place for place, text in modules if text.count("\n") >= 10]) <= 5
+    assert len([place for place, text in modules if text.count("\n") >= 10]) <= 3
 
 
 def test_the_subject_has_a_name():
