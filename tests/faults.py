@@ -62,12 +62,14 @@ def fork(action: Callable[[], object], output: Path | str = os.devnull) -> int:
             code = 0
         except SystemExit as e:
             code = int(e.code or 0)
-        except BaseException:
+        except Exception:
             traceback.print_exc()
         try:
             sys.stdout.flush()
         except OSError:
             code = 120  # as at the end of Python
+    except KeyboardInterrupt:
+        code = 130
     finally:
         os._exit(code)
 
