@@ -78,12 +78,8 @@ def expected(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 def kinds(tensors: Mapping[str, Any]) -> dict[str, Kind]:
     """Returns dtypes and shapes. An object that is no tensor has the shape ()."""
-    return {
-        name: (_FLOATS.get(t.dtype, str(t.dtype).removeprefix("torch.")), tuple(t.shape))
-        if isinstance(t, Tensor)
-        else (type(t).__name__, ())
-        for name, t in tensors.items()
-    }
+    pairs = {k: (getattr(t, "dtype", None), getattr(t, "shape", ())) for k, t in tensors.items()}
+    return {k: (_FLOATS.get(dtype, str(dtype)), tuple(size)) for k, (dtype, size) in pairs.items()}
 
 
 def check(

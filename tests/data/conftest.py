@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import json
 import os
 import subprocess
 import sys
@@ -116,6 +117,33 @@ def server(monkeypatch):
     s.shutdown()
     s.server_close()
     thread.join()
+
+
+COMMIT = "c0ffee" * 6 + "abcd"
+
+
+@pytest.fixture
+def hub(server, monkeypatch):
+    """Serves a hub, with a method that publishes the files of a repository at a revision."""
+    monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
+
+    def publish(repo, revision, files, commit=COMMIT):
+        index: list[dict] = [{"type": "directory", "path": "other"}]
+        for path, data in files.items():
+            small = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+            entry = {"type": "file", "path": path, "oid": small, "size": len(data)}
+            if not path.endswith((".json", ".txt")):
+                lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data)}
+                entry |= {"size": 134, "lfs": lfs}
+            index.append(entry)
+            server.files[f"/{repo.removeprefix('models/')}/resolve/{commit}/{path}"] = data
+        api, folder = f"/api/{repo}", os.path.dirname(path)
+        server.files[f"{api}/revision/{revision}"] = json.dumps({"sha": commit}).encode()
+        server.index = f"{api}/tree/{commit}/{folder}".rstrip("/")
+        server.files[server.index] = json.dumps(index).encode()
+
+    server.publish = publish
+    return server
 
 
 def python(code: str, *args: str, env: dict[str, str] | None = None) -> subprocess.Popen:

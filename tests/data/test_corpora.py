@@ -22,7 +22,7 @@ from fastgpt.data.prepare import ensure, prepare
 from fastgpt.data.token_files import header, open_dataset
 from fastgpt.errors import UserError
 
-from .conftest import texts_of, tokens, tree
+from .conftest import COMMIT, texts_of, tokens, tree
 
 
 def contents(source):
@@ -199,29 +199,13 @@ def test_without_network_there_is_one_clear_line(name, settings, server, monkeyp
 
 # --- the hub
 
-COMMIT = "c0ffee" * 6 + "abcd"
-
 
 @pytest.fixture
-def hub(server, monkeypatch, as_gpt2):
-    """Serves a hub, with a method that publishes the files of a repository at a revision."""
-    server.files["/ranks"] = as_gpt2.read_bytes()
-    monkeypatch.setattr(tokenizer, "GPT2_URL", f"{server.url}/ranks")
-    monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
-
-    def publish(repo, revision, files, commit=COMMIT):
-        index: list[dict] = [{"type": "directory", "path": "other"}]
-        for path, data in files.items():
-            lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
-            index.append({"type": "file", "path": path, "lfs": lfs})
-            server.files[f"/{repo}/resolve/{commit}/{path}"] = data
-        api, folder = f"/api/{repo}", os.path.dirname(path)
-        server.files[f"{api}/revision/{revision}"] = json.dumps({"sha": commit}).encode()
-        server.index = f"{api}/tree/{commit}/{folder}".rstrip("/")
-        server.files[server.index] = json.dumps(index).encode()
-
-    server.publish = publish
-    return server
+def hub(hub, monkeypatch, as_gpt2):
+    """Serves GPT-2's ranks beside the hub."""
+    hub.files["/ranks"] = as_gpt2.read_bytes()
+    monkeypatch.setattr(tokenizer, "GPT2_URL", f"{hub.url}/ranks")
+    return hub
 
 
 def asked(hub):

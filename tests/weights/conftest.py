@@ -1,1 +1,1 @@
-from tests.data.conftest import server  # noqa: F401
+from tests.data.conftest import hub, server  # noqa: F401

@@ -240,7 +240,7 @@ ZEROS = torch.zeros(64, 16)
     [
         ({"model": changed(**{FC: None})}, f"{FC} is missing, wanted shape (64, 16)"),
         ({"model": changed(**{FC: ZEROS.T})}, f"{FC} has shape (16, 64), wanted (64, 16)"),
-        ({"model": changed(**{FC: ZEROS.int()})}, f"{FC} (64, 16) is of dtype int32"),
+        ({"model": changed(**{FC: ZEROS.int()})}, f"{FC} (64, 16) is of dtype torch.int32"),
         ({"model": changed(lm_head=torch.zeros(3))}, "lm_head (3,) is no part of a GPT-2 of 2"),
         ({"model": {**changed(), "x": None}}, "x () is no part of a GPT-2 of 2 layers"),
         (
