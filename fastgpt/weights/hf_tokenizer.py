@@ -127,10 +127,10 @@ def read(folder: Path) -> Tokenizer | None:
             data = json.loads(read_text(path))
             model, split = data["model"], data["pre_tokenizer"] or {}
             added = {token["content"]: token["id"] for token in data["added_tokens"]}
-            kind = model.get("type", "BPE"), model.get("end_of_word_suffix") or ""
-            kind += split.get("type"), split.get("add_prefix_space"), split.get("use_regex", True)
+            kind: list[Any] = [model.get("type", "BPE"), model.get("end_of_word_suffix") or ""]
+            kind += [split.get("type"), split.get("add_prefix_space"), split.get("use_regex", True)]
             others = added.keys() - {EOT_TEXT} or data.get("normalizer")
-            if others or kind != ("BPE", "", "ByteLevel", False, True):
+            if others or kind != ["BPE", "", "ByteLevel", False, True]:
                 return None
             vocab, merges = model["vocab"] | added, model["merges"]
     else:

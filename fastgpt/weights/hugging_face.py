@@ -38,7 +38,7 @@ _WTE, _HEAD = "transformer.wte.weight", "lm_head.weight"
 _GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh", "gelu": "erf"}
 _TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 _MASK = re.compile(r"\.attn\.(bias|masked_bias)$")
-_FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_FLOATS: dict[Any, str] = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 Kind = tuple[str, tuple[int, ...]]  # a tensor's dtype, as safetensors names it, and shape
 
