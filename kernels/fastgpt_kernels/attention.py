@@ -614,12 +614,15 @@ def _hopper_applies(qkv: Tensor, n_head: int, causal: bool, dropout_p: float) ->
 def heads_per_program(s: Sizes, causal: bool = True) -> int:
     """Returns the heads of a program in Hopper's backward pass by head: 1, 2 for more, 0 if none.
 
-    All SMs of an H200 need a head, and the L2 cache has to hold dq's sums of as many heads.
+    All SMs of an H200 need a head, with at most a fifth of them idle in the last round, and the L2
+    cache has to hold dq's sums of as many heads.
     """
     heads, sms = s.batch_size * s.n_head, launch.SMS["sm_90"]
+    rounds = triton.cdiv(heads, sms)
+    busy = heads >= sms and heads >= 0.8 * rounds * sms
     fits = 4 * s.block_size * s.head_dim * sms <= DQ_BUDGET
-    applies = HOPPER_BY_HEAD and causal and s.head_dim == 64 and fits and heads >= sms
-    return min(2, triton.cdiv(heads, sms)) if applies else 0
+    applies = HOPPER_BY_HEAD and causal and s.head_dim == 64 and fits and busy
+    return min(2, rounds) if applies else 0
 
 
 # --- Registration -----------------------------------------------------------------------------

@@ -143,7 +143,7 @@ BY_HEAD = [
     instead("if i == TILE // PART - 1:", "if i == 0:", "dS handed over after its first part"),
     instead("            fence_async_shared()\n            arrive_all(ds_full",
             "            arrive_all(ds_full", "no fence before dS is handed over", "no fence"),
-    instead("ds_s.index(slot * 2 + GROUP)", "ds_s.index(GROUP)", "one slot for dS", "race"),
+    instead("ds_s.index(slot * 2 + GROUP)", "ds_s.index(GROUP)", "one slot for dS"),
     instead("_begin_dq(k_s, ds_s, slot ^ 1,", "_begin_dq(k_s, ds_s, slot,", "dq of this tile"),
     instead("dq, dv = warpgroup_mma_wait(1", "dq, dv = warpgroup_mma_wait(2", "", "used before"),
     instead(DQ_WAIT, "", "dq_s overwritten before it has left"),

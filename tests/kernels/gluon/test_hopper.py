@@ -61,17 +61,18 @@ def test_backward_by_head_is_the_same_to_the_bit(
 
 
 def test_which_backward_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By head: a head for each SM, dq's sums in the L2, causal, head dim 64, not switched off."""
+    """By head: heads for all SMs, dq's sums in the L2, causal, head dim 64, not switched off."""
     heads = MODULE.heads_per_program
     assert heads(Sizes(11, 1024)) == 1 and heads(Sizes(32, 1117)) == 2
-    others = Sizes(10, 1024), Sizes(32, 1118), Sizes(32, 512, n_head=6)
+    assert heads(Sizes(18, 1024)) == 2 and heads(Sizes(16, 1024, 16, 1024)) == 2  # GPT-2 medium
+    others = Sizes(10, 1024), Sizes(17, 1024), Sizes(32, 1118), Sizes(32, 512, n_head=6)
     assert not any(map(heads, others)) and not heads(Sizes(32, 512), causal=False)
     monkeypatch.setattr(MODULE, "HOPPER_BY_HEAD", False)
     assert heads(Sizes(32, 1024)) == 0
 
 
 @pytest.mark.parametrize(
-    ("sizes", "rows"), [(Sizes(32, 1024), 12), (Sizes(10, 1024), 2), (Sizes(32, 2048), 2)]
+    ("sizes", "rows"), [(Sizes(32, 1024), 18), (Sizes(10, 1024), 2), (Sizes(32, 2048), 2)]
 )
 def test_the_self_check_launches_what_the_run_does(sizes: Sizes, rows: int) -> None:
     """GPT-2's run has two heads for many programs, and so has its check."""
@@ -121,7 +122,7 @@ def test_the_op_by_head(
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     launched, run = [], attention_hopper.backward
     monkeypatch.setattr(attention_hopper, "backward", lambda *a: launched.append(a[-1]) or run(*a))
-    check_attention(random_qkv(1, 140, 3, 64, dtype, CPU), 3, function=hopper_attention)
+    check_attention(random_qkv(1, 140, 4, 64, dtype, CPU), 4, function=hopper_attention)
     assert launched == [True]
 
 

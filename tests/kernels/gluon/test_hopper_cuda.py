@@ -45,7 +45,7 @@ def test_long_and_many() -> None:
 @pytest.mark.parametrize("T", [1024, 1000, 385, 128, 1])
 def test_backward_by_head(T: int, dtype: torch.dtype) -> None:
     """fp64 error, and 20 runs that are the same to the bit; two heads to some programs."""
-    n_head, batch = 12, 12
+    n_head, batch = 12, 18
     assert MODULE.heads_per_program(Sizes(batch, T, n_head)) == 2
     qkv = random_qkv(batch, T, n_head, 64, dtype, CUDA)
     check(qkv, n_head, causal=True)
