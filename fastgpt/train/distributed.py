@@ -68,9 +68,7 @@ class Ranks:
 
     def mean(self, value: Tensor) -> Tensor:
         """Averages `value` over the ranks in place, on the device."""
-        if self.size > 1:
-            self.sum(value).div_(self.size)
-        return value
+        return self.sum(value).div_(self.size)
 
     def sum(self, value: Tensor) -> Tensor:
         """Sums `value` over the ranks in place, on the device."""

@@ -142,8 +142,8 @@ def clip_and_check_finite(
     """Returns the norm of all gradients, their divisor for clipping, and 1 to skip the update.
 
     All are fp32 scalars on the device. From the first loss or norm that is not finite on, every
-    update is skipped and counted in `skipped`. `of_loss_alone` accepts an infinite norm, by which
-    loss scaling finds its scale. The divisor is None if max_norm is 0.
+    update is skipped and counted in `skipped`. `of_loss_alone` does not count an infinite norm, by
+    which loss scaling finds its scale. The divisor is None if max_norm is 0.
     """
     if torch.compiler.is_compiling() and len(norms) <= MAX_ADDENDS:
         norm = torch.sqrt(sum((x * x for x in norms), torch.zeros_like(loss)))
@@ -151,6 +151,6 @@ def clip_and_check_finite(
         norm = torch.linalg.vector_norm(torch.stack([*norms]))
     divisor = ((norm + 1e-6) / max_norm).clamp(min=1.0) if max_norm else None
     finite = torch.isfinite(loss if of_loss_alone else loss + norm)
-    skip = (~finite | (skipped > 0)).to(skipped.dtype)
-    skipped.add_(skip)
-    return norm, divisor, skip
+    bad = ~finite | (skipped > 0)
+    skipped.add_(bad)
+    return norm, divisor, (bad | ~torch.isfinite(norm)).to(skipped.dtype)

@@ -109,6 +109,10 @@ class Trainer:
         split["gradient_accumulation_steps"] = self.config.optim.rows // self.batch_size
         return settings.replace(self.config, **self.machine.settings, **split)
 
+    @property
+    def _skips(self) -> bool:  # the optimizer's kernels divide gradients and skip updates
+        return getattr(self.optimizer, "_step_supports_amp_scaling", False)
+
     # --- the step --------------------------------------------------------------------------------
 
     def step(self, step: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,8 +131,9 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         grad_norm = self._clip(loss)
 
-        # 4. Update, which the optimizer's kernels skip from the first bad step on.
-        self.scaler.step(self.optimizer)
+        # 4. Update, which the optimizer's kernels skip from the first bad step on. By `scaler.step`
+        # they would skip infinite gradients only.
+        self.optimizer.step() if self._skips else self.scaler.step(self.optimizer)
         self.scaler.update()
 
         # 5. Weight copies for the next matmuls, and gradients that begin at zero.
@@ -166,7 +171,7 @@ class Trainer:
         max_norm, scaled = self.config.optim.grad_clip, self.scaler.is_enabled()
         norms, fused = optim.gradient_norms(self.model), cast(Any, self.optimizer)
         norm, divisor, skip = self._clip_and_check(norms, loss, self._skipped, max_norm, scaled)
-        if getattr(fused, "_step_supports_amp_scaling", False):  # it reads every gradient anyway
+        if self._skips:  # it reads every gradient anyway
             fused.grad_scale, fused.found_inf = divisor, skip
             return norm
         self.check()  # on mps

@@ -101,5 +101,5 @@ def test_of_what_is_not_finite(value, judged):
     for of_loss_alone in (False, True):
         assert judged([3.0], value, of_loss_alone=of_loss_alone)[2:] == (1, 1)
     assert judged([3.0, value], 2.0)[2:] == (1, 1)
-    assert judged([3.0, value], 2.0, of_loss_alone=True)[2:] == (0, 0)
+    assert judged([3.0, value], 2.0, of_loss_alone=True)[2:] == (1, 0)
     assert judged([3.0], 2.0, skipped=4.0)[2:] == (1, 5), "it is not forgotten"

@@ -164,6 +164,21 @@ def test_a_gradient_that_is_not_finite_is_a_fault_unless_a_scale_is_sought(scale
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_float16_skips_the_update_of_an_infinite_loss(optimizer):
+    """Its gradients are finite, so loss scaling alone would take them, and those that follow."""
+    t = make_trainer(dtype="float16", optimizer=optimizer, warmup_iters=0)
+    t.step(0, batch())
+    before, moments, forward = weights(t), state(t), t.forward
+    t.forward = lambda *inputs: forward(*inputs) + math.inf
+    t.step(1, batch(1))
+    t.forward = forward
+    t.step(2, batch(2))
+    assert all(map(torch.equal, before, weights(t))) and same(state(t), moments)
+    with pytest.raises(NonFinite, match="step 1"):
+        t.check()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_float16_finds_its_scale_and_learns(optimizer):
     """Infinite gradients skip the update and halve the scale; then the loss falls."""
     t = make_trainer(dtype="float16", optimizer=optimizer, warmup_iters=0)
