@@ -166,6 +166,10 @@ def _training(args: list[str]) -> tuple[Config, str]:
         config, name = presets.load(source)
         if auto:
             flags |= run.continuation(settings.apply_flags(config, flags))
+    if auto and flags.get("init_from") == "resume":  # without the flags that only begin a run
+        split = {"batch_size", "gradient_accumulation_steps"}
+        done = {"weights"} | (split if flags.get("batch_size") == "auto" else set())
+        flags = {name: value for name, value in flags.items() if name not in done}
     if flags.get("init_from") == "resume":
         run_dir = run.find(flags.get("out_dir", ""))
         if source is not None:

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from fastgpt import cli
+from fastgpt.config import settings
 from fastgpt.data.token_files import load_scans, save_scans
 from fastgpt.errors import RankError, SharedError, UserError
+from fastgpt.storage import run_dir
 from fastgpt_kernels.cache import keep
 from tests import runs
 from tests.process import fastgpt
@@ -310,3 +312,16 @@ def test_output_that_is_full_closed_cut_off_or_ascii():
         "fastgpt: standard output, or a file: No space left on device",
         "fastgpt: --input=gr\\xf6\\xdfe.txt: there is no such file or folder",
     ]
+
+
+@pytest.mark.parametrize("flag", ["--batch_size=auto", "--weights=w"])
+def test_a_run_is_gone_on_with_by_the_flags_that_began_it(flag):
+    """--init_from=auto, as torchrun restarts it, with another split of the same global batch."""
+    args = ["laptop", "--out_dir=out", "--init_from=auto", flag]
+    args += ["--gradient_accumulation_steps=8"] * ("auto" in flag)
+    config, _ = cli._training(args)
+    split = {"batch_size": config.optim.rows // 2, "gradient_accumulation_steps": 2}
+    Path("out/checkpoints/step_00000010").mkdir(parents=True)
+    run_dir.save_config(Path("out"), settings.replace(config, **split))
+    again, _ = cli._training(args)
+    assert again.run.init_from == "resume" and again.optim.rows == config.optim.rows
