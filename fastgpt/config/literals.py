@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import operator
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,11 @@ def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
     raise ValueError(f"{ast.unparse(node)[:60]} is no literal")
 
 
-def assignments(path: Path) -> dict[str, tuple[Any, int]]:
+def assignments(path: Path, settings: Iterable[str]) -> dict[str, tuple[Any, int]]:
     """Returns {name: (value, line)} of a Python file, from the last assignment of each name.
 
-    Names that only serve later assignments are left out. Raises UserError with the line of any
-    statement that is no assignment of literals.
+    Names outside `settings` that only serve later assignments are left out. Raises UserError with
+    the line of any statement that is no assignment of literals.
     """
     with reading(path, "is no Python file", SyntaxError, MemoryError):
         text = read_text(path, limit=1 << 20)
@@ -89,9 +89,8 @@ def assignments(path: Path) -> dict[str, tuple[Any, int]]:
                     continue
                 except (ValueError, TypeError, ArithmeticError, RecursionError) as e:
                     why = str(e)
-        source = text.splitlines()[node.lineno - 1].strip()[:80]
-        raise UserError(
-            f"{path}: line {node.lineno}: {source}: {why}; such a file is not run, only "
-            "assignments of literals are read"
-        )
-    return {name: (values[name], line) for name, line in lines.items() if name not in used}
+        source = f"line {node.lineno}: {text.splitlines()[node.lineno - 1].strip()[:80]}"
+        rule = "such a file is not run, only assignments of literals are read"
+        raise UserError(f"{path}: {source}: {why}; {rule}")
+    helpers = used.difference(settings)
+    return {name: (values[name], line) for name, line in lines.items() if name not in helpers}

@@ -276,7 +276,7 @@ def load_python(path: Path) -> Config:
     Settings that it does not have are as in nanoGPT.
     """
     values: dict[str, Any] = {"gelu": "erf", "lr_decay_iters": 600_000}
-    for name, (value, line) in literals.assignments(path).items():
+    for name, (value, line) in literals.assignments(path, leaves(Config)).items():
         where = f"{path}: line {line}: "
         leaf = find(Config, name, where)
         if leaf.type is int and isinstance(value, float) and value.is_integer():
