@@ -250,7 +250,7 @@ def _import(args: list[str]) -> int:
 
 def _compare(args: list[str]) -> int:
     wanted = "compare: two runs or more are wanted"
-    folders, config = _read(schema.CompareConfig(), args, wanted, 2, len(args))
+    folders, config = _read(schema.CompareConfig(), args, wanted, 2, max(2, len(args)))
     for folder in folders:
         run.find(folder or ".", flag="")
     from fastgpt.train.compare import compare

@@ -123,6 +123,7 @@ LIGHT = {
     "import x.pt --gelu=x": "--gelu=x: wanted one of erf, tanh",
     "import /dev/zero": "/dev/zero: cannot be read: there is no such file",
     "compare no run": "fastgpt: no: no run there (no config.toml); fastgpt train makes one",
+    "compare": "compare: two runs or more are wanted, 0 given",
     "compare one": "compare: two runs or more are wanted, 1 given",
     "prepare": "prepare: which corpus?",
     "prepare a b": "a b: one corpus is wanted",

@@ -148,8 +148,8 @@ def continuation(config: Config) -> dict[str, str]:
     for name, was, now in settings.differences(stored, config):
         if name in own - _RESOLVED | {"seed"}:
             raise UserError(
-                f"--out_dir={run_dir}: another run stands there, with {name}={was} instead of "
-                f"{now}; name another folder"
+                f"--out_dir={run_dir}: another run stands there, with {name}={was!r} instead of "
+                f"{now!r}; name another folder"
             )
     saved = checkpoint.names(run_dir)
     if saved and int(saved[0][5:]) >= config.run.max_iters:

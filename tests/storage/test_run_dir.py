@@ -138,7 +138,7 @@ def test_one_command_for_a_run_and_its_continuation():
         make_ready()
         assert run.continuation(config) == wanted
     for name, value in (("seed", 2), ("n_layer", 3), ("learning_rate", 1.0), ("input", "x")):
-        with pytest.raises(UserError, match=f"another run stands there, with {name}="):
+        with pytest.raises(UserError, match=f"with {name}=.* instead of {value!r};"):
             run.continuation(settings.replace(config, **{name: value}))
     assert run.continuation(settings.replace(config, init_from="gpt2", n_layer=3)) == wanted
     with pytest.raises(SharedError, match="out: finished at step 7"):
