@@ -79,9 +79,9 @@ def _fastest(op: OpSpec, check: Check, compile: bool) -> tuple[str, str, str]:
     checks = [replace(check, implementation=name) for name in able]
     wrong = {c.implementation: reason for c, reason in failures(checks).items()}
     right = [c for c in checks if c.implementation not in wrong]
-    base = next(name for name in (base, op.standard, "eager") if name not in wrong)
+    base = next((name for name in (base, op.standard) if name not in wrong), "eager")
     try:
-        times = in_child(right, compile)
+        times = in_child(right, compile) if right else {}
     except TaskFailed as e:
         return base, f"not measured: {e}", ""
     ms = {name: t for name, t in times.items() if isinstance(t, list)}

@@ -106,13 +106,16 @@ def test_a_wrong_implementation_cannot_win(run, monkeypatch):
     assert line.endswith("triton is off, cudnn is off")
 
 
-def test_a_wrong_default_gives_way_to_triton(monkeypatch):
-    off = lambda checks: {c: "is off" for c in checks if c.implementation == "hopper"}  # noqa: E731
+@pytest.mark.parametrize(
+    ("wrong", "left"), [("hopper", "triton"), ("hopper triton cudnn flash eager", "eager")]
+)
+def test_a_wrong_default_gives_way_to_triton(wrong, left, monkeypatch):
+    off = lambda checks: {c: "is off" for c in checks if c.implementation in wrong}  # noqa: E731
     monkeypatch.setattr(tune, "failures", off)
     monkeypatch.setattr(tune, "in_child", timer(cudnn=9.9))
     check = Check.of("attention", "", GPU, BF16, replace(SIZES, n_head=1))
     assert spec("attention").default("sm_90", BF16, check.sizes)[0] == "hopper"
-    assert tune._fastest(spec("attention"), check, compile=False)[0] == "triton"
+    assert tune._fastest(spec("attention"), check, compile=False)[0] == left
 
 
 def test_a_child_that_dies_leaves_the_default(run):
