@@ -618,7 +618,7 @@ def heads_per_program(s: Sizes, causal: bool = True) -> int:
     cache has to hold dq's sums of as many heads.
     """
     heads, sms = s.batch_size * s.n_head, launch.SMS["sm_90"]
-    rounds = triton.cdiv(heads, sms)
+    rounds = -(-heads // sms)
     busy = heads >= sms and heads >= 0.8 * rounds * sms
     fits = 4 * s.block_size * s.head_dim * sms <= DQ_BUDGET
     applies = HOPPER_BY_HEAD and causal and s.head_dim == 64 and fits and busy
