@@ -75,7 +75,8 @@ class TextFiles:
                 pass
         if not seen["bytes"]:
             what = "an empty file" if self.single else "a folder without any text file"
-            raise UserError(f"{root} is {what}")
+            first = [f"{name}: {why}" for name, why in self.skipped.items()][:1]
+            raise UserError("; ".join([f"{root} is {what}", *first]))
         share = seen["val_bytes"] / seen["bytes"]
         even = val_fraction / 2 <= share <= min(2 * val_fraction, 1 - (1 - val_fraction) / 2)
         self.by_document = even and not self.single

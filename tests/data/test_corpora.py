@@ -138,8 +138,8 @@ def test_few_files_are_split_by_characters(tmp_path, texts):
 
 def test_nothing_to_read(tmp_path):
     tree(tmp_path, {"empty/x": "", "binary/x.bin": b"\0", "hidden/.x": "text", "t.txt": ""})
-    for folder in ("empty", "binary", "hidden"):
-        with pytest.raises(UserError, match=f"{folder} is a folder without any text file"):
+    for folder, why in {"empty": "", "binary": "; x.bin: it holds a NUL", "hidden": ""}.items():
+        with pytest.raises(UserError, match=f"{folder} is a folder without any text file{why}"):
             TextFiles(tmp_path / folder, 0.1)
     with pytest.raises(UserError, match="t.txt is an empty file"):
         TextFiles(tmp_path / "t.txt", 0.1)
