@@ -29,6 +29,7 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 # Kernels are compiled again for sequences that are not whole tiles of this many tokens (attention's
 # longest), and for numbers of rows that are not multiples of ALIGNMENT.
 TILE, ALIGNMENT = 128, 16
+MOST_ROWS = 64  # of a micro-batch, whose variants are checked
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Check:
         implementation draws its own mask.
         """
         op, device, dtype = spec(self.op), torch.device(self.device), getattr(torch, self.dtype)
-        sizes = self.sizes if timed else few_rows(self.sizes, op.few_tokens, op.variant)
-        found = op.example_inputs(sizes, normal(device))
+        few = [self.sizes] if timed else few_rows(self.sizes, op.few_tokens, op.variant)
+        found = [example for sizes in few for example in op.example_inputs(sizes, normal(device))]
         if not timed and not op.implementations[self.implementation].follows_seed:
             found = [example.without_dropout() for example in found]
         return [example.rounded(dtype) for example in found]
@@ -80,22 +81,24 @@ class Check:
 
 def few_rows(
     sizes: Sizes, tokens: int, variant: Callable[[Sizes], Any] = lambda sizes: None
-) -> Sizes:
+) -> list[Sizes]:
     """Returns the same model on about `tokens` tokens, for which the same kernels are compiled.
 
     A sequence has two tiles and the rest of the run's. The number of tokens is a multiple of
-    ALIGNMENT if the run's is. There are as few sequences as have the run's `variant`, or all.
+    ALIGNMENT if the run's is. Each `variant` that the model has at some micro-batch is there once,
+    with as few sequences as it takes, since the micro-batch is chosen after the check.
     """
     B, T = sizes.batch_size, sizes.block_size
     length = T if T < 3 * TILE else 2 * TILE + T % TILE
-
-    def alike(few: Sizes) -> bool:
-        aligned = few.tokens % ALIGNMENT == 0
-        return aligned == (B * length % ALIGNMENT == 0) and variant(few) == variant(sizes)
-
-    least = min(B, max(1, tokens // length))
-    found = [replace(sizes, batch_size=b, block_size=length) for b in range(least, B + 1)]
-    return next(filter(alike, found), found[-1])
+    aligned = B * length % ALIGNMENT == 0
+    least, most = min(B, max(1, tokens // length)), max(B, MOST_ROWS)
+    few: dict[Any, Sizes] = {}
+    for rows in range(least, most + 1):
+        if (rows * length % ALIGNMENT == 0) == aligned:
+            found = replace(sizes, batch_size=rows, block_size=length)
+            few.setdefault(variant(found), found)
+    wanted = {variant(replace(sizes, batch_size=rows)) for rows in range(1, most + 1)}
+    return [few[v] for v in few if v in wanted] or [*few.values()][:1]
 
 
 # --- One check, in a child process ---------------------------------------------------------------

@@ -113,12 +113,14 @@ def ask_all(
         worker = idle.get()
         try:
             answer = worker.ask(task, timeout=limit_s)
+            if isinstance(answer, str):
+                worker.close()
+            return answer
         except TaskFailed as e:
-            answer = str(e)
-        if isinstance(answer, str):
             worker.close()
-        idle.put(worker)
-        return answer
+            return str(e)
+        finally:  # also after other errors, since tasks would wait for it forever
+            idle.put(worker)
 
     pool = ThreadPoolExecutor(jobs)
     try:

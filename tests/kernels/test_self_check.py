@@ -106,7 +106,7 @@ def test_few_rows_compile_to_the_same_kernels():
     lengths = (1, 40, 128, 200, 256, 300, 384, 520, 1000, 1024, 8192)
     for B, T, tokens in itertools.product((1, 2, 3, 7, 12, 64, 480), lengths, (512, 4096)):
         sizes = Sizes(B, T, 25, 1600)
-        few = few_rows(sizes, tokens)
+        [few] = few_rows(sizes, tokens)
         assert replace(few, batch_size=B, block_size=T) == sizes
         assert few.block_size % 128 == T % 128
         assert (few.tokens % 16 == 0) == (sizes.tokens % 16 == 0)
