@@ -172,7 +172,8 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> Peak:
         synchronize(device)
         best = min(best, time.perf_counter() - start)
     name, source = str(dtype).removeprefix("torch."), f"measured: {size} x {size}"
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    count = torch.get_num_threads()
+    threads = f", {count} thread{'s'[: count > 1]}" if device.type == "cpu" else ""
     return Peak(2.0 * size**3 / best, f"{source} {name} matmul{threads}")
 
 

@@ -99,7 +99,7 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
     folder = ranks.from_first(lambda: ensure(PrepareConfig.of(config.data)))
     with ranks.raise_on_all_ranks():
         dataset = with_tokenizer(open_dataset(folder), config.data)
-        config, weights = _start_from(config, dataset)
+        config, weights = _start_from(config, dataset, changed)
         for split in (dataset.train, dataset.val):
             split.require(config.model.block_size)
         vocabulary = _vocab_size(config, dataset)
@@ -159,17 +159,22 @@ def _require_equal_ranks(config: Config, dataset: Dataset, machine: Machine, ran
                 )
 
 
-def _start_from(config: Config, dataset: Dataset) -> tuple[Config, dict[str, Tensor] | None]:
+def _start_from(
+    config: Config, dataset: Dataset, changed: set[str]
+) -> tuple[Config, dict[str, Tensor] | None]:
     """Returns the config and the weights that a new run starts from, or None for new weights.
 
     The config takes the weights' shape. As in nanoGPT, a smaller --block_size drops the last
     positions. Warns if the data has another tokenizer. Raises UserError if the weights have fewer
-    positions than asked for.
+    positions than asked for, or another shape than `changed` settings.
     """
     if config.run.init_from in ("scratch", "resume"):
         return config, None
     found = pretrained(config.run.init_from, config.run.weights)
     tensors, block_size = found.tensors, config.model.block_size
+    for name, has in vars(found.shape).items():
+        if name in changed - {"block_size"} and has != (given := getattr(config.model, name)):
+            raise UserError(f"--{name}={given}: {found.source} has {has}; leave the flag out")
     if block_size > found.shape.block_size:
         raise UserError(
             f"--block_size={block_size}: {found.source} has {found.shape.block_size} positions; "

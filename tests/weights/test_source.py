@@ -119,6 +119,10 @@ def test_a_run_goes_out_and_comes_back(home: Path):
             "--block_size=64: weights has 32 positions; pass --block_size=32 or less",
         ),
         (
+            ["train", "laptop", "--weights=weights", "--block_size=32", "--n_embd=96", *DATA],
+            "--n_embd=96: weights has 16; leave the flag out",
+        ),
+        (
             ["train", "laptop", "--init_from=gpt2-xl", "--weights=weights", *DATA],
             "weights: config.json says n_layer 1, gpt2-xl has 48",
         ),
