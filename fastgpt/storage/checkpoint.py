@@ -213,15 +213,27 @@ def load(run_dir: Path, which: str = "latest", warn: Callable[[str], None] = pri
     raise UserError(f"{run_dir}: no checkpoint is intact ({len(candidates)} tried)")
 
 
-def _read(folder: Path) -> Checkpoint:
-    from safetensors.torch import load_file
-
+def read_state(folder: Path) -> dict[str, Any]:
+    """Returns a checkpoint's state without its tensors. Raises UserError if it is damaged."""
     path = folder / "state.json"
     with reading(path, "is damaged"):
         state = dict(json.loads(read_bytes(path, limit=1 << 24)))
         if (found := state.get("format", "none")) != FORMAT:
             raise UserError(f"{folder}: format {found}, this fastgpt reads {FORMAT}")
         _check_state(state, folder.name, f"{path}: ")
+    return state
+
+
+def finished(state: Mapping[str, Any], max_iters: int) -> bool:
+    """Returns True for a run with all its steps that was not stopped in its last evaluation."""
+    step, evaluated = state["step"], state.get("last_eval", -1)
+    return step > max_iters or (step == max_iters and not 0 <= evaluated < step)
+
+
+def _read(folder: Path) -> Checkpoint:
+    from safetensors.torch import load_file
+
+    state = read_state(folder)
     with reading(folder, "is damaged", SafetensorError):
         model, optimizer = (load_file(folder / f"{n}.safetensors") for n in ("model", "optimizer"))
     return Checkpoint(folder, state, model, optimizer)

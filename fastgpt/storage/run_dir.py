@@ -152,9 +152,16 @@ def continuation(config: Config) -> dict[str, str]:
                 f"{now!r}; name another folder"
             )
     saved = checkpoint.names(run_dir)
-    if saved and int(saved[0][5:]) >= config.run.max_iters:
-        raise SharedError(f"{run_dir}: finished at step {int(saved[0][5:])}", code=0)
-    return {"init_from": "resume"} if saved else {"overwrite": "True"}
+    if not saved:
+        return {"overwrite": "True"}
+    # A kill may have come between the last checkpoint and `latest`, from which the run resumes.
+    latest = checkpoint.root(run_dir) / (checkpoint.pointer(run_dir, "latest") or saved[0])
+    state = None
+    with contextlib.suppress(UserError):  # of a damaged one, since resuming takes the one before
+        state = checkpoint.read_state(latest)
+    if state and checkpoint.finished(state, config.run.max_iters):
+        raise SharedError(f"{run_dir}: finished at step {state['step']}", code=0)
+    return {"init_from": "resume"}
 
 
 # --- beginning and resuming -----------------------------------------------------------------------

@@ -31,6 +31,7 @@ from fastgpt.inference.generate import BatchGenerator, Sampling, on_screen
 from fastgpt.model.build import build
 from fastgpt.model.device import Machine, unseen_gpu
 from fastgpt.model.kernels import describe
+from fastgpt.storage import checkpoint
 from fastgpt.storage import run_dir as run
 from fastgpt.train import cuda_graph, memory, metrics, optim, plots, resume
 from fastgpt.train.distributed import Ranks, join, local_device
@@ -119,7 +120,7 @@ def _train(config: Config, name: str, machine: Machine, ranks: Ranks) -> tuple[i
         run_dir = ranks.from_first(lambda: stack.enter_context(held))
         with ranks.raise_on_all_ranks():
             start = resume.load(trainer, dataset, run_dir) if resuming else Progress()
-            if start.step >= r.max_iters and not config.log.eval_only:
+            if checkpoint.finished(vars(start), r.max_iters) and not config.log.eval_only:
                 at = f"already at step {start.step} of --max_iters={r.max_iters}"
                 raise UserError(f"{run_dir}: {at}; give more to go on")
 

@@ -43,6 +43,14 @@ def cases(share: float, *kinds: Iterable) -> list:
     return out
 
 
+@pytest.fixture(scope="session", autouse=True)
+def ready_to_fork() -> None:
+    """Loads what forked children need, and sets one thread, since a pool of threads hangs there."""
+    for module in ("torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        importlib.import_module(module)
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def one_try(request, record_property, tmp_path: Path) -> Try:
     """Returns a context of one try, with its random numbers and a copy of tmp_path/template."""
@@ -61,10 +69,6 @@ def one_try(request, record_property, tmp_path: Path) -> Try:
         shutil.rmtree(home)
         record_property("held", (what, time.monotonic() - began))
 
-    # Children are forked: what they need is loaded before, and runs in one thread.
-    for module in ("torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg"):
-        importlib.import_module(module)
-    torch.set_num_threads(1)
     return context
 
 

@@ -60,7 +60,8 @@ def save(folder: Path, step: int) -> None:
     saved = folder / "checkpoints" / checkpoint.name_of(step)
     aside = folder / "checkpoints" / ".tmp-x"
     aside.mkdir(parents=True)
-    (aside / "state.json").write_text(f"{step}")
+    state = {"format": checkpoint.FORMAT, "step": step, "last_eval": step}
+    (aside / "state.json").write_text(json.dumps(state))
     os.rename(aside, saved)
     (folder / "checkpoints" / "latest").write_text(saved.name + "\n")
 
@@ -143,6 +144,9 @@ def test_one_command_for_a_run_and_its_continuation():
     assert run.continuation(settings.replace(config, init_from="gpt2", n_layer=3)) == wanted
     with pytest.raises(SharedError, match="out: finished at step 7"):
         run.continuation(settings.replace(config, max_iters=7))
+    save(Path("out"), 9)
+    Path("out/checkpoints/latest").write_text("step_00000007\n")  # killed before it moved
+    assert run.continuation(settings.replace(config, max_iters=9)) == wanted
     with pytest.raises(UserError, match="which run. name its folder with --out_dir"):
         run.continuation(Config())
 

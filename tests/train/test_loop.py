@@ -38,6 +38,27 @@ def test_evaluations_take_no_time_of_the_steps(tmp_path: Path, monkeypatch):
     assert [r["time_ms"] for r in lines if r["kind"] == "train"] == [1000.0, 1000.0, 1000.0]
 
 
+def test_a_run_stopped_in_its_last_evaluation_is_finished_by_the_same_command(
+    tmp_path: Path, monkeypatch
+):
+    evaluate = Loop.evaluate
+
+    def stopped(self: Loop, step: int) -> bool:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, step)
+
+    monkeypatch.chdir(tmp_path)
+    args = (*runs.TINY, f"--input={runs.write_text(tmp_path)}", "--out_dir=out", "--max_iters=4")
+    args += ("--eval_interval=3", "--init_from=auto")
+    for function, code, evaluated in ((stopped, 143, [0, 3]), (evaluate, 0, [0, 3, 4])):
+        monkeypatch.setattr(Loop, "evaluate", function)
+        with pytest.raises(SystemExit) as e:
+            cli.main(["train", *args])
+        assert (e.value.code or 0) == code
+        assert [r["step"] for r in runs.records(Path("out"), "eval")] == evaluated
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_first_signal_is_noted(number):
     before = signal.getsignal(number)
