@@ -47,7 +47,9 @@ def fork(action: Callable[[], object], output: Path | str = os.devnull) -> int:
 
     Its exit code is that of a SystemExit, 1 after another error, else 0.
     """
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     if pid := os.fork():
+        os.close(file)
         return pid
     code = 1
     try:
@@ -55,7 +57,6 @@ def fork(action: Callable[[], object], output: Path | str = os.devnull) -> int:
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
             signal.signal(number, signal.SIG_DFL)
         signal.alarm(LONGEST)
-        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         redirect(file, 1, 2)
         try:
             action()

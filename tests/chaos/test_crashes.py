@@ -37,7 +37,7 @@ from tests.chaos.test_fuzz import make_run
 from tests.faults import KILLED, at_change, changes_in, fork, in_child, kill, wait
 from tests.weights.test_nanogpt import Reference
 
-SHAPE = ModelShape(1, 2, 8, 8, 256, False)
+SHAPE = ModelShape(1, 2, 16, 8, 256, False)  # as of runs.SMALL
 
 
 FAULTS = {name: Mock(side_effect=OSError(getattr(errno, name), name)) for name in ("EIO", "ENOSPC")}
