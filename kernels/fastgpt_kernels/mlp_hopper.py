@@ -33,7 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fastgpt_kernels.bias_gelu import form_of, gelu_and_slope
-from fastgpt_kernels.hopper import addressable, barrier, blocks, load
+from fastgpt_kernels.hopper import addressable, arrive_all, barrier, blocks, load, mbarriers
 from fastgpt_kernels.launch import Config, contiguous, multiprocessors, on_device
 
 # STAGES are slots of operands, as many as fit; REGISTERS are those of a consumer's thread, without
@@ -137,8 +137,7 @@ def _consumer(
         ahead = _release(operands, memory, sizes, ahead, count - 1, GROUP, BACKWARD, STAGES)
         mbarrier.wait(acc_empty.index(GROUP), done & 1 ^ 1)
         stage.store(acc.to(stage.dtype))
-        barrier()
-        mbarrier.arrive(acc_full.index(GROUP))
+        arrive_all(acc_full.index(GROUP))
         done += 1  # noqa: SIM113
 
 
@@ -190,8 +189,7 @@ def _epilogue(
                 mbarrier.wait(acc_full.index(group), done & 1)
             acc = stage_s.index(group).slice(n % CHUNKS * CHUNK, CHUNK, dim=1).load(LAYOUT)
             if n % CHUNKS == CHUNKS - 1:
-                barrier()
-                mbarrier.arrive(acc_empty.index(group))
+                arrive_all(acc_empty.index(group))
             pointers, mask, columns = _chunk(out, row, column, n, True, sizes, LAYOUT)
             if BACKWARD:
                 at = z_0.to(gl.float32)  # [64, 64]
@@ -236,20 +234,13 @@ def _run(
     B_SHAPE: gl.constexpr = [DEPTH, COLUMNS] if BACKWARD else [COLUMNS, DEPTH]
     B: gl.constexpr = gl.NVMMASharedLayout.get_default_for(B_SHAPE, DTYPE)
     STAGE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], DTYPE)
-    MBARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     a_s = gl.allocate_shared_memory(DTYPE, [STAGES * 2, ROWS, DEPTH], A)  # slot * 2 + consumer
     b_s = gl.allocate_shared_memory(DTYPE, [STAGES, B_SHAPE[0], B_SHAPE[1]], B)
     stage_s = gl.allocate_shared_memory(DTYPE, [2, ROWS, COLUMNS], STAGE)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], MBARRIER)
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], MBARRIER)
-    acc_full = gl.allocate_shared_memory(gl.int64, [2, 1], MBARRIER)
-    acc_empty = gl.allocate_shared_memory(gl.int64, [2, 1], MBARRIER)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
-    for i in gl.static_range(2):
-        mbarrier.init(acc_full.index(i), count=1)
-        mbarrier.init(acc_empty.index(i), count=1)
+    full = mbarriers(STAGES, 1)
+    empty = mbarriers(STAGES, 1)
+    acc_full = mbarriers(2, 1)
+    acc_empty = mbarriers(2, 1)
     fence_async_shared()
     barrier()
     memory = (a_s, b_s, stage_s, full, empty, acc_full, acc_empty)

@@ -98,8 +98,7 @@ PROBLEMS = [
 ]
 
 LET_GO = """            if n % CHUNKS == CHUNKS - 1:
-                barrier()
-                mbarrier.arrive(acc_empty.index(group))
+                arrive_all(acc_empty.index(group))
 """
 LOAD = "            acc = stage_s"
 # fmt: off
@@ -126,7 +125,7 @@ BUGS = [
     instead("next_row, next_column, n + 2", "row, column, n + 2", "z of this tile again", "off by"),
     instead("(row // ROWS + group) * N", "(row // ROWS) * N", "sums of two groups in a row"),
     instead("a_s.index(slot * 2 + GROUP), b", "a_s.index(slot * 2), b", "rows of consumer 0"),
-    instead("init(acc_empty.index(i), count=1)", "init(acc_empty.index(i), count=2)"),
+    instead("acc_empty = mbarriers(2, 1)", "acc_empty = mbarriers(2, 2)"),
     instead("rest % height) * (2 * ROWS)", "rest % height) * ROWS", "tiles overlap", "off by"),
 ]
 # fmt: on
