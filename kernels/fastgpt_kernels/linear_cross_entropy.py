@@ -124,8 +124,11 @@ def _gradients(ctx: Any, dlosses: Tensor, *_: None) -> tuple[Tensor | None, Tens
 
 
 def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns x * scale, rounded once. A 0-dim factor would be rounded to x's dtype first."""
-    return (x * scale.view(1)).to(dtype)
+    """Returns x * scale, rounded once, without an fp32 copy of x on a GPU.
+
+    A 0-dim factor would be rounded to x's dtype first.
+    """
+    return torch.mul(x, scale.view(1), out=torch.empty_like(x, dtype=dtype))
 
 
 def _fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
