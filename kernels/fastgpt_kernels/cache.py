@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
 import re
@@ -71,7 +70,7 @@ def environment(device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     triton = versions.installed().get("triton", "none")
     software = f"driver {_driver()}, torch {torch.__version__}, triton {triton}"
-    return f"{name}, {software}, kernels {_sources()}"
+    return f"{name}, {software}, kernels {versions.sources()}"
 
 
 def _driver() -> str:
@@ -81,11 +80,3 @@ def _driver() -> str:
         if found := re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", text):
             return found[0]
     return "none"
-
-
-def _sources() -> str:
-    """Returns a hash of the package's modules."""
-    found = hashlib.sha256()
-    for module in sorted(Path(__file__).parent.rglob("*.py")):
-        found.update(module.name.encode() + module.read_bytes())
-    return found.hexdigest()[:16]

@@ -6,20 +6,17 @@ call: an eager call with its backward pass takes 23 µs less. An op can be diffe
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from fastgpt_kernels import launch
+from fastgpt_kernels import launch, versions
 
-_SOURCE = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
-_TAG = f"{torch.compiler.config.cache_key_tag} {hashlib.sha256(_SOURCE).hexdigest()[:16]}".strip()
+_TAG = f"{torch.compiler.config.cache_key_tag} {versions.sources()}".strip()
 
 
 def tag_compile_caches(*words: str) -> None:

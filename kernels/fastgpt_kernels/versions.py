@@ -1,4 +1,4 @@
-"""Supported versions of PyTorch and Triton.
+"""Supported versions of PyTorch and Triton, and the version of this package's own sources.
 
 The tests run with those of constraints.txt. `make gate GATE_ARGS="--triton DIR"` compiles the
 kernels with another Triton. The range of PyTorch follows from its release notes.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 # The oldest and the newest version.
 SUPPORTED = {"torch": ((2, 11), (2, 15)), "triton": ((3, 6), (3, 9))}
@@ -39,3 +41,12 @@ def installed() -> dict[str, str]:
 def untested() -> str | None:
     """Returns why an installed package's version is unsupported, or None."""
     return outside(installed())
+
+
+@functools.cache
+def sources() -> str:
+    """Returns a hash of this package's modules."""
+    found = hashlib.sha256()
+    for module in sorted(Path(__file__).parent.rglob("*.py")):
+        found.update(module.name.encode() + module.read_bytes())
+    return found.hexdigest()[:16]

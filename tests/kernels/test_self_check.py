@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastgpt_kernels import cache, self_check
+from fastgpt_kernels import cache, self_check, versions
 from fastgpt_kernels.registry import Sizes, spec, specs
 from fastgpt_kernels.self_check import Check, disagreement, failures, few_rows
 from tests.kernels import faulty
@@ -246,6 +246,6 @@ def test_an_environment_is_the_device_versions_and_sources(monkeypatch):
     wanted = ("cpu, driver ", f", torch {torch.__version__}, triton 3.", ", kernels ")
     assert all(part in before for part in wanted), before
     cache.environment.cache_clear()
-    monkeypatch.setattr(cache, "_sources", lambda: "others")
+    monkeypatch.setattr(versions, "sources", lambda: "others")
     assert cache.environment(torch.device("cpu")).endswith("kernels others")
     cache.environment.cache_clear()
