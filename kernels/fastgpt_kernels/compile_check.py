@@ -58,7 +58,7 @@ SHARED_KB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel as an op launches it: the arguments of `triton.compile`, the op and its sizes."""
+    """Kernel as an op launches it: the arguments of `triton.compile`, the op and its sizes."""
 
     source: Any
     target: GPUTarget
@@ -208,7 +208,7 @@ def check(launch: Launch) -> tuple[int, int, list[str]]:
 
 @dataclass(frozen=True)
 class Result:
-    """A launch with its registers per thread, bytes of shared memory per program, and problems."""
+    """Launch with its registers per thread, bytes of shared memory per program, and problems."""
 
     launch: Launch
     registers: int

@@ -126,7 +126,7 @@ def options(num_warps: int, num_stages: int = 1) -> dict[str, int | bool]:
 
 @dataclass(frozen=True)
 class Config:
-    """One launch config: tile sizes by the kernel's parameter names, warps, pipeline stages."""
+    """Launch config: tile sizes by the kernel's parameter names, warps, pipeline stages."""
 
     blocks: Mapping[str, int]
     num_warps: int

@@ -237,7 +237,7 @@ def _example_inputs(s: Sizes, random: Random) -> list[ExampleInputs]:
 
 
 def _cost(s: Sizes, itemsize: int) -> dict[str, Cost]:
-    """Two matmuls forward, four backward; each tensor of M rows or 4 C^2 weights moved once."""
+    """Returns the cost of two matmuls forward and four backward, each tensor moved once."""
     M, C = s.tokens, s.n_embd
     matmul, weight = 8.0 * M * C**2, 4.0 * C**2
     return {

@@ -53,7 +53,7 @@ class Check:
 
     @property
     def key(self) -> str:
-        """A hash of the check without the index of the GPU."""
+        """Returns a name with a hash of the check without the index of the GPU."""
         text = json.dumps({**asdict(self), "device": self.device.partition(":")[0]}, sort_keys=True)
         return f"{self.op} {self.implementation} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 

@@ -188,7 +188,7 @@ def edited(module: Any, bug: Bug, section: str = "") -> str:
 
 @contextmanager
 def planted(module: Any, bug: Bug, section: str = "") -> Iterator[Any]:
-    """A copy of a kernel's module with a bug."""
+    """Yields a copy of a kernel's module with a bug."""
     text = edited(module, bug, section)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"buggy_{Path(module.__file__).name}"
@@ -208,7 +208,7 @@ Run = Callable[..., str]
 
 
 def found(run: Run, p: Problem, module: Any, seed: int, strict: bool = True) -> str:
-    """What one seed finds; empty for nothing."""
+    """Returns what one seed finds; empty for nothing."""
     try:
         return run(p, seed, module, strict)
     except KernelError as error:
