@@ -38,10 +38,10 @@ Part = tuple[str, str | None]  # (split, text), or (split, None) for an end-of-t
 # --- text files -----------------------------------------------------------------------------------
 
 
-def in_val(name: str, val_fraction: float) -> bool:
-    """Returns True if a hash of the document's name puts it into the val split."""
+def split_of(name: str, val_fraction: float) -> str:
+    """Returns "train" or "val", into which a hash of the document's name puts it."""
     word = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-    return word < val_fraction * 2**64
+    return "val" if word < val_fraction * 2**64 else "train"
 
 
 class NotText(Exception):
@@ -89,12 +89,12 @@ class TextFiles:
             "val_fraction": val_fraction,
         }
 
-    def documents(self, part: int = 0) -> Iterator[Part]:
+    def documents(self, part: int | None = None) -> Iterator[Part]:
         total = hashlib.sha256()
         split, left = "train", int(self.n_chars * (1 - self.val_fraction))
         for name, text in self._texts(total, Counter(), lambda n: None):
             if self.by_document:
-                split = "val" if in_val(name, self.val_fraction) else "train"
+                split = split_of(name, self.val_fraction)
             elif text and split == "train":
                 head, text = text[:left], text[left:]
                 left -= len(head)
@@ -130,7 +130,7 @@ class TextFiles:
             if size:
                 if not self.single:
                     total.update(f"{own.hexdigest()}  {name}\n".encode())
-                val = size * in_val(name, self.val_fraction)
+                val = size * (split_of(name, self.val_fraction) == "val")
                 seen.update(files=1, bytes=size, chars=chars, val_bytes=val)
                 yield name, None
 
@@ -266,17 +266,18 @@ class OpenWebText:
             "val_fraction": val_fraction,
         }
 
-    def documents(self, part: int = 0) -> Iterator[Part]:
-        shard, rows = self._shards[part], itertools.count()
+    def documents(self, part: int | None = None) -> Iterator[Part]:
+        """Yields a part and removes its file, or the first part and keeps it to be read again."""
+        shard, rows = self._shards[part or 0], itertools.count()
         path = shard.fetch(self._folder, BY_INPUT)
         with reading(path, "is no parquet file of texts"), self._open(path) as file:
             for batch in file.iter_batches(batch_size=1000, columns=["text"]):
                 for text, row in zip(batch.column(0).to_pylist(), rows, strict=False):
-                    is_val = in_val(f"{shard.file}:{row}", self._val_fraction)
-                    split = "val" if is_val else "train"
+                    split = split_of(f"{shard.file}:{row}", self._val_fraction)
                     if text:
                         yield from ((split, text), (split, None))
-        path.unlink()
+        if part is not None:
+            path.unlink()
 
 
 Source = TextFiles | OpenWebText

@@ -45,8 +45,7 @@ class Remote(NamedTuple):
 
     def fetch(self, folder: Path, hint: str = "") -> Path:
         """Downloads the file into `folder` unless it is there; returns its path."""
-        path = folder / self.file
-        return fetch(self.url, path, sha256=self.sha256, size=self.bytes, hint=hint)
+        return fetch(self.url, folder / self.file, sha256=self.sha256, size=self.bytes, hint=hint)
 
 
 def hub_files(

@@ -251,7 +251,7 @@ def test_openwebtext(hub, openwebtext, tmp_path, capsys):
     hub.asked.clear()
     assert prepare(openwebtext()) == folder == ensure(openwebtext()) and hub.asked == []
     own = open_dataset(prepare(openwebtext(tokenizer="bpe:300", vocab_file="")))
-    assert own.tokenizer.name == "bpe:300"
+    assert own.tokenizer.name == "bpe:300" and len(asked(hub)) == 4, "each file once"
     with pytest.raises(UserError, match="--tokenizer=char: openwebtext is too large: choose byte"):
         prepare(openwebtext(tokenizer="char", vocab_file=""))
 
