@@ -27,7 +27,7 @@ TRIES, ONLY = int(os.environ.get("CHAOS", "120")), os.environ.get("CHAOS_TRY")
 CHUNK = 40
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)
 BEGAN = time.monotonic()
-Try = Callable[[str, int], AbstractContextManager[tuple[random.Random, Path]]]
+Try = Callable[[str, int], AbstractContextManager[random.Random]]
 
 
 def cases(share: float, *kinds: Iterable) -> list:
@@ -53,16 +53,17 @@ def ready_to_fork() -> None:
 
 @pytest.fixture
 def one_try(request, record_property, tmp_path: Path) -> Try:
-    """Returns a context of one try, with its random numbers and a copy of tmp_path/template."""
+    """Returns a context of one try, with its random numbers, in a copy of tmp_path/template."""
 
     @contextlib.contextmanager
-    def context(what: str, k: int) -> Iterator[tuple[random.Random, Path]]:
+    def context(what: str, k: int) -> Iterator[random.Random]:
         case = re.sub(r"\d+\]$", f"{k}]", request.node.nodeid)
         home, began = tmp_path / "try", time.monotonic()
         template = tmp_path / "template"
         shutil.copytree(template, home, symlinks=True) if template.exists() else home.mkdir()
         try:
-            yield random.Random(case.partition("::")[2]), home
+            with contextlib.chdir(home):
+                yield random.Random(case.partition("::")[2])
         except BaseException as e:
             e.add_note(f"repeat it: CHAOS_TRY={k} python -m pytest -n 0 {case!r}; files: {home}")
             raise

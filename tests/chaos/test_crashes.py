@@ -207,11 +207,10 @@ def start(tmp_path: Path, monkeypatch) -> Callable:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("job", "fault", "tries"), cases(0.3, WRITERS, FAULTS))
-def test_a_fault_at_any_change(job, fault: str, tries, one_try: Try, start, monkeypatch):
+def test_a_fault_at_any_change(job, fault: str, tries, one_try: Try, start):
     task, changes, _ = start(job)
     for k in tries:
-        with one_try(f"{fault} at a change of a file: {job.__doc__}", k) as (rng, home):
-            monkeypatch.chdir(home)
+        with one_try(f"{fault} at a change of a file: {job.__doc__}", k) as rng:
             code = in_child(task.do, rng.randint(1, changes + 1), FAULTS[fault])
             assert code in (0, 2, KILLED), f"exit code {code}"
             finish(task)
@@ -219,12 +218,11 @@ def test_a_fault_at_any_change(job, fault: str, tries, one_try: Try, start, monk
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("job", "tries"), cases(0.08, COMMANDS))
-def test_a_signal_at_any_moment(job, tries, one_try: Try, start, monkeypatch):
+def test_a_signal_at_any_moment(job, tries, one_try: Try, start):
     """Sends it before a change of a file, or after a share of the command's usual time."""
     task, changes, seconds = start(job)
     for k in tries:
-        with one_try(f"a signal at any moment: {job.__doc__}", k) as (rng, home):
-            monkeypatch.chdir(home)
+        with one_try(f"a signal at any moment: {job.__doc__}", k) as rng:
             number, n = rng.choice(SIGNALS), rng.choice((0, rng.randint(1, changes)))
 
             def cut_off(number=number, n=n) -> None:

@@ -54,7 +54,9 @@ def undisturbed(tmp_path_factory) -> tuple[Path, int, float]:
         assert wait(start(*TRAIN, "--out_dir=want")) == 0
         began = time.monotonic()
         n = changes_in(lambda: cli.main([*TRAIN, "--out_dir=../counted"]), "said")
-        return folder, n, time.monotonic() - began
+        seconds = time.monotonic() - began
+        Path("said").unlink()
+        return folder, n, seconds
 
 
 @pytest.fixture
@@ -96,8 +98,7 @@ def test_ranks_that_differ(what: str, tries, one_try: Try, changes: int, monkeyp
     monkeypatch.setenv("WORLD_SIZE", "2")
     args = [*TRAIN, "--out_dir=out", "--gradient_accumulation_steps=2", "--dist_timeout=60"]
     for k in tries:
-        with one_try("a rank with another flag", k) as (_, home):
-            monkeypatch.chdir(home)
+        with one_try("a rank with another flag", k):
             flag = FLAGS.split()[k % len(FLAGS.split())]
             with socket.create_server(("127.0.0.1", 0)) as server:
                 os.environ["MASTER_PORT"] = str(server.getsockname()[1])
@@ -174,11 +175,10 @@ _READERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("reader", "tries"), cases(0.1, _READERS))
-def test_edits_that_were_sealed(reader: str, tries, one_try: Try, changes: int, monkeypatch):
+def test_edits_that_were_sealed(reader: str, tries, one_try: Try, changes: int):
     """Reads a checkpoint or run.json whose sums are right, or is refused in one line."""
     for k in tries:
-        with one_try(f"an edit that was sealed: fastgpt {reader}", k) as (rng, home):
-            monkeypatch.chdir(home)
+        with one_try(f"an edit that was sealed: fastgpt {reader}", k) as rng:
             out, folder = Path("want"), runs.latest(Path("want"))
             name = rng.choice(("model.safetensors", "optimizer.safetensors", "state.json", ""))
             if name.endswith(".safetensors"):
@@ -186,7 +186,6 @@ def test_edits_that_were_sealed(reader: str, tries, one_try: Try, changes: int, 
             else:
                 edit_state(folder / name, rng) if name else edit_config(out, rng)
             runs.seal(folder)
-            Path("said").unlink()
             args = (reader, "--out_dir=want", *_READERS[reader].split())
             code, said = wait(start(*args, before=limit_memory)), Path("said").read_text()
             assert code in (0, 1, 2) and "Traceback" not in said, f"{name}: {code}: {said}"
@@ -238,14 +237,12 @@ KINDS = ("full disk", "closed pipe", "closed terminal", "closed session")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "tries"), cases(0.06, KINDS))
-def test_lost_outputs(kind: str, tries, one_try: Try, changes: int, monkeypatch):
+def test_lost_outputs(kind: str, tries, one_try: Try, changes: int):
     """Trains to the end, or after the SIGHUP of a session saves and is resumed."""
     for k in tries:
-        with one_try(f"lost output: {kind}", k) as (rng, home):
-            monkeypatch.chdir(home)
+        with one_try(f"lost output: {kind}", k) as rng:
             fds = rng.choice(((1,), (2,), (1, 2)))
             n, ignored = rng.randint(1, changes), rng.random() < 0.3
-            Path("said").unlink()
             lose = lambda a=(kind, fds, n, ignored): lose_output(*a)  # noqa: E731
             code = wait(start(*TRAIN, "--out_dir=out", before=lose))
             if kind == "closed session" and not ignored:
@@ -267,12 +264,10 @@ def assert_saved(code: int, number: signal.Signals) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "tries"), cases(0.04, SIGNALS))
-def test_runs_ended_again_and_again(number, tries, one_try: Try, changes, undisturbed, monkeypatch):
+def test_runs_ended_again_and_again(number, tries, one_try: Try, changes, undisturbed):
     """Sends up to three signals, and starts the same command after each, as Slurm does."""
     for k in tries:
-        with one_try(f"{number.name} again and again: fastgpt train", k) as (rng, home):
-            monkeypatch.chdir(home)
-            Path("said").unlink()
+        with one_try(f"{number.name} again and again: fastgpt train", k) as rng:
             for again in reversed(range(rng.randint(2, 4))):
                 pid = start(*TRAIN, "--out_dir=out", "--init_from=auto")
                 if again:
