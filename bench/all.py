@@ -34,7 +34,8 @@ NEEDED_US = {
     "attention hopper backward": 100, "mlp hopper forward": 32, "mlp hopper backward": 60,
     "mlp cublaslt forward": 47, "mlp cublaslt backward": 80,
 }  # fmt: skip
-POWER = "--query-gpu=timestamp,power.draw,clocks.sm,temperature.gpu"
+POWER = ["nvidia-smi", "--query-gpu=timestamp,power.draw,clocks.sm,temperature.gpu"]
+POWER += ["--format=csv", "-lms", "100"]
 ON_A_CPU = "mlp", "attention", "step", "waterfall", "kernels"
 OVERRUN = 2.0  # times a part's seconds, after which it is cut
 clock = time.monotonic
@@ -179,16 +180,8 @@ def main(argv: list[str]) -> int:
     with contextlib.ExitStack() as stack:
         log = stack.enter_context((folder / "all.log").open("w"))
         if shutil.which("nvidia-smi"):
-            query = [
-                "nvidia-smi",
-                POWER,
-                "--format=csv",
-                "-lms",
-                "100",
-                "-f",
-                f"{folder}/power.csv",
-            ]
-            stack.callback(subprocess.Popen(query).kill)
+            query = subprocess.Popen([*POWER, "-f", f"{folder}/power.csv"])
+            stack.callback(query.kill)
         for part in known:
             row: Row = {"key": part.name, "problem": "", "decisions": []}
             before, started = set(out.glob("**/*.json")), clock()
