@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -238,27 +237,13 @@ def _whole(folder: Path) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def _lock(cfg: PrepareConfig, folder: Path) -> Iterator[None]:
-    """Holds `.cache/NAME.lock`, which the system releases however this process ends."""
-    path = _cache(cfg) / f"{folder.name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that prepares {folder}", flush=True)
-            fcntl.flock(f, fcntl.LOCK_EX)
-        yield
-
-
 # --- making it ------------------------------------------------------------------------------------
 
 
 def _make(plan: Plan, *, network: bool) -> Path:
     folder, _ = _locate(plan)
     try:
-        with _lock(plan.cfg, folder):
+        with atomic.lock_in_turn(_cache(plan.cfg) / f"{folder.name}.lock", folder):
             atomic.recover_folder(folder)
             folder, there = _locate(plan)  # another process may have made it meanwhile
             if not there or plan.cfg.overwrite or not _whole(folder):

@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -144,6 +145,19 @@ def write_text(path: Path, text: str) -> None:
     """Replaces the content of `path` by `text` (UTF-8), atomically."""
     with atomic_file(path) as f:
         f.write(text.encode())
+
+
+@contextlib.contextmanager
+def lock_in_turn(path: Path, folder: Path) -> Iterator[None]:
+    """Holds the lock of the file `path`, after the other processes that prepare `folder`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that prepares {folder}", file=sys.stderr)
+            fcntl.flock(f, fcntl.LOCK_EX)
+        yield
 
 
 def explain_os_error(e: Exception, path: Path) -> Exception:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from pathlib import Path
 
 from fastgpt.data import download
-from fastgpt.errors import reading
-from fastgpt.storage.atomic import explain_os_error, replace_folder
+from fastgpt.errors import UserError, reading
+from fastgpt.storage.atomic import explain_os_error, lock_in_turn, replace_folder
 
 FILES = ("config.json", "vocab.json", "merges.txt", "model.safetensors")
 
@@ -22,12 +21,12 @@ def fetch(size: str) -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder, repo = Path(cache, "fastgpt", size), f"openai-community/{size}"
     hint = f"download {', '.join(FILES)} of {repo} elsewhere and pass --weights FOLDER"
+    if not folder.is_absolute():
+        raise UserError(f"{cache}: no absolute path for the user's cache; {hint}")
     if folder.is_dir():
         return folder
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(folder.with_name(f".{size}.lock"), "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # other ranks wait, and then find it
+        with lock_in_turn(folder.with_name(f".{size}.lock"), folder):
             if not folder.is_dir():
                 partial = folder.with_name(f".{size}.partial")
                 _, files = download.hub_files(f"models/{repo}", hint)

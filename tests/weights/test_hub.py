@@ -28,7 +28,8 @@ def test_the_files_are_fetched_once_and_verified(hub, tmp_path: Path, monkeypatc
 
 def test_without_network_one_line_says_what_to_do(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    says = "^cannot download http://127.0.0.1:9/api/models/openai-c.*pass --weights FOLDER"
-    with pytest.raises(UserError, match=says):
-        fetch("gpt2")
+    offline = "cannot download http://127.0.0.1:9/api/models/openai-c"
+    for cache, says in (str(tmp_path), offline), ("~nobody/x", "~nobody/x: no absolute path"):
+        monkeypatch.setenv("XDG_CACHE_HOME", cache)
+        with pytest.raises(UserError, match=f"^{says}.*pass --weights FOLDER"):
+            fetch("gpt2")
