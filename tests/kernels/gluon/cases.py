@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -19,6 +20,8 @@ from tests.kernels.gluon.emulator import emulated  # isort: skip - before Gluon 
 from tests.kernels.gluon.values import KernelError  # isort: skip
 from fastgpt_kernels import attention_hopper, reference
 from fastgpt_kernels.launch import lookup
+
+Run = Callable[..., str]  # (problem, seed, module, strict) -> what is wrong with the values
 
 
 @dataclass(frozen=True)
@@ -151,22 +154,26 @@ BY_HEAD = [
 ]
 
 
-def main(seeds: int = 1000) -> int:
-    """The first problem of each pass, over many seeds."""
+def found(run: Run, p: Any, module: Any, seed: int, strict: bool = True) -> str:
+    """Returns what one seed finds; empty for nothing."""
+    try:
+        return run(p, seed, module, strict)
+    except KernelError as error:
+        return str(error)
+
+
+def main(cases: Sequence[tuple[Run, Any, Any]], seeds: int = 1000) -> int:
+    """Runs each problem of a module's kernels under many seeds; prints what they find."""
     failures = 0
-    firsts = (run_forward, FORWARD[0]), (run_backward, BACKWARD[0]), (run_by_head, BY_HEAD[0])
-    for run, problem in firsts:
+    for run, problem, module in cases:
         for seed in range(seeds):
-            try:
-                wrong = run(problem, seed)
-            except KernelError as error:
-                wrong = str(error)
-            failures += bool(wrong)
-            if wrong:
+            if wrong := found(run, problem, module, seed):
+                failures += 1
                 print(f"{run.__name__} seed {seed}: {wrong}", flush=True)
         print(f"{run.__name__} of {problem}: {seeds} seeds, {failures} failures so far", flush=True)
     return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    pairs = (run_forward, FORWARD[0]), (run_backward, BACKWARD[0]), (run_by_head, BY_HEAD[0])
+    sys.exit(main([(*pair, attention_hopper) for pair in pairs], *map(int, sys.argv[1:])))

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from tests.kernels.gluon.emulator import emulated  # isort: skip - before Gluon is
 from fastgpt_kernels import launch, mlp_hopper, reference
+from tests.kernels.gluon import cases
 from tests.kernels.gluon.planted import Bug, instead, without
-from tests.kernels.gluon.values import KernelError
 
 
 @dataclass(frozen=True)
@@ -131,19 +131,5 @@ BUGS = [
 # fmt: on
 
 
-def main(seeds: int = 1000) -> int:
-    failures = 0
-    for seed in range(seeds):
-        try:
-            wrong = run(PROBLEMS[0], seed)
-        except KernelError as error:
-            wrong = str(error)
-        failures += bool(wrong)
-        if wrong:
-            print(f"seed {seed}: {wrong}", flush=True)
-    print(f"{PROBLEMS[0]}: {seeds} seeds, {failures} failures")
-    return 1 if failures else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    sys.exit(cases.main([(run, PROBLEMS[0], mlp_hopper)], *map(int, sys.argv[1:])))

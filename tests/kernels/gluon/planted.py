@@ -10,15 +10,16 @@ from __future__ import annotations
 import importlib.util
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.kernels.gluon.cases import Problem, run_backward, run_by_head, run_forward  # isort: skip
+from tests.kernels.gluon.cases import (  # isort: skip
+    Problem, Run, found, run_backward, run_by_head, run_forward,
+)  # fmt: skip
 from fastgpt_kernels import attention_hopper
-from tests.kernels.gluon.values import KernelError
 
 
 @dataclass(frozen=True)
@@ -202,17 +203,6 @@ def planted(module: Any, bug: Bug, section: str = "") -> Iterator[Any]:
             yield made
         finally:
             del sys.modules[path.stem]
-
-
-Run = Callable[..., str]
-
-
-def found(run: Run, p: Problem, module: Any, seed: int, strict: bool = True) -> str:
-    """Returns what one seed finds; empty for nothing."""
-    try:
-        return run(p, seed, module, strict)
-    except KernelError as error:
-        return str(error)
 
 
 ALL: list[tuple[str, Run, Problem, list[Bug]]] = [

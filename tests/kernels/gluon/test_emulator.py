@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastgpt_kernels import attention_hopper
-from tests.kernels.gluon import planted, small
+from tests.kernels.gluon import cases, planted, small
 from tests.kernels.gluon.emulator import emulated
 from tests.kernels.gluon.planted import Bug, instead, without
 from tests.kernels.gluon.values import KernelError, Pointer, Scalar, Tensor
@@ -82,7 +82,7 @@ ATTENTION = [
 @pytest.mark.parametrize(("section", "run", "problem", "bug"), ATTENTION)
 def test_bugs_of_attention(section: str, run: Any, problem: Any, bug: Bug) -> None:
     with planted.planted(attention_hopper, bug, section) as buggy:
-        assert bug.found_as in (said := planted.found(run, problem, buggy, 1)) != "", said
+        assert bug.found_as in (said := cases.found(run, problem, buggy, 1)) != "", said
 
 
 def test_planted_bugs_are_in_the_kernels() -> None:
@@ -100,7 +100,7 @@ def test_values_alone_tell_many_bugs() -> None:
     bug = without("            mbarrier.wait(q_full.index(q_slot), done // 2 & 1)")
     section, run, problem, _ = planted.ALL[0]
     with planted.planted(attention_hopper, bug, section) as buggy:
-        said = [planted.found(run, problem, buggy, seed, strict=False) for seed in range(4)]
+        said = [cases.found(run, problem, buggy, seed, strict=False) for seed in range(4)]
     assert any("off by nan" in s for s in said), said
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastgpt_kernels import mlp_hopper
-from tests.kernels.gluon import planted
+from tests.kernels.gluon import cases, planted
 from tests.kernels.gluon.mlp_cases import BUGS, PROBLEMS, Problem, results, run
 
 
@@ -37,7 +37,7 @@ def test_planted_bugs_are_noticed(bug: planted.Bug) -> None:
     problem = Problem(384, 512, 192)
     with planted.planted(mlp_hopper, bug) as buggy:
         for seed in range(2):
-            said = planted.found(run, problem, buggy, seed)
+            said = cases.found(run, problem, buggy, seed)
             assert said and bug.found_as in said, said
 
 
