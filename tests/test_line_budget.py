@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 # The goal: fastgpt 8,600, kernels 4,800, bench 2,600, tests 14,500.
-BUDGET = {"fastgpt": 9_065, "kernels": 6_195, "bench": 2_591, "tests": 16_950}
+BUDGET = {"fastgpt": 9_065, "kernels": 6_195, "bench": 2_591, "tests": 16_933}
 
 
 def python_files() -> list[Path]:
