@@ -39,7 +39,7 @@ class Problem:
 
     @functools.cached_property
     def inputs(self) -> tuple[Tensor, Tensor]:
-        """qkv (B, T, 3*C) and the gradient of y (B, T, C)."""
+        """Returns qkv (B, T, 3*C) and the gradient of y (B, T, C)."""
         generator = torch.Generator().manual_seed(self.T)
         C = self.n_head * self.head_dim
         shapes = (self.batch, self.T, 3 * C), (self.batch, self.T, C)
@@ -48,7 +48,7 @@ class Problem:
 
     @functools.cached_property
     def truth(self) -> tuple[Tensor, Tensor, Tensor]:
-        """In fp64: y, the rows' base-2 log-sum-exp (B * H, T), the gradient of qkv."""
+        """Returns in fp64 y, the rows' base-2 log-sum-exp (B * H, T), the gradient of qkv."""
         qkv, grad = self.inputs
         exact = qkv.double().requires_grad_()
         y = reference.attention(exact, self.n_head, causal=self.causal)
@@ -70,7 +70,7 @@ def forward_config(head_dim: int) -> Any:
 
 
 def run_forward(p: Problem, seed: int, module: Any = attention_hopper, strict: bool = True) -> str:
-    """What is wrong with the values of an emulated forward pass; empty if nothing is."""
+    """Returns what is wrong with the values of an emulated forward pass; empty if nothing is."""
     y, lse, _ = p.truth
     sms = mock.patch.object(module, "multiprocessors", lambda x: p.programs)
     with emulated(seed=seed, strict=strict), sms:
@@ -81,7 +81,7 @@ def run_forward(p: Problem, seed: int, module: Any = attention_hopper, strict: b
 
 
 def run_backward(p: Problem, seed: int, module: Any = attention_hopper, strict: bool = True) -> str:
-    """The same of a backward pass, given exact results of the forward pass."""
+    """Returns the same of a backward pass, given exact results of the forward pass."""
     qkv, grad = p.inputs
     y, lse, _ = p.truth
     with emulated(seed=seed, strict=strict):
@@ -92,7 +92,7 @@ def run_backward(p: Problem, seed: int, module: Any = attention_hopper, strict: 
 
 
 def by_head(p: Problem, seed: int, module: Any = attention_hopper, strict: bool = True) -> Tensor:
-    """dqkv of an emulated backward pass with a head to a program, given exact results forward."""
+    """Returns dqkv of an emulated backward pass by head, given exact forward results."""
     qkv, grad = p.inputs
     y, lse, _ = p.truth
     sms = mock.patch.object(module, "multiprocessors", lambda x: p.programs)
@@ -103,7 +103,7 @@ def by_head(p: Problem, seed: int, module: Any = attention_hopper, strict: bool 
 
 
 def run_by_head(p: Problem, seed: int, module: Any = attention_hopper, strict: bool = True) -> str:
-    """What is wrong with the values of `by_head`."""
+    """Returns what is wrong with the values of `by_head`."""
     return _compare_gradient(p, by_head(p, seed, module, strict))
 
 

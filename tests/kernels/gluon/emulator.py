@@ -378,7 +378,7 @@ _REPLACED: list[tuple[Any, Any]] = [
 
 @functools.cache
 def python_of(code: Any) -> Callable[..., Any]:
-    """The function under `@gluon.jit` with its globals replaced, and so for what it calls."""
+    """Returns the function under `@gluon.jit` with globals replaced, also in what it calls."""
     names: dict[str, Any] = {"range": scalar_range}
     made = types.FunctionType(code.__code__, names, code.__name__, code.__defaults__)
     for name in code.__code__.co_names:
@@ -395,7 +395,7 @@ def python_of(code: Any) -> Callable[..., Any]:
 def launch(
     kernel: Any, grid: Any, *args: Any, seed: int = 0, strict: bool = True, **kwargs: Any
 ) -> None:
-    """Run `kernel[grid](*args, **kwargs)`; arguments that are none of the kernel's are options."""
+    """Runs `kernel[grid](*args, **kwargs)`; arguments that are none of the kernel's are options."""
 
     def value(x: Any) -> Any:
         if isinstance(x, torch.Tensor):
@@ -417,7 +417,7 @@ def launch(
 
 @contextmanager
 def emulated(seed: int = 0, strict: bool = True) -> Iterator[None]:
-    """Within, launches of Gluon kernels on CPU tensors run here."""
+    """Runs launches of Gluon kernels on CPU tensors here."""
 
     def run(kernel: Any, grid: Any) -> Any:
         return partial(launch, kernel, grid, seed=seed, strict=strict)

@@ -101,7 +101,7 @@ class Shared:
         self.proxy.fill_(float("nan"))
 
     def touch(self, who: Any, text: str, writes: bool, asynchronous: bool = False) -> None:
-        """Check an access by `who`, a Task or an Operation, against earlier ones, and record it."""
+        """Checks an access by a Task or an Operation against earlier ones, and records it."""
         kept = []
         for a in self.buffer.accesses:
             pairs = [(*x, *y) for x, y in zip(a.box, self.box, strict=True)]
@@ -201,7 +201,7 @@ class Task:
     def pause(
         self, ready: Callable[[], bool] | None = None, waits_for: Callable[[], str] = str
     ) -> None:
-        """Give up the turn, until `ready()` if given."""
+        """Gives up the turn, until `ready()` if given."""
         self.ready, self.waits_for = ready, waits_for
         self.cta.turn.release()
         self.wake.acquire()
@@ -210,13 +210,13 @@ class Task:
         self.ready = None
 
     def publish(self) -> Clock:
-        """A copy of the clock, for others to join: what this task does from now on is not in it."""
+        """Returns a copy of the clock for others to join, without what this task does from now on."""
         clock = dict(self.clock)
         self.clock[self.agent] += 1
         return clock
 
     def wait_for(self, pending: list[Operation], most: int, what: str) -> list[Operation]:
-        """Wait for all but the last `most` operations; returns those not waited for."""
+        """Waits for all but the last `most` operations; returns those not waited for."""
         line, first = where(), max(0, len(pending) - most)
         awaited = pending[:first]
         self.pause(lambda: all(op.done for op in awaited), lambda: f"{what} at {line}")

@@ -33,7 +33,7 @@ class Problem:
 
     @functools.cached_property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """x, W1 (N, K), dy, W2 (K, N), z, and b1 in fp32 or None."""
+        """Returns x, W1 (N, K), dy, W2 (K, N), z, and b1 in fp32 or None."""
         generator = torch.Generator().manual_seed(self.M)
         M, N, K = self.M, self.N, self.K
         shapes = (M, K), (N, K), (M, K), (K, N), (M, N)
@@ -44,7 +44,7 @@ class Problem:
 
     @functools.cached_property
     def truth(self) -> dict[str, Tensor]:
-        """In fp64: z of the forward pass, dz and its sums over rows."""
+        """Returns in fp64 z of the forward pass, dz and its sums over rows."""
         x, fc, dy, proj, z = (t.double() for t in self.inputs[:5])
         bias = None if self.inputs[5] is None else self.inputs[5].double()
         dz = slope(z, bias) * (dy @ proj)

@@ -22,11 +22,11 @@ INTERNAL = {*(os.path.join(HERE, name) for name in FILES), threading.__file__}
 
 
 class KernelError(Exception):
-    """What is wrong with the kernel: a race, a deadlock, a misuse; the message names the lines."""
+    """Fault of the kernel: a race, a deadlock, a misuse; the message names the lines."""
 
 
 def where() -> str:
-    """The kernel's line that is running."""
+    """Returns the kernel's line that is running."""
     frame = sys._getframe(1)
     while frame.f_code.co_filename in INTERNAL and frame.f_back:
         frame = frame.f_back
@@ -54,7 +54,7 @@ for _name in ("add", "sub", "mul", "floordiv", "mod", "and", "or", "xor", "lshif
 
 
 def raw(x: Any) -> Any:
-    """The torch tensor or number of a value; a result that nobody waited for has none yet."""
+    """Returns a value's torch tensor or number; a result that nobody waited for has none yet."""
     if hasattr(x, "unfinished"):
         raise KernelError(f"{where()}: result of the {x.unfinished} used before its wait")
     return x.t if isinstance(x, Tensor) else x
@@ -110,7 +110,7 @@ class Tensor:
 
 
 def _exact(x: Any) -> Any:
-    """A value in fp64, a product before its rounding."""
+    """Returns a value in fp64, a product before its rounding."""
     if isinstance(x, Tensor) and x.factors:
         return x.factors[0].double() * x.factors[1]
     return raw(x)
@@ -165,7 +165,7 @@ class Tiles:
             raise KernelError(f"a TMA box has at most 256 elements a side, not {self.block}")
 
     def window(self, coord: Any, shared: Any) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """What of the block at `coord` lies inside the tensor: slices of it and of the block.
+        """Returns slices of the tensor and of the block at `coord`, of what lies inside both.
 
         The block may have dims of size one that the buffer in shared memory has not.
         """
@@ -183,5 +183,5 @@ class Tiles:
         return tuple(inside), tuple(part)
 
     def view(self, t: torch.Tensor) -> torch.Tensor:
-        """Shared memory with the dims of the block."""
+        """Returns shared memory with the dims of the block."""
         return t.view(self.block)
