@@ -210,7 +210,7 @@ class Task:
         self.ready = None
 
     def publish(self) -> Clock:
-        """Returns a copy of the clock for others to join, without what this task does from now on."""
+        """Returns a copy of the clock for others to join, without what this task does later."""
         clock = dict(self.clock)
         self.clock[self.agent] += 1
         return clock
